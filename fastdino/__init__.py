@@ -1,0 +1,27 @@
+"""fastdino: DINO self-supervised pretraining (Caron et al. 2021) as fast as the hardware allows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdino.config import TrainConfig as TrainConfig
+    from fastdino.step import Trainer as Trainer
+    from fastdino.train import train as train
+
+__version__ = "0.1.0"
+__all__ = ["TrainConfig", "Trainer", "train"]
+
+# Imported on first use: `fastdino --help` then needs no torch.
+_HOMES = {
+    "TrainConfig": "fastdino.config",
+    "Trainer": "fastdino.step",
+    "train": "fastdino.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdino' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,8 @@
+"""python -m fastdino: the same as the command `fastdino`."""
+
+import sys
+
+from fastdino.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

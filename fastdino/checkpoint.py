@@ -1,0 +1,124 @@
+"""Checkpoints on disk: written whole or not at all, read without running code from the file."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fastdino.errors import CheckpointError, NonFiniteError
+
+
+def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
+    """Writes `state` to `path`, and the same file to `also`: a kill at any moment leaves either the
+    old file or the new one.
+
+    Raises:
+        NonFiniteError: a tensor of student, teacher, optimizer or dino_loss is not finite.
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    check_finite(state)
+    with explained(path), replacing(path) as file:
+        torch.save(state, file)
+    if also is not None:
+        with explained(also), open(path, "rb") as source, replacing(also) as file:
+            shutil.copyfileobj(source, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` if the block ends well, and is gone if it does not."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a failed write into a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
+        todo = "the disk is full: make room" if full else "check the folder and its permissions"
+        kept = "; the last good checkpoint is still there" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path} ({error}): {todo}{kept}") from error
+
+
+def check_finite(state: dict[str, Any]) -> None:
+    """Raises NonFiniteError, naming the tensor, where a checkpoint would be poisoned."""
+    for key in ("student", "teacher", "optimizer", "dino_loss"):
+        for name, tensor in _tensors(state.get(key), key):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"{name} is not finite: the checkpoint is not written")
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises: CheckpointError: no such file, truncated, or holding more than tensors and plain values
+        (nothing in the file is run).
+    """
+    state = _read(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of weights")
+    return state
+
+
+def load_tensor(path: Path) -> Tensor:
+    """Reads a file that holds one tensor onto the CPU; raises CheckpointError as load does."""
+    value = _read(path)
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a tensor")
+    return value
+
+
+def _read(path: Path) -> Any:
+    try:
+        # The paper's code saves its flags as a Namespace: a plain bag of values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is truncated, or holds more than tensors and plain values: {error}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is truncated or no checkpoint; "
+            "take an older one, or move it away to start again"
+        ) from error

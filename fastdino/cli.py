@@ -1,0 +1,60 @@
+"""The command `fastdino`: its subcommands, and how mistakes and signals become exit statuses.
+
+0: done. 1: a defect of fastdino (with its traceback). 2: a mistake in flags, data or checkpoint
+(one line says which). 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGINT and saved, to be run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from fastdino import __version__
+from fastdino.errors import UserError
+
+EXIT_MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `module` has configure(parser) and main(args) -> exit status."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fastdino.train", "pretrain with DINO (every flag of the paper's main_dino.py)"
+    ),
+    "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
+    "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
+    "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),
+    "shapes": Command("fastdino.data.shapes", "write a small labelled image set to try things on"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="fastdino", description="DINO pretraining, fast.")
+    parser.add_argument("--version", action="version", version=f"fastdino {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        # Only the one that runs is imported: torch takes seconds.
+        if name in argv[:1]:
+            module = import_module(command.module)
+            module.configure(subparser)
+            run: Callable[[argparse.Namespace], int] = module.main
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"fastdino {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,80 @@
+"""Who makes the crops: the one contract of the loaders, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdino.data.sources import ImageSource
+from fastdino.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fastdino.config import TrainConfig
+
+
+class CropLoader(Protocol):
+    """Batches of crops, the same for the same (config, source, rank, world_size, epoch, step).
+
+    B = batch_size_per_gpu * grad_accum; N = local_crops_number.
+    """
+
+    steps_per_epoch: int
+    source: ImageSource
+    skipped: dict[str, str]
+    """Files found broken while running, with the reason; the scan's are in source.skipped."""
+    description: str
+    """One phrase for the run's first line: which loader it is, and why."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
+        """The batches start_step, start_step + 1, ...: 2 + N tensors [B, 3, size, size], fp32.
+
+        One epoch at a time: starting another ends the one before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the workers."""
+        ...
+
+
+def build_loader(
+    config: TrainConfig,
+    source: ImageSource,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> CropLoader:
+    """The loader that config.crops names; "auto" is DALI where it works, else torchvision.
+
+    Raises:
+        ConfigError: --crops dali where DALI cannot be imported.
+        DataError: fewer images than a batch.
+    """
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
+    why = "the paper's chain, exact"
+    if config.crops != "torchvision":
+        try:
+            dali: Any = importlib.import_module("fastdino.data.dali")
+            return dali.DaliLoader(config, source, **place)
+        except ImportError as error:
+            if config.crops == "dali":
+                raise ConfigError(f"--crops dali: {error}; install it: {_install()}") from error
+            why = f"exact; DALI is not installed: {_install()}"
+        except DataError:
+            raise
+        except Exception as error:
+            if config.crops == "dali":
+                raise
+            why = f"exact; DALI does not work here: {str(error).strip().splitlines()[0]}"
+    pil: Any = importlib.import_module("fastdino.data.pil")
+    return pil.TorchvisionLoader(config, source, why=why, **place)
+
+
+def _install() -> str:
+    cuda = (torch.version.cuda or "13").split(".")[0]
+    return f'pip install "fastdino[dali-cuda{"12" if cuda == "12" else "13"}]"'

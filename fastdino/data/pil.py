@@ -1,0 +1,213 @@
+"""The paper's crops, exactly: its chain of PIL and torchvision calls with the draws of crops.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from fastdino.data.crops import Crop, draw_crops
+from fastdino.data.sources import (
+    BadFiles,
+    EpochPlan,
+    ImageSource,
+    quiet_pillow,
+    read_rgb,
+    reason_of,
+)
+from fastdino.errors import DataError
+
+if TYPE_CHECKING:
+    from fastdino.config import TrainConfig
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Crops, and the broken samples (index, reason) that were passed over to get them.
+_Sample = tuple[list[Tensor] | None, list[tuple[int, str]]]
+# In the numbering of CropParams.jitter_order.
+_JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+def make_crop(image: Image.Image, params: Crop, size: int) -> Tensor:
+    """One crop of a decoded RGB image: fp32 [3, size, size], less ImageNet's mean, over its std."""
+    box = (params.top, params.left, params.height, params.width)
+    image = F.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
+    if params.flip:
+        image = F.hflip(image)
+    if params.jitter:
+        for operation in params.jitter_order:
+            image = _JITTER[operation](image, params.jitter_factor[operation])
+    if params.gray:
+        image = F.to_grayscale(image, num_output_channels=3)
+    if params.blur_radius > 0:
+        image = image.filter(ImageFilter.GaussianBlur(radius=params.blur_radius))
+    if params.solarize:
+        image = ImageOps.solarize(image)
+    return F.normalize(F.to_tensor(image), MEAN, STD)
+
+
+def cpu_count() -> int:
+    """The processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class TorchvisionLoader:
+    """Crops from torch's DataLoader, bit for bit the paper's for the same draws.
+
+    Each image is decoded once. An image that cannot be decoded gives way to the next good one and
+    is named in `skipped`.
+    Batches: 2 + N tensors [B, 3, size, size], fp32, on the CPU (pinned for CUDA).
+    One epoch at a time: starting another ends the one before.
+
+    Raises: DataError: fewer images than a batch; in the run, more than max_bad_share broken ones.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: ImageSource,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        why: str = "the paper's chain, exact",
+    ) -> None:
+        batch = config.batch_size_per_gpu * config.grad_accum
+        self.source = source
+        self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size)
+        self.steps_per_epoch = self._plan.steps
+        self._bad = BadFiles(len(source), config.max_bad_share)
+        self.skipped = self._bad.skipped
+        workers = min(config.num_workers, cpu_count())
+        self._sampler = _EpochSampler(self._plan)
+        self._loader: DataLoader[Any] | None = DataLoader(
+            _CropDataset(config, source),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.device(device).type == "cuda",
+            worker_init_fn=_leave_inherited_garbage,
+            collate_fn=_collate,
+        )
+        self._run = 0
+        self.description = (
+            f"torchvision {torchvision.__version__} and Pillow {PIL.__version__} on CPU, "
+            f"{workers} workers ({why})"
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
+        """The batches from start_step on; raises ValueError for a step that there is not."""
+        self._sampler.start(epoch, start_step)
+        self._run += 1
+        return self._batches(self._run)
+
+    def _batches(self, run: int) -> Iterator[list[Tensor]]:
+        self._check(run)
+        assert self._loader is not None
+        gc.collect()  # See _leave_inherited_garbage: the workers may be forked now.
+        for crops, skipped in self._loader:
+            for index, reason in skipped:
+                self._bad.add(index, self.source.paths[index], reason)
+            yield crops
+            self._check(run)
+
+    def _check(self, run: int) -> None:
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        if run != self._run:
+            raise RuntimeError("another epoch was started on this loader")
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._run += 1
+        self._loader = None
+
+
+def _leave_inherited_garbage(_worker: int) -> None:
+    """Keeps a forked worker from freeing what it inherited.
+
+    A DALI pipeline among it would wait in its destructor, for ever, for threads that a fork leaves
+    behind.
+    """
+    gc.freeze()
+
+
+class _EpochSampler:
+    """A batch sampler over (epoch, sample), so that nothing else can decide the crops."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self._plan = plan
+        self._batches: list[list[tuple[int, int]]] = []
+
+    def start(self, epoch: int, start_step: int) -> None:
+        batches = self._plan.batches(epoch, start_step)
+        self._batches = [[(epoch, index) for index in batch] for batch in batches]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+class _CropDataset(Dataset[Any]):
+    """(epoch, sample) -> its crops, and the broken samples that it stands in for."""
+
+    def __init__(self, config: TrainConfig, source: ImageSource) -> None:
+        self._config, self._sizes = config, source.sizes
+        # Not a list: forked workers would copy it page by page, as they count references in it.
+        self._paths = np.array([os.fsencode(path) for path in source.paths])
+        self._bad = BadFiles(len(source), config.max_bad_share)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> _Sample:
+        epoch, index = key
+        skipped: list[tuple[int, str]] = []
+        try:
+            with quiet_pillow():
+                image, index = self._read(index, skipped)
+        except DataError:
+            return None, skipped
+        size = self._sizes[index]
+        global_params, local_params = draw_crops(self._config, epoch, [index], [size])
+        crops = [
+            make_crop(image, crop, pixels)
+            for params, pixels in (
+                (global_params, self._config.global_crops_size),
+                (local_params, self._config.local_crops_size),
+            )
+            for crop in params.of_sample(0)
+        ]
+        return crops, skipped
+
+    def _read(self, index: int, skipped: list[tuple[int, str]]) -> tuple[Image.Image, int]:
+        """The decoded image of the first good sample from index on, and which one that is."""
+        while True:
+            index = self._bad.good(index)
+            path = os.fsdecode(self._paths[index])
+            try:
+                return read_rgb(path), index
+            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
+                skipped.append((index, reason_of(error)))
+            self._bad.add(index, path, skipped[-1][1])
+
+
+def _collate(samples: list[_Sample]) -> _Sample:
+    """A batch; without crops where there were too many broken files, which epoch() then raises."""
+    skipped = [one for _, some in samples for one in some]
+    if any(crops is None for crops, _ in samples):
+        return None, skipped
+    return default_collate([crops for crops, _ in samples]), skipped

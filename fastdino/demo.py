@@ -1,0 +1,118 @@
+"""`fastdino demo`: the whole of DINO on a small generated image set, in minutes, on any machine.
+
+Runs the project's own commands one after the other, showing each, and ends with a table of k-NN
+accuracies and two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image
+
+from fastdino import cli
+from fastdino.data import scan_images
+from fastdino.data.sources import read_rgb
+from fastdino.evals.attention import attention_maps, draw_attention
+from fastdino.evals.knn import eval_transform
+from fastdino.models.vit import VisionTransformer
+from fastdino.weights import load_backbone
+
+matplotlib.use("agg")  # files, no window
+from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
+
+SHAPES = "--train_per_class 200 --val_per_class 40 --size 96 --clips 0"
+MODEL = "--arch vit_nano --patch_size 8"
+KNN = "--resize 48 --crop 48 --nb_knn 20"
+TRAIN = (
+    f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 4 --out_dim 1024 "
+    "--batch_size_per_gpu 32 --epochs 15 --warmup_epochs 2 --lr 0.004 --min_lr 1e-5 "
+    "--momentum_teacher 0.99 --drop_path_rate 0 --saveckp_freq 0"
+)
+ATTENTION_SIZE = 96  # px: twice the training's, for finer maps
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino demo`."""
+    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the demo; a demo that was cut off goes on where it was."""
+    started = time.monotonic()
+    root = Path(args.output_dir)
+    images, checkpoint = root / "shapes", root / "checkpoint.pth"
+    run("shapes", f"{SHAPES} --output_dir", images)
+    accuracy = {
+        "raw pixels": knn(root, images, "--raw_pixels"),
+        "untrained network": knn(root, images, MODEL),
+    }
+    status = run("train", f"{TRAIN} --data_path", images / "train", "--output_dir", root)
+    if status:
+        return status
+    accuracy["trained network"] = knn(root, images, "--pretrained_weights", checkpoint)
+    draw_attention_sheet(images / "val", checkpoint, root / "attention.png")
+    draw_loss(root / "log.txt", root / "loss.png")
+    print(f"\n20-NN accuracy on {images / 'val'} (chance {100 / 12:.1f} %):")
+    for name, percent in accuracy.items():
+        print(f"  {name:18} {percent:5.1f} %")
+    print(f"pictures: {root / 'attention.png'}, {root / 'loss.png'}")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+    return 0
+
+
+def run(command: str, *words: str | Path) -> int:
+    """Runs a fastdino command in this process, after printing it; returns its exit status."""
+    line = f"{command} {' '.join(map(str, words))}"
+    print(f"\n$ fastdino {line}", flush=True)
+    return cli.main(shlex.split(line))
+
+
+def knn(root: Path, images: Path, *words: str | Path) -> float:
+    """Top-1 accuracy in percent of `fastdino knn`."""
+    output = root / "knn.json"
+    if run("knn", f"{KNN} --data_path", images, "--output", output, *words):
+        raise SystemExit(cli.EXIT_MISTAKE)
+    return float(json.loads(output.read_text())["20"]["top1"])
+
+
+def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
+    """Attention maps of one image of each of six classes."""
+    backbone = load_backbone(
+        str(checkpoint), checkpoint_key="teacher", arch=None, patch_size=None
+    ).module
+    assert isinstance(backbone, VisionTransformer)
+    source = scan_images(str(folder))
+    firsts = [source.labels.tolist().index(label) for label in range(0, len(source.classes), 2)]
+    pictures = [
+        read_rgb(source.paths[i]).resize((ATTENTION_SIZE,) * 2, Image.Resampling.BICUBIC)
+        for i in firsts
+    ]
+    transform = eval_transform(ATTENTION_SIZE, ATTENTION_SIZE)
+    maps = attention_maps(backbone, torch.stack([transform(picture) for picture in pictures]))
+    draw_attention(pictures, maps, path, title="Attention of CLS in the last block, no labels used")
+
+
+def draw_loss(log: Path, path: Path) -> None:
+    """The loss and its two parts over the epochs of a log.txt."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = [line["epoch"] + 1 for line in lines]
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for key, name in (
+        ("train_loss", "loss = entropy + KL"),
+        ("train_entropy", "teacher entropy"),
+        ("train_kl", "KL(teacher || student)"),
+    ):
+        axis.plot(epochs, [line[key] for line in lines], label=name, marker=".")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("nats")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,117 @@
+"""One process or many: who this process is, and the few collectives a run needs.
+
+Every function here is a no-op in a run of one process, which makes no process group at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdino.errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Resolves --device {auto, cuda, cpu} for this process, by its LOCAL_RANK.
+
+    Raises: ConfigError: cuda was asked for and there is none, or fewer than processes.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU; `fastdino info` says why")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; start as many processes (--nproc_per_node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
+    """Joins the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leaves them."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 where there is one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of `values` over the processes, the same bits on each; NaN if any is NaN."""
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a CPU tensor over the processes."""
+    if world_size() == 1:
+        return values
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else "cpu"
+    summed = values.to(device)
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
+def _on_gpu() -> bool:
+    return dist.get_backend() == "nccl"
+
+
+def gather(value: Any) -> list[Any]:
+    """Any picklable value of every process, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in process 0, in every process; its UserError is raised in every one."""
+    if world_size() == 1:
+        return make()
+    message: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            message[0] = make()
+        except UserError as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise message[1]
+    result: T = message[0]
+    return result

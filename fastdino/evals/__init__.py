@@ -1,0 +1,1 @@
+"""The paper's evaluations, one file each."""

@@ -1,0 +1,251 @@
+"""Weighted k-NN classification of frozen features (Wu et al. 2018; Caron et al. 2021, section 4.1).
+
+Legend: N training images, M validation images, D channels, C classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from fastdino import checkpoint, distributed
+from fastdino.config import parse_bool
+from fastdino.data import scan_images
+from fastdino.data.pil import MEAN, STD
+from fastdino.data.sources import ImageSource, read_rgb
+from fastdino.errors import ConfigError, DataError
+from fastdino.weights import load_backbone
+
+# Similarities held in memory at once: a chunk of validation images against all training images.
+CHUNK_ELEMENTS = 1 << 25
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy in percent of k-NN, each neighbour's vote exp(cosine / temperature).
+
+    Args:
+        train_features [N, D], val_features [M, D]: L2-normalised, one device.
+        train_labels [N], val_labels [M]: class numbers from 0.
+        ks: numbers of neighbours; one above N counts as N.
+
+    Returns: k -> (top-1, top-5).
+    """
+    classes = int(torch.cat((train_labels, val_labels)).max()) + 1
+    correct = {k: [0, 0] for k in ks}
+    rows = max(1, CHUNK_ELEMENTS // max(len(train_features), 1))
+    for features, labels in zip(val_features.split(rows), val_labels.split(rows), strict=True):
+        most = min(max(ks), len(train_features))
+        similarity, neighbours = (features @ train_features.T).topk(most, dim=1)
+        neighbour_labels = train_labels[neighbours]
+        votes = (similarity / temperature).exp()
+        for k in ks:
+            scores = torch.zeros(len(features), classes, device=votes.device, dtype=votes.dtype)
+            scores.scatter_add_(1, neighbour_labels[:, :k], votes[:, :k])
+            hits = scores.topk(min(5, classes), dim=1).indices == labels[:, None]
+            correct[k][0] += int(hits[:, 0].sum())
+            correct[k][1] += int(hits.sum())
+    return {
+        k: (100 * top1 / len(val_labels), 100 * top5 / len(val_labels))
+        for k, (top1, top5) in correct.items()
+    }
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor]):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = read_rgb(self.source.paths[index])
+        return self.transform(image), int(self.source.labels[index])
+
+
+def eval_transform(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
+    """The paper's: short side to `resize` (bicubic), centre crop, ImageNet mean and std."""
+    return v2.Compose(
+        [
+            v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(crop),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    model: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    title: str = "",
+) -> tuple[Tensor, Tensor]:
+    """L2-normalised features [N, D] and labels [N] of all images, on the CPU, in order.
+
+    In a run of many processes each computes a share, and every one gets the whole.
+    """
+    images: Dataset[tuple[Tensor, int]] = _Images(source, transform)
+    share = range(distributed.rank(), len(source.paths), distributed.world_size())
+    loader = DataLoader(
+        torch.utils.data.Subset(images, share),
+        batch_size=batch_size,
+        num_workers=min(workers, os.cpu_count() or 1),
+        pin_memory=device.type == "cuda",
+    )
+    features = torch.zeros(0)
+    labels = torch.zeros(len(source.paths), dtype=torch.long)
+    done = 0
+    for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
+        rows = share[done : done + len(batch)]
+        out = F.normalize(model(batch.to(device)).float(), dim=1).cpu()
+        if not len(features):
+            features = torch.zeros(len(source.paths), out.shape[1])
+        features[rows] = out
+        labels[rows] = batch_labels
+        done += len(batch)
+    return distributed.total(features), distributed.total(labels)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino knn`: those of the paper's eval_knn.py, then this project's."""
+    add = parser.add_argument
+    add("--batch_size_per_gpu", type=int, default=128, help="images a forward pass (128)")
+    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    add("--temperature", type=float, default=0.07, help="of the votes (0.07)")
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--use_cuda", type=parse_bool, default=True, help="classify on the GPU, where there is one")
+    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--dump_features", help="folder to save the features in")
+    add("--load_features", help="folder to take saved features from")
+    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
+    add("--dist_url", default="env://", help="how the processes find each other")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
+    add("--resize", type=int, default=256, help="short side the images are resized to (256)")
+    add("--crop", type=int, default=224, help="side of the centre crop (224)")
+    add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")
+    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
+    add("--output", help="JSON file for the accuracies")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastdino knn`."""
+    for name in ("batch_size_per_gpu", "resize", "crop"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if min(args.nb_knn) < 1 or args.temperature <= 0:
+        raise ConfigError(
+            f"--nb_knn and --temperature must be above 0, got {args.nb_knn}, {args.temperature}"
+        )
+    device = distributed.choose_device(args.device)
+    with distributed.process_group(device, args.dist_url):
+        tensors = load_features(args) if args.load_features else compute_features(args, device)
+        if distributed.rank() > 0:
+            return 0
+        if args.dump_features:
+            dump_features(Path(args.dump_features), tensors)
+        if args.use_cuda:
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        accuracy = knn_accuracy(
+            tensors["trainfeat"],
+            tensors["trainlabels"],
+            tensors["testfeat"],
+            tensors["testlabels"],
+            ks=args.nb_knn,
+            temperature=args.temperature,
+        )
+    for k, (top1, top5) in accuracy.items():
+        print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
+    if args.output:
+        result = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()}
+        with checkpoint.explained(Path(args.output)):
+            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """Features and labels of train/ and val/, under the names of the paper's feature files."""
+    if args.raw_pixels:
+        model: Callable[[Tensor], Tensor] = torch.nn.Flatten()
+    else:
+        torch.manual_seed(args.seed)
+        model = load_backbone(
+            args.pretrained_weights,
+            checkpoint_key=args.checkpoint_key,
+            arch=args.arch,
+            patch_size=args.patch_size,
+        ).module.to(device)
+    tensors, classes = {}, []
+    for split, name in (("train", "train"), ("val", "test")):
+        root = os.path.join(args.data_path, split)
+        # A bad file is left out and counted; only a folder without any image ends the evaluation.
+        source = scan_images(root, max_bad_share=1.0, workers=args.num_workers)
+        if source.skipped and distributed.rank() == 0:
+            print(f"{split}: {len(source.skipped)} unreadable images left out", file=sys.stderr)
+        classes.append(source.classes)
+        tensors[f"{name}feat"], tensors[f"{name}labels"] = extract_features(
+            model,
+            source,
+            eval_transform(args.resize, args.crop),
+            batch_size=args.batch_size_per_gpu,
+            workers=args.num_workers,
+            device=device,
+            title=split,
+        )
+    if classes[0] != classes[1]:
+        raise DataError(
+            f"train/ and val/ of {args.data_path} must have the same class folders; "
+            f"only one has {sorted(set(classes[0]) ^ set(classes[1]))[:5]}"
+        )
+    return tensors
+
+
+FEATURE_FILES = ("trainfeat", "trainlabels", "testfeat", "testlabels")
+
+
+def load_features(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The feature files of --dump_features, or of the paper's eval_knn.py."""
+    tensors = {}
+    for name in FEATURE_FILES:
+        path = Path(args.load_features) / f"{name}.pth"
+        value = checkpoint.load_tensor(path)
+        tensors[name] = value.float() if name.endswith("feat") else value.long()
+    return tensors
+
+
+def dump_features(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes the four files that the paper's eval_knn.py writes."""
+    with checkpoint.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FEATURE_FILES:
+            with checkpoint.replacing(folder / f"{name}.pth") as file:
+                torch.save(tensors[name].cpu(), file)

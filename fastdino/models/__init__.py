@@ -1,0 +1,1 @@
+"""The networks: backbones, the projection head, the wrapper for crops of several sizes."""

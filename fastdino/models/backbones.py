@@ -1,0 +1,139 @@
+"""From the name of an architecture to a backbone that returns one feature vector an image."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+
+import timm
+import torch
+import torchvision.models
+from torch import Tensor, nn
+
+from fastdino.config import TrainConfig
+from fastdino.errors import ConfigError
+from fastdino.models.head import DINOHead, MultiCropWrapper
+from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
+
+
+def build_backbone(
+    arch: str,
+    *,
+    patch_size: int = 16,
+    drop_path_rate: float = 0.0,
+    img_size: int = 224,
+) -> tuple[nn.Module, int]:
+    """A backbone [B, 3, H, W] -> [B, D] with fresh weights, and its D.
+
+    Args:
+        arch: vit_* (deit_* means the same), xcit_* of the paper's authors or timm, a torchvision
+            model with an fc layer, or any timm model.
+        patch_size, img_size: of vit_* only, in pixels.
+        drop_path_rate: stochastic depth, where the architecture has it.
+
+    Raises: ConfigError: no such architecture (the message offers near names), or it has no
+        single feature vector.
+    """
+    name = arch.replace("deit_", "vit_", 1) if arch.startswith("deit_") else arch
+    if name in VIT_ARCHS:
+        vit = VisionTransformer(
+            patch_size=patch_size,
+            drop_path_rate=drop_path_rate,
+            img_size=img_size,
+            **VIT_ARCHS[name],
+        )
+        return vit, vit.embed_dim
+    if name in _torchvision_archs():
+        model = torchvision.models.get_model(name, weights=None)
+        if isinstance(getattr(model, "fc", None), nn.Linear):
+            width = model.fc.in_features
+            model.fc = nn.Identity()
+            return model, width
+    timm_name = f"{name}_224" if timm.is_model(f"{name}_224") and name.startswith("xcit") else name
+    if timm.is_model(timm_name):
+        return _build_timm(timm_name, drop_path_rate)
+    raise ConfigError(f"--arch {arch!r} is not known{_near_names(name)}")
+
+
+@functools.cache
+def _torchvision_archs() -> frozenset[str]:
+    return frozenset(torchvision.models.list_models(module=torchvision.models))
+
+
+def _near_names(name: str) -> str:
+    names = [*VIT_ARCHS, *_torchvision_archs(), *timm.list_models()]
+    near = difflib.get_close_matches(name, names, n=3)
+    return (
+        f"; did you mean {', '.join(near)}?" if near else f"; expected {', '.join(VIT_ARCHS)}, ..."
+    )
+
+
+def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
+    """A timm model without its classifier, taking images of any size where it can."""
+    wishes = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+    rates = [{"drop_path_rate": drop_path_rate}, {}] if drop_path_rate else [{}]
+    for rate in rates:
+        for wish in wishes:
+            try:
+                model = timm.create_model(name, pretrained=False, num_classes=0, **wish, **rate)
+            except TypeError:  # this model has no such argument
+                continue
+            width = getattr(model, "head_hidden_size", None) or model.num_features
+            return model, int(width)
+    raise ConfigError(f"--arch {name}: timm cannot build it without a classifier")
+
+
+def set_attention(module: nn.Module, backend: str) -> None:
+    """Makes every vit_* attention layer in `module` use a backend of models/attention.py."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.backend = backend
+
+
+def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student and teacher, equal weights, on the CPU; the teacher takes no gradient.
+
+    Raises: ConfigError: an architecture that is not known or cannot take crops of these sizes.
+    """
+    networks = []
+    for drop_path_rate, norm_last_layer in (
+        (config.drop_path_rate, config.norm_last_layer),
+        (0, True),
+    ):
+        backbone, width = build_backbone(
+            config.arch,
+            patch_size=config.patch_size,
+            drop_path_rate=drop_path_rate,
+            img_size=config.global_crops_size,
+        )
+        head = DINOHead(width, config.out_dim, config.use_bn_in_head, norm_last_layer)
+        networks.append(MultiCropWrapper(backbone, head))
+    student, teacher = networks
+    _check_crop_sizes(student, config)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    return student, teacher
+
+
+def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
+    """Says before the run that an architecture cannot take a crop size: one image, no gradient."""
+    sizes = {config.global_crops_size}
+    if config.local_crops_number:
+        sizes.add(config.local_crops_size)
+    was_training = network.training
+    network.eval()
+    for size in sorted(sizes):
+        image = torch.zeros(1, 3, size, size, dtype=network.head.last_layer.weight_v.dtype)
+        try:
+            with torch.no_grad():
+                features: Tensor = network.backbone(image)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"--arch {config.arch} cannot take {size} px crops: {error}"
+            ) from error
+        if features.shape != (1, network.head.in_dim):
+            raise ConfigError(
+                f"--arch {config.arch} returns {tuple(features.shape)} for one image, "
+                f"expected one vector of {network.head.in_dim}"
+            )
+    network.train(was_training)

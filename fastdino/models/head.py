@@ -1,0 +1,91 @@
+"""The projection head, and the wrapper that runs a list of crops through backbone and head.
+
+Source: Caron et al. 2021, section 3.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdino.models.vit import init_linear
+
+
+class WeightNormLinear(nn.Module):
+    """y = x W^T with each row of W = weight_g * weight_v / ||weight_v|| (Salimans & Kingma 2016).
+
+    The names of torch.nn.utils.weight_norm, as in the paper's checkpoints: weight_g [K, 1],
+    weight_v [K, in_features]. A trained magnitude (train_magnitude) starts at 1 like a fixed one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, train_magnitude: bool):
+        super().__init__()
+        initial = nn.Linear(in_features, out_features, bias=False).weight.detach()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1), requires_grad=train_magnitude)
+        self.weight_v = nn.Parameter(initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class DINOHead(nn.Module):
+    """Three linears with GELU, L2 normalisation, a weight-normed linear to K prototypes.
+
+    Args:
+        in_dim: the backbone's width D.
+        out_dim: number of prototypes K.
+        use_bn: batch norm after each hidden linear.
+        norm_last_layer: keep the prototypes' norm fixed at 1.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in, width_out in ((in_dim, hidden_dim), (hidden_dim, hidden_dim)):
+            layers.append(nn.Linear(width_in, width_out))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(width_out))
+            layers.append(nn.GELU())
+        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
+        self.in_dim = in_dim
+        self.mlp = nn.Sequential(*layers)
+        self.mlp.apply(init_linear)
+        self.last_layer = WeightNormLinear(
+            bottleneck_dim, out_dim, train_magnitude=not norm_last_layer
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, D] -> [rows, K]."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class MultiCropWrapper(nn.Module):
+    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them."""
+
+    head: DINOHead
+
+    def __init__(self, backbone: nn.Module, head: DINOHead):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """S crops [B, 3, H, W], those of one width next to each other -> [S * B, K]."""
+        features = [
+            self.backbone(torch.cat(tuple(group)))
+            for _, group in groupby(crops, key=lambda crop: crop.shape[-1])
+        ]
+        return self.head(torch.cat(features))

@@ -1,0 +1,194 @@
+"""What a run says while it runs: the bar, log.txt, TensorBoard, the warning of a collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from fastdino.checkpoint import explained, replacing
+
+# Shares of ln K outside which the teacher's entropy means collapse.
+COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
+
+
+class Progress:
+    """Reports steps and epochs of one run; silent (every method a no-op) where `enabled` is false.
+
+    Args:
+        output_dir: log.txt and TensorBoard's events go here.
+        epochs, steps_per_epoch: the run's length.
+        images_per_step: over all processes.
+        prototypes: K, for the bounds of the entropy.
+        enabled: only one process of a run reports.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        prototypes: int,
+        enabled: bool = True,
+    ):
+        self.output_dir = output_dir
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.images_per_step = images_per_step
+        self.prototypes = prototypes
+        self.enabled = enabled
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._shown: dict[str, str] = {}
+        self._warned: set[tuple[int, str]] = set()
+        self._bar: tqdm[Any] | None = None
+        self._board: Any = None
+        self._clock = time.perf_counter()
+        self._clock_iteration = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The sums of the epoch so far: a resumed epoch's means are then those of a whole one."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def restart(self, iteration: int, state: dict[str, dict[str, float]] | None) -> None:
+        """Begins at `iteration`: what a run cut off has logged beyond it is dropped."""
+        self._sums = defaultdict(float, (state or {}).get("sums", {}))
+        counts = {k: int(v) for k, v in (state or {}).get("counts", {}).items()}
+        self._counts = defaultdict(int, counts)
+        self._clock, self._clock_iteration = time.perf_counter(), iteration
+        if not self.enabled:
+            return
+        self._drop_log_lines(iteration // self.steps_per_epoch)
+        self._open_board(iteration)
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = tqdm(
+            total=self.epochs * self.steps_per_epoch,
+            initial=iteration,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            unit="step",
+            bar_format="{desc} {percentage:3.0f}%|{bar}|{n}/{total} {elapsed}<{remaining}{postfix}",
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Prints a line to stderr, above the bar where there is one."""
+        if self.enabled:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def step(
+        self, iteration: int, values: dict[str, float], *, entropy: float | None = None
+    ) -> None:
+        """Takes in a finished step: `values` holds loss, lr, wd; entropy where it was measured."""
+        if entropy is not None:
+            values = {**values, "entropy": entropy, "kl": values["loss"] - entropy}
+        for name, value in values.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+        if not self.enabled or self._bar is None:
+            return
+        self._bar.update(1)
+        if entropy is not None:
+            self._show(iteration, values)
+            self._check_collapse(iteration // self.steps_per_epoch, values)
+
+    def end_epoch(self, epoch: int, **extra: float) -> None:
+        """Writes the epoch's line of log.txt (the paper's keys first) and starts the next one's."""
+        means = {f"train_{name}": self._sums[name] / self._counts[name] for name in self._sums}
+        self._sums.clear()
+        self._counts.clear()
+        if not self.enabled:
+            return
+        log = self.output_dir / "log.txt"
+        with explained(log), open(log, "a") as file:
+            file.write(json.dumps({**means, "epoch": epoch, **extra}) + "\n")
+        if self._bar is not None and self._bar.disable:
+            shown = " ".join(f"{k.removeprefix('train_')} {v:.4g}" for k, v in means.items())
+            self.say(f"epoch {epoch + 1}/{self.epochs}: {shown}")
+
+    def _show(self, iteration: int, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        steps = iteration + 1 - self._clock_iteration
+        rate = steps * self.images_per_step / max(now - self._clock, 1e-9)
+        self._clock, self._clock_iteration = now, iteration + 1
+        assert self._bar is not None
+        self._bar.set_description(f"epoch {iteration // self.steps_per_epoch + 1}/{self.epochs}")
+        self._bar.set_postfix_str(
+            f"{rate:.0f} images/s, loss {values['loss']:.3f}, lr {values['lr']:.2e}, "
+            f"teacher entropy {values['entropy']:.2f}/{math.log(self.prototypes):.2f}, "
+            f"KL {values['kl']:.3f}",
+        )
+        if self._board is not None:
+            for name, value in {**values, "images_per_second": rate}.items():
+                self._board.add_scalar(f"train/{name}", value, iteration)
+
+    def _check_collapse(self, epoch: int, values: dict[str, float]) -> None:
+        if self.prototypes == 1:
+            return
+        share = values["entropy"] / math.log(self.prototypes)
+        if share < COLLAPSED_TO_ONE:
+            kind, todo = "puts every image on one prototype", "raise --teacher_temp"
+        elif share > COLLAPSED_TO_UNIFORM:
+            kind, todo = "is uniform over the prototypes", "lower --teacher_temp or --lr"
+        else:
+            return
+        if (epoch, kind) not in self._warned:
+            self._warned.add((epoch, kind))
+            self.warn(
+                f"epoch {epoch + 1}: the teacher {kind} (entropy {values['entropy']:.3f} of "
+                f"{math.log(self.prototypes):.2f} nats): the training is collapsing; {todo}"
+            )
+
+    def _drop_log_lines(self, epoch: int) -> None:
+        log = self.output_dir / "log.txt"
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text().splitlines():
+            try:
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
+                continue
+        with explained(log), replacing(log) as file:
+            file.write("".join(kept).encode())
+
+    def _open_board(self, iteration: int) -> None:
+        if self._board is not None:
+            self._board.close()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        folder = self.output_dir / "tensorboard"
+        with explained(folder):
+            self._board = SummaryWriter(str(folder), purge_step=iteration or None)

@@ -1,0 +1,73 @@
+"""The paper's equations, transcribed plainly: the oracle that every other implementation meets.
+
+Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers",
+arXiv 2104.14294. Nothing here is fast, nothing modifies its inputs, and everything computes in the
+dtype that it is given: pass float64 for the truth, half precision for what plain PyTorch would do.
+
+Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CLIP_EPS = 1e-6
+
+
+def dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """DINO loss of [S, B, K] student and [T, B, K] teacher logits (Eq. 3 and Algorithm 1).
+
+        L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
+
+    Returns: (loss, teacher_sum): a scalar in nats, and the [K] sum of `teacher` over T and B.
+    """
+    log_probs = torch.log_softmax(student / student_temp, dim=-1)
+    targets = torch.softmax((teacher.detach() - center.reshape(-1)) / teacher_temp, dim=-1)
+    loss = torch.zeros((), dtype=student.dtype, device=student.device)
+    pairs = 0
+    for q, target in enumerate(targets):
+        for v, log_prob in enumerate(log_probs):
+            if q == v:
+                continue
+            cross_entropy = -(target * log_prob).sum(dim=-1)
+            loss = loss + cross_entropy.sum() / max(len(cross_entropy), 1)
+            pairs += 1
+    return loss / pairs, teacher.detach().sum(dim=(0, 1))
+
+
+def teacher_entropy(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
+    """Mean entropy, in nats, of softmax((t - c)/tau_t) over the T*B rows of [T, B, K] logits."""
+    log_probs = torch.log_softmax((teacher - center.reshape(-1)) / teacher_temp, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
+
+
+def update_center(center: Tensor, teacher_sum: Tensor, rows: int, momentum: float) -> Tensor:
+    """C <- m*c + (1 - m) * teacher_sum/rows (Eq. 4), over the rows of all processes together."""
+    return momentum * center + (1 - momentum) * (teacher_sum / rows)
+
+
+def ema_update(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
+) -> list[Tensor]:
+    """theta_t <- m*theta_t + (1 - m)*theta_s (section 3.1), as new tensors."""
+    return [momentum * t + (1 - momentum) * s for t, s in zip(teacher, student, strict=True)]
+
+
+def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Each gradient scaled by max_norm/(norm + 1e-6) where that is < 1, and the norms before."""
+    norms = [torch.linalg.vector_norm(grad) for grad in grads]
+    factors = [max_norm / (norm + CLIP_EPS) for norm in norms]
+    clipped = [
+        grad * factor if factor < 1 else grad.clone()
+        for grad, factor in zip(grads, factors, strict=True)
+    ]
+    return clipped, norms

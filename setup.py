@@ -1,0 +1,60 @@
+"""Two packages: the trainer, and the kernels, which need torch and triton alone."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "fastdino/__init__.py").read_text())[0]
+
+TRAIN = [
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "nvidia-cuda-runtime-cu12; sys_platform == 'linux'",  # xformers links against it
+    "pillow>=10,<13",  # 13 changed the order of the resize passes: crops would differ
+    "tensorboard>=2.16",
+    "timm>=1.0.20",
+    "torchvision>=0.25",
+    "tqdm>=4.66",
+    "xformers>=0.0.35; sys_platform == 'linux'",
+]
+DEV = [
+    "build",
+    "hypothesis>=6.100",
+    "mypy>=1.18",
+    "pre-commit",
+    "pytest>=8",
+    "pytest-xdist",
+    "ruff>=0.14",
+]
+DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50; sys_platform == 'linux'"]
+DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"]
+
+setup(
+    name="fastdino",
+    version=VERSION,
+    description="DINO self-supervised pretraining as fast as the hardware allows",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fastdino*"]) + find_packages("kernels"),
+    package_dir={"fastdino_kernels": "kernels/fastdino_kernels"},
+    package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
+    install_requires=["torch>=2.10", "triton>=3.6; sys_platform == 'linux'"],
+    extras_require={
+        "train": TRAIN,
+        "dali-cuda12": DALI_CUDA12,
+        "dali-cuda13": DALI_CUDA13,
+        "dev": DEV,
+        "all": TRAIN + DALI_CUDA13 + DEV,
+    },
+    entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino import TrainConfig
+
+
+@pytest.fixture
+def tiny() -> Callable[..., TrainConfig]:
+    """The config of a network of a few tokens an image, and crops that suit it."""
+
+    def make(**overrides: Any) -> TrainConfig:
+        settings = {
+            "arch": "vit_nano",
+            "patch_size": 8,
+            "out_dim": 64,
+            "global_crops_size": 32,
+            "local_crops_size": 16,
+            "local_crops_number": 2,
+            "batch_size_per_gpu": 4,
+            "epochs": 3,
+            "warmup_epochs": 1,
+            "drop_path_rate": 0.0,
+            "lr": 0.05,
+            "device": "cpu",
+            "crops": "torchvision",
+            "num_workers": 0,
+        }
+        return TrainConfig(**(settings | overrides))
+
+    return make
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """18 small JPEGs of noise in 3 classes: 4 steps of 4 an epoch, 2 left over."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(18):
+        folder = root / f"class{i % 3}"
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
+    return root
+
+
+@pytest.fixture
+def crops_of() -> Callable[..., list[torch.Tensor]]:
+    """Makes normal noise in the shapes of a config's crops, in the default dtype."""
+
+    def make(config: TrainConfig, iteration: int) -> list[torch.Tensor]:
+        generator = np.random.default_rng([config.seed, iteration])
+        globals_, locals_ = [config.global_crops_size] * 2, [config.local_crops_size]
+        return [
+            torch.from_numpy(generator.standard_normal((config.images_per_step, 3, size, size))).to(
+                torch.get_default_dtype()
+            )
+            for size in globals_ + locals_ * config.local_crops_number
+        ]
+
+    return make

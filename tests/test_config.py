@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from fastdino.config import TrainConfig, add_train_arguments, config_from_args
+from fastdino.errors import ConfigError
+
+PAPER_DEFAULTS = {
+    "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
+    "momentum_teacher": 0.996, "use_bn_in_head": False, "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "use_fp16": True, "weight_decay": 0.04,
+    "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 100,
+    "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw",
+    "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0), "local_crops_number": 8,
+    "local_crops_scale": (0.05, 0.4), "data_path": "/path/to/imagenet/train/", "output_dir": ".",
+    "saveckp_freq": 20, "seed": 0, "num_workers": 10, "dist_url": "env://",
+}  # fmt: skip
+
+
+def parse(line: str) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    return config_from_args(parser.parse_args(line.split()))
+
+
+def test_without_flags_the_config_is_the_papers():
+    config = parse("").to_dict()
+    assert {name: config[name] for name in PAPER_DEFAULTS} == {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in PAPER_DEFAULTS.items()
+    }
+
+
+def test_a_command_line_of_the_paper_is_taken_as_it_is():
+    config = parse(
+        "--arch deit_small --patch_size 8 --out_dim 4096 --norm_last_layer false --use_fp16 1 "
+        "--use_bn_in_head on --global_crops_scale 0.4 1. --local_crops_scale 0.05 0.25 "
+        "--local_crops_number 10 --optimizer lars --lr 0.3 --clip_grad 0 --saveckp_freq 5 "
+        "--data_path /data --output_dir /out --dist_url tcp://localhost:1 --local_rank 3"
+    )
+    assert (config.arch, config.patch_size, config.norm_last_layer) == ("deit_small", 8, False)
+    assert config.use_fp16 is True
+    assert config.use_bn_in_head is True
+    assert config.global_crops_scale == (0.4, 1.0)
+    assert config.local_crops_scale == (0.05, 0.25)
+    assert (config.optimizer, config.lr, config.clip_grad) == ("lars", 0.3, 0.0)
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", True), ("TRUE", True), ("1", True),
+                                             ("off", False), ("False", False), ("0", False)])  # fmt: skip
+def test_booleans_are_spelled_as_in_the_paper(word, value):
+    assert parse(f"--use_fp16 {word}").use_fp16 is value
+
+
+def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
+    with pytest.raises(SystemExit):
+        parse("--use_fp16 maybe")
+    assert "--use_fp16: must be one of on, off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adam"}, "--optimizer must be one of adamw, sgd, lars, got 'adam'"),
+        ({"epochs": 0}, "--epochs must be a finite number of at least 1, got 0"),
+        ({"epochs": 2.5}, "--epochs must be int, got 2.5"),
+        ({"epochs": True}, "--epochs must be int, got True"),
+        ({"use_fp16": 1}, "--use_fp16 must be bool, got 1"),
+        ({"lr": float("nan")}, "--lr must be a finite number of at least 0, got nan"),
+        ({"teacher_temp": 0.0}, "--teacher_temp must be a finite number above 0, got 0.0"),
+        ({"momentum_teacher": 1.5}, "--momentum_teacher must be a number from 0 to 1, got 1.5"),
+        ({"drop_path_rate": 1.0}, "--drop_path_rate must be a number from 0 to below 1"),
+        ({"global_crops_scale": (0.4,)}, "--global_crops_scale must be two numbers"),
+        ({"local_crops_scale": (0.4, 0.05)}, "--local_crops_scale must be 0 < smallest"),
+        ({"seed": -1}, "--seed must be a finite number of at least 0, got -1"),
+        ({"warmup_epochs": 11, "epochs": 10}, "--warmup_epochs 11 is beyond --epochs 10"),
+        (
+            {"warmup_teacher_temp_epochs": 30, "epochs": 10, "warmup_epochs": 0},
+            "--warmup_teacher_temp_epochs 30 is beyond --epochs 10",
+        ),
+        ({"use_fp16": False, "amp_dtype": "bf16"}, "--use_fp16 false contradicts --amp_dtype bf16"),
+        ({"local_crops_size": 8}, "--local_crops_size 8 is smaller than a patch"),
+    ],
+)
+def test_a_value_that_cannot_be_names_flag_value_and_what_is_allowed(settings, message):
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_a_config_survives_its_own_dict():
+    config = TrainConfig(global_crops_scale=(0.3, 0.9), epochs=20)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_setting_is_an_error_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="'learning_rate'"):
+        TrainConfig.from_dict({"learning_rate": 1.0})
+    with pytest.raises(ConfigError, match="did you mean epochs"):
+        TrainConfig.from_dict({"epoch": 1})

@@ -1,0 +1,281 @@
+import argparse
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdino.data import shapes, shapes_drawing
+
+SMALL = {"train_per_class": 2, "val_per_class": 1, "size": 64, "clips": 1, "frames": 5}
+
+
+def digests(root: Path) -> dict[str, str]:
+    """What every file below root holds, by its path from there."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "small"
+    shapes.write_shapes(root, **SMALL, workers=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stills():
+    """Pictures [N, 32, 32, 3], masks and classes: 20 of each class, then 12 of each."""
+    parts = []
+    for split, count in enumerate((20, 12)):
+        drawn = [
+            (*shapes_drawing.still(form, 32, np.random.default_rng([split, label, i])), label)
+            for label, form in enumerate(shapes.CLASSES)
+            for i in range(count)
+        ]
+        parts.append([np.stack(column) for column in zip(*drawn, strict=True)])
+    return parts
+
+
+def knn_accuracy(train, train_labels, val, val_labels, k=20):
+    """Share of the validation rows whose k nearest training rows (L2) vote for their label."""
+    distance = (train**2).sum(1) - 2 * val @ train.T
+    votes = train_labels[np.argsort(distance, axis=1)[:, :k]]
+    chosen = np.array([np.bincount(row).argmax() for row in votes])
+    return float(np.mean(chosen == val_labels))
+
+
+def test_layout_is_an_image_folder_with_masks_and_a_davis_folder(small_set):
+    assert len(shapes.CLASSES) >= 10
+    expected = {"shapes.json"}
+    for split, count in (("train", 2), ("val", 1)):
+        for form in shapes.CLASSES:
+            for i in range(count):
+                expected.add(f"{split}/{form}/{form}_{i:05d}.jpg")
+                expected.add(f"masks/{split}/{form}/{form}_{i:05d}.png")
+    for frame in range(5):
+        expected.add(f"davis/JPEGImages/480p/shapes_00/{frame:05d}.jpg")
+        expected.add(f"davis/Annotations/480p/shapes_00/{frame:05d}.png")
+    expected |= {"davis/ImageSets/2017/train.txt", "davis/ImageSets/2017/val.txt"}
+    assert set(digests(small_set)) == expected
+    assert (small_set / "davis/ImageSets/2017/val.txt").read_text() == "shapes_00\n"
+    assert json.loads((small_set / "shapes.json").read_text()) == {"version": 1, "seed": 0} | SMALL
+
+
+def test_files_open_in_the_right_mode_and_size(small_set):
+    for path in small_set.glob("train/*/*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
+    for path in small_set.glob("masks/*/*/*.png"):
+        with Image.open(path) as mask:
+            assert (mask.mode, mask.size) == ("L", (64, 64))
+            assert set(np.unique(np.asarray(mask))) == {0, 255}
+    for path in small_set.glob("davis/JPEGImages/480p/*/*.jpg"):
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("RGB", (854, 480))
+
+
+def test_same_seed_same_bytes_whatever_the_number_of_workers(small_set, tmp_path):
+    shapes.write_shapes(tmp_path / "again", **SMALL, workers=2)
+    assert digests(tmp_path / "again") == digests(small_set)
+
+
+def test_a_larger_set_contains_the_smaller_and_another_seed_differs(small_set, tmp_path):
+    fewer = SMALL | {"train_per_class": 1, "clips": 0}
+    shapes.write_shapes(tmp_path / "fewer", **fewer, workers=1)
+    shapes.write_shapes(tmp_path / "other", **fewer, seed=1, workers=1)
+    whole, fewer_files = digests(small_set), digests(tmp_path / "fewer")
+    other_files = digests(tmp_path / "other")
+    pictures = [name for name in fewer_files if name.endswith((".jpg", ".png"))]
+    assert len(pictures) == 4 * len(shapes.CLASSES)
+    assert all(fewer_files[name] == whole[name] for name in pictures)
+    assert not any(fewer_files[name] == other_files[name] for name in pictures if "jpg" in name)
+
+
+def test_masks_cover_the_object_and_only_the_object(small_set):
+    for path in small_set.glob("*/*/*.jpg"):
+        with Image.open(path) as image:
+            luma = np.asarray(image.convert("L"), np.float32) / 255
+        with Image.open(small_set / "masks" / path.relative_to(small_set).with_suffix(".png")) as m:
+            mask = np.asarray(m) > 0
+        assert 0.03 < mask.mean() < 0.35, path
+        # Object and background keep to bands of luma at least 0.24 apart; JPEG and the
+        # anti-aliased edge blur that a little, so: nearly every pixel is on its own side of the
+        # middle between the two.
+        inside, outside = luma[mask], luma[~mask]
+        assert abs(np.median(inside) - np.median(outside)) > 0.24, path
+        sign = np.sign(np.median(inside) - np.median(outside))
+        wrong = [
+            (sign * (inside - middle) < 0).mean() + (sign * (outside - middle) > 0).mean()
+            for middle in np.linspace(0, 1, 101)
+        ]
+        assert min(wrong) < 0.12, path
+
+
+def test_objects_take_a_third_to_three_quarters_of_the_side_and_stay_inside(stills):
+    for _, masks, _ in stills:
+        for mask in masks:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            longer = max(np.ptp(rows), np.ptp(columns)) + 1
+            assert 0.27 * 32 <= longer <= 0.75 * 32 + 1
+
+
+def test_neither_colour_nor_raw_pixels_give_the_class_away(stills):
+    (train, _, train_labels), (val, _, val_labels) = stills
+    chance = 1 / len(shapes.CLASSES)
+
+    def colours(images):
+        return np.concatenate([images.mean((1, 2)), images.std((1, 2))], axis=1)
+
+    by_colour = knn_accuracy(colours(train), train_labels, colours(val), val_labels)
+    by_pixels = knn_accuracy(
+        train.reshape(len(train), -1), train_labels, val.reshape(len(val), -1), val_labels
+    )
+    assert by_colour < chance + 0.09  # measured: 0.1 (the standard error is 0.02)
+    assert by_pixels < chance + 0.15
+
+
+def test_every_form_is_normalised_and_differs_from_the_others():
+    masks = {}
+    for form in shapes.CLASSES:
+        points = shapes_drawing.outline(form, np.random.default_rng(0))
+        assert np.abs(points).max() == pytest.approx(0.5)
+        masks[form] = _silhouette(points)
+    for a in shapes.CLASSES:
+        for b in shapes.CLASSES:
+            if a < b:
+                overlap = (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
+                assert overlap < 0.85, (a, b)
+
+
+def _silhouette(points):
+    canvas = np.zeros((64, 64, 3), np.float32)
+    white = (np.ones(3, np.float32),) * 2
+    lattice = np.zeros((8, 8), np.float32)
+    texture = shapes_drawing.Texture("flat", white, 1.0, 0.0, (0.0, 0.0), lattice)
+    return shapes_drawing.paint(canvas, points, shapes_drawing.Pose(32, 32, 60), texture) >= 0.5
+
+
+def test_paint_anti_aliases_and_covers_the_exact_area():
+    points = shapes_drawing.outline("disk", np.random.default_rng(0))
+    canvas = np.zeros((64, 64, 3), np.float32)
+    paints = shapes_drawing.Paints((0.5, 0.5), (1, 1))
+    texture = shapes_drawing.Texture.draw(np.random.default_rng(0), paints, (1, 2))
+    pose = shapes_drawing.Pose(31.3, 32.6, 40, 0.5)
+    cover = shapes_drawing.paint(canvas, points, pose, texture)
+    assert cover.sum() == pytest.approx(shapes_drawing.area(points) * 40**2, rel=0.03)
+    assert ((cover > 0.1) & (cover < 0.9)).sum() > 30
+    assert np.all(canvas[cover == 0] == 0)
+
+
+def test_clip_annotations_have_the_palette_and_every_object_in_the_first_frame(small_set):
+    folder = small_set / "davis/Annotations/480p/shapes_00"
+    seen = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as annotation:
+            assert (annotation.mode, annotation.size) == ("P", (854, 480))
+            palette = annotation.getpalette()
+            seen.append(set(np.unique(np.asarray(annotation)).tolist()))
+        assert palette[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+    assert seen[0] in ({0, 1, 2}, {0, 1, 2, 3})
+    assert all(ids <= seen[0] for ids in seen)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_objects_of_a_clip_occlude_each_other_half_way_and_none_vanishes(index):
+    frames = [labels for _, labels in shapes.draw_clip(index, 5, seed=0)]
+    ids = np.unique(frames[0])[1:]
+    areas = np.array([[(labels == i).sum() for i in ids] for labels in frames])
+    assert np.all(areas > 0)
+    hidden = 1 - areas / areas.max(axis=0)
+    assert hidden[2].max() > 0.15  # more than the change of scale takes (12 %, twice, elsewhere)
+
+
+def test_complete_set_is_left_alone(small_set, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in small_set.rglob("*")}
+    shapes.write_shapes(small_set, **SMALL)
+    parser = argparse.ArgumentParser()
+    shapes.configure(parser)
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert shapes.main(parser.parse_args([f"--output_dir={small_set}", *flags])) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in small_set.rglob("*")} == stamps
+
+
+def test_interrupted_run_is_taken_up(tmp_path):
+    tiny = {"train_per_class": 1, "val_per_class": 1, "size": 32, "clips": 0}
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shapes.write_shapes(tmp_path, **tiny, workers=1, progress=interrupt)
+    assert not (tmp_path / "shapes.json").exists()
+    steps = []
+    shapes.write_shapes(tmp_path, **tiny, workers=1, progress=lambda *at: steps.append(at))
+    assert steps[-1] == (24, 24)
+    assert (tmp_path / "shapes.json").exists()
+    assert not (tmp_path / "shapes.json.part").exists()
+
+
+def test_other_settings_and_foreign_folders_are_refused(small_set, tmp_path):
+    with pytest.raises(ValueError, match="other settings"):
+        shapes.write_shapes(small_set, **SMALL, seed=1)
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a shapes set"):
+        shapes.write_shapes(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="not a shapes set"):
+        shapes.write_shapes(tmp_path / "holiday.jpg", **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("train_per_class", 0),
+        ("val_per_class", -1),
+        ("size", 16),
+        ("size", 64.0),
+        ("clips", -1),
+        ("frames", 1),
+        ("seed", -1),
+        ("seed", True),
+    ],
+)
+def test_values_out_of_range_name_flag_value_and_what_is_allowed(flag, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"--{flag} is {value!r}; allowed: an integer from \d+"):
+        shapes.write_shapes(tmp_path / "new", **{flag: value})
+    assert not (tmp_path / "new").exists()
+
+
+def test_workers_out_of_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers is 0"):
+        shapes.write_shapes(tmp_path, workers=0)
+
+
+def test_flags_and_arguments_have_the_same_defaults():
+    parser = argparse.ArgumentParser()
+    shapes.configure(parser)
+    flags = vars(parser.parse_args(["--output_dir", "x"]))
+    arguments = inspect.signature(shapes.write_shapes).parameters
+    for name, value in flags.items():
+        if name != "output_dir":
+            assert arguments[name].default == value
+
+
+def test_main_writes_the_set_and_says_so_in_one_line(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    shapes.configure(parser)
+    flags = ["--train_per_class=1", "--val_per_class=1", "--size=32", "--clips=0"]
+    flags.append(f"--output_dir={tmp_path / 'new'}")
+    assert shapes.main(parser.parse_args(flags)) == 0
+    out, err = capsys.readouterr()
+    assert "12 training and 12 validation images of 32 px" in out
+    assert out.count("\n") == 1
+    assert err == ""
+    assert (tmp_path / "new/shapes.json").exists()
