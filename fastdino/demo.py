@@ -12,8 +12,8 @@ import shlex
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdino import cli
@@ -23,9 +23,6 @@ from fastdino.evals.attention import attention_maps, draw_attention
 from fastdino.evals.knn import eval_transform
 from fastdino.models.vit import VisionTransformer
 from fastdino.weights import load_backbone
-
-matplotlib.use("agg")  # files, no window
-from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
 
 SHAPES = "--train_per_class 200 --val_per_class 40 --size 96 --clips 0"
 MODEL = "--arch vit_nano --patch_size 8"
@@ -103,7 +100,8 @@ def draw_loss(log: Path, path: Path) -> None:
     """The loss and its two parts over the epochs of a log.txt."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
     for key, name in (
         ("train_loss", "loss = entropy + KL"),
         ("train_entropy", "teacher entropy"),
@@ -115,4 +113,3 @@ def draw_loss(log: Path, path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

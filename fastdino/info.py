@@ -11,11 +11,14 @@ import torch
 from fastdino_kernels import chosen_impl as chosen_kernels
 
 import fastdino
-from fastdino.data.loader import choose_crops
+from fastdino.data.loader import dali_problem
 from fastdino.distributed import choose_device
 from fastdino.models.attention import choose_attention, xformers_problem
 
-PACKAGES = ("torch", "triton", "torchvision", "timm", "xformers", "pillow", "numpy", "tensorboard")
+PACKAGES = (
+    "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120", "pillow", "numpy", "tensorboard",
+)  # fmt: skip
 
 
 def report() -> dict[str, str]:
@@ -23,7 +26,7 @@ def report() -> dict[str, str]:
     device = choose_device("auto")
     attention = choose_attention("auto", device)
     problem = xformers_problem(device)
-    crops, crops_reason = choose_crops("auto")
+    dali = dali_problem()
     facts = {
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -36,7 +39,7 @@ def report() -> dict[str, str]:
         "  xformers": "available" if problem is None else f"not available: {problem}",
         "  sdpa": "available",
         "kernels": chosen_kernels(),
-        "crops": f"{crops} ({crops_reason})",
+        "crops": "dali" if dali is None else f"torchvision (no DALI: {dali})",
     }
     return facts
 
@@ -66,5 +69,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the report."""
     for name, fact in report().items():
-        print(f"{name:12} {fact}")
+        print(f"{name:20} {fact}")
     return 0

@@ -28,6 +28,8 @@ from fastdino.step import Trainer
 
 # Returns to the same checkpoint after which a run with --on_nonfinite rollback gives up.
 MAX_ROLLBACKS = 5
+# Skipped images named one by one; of more than that the number is said.
+NAMED_AT_ONCE = 10
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the same command goes on.
 EXIT_INTERRUPTED = 75
@@ -87,13 +89,13 @@ class Run:
             enabled=self.is_main,
         )
         self.left_out: list[int] = []  # iterations whose batch a rollback passed over
+        self.named: set[str] = set()  # skipped images that were warned of
         self.rollbacks = 0  # to the checkpoint there is now
 
     def run(self) -> Status:
         """Trains to the end or to a signal."""
         self.progress.say(self.headline())
-        for path, reason in list(self.loader.skipped.items())[:10]:
-            self.progress.warn(f"skipped {path}: {reason}")
+        self._name_skipped(self.loader.source.skipped)
         with self.progress, StopSignals() as signals:
             self._resume()
             self._write_config()
@@ -149,15 +151,24 @@ class Run:
                 return "interrupted"
         seconds = time.perf_counter() - started
         images = (trainer.iteration - first) * self.progress.images_per_step
-        self.progress.end_epoch(
-            epoch, images_per_second=images / seconds, skipped_images=len(self.loader.skipped)
-        )
+        skipped = len(self.loader.source.skipped) + len(self.loader.skipped)
+        self.progress.end_epoch(epoch, images_per_second=images / seconds, skipped_images=skipped)
+        self._name_skipped(self.loader.skipped)
         frequency = self.config.saveckp_freq
         keep = bool(frequency) and epoch % frequency == 0
         self._save(also=self.output_dir / f"checkpoint{epoch:04}.pth" if keep else None)
         if signals.agreed() and trainer.epoch < self.config.epochs:
             return "interrupted"
         return "finished"
+
+    def _name_skipped(self, skipped: dict[str, str]) -> None:
+        """Warns of the images left out, the first few by name, each once."""
+        new = [path for path in skipped if path not in self.named]
+        self.named.update(new)
+        for path in new[:NAMED_AT_ONCE]:
+            self.progress.warn(f"skipped {path}: {skipped[path]}")
+        if len(new) > NAMED_AT_ONCE:
+            self.progress.warn(f"skipped {len(new) - NAMED_AT_ONCE} more images")
 
     def _step(self, crops: list[Tensor]) -> None:
         trainer, iteration = self.trainer, self.trainer.iteration

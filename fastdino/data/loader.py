@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdino.data.sources import ImageSource
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
@@ -58,21 +58,23 @@ def build_loader(
     place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
     why = "the paper's chain, exact"
     if config.crops != "torchvision":
-        try:
-            dali: Any = importlib.import_module("fastdino.data.dali")
-            return dali.DaliLoader(config, source, **place)
-        except ImportError as error:
-            if config.crops == "dali":
-                raise ConfigError(f"--crops dali: {error}; install it: {_install()}") from error
-            why = f"exact; DALI is not installed: {_install()}"
-        except DataError:
-            raise
-        except Exception as error:
-            if config.crops == "dali":
-                raise
-            why = f"exact; DALI does not work here: {str(error).strip().splitlines()[0]}"
-    pil: Any = importlib.import_module("fastdino.data.pil")
+        problem = dali_problem()
+        if problem is None:
+            return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **place)
+        if config.crops == "dali":
+            raise ConfigError(f"--crops dali: {problem}")
+        why = f"exact; no DALI: {problem}"
+    pil = importlib.import_module("fastdino.data.pil")
     return pil.TorchvisionLoader(config, source, why=why, **place)
+
+
+def dali_problem() -> str | None:
+    """Why DALI cannot be used, and how to mend that; None where it can."""
+    try:
+        importlib.import_module("fastdino.data.dali")
+    except (ImportError, OSError) as error:
+        return f"{error}; install it: {_install()}"
+    return None
 
 
 def _install() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,9 @@ class TorchvisionLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.device(device).type == "cuda",
-            worker_init_fn=_leave_inherited_garbage,
+            worker_init_fn=_init_worker,
             collate_fn=_collate,
+            generator=torch.Generator(),  # an epoch's start then draws nothing from the run's own
         )
         self._run = 0
         self.description = (
@@ -115,7 +117,7 @@ class TorchvisionLoader:
     def _batches(self, run: int) -> Iterator[list[Tensor]]:
         self._check(run)
         assert self._loader is not None
-        gc.collect()  # See _leave_inherited_garbage: the workers may be forked now.
+        gc.collect()  # See _init_worker: the workers may be forked now.
         for crops, skipped in self._loader:
             for index, reason in skipped:
                 self._bad.add(index, self.source.paths[index], reason)
@@ -134,12 +136,14 @@ class TorchvisionLoader:
         self._loader = None
 
 
-def _leave_inherited_garbage(_worker: int) -> None:
-    """Keeps a forked worker from freeing what it inherited.
+def _init_worker(_worker: int) -> None:
+    """Leaves signals to the main process, which finishes its step with these workers' crops.
 
-    A DALI pipeline among it would wait in its destructor, for ever, for threads that a fork leaves
-    behind.
+    And keeps a forked worker from freeing what it inherited: a DALI pipeline among it would wait in
+    its destructor, for ever, for threads that a fork leaves behind.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino.models.vit import VisionTransformer
-
-matplotlib.use("agg")  # files, no window
-from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
 
 
 @torch.no_grad()
@@ -49,13 +46,8 @@ def draw_attention(
     """
     heads = maps.shape[1]
     columns = 2 + heads
-    figure, axes = plt.subplots(
-        len(pictures),
-        columns,
-        figsize=(1.25 * columns, 1.25 * len(pictures) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(1.25 * columns, 1.25 * len(pictures) + 0.5), layout="constrained")
+    axes = figure.subplots(len(pictures), columns, squeeze=False)
     figure.suptitle(title, fontsize=9)
     for row, (picture, heads_maps) in enumerate(zip(pictures, maps, strict=True)):
         size = (picture.height, picture.width)
@@ -71,4 +63,3 @@ def draw_attention(
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -11,7 +11,7 @@ ENVIRONMENT_VARIABLE = "FASTDINO_KERNELS"
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _environment_default() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
 

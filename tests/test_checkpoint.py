@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+
+import pytest
+import torch
+
+from fastdino import checkpoint
+from fastdino.errors import CheckpointError, NonFiniteError
+
+STATE = {"student": {"w": torch.arange(4.0)}, "epoch": 3}
+
+
+def test_what_is_saved_comes_back_and_the_copy_is_the_same_file(tmp_path):
+    path, copy = tmp_path / "checkpoint.pth", tmp_path / "checkpoint0003.pth"
+    checkpoint.save(STATE, path, also=copy)
+    state = checkpoint.load(path)
+    assert torch.equal(state["student"]["w"], STATE["student"]["w"])
+    assert state["epoch"] == 3
+    assert copy.read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "checkpoint0003.pth"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space")])
+def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(STATE, path)
+    before = path.read_bytes()
+
+    def cut_off(_fd):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", cut_off)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+        checkpoint.save({"student": {"w": torch.ones(99)}}, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_a_full_disk_says_so_and_that_the_last_checkpoint_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(STATE, path)
+
+    def full(_state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="disk is full: make room; the last good checkpoint"):
+        checkpoint.save(STATE, path)
+    monkeypatch.undo()
+    assert checkpoint.load(path)["epoch"] == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_torch_reports_a_device_that_is_really_full(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    os.symlink("/dev/full", tmp_path / "checkpoint.pth.part")
+    with pytest.raises(CheckpointError, match="cannot write .*make room"):
+        checkpoint.save({"student": {"w": torch.ones(1 << 18)}}, path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["student", "optimizer"])
+def test_a_poisoned_state_is_never_written(tmp_path, value, where):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(STATE, path)
+    with pytest.raises(NonFiniteError, match=rf"{where}.state.0.w is not finite"):
+        checkpoint.save({where: {"state": {0: {"w": torch.tensor([1.0, value])}}}}, path)
+    assert checkpoint.load(path)["epoch"] == 3
+
+
+def test_a_truncated_file_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save({"student": {"w": torch.ones(5000)}}, path)
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"checkpoint.pth (cannot be read|is truncated)"):
+            checkpoint.load(path)
+
+
+def test_a_file_that_is_not_there_and_a_file_of_something_else(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no file"):
+        checkpoint.load(tmp_path / "none.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds a list, expected a dict"):
+        checkpoint.load(tmp_path / "list.pth")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"student": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        checkpoint.load(tmp_path / "bomb.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_papers_namespace_of_flags_is_read(tmp_path):
+    path = tmp_path / "paper.pth"
+    torch.save({"args": argparse.Namespace(arch="vit_small", patch_size=8)}, path)
+    assert checkpoint.load(path)["args"].patch_size == 8

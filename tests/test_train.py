@@ -1,0 +1,320 @@
+"""Whole runs: what they write, how they stop, how they go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from fastdino import Trainer, checkpoint, cli
+from fastdino.config import TrainConfig
+from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+from fastdino.train import EXIT_INTERRUPTED, MAX_ROLLBACKS, train
+
+STEPS = 4  # an epoch, of the fixture `pictures`
+
+
+@pytest.fixture
+def config(tiny, pictures, tmp_path):
+    """Makes the config of a run on `pictures`, into tmp_path/run."""
+
+    def make(**overrides):
+        settings = {
+            "data_path": str(pictures),
+            "output_dir": str(tmp_path / "run"),
+            "drop_path_rate": 0.2,
+            "print_freq": 2,
+        }
+        return tiny(**(settings | overrides))
+
+    return make
+
+
+def weights_of(run):
+    return checkpoint.load(run / "checkpoint.pth")
+
+
+def losses_of(run):
+    return [json.loads(line)["train_loss"] for line in (run / "log.txt").read_text().splitlines()]
+
+
+def assert_same_run(run, other):
+    ours, theirs = weights_of(run), weights_of(other)
+    for key in ("student", "teacher", "dino_loss"):
+        for name, tensor in ours[key].items():
+            assert torch.equal(tensor, theirs[key][name]), f"{key} {name}"
+    for index, moments in ours["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, theirs["optimizer"]["state"][index][name])
+    assert losses_of(run) == losses_of(other)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the step of an iteration get a signal while it runs."""
+    step = Trainer.train_step
+
+    def at(iteration, number=signal.SIGTERM):
+        def stopped(self, crops):
+            if self.iteration == iteration:
+                monkeypatch.setattr(Trainer, "train_step", step)
+                os.kill(os.getpid(), number)
+            return step(self, crops)
+
+        monkeypatch.setattr(Trainer, "train_step", stopped)
+
+    return at
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the crops of some iterations NaN: `times` times, or for ever."""
+
+    def at(iterations, times=math.inf):
+        step, left = Trainer.train_step, dict.fromkeys(iterations, times)
+
+        def poisoned(self, crops):
+            if left.get(self.iteration, 0) > 0:
+                left[self.iteration] -= 1
+                crops = [crop * math.nan for crop in crops]
+            return step(self, crops)
+
+        monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+    return at
+
+
+def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp_path, capsys):
+    assert train(config(saveckp_freq=2)) == "finished"
+    run = tmp_path / "run"
+    assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
+            "tensorboard"} == set(os.listdir(run))  # fmt: skip
+    state = weights_of(run)
+    assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
+    assert state["epoch"] == 3
+    assert state["args"]["arch"] == "vit_nano"
+    assert "backbone.blocks.0.attn.qkv.weight" in state["student"]
+    assert "head.last_layer.weight_v" in state["teacher"]
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert {"train_loss", "train_lr", "train_wd"} <= set(lines[0])
+    assert lines[0]["train_kl"] > 0
+    saved = json.loads((run / "config.json").read_text())
+    assert TrainConfig.from_dict(saved["config"]) == config(saveckp_freq=2)
+    assert any(name.startswith("events") for name in os.listdir(run / "tensorboard"))
+    out = capsys.readouterr().out.splitlines()
+    for part in ("vit_nano on cpu", "attention: sdpa (", "kernels: torch", "crops: torchvision",
+                 "precision: fp32 (", "18 images (0 skipped)", "4 steps an epoch"):  # fmt: skip
+        assert part in out[0]
+    assert len(out) == 1 + 3  # not a terminal: the headline and a line an epoch
+
+
+def test_a_finished_run_is_left_as_it_is(config, tmp_path):
+    train(config())
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    assert train(config()) == "finished"
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [1, STEPS - 1, STEPS + 2])
+def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, interrupt, at):
+    assert train(config(output_dir=str(tmp_path / "whole"))) == "finished"
+    interrupt(at, signal.SIGINT if at == 1 else signal.SIGTERM)
+    assert train(config()) == "interrupted"
+    assert weights_of(tmp_path / "run")["iteration"] == at + 1
+    assert train(config()) == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupted_command_has_its_own_exit_status(config, tmp_path, interrupt, pictures):
+    interrupt(1)
+    flags = {**config().to_dict(), "data_path": str(pictures)}
+    line = ["train"]
+    for name, value in flags.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    assert cli.main(line) == EXIT_INTERRUPTED == 75
+    assert cli.main(line) == 0
+
+
+def _train_in_child(settings):
+    train(TrainConfig.from_dict(settings))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_path):
+    whole = config(output_dir=str(tmp_path / "whole"), epochs=4)
+    assert train(whole) == "finished"
+    settings = config(epochs=4, saveckp_every_steps=1).to_dict()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fastdino.train", "fastdino.data.pil"])
+    moment, kills = random.Random(0), 0
+    run = tmp_path / "run"
+    while True:
+        child = server.Process(target=_train_in_child, args=(settings,))
+        child.start()
+        # From the child's first write on, so that kills fall on steps and on saves alike.
+        before = run.stat().st_mtime_ns if run.exists() else 0
+        while child.is_alive() and (not run.exists() or run.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        child.join(moment.uniform(0, 1.5))
+        if child.exitcode is not None:
+            break
+        child.kill()
+        child.join()
+        kills += 1
+        if (run / "checkpoint.pth").exists():
+            checkpoint.load(run / "checkpoint.pth")
+        if kills == 8:
+            settings["saveckp_every_steps"] = 1
+            child = server.Process(target=_train_in_child, args=(settings,))
+            child.start()
+            child.join()
+            break
+    assert child.exitcode == 0
+    assert kills >= 2
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_try(config, tmp_path, poison):
+    poison([STEPS + 1])
+    with pytest.raises(NonFiniteError) as error:
+        train(config())
+    for part in ("the loss is nan at iteration 5", "checkpoint.pth", "--lr", "--on_nonfinite"):
+        assert part in str(error.value)
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def test_rollback_goes_back_and_leaves_the_batch_out(config, tmp_path, poison, capsys):
+    poison([STEPS + 1])
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    state = weights_of(tmp_path / "run")
+    assert state["left_out"] == [STEPS + 1]
+    assert state["iteration"] == 3 * STEPS
+    assert len(losses_of(tmp_path / "run")) == 3
+    assert all(map(math.isfinite, losses_of(tmp_path / "run")))
+    assert "back to iteration 4; the batch of iteration 5 will be left out" in (
+        capsys.readouterr().err
+    )
+
+
+def test_rollback_in_the_first_epoch_has_a_checkpoint_to_go_to(config, tmp_path, poison):
+    poison([0])
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    assert weights_of(tmp_path / "run")["left_out"] == [0]
+
+
+def test_rollback_gives_up_where_it_does_not_help(config, poison):
+    poison(range(1, 3 * STEPS))
+    with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} returns"):
+        train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def breaking(self, crops):
+        loss = step(self, crops)
+        if self.iteration == 2 * STEPS:
+            next(self.student.parameters()).data.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", breaking)
+    with pytest.raises(NonFiniteError, match="student.backbone.* is not finite"):
+        train(config())
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def _train_one_of_two(rank, port, settings):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    train(TrainConfig.from_dict(settings))
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_two_processes_with_half_the_batch_give_the_losses_of_one(config, tmp_path, grad_accum):
+    one = config(output_dir=str(tmp_path / "one"), drop_path_rate=0.0)
+    train(one)
+    two = config(drop_path_rate=0.0, batch_size_per_gpu=2 // grad_accum, grad_accum=grad_accum)
+    port = 20000 + os.getpid() % 20000 + grad_accum
+    torch.multiprocessing.start_processes(
+        _train_one_of_two, (port, two.to_dict()), nprocs=2, start_method="spawn"
+    )
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "one")
+    torch.testing.assert_close(
+        ours["dino_loss"]["center"], theirs["dino_loss"]["center"], rtol=1e-3, atol=1e-4
+    )
+    assert len(ours["generators"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"data_path": "/nowhere"}, DataError, "there is no folder /nowhere"),
+        ({"batch_size_per_gpu": 32}, DataError, "--batch_size_per_gpu"),
+        ({"arch": "vit_smal"}, ConfigError, "did you mean vit_small"),
+        ({"output_dir": "/dev/null/run"}, CheckpointError, "--output_dir /dev/null/run"),
+        ({"attention": "xformers"}, ConfigError, "--attention xformers cannot run"),
+    ],
+)
+def test_mistakes_are_named_before_the_run(config, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        train(config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out_dim": 32}, r"cannot resume .*weight_g is \(64, 1\), expected \(32, 1\)"),
+        ({"arch": "vit_tiny"}, "cannot resume .*weights are of another network"),
+        ({"batch_size_per_gpu": 2}, "4 steps an epoch, this one has 9"),
+    ],
+)
+def test_resuming_with_other_settings_says_which(config, tmp_path, settings, message):
+    train(config(epochs=1))
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(config(epochs=2, **settings))
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_truncated_checkpoint_is_an_error_and_stays(config, tmp_path):
+    train(config(epochs=1))
+    path = tmp_path / "run" / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        train(config())
+    assert path.stat().st_size == 1000
+
+
+def test_running_out_of_memory_names_the_flags(config, monkeypatch):
+    def full(self, crops):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(UserError, match=r"lower --batch_size_per_gpu \(now 4\).*--grad_accum"):
+        train(config())
+
+
+def test_broken_images_are_skipped_counted_and_named(config, tmp_path, pictures, capsys):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
+        (folder / f"{i}.jpg").write_bytes(path.read_bytes())
+    (folder / "broken.jpg").write_text("not a picture")
+    settings = {"data_path": str(folder.parent), "epochs": 1}
+    train(config(**settings, max_bad_share=0.1))
+    captured = capsys.readouterr()
+    assert "18 images (1 skipped)" in captured.out
+    assert "broken.jpg" in captured.err
+    line = json.loads((tmp_path / "run" / "log.txt").read_text())
+    assert line["skipped_images"] == 1
+    with pytest.raises(DataError, match="max_bad_share"):
+        train(config(**settings, max_bad_share=0.01, output_dir=str(tmp_path / "other")))
