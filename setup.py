@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "fastdino/__init__.py").read_text())[0]
+INIT = (ROOT / "fastdino/__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'__version__ = "(.+)"', INIT)[0]
 
 TRAIN = [
     "matplotlib>=3.8",
@@ -27,6 +28,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist",
     "ruff>=0.14",
+    "setuptools>=77",  # tests/test_package.py builds in the environment it runs in
 ]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50; sys_platform == 'linux'"]
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"]
@@ -35,9 +37,9 @@ setup(
     name="fastdino",
     version=VERSION,
     description="DINO self-supervised pretraining as fast as the hardware allows",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fastdino*"]) + find_packages("kernels"),
     package_dir={"fastdino_kernels": "kernels/fastdino_kernels"},

@@ -43,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastdino", description="DINO pretraining, fast.")
     parser.add_argument("--version", action="version", version=f"fastdino {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    wanted = next((word for word in argv if not word.startswith("-")), None)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         # Only the one that runs is imported: torch takes seconds.
-        if name in argv[:1]:
+        if name == wanted:
             module = import_module(command.module)
             module.configure(subparser)
             run: Callable[[argparse.Namespace], int] = module.main

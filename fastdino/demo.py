@@ -45,7 +45,9 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     root = Path(args.output_dir)
     images, checkpoint = root / "shapes", root / "checkpoint.pth"
-    run("shapes", f"{SHAPES} --output_dir", images)
+    status = run("shapes", f"{SHAPES} --output_dir", images)
+    if status:
+        return status
     accuracy = {
         "raw pixels": knn(root, images, "--raw_pixels"),
         "untrained network": knn(root, images, MODEL),
@@ -66,7 +68,8 @@ def main(args: argparse.Namespace) -> int:
 
 def run(command: str, *words: str | Path) -> int:
     """Runs a fastdino command in this process, after printing it; returns its exit status."""
-    line = f"{command} {' '.join(map(str, words))}"
+    quoted = (shlex.quote(str(word)) if isinstance(word, Path) else word for word in words)
+    line = f"{command} {' '.join(quoted)}"
     print(f"\n$ fastdino {line}", flush=True)
     return cli.main(shlex.split(line))
 

@@ -48,7 +48,6 @@ class Progress:
         self.enabled = enabled
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
-        self._shown: dict[str, str] = {}
         self._warned: set[tuple[int, str]] = set()
         self._bar: tqdm[Any] | None = None
         self._board: Any = None

@@ -31,15 +31,15 @@ def load_backbone(
     """The backbone of a checkpoint of this project or the paper's code; fresh weights for path "".
 
     Args:
-        path: a full checkpoint, or a file of backbone weights alone.
+        path: a full checkpoint, or a file of one network's or of the backbone's weights alone.
         checkpoint_key: "teacher" or "student", used where the file has both.
         arch, patch_size: None: what the checkpoint's `args` say, else vit_small, 16.
 
     Raises: CheckpointError: no such key, or weights of another network (tensors are named).
     """
     state: dict[str, Any] = checkpoint.load(Path(path)) if path else {}
-    args = state.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = state.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     arch = arch or args.get("arch", "vit_small")
     patch_size = patch_size or args.get("patch_size", 16)
     weights = _backbone_weights(state, checkpoint_key, path)
@@ -55,14 +55,13 @@ def load_backbone(
 
 def _backbone_weights(state: dict[str, Any], key: str, path: str) -> dict[str, Tensor]:
     if "student" in state or "teacher" in state:
-        if key not in state:
+        if not isinstance(state.get(key), dict):
+            networks = [name for name in ("student", "teacher") if name in state]
             raise CheckpointError(
-                f"{path} has no {key!r}, it has {', '.join(state)}: name one with --checkpoint_key"
+                f"{path} has no network {key!r}, it has {', '.join(networks)}: "
+                "name one with --checkpoint_key"
             )
-        state = strip_prefix(state[key], "module.")
-        return {
-            name.removeprefix("backbone."): tensor
-            for name, tensor in state.items()
-            if name.startswith("backbone.")
-        }
-    return state
+        state = state[key]
+    state = strip_prefix(state, "module.")
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    return strip_prefix(backbone or state, "backbone.")

@@ -187,14 +187,11 @@ class Scheme:
 
     @staticmethod
     def draw(rng: Rng) -> Scheme:
-        """A light object before a dark background or the reverse, at least 0.24 apart."""
-        middle = rng.uniform(0.42, 0.58)
-        dark = (max(0.05, middle - 0.42), middle - 0.12)
-        light = (middle + 0.12, min(0.96, middle + 0.42))
-        vivid, pale = (0.6, 1.0), (0.1, 0.6)
+        """Vivid light objects before a pale dark background or the reverse, far apart in luma."""
+        vivid, pale = (0.6, 1.0), (0.05, 0.4)
         if rng.random() < 0.5:
-            return Scheme(Paints(light, vivid), Paints(dark, pale), 0.0)
-        return Scheme(Paints(dark, vivid), Paints(light, pale), 1.0)
+            return Scheme(Paints((0.72, 0.95), vivid), Paints((0.16, 0.4), pale), 0.0)
+        return Scheme(Paints((0.05, 0.3), vivid), Paints((0.6, 0.84), pale), 1.0)
 
 
 def colour(rng: Rng, paints: Paints) -> Array:
@@ -366,30 +363,23 @@ def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
 def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.bool_]]:
     """One labelled picture: the canvas [size, size, 3] and its objects' mask [size, size].
 
-    Two to four objects of one form, each with its own colours, texture and size (its longer side
-    takes 0.25 to 0.5 of the picture), turned by up to 30 degrees, whole and apart from each other.
-    So form is what the parts of a picture share, and what crops of it have in common.
+    One to four objects of one form, each with its own colours, texture and size (its longer side
+    takes 0.28 to 0.55 of the picture), turned by up to 30 degrees, whole and apart from each other.
     """
     scheme = Scheme.draw(rng)
     canvas = background(rng, size, size, scheme.background)
     mask = np.zeros((size, size), bool)
     taken: list[tuple[float, float, float, float]] = []
-    for _ in range(int(rng.integers(2, 5))):
+    for _ in range(4):
         texture = Texture.draw(rng, scheme.object, (2.5, 6))
         turned = Pose(0, 0, 1, math.radians(rng.uniform(-30, 30))).place(outline(form, rng))
-        low, high = turned.min(axis=0), turned.max(axis=0)
-        share = rng.uniform(0.25, 0.5)
-        scale = share * size / (high - low).max()
-        for _ in range(20):
-            left, top = (rng.random(2) * (size - scale * (high - low))).tolist()
-            right, bottom = (np.array([left, top]) + scale * (high - low)).tolist()
-            if all(
-                right < other[0] or other[2] < left or bottom < other[1] or other[3] < top
-                for other in taken
-            ):
+        low, extent = turned.min(axis=0), np.ptp(turned, axis=0)
+        scale = float(rng.uniform(0.28, 0.55) * size / extent.max())
+        for left, top in (rng.random((20, 2)) * (size - scale * extent)).tolist():
+            right, bottom = left + scale * extent[0], top + scale * extent[1]
+            if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in taken):
                 taken.append((left, top, right, bottom))
-                corner = np.array([left, top]) - scale * low
-                pose = Pose(float(corner[0]), float(corner[1]), float(scale))
+                pose = Pose(float(left - scale * low[0]), float(top - scale * low[1]), scale)
                 mask |= paint(canvas, turned, pose, texture, scheme.halo) >= 0.5
                 break
     return canvas, mask

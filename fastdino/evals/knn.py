@@ -25,11 +25,12 @@ from fastdino.config import parse_bool
 from fastdino.data import scan_images
 from fastdino.data.pil import MEAN, STD
 from fastdino.data.sources import ImageSource, read_rgb
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.weights import load_backbone
 
 # Similarities held in memory at once: a chunk of validation images against all training images.
 CHUNK_ELEMENTS = 1 << 25
+UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
 
 
 def knn_accuracy(
@@ -48,7 +49,7 @@ def knn_accuracy(
         train_labels [N], val_labels [M]: class numbers from 0.
         ks: numbers of neighbours; one above N counts as N.
 
-    Returns: k -> (top-1, top-5).
+    Returns: k -> (top-1, top-5); with k below 5 the latter is top-k, as in the paper's code.
     """
     classes = int(torch.cat((train_labels, val_labels)).max()) + 1
     correct = {k: [0, 0] for k in ks}
@@ -57,11 +58,12 @@ def knn_accuracy(
         most = min(max(ks), len(train_features))
         similarity, neighbours = (features @ train_features.T).topk(most, dim=1)
         neighbour_labels = train_labels[neighbours]
-        votes = (similarity / temperature).exp()
+        # Relative to the nearest one's: the same order, and no overflow at low temperatures.
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()
         for k in ks:
             scores = torch.zeros(len(features), classes, device=votes.device, dtype=votes.dtype)
             scores.scatter_add_(1, neighbour_labels[:, :k], votes[:, :k])
-            hits = scores.topk(min(5, classes), dim=1).indices == labels[:, None]
+            hits = scores.topk(min(5, k, classes), dim=1).indices == labels[:, None]
             correct[k][0] += int(hits[:, 0].sum())
             correct[k][1] += int(hits.sum())
     return {
@@ -78,7 +80,11 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return len(self.source.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = read_rgb(self.source.paths[index])
+        """The image and its label; any image and UNREADABLE where it cannot be decoded."""
+        try:
+            image = read_rgb(self.source.paths[index])
+        except Exception:  # Pillow's plugins raise all kinds on broken files.
+            return self.transform(Image.new("RGB", (1, 1))), UNREADABLE
         return self.transform(image), int(self.source.labels[index])
 
 
@@ -108,7 +114,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features [N, D] and labels [N] of all images, on the CPU, in order.
 
-    In a run of many processes each computes a share, and every one gets the whole.
+    Images that cannot be decoded have no row. In a run of many processes each computes a share,
+    and every one gets the whole.
     """
     images: Dataset[tuple[Tensor, int]] = _Images(source, transform)
     share = range(distributed.rank(), len(source.paths), distributed.world_size())
@@ -118,18 +125,25 @@ def extract_features(
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=device.type == "cuda",
     )
-    features = torch.zeros(0)
+    features: Tensor | None = None
     labels = torch.zeros(len(source.paths), dtype=torch.long)
     done = 0
     for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
         rows = share[done : done + len(batch)]
         out = F.normalize(model(batch.to(device)).float(), dim=1).cpu()
-        if not len(features):
+        if features is None:
             features = torch.zeros(len(source.paths), out.shape[1])
         features[rows] = out
         labels[rows] = batch_labels
         done += len(batch)
-    return distributed.total(features), distributed.total(labels)
+    if distributed.world_size() > 1:
+        widths = distributed.gather(0 if features is None else features.shape[1])
+        if features is None:  # more processes than images: this one had none
+            features = torch.zeros(len(source.paths), max(widths))
+    assert features is not None
+    features, labels = distributed.total(features), distributed.total(labels)
+    good = labels != UNREADABLE
+    return features[good], labels[good]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -162,10 +176,14 @@ def main(args: argparse.Namespace) -> int:
     for name in ("batch_size_per_gpu", "resize", "crop"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(args.nb_knn) < 1 or args.temperature <= 0:
+    if min(args.nb_knn) < 1 or not args.temperature > 0:
         raise ConfigError(
             f"--nb_knn and --temperature must be above 0, got {args.nb_knn}, {args.temperature}"
         )
+    if args.num_workers < 0:
+        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
+    if args.patch_size is not None and args.patch_size < 1:
+        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         tensors = load_features(args) if args.load_features else compute_features(args, device)
@@ -194,25 +212,12 @@ def main(args: argparse.Namespace) -> int:
 
 def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
     """Features and labels of train/ and val/, under the names of the paper's feature files."""
-    if args.raw_pixels:
-        model: Callable[[Tensor], Tensor] = torch.nn.Flatten()
-    else:
-        torch.manual_seed(args.seed)
-        model = load_backbone(
-            args.pretrained_weights,
-            checkpoint_key=args.checkpoint_key,
-            arch=args.arch,
-            patch_size=args.patch_size,
-        ).module.to(device)
-    tensors, classes = {}, []
-    for split, name in (("train", "train"), ("val", "test")):
-        root = os.path.join(args.data_path, split)
-        # A bad file is left out and counted; only a folder without any image ends the evaluation.
-        source = scan_images(root, max_bad_share=1.0, workers=args.num_workers)
-        if source.skipped and distributed.rank() == 0:
-            print(f"{split}: {len(source.skipped)} unreadable images left out", file=sys.stderr)
-        classes.append(source.classes)
-        tensors[f"{name}feat"], tensors[f"{name}labels"] = extract_features(
+    model = torch.nn.Flatten() if args.raw_pixels else build_model(args, device)
+    # One verdict for all processes, before the features: they take long.
+    sources = distributed.from_main(lambda: scan_splits(args))
+    tensors = {}
+    for (split, source), name in zip(sources.items(), ("train", "test"), strict=True):
+        features, labels = extract_features(
             model,
             source,
             eval_transform(args.resize, args.crop),
@@ -221,24 +226,73 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str
             device=device,
             title=split,
         )
+        if not len(labels):
+            raise DataError(f"none of the {len(source)} images in {split}/ can be decoded")
+        left_out = len(source.skipped) + len(source) - len(labels)
+        if left_out and distributed.rank() == 0:
+            print(f"{split}: {left_out} unreadable images left out", file=sys.stderr)
+        tensors[f"{name}feat"], tensors[f"{name}labels"] = features, labels
+    return tensors
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """The network of the flags, on the device; raises ConfigError where it cannot take --crop."""
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        arch=args.arch,
+        patch_size=args.patch_size,
+    )
+    try:
+        with torch.no_grad():
+            backbone.module(torch.zeros(1, 3, args.crop, args.crop))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"--arch {backbone.arch} cannot take --crop {args.crop} px images: {error}"
+        ) from error
+    return backbone.module.to(device)
+
+
+def scan_splits(args: argparse.Namespace) -> dict[str, ImageSource]:
+    """The images of train/ and val/; raises DataError where their classes differ."""
+    sources = {
+        # A bad file is left out and counted; only a folder without any image ends the evaluation.
+        split: scan_images(
+            os.path.join(args.data_path, split), max_bad_share=1.0, workers=args.num_workers
+        )
+        for split in ("train", "val")
+    }
+    classes = sources["train"].classes, sources["val"].classes
     if classes[0] != classes[1]:
         raise DataError(
             f"train/ and val/ of {args.data_path} must have the same class folders; "
             f"only one has {sorted(set(classes[0]) ^ set(classes[1]))[:5]}"
         )
-    return tensors
+    return sources
 
 
 FEATURE_FILES = ("trainfeat", "trainlabels", "testfeat", "testlabels")
 
 
 def load_features(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The feature files of --dump_features, or of the paper's eval_knn.py."""
+    """The feature files of --dump_features, or of the paper's eval_knn.py.
+
+    Raises: CheckpointError: a file is missing, or they do not belong together.
+    """
     tensors = {}
     for name in FEATURE_FILES:
         path = Path(args.load_features) / f"{name}.pth"
         value = checkpoint.load_tensor(path)
         tensors[name] = value.float() if name.endswith("feat") else value.long()
+    train, train_labels, test, test_labels = (tensors[name].shape for name in FEATURE_FILES)
+    rows = [train[:1], test[:1]] == [train_labels, test_labels]
+    if not rows or len(train) != 2 or train[1:] != test[1:] or 0 in (train[0], test[0]):
+        raise CheckpointError(
+            f"the files in {args.load_features} do not belong together: "
+            + ", ".join(f"{name} is {tuple(tensors[name].shape)}" for name in FEATURE_FILES)
+            + "; expected [N, D], [N], [M, D], [M]"
+        )
     return tensors
 
 

@@ -1,0 +1,134 @@
+"""The command `fastdino`: what it exits with, and what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fastdino
+from fastdino import cli
+from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Puts a command `try` in the list: what it adds as flags, and what it does."""
+
+    def put(run, flags=()):
+        module = types.ModuleType("a_command")
+        module.configure = lambda parser: [parser.add_argument(flag) for flag in flags]
+        module.main = run
+        monkeypatch.setitem(sys.modules, "a_command", module)
+        monkeypatch.setitem(cli.COMMANDS, "try", cli.Command("a_command", "tries"))
+
+    return put
+
+
+def python(*words):
+    """Runs a Python of its own where the packages of the checkout can be imported."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(
+        [sys.executable, *words], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_the_exit_status_is_the_commands(command, status):
+    command(lambda args: status)
+    assert cli.main(["try"]) == status
+
+
+def test_flags_reach_the_command(command):
+    seen = []
+    command(lambda args: seen.append((args.one, args.two)) or 0, ["--one", "--two"])
+    assert cli.main(["try", "--one", "a", "--two=knn"]) == 0
+    assert seen == [("a", "knn")]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, NonFiniteError])
+def test_a_mistake_is_one_line_and_status_2(command, capsys, kind):
+    def fail(args):
+        raise kind("--lr is -1: it must be at least 0")
+
+    command(fail)
+    assert cli.main(["try"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "fastdino try: error: --lr is -1: it must be at least 0\n"
+    assert captured.out == ""
+
+
+def test_a_defect_keeps_its_traceback(command):
+    def fail(args):
+        raise ValueError("not the user's")
+
+    command(fail)
+    with pytest.raises(ValueError, match="not the user's"):
+        cli.main(["try"])
+
+
+def test_ctrl_c_is_status_130(command):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    command(stop)
+    assert cli.main(["try"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "part"),
+    [
+        (["--version"], 0, f"fastdino {fastdino.__version__}\n"),
+        (["--help"], 0, "weighted k-NN accuracy"),
+        ([], 2, "the following arguments are required: command"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+        (["--what", "try"], 2, "unrecognized arguments: --what"),
+        (["try", "--what"], 2, "unrecognized arguments: --what"),
+    ],
+)
+def test_what_the_parser_answers(command, capsys, words, status, part):
+    command(lambda args: 1)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == status
+    captured = capsys.readouterr()
+    assert part in (captured.err if status else captured.out)
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: fastdino {name}" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch():
+    done = python(
+        "-c",
+        "import sys; from fastdino.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'torchvision'} & set(sys.modules)))",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: fastdino" in done.stdout
+
+
+def test_info_says_what_this_machine_has_and_why():
+    done = python("-m", "fastdino", "info")
+    assert done.returncode == 0, done.stderr
+    facts = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
+    assert facts["fastdino"] == fastdino.__version__
+    assert facts["torch"][0].isdigit()
+    assert {"attention", "xformers", "kernels", "crops", "gpu"} <= set(facts)
+    assert facts["attention"].startswith(("sdpa (", "xformers ("))
+    assert facts["kernels"] in ("torch", "triton", "reference")
+    assert facts["crops"] == "dali" or facts["crops"].startswith("torchvision (no DALI: ")

@@ -1,0 +1,354 @@
+"""`fastdino knn`: the classifier, the features, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import transforms
+
+from fastdino import Trainer, checkpoint, cli, distributed
+from fastdino.data import scan_images
+from fastdino.evals import knn
+from fastdino.evals.knn import eval_transform, extract_features, knn_accuracy
+
+CPU = torch.device("cpu")
+SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"
+NANO = ["--arch", "vit_nano", "--patch_size", "8"]
+COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
+
+
+def clustered(n, classes, *, dim=6, seed=0):
+    """n unit vectors around one centre a class, wide enough for neighbours of other classes."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((classes, dim))
+    labels = rng.permutation(n) % classes
+    features = torch.from_numpy(centres[labels] + 1.6 * rng.standard_normal((n, dim)))
+    return F.normalize(features, dim=1), torch.from_numpy(labels)
+
+
+def paper_knn(train, train_labels, val, val_labels, k, temperature):
+    """Caron et al. 2021, appendix on k-NN: class c has the weight sum_i a_i 1[c_i = c],
+    a_i = exp(T_i x / tau), over the k nearest; image by image, in float64."""
+    top1 = top5 = 0
+    for x, label in zip(val.double().tolist(), val_labels.tolist(), strict=True):
+        cosines = [math.fsum(map(float.__mul__, t, x)) for t in train.double().tolist()]
+        nearest = sorted(range(len(cosines)), key=cosines.__getitem__, reverse=True)[:k]
+        weights = defaultdict(float)
+        for i in nearest:
+            weights[int(train_labels[i])] += math.exp(cosines[i] / temperature)
+        ranking = sorted(weights, key=weights.__getitem__, reverse=True)
+        assert len(ranking) >= min(5, k, int(train_labels.max()) + 1), "else classes tie at 0"
+        top1 += label == ranking[0]
+        top5 += label in ranking[: min(5, k)]
+    return 100 * top1 / len(val), 100 * top5 / len(val)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_accuracies_are_the_papers(dtype):
+    train, train_labels = clustered(150, 8)
+    val, val_labels = clustered(60, 8, seed=1)
+    train, val = train.to(dtype), val.to(dtype)
+    ks = [1, 30, 60, 149]
+    found = knn_accuracy(train, train_labels, val, val_labels, ks=ks)
+    for k in ks:
+        expected = paper_knn(train, train_labels, val, val_labels, k, 0.07)
+        assert found[k] == pytest.approx(expected, abs=1e-9)
+    assert 20 < found[30][0] < found[30][1] < 100
+    assert found[1][0] == found[1][1], "one neighbour names one class"
+
+
+def test_the_nearer_neighbours_weigh_more():
+    turn = torch.tensor([0.1, 0.9, 1.0, 2.0, 2.2])
+    train = torch.stack((turn.cos(), turn.sin()), dim=1)
+    labels = torch.tensor([0, 1, 1, 0, 0])
+    val = torch.tensor([[1.0, 0.0]])
+    for temperature, winner in ((0.07, 0), (10.0, 1)):
+        for label in (0, 1):
+            top1, _ = knn_accuracy(
+                train, labels, val, torch.tensor([label]), ks=[3], temperature=temperature
+            )[3]
+            assert (top1 == 100) == (label == winner)
+
+
+def test_a_low_temperature_does_not_overflow():
+    train, train_labels = clustered(150, 8)
+    val, val_labels = clustered(60, 8, seed=1)
+    found = knn_accuracy(
+        train.float(), train_labels, val.float(), val_labels, ks=[149], temperature=0.005
+    )
+    assert found[149] == pytest.approx(
+        paper_knn(train, train_labels, val, val_labels, 149, 0.005), abs=1e-9
+    )
+
+
+def test_more_neighbours_than_images_are_all_images():
+    train, train_labels = clustered(20, 6)
+    val, val_labels = clustered(15, 6, seed=1)
+    found = knn_accuracy(train, train_labels, val, val_labels, ks=[20, 21, 500])
+    assert found[20] == found[21] == found[500]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_with_fewer_than_five_classes_top5_is_certain(classes):
+    train, train_labels = clustered(40, classes)
+    val, val_labels = clustered(30, classes, seed=1)
+    top1, top5 = knn_accuracy(train, train_labels, val, val_labels, ks=[40])[40]
+    assert top5 == 100
+    assert top1 == paper_knn(train, train_labels, val, val_labels, 40, 0.07)[0]
+
+
+def test_a_class_that_only_val_has_is_never_right():
+    train, train_labels = clustered(40, 7)
+    val, _ = clustered(10, 7, seed=1)
+    assert knn_accuracy(train, train_labels, val, torch.full((10,), 9), ks=[40])[40] == (0, 0)
+
+
+@pytest.mark.parametrize("elements", [1, 150 * 7, 150 * 60 - 1])
+def test_chunks_change_nothing(monkeypatch, elements):
+    sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
+    whole = knn_accuracy(*sets, ks=[5, 20])
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", elements)
+    assert knn_accuracy(*sets, ks=[5, 20]) == whole
+
+
+def test_images_are_made_as_the_paper_makes_them(pictures):
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(36, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    image = Image.open(next(pictures.rglob("*.jpg")))
+    torch.testing.assert_close(eval_transform(36, 32)(image), theirs(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_are_normalised_and_in_the_order_of_the_folder(pictures, workers):
+    source, transform = scan_images(pictures), eval_transform(16, 8)
+    features, labels = extract_features(
+        torch.nn.Flatten(), source, transform, batch_size=4, workers=workers, device=CPU
+    )
+    expected = torch.stack([transform(Image.open(path)).flatten() for path in source.paths])
+    torch.testing.assert_close(features, F.normalize(expected, dim=1))
+    assert labels.tolist() == source.labels.tolist() == sorted([0, 1, 2] * 6)
+
+
+def write_pictures(folder, n, colour, rng):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        pixels = np.clip(rng.normal(colour, 50, (40, 48, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """train/ with 4 pictures a class and val/ with 2; a class is a colour."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        write_pictures(tmp_path / "images" / "train" / name, 4, colour, rng)
+        write_pictures(tmp_path / "images" / "val" / name, 2, colour, rng)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def run(images):
+    """Runs `fastdino knn` on `images`, small, with more flags; returns the exit status."""
+
+    def command(*words):
+        return cli.main(["knn", "--data_path", str(images), *SMALL.split(), *map(str, words)])
+
+    return command
+
+
+def dumped(folder):
+    return {path.name: checkpoint.load_tensor(path) for path in folder.iterdir()}
+
+
+def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(run, tmp_path, capsys):
+    assert run("--raw_pixels", "--output", tmp_path / "knn.json") == 0
+    perfect = {"top1": 100.0, "top5": 100.0}
+    assert json.loads((tmp_path / "knn.json").read_text()) == {"1": perfect, "3": perfect}
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "1-NN classifier result: Top1: 100.00, Top5: 100.00",
+        "3-NN classifier result: Top1: 100.00, Top5: 100.00",
+    ]
+    assert captured.err == "", "no bar where there is no terminal"
+
+
+def test_features_are_those_of_the_checkpoints_teacher(run, images, tiny, tmp_path):
+    config = tiny()
+    trainer = Trainer(config, steps_per_epoch=1)
+    for parameter in trainer.teacher.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save({**trainer.state_dict(), "args": config.to_dict()}, path)
+    flags = ["--pretrained_weights", path]
+    assert run(*flags, "--dump_features", tmp_path / "teacher") == 0
+    assert run(*flags, "--checkpoint_key", "student", "--dump_features", tmp_path / "student") == 0
+    source, transform = scan_images(images / "train"), eval_transform(36, 32)
+    batch = torch.stack([transform(Image.open(path)) for path in source.paths])
+    for key, network in (("teacher", trainer.teacher), ("student", trainer.student)):
+        found = dumped(tmp_path / key)
+        with torch.no_grad():
+            expected = F.normalize(network.backbone(batch), dim=1)
+        torch.testing.assert_close(found["trainfeat.pth"], expected, rtol=1e-4, atol=1e-5)
+        assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        assert found["testlabels.pth"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert found["testfeat.pth"].shape == (6, 128)
+
+
+def test_dumped_features_give_the_same_accuracies(run, images, tmp_path, capsys):
+    features = tmp_path / "a" / "b"
+    assert run(*NANO, "--dump_features", features) == 0
+    printed = capsys.readouterr().out
+    assert printed
+    for path in images.rglob("*.png"):
+        path.unlink()
+    assert run("--load_features", features) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_an_untrained_network_is_the_same_for_the_same_seed(run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run(*NANO, "--dump_features", tmp_path / name, "--seed", seed) == 0
+    a, b, c = (dumped(tmp_path / name)["testfeat.pth"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, c)
+
+
+def test_broken_images_are_left_out_and_counted(run, images, tmp_path, capsys):
+    whole = (images / "train" / "red" / "0.png").read_bytes()
+    middle = len(whole) // 2
+    (images / "train" / "blue" / "text.png").write_text("no picture")
+    # Its header and its end are good: it comes to light where it is decoded.
+    (images / "train" / "red" / "0.png").write_bytes(
+        whole[:middle] + b"\0" * 64 + whole[middle + 64 :]
+    )
+    assert run("--raw_pixels", "--dump_features", tmp_path / "out") == 0
+    assert capsys.readouterr().err == "train: 2 unreadable images left out\n"
+    found = dumped(tmp_path / "out")
+    assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert found["trainfeat.pth"].norm(dim=1).tolist() == pytest.approx([1.0] * 11)
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastdino knn: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_other_classes_in_val_are_named_before_any_feature_is_made(
+    run, images, capsys, monkeypatch
+):
+    (images / "val" / "green").rename(images / "val" / "violet")
+    monkeypatch.setattr(knn, "extract_features", None)
+    assert run("--raw_pixels") == 2
+    assert "must have the same class folders; only one has ['green', 'violet']" in error_of(capsys)
+
+
+def test_missing_folders_and_files_are_mistakes(run, tmp_path, capsys):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for flags, part in (
+        (("--data_path", "/nowhere"), "there is no folder /nowhere/train"),
+        (("--data_path", tmp_path), f"no images in {tmp_path}/train"),
+        (("--load_features", tmp_path), f"there is no file {tmp_path}/trainfeat.pth"),
+        (("--output", "/nowhere/knn.json"), "cannot write /nowhere/knn.json"),
+        (("--dump_features", "/dev/null/x"), "cannot write /dev/null/x"),
+    ):
+        status = run("--raw_pixels", *flags)
+        error = capsys.readouterr().err
+        assert (status, error.count("\n"), part in error) == (2, 1, True), (flags, error)
+
+
+def test_a_split_without_one_good_image_is_a_mistake(run, images, capsys):
+    for path in (images / "val").rglob("*.png"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
+    assert run("--raw_pixels") == 2
+    assert "none of the 6 images in val/ can be decoded" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--batch_size_per_gpu 0", "--batch_size_per_gpu must be at least 1, got 0"),
+        ("--resize 0", "--resize must be at least 1"),
+        ("--crop -3", "--crop must be at least 1, got -3"),
+        ("--nb_knn 10 0", "--nb_knn and --temperature must be above 0, got [10, 0]"),
+        ("--temperature 0", "--temperature must be above 0"),
+        ("--temperature nan", "--temperature must be above 0"),
+        ("--num_workers -1", "--num_workers must be at least 0, got -1"),
+        ("--patch_size 0", "--patch_size must be at least 1, got 0"),
+        ("--arch vit_nan", "did you mean vit_nano"),
+        ("--arch vit_nano --patch_size 64", "--arch vit_nano cannot take --crop 32 px images"),
+        ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+    assert run(*flags.split()) == 2
+    assert part in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trainlabels", torch.zeros(3)),
+        ("testfeat", torch.ones(5, 7)),
+        ("trainfeat", torch.ones(4)),
+    ],
+)
+def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, capsys, name, value):
+    good = {
+        "trainfeat": torch.ones(4, 2),
+        "trainlabels": torch.zeros(4, dtype=torch.long),
+        "testfeat": torch.ones(5, 2),
+        "testlabels": torch.zeros(5, dtype=torch.long),
+    }
+    knn.dump_features(tmp_path, good)
+    assert run("--load_features", tmp_path) == 0
+    capsys.readouterr()
+    knn.dump_features(tmp_path, {**good, name: value})
+    assert run("--load_features", tmp_path) == 2
+    assert f"{name} is {tuple(value.shape)}" in error_of(capsys)
+
+
+def _knn_one_of_two(rank, port, line):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    assert cli.main(line) == 0
+
+
+def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
+    (images / "train" / "red" / "3.png").unlink()  # 11 images: the shares are 6 and 5
+    for path in sorted((images / "val").rglob("*.png"))[1:]:
+        path.unlink()  # one image: the second process has none
+    line = ["knn", "--data_path", str(images), *SMALL.split(), *NANO]
+    line += ["--dump_features", str(tmp_path / "two"), "--output", str(tmp_path / "two.json")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _knn_one_of_two, (port, line), nprocs=2, start_method="spawn"
+    )
+    assert distributed.world_size() == 1
+    assert run(*NANO, "--dump_features", tmp_path / "one", "--output", tmp_path / "one.json") == 0
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    one, two = dumped(tmp_path / "one"), dumped(tmp_path / "two")
+    assert one["trainfeat.pth"].shape == (11, 128)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
