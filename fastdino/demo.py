@@ -28,9 +28,10 @@ SHAPES = "--train_per_class 200 --val_per_class 40 --size 96 --clips 0"
 MODEL = "--arch vit_nano --patch_size 8"
 KNN = "--resize 48 --crop 48 --nb_knn 20"
 TRAIN = (
-    f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 4 --out_dim 1024 "
-    "--batch_size_per_gpu 32 --epochs 15 --warmup_epochs 2 --lr 0.004 --min_lr 1e-5 "
-    "--momentum_teacher 0.99 --drop_path_rate 0 --saveckp_freq 0"
+    f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 2 --out_dim 256 "
+    "--use_bn_in_head true --warmup_teacher_temp 0.02 --teacher_temp 0.02 --momentum_teacher 0.98 "
+    "--batch_size_per_gpu 64 --epochs 16 --warmup_epochs 1 --lr 0.012 --min_lr 1e-5 "
+    "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
 ATTENTION_SIZE = 96  # px: twice the training's, for finer maps
 

@@ -155,7 +155,7 @@ class Progress:
             return
         share = values["entropy"] / math.log(self.prototypes)
         if share < COLLAPSED_TO_ONE:
-            kind, todo = "puts every image on one prototype", "raise --teacher_temp"
+            kind, todo = "puts all its weight on one prototype", "raise --teacher_temp"
         elif share > COLLAPSED_TO_UNIFORM:
             kind, todo = "is uniform over the prototypes", "lower --teacher_temp or --lr"
         else:

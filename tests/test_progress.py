@@ -104,7 +104,7 @@ def test_a_resumed_epochs_means_are_those_of_an_unbroken_one(progress, tmp_path,
 @pytest.mark.parametrize(
     ("share", "text"),
     [
-        (0.0099, "the teacher puts every image on one prototype"),
+        (0.0099, "the teacher puts all its weight on one prototype"),
         (0.9951, "the teacher is uniform over the prototypes"),
     ],
 )

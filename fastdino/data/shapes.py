@@ -215,10 +215,10 @@ def _write_stills(root: Path, settings: _Settings, split: str, form: str, chunk:
         folder.mkdir(parents=True, exist_ok=True)
     for index in chunk:
         rng = _generator(settings.seed, SPLITS.index(split), CLASSES.index(form), index)
-        canvas, mask = drawing.still(form, settings.size, rng)
+        canvas, objects = drawing.still(form, settings.size, rng)
         name = f"{form}_{index:05d}"
         drawing.to_image(canvas).save(images / f"{name}.jpg", quality=92)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(masks / f"{name}.png")
+        Image.fromarray((objects > 0).astype(np.uint8) * 255).save(masks / f"{name}.png")
     return len(chunk)
 
 

@@ -187,11 +187,14 @@ class Scheme:
 
     @staticmethod
     def draw(rng: Rng) -> Scheme:
-        """Vivid light objects before a pale dark background or the reverse, far apart in luma."""
-        vivid, pale = (0.6, 1.0), (0.05, 0.4)
+        """Light objects before a dark background or the reverse, at least 0.24 apart."""
+        middle = rng.uniform(0.42, 0.58)
+        dark = (max(0.05, middle - 0.42), middle - 0.12)
+        light = (middle + 0.12, min(0.96, middle + 0.42))
+        vivid, pale = (0.6, 1.0), (0.1, 0.6)
         if rng.random() < 0.5:
-            return Scheme(Paints((0.72, 0.95), vivid), Paints((0.16, 0.4), pale), 0.0)
-        return Scheme(Paints((0.05, 0.3), vivid), Paints((0.6, 0.84), pale), 1.0)
+            return Scheme(Paints(light, vivid), Paints(dark, pale), 0.0)
+        return Scheme(Paints(dark, vivid), Paints(light, pale), 1.0)
 
 
 def colour(rng: Rng, paints: Paints) -> Array:
@@ -360,29 +363,31 @@ def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
     return canvas
 
 
-def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.bool_]]:
-    """One labelled picture: the canvas [size, size, 3] and its objects' mask [size, size].
+def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.uint8]]:
+    """One labelled picture: the canvas [size, size, 3], and [size, size] which object lies where.
 
     One to four objects of one form, each with its own colours, texture and size (its longer side
-    takes 0.28 to 0.55 of the picture), turned by up to 30 degrees, whole and apart from each other.
+    takes 0.25 to 0.55 of the picture), turned by up to 30 degrees, whole and apart from each other.
     """
     scheme = Scheme.draw(rng)
     canvas = background(rng, size, size, scheme.background)
-    mask = np.zeros((size, size), bool)
+    objects = np.zeros((size, size), np.uint8)  # 0: background; 1, 2, ...: objects
     taken: list[tuple[float, float, float, float]] = []
     for _ in range(4):
         texture = Texture.draw(rng, scheme.object, (2.5, 6))
         turned = Pose(0, 0, 1, math.radians(rng.uniform(-30, 30))).place(outline(form, rng))
         low, extent = turned.min(axis=0), np.ptp(turned, axis=0)
-        scale = float(rng.uniform(0.28, 0.55) * size / extent.max())
+        # By area, not by length: a form must not be known by how much of the picture it fills.
+        share = rng.uniform(0.18, 0.34) / math.sqrt(area(turned)) * extent.max()
+        scale = float(np.clip(share, 0.25, 0.55) * size / extent.max())
         for left, top in (rng.random((20, 2)) * (size - scale * extent)).tolist():
             right, bottom = left + scale * extent[0], top + scale * extent[1]
             if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in taken):
                 taken.append((left, top, right, bottom))
                 pose = Pose(float(left - scale * low[0]), float(top - scale * low[1]), scale)
-                mask |= paint(canvas, turned, pose, texture, scheme.halo) >= 0.5
+                objects[paint(canvas, turned, pose, texture, scheme.halo) >= 0.5] = len(taken)
                 break
-    return canvas, mask
+    return canvas, objects
 
 
 def to_image(canvas: Array) -> Image.Image:

@@ -196,7 +196,7 @@ def init_linear(module: nn.Module) -> None:
 
 # Width, depth and heads of each vit_* architecture.
 VIT_ARCHS = {
-    "vit_nano": {"embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_nano": {"embed_dim": 96, "depth": 6, "num_heads": 3},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
