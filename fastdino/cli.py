@@ -44,18 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastdino {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.help)
-        # Only the one that runs is imported: torch takes seconds.
-        if name == wanted:
-            module = import_module(command.module)
-            module.configure(subparser)
-            run: Callable[[argparse.Namespace], int] = module.main
-    args = parser.parse_args(argv)
     try:
+        for name, command in COMMANDS.items():
+            subparser = commands.add_parser(name, help=command.help, description=command.help)
+            # Only the one that runs is imported: torch takes seconds.
+            if name == wanted:
+                module = import_module(command.module)
+                module.configure(subparser)
+                run: Callable[[argparse.Namespace], int] = module.main
+        args = parser.parse_args(argv)
         return run(args)
     except UserError as error:
-        print(f"fastdino {args.command}: error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+        print(f"fastdino {wanted}: error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        install = 'pip install "fastdino[train]"'
+        print(f"fastdino {wanted}: error: {error}; {install} brings it", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    return EXIT_MISTAKE

@@ -30,7 +30,7 @@ KNN = "--resize 48 --crop 48 --nb_knn 20"
 TRAIN = (
     f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 2 --out_dim 256 "
     "--use_bn_in_head true --warmup_teacher_temp 0.02 --teacher_temp 0.02 --momentum_teacher 0.98 "
-    "--batch_size_per_gpu 64 --epochs 16 --warmup_epochs 1 --lr 0.012 --min_lr 1e-5 "
+    "--batch_size_per_gpu 64 --epochs 24 --warmup_epochs 1 --lr 0.012 --min_lr 1e-5 "
     "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
 ATTENTION_SIZE = 96  # px: twice the training's, for finer maps

@@ -132,3 +132,16 @@ def test_info_says_what_this_machine_has_and_why():
     assert facts["attention"].startswith(("sdpa (", "xformers ("))
     assert facts["kernels"] in ("torch", "triton", "reference")
     assert facts["crops"] == "dali" or facts["crops"].startswith("torchvision (no DALI: ")
+
+
+def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setattr(cli, "import_module", missing)
+    assert cli.main(["knn"]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "fastdino knn: error: No module named 'timm'; "
+        'pip install "fastdino[train]" brings it\n'
+    )

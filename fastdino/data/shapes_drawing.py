@@ -363,23 +363,26 @@ def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
     return canvas
 
 
+MOST_OBJECTS = 9  # in a still; fewer where they find no room
+
+
 def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.uint8]]:
     """One labelled picture: the canvas [size, size, 3], and [size, size] which object lies where.
 
-    One to four objects of one form, each with its own colours, texture and size (its longer side
-    takes 0.25 to 0.55 of the picture), turned by up to 30 degrees, whole and apart from each other.
+    Several objects of one form, each with its own colours, texture and size (its longer side
+    takes 0.18 to 0.4 of the picture), turned by up to 30 degrees, whole and apart from each other.
     """
     scheme = Scheme.draw(rng)
     canvas = background(rng, size, size, scheme.background)
     objects = np.zeros((size, size), np.uint8)  # 0: background; 1, 2, ...: objects
     taken: list[tuple[float, float, float, float]] = []
-    for _ in range(4):
+    for _ in range(MOST_OBJECTS):
         texture = Texture.draw(rng, scheme.object, (2.5, 6))
         turned = Pose(0, 0, 1, math.radians(rng.uniform(-30, 30))).place(outline(form, rng))
         low, extent = turned.min(axis=0), np.ptp(turned, axis=0)
         # By area, not by length: a form must not be known by how much of the picture it fills.
-        share = rng.uniform(0.18, 0.34) / math.sqrt(area(turned)) * extent.max()
-        scale = float(np.clip(share, 0.25, 0.55) * size / extent.max())
+        share = rng.uniform(0.13, 0.24) / math.sqrt(area(turned)) * extent.max()
+        scale = float(np.clip(share, 0.18, 0.4) * size / extent.max())
         for left, top in (rng.random((20, 2)) * (size - scale * extent)).tolist():
             right, bottom = left + scale * extent[0], top + scale * extent[1]
             if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in taken):
