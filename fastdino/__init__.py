@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig as TrainConfig
+    from fastdino.run import train as train
     from fastdino.step import Trainer as Trainer
-    from fastdino.train import train as train
 
 __version__ = "0.1.0"
 __all__ = ["TrainConfig", "Trainer", "train"]
@@ -17,7 +17,7 @@ __all__ = ["TrainConfig", "Trainer", "train"]
 _HOMES = {
     "TrainConfig": "fastdino.config",
     "Trainer": "fastdino.step",
-    "train": "fastdino.train",
+    "train": "fastdino.run",
 }
 
 

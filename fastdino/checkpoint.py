@@ -9,11 +9,11 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdino.errors import CheckpointError, NonFiniteError
 
@@ -27,10 +27,12 @@ def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     check_finite(state)
-    with explained(path), replacing(path) as file:
+    # `path` last: a run that is killed in between makes both again.
+    first = also or path
+    with explained(first), replacing(first) as file:
         torch.save(state, file)
     if also is not None:
-        with explained(also), open(path, "rb") as source, replacing(also) as file:
+        with explained(path), open(also, "rb") as source, replacing(path) as file:
             shutil.copyfileobj(source, file)
 
 
@@ -60,6 +62,8 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
         full = isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -108,8 +112,8 @@ def load_tensor(path: Path) -> Tensor:
 
 def _read(path: Path) -> Any:
     try:
-        # The paper's code saves its flags as a Namespace: a plain bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The paper's code saves its flags as a Namespace of plain values, and paths on clusters.
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
@@ -122,3 +126,25 @@ def _read(path: Path) -> Any:
             f"{path} cannot be read ({error}): it is truncated or no checkpoint; "
             "take an older one, or move it away to start again"
         ) from error
+
+
+def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`state` with `prefix` taken off the names that begin with it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Raises CheckpointError where `state` does not fit `module`, naming up to three tensors."""
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not expected" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{what}: the weights are of another network: {'; '.join(problems[:3])}{more}"
+        )

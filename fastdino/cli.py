@@ -27,9 +27,7 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command(
-        "fastdino.train", "pretrain with DINO (every flag of the paper's main_dino.py)"
-    ),
+    "train": Command("fastdino.run", "pretrain with DINO (every flag of the paper's main_dino.py)"),
     "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),

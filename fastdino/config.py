@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,8 @@ class TrainConfig:
         0, "Also save checkpoint.pth every so many steps; 0: only each epoch."
     )
     print_freq: int = _flag(
-        10, "Steps between two measurements of the teacher's entropy and two log lines."
+        10,
+        "Steps between two measurements of the entropy, and two updates of what is shown.",
     )
 
     def __post_init__(self) -> None:
@@ -144,6 +146,9 @@ class TrainConfig:
                 fits = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if fits:
                     object.__setattr__(self, name, float(value))
+            elif kind is str and isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+                fits = True
             else:
                 fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
             if not fits:
@@ -184,8 +189,9 @@ class TrainConfig:
             raise ConfigError(
                 f"--use_fp16 false contradicts --amp_dtype {self.amp_dtype}: leave out one"
             )
-        if self.arch.startswith(("vit_", "deit_")):
-            for name in ("global_crops_size", "local_crops_size"):
+        if self.arch in PATCHED_ARCHS:
+            sizes = ("global_crops_size", "local_crops_size")[: 2 if self.local_crops_number else 1]
+            for name in sizes:
                 if getattr(self, name) < self.patch_size:
                     raise ConfigError(
                         f"--{name} {getattr(self, name)} is smaller than a patch, "
@@ -220,6 +226,10 @@ class TrainConfig:
         return cls(**values)
 
 
+# The architectures that --patch_size is for.
+PATCHED_ARCHS = tuple(
+    f"{kind}_{size}" for kind in ("vit", "deit") for size in ("nano", "tiny", "small", "base")
+)
 _AT_LEAST: dict[float, tuple[str, ...]] = {
     0: (
         "local_crops_number", "warmup_teacher_temp_epochs", "warmup_epochs", "freeze_last_layer",

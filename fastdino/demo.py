@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastdino import cli
 from fastdino.data import scan_images
+from fastdino.data.shapes import CLASSES
 from fastdino.data.sources import read_rgb
 from fastdino.evals.attention import attention_maps, draw_attention
 from fastdino.evals.knn import eval_transform
@@ -29,8 +30,9 @@ MODEL = "--arch vit_nano --patch_size 8"
 KNN = "--resize 48 --crop 48 --nb_knn 20"
 TRAIN = (
     f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 2 --out_dim 256 "
-    "--use_bn_in_head true --warmup_teacher_temp 0.02 --teacher_temp 0.02 --momentum_teacher 0.98 "
-    "--batch_size_per_gpu 64 --epochs 24 --warmup_epochs 1 --lr 0.012 --min_lr 1e-5 "
+    "--use_bn_in_head true --momentum_teacher 0.99 --warmup_teacher_temp 0.02 --teacher_temp 0.03 "
+    "--warmup_teacher_temp_epochs 3 --batch_size_per_gpu 64 --epochs 24 --warmup_epochs 1 "
+    "--lr 0.006 --min_lr 1e-5 "
     "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
 ATTENTION_SIZE = 96  # px: twice the training's, for finer maps
@@ -59,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     accuracy["trained network"] = knn(root, images, "--pretrained_weights", checkpoint)
     draw_attention_sheet(images / "val", checkpoint, root / "attention.png")
     draw_loss(root / "log.txt", root / "loss.png")
-    print(f"\n20-NN accuracy on {images / 'val'} (chance {100 / 12:.1f} %):")
+    print(f"\n20-NN accuracy on {images / 'val'} (chance {100 / len(CLASSES):.1f} %):")
     for name, percent in accuracy.items():
         print(f"  {name:18} {percent:5.1f} %")
     print(f"pictures: {root / 'attention.png'}, {root / 'loss.png'}")

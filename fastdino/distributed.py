@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,12 @@ def choose_device(wanted: str) -> torch.device:
 @contextmanager
 def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     """Joins the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leaves them."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise ConfigError(
+                "srun started several processes that do not know of each other: start one a "
+                "machine, `srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...`"
+            )
         yield
         return
     dist.init_process_group(
@@ -51,11 +57,13 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         device_id=device if device.type == "cuda" else None,
+        # Process 0 alone reads a large folder's headers while the others wait.
+        timeout=timedelta(hours=2),
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not where an error ends the block: others may be waiting in a collective, and leaving the
+    # group would wait for them. The launcher ends them when this process exits.
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -101,17 +109,18 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in process 0, in every process; its UserError is raised in every one."""
+    """What `make` returns in process 0, in every process; its error is raised in every one."""
     if world_size() == 1:
         return make()
-    message: list[Any] = [None, None]
+    result: list[Any] = [None]
+    error: list[Exception | None] = [None]
     if rank() == 0:
         try:
-            message[0] = make()
-        except UserError as error:
-            message[1] = error
-    dist.broadcast_object_list(message, src=0)
-    if message[1] is not None:
-        raise message[1]
-    result: T = message[0]
-    return result
+            result = [make()]
+        except Exception as raised:
+            error = [raised if isinstance(raised, UserError) else RuntimeError(repr(raised))]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]

@@ -18,4 +18,9 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss, or a tensor about to be saved, is NaN or infinite."""
+    """The loss, a gradient, or a tensor about to be saved, is NaN or infinite.
+
+    `iteration` is the step that met it, None where the steps before are to blame.
+    """
+
+    iteration: int | None = None

@@ -80,7 +80,13 @@ class Progress:
         self._clock, self._clock_iteration = time.perf_counter(), iteration
         if not self.enabled:
             return
-        self._drop_log_lines(iteration // self.steps_per_epoch)
+        log = self.output_dir / "log.txt"
+        if log.exists():
+            with explained(log):
+                if state is None and iteration == 0:  # of another run: kept, out of the way
+                    log.replace(self.output_dir / "log.old.txt")
+                else:
+                    self._drop_log_lines(log, iteration // self.steps_per_epoch)
         self._open_board(iteration)
         if self._bar is not None:
             self._bar.close()
@@ -92,6 +98,12 @@ class Progress:
             unit="step",
             bar_format="{desc} {percentage:3.0f}%|{bar}|{n}/{total} {elapsed}<{remaining}{postfix}",
         )
+
+    def flush(self) -> None:
+        """Brings TensorBoard's events to the disk: a run killed later keeps them."""
+        if self._board is not None:
+            with explained(self.output_dir / "tensorboard"):
+                self._board.flush()
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -167,10 +179,7 @@ class Progress:
                 f"{math.log(self.prototypes):.2f} nats): the training is collapsing; {todo}"
             )
 
-    def _drop_log_lines(self, epoch: int) -> None:
-        log = self.output_dir / "log.txt"
-        if not log.exists():
-            return
+    def _drop_log_lines(self, log: Path, epoch: int) -> None:
         kept = []
         for line in log.read_text().splitlines():
             try:
@@ -178,7 +187,7 @@ class Progress:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
                 continue
-        with explained(log), replacing(log) as file:
+        with replacing(log) as file:
             file.write("".join(kept).encode())
 
     def _open_board(self, iteration: int) -> None:
@@ -190,4 +199,4 @@ class Progress:
             return
         folder = self.output_dir / "tensorboard"
         with explained(folder):
-            self._board = SummaryWriter(str(folder), purge_step=iteration or None)
+            self._board = SummaryWriter(str(folder), purge_step=iteration)

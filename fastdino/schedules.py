@@ -1,6 +1,6 @@
 """The schedules of lr, weight decay and momentum: one value an iteration, known before the run.
 
-Source: Caron et al. 2021 and the authors' code (PARITY facts in CONTRIBUTING.md).
+Source: Caron et al. 2021, section 3 and appendix, and the authors' code.
 """
 
 from __future__ import annotations

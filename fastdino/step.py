@@ -9,17 +9,18 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from fastdino_kernels import DINOLoss, clip_grad_norms_, ema_update_
 from torch import Tensor, nn
 
 from fastdino import distributed
+from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, NonFiniteError
-from fastdino.models.attention import choose_attention
-from fastdino.models.backbones import build_networks, set_attention
+from fastdino.models.attention import AttentionChoice, choose_attention
+from fastdino.models.backbones import build_networks, has_attention, set_attention
 from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_optimizer
 from fastdino.schedules import cosine_schedule
@@ -57,8 +58,9 @@ class Trainer:
         loss: DINOLoss; its `center` is [1, K].
         iteration: optimizer steps done; the schedules are read at this index.
         entropy: mean entropy in nats of the teacher's output, this process's, measured every
-            config.print_freq steps. 0: every image falls on one prototype; ln K: on all alike; both
-            are collapse. The same step's loss less this is KL(teacher || student).
+            config.print_freq steps and at each epoch's first, None after every other step. 0: each
+            image falls on one prototype; ln K: on all alike. Near either, the training collapses.
+            The same step's loss less this is KL(teacher || student).
         optimizer, precision, attention: what the config resolved to.
 
     Where torch.distributed is initialised, this is one process of a data-parallel run.
@@ -73,12 +75,15 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch
         self.device = device or distributed.choose_device(config.device)
         self.precision = choose_precision(config, self.device)
-        self.attention = choose_attention(config.attention, self.device)
         self.iteration = 0
         self.entropy: Tensor | None = None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
+        self.attention = AttentionChoice("none", "the architecture has its own")
+        if has_attention(student):
+            dtype = self.precision.autocast or torch.get_default_dtype()
+            self.attention = choose_attention(config.attention, self.device, dtype)
         self.student = self._place(student)
         self.teacher = self._place(teacher)
         self.loss = DINOLoss(
@@ -138,13 +143,13 @@ class Trainer:
 
         Raises:
             ValueError: crops that do not fit the config, or a step beyond the last epoch.
-            NonFiniteError: the loss is NaN or infinite; weights, moments, center and iteration
-                are as they were before the step.
+            NonFiniteError: the loss or a gradient is NaN or infinite; parameters, moments, center
+                and iteration are as they were before the step (a batch norm's statistics are not).
         """
         self._check(crops)
         self._set_schedules()
         loss, teacher_sum = self._forward_backward(crops)
-        self._update_student()
+        self._update_student(self._clip())
         self.loss.update_center(teacher_sum, 2 * crops[0].shape[0])
         ema_update_(
             list(self.teacher.parameters()),
@@ -189,7 +194,8 @@ class Trainer:
         self.optimizer.zero_grad()
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
-        measure = self.iteration % self.config.print_freq == 0
+        step = self.iteration % self.steps_per_epoch
+        measure = step == 0 or self.iteration % self.config.print_freq == 0
         losses, teacher_sums, entropies = [], [], []
         for part in range(parts):
             batch = [
@@ -210,24 +216,31 @@ class Trainer:
                 if last:
                     mean_loss = self._finite_mean(losses)
                 self.scaler.scale(loss / parts).backward()
-        if measure:
-            self.entropy = torch.stack(entropies).mean()
+        self.entropy = torch.stack(entropies).mean() if measure else None
         return mean_loss, torch.stack(teacher_sums).sum(0)
 
     def _finite_mean(self, losses: list[Tensor]) -> Tensor:
         """The loss over all parts and processes; every process raises where it is not finite."""
         loss = distributed.mean(torch.stack(losses).mean())
         if not math.isfinite(loss.item()):
-            self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"the loss is {loss.item()} at iteration {self.iteration} (epoch {self.epoch})"
-            )
+            self._refuse(f"the loss is {loss.item()}")
         return loss
 
-    def _update_student(self) -> None:
+    def _clip(self) -> Tensor:
+        """Clips each parameter's gradient; returns the norms before, [parameters]."""
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_grad:
-            clip_grad_norms_(self.student.parameters(), self.config.clip_grad)
+        return clip_grad_norms_(self.student.parameters(), self.config.clip_grad or math.inf)
+
+    def _refuse(self, problem: str) -> NoReturn:
+        self.optimizer.zero_grad()
+        error = NonFiniteError(f"{problem} at iteration {self.iteration} (epoch {self.epoch + 1})")
+        error.iteration = self.iteration
+        raise error
+
+    def _update_student(self, norms: Tensor) -> None:
+        # With loss scaling such gradients are expected now and then: the scaler skips the update.
+        if not self.scaler.is_enabled() and not bool(torch.isfinite(norms).all()):
+            self._refuse("a gradient is not finite")
         if self.epoch < self.config.freeze_last_layer:
             # None, not 0: the optimizer then neither decays them nor moves their moments.
             for parameter in self.student.head.last_layer.parameters():
@@ -245,7 +258,10 @@ class Trainer:
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs but the random generators, under the paper's keys."""
+        """Everything a resumed run needs, under the paper's keys.
+
+        In a run of many processes all of them must call it: it gathers their random generators.
+        """
         state = {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -254,6 +270,7 @@ class Trainer:
             "epoch": self.epoch,
             "iteration": self.iteration,
             "steps_per_epoch": self.steps_per_epoch,
+            "generators": distributed.gather(self._generators()),
         }
         if self.scaler.is_enabled():
             state["fp16_scaler"] = self.scaler.state_dict()
@@ -262,8 +279,10 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state_dict(), or a checkpoint of the paper's code (whole epochs).
 
-        Raises: CheckpointError: keys that are missing, tensors of other shapes (each is named), or
-            another number of steps an epoch.
+        PyTorch's random generators go on where they were, if there were as many processes.
+
+        Raises: CheckpointError: keys that are missing, tensors of other shapes (each is named),
+            another optimizer, or another number of steps an epoch; nothing is taken up then.
         """
         for key in ("student", "teacher", "optimizer", "dino_loss", "epoch"):
             if key not in state:
@@ -279,37 +298,45 @@ class Trainer:
         networks["dino_loss"] = state["dino_loss"]
         modules = {"student": self.student, "teacher": self.teacher, "dino_loss": self.loss}
         for name, module in modules.items():
-            check_shapes(module, networks[name], name)
+            try:
+                check_shapes(module, networks[name], name)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; --arch, --patch_size, --out_dim, --use_bn_in_head and "
+                    "--global_crops_size must be those of the checkpoint's run"
+                ) from error
+        check_optimizer(self.optimizer, state["optimizer"])
         for name, module in modules.items():
             module.load_state_dict(networks[name])
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"the optimizer's state does not fit: {error}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and "fp16_scaler" in state:
             self.scaler.load_state_dict(state["fp16_scaler"])
         self.iteration = state.get("iteration", state["epoch"] * self.steps_per_epoch)
+        generators = state.get("generators", [])
+        if len(generators) == distributed.world_size():
+            torch.set_rng_state(generators[distributed.rank()]["cpu"])
+            if self.device.type == "cuda" and "cuda" in generators[distributed.rank()]:
+                torch.cuda.set_rng_state(generators[distributed.rank()]["cuda"], self.device)
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The random generators that stochastic depth draws from, in this process."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
 
-def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`state` with `prefix` taken off the names that begin with it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises CheckpointError where `state` is of another optimizer, or of other parameters."""
 
+    def describe(groups: list[dict[str, Any]]) -> str:
+        kinds = {"betas": "adamw", "eta": "lars", "nesterov": "sgd"}
+        kind = next((kinds[key] for key in kinds if key in groups[0]), "unknown")
+        return f"{kind} over {' + '.join(str(len(group['params'])) for group in groups)} parameters"
 
-def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Raises CheckpointError where `state` does not fit `module`, naming up to three tensors."""
-    own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not expected" for name in state if name not in own]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
+    if saved != own:
         raise CheckpointError(
-            f"{what}: the weights are of another network: {'; '.join(problems[:3])}{more}; "
-            "--arch, --patch_size, --out_dim, --use_bn_in_head and --global_crops_size must be "
-            "those of the checkpoint's run"
+            f"the checkpoint's optimizer is {saved}, this run's is {own}: --optimizer and "
+            "--norm_last_layer must be those of the checkpoint's run"
         )

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdino import checkpoint
+from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_backbone
-from fastdino.step import check_shapes, strip_prefix
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Backbone:
 
 
 def load_backbone(
-    path: str, *, checkpoint_key: str, arch: str | None, patch_size: int | None
+    path: str,
+    *,
+    checkpoint_key: str,
+    arch: str | None,
+    patch_size: int | None,
+    img_size: int = 224,
 ) -> Backbone:
     """The backbone of a checkpoint of this project or the paper's code; fresh weights for path "".
 
@@ -34,6 +39,7 @@ def load_backbone(
         path: a full checkpoint, or a file of one network's or of the backbone's weights alone.
         checkpoint_key: "teacher" or "student", used where the file has both.
         arch, patch_size: None: what the checkpoint's `args` say, else vit_small, 16.
+        img_size: of fresh weights, in pixels; a checkpoint's is read off its position embedding.
 
     Raises: CheckpointError: no such key, or weights of another network (tensors are named).
     """
@@ -43,7 +49,6 @@ def load_backbone(
     arch = arch or args.get("arch", "vit_small")
     patch_size = patch_size or args.get("patch_size", 16)
     weights = _backbone_weights(state, checkpoint_key, path)
-    img_size = 224
     if "pos_embed" in weights:
         img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)

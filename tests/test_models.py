@@ -53,6 +53,16 @@ def test_an_unknown_architecture_offers_near_names():
         build_backbone("vit_smal")
 
 
+def test_timm_names_that_begin_with_deit_are_timms():
+    assert build_backbone("deit_tiny_distilled_patch16_224")[1] == 192
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "squeezenet1_0"])
+def test_a_torchvision_model_without_an_fc_layer_says_so(arch):
+    with pytest.raises(ConfigError, match=f"{arch}: torchvision's has no single fc layer"):
+        build_backbone(arch)
+
+
 def test_an_architecture_that_cannot_take_the_crops_is_found_before_the_run(tiny):
     with pytest.raises(ConfigError, match="cannot take 16 px crops"):
         build_networks(tiny(arch="mixer_s32_224", global_crops_size=224))

@@ -23,7 +23,7 @@ ROWS = (
     ("fastdino.__main__", "fastdino.demo"),
     ("fastdino.cli",),
     ("fastdino.evals", "fastdino.info"),
-    ("fastdino.train",),
+    ("fastdino.run",),
     ("fastdino.progress", "fastdino.weights"),
     ("fastdino.step",),
     ("fastdino.data", "fastdino.models", "fastdino.optim", "fastdino.schedules"),
@@ -158,8 +158,8 @@ def row(module: str) -> int | None:
 
 def test_the_graph_sees_imports():
     graph = import_graph(into_functions=False)
-    assert "fastdino.step" in graph["fastdino.train"]
-    assert "fastdino.data" in graph["fastdino.train"]
+    assert "fastdino.step" in graph["fastdino.run"]
+    assert "fastdino.data" in graph["fastdino.run"]
     assert "fastdino_kernels" in graph["fastdino.step"]
     assert "fastdino_kernels.reference" in graph["fastdino_kernels.clip"]  # a relative import
     assert "fastdino.data.dali" in import_graph(into_functions=True)["fastdino.data.loader"]

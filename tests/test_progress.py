@@ -91,7 +91,7 @@ def test_a_resumed_epochs_means_are_those_of_an_unbroken_one(progress, tmp_path,
     take(run, range(EPOCHS * STEPS))
     whole = (tmp_path / "log.txt").read_text()
     run.restart(0, None)
-    assert (tmp_path / "log.txt").read_text() == ""
+    assert (tmp_path / "log.old.txt").read_text() == whole
     take(run, range(at))
     state = json.loads(json.dumps(run.state_dict()))
     take(run, range(at, at + 1))  # beyond what was saved: it comes again

@@ -84,7 +84,7 @@ def test_one_networks_weights_alone_lose_their_head(trainer, save):
 
 def test_a_position_embedding_of_any_grid_is_kept_as_it_is(trainer, save):
     backbone = load(save({**trainer.state_dict(), "args": trainer.config.to_dict()}))
-    assert backbone.module.pos_embed.shape == (1, 1 + 16, 128)  # 32 px crops in patches of 8
+    assert backbone.module.pos_embed.shape == (1, 1 + 16, 96)  # 32 px crops in patches of 8
 
 
 def test_the_old_name_of_an_architecture_is_understood(save):
@@ -98,14 +98,14 @@ def test_the_old_name_of_an_architecture_is_understood(save):
 def test_no_checkpoint_is_an_untrained_network():
     backbone = load("", arch="vit_nano")
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 16)
-    assert backbone.module(torch.zeros(1, 3, 224, 224)).shape == (1, 128)
+    assert backbone.module(torch.zeros(1, 3, 224, 224)).shape == (1, 96)
 
 
 @pytest.mark.parametrize(
     ("flags", "problems"),
     [
         ({"arch": "vit_tiny"}, ["blocks.6.norm1.weight is missing", "--arch vit_tiny"]),
-        ({"patch_size": 16}, ["patch_embed.proj.weight is (128, 3, 8, 8), expected (128, 3, 16"]),
+        ({"patch_size": 16}, ["patch_embed.proj.weight is (96, 3, 8, 8), expected (96, 3, 16"]),
     ],
 )
 def test_another_network_names_the_tensors(trainer, save, flags, problems):

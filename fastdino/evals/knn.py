@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
 from fastdino.data import scan_images
-from fastdino.data.pil import MEAN, STD
+from fastdino.data.pil import MEAN, STD, cpu_count
 from fastdino.data.sources import ImageSource, read_rgb
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.weights import load_backbone
@@ -122,7 +122,7 @@ def extract_features(
     loader = DataLoader(
         torch.utils.data.Subset(images, share),
         batch_size=batch_size,
-        num_workers=min(workers, os.cpu_count() or 1),
+        num_workers=min(workers, cpu_count()),
         pin_memory=device.type == "cuda",
     )
     features: Tensor | None = None
@@ -243,6 +243,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Modu
         checkpoint_key=args.checkpoint_key,
         arch=args.arch,
         patch_size=args.patch_size,
+        img_size=args.crop,
     )
     try:
         with torch.no_grad():

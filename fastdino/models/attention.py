@@ -27,14 +27,16 @@ class AttentionChoice:
     reason: str
 
 
-def choose_attention(wanted: str, device: torch.device) -> AttentionChoice:
-    """Resolves --attention {auto, xformers, sdpa} for a device.
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype = torch.float16
+) -> AttentionChoice:
+    """Resolves --attention {auto, xformers, sdpa} for a device and the dtype of queries and keys.
 
     Raises: ConfigError: xformers was asked for by name and cannot run there.
     """
     if wanted == "sdpa":
         return AttentionChoice("sdpa", "asked for")
-    problem = xformers_problem(device)
+    problem = xformers_problem(device, dtype)
     if problem is None:
         return AttentionChoice("xformers", "asked for" if wanted == "xformers" else "fastest here")
     if wanted == "xformers":
@@ -42,18 +44,18 @@ def choose_attention(wanted: str, device: torch.device) -> AttentionChoice:
     return AttentionChoice("sdpa", f"no xformers: {problem}")
 
 
-def xformers_problem(device: torch.device) -> str | None:
-    """Why xformers cannot run on `device`, or None where it can."""
+def xformers_problem(device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
+    """Why xformers cannot train on `device` in this dtype, or None where it can: it is tried."""
     if importlib.util.find_spec("xformers") is None:
         return "it is not installed"
     if device.type != "cuda":
         return "it has no CPU kernels"
     try:
         ops = _xformers_ops()
-        query = torch.zeros(1, 16, 1, 64, dtype=torch.float16, device=device)
-        ops.memory_efficient_attention(query, query, query)
-    except (ImportError, OSError, NotImplementedError, ValueError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0]
+        query = torch.zeros(1, 16, 1, 64, dtype=dtype, device=device, requires_grad=True)
+        ops.memory_efficient_attention(query, query, query).sum().backward()
+    except (ImportError, AttributeError, OSError, ValueError, RuntimeError) as error:
+        return (str(error).strip() or repr(error)).splitlines()[0]
     return None
 
 

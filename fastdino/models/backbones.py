@@ -34,25 +34,27 @@ def build_backbone(
     Raises: ConfigError: no such architecture (the message offers near names), or it has no
         single feature vector.
     """
-    name = arch.replace("deit_", "vit_", 1) if arch.startswith("deit_") else arch
-    if name in VIT_ARCHS:
+    vit_name = arch.replace("deit_", "vit_", 1) if arch.startswith("deit_") else arch
+    if vit_name in VIT_ARCHS:
         vit = VisionTransformer(
             patch_size=patch_size,
             drop_path_rate=drop_path_rate,
             img_size=img_size,
-            **VIT_ARCHS[name],
+            **VIT_ARCHS[vit_name],
         )
         return vit, vit.embed_dim
-    if name in _torchvision_archs():
-        model = torchvision.models.get_model(name, weights=None)
-        if isinstance(getattr(model, "fc", None), nn.Linear):
+    if arch in _torchvision_archs():
+        model = torchvision.models.get_model(arch, weights=None)
+        if isinstance(getattr(model, "fc", None), nn.Linear) and not hasattr(model, "aux_logits"):
             width = model.fc.in_features
             model.fc = nn.Identity()
             return model, width
-    timm_name = f"{name}_224" if timm.is_model(f"{name}_224") and name.startswith("xcit") else name
+    timm_name = f"{arch}_224" if timm.is_model(f"{arch}_224") and arch.startswith("xcit") else arch
     if timm.is_model(timm_name):
         return _build_timm(timm_name, drop_path_rate)
-    raise ConfigError(f"--arch {arch!r} is not known{_near_names(name)}")
+    if arch in _torchvision_archs():
+        raise ConfigError(f"--arch {arch}: torchvision's has no single fc layer to take off")
+    raise ConfigError(f"--arch {arch!r} is not known{_near_names(arch)}")
 
 
 @functools.cache
@@ -88,6 +90,11 @@ def set_attention(module: nn.Module, backend: str) -> None:
     for layer in module.modules():
         if isinstance(layer, Attention):
             layer.backend = backend
+
+
+def has_attention(module: nn.Module) -> bool:
+    """Whether `module` has attention layers that set_attention can switch."""
+    return any(isinstance(layer, Attention) for layer in module.modules())
 
 
 def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:

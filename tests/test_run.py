@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import torch
 from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
-from fastdino.train import EXIT_INTERRUPTED, MAX_ROLLBACKS, train
+from fastdino.run import EXIT_INTERRUPTED, MAX_ROLLBACKS, train
 
 STEPS = 4  # an epoch, of the fixture `pictures`
 
@@ -95,7 +98,7 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
     assert train(config(saveckp_freq=2)) == "finished"
     run = tmp_path / "run"
     assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
-            "tensorboard"} == set(os.listdir(run))  # fmt: skip
+            "tensorboard", ".lock"} == set(os.listdir(run))  # fmt: skip
     state = weights_of(run)
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
     assert state["epoch"] == 3
@@ -148,37 +151,35 @@ def _train_in_child(settings):
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_path):
-    whole = config(output_dir=str(tmp_path / "whole"), epochs=4)
-    assert train(whole) == "finished"
+    assert train(config(output_dir=str(tmp_path / "whole"), epochs=4)) == "finished"
     settings = config(epochs=4, saveckp_every_steps=1).to_dict()
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["fastdino.train", "fastdino.data.pil"])
-    moment, kills = random.Random(0), 0
-    run = tmp_path / "run"
+    server.set_forkserver_preload(["fastdino.run", "fastdino.data.pil"])
+    path, moment, kills = tmp_path / "run" / "checkpoint.pth", random.Random(0), 0
+
+    def saved():
+        return path.stat().st_ino if path.exists() else None
+
     while True:
         child = server.Process(target=_train_in_child, args=(settings,))
         child.start()
-        # From the child's first write on, so that kills fall on steps and on saves alike.
-        before = run.stat().st_mtime_ns if run.exists() else 0
-        while child.is_alive() and (not run.exists() or run.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        child.join(moment.uniform(0, 1.5))
+        # Two saves at least, so that it gets on; then anywhere in a step or in a save.
+        for _ in range(2):
+            before = saved()
+            while child.is_alive() and saved() == before:
+                time.sleep(0.001)
+        child.join(moment.uniform(0, 0.3))
+        if kills == 5:  # enough: this one may end
+            child.join()
         if child.exitcode is not None:
             break
         child.kill()
         child.join()
         kills += 1
-        if (run / "checkpoint.pth").exists():
-            checkpoint.load(run / "checkpoint.pth")
-        if kills == 8:
-            settings["saveckp_every_steps"] = 1
-            child = server.Process(target=_train_in_child, args=(settings,))
-            child.start()
-            child.join()
-            break
+        checkpoint.load(path)
     assert child.exitcode == 0
     assert kills >= 2
-    assert_same_run(run, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_to_try(config, tmp_path, poison):
@@ -215,19 +216,38 @@ def test_rollback_gives_up_where_it_does_not_help(config, poison):
         train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
 
 
-def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch):
-    step = Trainer.train_step
+@pytest.fixture
+def overflow(monkeypatch):
+    """Makes the weights overflow in the update of an iteration, once."""
 
-    def breaking(self, crops):
-        loss = step(self, crops)
-        if self.iteration == 2 * STEPS:
-            next(self.student.parameters()).data.fill_(math.nan)
-        return loss
+    def at(iteration):
+        step, done = Trainer.train_step, []
 
-    monkeypatch.setattr(Trainer, "train_step", breaking)
-    with pytest.raises(NonFiniteError, match="student.backbone.* is not finite"):
+        def overflowing(self, crops):
+            loss = step(self, crops)
+            if self.iteration == iteration + 1 and not done:
+                done.append(True)
+                next(self.student.parameters()).data.fill_(math.inf)
+            return loss
+
+        monkeypatch.setattr(Trainer, "train_step", overflowing)
+
+    return at
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, overflow):
+    overflow(2 * STEPS - 1)
+    with pytest.raises(NonFiniteError, match=r"student.backbone.* is not finite.*--lr"):
         train(config())
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def test_rollback_from_weights_that_are_not_finite_leaves_out_the_last_batch(
+    config, tmp_path, overflow
+):
+    overflow(2 * STEPS - 1)
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    assert weights_of(tmp_path / "run")["left_out"] == [2 * STEPS - 1]
 
 
 def _train_one_of_two(rank, port, settings):
@@ -283,6 +303,77 @@ def test_resuming_with_other_settings_says_which(config, tmp_path, settings, mes
     with pytest.raises(CheckpointError, match=message):
         train(config(epochs=2, **settings))
     assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+def test_resuming_with_another_optimizer_is_refused_and_another_lr_is_said(
+    config, tmp_path, capsys
+):
+    train(config(epochs=1))
+    with pytest.raises(CheckpointError, match="--optimizer"):
+        train(config(epochs=1, optimizer="sgd"))
+    train(config(epochs=2, lr=0.01))
+    assert "other settings: --epochs 2 (was 1), --lr 0.01 (was 0.05)" in capsys.readouterr().err
+
+
+def test_a_log_of_another_run_is_kept_aside(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").write_text("notes of mine")
+    train(config(epochs=1))
+    assert (run / "log.old.txt").read_text() == "notes of mine"
+    assert len(losses_of(run)) == 1
+
+
+def test_two_runs_in_one_folder_are_refused(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another run is writing there"):
+            train(config())
+        other.communicate(b"\n")
+    assert train(config(epochs=1)) == "finished"
+
+
+def test_the_same_signal_passed_on_by_a_launcher_does_not_kill(config, monkeypatch):
+    step = Trainer.train_step
+
+    def stopped(self, crops):
+        if self.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, crops)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    assert train(config()) == "interrupted"
+
+
+def test_srun_without_torchrun_is_refused(config, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match="torchrun"):
+        train(config())
+
+
+def test_an_unknown_kernel_implementation_is_named(config, monkeypatch):
+    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
+    with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of .*'abacus'"):
+        train(config())
+
+
+def test_the_public_function_is_there_again_and_again():
+    code = "import fastdino; fastdino.train; import fastdino.run; assert callable(fastdino.train)"
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "kernels"))
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
 
 
 def test_a_truncated_checkpoint_is_an_error_and_stays(config, tmp_path):

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
-from fastdino_kernels import chosen_impl as chosen_kernels
+from fastdino_kernels import chosen_impl
 from torch import Tensor
 
 import fastdino
 from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
-from fastdino.errors import CheckpointError, NonFiniteError, UserError
+from fastdino.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from fastdino.progress import Progress
 from fastdino.step import Trainer
 
 # Returns to the same checkpoint after which a run with --on_nonfinite rollback gives up.
 MAX_ROLLBACKS = 5
+# Within this time a second signal is the first one, passed on by a launcher.
+SAME_SIGNAL_SECONDS = 5.0
+# Settings that say where things are, not what is computed.
+PLACES = ("data_path", "output_dir", "dist_url", "device", "num_workers")
 # Skipped images named one by one; of more than that the number is said.
 NAMED_AT_ONCE = 10
 
@@ -62,6 +68,8 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.checkpoint_path = self.output_dir / "checkpoint.pth"
         self.is_main = distributed.rank() == 0
+        self.kernels = chosen_kernels()
+        self._lock: int | None = None
         distributed.from_main(self._prepare_output)
         # One verdict for all processes: they must agree on which images there are.
         source = distributed.from_main(
@@ -78,7 +86,7 @@ class Run:
             world_size=distributed.world_size(),
             device=device,
         )
-        with memory_errors(config):
+        with explained_failures(config):
             self.trainer = Trainer(config, self.loader.steps_per_epoch, device=device)
         self.progress = Progress(
             self.output_dir,
@@ -94,19 +102,31 @@ class Run:
 
     def run(self) -> Status:
         """Trains to the end or to a signal."""
+        try:
+            return self._run()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _run(self) -> Status:
         self.progress.say(self.headline())
         self._name_skipped(self.loader.source.skipped)
-        with self.progress, StopSignals() as signals:
+        if not self._synchronises_batch_norm():
+            self.progress.warn(
+                "batch norm takes its statistics from each process alone: SyncBN needs GPUs"
+            )
+        with contextlib.closing(self.loader), self.progress, StopSignals() as signals:
             self._resume()
-            self._write_config()
+            distributed.from_main(self._write_config)
             while self.trainer.epoch < self.config.epochs:
-                if self._run_epoch(signals) == "interrupted":
+                with explained_failures(self.config):
+                    status = self._run_epoch(signals)
+                if status == "interrupted":
                     self.progress.say(
                         f"stopped by {signals.received} at iteration {self.trainer.iteration}, "
                         "saved; the same command goes on"
                     )
                     return "interrupted"
-        self.loader.close()
         return "finished"
 
     def headline(self) -> str:
@@ -122,7 +142,7 @@ class Run:
             f"{len(source.paths)} images ({len(source.skipped)} skipped)",
             f"{trainer.steps_per_epoch} steps an epoch",
             f"attention: {trainer.attention.name} ({trainer.attention.reason})",
-            f"kernels: {chosen_kernels()}",
+            f"kernels: {self.kernels}",
             f"crops: {self.loader.description}",
             f"precision: {trainer.precision.reason}",
         ]
@@ -130,17 +150,20 @@ class Run:
 
     def _run_epoch(self, signals: StopSignals) -> Status:
         """From where the trainer is to the epoch's end, or until a rollback or a signal."""
+        try:
+            return self._train_epoch(signals)
+        except NonFiniteError as error:
+            self._roll_back(error)
+            return "finished"
+
+    def _train_epoch(self, signals: StopSignals) -> Status:
         trainer, epoch = self.trainer, self.trainer.epoch
         started, first = time.perf_counter(), trainer.iteration
         for crops in self.loader.epoch(epoch, start_step=first % trainer.steps_per_epoch):
             if trainer.iteration in self.left_out:
                 trainer.skip_step()
             else:
-                try:
-                    self._step(crops)
-                except NonFiniteError as error:
-                    self._roll_back(error)
-                    return "finished"
+                self._step(crops)
             if trainer.epoch > epoch:
                 break
             every = self.config.saveckp_every_steps
@@ -151,9 +174,15 @@ class Run:
                 return "interrupted"
         seconds = time.perf_counter() - started
         images = (trainer.iteration - first) * self.progress.images_per_step
-        skipped = len(self.loader.source.skipped) + len(self.loader.skipped)
-        self.progress.end_epoch(epoch, images_per_second=images / seconds, skipped_images=skipped)
-        self._name_skipped(self.loader.skipped)
+        skipped = {
+            k: v for part in distributed.gather(self.loader.skipped) for k, v in part.items()
+        }
+        self._name_skipped(skipped)
+        self.progress.end_epoch(
+            epoch,
+            images_per_second=images / seconds,
+            skipped_images=len(self.loader.source.skipped) + len(skipped),
+        )
         frequency = self.config.saveckp_freq
         keep = bool(frequency) and epoch % frequency == 0
         self._save(also=self.output_dir / f"checkpoint{epoch:04}.pth" if keep else None)
@@ -172,15 +201,13 @@ class Run:
 
     def _step(self, crops: list[Tensor]) -> None:
         trainer, iteration = self.trainer, self.trainer.iteration
-        with memory_errors(self.config):
-            loss = trainer.train_step(crops)
-        entropy = None
-        if iteration % self.config.print_freq == 0:
-            assert trainer.entropy is not None
-            entropy = distributed.mean(trainer.entropy).item()
+        loss = trainer.train_step(crops)
+        entropy = trainer.entropy
+        if entropy is not None:
+            entropy = distributed.mean(entropy)
         group = trainer.optimizer.param_groups[0]
         values = {"loss": loss.item(), "lr": group["lr"], "wd": group["weight_decay"]}
-        self.progress.step(iteration, values, entropy=entropy)
+        self.progress.step(iteration, values, entropy=None if entropy is None else entropy.item())
 
     def _prepare_output(self) -> None:
         try:
@@ -192,17 +219,25 @@ class Run:
             raise CheckpointError(
                 f"--output_dir {self.output_dir} cannot be written ({error}): name one that can"
             ) from error
+        # A lock of this process alone (its workers do not inherit it), gone when it ends.
+        self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CheckpointError(
+                f"--output_dir {self.output_dir}: another run is writing there; name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     def _write_config(self) -> None:
-        if not self.is_main:
-            return
         resolved = {
             "device": str(self.trainer.device),
             "processes": distributed.world_size(),
             "attention": dataclasses.asdict(self.trainer.attention),
             "precision": self.trainer.precision.reason,
             "crops": self.loader.description,
-            "kernels": chosen_kernels(),
+            "kernels": self.kernels,
             "fastdino": fastdino.__version__,
             "torch": torch.__version__,
         }
@@ -212,24 +247,23 @@ class Run:
             file.write(text.encode())
 
     def _save(self, also: Path | None = None) -> None:
-        generators = distributed.gather(generator_state(self.trainer.device))
-        if self.is_main:
-            state = {
-                **self.trainer.state_dict(),
-                "args": self.config.to_dict(),
-                "generators": generators,
-                "progress": self.progress.state_dict(),
-                "left_out": self.left_out,
-            }
+        state = {
+            **self.trainer.state_dict(),
+            "args": self.config.to_dict(),
+            "progress": self.progress.state_dict(),
+            "left_out": self.left_out,
+        }
+        self.progress.flush()
         distributed.from_main(lambda: checkpoint.save(state, self.checkpoint_path, also=also))
         self.rollbacks = 0
 
     def _resume(self) -> None:
         if distributed.from_main(self.checkpoint_path.exists):
             self._restore()
+            done = self.trainer.epoch >= self.config.epochs
+            where = "the run is finished" if done else f"epoch {self.trainer.epoch + 1}"
             self.progress.say(
-                f"resumed {self.checkpoint_path} at iteration {self.trainer.iteration} "
-                f"(epoch {self.trainer.epoch + 1} of {self.config.epochs})"
+                f"resumed {self.checkpoint_path} at iteration {self.trainer.iteration}: {where}"
             )
         else:
             self.progress.restart(0, None)
@@ -244,11 +278,28 @@ class Run:
             raise CheckpointError(
                 f"cannot resume {self.checkpoint_path}: {error}; or name another --output_dir"
             ) from error
+        self._compare_settings(state.get("args"))
         self.left_out = list(state.get("left_out", []))
-        generators = state.get("generators", [])
-        if len(generators) == distributed.world_size():
-            restore_generator(self.trainer.device, generators[distributed.rank()])
         self.progress.restart(self.trainer.iteration, state.get("progress"))
+
+    def _compare_settings(self, saved: Any) -> None:
+        """Says which settings are not those that the checkpoint's run had."""
+        if not isinstance(saved, dict):  # the paper's Namespace
+            return
+        changed = [
+            f"--{name} {value} (was {saved[name]})"
+            for name, value in self.config.to_dict().items()
+            if name not in PLACES and name in saved and saved[name] != value
+        ]
+        if changed:
+            self.progress.warn(f"resuming with other settings: {', '.join(changed)}")
+
+    def _synchronises_batch_norm(self) -> bool:
+        alone = distributed.world_size() == 1 or self.trainer.device.type == "cuda"
+        return alone or not any(
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+            for module in self.trainer.student.modules()
+        )
 
     def _roll_back(self, error: NonFiniteError) -> None:
         advice = (
@@ -266,7 +317,9 @@ class Run:
             raise NonFiniteError(
                 f"{error}, after {MAX_ROLLBACKS} returns to the same checkpoint; {last}; {advice}"
             ) from error
-        failed, self.rollbacks = self.trainer.iteration, self.rollbacks + 1
+        # Weights found poisoned when they were to be saved: by the step just done.
+        failed = self.trainer.iteration - 1 if error.iteration is None else error.iteration
+        self.rollbacks += 1
         left_out = [*self.left_out, failed]
         self._restore()
         self.left_out = left_out
@@ -277,10 +330,14 @@ class Run:
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT while the block runs; a second one acts as if none were caught."""
+    """Catches SIGTERM and SIGINT while the block runs; a later one acts as if none were caught.
+
+    One that follows within seconds is the same: a launcher passes on what its whole group has got.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -306,8 +363,12 @@ class StopSignals:
         return bool(names)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now
+        elif now - self._received_at > SAME_SIGNAL_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -315,12 +376,17 @@ class StopSignals:
         self._previous.clear()
 
 
-@contextmanager
-def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of memory into a UserError that names the flags to lower."""
+@contextlib.contextmanager
+def explained_failures(config: TrainConfig) -> Iterator[None]:
+    """Turns running out of memory, and a killed worker, into UserErrors that name the flags."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                f"a data loading worker died ({error}): where memory or /dev/shm is short, lower "
+                f"--num_workers (now {config.num_workers}) or --batch_size_per_gpu"
+            ) from error
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not out_of_memory and "can't allocate memory" not in str(error):
             raise
@@ -331,19 +397,12 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def generator_state(device: torch.device) -> dict[str, Tensor]:
-    """The random generators of this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_generator(device: torch.device, state: dict[str, Tensor]) -> None:
-    """The inverse of generator_state."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def chosen_kernels() -> str:
+    """The implementation of the kernels; raises ConfigError where FASTDINO_KERNELS names none."""
+    try:
+        return chosen_impl()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
