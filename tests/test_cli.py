@@ -142,6 +142,5 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, capsys):
     assert cli.main(["knn"]) == 2
     err = capsys.readouterr().err
     assert err == (
-        "fastdino knn: error: No module named 'timm'; "
-        'pip install "fastdino[train]" brings it\n'
+        "fastdino knn: error: No module named 'timm'; pip install \"fastdino[train]\" brings it\n"
     )

@@ -216,8 +216,17 @@ def test_a_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
         ([1, 2], [[3, 4]], "image_sizes"),
         ([1], [[3, 4, 5]], "image_sizes"),
         ([1], [[0, 4]], "1 x 1"),
+        ([2**32], [[3, 4]], "sample_ids"),
+        ([-1], [[3, 4]], "sample_ids"),
     ],
 )
 def test_ids_and_sizes_that_do_not_fit_are_refused(ids, sizes, says):
     with pytest.raises(ValueError, match=says):
         draw_crops(make_config(), 0, ids, sizes)
+
+
+@pytest.mark.parametrize(("epoch", "seed"), [(2**32, 0), (-1, 0), (0, 2**64), (0, -1)])
+def test_what_does_not_fit_the_counter_is_refused(epoch, seed):
+    with pytest.raises(ValueError, match="must be from 0 to 2"):
+        draw_crops(make_config(seed=seed), epoch, [1], [[3, 4]])
+    draw_crops(make_config(seed=2**64 - 1), 2**32 - 1, [2**32 - 1], [[3, 4]])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fastdino.data import shapes, shapes_drawing
+from fastdino.errors import DataError
 
 SMALL = {"train_per_class": 2, "val_per_class": 1, "size": 64, "clips": 1, "frames": 5}
 
@@ -242,6 +243,19 @@ def test_other_settings_and_foreign_folders_are_refused(small_set, tmp_path):
     with pytest.raises(ValueError, match="not a shapes set"):
         shapes.write_shapes(tmp_path / "holiday.jpg", **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--output_dir .*file/new cannot be .*Not a directory"):
+        shapes.write_shapes(tmp_path / "file" / "new", **SMALL)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shapes, "_write_stills", full)
+    with pytest.raises(DataError, match="--output_dir .*new cannot be .*No space left on device"):
+        shapes.write_shapes(tmp_path / "new", **SMALL, workers=1)
 
 
 @pytest.mark.parametrize(

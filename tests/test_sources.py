@@ -80,6 +80,32 @@ def test_links_are_followed_and_cycles_are_not(folder, tmp_path_factory):
     assert any("linked" in path for path in source.paths)
 
 
+def test_links_that_lead_in_a_circle_end(tmp_path):
+    for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg"):
+        write(tmp_path / name)
+    (tmp_path / "a" / "x").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "y").symlink_to(tmp_path / "a")
+    found = [os.path.relpath(path, tmp_path) for path in scan_images(tmp_path).paths]
+    assert found == ["a/1.jpg", "a/x/1.jpg", "a/x/2.jpg", "b/1.jpg", "b/2.jpg", "b/y/1.jpg"]
+
+
+@pytest.mark.parametrize("place", [".", "a"])
+def test_a_link_to_itself_is_a_skipped_file(folder, place):
+    link = folder / place / "loop.jpg"
+    link.symlink_to("loop.jpg")
+    source = scan_images(folder, max_bad_share=0.5)
+    assert len(source) == 5
+    assert list(source.skipped) == [str(link)]
+
+
+def test_more_images_beside_the_folders_than_in_them_are_an_error(tmp_path):
+    for n in range(3):
+        write(tmp_path / f"{n}.jpg")
+    write(tmp_path / "rejected" / "1.jpg")
+    with pytest.raises(DataError, match="3 images, and folders with 1 more.*Move"):
+        scan_images(tmp_path)
+
+
 def broken_files(root):
     """Files that cannot be used, with a word of the reason."""
     good_jpeg = write(root / "c" / "good.jpg", (200, 200)).read_bytes()
@@ -108,6 +134,7 @@ def test_broken_files_are_skipped_with_a_reason(folder):
         assert reasons[os.path.basename(path)] in reason, (path, reason)
     assert len(source.paths) == len(source.labels) == len(source.sizes) == 7
     assert not set(source.paths) & set(source.skipped)
+    assert source.broken == 6
 
 
 def test_a_file_without_permission_is_skipped(folder, monkeypatch):
@@ -124,7 +151,7 @@ def test_a_file_without_permission_is_skipped(folder, monkeypatch):
     assert source.skipped == {locked: "cannot be read: Permission denied"}
 
 
-def test_an_unreadable_class_folder_is_skipped(folder, monkeypatch):
+def test_an_unreadable_class_folder_is_an_error(folder, monkeypatch):
     real_scandir = os.scandir
 
     def no_permission(path):
@@ -133,9 +160,8 @@ def test_an_unreadable_class_folder_is_skipped(folder, monkeypatch):
         return real_scandir(path)
 
     monkeypatch.setattr(os, "scandir", no_permission)
-    source = scan_images(folder)
-    assert source.skipped == {str(folder / "b"): "the folder cannot be read: Permission denied"}
-    assert source.labels.tolist() == [0, 0, 2]
+    with pytest.raises(DataError, match="the folder .*b cannot be read: Permission denied"):
+        scan_images(folder)
 
 
 def test_odd_but_good_files_are_kept(tmp_path):
@@ -269,6 +295,22 @@ def test_bad_files_give_way_to_the_next_good_one():
     assert bad.skipped == {"d": "is broken", "e": "is broken"}
     with pytest.raises(DataError, match="3 of 5"):
         bad.add(0, "a", "is broken")
+
+
+def test_what_the_scan_found_broken_counts_in_the_run():
+    bad = BadFiles(8, max_bad_share=0.3, broken=2)
+    bad.add(0, "a", "is broken")
+    with pytest.raises(DataError, match="4 of 10"):
+        bad.add(1, "b", "is broken")
+
+
+def test_no_memory_is_not_a_broken_file(folder, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", no_memory)
+    with pytest.raises(MemoryError):
+        scan_images(folder, max_bad_share=1.0)
 
 
 def test_when_all_are_bad_nothing_is_looked_for_forever():

@@ -115,17 +115,23 @@ def draw_crops(
         sample_ids: [B] integers, the images' places in the source (not in the batch).
         image_sizes: [B, 2] (height, width) of the decoded images, pixels.
     Returns: the global crops [B, 2] and the local ones [B, local_crops_number].
-    Raises: ValueError: ids and sizes that do not fit together, or sizes below 1.
+    Raises: ValueError: ids and sizes that do not fit together, sizes below 1, an id or an epoch
+        outside [0, 2^32), a seed outside [0, 2^64).
     """
-    ids = np.asarray(sample_ids, dtype=np.uint64)
+    ids = np.asarray(sample_ids)
     sizes = np.asarray(image_sizes, dtype=np.int64)
     if ids.ndim != 1 or sizes.shape != (len(ids), 2):
         raise ValueError(
             f"expected sample_ids [B] and image_sizes [B, 2], got {ids.shape} and {sizes.shape}"
         )
+    for name, number, bits in (("epoch", epoch, 32), ("the seed", config.seed, 64)):
+        if not 0 <= number < 1 << bits:
+            raise ValueError(f"{name} must be from 0 to 2^{bits} - 1, got {number}")
+    if len(ids) and not (ids.min() >= 0 and ids.max() < 1 << 32):
+        raise ValueError(f"sample_ids must be from 0 to 2^32 - 1, got {ids.min()} to {ids.max()}")
     if (sizes < 1).any():
         raise ValueError("image_sizes must be at least 1 x 1")
-    uniform = _uniform(config.seed, epoch, ids, 2 + config.local_crops_number)
+    uniform = _uniform(config.seed, epoch, ids.astype(np.uint64), 2 + config.local_crops_number)
     local_kinds = [2] * config.local_crops_number
     return (
         _crops(uniform[:, :2], sizes, config.global_crops_scale, [0, 1]),

@@ -7,7 +7,9 @@ not equal to them: where nothing else is said, .2 to .5 of 255 levels an operati
   random one, and brightness and contrast do not clip in between: 1.6 levels on average.
 - Hue turns in YIQ, not in HSV: 9 levels on average where it is drawn, up to 100 on vivid colours.
 - Blur reflects at the edges where PIL replicates.
-- 16-bit gray PNGs are scaled to 8 bits where PIL clips.
+
+No file that cannot be decoded may reach the pipeline, where its error can end the process: each is
+decoded by DALI on its own first.
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import nvidia.dali
 import torch
-import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fastdino.data.crops import SOLARIZE_P, CropParams, draw_crops
-from fastdino.data.pil import MEAN, STD, cpu_count
+from fastdino.data.pil import MEAN, STD
 from fastdino.data.sources import (
     BadFiles,
     EpochPlan,
     ImageSource,
-    quiet_pillow,
-    read_rgb,
+    cpu_count,
     reason_of,
+    silence_pillow,
 )
 
 if TYPE_CHECKING:
@@ -58,15 +63,18 @@ _NEUTRAL = np.array([1, 1, 1, 0], dtype=np.float32)
 _SOLARIZED = 1
 assert [p > 0 for p in SOLARIZE_P] == [n == _SOLARIZED for n in range(3)]
 _PREFETCH = 2
-_READERS = 2
+_AHEAD = 2
+# Of what Pillow calls so, DALI makes the same picture; of 16-bit gray or turned TIFF it does not.
+_SAME_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_SAME_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK")
 _Batch = tuple[list[NDArray[Any]] | NDArray[Any], ...]
 
 
 class DaliLoader:
     """Crops from a DALI pipeline, on the CPU, or on the GPU that `device` names.
 
-    Each image is decoded once. An image that DALI and Pillow cannot decode gives way to the next
-    good one and is named in `skipped`; one that only Pillow can decode is handed to DALI as a PNG.
+    DALI decodes; a file that only Pillow decodes, or decodes to another picture, is handed over
+    decoded. One that neither can decode gives way to the next good one and is named in `skipped`.
     Batches: 2 + N tensors [B, 3, size, size], fp32, where the pipeline runs.
     One epoch at a time: starting another ends the one before.
 
@@ -86,14 +94,15 @@ class DaliLoader:
         self._batch_size = config.batch_size_per_gpu * config.grad_accum
         self._plan = EpochPlan(len(source), self._batch_size, config.seed, rank, world_size)
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadFiles(len(source), config.max_bad_share)
+        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
-        self._only_pillow: set[int] = set()
         self._threads = max(1, min(config.num_workers, cpu_count()))
         self._device_id = _device_id(torch.device(device))
         self._feed = _Feed()
         self._pipeline = self._build()
-        self._readers = ThreadPoolExecutor(_READERS)
+        self._decoder = _Decoder()
+        self._readers = ThreadPoolExecutor(self._threads)  # of files
+        self._preparers = ThreadPoolExecutor(_AHEAD)  # of batches
         self._run = 0
         place = "CPU" if self._device_id is None else f"GPU {self._device_id}"
         self.description = (
@@ -111,7 +120,9 @@ class DaliLoader:
         """Ends the threads and frees the pipeline's memory."""
         self._run += 1
         self._feed.stop()
+        self._preparers.shutdown(wait=False, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
+        self._preparers.shutdown(wait=True)
         self._pipeline = None
         gc.collect()  # Frees the pipeline now: in a process forked later its destructor would hang.
 
@@ -132,22 +143,13 @@ class DaliLoader:
 
     def _batches(self, run: int, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         self._check(run)
+        silence_pillow()  # here, as a thread cannot do it for itself alone
         self._start(epoch, batches)
-        step = 0
-        while step < len(batches):
-            try:
-                outputs = self._pipeline.run()
-            except RuntimeError:
-                # It can be a batch ahead that failed, and took this one with it.
-                window = batches[step : step + _PREFETCH + 1]
-                if not any(self._mend(batch) for batch in window):
-                    raise
-                self._pipeline = self._build()
-                self._start(epoch, batches[step:])
-                batches, step = batches[step:], 0
-                continue
-            step += 1
-            yield [_to_torch(output) for output in outputs]
+        for _ in batches:
+            # On the stream that goes on with the crops, so that DALI reuses their memory after it.
+            stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
+            outputs = self._pipeline.run(stream)
+            yield [from_dlpack(output.as_tensor()) for output in outputs]
             self._check(run)
 
     def _check(self, run: int) -> None:
@@ -164,21 +166,15 @@ class DaliLoader:
                 self._pipeline.run()
             except StopIteration:
                 break
-            except RuntimeError:  # A broken file in a batch that nobody will see.
-                self._pipeline = self._build()
         self._pipeline.reset()
         self._feed.start(
-            lambda step: self._readers.submit(self._prepare, epoch, batches[step]), len(batches)
+            lambda step: self._preparers.submit(self._prepare, epoch, batches[step]), len(batches)
         )
 
     def _prepare(self, epoch: int, batch: list[int]) -> _Batch:
-        """What the pipeline is fed for a batch: the encoded files and the draws."""
-        files, indices = [], []
-        for index in batch:
-            data, index = self._read(index)
-            files.append(data)
-            indices.append(index)
-        drawn = draw_crops(self._config, epoch, indices, self.source.sizes[indices])
+        """What the pipeline is fed for a batch: the images and the draws."""
+        indices, sizes, images = zip(*self._readers.map(self._read, batch), strict=True)
+        drawn = draw_crops(self._config, epoch, indices, sizes)
         inputs = [
             values
             for params in drawn
@@ -186,39 +182,56 @@ class DaliLoader:
             for values in _crop_inputs(params, n)
         ]
         inputs.insert(0, drawn[0].solarize[:, _SOLARIZED].numpy())
-        return (files, *map(np.ascontiguousarray, inputs))
+        return (list(images), *map(np.ascontiguousarray, inputs))
 
-    def _read(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """The encoded bytes of the first good sample from index on, and which one that is."""
+    def _read(self, index: int) -> tuple[int, tuple[int, int], NDArray[np.uint8]]:
+        """The first good sample from index on: its place, (height, width), and what to feed."""
         while True:
             index = self._bad.good(index)
             path = self.source.paths[index]
             try:
-                data = _as_png(path) if index in self._only_pillow else np.fromfile(path, np.uint8)
-                if data.size:
-                    return data, index
-                reason = "is empty (0 bytes)"
+                return index, *self._load(path)
+            except MemoryError:
+                raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
             self._bad.add(index, path, reason)
 
-    def _mend(self, batch: list[int]) -> bool:
-        """Finds the files that DALI refuses; from now on they are recoded or replaced."""
-        mended = False
-        for place in batch:
-            data, index = self._read(place)
-            while index not in self._only_pillow and not _dali_decodes(data, self._device_id):
-                mended = True
-                self._only_pillow.add(index)
-                with quiet_pillow():
-                    data, index = self._read(place)
-        return mended
+    def _load(self, path: str) -> tuple[tuple[int, int], NDArray[np.uint8]]:
+        """(height, width), and the pixels; for a GPU, which decodes again, the file or a PNG."""
+        encoded = np.frombuffer(Path(path).read_bytes(), np.uint8)
+        with Image.open(io.BytesIO(encoded.data)) as image:
+            same = image.format in _SAME_FORMATS and image.mode in _SAME_MODES
+            pixels = self._decoder(encoded) if same else None
+            if pixels is None:
+                pixels = np.asarray(image.convert("RGB"))
+                if self._device_id is not None:
+                    encoded = _as_png(pixels)
+        size = (pixels.shape[0], pixels.shape[1])
+        return size, pixels if self._device_id is None else encoded
+
+
+class _Decoder(threading.local):
+    """DALI's decoder on the CPU, for one file at a time; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._pipeline = _decode_only(
+            batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+        )
+
+    def __call__(self, data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """The picture, [height, width, 3]; None where DALI cannot decode it."""
+        try:
+            (images,) = self._pipeline.run(encoded=[data])
+        except RuntimeError:
+            return None
+        return np.array(images.at(0))
 
 
 class _Feed:
     """The pipeline's source: batches prepared in the background, one call a step.
 
-    DALI asks for _PREFETCH batches ahead of the one it returns; this stays _READERS ahead of that.
+    DALI asks for _PREFETCH batches ahead of the one it returns; this stays _AHEAD ahead of that.
     """
 
     def __init__(self) -> None:
@@ -228,7 +241,7 @@ class _Feed:
     def start(self, submit: Callable[[int], Future[_Batch]], steps: int) -> None:
         """Feeds the batches of submit(0), ..., submit(steps - 1)."""
         self._todo = map(submit, range(steps))
-        self._ahead = list(itertools.islice(self._todo, _READERS))
+        self._ahead = list(itertools.islice(self._todo, _AHEAD))
 
     def stop(self) -> None:
         """From here on there is nothing to feed."""
@@ -266,54 +279,42 @@ def _crop_inputs(params: CropParams, n: int) -> list[NDArray[Any]]:
     ]
 
 
-def _as_png(path: str) -> NDArray[np.uint8]:
+def _as_png(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     file = io.BytesIO()
-    read_rgb(path).save(file, "PNG", compress_level=1)
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return np.frombuffer(file.getvalue(), dtype=np.uint8)
 
 
-def _dali_decodes(data: NDArray[np.uint8], device_id: int | None) -> bool:
-    pipeline = _decode_only(
-        data, device_id is not None, batch_size=1, num_threads=1, device_id=device_id
-    )
-    try:
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _to_torch(output: Any) -> Tensor:
-    """Without a copy on the CPU: DALI frees the memory when the tensor goes."""
-    tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-    return tensor.clone() if tensor.is_cuda else tensor
-
-
 @pipeline_def
-def _decode_only(data: NDArray[np.uint8], on_gpu: bool) -> Any:
-    return _decode(fn.external_source(source=lambda: [data], dtype=types.UINT8), on_gpu)
+def _decode_only() -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8)
+    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
 
 
 @pipeline_def(enable_conditionals=True)
 def _pipeline(feed: _Feed, sizes: tuple[int, int], local_crops: int, on_gpu: bool) -> Any:
     crop_sizes = [sizes[0]] * 2 + [sizes[1]] * local_crops
-    encoded, solarize, *inputs = fn.external_source(
+    image, solarize, *inputs = fn.external_source(
         source=feed,
         num_outputs=2 + len(_CROP_INPUTS) * len(crop_sizes),
         dtype=[types.UINT8, types.BOOL, *_CROP_INPUTS * len(crop_sizes)],
     )
-    image = _decode(encoded, on_gpu)
+    if on_gpu:
+        # Fancy upsampling of the chroma is what libjpeg does; here it has to be asked for.
+        image = fn.decoders.image(
+            image,
+            device="mixed",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+    else:
+        image = fn.reinterpret(image, layout="HWC")
     crops = []
     for n, size in enumerate(crop_sizes):
         drawn = inputs[n * len(_CROP_INPUTS) : (n + 1) * len(_CROP_INPUTS)]
         crops.append(_crop(image, drawn, size, solarize if n == _SOLARIZED else None))
     return tuple(crops)
-
-
-def _decode(encoded: Any, on_gpu: bool) -> Any:
-    # Fancy upsampling of the chroma is what libjpeg does; on the GPU it has to be asked for.
-    options = {"device": "mixed", "jpeg_fancy_upsampling": True} if on_gpu else {"device": "cpu"}
-    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **options)
 
 
 def _crop(image: Any, drawn: list[Any], size: int, solarize: Any) -> Any:

@@ -63,7 +63,7 @@ def build_loader(
             return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **place)
         if config.crops == "dali":
             raise ConfigError(f"--crops dali: {problem}")
-        why = f"exact; no DALI: {problem}"
+        why = f"exact; {problem}"
     pil = importlib.import_module("fastdino.data.pil")
     return pil.TorchvisionLoader(config, source, why=why, **place)
 
@@ -72,8 +72,12 @@ def dali_problem() -> str | None:
     """Why DALI cannot be used, and how to mend that; None where it can."""
     try:
         importlib.import_module("fastdino.data.dali")
-    except (ImportError, OSError) as error:
-        return f"{error}; install it: {_install()}"
+    except Exception as error:  # Whatever a library that does not fit this machine raises.
+        name = error.name or "nvidia" if isinstance(error, ModuleNotFoundError) else ""
+        if name.split(".")[0] == "nvidia":
+            return f"DALI is not installed: {_install()}"
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        return f"DALI does not work here: {first_line}"
     return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +30,16 @@ from fastdino.data.sources import (
     read_rgb,
     reason_of,
 )
+from fastdino.data.sources import cpu_count as cpu_count  # others take it from here
 from fastdino.errors import DataError
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Crops, and the broken samples (index, reason) that were passed over to get them.
-_Sample = tuple[list[Tensor] | None, list[tuple[int, str]]]
+# Crops, and the broken samples (index, reason) that were passed over to get them; in place of the
+# crops, the text of the DataError where there are none.
+_Sample = tuple[list[Tensor] | str, list[tuple[int, str]]]
 # In the numbering of CropParams.jitter_order.
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
@@ -55,12 +60,6 @@ def make_crop(image: Image.Image, params: Crop, size: int) -> Tensor:
     if params.solarize:
         image = ImageOps.solarize(image)
     return F.normalize(F.to_tensor(image), MEAN, STD)
-
-
-def cpu_count() -> int:
-    """The processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class TorchvisionLoader:
@@ -88,7 +87,7 @@ class TorchvisionLoader:
         self.source = source
         self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size)
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadFiles(len(source), config.max_bad_share)
+        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
         workers = min(config.num_workers, cpu_count())
         self._sampler = _EpochSampler(self._plan)
@@ -102,6 +101,7 @@ class TorchvisionLoader:
             collate_fn=_collate,
             generator=torch.Generator(),  # an epoch's start then draws nothing from the run's own
         )
+        self._at_exit: Callable[[], None] | None = None
         self._run = 0
         self.description = (
             f"torchvision {torchvision.__version__} and Pillow {PIL.__version__} on CPU, "
@@ -118,9 +118,16 @@ class TorchvisionLoader:
         self._check(run)
         assert self._loader is not None
         gc.collect()  # See _init_worker: the workers may be forked now.
-        for crops, skipped in self._loader:
+        iterator = iter(self._loader)
+        if self._at_exit is None and self._loader.num_workers > 0:
+            # Runs before multiprocessing's own hook, which would wait for them for ever.
+            self._at_exit = partial(_end_workers, weakref.ref(iterator), os.getpid())
+            atexit.register(self._at_exit)
+        for crops, skipped in iterator:
             for index, reason in skipped:
                 self._bad.add(index, self.source.paths[index], reason)
+            if isinstance(crops, str):
+                raise DataError(crops)
             yield crops
             self._check(run)
 
@@ -134,6 +141,22 @@ class TorchvisionLoader:
         """Ends the workers."""
         self._run += 1
         self._loader = None
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
+            self._at_exit()
+            self._at_exit = None
+
+
+def _end_workers(iterator: weakref.ref[Any], owner: int) -> None:
+    """Ends the workers of a DataLoader's iterator, which ignore the SIGTERM that torch sends."""
+    running = iterator()
+    if running is None or os.getpid() != owner:
+        return
+    running._shutdown_workers()
+    for worker in running._workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _init_worker(_worker: int) -> None:
@@ -169,24 +192,27 @@ class _CropDataset(Dataset[Any]):
     """(epoch, sample) -> its crops, and the broken samples that it stands in for."""
 
     def __init__(self, config: TrainConfig, source: ImageSource) -> None:
-        self._config, self._sizes = config, source.sizes
+        self._config = config
         # Not a list: forked workers would copy it page by page, as they count references in it.
         self._paths = np.array([os.fsencode(path) for path in source.paths])
-        self._bad = BadFiles(len(source), config.max_bad_share)
+        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         epoch, index = key
-        skipped: list[tuple[int, str]] = []
+        known = self._bad.reasons
         try:
             with quiet_pillow():
-                image, index = self._read(index, skipped)
-        except DataError:
-            return None, skipped
-        size = self._sizes[index]
-        global_params, local_params = draw_crops(self._config, epoch, [index], [size])
+                image, used = self._read(index)
+        except DataError as error:
+            return str(error), list(known.items())
+        # Those it knew before too: the main process may never have got the sample that told it.
+        passed = range(index, used if used >= index else used + len(self))
+        skipped = [(i % len(self), known[i % len(self)]) for i in passed]
+        size = (image.height, image.width)
+        global_params, local_params = draw_crops(self._config, epoch, [used], [size])
         crops = [
             make_crop(image, crop, pixels)
             for params, pixels in (
@@ -197,21 +223,24 @@ class _CropDataset(Dataset[Any]):
         ]
         return crops, skipped
 
-    def _read(self, index: int, skipped: list[tuple[int, str]]) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image of the first good sample from index on, and which one that is."""
         while True:
             index = self._bad.good(index)
             path = os.fsdecode(self._paths[index])
             try:
                 return read_rgb(path), index
+            except MemoryError:
+                raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                skipped.append((index, reason_of(error)))
-            self._bad.add(index, path, skipped[-1][1])
+                reason = reason_of(error)
+            self._bad.add(index, path, reason)
 
 
 def _collate(samples: list[_Sample]) -> _Sample:
-    """A batch; without crops where there were too many broken files, which epoch() then raises."""
+    """A batch; where there were too many broken files, the text that epoch() then raises."""
     skipped = [one for _, some in samples for one in some]
-    if any(crops is None for crops, _ in samples):
-        return None, skipped
+    for crops, _ in samples:
+        if isinstance(crops, str):
+            return crops, skipped
     return default_collate([crops for crops, _ in samples]), skipped

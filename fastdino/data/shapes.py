@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data import shapes_drawing as drawing
+from fastdino.data.sources import cpu_count
 from fastdino.errors import ConfigError, DataError
 
 CLASSES = tuple(drawing.FORMS)
@@ -116,11 +118,11 @@ def write_shapes(
         clips: how many clips; 0 for no davis/ at all.
         frames: frames of each clip.
         seed: what everything is drawn from.
-        workers: processes that draw; None: as many as the machine has cores, eight at most.
+        workers: processes that draw; None: one a core it may use, eight at most.
         progress: called with (pictures written, pictures in all) as the work goes on.
 
     Raises:
-        ValueError: a setting is out of range, or root holds something else.
+        ValueError: a setting is out of range, or root holds something else or cannot be written.
 
     """
     settings = _Settings(train_per_class, val_per_class, size, clips, frames, seed)
@@ -130,24 +132,41 @@ def write_shapes(
     if _is_complete(root, settings):
         _log.info("%s is already complete, nothing written", root)
         return
+    with _naming(root):
+        _write_set(root, settings, workers, progress or (lambda done, total: None))
+
+
+@contextmanager
+def _naming(root: Path) -> Iterator[None]:
+    """Turns the system's errors into one that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"--output_dir {root} cannot be written or read: {reason}") from error
+
+
+def _write_set(
+    root: Path, settings: _Settings, workers: int | None, progress: Callable[[int, int], None]
+) -> None:
     root.mkdir(parents=True, exist_ok=True)
     marker = root / "shapes.json.part"
     marker.write_text(json.dumps(settings.record(), indent=2) + "\n")
-    jobs = _jobs(root, settings)
-    total = len(CLASSES) * (train_per_class + val_per_class) + clips * frames
+    stills = len(CLASSES) * (settings.train_per_class + settings.val_per_class)
+    total = stills + settings.clips * settings.frames
     done = 0
-    for count in _results(jobs, workers):
+    for count in _results(_jobs(root, settings), workers):
         done += count
-        if progress is not None:
-            progress(done, total)
-    _write_clip_lists(root / "davis", clips)
+        progress(done, total)
+    _write_clip_lists(root / "davis", settings.clips)
     os.replace(marker, root / "shapes.json")
 
 
 def _is_complete(root: Path, settings: _Settings) -> bool:
     """Whether root holds just this set; a DataError if it holds anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
+    with _naming(root):
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return False
     for name in ("shapes.json", "shapes.json.part"):
         marker = root / name
         if not marker.is_file():
@@ -185,7 +204,7 @@ def _jobs(root: Path, settings: _Settings) -> list[Callable[[], int]]:
 
 def _results(jobs: list[Callable[[], int]], workers: int | None) -> Iterator[int]:
     if workers is None:
-        workers = min(os.cpu_count() or 1, _MAX_WORKERS)
+        workers = min(cpu_count(), _MAX_WORKERS)
     workers = min(workers, len(jobs))
     if workers == 1:
         yield from map(_run, jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -37,6 +37,7 @@ class ImageSource:
     classes: the first-level folders, sorted (empty ones too); a flat folder is one class.
     sizes: [n, 2] int32 (height, width) in pixels, without EXIF rotation.
     skipped: what was left out, with the reason.
+    broken: how many of the skipped are images that cannot be read.
     """
 
     paths: list[str]
@@ -44,6 +45,7 @@ class ImageSource:
     classes: list[str]
     sizes: NDArray[np.int32]
     skipped: dict[str, str]
+    broken: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +63,8 @@ def scan_images(
     Args:
         max_bad_share: share of broken images above which the scan is an error.
         workers: threads.
-    Raises: DataError: no such folder, none that can be read, no images, too many broken ones.
+    Raises: DataError: no such folder, one that cannot be read, no images, too many broken ones,
+        more images beside the class folders than in them.
     """
     root = os.fspath(root)
     skipped: dict[str, str] = {}
@@ -80,6 +83,7 @@ def scan_images(
         classes=classes,
         sizes=np.array([found[i] for i in good], dtype=np.int32).reshape(-1, 2),
         skipped=skipped | bad,
+        broken=len(bad),
     )
 
 
@@ -91,49 +95,67 @@ def _find_images(root: str, skipped: dict[str, str]) -> tuple[list[str], list[in
         raise DataError(f"--data_path must be a folder of images, and {root} is a file")
     try:
         with os.scandir(root) as entries:
-            folders = sorted(entry.name for entry in entries if entry.is_dir())
+            folders = sorted(entry.name for entry in entries if _is_dir(entry))
     except OSError as error:
         raise DataError(f"--data_path: the folder {root} cannot be read: {error}") from error
     loose = sorted(entry.path for entry in os.scandir(root) if _is_image_file(entry))
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        below = _images_below(os.path.join(root, folder), skipped)
+        below = _images_below(os.path.join(root, folder))
         paths += below
         labels += [label] * len(below)
+    if len(loose) > len(paths) > 0:
+        raise DataError(
+            f"{root} holds {len(loose)} images, and folders with {len(paths)} more: images beside "
+            "folders would not be used. Move them into a folder of their own, or the folders away"
+        )
     if paths:
         skipped |= dict.fromkeys(loose, "lies beside the class folders")
         return paths, labels, folders
     if not loose:
-        unread = f" ({_names(skipped)})" if skipped else ""
         raise DataError(
-            f"no images in {root}{unread}: neither there nor in folders below it is a file that "
+            f"no images in {root}: neither there nor in folders below it is a file that "
             f"ends in {', '.join(EXTENSIONS)}"
         )
     return loose, [0] * len(loose), [Path(root).resolve().name]
 
 
 def _is_image_file(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
+    return entry.name.lower().endswith(EXTENSIONS) and not _is_dir(entry)
 
 
-def _images_below(folder: str, skipped: dict[str, str]) -> list[str]:
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself.
+        return False
+
+
+def _images_below(folder: str) -> list[str]:
     """Images in ImageFolder's order: by folder, then name. Links are followed, cycles are not."""
 
-    def note(error: OSError) -> None:
-        skipped[str(error.filename)] = f"the folder cannot be read: {error.strerror}"
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"the folder {error.filename} cannot be read: {error.strerror}; "
+            "make it readable or move it elsewhere"
+        )
 
     found: list[tuple[str, list[str]]] = []
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=note):
-        real = os.path.join(os.path.realpath(here), "")
-        folders[:] = [f for f in folders if not _leads_back(os.path.join(here, f), real)]
+    above = {folder: [os.path.realpath(folder)]}  # itself and its ancestors, without links
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        ancestors = above.pop(here)
+        real = {below: os.path.realpath(os.path.join(here, below)) for below in folders}
+        folders[:] = [below for below in folders if not _holds_one(real[below], ancestors)]
+        above |= {os.path.join(here, below): [*ancestors, real[below]] for below in folders}
         found.append((here, sorted(n for n in names if n.lower().endswith(EXTENSIONS))))
     return [os.path.join(here, name) for here, names in sorted(found) for name in names]
 
 
-def _leads_back(folder: str, real: str) -> bool:
-    """Whether folder is a link to one that holds `real`."""
-    return os.path.islink(folder) and real.startswith(os.path.join(os.path.realpath(folder), ""))
+def _holds_one(folder: str, others: Sequence[str]) -> bool:
+    """Whether one of the others is this folder or lies below it."""
+    start = os.path.join(folder, "")
+    return any(os.path.join(other, "").startswith(start) for other in others)
 
 
 def _inspect_all(paths: Sequence[str]) -> list[tuple[int, int] | str]:
@@ -150,6 +172,8 @@ def _inspect(path: str) -> tuple[int, int] | str:
                 width, height = image.size
                 if not _ends_well(file, image.format):
                     image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise all kinds on broken headers.
         return reason_of(error)
     return height, width
@@ -162,6 +186,12 @@ def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
     ends_well = file.read() == marker
     file.seek(place)
     return ends_well
+
+
+def cpu_count() -> int:
+    """The processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def reason_of(error: BaseException) -> str:
@@ -177,10 +207,15 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Silences Pillow's warnings (large images, odd metadata) in all threads: enter it in one."""
+    """silence_pillow() for a while. It reaches all threads: enter it in one of them alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        silence_pillow()
         yield
+
+
+def silence_pillow() -> None:
+    """Silences Pillow's warnings (large images, odd metadata), in all threads."""
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 
 def read_rgb(path: str) -> Image.Image:
@@ -189,11 +224,17 @@ def read_rgb(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def raise_if_many_bad(bad: dict[str, str], total: int, max_bad_share: float) -> None:
-    """Raises DataError, with the first few names, where more than max_bad_share are bad."""
-    if len(bad) > max_bad_share * total:
+def raise_if_many_bad(
+    bad: dict[str, str], total: int, max_bad_share: float, broken: int = 0
+) -> None:
+    """Raises DataError, with the first few names, where more than max_bad_share are bad.
+
+    broken: bad ones that are neither in `bad` nor in `total`.
+    """
+    count = len(bad) + broken
+    if count > max_bad_share * (total + broken):
         raise DataError(
-            f"{len(bad)} of {total} images cannot be read, more than --max_bad_share "
+            f"{count} of {total + broken} images cannot be read, more than --max_bad_share "
             f"{max_bad_share:g} allows: {_names(bad)}"
         )
 
@@ -264,26 +305,27 @@ class EpochPlan:
 class BadFiles:
     """The files found broken while running, and what takes their place: the next good sample.
 
-    `skipped` holds path -> reason. Safe to use from several threads.
+    `skipped` holds path -> reason, `reasons` sample -> reason. Safe to use from several threads.
+
+    Args:
+        n: samples, those that the scan kept.
+        max_bad_share: of all files, those that the scan skipped as broken among them.
+        broken: how many these are.
     """
 
-    def __init__(self, n: int, max_bad_share: float) -> None:
-        self.n, self.max_bad_share = n, max_bad_share
+    def __init__(self, n: int, max_bad_share: float, broken: int = 0) -> None:
+        self.n, self.max_bad_share, self.broken = n, max_bad_share, broken
         self.skipped: dict[str, str] = {}
-        self._indices: set[int] = set()
-        self._lock = Lock()
+        self.reasons: dict[int, str] = {}
 
     def add(self, index: int, path: str, reason: str) -> None:
         """Notes a broken file; raises DataError where there are too many."""
-        with self._lock:
-            self._indices.add(index)
-            self.skipped[path] = reason
-            raise_if_many_bad(self.skipped, self.n, self.max_bad_share)
+        self.reasons[index] = self.skipped[path] = reason
+        raise_if_many_bad(self.skipped, self.n, self.max_bad_share, self.broken)
 
     def good(self, index: int) -> int:
         """The first sample from index on that is not known to be broken; DataError if all are."""
-        if len(self._indices) == self.n:
-            raise DataError(f"none of the {self.n} images can be read: {_names(self.skipped)}")
-        while index in self._indices:
-            index = (index + 1) % self.n
-        return index
+        for candidate in itertools.chain(range(index, self.n), range(index)):
+            if candidate not in self.reasons:
+                return candidate
+        raise DataError(f"none of the {self.n} images can be read: {_names(self.skipped)}")
