@@ -62,16 +62,20 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        cause = _os_error(error)
+        if cause is None:  # a defect, not the disk
             raise
-        full = isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        )
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         todo = "the disk is full: make room" if full else "check the folder and its permissions"
         kept = "; the last good checkpoint is still there" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path} ({error}): {todo}{kept}") from error
+        raise CheckpointError(f"cannot write {path} ({cause}): {todo}{kept}") from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch.save hides it behind a RuntimeError of its writer."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def check_finite(state: dict[str, Any]) -> None:

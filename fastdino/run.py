@@ -220,7 +220,7 @@ class Run:
                 f"--output_dir {self.output_dir} cannot be written ({error}): name one that can"
             ) from error
         # A lock of this process alone (its workers do not inherit it), gone when it ends.
-        self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT)
+        self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -54,6 +54,27 @@ def test_a_full_disk_says_so_and_that_the_last_checkpoint_is_there(tmp_path, mon
     assert checkpoint.load(path)["epoch"] == 3
 
 
+def test_a_full_disk_behind_an_error_of_torchs_writer_is_still_a_full_disk(tmp_path, monkeypatch):
+    def full(_state, _file):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 2 vs 1")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*make room"):
+        checkpoint.save(STATE, tmp_path / "checkpoint.pth")
+
+
+def test_an_error_that_is_not_the_disks_stays_itself(tmp_path, monkeypatch):
+    def broken(_state, _file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        checkpoint.save(STATE, tmp_path / "checkpoint.pth")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_torch_reports_a_device_that_is_really_full(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"

@@ -201,11 +201,13 @@ class _CropDataset(Dataset[Any]):
         return len(self._paths)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
-        epoch, index = key
+        with quiet_pillow():
+            return self._sample(*key)
+
+    def _sample(self, epoch: int, index: int) -> _Sample:
         known = self._bad.reasons
         try:
-            with quiet_pillow():
-                image, used = self._read(index)
+            image, used = self._read(index)
         except DataError as error:
             return str(error), list(known.items())
         # Those it knew before too: the main process may never have got the sample that told it.
