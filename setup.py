@@ -9,16 +9,19 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "fastdino/__init__.py").read_text(encoding="utf-8")
 VERSION = re.findall(r'__version__ = "(.+)"', INIT)[0]
 
-TRAIN = [
+EVAL = [
     "matplotlib>=3.8",
     "numpy>=1.26",
-    "nvidia-cuda-runtime-cu12; sys_platform == 'linux'",  # xformers links against it
     "pillow>=10,<13",  # 13 changed the order of the resize passes: crops would differ
-    "tensorboard>=2.16",
     "timm>=1.0.20",
     "torchvision>=0.25",
     "tqdm>=4.66",
-    "xformers>=0.0.35; sys_platform == 'linux'",
+]
+TRAIN = [
+    *EVAL,
+    "nvidia-cuda-runtime-cu12; sys_platform == 'linux'",  # xformers links against it
+    "tensorboard>=2.16",
+    "xformers>=0.0.35; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]
 DEV = [
     "build",
@@ -46,6 +49,7 @@ setup(
     package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
     install_requires=["torch>=2.10", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
+        "eval": EVAL,
         "train": TRAIN,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,

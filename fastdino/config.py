@@ -174,6 +174,8 @@ class TrainConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise _error(name, getattr(self, name), "0 < smallest <= largest <= 1")
+        if self.seed >= 2**63:
+            raise _error("seed", self.seed, "below 2**63")
         if self.drop_path_rate == 1:
             raise _error("drop_path_rate", 1.0, "a number from 0 to below 1")
         self._check_together()

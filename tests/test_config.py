@@ -73,6 +73,7 @@ def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
         ({"drop_path_rate": 1.0}, "--drop_path_rate must be a number from 0 to below 1"),
         ({"global_crops_scale": (0.4,)}, "--global_crops_scale must be two numbers"),
         ({"local_crops_scale": (0.4, 0.05)}, "--local_crops_scale must be 0 < smallest"),
+        ({"seed": 2**63}, "--seed must be below 2**63"),
         ({"seed": -1}, "--seed must be a finite number of at least 0, got -1"),
         ({"warmup_epochs": 11, "epochs": 10}, "--warmup_epochs 11 is beyond --epochs 10"),
         (

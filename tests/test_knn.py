@@ -206,7 +206,7 @@ def test_features_are_those_of_the_checkpoints_teacher(run, images, tiny, tmp_pa
         torch.testing.assert_close(found["trainfeat.pth"], expected, rtol=1e-4, atol=1e-5)
         assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert found["testlabels.pth"].tolist() == [0, 0, 1, 1, 2, 2]
-        assert found["testfeat.pth"].shape == (6, 128)
+        assert found["testfeat.pth"].shape == (6, 96)
 
 
 def test_dumped_features_give_the_same_accuracies(run, images, tmp_path, capsys):
@@ -349,6 +349,6 @@ def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
     assert run(*NANO, "--dump_features", tmp_path / "one", "--output", tmp_path / "one.json") == 0
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
     one, two = dumped(tmp_path / "one"), dumped(tmp_path / "two")
-    assert one["trainfeat.pth"].shape == (11, 128)
+    assert one["trainfeat.pth"].shape == (11, 96)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
