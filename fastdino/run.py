@@ -212,15 +212,12 @@ class Run:
     def _prepare_output(self) -> None:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            probe = self.output_dir / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            # Locked by this process alone (its workers do not inherit it), free when it ends.
+            self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise CheckpointError(
                 f"--output_dir {self.output_dir} cannot be written ({error}): name one that can"
             ) from error
-        # A lock of this process alone (its workers do not inherit it), gone when it ends.
-        self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
