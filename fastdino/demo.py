@@ -30,9 +30,8 @@ MODEL = "--arch vit_nano --patch_size 8"
 KNN = "--resize 48 --crop 48 --nb_knn 20"
 TRAIN = (
     f"{MODEL} --global_crops_size 48 --local_crops_size 24 --local_crops_number 2 --out_dim 256 "
-    "--use_bn_in_head true --momentum_teacher 0.99 --warmup_teacher_temp 0.02 --teacher_temp 0.03 "
-    "--warmup_teacher_temp_epochs 3 --batch_size_per_gpu 64 --epochs 24 --warmup_epochs 1 "
-    "--lr 0.006 --min_lr 1e-5 "
+    "--use_bn_in_head true --momentum_teacher 0.99 --warmup_teacher_temp 0.02 --teacher_temp 0.02 "
+    "--batch_size_per_gpu 32 --epochs 11 --warmup_epochs 1 --lr 0.008 --min_lr 1e-5 "
     "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
 ATTENTION_SIZE = 96  # px: twice the training's, for finer maps
