@@ -38,7 +38,7 @@ def report() -> dict[str, str]:
         "attention": f"{attention.name} ({attention.reason})",
         "  xformers": "available" if problem is None else f"not available: {problem}",
         "  sdpa": "available",
-        "kernels": chosen_kernels(),
+        "kernels": chosen_kernels(device),
         "crops": "dali" if dali is None else f"torchvision (no DALI: {dali})",
     }
     return facts

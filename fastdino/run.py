@@ -68,7 +68,7 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.checkpoint_path = self.output_dir / "checkpoint.pth"
         self.is_main = distributed.rank() == 0
-        self.kernels = chosen_kernels()
+        self.kernels = chosen_kernels(device)
         self._lock: int | None = None
         distributed.from_main(self._prepare_output)
         # One verdict for all processes: they must agree on which images there are.
@@ -389,10 +389,10 @@ def explained_failures(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def chosen_kernels() -> str:
-    """The implementation of the kernels; raises ConfigError where FASTDINO_KERNELS names none."""
+def chosen_kernels(device: torch.device) -> str:
+    """The implementation of the kernels; ConfigError where FASTDINO_KERNELS asks for another."""
     try:
-        return chosen_impl()
+        return chosen_impl(device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

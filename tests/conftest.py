@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 from fastdino import TrainConfig
+
+if not torch.cuda.is_available():
+    # Read when a module of kernels is first imported: they then run on the CPU, line by line.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

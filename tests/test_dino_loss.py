@@ -307,7 +307,7 @@ def call(student=(4, 3, 7), teacher=(2, 3, 7), center=(7,), **changes):
         ({"teacher_temp": math.nan}, ValueError, "teacher_temp must be > 0 .*got nan"),
         ({"teacher_temp": "warm"}, TypeError, "teacher_temp .*got str"),
         ({"teacher_temp": torch.ones(1)}, ValueError, r"0-d tensor, got shape \(1,\)"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch'.*got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'torch'.*got 'cuda'"),
     ],
 )
 def test_callers_mistakes(changes, raises, match):

@@ -11,8 +11,6 @@ from . import reference
 from .dispatch import check_float_tensor, choose_impl, compute_dtype, is_number
 from .reference import CLIP_EPS
 
-_IMPLS = ("torch", "reference")
-
 
 @torch.no_grad()
 def clip_grad_norms_(
@@ -45,7 +43,7 @@ def clip_grad_norms_(
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     grads = _present_grads(params)
-    chosen = choose_impl(impl, _IMPLS, automatic="torch")
+    chosen = choose_impl(impl, list(grads.values()))
 
     present = list(grads.values())
     clip = _reference_clip_ if chosen == "reference" else _torch_clip_

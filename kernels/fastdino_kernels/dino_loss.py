@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from . import reference
 from .dispatch import check_float_tensor, choose_impl, compute_dtype, is_number
 
-_IMPLS = ("torch", "reference")
-
 # Elements of one temporary per CPU thread: 256 KB in fp32, so that a few stay in a core's L2.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -219,7 +217,7 @@ def dino_loss(
 
     """
     _check_logits(student, teacher, center)
-    chosen = choose_impl(impl, _IMPLS, automatic="torch")
+    chosen = choose_impl(impl, (student, teacher))
     dtype = compute_dtype(student, teacher)
     student_temp = _temperature("student_temp", student_temp, dtype, student.device)
     teacher_temp = _temperature("teacher_temp", teacher_temp, dtype, student.device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 
 import torch
 
 ENVIRONMENT_VARIABLE = "FASTDINO_KERNELS"
+IMPLS = ("auto", "triton", "torch", "reference")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -16,32 +19,67 @@ def _environment_default() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
 
 
-def choose_impl(impl: str, available: Sequence[str], automatic: str) -> str:
-    """Name of the implementation to run.
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def triton_problem(device_type: str) -> str | None:
+    """Why Triton's kernels cannot run on tensors of this device type; None where they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and _triton_interprets()):
+        return None
+    return f"Triton needs CUDA tensors (or, on a CPU, TRITON_INTERPRET=1), got {device_type}"
+
+
+def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
+    """Name of the implementation to run on `tensors`: "triton", "torch" or "reference".
 
     Args:
         impl: what the caller asked for; "auto" defers to the environment variable
-            FASTDINO_KERNELS, and where that is unset or "auto" too, to `automatic`.
-        available: the implementations that this function has, without "auto".
-        automatic: the best of them for the caller's tensors.
+            FASTDINO_KERNELS, and where that is unset or "auto" too, takes Triton on CUDA tensors
+            of at most 32 bits and vectorised PyTorch for all others.
+        tensors: what the kernel will read and write.
 
-    Raises: ValueError: a name that is neither "auto" nor available.
+    Raises: ValueError: a name that does not exist, or Triton asked for where it cannot run.
 
     """
     asked, source = impl, "impl"
     if impl == "auto":
         asked, source = _environment_default(), ENVIRONMENT_VARIABLE
-    if asked == "auto":
-        return automatic
-    if asked not in available:
-        allowed = ", ".join(repr(name) for name in ("auto", *available))
+    if asked not in IMPLS:
+        allowed = ", ".join(repr(name) for name in IMPLS)
         raise ValueError(f"{source} must be one of {allowed}, got {asked!r}")
-    return asked
+    if asked not in ("auto", "triton"):
+        return asked
+    problem = _triton_problem(tensors)
+    if asked == "auto":
+        on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+        return "triton" if on_gpu and problem is None else "torch"
+    if problem is not None:
+        raise ValueError(f"{source}='triton': {problem}; use 'torch' or 'auto'")
+    return "triton"
 
 
-def chosen_impl() -> str:
-    """Name of the implementation that impl="auto" runs, for a line of a log."""
-    return choose_impl("auto", ("torch", "reference"), automatic="torch")
+def _triton_problem(tensors: Sequence[torch.Tensor]) -> str | None:
+    for device_type in {tensor.device.type for tensor in tensors}:
+        if (problem := triton_problem(device_type)) is not None:
+            return problem
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "the kernels compute in fp32, got a tensor of torch.float64"
+    return None
+
+
+def chosen_impl(device: torch.device | str = "cpu") -> str:
+    """Name of the implementation that impl="auto" runs on a device, for a line of a log."""
+    return choose_impl("auto", [torch.empty(0, device=device)])
 
 
 def check_float_tensor(name: str, tensor: object) -> torch.Tensor:

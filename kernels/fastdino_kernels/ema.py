@@ -10,8 +10,6 @@ from torch import Tensor
 from . import reference
 from .dispatch import check_float_tensor, choose_impl, is_number
 
-_IMPLS = ("torch", "reference")
-
 
 @torch.no_grad()
 def ema_update_(
@@ -48,7 +46,7 @@ def ema_update_(
     _check_pairs("teacher_tensors", teacher, "student_tensors", student)
     if copies is not None:
         _check_pairs("teacher_tensors", teacher, "shadow", copies)
-    chosen = choose_impl(impl, _IMPLS, automatic="torch")
+    chosen = choose_impl(impl, [*teacher, *student, *(copies or ())])
     momentum = _check_momentum(momentum, teacher)
 
     if chosen == "reference":
