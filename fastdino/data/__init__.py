@@ -1,7 +1,7 @@
 """From a folder of images to the crops of a step: which images, which crops, and who makes them.
 
-crops.py says what is drawn, sources.py finds the images and their order, pil.py and dali.py make
-the crops (exactly as the paper, and fast), loader.py chooses between the two.
+crops.py says what is drawn, sources.py finds the images and their order. pil.py makes the crops as
+the paper does, fused.py the same ones fast, dali.py near ones; loader.py chooses.
 """
 
 from fastdino.data.crops import draw_crops

@@ -60,7 +60,7 @@ def multi_crop(
     _check_images(images)
     check_params(params, images)
     mean, std = [float(x) for x in mean], [float(x) for x in std]
-    _check_settings(size, mean, std, dtype)
+    check_settings(size, mean, std, dtype)
     chosen = choose_impl(impl, images)
     if chosen == "reference":
         chosen = "torch"
@@ -135,7 +135,10 @@ def _check_images(images: Sequence[Tensor]) -> None:
             )
 
 
-def _check_settings(size: int, mean: list[float], std: list[float], dtype: torch.dtype) -> None:
+def check_settings(
+    size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> None:
+    """Raises TypeError or ValueError; what each may be stands in multi_crop."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
         raise TypeError(f"size must be an int, got {type(size).__name__}")
     if not 1 <= size <= 4096:
