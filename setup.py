@@ -29,6 +29,7 @@ DEV = [
     "mypy>=1.18",
     "pre-commit",
     "pytest>=8",
+    "pytest-benchmark>=5.1",
     "pytest-xdist",
     "ruff>=0.14",
     "setuptools>=77",  # tests/test_package.py builds in the environment it runs in
