@@ -26,6 +26,7 @@ TRAIN = [
 DEV = [
     "build",
     "hypothesis>=6.100",
+    "lightly>=1.6,<1.7",  # tests/test_compat.py holds its DINOLoss beside ours
     "mypy>=1.18",
     "pre-commit",
     "pytest>=8",
