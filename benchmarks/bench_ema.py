@@ -29,13 +29,13 @@ class Size:
     K: int = 65536
 
     def __str__(self) -> str:
-        return f"{self.arch}/16 K{self.K}"
+        return f"{self.arch} K{self.K}"
 
 
 SIZES = {
     "cuda": [Size("ViT-S"), Size("ViT-B"), Size("ViT-L")],
     "cpu": [Size("ViT-S")],
-    "quick": [Size("ViT-nano", 1024)],
+    "quick": [Size("a toy", 1024)],
 }
 
 

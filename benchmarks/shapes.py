@@ -9,8 +9,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 # Width D, depth. S, B and L: Dosovitskiy et al. 2020, Touvron et al. 2020.
-ARCHS = {"ViT-nano": (32, 2), "ViT-Ti": (192, 12), "ViT-S": (384, 12), "ViT-B": (768, 12)}
-ARCHS["ViT-L"] = (1024, 24)
+ARCHS = {"ViT-S": (384, 12), "ViT-B": (768, 12), "ViT-L": (1024, 24), "a toy": (32, 2)}
 
 
 def vit_shapes(width: int, depth: int, patch: int = 16, image: int = 224) -> list[Shape]:
@@ -25,7 +24,7 @@ def vit_shapes(width: int, depth: int, patch: int = 16, image: int = 224) -> lis
     return [*embedding, *block * depth, (D,), (D,)]
 
 
-def head_shapes(width: int, K: int, hidden: int = 2048, bottleneck: int = 256) -> list[Shape]:
+def head_shapes(width: int, K: int, hidden: int, bottleneck: int = 256) -> list[Shape]:
     """Three linears, then the weight-normed prototypes: magnitudes [K, 1], directions [K, 256]."""
     return [
         (hidden, width), (hidden,), (hidden, hidden), (hidden,), (bottleneck, hidden),
@@ -36,7 +35,8 @@ def head_shapes(width: int, K: int, hidden: int = 2048, bottleneck: int = 256) -
 def network_shapes(arch: str, K: int = 65536) -> list[Shape]:
     """All parameters of backbone and head."""
     width, depth = ARCHS[arch]
-    return vit_shapes(width, depth) + head_shapes(width, K)
+    hidden = 64 if arch == "a toy" else 2048
+    return vit_shapes(width, depth) + head_shapes(width, K, hidden)
 
 
 def random_tensors(
