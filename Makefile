@@ -1,11 +1,13 @@
 # Two commands do all set-up: `make demo` and `make test`. PYTHON picks the interpreter of the environment.
+# `make gpu-report` sets up nothing: it takes PYTHON as it is, with its torch, triton and pytest.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
+BENCH ?= runs/bench
 
-.PHONY: install demo test lint types format clean help
+.PHONY: install demo test lint types format bench gates gpu-report clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +36,17 @@ types: install  ## mypy, strict
 format: install  ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install  ## the kernels' benchmarks: tables, and JSON in BENCH (QUICK=1: small sizes)
+	mkdir -p $(BENCH)
+	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet --benchmark-json=$(BENCH)/raw.json $(if $(QUICK),--quick); \
+	status=$$?; $(BIN)/python -m benchmarks.report $(BENCH)/raw.json --write $(BENCH) && exit $$status
+
+gates: install  ## compile every kernel ahead of time, with no GPU; the table in benchmarks/results
+	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.compile_gates --write benchmarks/results
+
+gpu-report:  ## on a GPU: tests, benchmarks, one report in benchmarks/results (REDUCED=1: on the CPU)
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu_report $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:  ## remove the environment and what runs left
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -27,9 +27,11 @@ TRAIN = [
 DEV = [
     "build",
     "hypothesis>=6.100",
+    "lightly>=1.6,<1.7",  # tests/test_compat.py holds its DINOLoss beside ours
     "mypy>=1.18",
     "pre-commit",
     "pytest>=8",
+    "pytest-benchmark>=5.1",
     "pytest-xdist",
     "ruff>=0.14",
     "setuptools>=77",  # tests/test_package.py builds in the environment it runs in

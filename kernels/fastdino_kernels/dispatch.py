@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 
@@ -106,3 +108,56 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, (int, float, torch.SymFloat, torch.SymInt))
+
+
+def check_temperature(
+    name: str, value: object, dtype: torch.dtype, device: torch.device
+) -> float | torch.Tensor:
+    """A float > 0, or a 0-d tensor of `dtype` on `device`, whose value nobody waits for."""
+    if isinstance(value, torch.Tensor):
+        check_float_tensor(name, value)
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}"
+            )
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+        return value.detach().to(dtype)
+    if not is_number(value):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    assert isinstance(value, (int, float))
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    return value
+
+
+def check_inplace_backward(name: str, student: torch.Tensor, other: torch.Tensor) -> None:
+    """ValueError where writing over the student's logits would change something else as well."""
+    if torch.compiler.is_compiling():  # traced tensors have no address
+        return
+    if any(
+        size > 1 and stride == 0
+        for size, stride in zip(student.shape, student.stride(), strict=True)
+    ):
+        raise ValueError(
+            "inplace_backward writes over the student's logits: expected a tensor whose elements "
+            f"share no memory, got strides {student.stride()}"
+        )
+    if student.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0:
+        raise ValueError(
+            "inplace_backward writes over the student's logits: expected them in memory of their "
+            f"own, got student and {name} in the same storage"
+        )
+
+
+def pair_count(student_crops: int, teacher_crops: int, ignore_diagonal: bool) -> int:
+    """Pairs of a student crop and a teacher crop, without those of a crop with itself."""
+    own = min(student_crops, teacher_crops) if ignore_diagonal else 0
+    return student_crops * teacher_crops - own
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, on which Triton launches."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -44,6 +44,24 @@ def dino_loss(
     return loss / pairs, teacher.detach().sum(dim=(0, 1))
 
 
+def soft_cross_entropy(
+    student: Tensor, probs: Tensor, student_temp: float | Tensor, ignore_diagonal: bool
+) -> Tensor:
+    """[S, B]: sum_q -sum_k probs_qk log softmax(s_v/tau_s)_k, for each crop v and image.
+
+    q runs over the T crops of `probs` [T, B, K], with ignore_diagonal over those other than v.
+    """
+    log_probs = torch.log_softmax(student / student_temp, dim=-1)
+    rows = torch.zeros(student.shape[:2], dtype=student.dtype, device=student.device)
+    for q, target in enumerate(probs.detach()):
+        cross_entropy = -(target * log_probs).sum(dim=-1)
+        if ignore_diagonal and q < len(student):
+            own = torch.arange(len(student), device=student.device)[:, None] == q
+            cross_entropy = cross_entropy.masked_fill(own, 0)
+        rows = rows + cross_entropy
+    return rows
+
+
 def teacher_entropy(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
     """Mean entropy, in nats, of softmax((t - c)/tau_t) over the T*B rows of [T, B, K] logits."""
     log_probs = torch.log_softmax((teacher - center.reshape(-1)) / teacher_temp, dim=-1)
@@ -71,3 +89,10 @@ def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tens
         for grad, factor in zip(grads, factors, strict=True)
     ]
     return clipped, norms
+
+
+def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """All scaled by min(1, max_norm/(norm + 1e-6)), and the norm of all before: DINOv2's clip."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+    return [grad * factor for grad in grads], norm

@@ -1,0 +1,11 @@
+"""What the kernels cost, beside what people use today: make bench, make gates, make gpu-report.
+
+bench_*.py          pytest-benchmark suites, one a subject: loss, EMA, clip, overhead of a call
+contest.py          variants of one operation: checked, timed in turn, replayed to pytest-benchmark
+measure.py          time, peak memory and copy bandwidth, on a GPU and on a CPU
+loss_variants.py    the paper's eager loss and the einsum form; shapes.py: a network's parameters
+report.py           pytest-benchmark's JSON -> a Markdown table
+compile_gates.py    every shipped kernel compiled with no GPU; sass.py reads the machine code
+gpu_report.py       environment, GPU tests, benchmarks: one command, one folder of results
+tune.py             tries the kernels' configurations on a GPU
+"""

@@ -1,0 +1,148 @@
+"""One command for a machine with a GPU: environment, tests on the GPU, benchmarks, one report.
+
+    python3 -m benchmarks.gpu_report [--output FOLDER] [--reduced]
+
+It needs no network and installs nothing. Each part has a time of its own, and all together stay
+below nine minutes; one that fails or hangs is reported, and the others still run. Without a GPU, or
+with --reduced, a small form of each runs on the CPU: that shows that the command works, no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.parts import ROOT, Part, Result, run_part
+from benchmarks.report import Row, as_json, read_rows, tables
+
+TAIL = 60  # lines of the output of what failed
+# Seconds. With the grace that a part gets after its time, below nine minutes.
+ENVIRONMENT_TIME = 30
+TESTS_TIME = 170
+SUITES = {"dino_loss": 140, "ema": 55, "clip": 40, "overhead": 25}
+REDUCED_TESTS = ("tests/test_ema.py", "tests/test_clip.py", "tests/test_dino_loss.py")
+REDUCED_SUITES = {"dino_loss": 120, "ema": 40, "clip": 40, "overhead": 40}
+
+
+@dataclass
+class Report:
+    """All that is told; written anew after every part, so that nothing measured is lost."""
+
+    environment: dict[str, str]
+    reduced: bool
+    results: list[Result] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"# {self.environment.get('device', 'unknown')}", ""]
+        if self.reduced:
+            lines += ["Reduced: small sizes, to see that all of it runs. These times mean nothing."]
+        lines += ["Written by `make gpu-report`.", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in self.environment.items()]
+        lines += ["", "| part | seconds | result | its last line |", "|---|---|---|---|"]
+        for result in self.results:
+            verdict = f"**{result.problem}**" if result.problem else "passed"
+            last = result.last_line.replace("|", "/")
+            lines.append(f"| {result.name} | {result.seconds:.0f} | {verdict} | {last} |")
+        lines += ["", tables(self.rows)]
+        for result in self.results:
+            if result.problem:
+                tail = "\n".join(result.output.splitlines()[-TAIL:])
+                lines += [f"## {result.name}: {result.problem}", "", f"```\n{tail}\n```", ""]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """report.md and report.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        record = {
+            "reduced": self.reduced,
+            "environment": self.environment,
+            "parts": [
+                {"name": r.name, "seconds": round(r.seconds, 1), "problem": r.problem}
+                for r in self.results
+            ],
+            "benchmarks": as_json(self.rows),
+        }
+        (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def environment_of(result: Result) -> dict[str, str]:
+    """What benchmarks.environment printed, its last line; {} where it failed."""
+    try:
+        return dict(json.loads(result.last_line))
+    except ValueError:
+        return {}
+
+
+def plan(raw: Path, *, reduced: bool) -> list[Part]:
+    """The tests, then a part for each suite, which writes its JSON into `raw`."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    parallel = ("-n", "4") if importlib.util.find_spec("xdist") and not reduced else ()
+    selection = REDUCED_TESTS if reduced else ("-m", "gpu", "tests")
+    planned = [Part("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
+    for name, seconds in (REDUCED_SUITES if reduced else SUITES).items():
+        options = [f"--benchmark-json={raw / name}.json", "--benchmark-quiet"]
+        quick = ["--quick"] if reduced else []
+        command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
+        planned.append(Part(f"benchmark {name}", command, seconds))
+    return planned
+
+
+def read_whole(raw: Path) -> list[Row]:
+    """The rows of all suites that have written their JSON, even if interrupted."""
+    rows = []
+    for name in SUITES:
+        try:
+            rows += read_rows([raw / f"{name}.json"])
+        except (OSError, ValueError):
+            continue
+    return rows
+
+
+def slug(device: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def run_and_report(report: Report, planned: Sequence[Part], raw: Path, folder: Path) -> int:
+    """Run the parts; 1 if any had a problem, else 0."""
+    for part in planned:
+        print(f"{part.name}, at most {part.timeout:.0f} s", flush=True)
+        result = run_part(part)
+        print(f"    {result.problem or 'passed'} after {result.seconds:.0f} s", flush=True)
+        report.results.append(result)
+        report.rows = read_whole(raw)
+        report.write(folder)
+    return int(any(result.problem for result in report.results))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder that gets one named after the device")
+    parser.add_argument("--reduced", action="store_true", help="small sizes, on the CPU")
+    options = parser.parse_args(arguments)
+
+    command = (sys.executable, "-m", "benchmarks.environment")
+    first = run_part(Part("environment", command, ENVIRONMENT_TIME))
+    environment = environment_of(first)
+    device = environment.get("device", "unknown")
+    reduced = options.reduced or device in ("cpu", "unknown")
+    report = Report(environment, reduced, [first])
+    default = ROOT / ("runs/gpu-report" if reduced else "benchmarks/results")
+    folder = (options.output or default).resolve() / slug(device)
+    with tempfile.TemporaryDirectory() as raw:
+        status = run_and_report(report, plan(Path(raw), reduced=reduced), Path(raw), folder)
+    print(f"\n{report.markdown()}\nWritten to {folder}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Clipping by norm in three launches over a PointerTable of gradients, with no atomics.
+
+1. sum_squares_kernel: one fp32 number a chunk.
+2. norms_kernel, a program a tensor, or total_norm_kernel, one program: norms and factors.
+3. scale_kernel: a chunk whose factor is 1 is neither read nor written.
+
+Bytes a parameter, for fp32: 4 for the norms, and 8 more only where the gradient is clipped.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import pointer_table, reference
+from .compile_case import CompileCase
+from .dispatch import device_guard
+from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .triton_chunk import NUMEL, PART, ROW, find_chunk, find_tensor, load_chunk, store_chunk
+
+# 32 elements a thread: 128 bytes of fp32 loads in flight in each, at 48 registers.
+CHUNK = 8192
+NUM_WARPS = 8
+# How many of the chunks' sums one program adds at a time, with how many warps.
+TENSOR_PARTIALS, TENSOR_WARPS = 1024, 4
+TOTAL_PARTIALS, TOTAL_WARPS = 8192, 16
+
+POSITION = tl.constexpr(pointer_table.POSITION)
+EPS = tl.constexpr(reference.CLIP_EPS)
+
+
+@triton.jit
+def sum_squares_kernel(rows, owners, partials, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    """partials[chunk] = sum of the squares of one chunk."""
+    _, row, start, left = find_chunk(rows, owners, CHUNK)
+    grad, code = find_tensor(row, 0)
+    if (left >= CHUNK) & (grad % 16 == 0):
+        g = load_chunk(grad, code, start, left, DTYPE, CHUNK, True)
+        total = tl.sum(g * g, axis=0)
+    else:
+        sums = tl.zeros([PART], tl.float32)
+        for part in range(0, tl.minimum(left, CHUNK), PART):
+            g = load_chunk(grad, code, start + part, left - part, DTYPE, PART, False)
+            sums += g * g
+        total = tl.sum(sums, axis=0)
+    tl.store(partials + tl.program_id(0), total)
+
+
+@triton.jit
+def norms_kernel(
+    rows, partials, norms, factors, max_norm, CHUNK: tl.constexpr, PARTIALS: tl.constexpr
+):
+    """norms[position] and factors[row] of one gradient; 1 where it is to stay, NaN included."""
+    tensor = tl.program_id(0)
+    row = rows + tensor.to(tl.int64) * ROW
+    first = tl.load(row)
+    norm = _root_of_sum(partials + first, tl.cdiv(tl.load(row + NUMEL), CHUNK), PARTIALS)
+    factor = tl.div_rn(max_norm, norm + EPS)
+    tl.store(norms + tl.load(row + POSITION), norm)
+    tl.store(factors + tensor, tl.where(factor < 1, factor, 1.0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def total_norm_kernel(partials, count, norm_out, factors, max_norm, PARTIALS: tl.constexpr):
+    """The norm of all gradients together and its factor, by one program; NaN stays NaN."""
+    norm = _root_of_sum(partials, count, PARTIALS)
+    factor = tl.div_rn(max_norm, norm + EPS)
+    tl.store(norm_out, norm)
+    tl.store(factors, tl.where(factor >= 1, 1.0, factor))
+
+
+@triton.jit
+def _root_of_sum(partials, count, PARTIALS: tl.constexpr):
+    sums = tl.zeros([PARTIALS], tl.float32)
+    offsets = tl.arange(0, PARTIALS)
+    for start in range(0, count, PARTIALS):
+        sums += tl.load(partials + start + offsets, mask=start + offsets < count, other=0.0)
+    return tl.sqrt_rn(tl.sum(sums, axis=0))
+
+
+@triton.jit
+def scale_kernel(
+    rows, owners, factors, EACH: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One chunk times factors[row] (EACH) or factors[0], in fp32, rounded once."""
+    owner, row, start, left = find_chunk(rows, owners, CHUNK)
+    factor = tl.load(factors + owner if EACH else factors)
+    if factor != 1:
+        grad, code = find_tensor(row, 0)
+        if (left >= CHUNK) & (grad % 16 == 0):
+            g = load_chunk(grad, code, start, left, DTYPE, CHUNK, True)
+            store_chunk(g * factor, grad, code, start, left, DTYPE, CHUNK, True)
+        else:
+            for part in range(0, tl.minimum(left, CHUNK), PART):
+                g = load_chunk(grad, code, start + part, left - part, DTYPE, PART, False)
+                store_chunk(g * factor, grad, code, start + part, left - part, DTYPE, PART, False)
+
+
+def launch_clip(table: PointerTable, norms: Tensor, max_norm: float) -> None:
+    """Each gradient by its own norm, which goes to norms[position] (fp32)."""
+    factors = torch.empty(len(table.rows), dtype=torch.float32, device=norms.device)
+    with device_guard(table.rows):
+        partials = _sum_squares(table)
+        norms_kernel[(len(table.rows),)](
+            table.rows,
+            partials,
+            norms,
+            factors,
+            float(max_norm),
+            CHUNK=CHUNK,
+            PARTIALS=TENSOR_PARTIALS,
+            num_warps=TENSOR_WARPS,
+        )
+        _scale(table, factors, max_norm, each=True)
+
+
+def launch_global_clip(table: PointerTable, max_norm: float) -> Tensor:
+    """All gradients by their common norm, which is returned (0-d, fp32)."""
+    total, factor = torch.empty(2, dtype=torch.float32, device=table.rows.device).unbind()
+    with device_guard(table.rows):
+        partials = _sum_squares(table)
+        total_norm_kernel[(1,)](
+            partials,
+            len(partials),
+            total,
+            factor,
+            float(max_norm),
+            PARTIALS=TOTAL_PARTIALS,
+            num_warps=TOTAL_WARPS,
+        )
+        _scale(table, factor, max_norm, each=False)
+    return total
+
+
+def _sum_squares(table: PointerTable) -> Tensor:
+    chunks = len(table.owners)
+    partials = torch.empty(chunks, dtype=torch.float32, device=table.rows.device)
+    if chunks:
+        sum_squares_kernel[(chunks,)](
+            table.rows,
+            table.owners,
+            partials,
+            DTYPE=table.codes[0],
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+        )
+    return partials
+
+
+def _scale(table: PointerTable, factors: Tensor, max_norm: float, *, each: bool) -> None:
+    if math.isinf(max_norm) or len(table.owners) == 0:
+        return  # only measured
+    scale_kernel[(len(table.owners),)](
+        table.rows,
+        table.owners,
+        factors,
+        EACH=each,
+        DTYPE=table.codes[0],
+        CHUNK=CHUNK,
+        num_warps=NUM_WARPS,
+    )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every variant of the four kernels."""
+    table = {"rows": "*i64", "owners": "*i64"}
+    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed"}
+    for code, name in names.items():
+        shape = {"DTYPE": code, "CHUNK": CHUNK}
+        yield _case(
+            f"clip-sum-squares-{name}", sum_squares_kernel, table | {"partials": "*fp32"}, shape
+        )
+        for each in (True, False):
+            yield _case(
+                f"clip-scale-{'each' if each else 'all'}-{name}",
+                scale_kernel,
+                table | {"factors": "*fp32"},
+                {"EACH": each} | shape,
+            )
+    yield _case(
+        "clip-norms",
+        norms_kernel,
+        {"rows": "*i64", "partials": "*fp32", "norms": "*fp32", "factors": "*fp32"}
+        | {"max_norm": "fp32"},
+        {"CHUNK": CHUNK, "PARTIALS": TENSOR_PARTIALS},
+        TENSOR_WARPS,
+    )
+    yield _case(
+        "clip-total-norm",
+        total_norm_kernel,
+        {"partials": "*fp32", "count": "i32", "norm_out": "*fp32", "factors": "*fp32"}
+        | {"max_norm": "fp32"},
+        {"PARTIALS": TOTAL_PARTIALS},
+        TOTAL_WARPS,
+    )
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int = NUM_WARPS,
+) -> CompileCase:
+    # An element of a factor's pair is not aligned: `factors` is not promised to be.
+    promised = {"rows", "owners", "partials", "norms"} & signature.keys()
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        divisible=sorted(promised),
+        num_warps=num_warps,
+    )

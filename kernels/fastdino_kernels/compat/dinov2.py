@@ -1,0 +1,134 @@
+"""The cross-entropies of DINOv2-style code, whose teacher probabilities exist already.
+
+There the teacher is centered or balanced (Sinkhorn-Knopp) by itself, and the loss is what remains:
+
+    CE(p, s) = -sum_k p_k log softmax(s/tau_s)_k
+
+Rows of p need not sum to 1, and get no gradient. (Oquab et al. 2023, arXiv 2304.07193; Zhou et al.
+2021, arXiv 2111.07832.)
+
+Legend: S crops of the student, T crops of the teacher, B images, N tokens, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..dispatch import check_float_tensor, pair_count
+from ..soft_cross_entropy import soft_cross_entropy
+from .crops import stack_crops
+
+
+def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool = False) -> Tensor:
+    """-sum_k t_k log softmax(s/temp)_k of every row: the patch loss of iBOT and DINOv2.
+
+    This is the `xformers.ops.cross_entropy` that dinov2/loss/ibot_patch_loss.py asks for, and that
+    no public xformers has; its result is negated there.
+
+    Args:
+        s: [B, N, K] student logits (any leading dimensions), fp16/bf16/fp32/fp64; receives the
+            gradient.
+        t: teacher probabilities of the same shape, any of these dtypes; receives none.
+        temp: the student's temperature, > 0; a float, or a 0-d tensor on the logits' device.
+        bw_inplace: write the gradient over `s` in the backward pass. Only where nothing reads `s`
+            after its loss: see soft_cross_entropy's inplace_backward.
+
+    Returns: [B, N], nats, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a temperature that is not > 0.
+        TypeError: logits or probabilities that are not floating-point tensors.
+
+    """
+    check_float_tensor("s", s)
+    check_float_tensor("t", t)
+    if s.shape != t.shape or s.dim() < 2 or s.shape[-1] < 1:
+        raise ValueError(
+            f"s and t must both be [B, N, K] with K >= 1, got {tuple(s.shape)} and {tuple(t.shape)}"
+        )
+    prototypes = s.shape[-1]
+    rows = soft_cross_entropy(
+        s.reshape(1, -1, prototypes),
+        t.reshape(1, -1, prototypes),
+        student_temp=temp,
+        inplace_backward=bw_inplace,
+    )
+    return rows.reshape(s.shape[:-1])
+
+
+def dino_clstoken_loss(
+    student_output_list: Sequence[Tensor] | Tensor,
+    teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor,
+    student_temp: float | Tensor = 0.1,
+) -> Tensor:
+    """sum_q sum_v mean_b CE(p_q, s_v): forward of DINOv2's DINOLoss (loss/dino_clstoken_loss.py).
+
+    Every pair counts, and the sum is not divided by their number: the caller does that. Lists are
+    stacked, which copies them, unless they are the pieces of one tensor (`out.chunk(S)`): see
+    crops.stack_crops.
+
+    Args:
+        student_output_list: S tensors [B, K], logits, or one [S, B, K]; receives the gradient.
+        teacher_out_softmaxed_centered_list: T tensors [B, K], probabilities, or one [T, B, K].
+        student_temp: > 0; a float, or a 0-d tensor on the logits' device.
+
+    Returns: a fp32 scalar, nats (fp64 for fp64 logits); 0 for an empty batch.
+
+    Raises: ValueError, TypeError: as soft_cross_entropy and crops.stack_crops.
+
+    """
+    student = stack_crops("student_output_list", student_output_list)
+    probs = stack_crops("teacher_out_softmaxed_centered_list", teacher_out_softmaxed_centered_list)
+    rows = soft_cross_entropy(student, probs, student_temp=student_temp)
+    return rows.sum() / max(rows.shape[1], 1)
+
+
+def dino_cross_entropy(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    *,
+    student_temp: float | Tensor = 0.1,
+    ignore_diagonal: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Mean of CE(p_q, s_v) over pairs of crops and images: the form often written as an einsum.
+
+    einsum("sbk,tbk->st") of log-probabilities and probabilities, whose diagonal is set to 0 with
+    ignore_diagonal, summed, and divided by -B*S*T, or by -(B*S*T - B*min(S, T)).
+
+    Args:
+        student_logits: [S, B, K], fp16/bf16/fp32/fp64; receives the gradient.
+        teacher_probs: [T, B, K], any of these dtypes; receives none.
+        student_temp: > 0; a float, or a 0-d tensor on the logits' device.
+        ignore_diagonal: leave out the pairs of crop i with crop i.
+        inplace_backward: write the gradient over the logits: see soft_cross_entropy.
+
+    Returns: a fp32 scalar, nats (fp64 for fp64 logits); 0 for an empty batch.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a temperature that is not > 0, or S = T = 1
+            with ignore_diagonal, which leaves no pairs.
+        TypeError: logits or probabilities that are not floating-point tensors.
+
+    """
+    student = check_float_tensor("student_logits", student_logits)
+    probs = check_float_tensor("teacher_probs", teacher_probs)
+    for name, tensor in (("student_logits", student), ("teacher_probs", probs)):
+        if tensor.dim() != 3 or tensor.shape[0] < 1:
+            raise ValueError(f"{name} must be 3-D with >= 1 crops, got shape {tuple(tensor.shape)}")
+    pairs = pair_count(len(student), len(probs), ignore_diagonal)
+    if pairs == 0:
+        raise ValueError(
+            "S = T = 1 with ignore_diagonal leaves no pairs of different crops to compute the loss "
+            "from: expected at least two student or two teacher crops"
+        )
+    rows = soft_cross_entropy(
+        student,
+        probs,
+        student_temp=student_temp,
+        ignore_diagonal=ignore_diagonal,
+        inplace_backward=inplace_backward,
+    )
+    return rows.sum() / (pairs * max(rows.shape[1], 1))

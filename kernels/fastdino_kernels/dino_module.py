@@ -1,0 +1,198 @@
+"""The DINO loss as a module with its center and its teacher temperature: facebookresearch/dino's.
+
+Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import Tensor, nn
+
+from .dino_loss import dino_loss, teacher_entropy
+from .dispatch import check_float_tensor
+
+
+class DINOLoss(nn.Module):
+    """The loss, its center and its teacher temperature: facebookresearch/dino's DINOLoss.
+
+    The same constructor, forward, state_dict and result, in one process or many; the all-reduce
+    happens only where torch.distributed is initialised. For gradient accumulation, call
+    `pairwise` for each part of the batch, add up its teacher sums, and `update_center` once.
+
+    Args:
+        out_dim: K, the number of prototypes.
+        ncrops: S >= 2, the student's crops; the first two are the teacher's.
+        warmup_teacher_temp: teacher temperature of epoch 0.
+        teacher_temp: teacher temperature after the warm-up.
+        warmup_teacher_temp_epochs: epochs of linear warm-up, both ends included.
+        nepochs: epochs in all; at least warmup_teacher_temp_epochs.
+        student_temp: the student's temperature.
+        center_momentum: in [0, 1]; the share of the center that an update keeps.
+        inplace_backward: write the gradient over the student's logits (see dino_loss).
+
+    Buffer `center` [1, K]: torch's default dtype at construction; `.double()` makes it fp64.
+    `teacher_temp_schedule` is the teacher's temperature of each epoch.
+
+    Raises: ValueError: a number out of its range; the message says what to change.
+
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        if out_dim < 1:
+            raise ValueError(f"out_dim must be >= 1, got {out_dim}")
+        if ncrops < 2:
+            raise ValueError(
+                f"ncrops must be >= 2, as the first two crops are the teacher's, got {ncrops}"
+            )
+        if not 0 <= center_momentum <= 1:
+            raise ValueError(f"center_momentum must be in [0, 1], got {center_momentum}")
+        if not 0 < student_temp < math.inf:
+            raise ValueError(f"student_temp must be > 0 and finite, got {student_temp}")
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.ncrops = ncrops
+        self.inplace_backward = inplace_backward
+        self.teacher_temp_schedule = _temperature_schedule(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
+        )
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+        """Loss of one batch; the center is updated after its use.
+
+        Args:
+            student_output: [S*B, K] logits, crop after crop; receives the gradient.
+            teacher_output: [2*B, K] logits of the first two crops; receives no gradient.
+            epoch: from 0; chooses the teacher's temperature.
+
+        Returns: the loss, a fp32 scalar in nats (fp64 for fp64 logits).
+
+        Raises: ValueError, TypeError: as `pairwise`, and as `update_center` for an empty batch.
+
+        """
+        loss, teacher_sum = self.pairwise(student_output, teacher_output, epoch)
+        self.update_center(teacher_sum, len(teacher_output))
+        return loss
+
+    def pairwise(
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, teacher_sum [K]) of one batch, as forward, without touching the center.
+
+        Raises:
+            ValueError: shapes that do not fit ncrops, K and each other, or an epoch outside
+                0..nepochs - 1; the message says what was expected and got.
+            TypeError: logits that are not floating-point tensors.
+
+        """
+        check_float_tensor("student_output", student_output)
+        check_float_tensor("teacher_output", teacher_output)
+        rows, prototypes = len(teacher_output) // 2, self.center.shape[-1]
+        expected = ((self.ncrops * rows, prototypes), (2 * rows, prototypes))
+        if (tuple(student_output.shape), tuple(teacher_output.shape)) != expected:
+            raise ValueError(
+                f"student_output [S*B, K] and teacher_output [2*B, K] must fit S = {self.ncrops} "
+                f"and K = {prototypes}, got {tuple(student_output.shape)} "
+                f"and {tuple(teacher_output.shape)}"
+            )
+        return dino_loss(
+            student_output.reshape(self.ncrops, rows, prototypes),
+            teacher_output.reshape(2, rows, prototypes),
+            self.center,
+            student_temp=self.student_temp,
+            teacher_temp=self._teacher_temp(epoch),
+            inplace_backward=self.inplace_backward,
+        )
+
+    @torch.no_grad()
+    def update_center(self, teacher_sum: Tensor, rows: int) -> None:
+        """Center <- m*center + (1 - m)*mean, over the teacher rows of all processes (Eq. 4).
+
+        Args:
+            teacher_sum: [K] (or [1, K]), the sum of this process's teacher logits over `rows`
+                rows; not modified.
+            rows: teacher rows in that sum (2*B a batch), the same number in every process. With
+                0 rows in a single process the center stays.
+
+        Raises: ValueError: another number of elements than K, negative rows, or 0 rows in one of
+            several processes.
+
+        """
+        if teacher_sum.numel() != self.center.numel():
+            raise ValueError(
+                f"teacher_sum must be [K] with K = {self.center.numel()}, "
+                f"got shape {tuple(teacher_sum.shape)}"
+            )
+        world = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+        if rows < 0 or (rows == 0 and world > 1):
+            raise ValueError(f"rows must be >= {int(world > 1)}, got {rows}")
+        if rows == 0:
+            return
+        total = teacher_sum.detach().reshape(self.center.shape)
+        if world > 1:
+            total = total.clone()
+            torch.distributed.all_reduce(total)
+        mean = (total / (rows * world)).to(self.center.dtype)
+        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+
+    @torch.no_grad()
+    def teacher_entropy(self, teacher_output: Tensor, epoch: int) -> Tensor:
+        """Mean entropy, nats, of [2*B, K] teacher logits under this center and temperature."""
+        return teacher_entropy(teacher_output[None], self.center, self._teacher_temp(epoch))
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        return (
+            f"out_dim={self.center.shape[-1]}, ncrops={self.ncrops}, "
+            f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
+        )
+
+    def _teacher_temp(self, epoch: int) -> float:
+        epoch = operator.index(epoch)
+        if not 0 <= epoch < len(self.teacher_temp_schedule):
+            raise ValueError(
+                f"epoch must be in 0..{len(self.teacher_temp_schedule) - 1} (nepochs - 1), "
+                f"got {epoch}"
+            )
+        return self.teacher_temp_schedule[epoch]
+
+
+def _temperature_schedule(
+    warmup: float, final: float, warmup_epochs: int, epochs: int
+) -> tuple[float, ...]:
+    """linspace(warmup, final, warmup_epochs), both ends included, then `final` to the end."""
+    for name, temp in (("warmup_teacher_temp", warmup), ("teacher_temp", final)):
+        if not 0 < temp < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {temp}")
+    if warmup_epochs < 0:
+        raise ValueError(f"warmup_teacher_temp_epochs must be >= 0, got {warmup_epochs}")
+    if warmup_epochs > epochs:
+        raise ValueError(
+            f"warmup_teacher_temp_epochs ({warmup_epochs}) must not exceed nepochs ({epochs}): "
+            "lower warmup_teacher_temp_epochs or raise nepochs"
+        )
+    step = (final - warmup) / max(warmup_epochs - 1, 1)
+    ramp = [warmup + step * epoch for epoch in range(warmup_epochs)]
+    if warmup_epochs > 1:
+        ramp[-1] = final
+    return (*ramp, *[final] * (epochs - warmup_epochs))

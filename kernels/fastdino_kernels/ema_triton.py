@@ -1,0 +1,142 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The EMA as one kernel over a PointerTable, roles teacher, student and (optionally) shadow.
+
+Bytes a parameter: fp32 reads 4 + 4 and writes 4: 12, the floor; a bf16 shadow in the same pass
+makes 14, where a cast afterwards would make 18.
+"""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import CompileCase
+from .dispatch import device_guard
+from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .triton_chunk import PART, find_chunk, find_tensor, load_chunk, store_chunk
+
+# 16 elements a thread: 128 bytes of fp32 loads in flight in each, at 64 registers.
+CHUNK = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def ema_kernel(
+    rows,
+    owners,
+    weight,
+    keep,
+    momentum,
+    TEACHER: tl.constexpr,
+    STUDENT: tl.constexpr,
+    SHADOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One chunk of one teacher: weight = 1 - keep, or both from `momentum` [] where it is given.
+
+    TEACHER, STUDENT, SHADOW are dtype codes; SHADOW is None where there is no shadow.
+    """
+    if momentum is not None:
+        m = tl.load(momentum).to(tl.float64)
+        weight = (1.0 - m).to(tl.float32)
+        keep = m.to(tl.float32)
+    else:
+        # The interpreter takes a float that fp32 cannot hold for fp64.
+        weight = weight.to(tl.float32)
+        keep = keep.to(tl.float32)
+    _, row, start, left = find_chunk(rows, owners, CHUNK)
+    teacher, teacher_code = find_tensor(row, 0)
+    student, student_code = find_tensor(row, 1)
+    shadow, shadow_code = find_tensor(row, 2)
+    # The shadow's address is 0 where there is none.
+    if (left >= CHUNK) & ((teacher | student | shadow) % 16 == 0):
+        t = load_chunk(teacher, teacher_code, start, left, TEACHER, CHUNK, True)
+        s = load_chunk(student, student_code, start, left, STUDENT, CHUNK, True)
+        t = _blend(t, s, weight, keep)
+        t = store_chunk(t, teacher, teacher_code, start, left, TEACHER, CHUNK, True)
+        if SHADOW is not None:
+            store_chunk(t, shadow, shadow_code, start, left, SHADOW, CHUNK, True)
+    else:
+        for part in range(0, tl.minimum(left, CHUNK), PART):
+            t = load_chunk(teacher, teacher_code, start + part, left - part, TEACHER, PART, False)
+            s = load_chunk(student, student_code, start + part, left - part, STUDENT, PART, False)
+            t = _blend(t, s, weight, keep)
+            t = store_chunk(
+                t, teacher, teacher_code, start + part, left - part, TEACHER, PART, False
+            )
+            if SHADOW is not None:
+                store_chunk(t, shadow, shadow_code, start + part, left - part, SHADOW, PART, False)
+
+
+@triton.jit
+def _blend(t, s, weight, keep):
+    """keep*t + weight*s, from the nearer end, so that both ends are exact to the bit."""
+    near_teacher = weight < 0.5
+    base = tl.where(near_teacher, t, s)
+    scale = tl.where(near_teacher, weight, -keep)
+    return tl.where(scale == 0, base, base + scale * (s - t))
+
+
+def launch_ema(table: PointerTable, momentum: float | Tensor) -> None:
+    """Updates every tensor of the table.
+
+    Args:
+        table: of 2 roles (teacher, student) or 3 (shadow), in chunks of CHUNK.
+        momentum: a float, or a 0-d floating-point tensor on the table's device.
+    """
+    if len(table.owners) == 0:
+        return
+    on_device = isinstance(momentum, Tensor)
+    teacher, student, shadow = (*table.codes, None)[:3]
+    with device_guard(table.rows):
+        ema_kernel[(len(table.owners),)](
+            table.rows,
+            table.owners,
+            0.0 if on_device else float(1 - momentum),
+            0.0 if on_device else float(momentum),
+            momentum if on_device else None,
+            TEACHER=teacher,
+            STUDENT=student,
+            SHADOW=shadow,
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+        )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The variants that training runs, and the most general ones."""
+    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed"}
+    variants = [
+        (FP32, FP32, None, None),
+        (FP32, FP32, None, "*fp64"),
+        (FP32, FP32, BF16, None),
+        (FP32, FP32, BF16, "*fp32"),
+        (FP32, FP32, BF16, "*fp64"),
+        (FP32, FP32, FP16, None),
+        (FP32, BF16, None, None),
+        (BF16, BF16, None, None),
+        (FP16, FP16, None, None),
+        (MIXED, MIXED, None, None),
+        (MIXED, MIXED, MIXED, "*fp64"),
+    ]
+    for teacher, student, shadow, momentum in variants:
+        roles = [names[code] for code in (teacher, student, shadow) if code is not None]
+        constexprs = {"TEACHER": teacher, "STUDENT": student, "SHADOW": shadow, "CHUNK": CHUNK}
+        if momentum is None:
+            constexprs["momentum"] = None
+        yield CompileCase(
+            name="-".join(["ema", *roles, *([f"momentum{momentum[1:]}"] if momentum else [])]),
+            kernel=ema_kernel,
+            signature={
+                "rows": "*i64",
+                "owners": "*i64",
+                "weight": "fp32",
+                "keep": "fp32",
+                "momentum": momentum or "constexpr",
+                **dict.fromkeys(("TEACHER", "STUDENT", "SHADOW", "CHUNK"), "constexpr"),
+            },
+            constexprs=constexprs,
+            divisible=["rows", "owners", *(["momentum"] if momentum else [])],
+            num_warps=NUM_WARPS,
+        )

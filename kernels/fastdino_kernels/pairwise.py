@@ -1,0 +1,225 @@
+"""Cross-entropy between every teacher crop and every student crop, as differentiable operators.
+
+What dino_loss and soft_cross_entropy share. With P_q the teacher's probabilities, z_v =
+s_v/student_temp, and q running over the teacher's crops (but q != v with ignore_diagonal):
+
+    rows_v    = sum_q -<P_q, log softmax(z_v)> = mass * lse(z_v) - <sum_q P_q, z_v>
+    d rows_v  = 1/student_temp * (mass * softmax(z_v) - sum_q P_q) d s_v,  mass = sum_q sum_k P_qk
+
+So each student crop meets the sum of its targets once, nothing is saved but two numbers a row, and
+both passes read every logit once.
+
+The operators are in torch.ops.fastdino_kernels, with fake implementations, so that torch.compile,
+fake tensors and CUDA graphs take them whole. Under autocast they compute in the dtypes they are
+given: half-precision logits in fp32 inside. They are defined by torch.library's lower-level calls
+and differentiated by one autograd.Function because torch.library.custom_op costs 50 us a call.
+
+Legend: S crops of the student (v), T crops of the teacher (q), B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import compute_dtype, pair_count
+
+_LIBRARY = torch.library.Library("fastdino_kernels", "FRAGMENT")
+
+# A temperature is a float, or a 0-d tensor on the device: the float beside it is then unused.
+_OPTIONS = (
+    "float student_temp, float teacher_temp, Tensor? student_temp_t, Tensor? teacher_temp_t, "
+    "bool ignore_diagonal, str impl"
+)
+# With a center [K] the teacher has logits, and the results are (loss [], teacher_sum [K],
+# center_used [K], stats): the mean over pairs and images, the sum over T and B, and a copy of the
+# center for the backward pass, since the caller may move it before. Without one the teacher has
+# probabilities, and they are (rows [S, B], [0], [0], stats). stats [2, S + T, B] belong to the
+# implementation. All are of the compute dtype.
+_LIBRARY.define(
+    f"pairwise_forward(Tensor student, Tensor teacher, Tensor? center, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# The gradient [S, B, K] of the sum of scale * grad_rows [S, B] * rows, in the student's dtype.
+_LIBRARY.define(
+    "pairwise_backward(Tensor grad_rows, float scale, Tensor student, Tensor teacher, "
+    f"Tensor? center, Tensor stats, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# The same, written over the student's logits.
+_LIBRARY.define(
+    "pairwise_backward_(Tensor grad_rows, float scale, Tensor(a!) student, Tensor teacher, "
+    f"Tensor? center, Tensor stats, {_OPTIONS}) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    student_temp_t: Tensor | None,
+    teacher_temp_t: Tensor | None,
+    ignore_diagonal: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if student.shape[1] == 0:
+        outputs = _fake_forward(student, teacher, center, ignore_diagonal=ignore_diagonal)
+        for output in outputs:
+            output.zero_()
+        return outputs
+    return _implementation(impl).forward(
+        student,
+        teacher,
+        center,
+        student_temp if student_temp_t is None else student_temp_t,
+        teacher_temp if teacher_temp_t is None else teacher_temp_t,
+        ignore_diagonal,
+    )
+
+
+def _fake_forward(
+    student: Tensor, teacher: Tensor, center: Tensor | None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (S, B, K), T = student.shape, teacher.shape[0]
+    dtype = compute_dtype(student, teacher)
+    columns = 0 if center is None else K
+    shapes = ((S, B) if center is None else (), (columns,), (columns,), (2, S + T, B))
+    loss, teacher_sum, center_used, stats = (
+        torch.empty(shape, dtype=dtype, device=student.device) for shape in shapes
+    )
+    return loss, teacher_sum, center_used, stats
+
+
+def _backward(
+    grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
+) -> Tensor:
+    grad = _fake_backward(grad_rows, scale, student)
+    _write_gradient(grad, grad_rows, scale, student, teacher, *rest)
+    return grad
+
+
+def _fake_backward(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _backward_(
+    grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
+) -> None:
+    _write_gradient(student, grad_rows, scale, student, teacher, *rest)
+
+
+def _write_gradient(
+    grad: Tensor,
+    grad_rows: Tensor,
+    scale: float,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    stats: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    student_temp_t: Tensor | None,
+    teacher_temp_t: Tensor | None,
+    ignore_diagonal: bool,
+    impl: str,
+) -> None:
+    if grad.numel() == 0:
+        return
+    _implementation(impl).backward(
+        grad_rows,
+        scale,
+        student,
+        teacher,
+        center,
+        stats,
+        student_temp if student_temp_t is None else student_temp_t,
+        teacher_temp if teacher_temp_t is None else teacher_temp_t,
+        ignore_diagonal,
+        grad,
+    )
+
+
+def _implementation(impl: str) -> ModuleType:
+    # Only now: triton may be missing where nobody asks for it.
+    return importlib.import_module(f".pairwise_{impl}", __package__)
+
+
+for _key in ("CPU", "CUDA", "MPS"):
+    _LIBRARY.impl("pairwise_forward", _forward, _key)
+    _LIBRARY.impl("pairwise_backward", _backward, _key)
+    _LIBRARY.impl("pairwise_backward_", _backward_, _key)
+torch.library.register_fake("fastdino_kernels::pairwise_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("fastdino_kernels::pairwise_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_fake("fastdino_kernels::pairwise_backward_", lambda *_: None, lib=_LIBRARY)
+
+
+class PairwiseCrossEntropy(torch.autograd.Function):
+    """(loss [], teacher_sum [K]) with a center [K], (rows [S, B], [0]) without: pairwise_forward.
+
+    The gradient goes to the student's logits alone, and only once; with `inplace_backward` it is
+    written over them, and autograd refuses whatever else would still have read them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor | None,
+        student_temp: float | Tensor,
+        teacher_temp: float | Tensor,
+        ignore_diagonal: bool,
+        inplace_backward: bool,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        options = (
+            *_float_and_tensor(student_temp, teacher_temp),
+            ignore_diagonal,
+            impl,
+        )
+        result, teacher_sum, center_used, stats = torch.ops.fastdino_kernels.pairwise_forward(
+            student, teacher, center, *options
+        )
+        ctx.save_for_backward(student, teacher, None if center is None else center_used, stats)
+        ctx.options, ctx.inplace_backward = options, inplace_backward
+        ctx.mark_non_differentiable(teacher_sum)
+        return result, teacher_sum
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_result: Tensor, _grad_teacher_sum: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the loss has no second derivative: expected a backward pass without create_graph"
+            )
+        student, teacher, center, stats = ctx.saved_tensors
+        (S, B, _), T = student.shape, teacher.shape[0]
+        scale = 1.0
+        if center is not None:
+            grad_result = grad_result.expand(S, B)
+            scale = 1.0 / max(pair_count(S, T, ctx.options[-2]) * B, 1)
+        arguments = (grad_result, scale, student, teacher, center, stats, *ctx.options)
+        if ctx.inplace_backward:
+            torch.ops.fastdino_kernels.pairwise_backward_(*arguments)
+            grad = student
+        else:
+            grad = torch.ops.fastdino_kernels.pairwise_backward(*arguments)
+        return grad, None, None, None, None, None, None, None
+
+
+def _float_and_tensor(
+    student_temp: float | Tensor, teacher_temp: float | Tensor
+) -> tuple[float, float, Tensor | None, Tensor | None]:
+    temps = (student_temp, teacher_temp)
+    floats = [0.0 if isinstance(temp, Tensor) else temp for temp in temps]
+    tensors = [temp if isinstance(temp, Tensor) else None for temp in temps]
+    return floats[0], floats[1], tensors[0], tensors[1]

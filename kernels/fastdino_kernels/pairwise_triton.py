@@ -1,0 +1,555 @@
+"""Triton kernels of the cross-entropy between teacher and student crops; pairwise.py calls them.
+
+With z = (s - max s)/student_temp and u = (t - c - max(t - c))/teacher_temp, both divided by ln 2
+so that exp2 serves:
+
+    forward   reads every logit once. A program takes one chunk of the prototypes for a few images
+              and writes, with the maxima of its chunk alone, each row's maximum and sum of exp2,
+              the cross terms x_qv = sum_k exp2(u_qk) z_vk, and the teacher's column sum.
+    finish    merges the chunks of a row as in a softmax by parts, and sums up.
+    backward  reads every logit once more and writes g * (mass * softmax(z_v) - sum_q P_q).
+
+Bytes at N = (S + T)*B*K logits of w bytes: forward N*w, backward N*w + S*B*K*w. In between lie
+(2T + 2S + T*S)*B fp32 values a chunk: 1.4 % of the forward's bytes at S = 10, T = 2, bf16.
+
+No float is added atomically, so the same input gives the same bits. The maximum is subtracted
+before anything is scaled, and cross terms are kept relative to it: with logits of 1e4 and more,
+nothing large and rounded is subtracted from something large.
+
+Legend: S crops of the student (index v), T crops of the teacher (q), B images (b), K prototypes,
+chunk: BLOCK prototypes, group: images that one program of the forward pass takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compile_case import CompileCase
+from .dispatch import device_guard, pair_count
+
+# A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
+FORWARD_BLOCK, FORWARD_WARPS = 512, 1
+# One load of 16 bytes a thread and row: 1024 prototypes of half precision, 512 of fp32.
+BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
+# Column sums are written once a group, then added: at most this many [K] fp32 rows.
+MAX_GROUPS = 16
+FINISH_BLOCK, FINISH_WARPS = 1024, 4
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log2_scale(temp, IS_TENSOR: tl.constexpr):
+    """1/(temp ln 2): what turns a logit into the exponent of 2."""
+    if IS_TENSOR:
+        temp = tl.load(temp).to(tl.float32)
+    return LOG2_E / temp
+
+
+@triton.jit
+def _load(pointers, mask, EVEN: tl.constexpr):
+    """fp32, 0 beyond the last prototype. Unmasked, 128 bits at a time, where K fits the block."""
+    if EVEN:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _below_maximum(x, scale, mask, EVEN: tl.constexpr):
+    """(x - m) * scale and m, the largest logit of the chunk; 0 for m where all of it is -inf."""
+    if EVEN:
+        m = tl.max(x, 0)
+    else:
+        m = tl.max(tl.where(mask, x, float("-inf")), 0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    return (x - m) * scale, m
+
+
+@triton.jit
+def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
+    """exp2(x), 0 beyond the last prototype, and its sum."""
+    e = tl.exp2(x)
+    if not EVEN:
+        e = tl.where(mask, e, 0.0)
+    return e, tl.sum(e, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "group"])
+def _forward_kernel(
+    student,
+    teacher,
+    center,
+    partials,
+    column_sums,
+    center_used,
+    arrived,
+    student_temp,
+    teacher_temp,
+    batch,
+    prototypes,
+    group,
+    student_stride_v,
+    student_stride_b,
+    teacher_stride_q,
+    teacher_stride_b,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CENTERED: tl.constexpr,
+    STUDENT_TEMP_TENSOR: tl.constexpr,
+    TEACHER_TEMP_TENSOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of prototypes for `group` images; grid (chunks, groups).
+
+    partials: [2T + 2S + T*S, B, chunks]: teacher maxima, teacher sums, student maxima, student
+    sums, cross terms. CENTERED: the teacher has logits; otherwise probabilities, whose "maximum"
+    is 0, whose sum is their mass, and for which there is no center and no column sum.
+    """
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    k = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = k < prototypes
+    student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
+    if CENTERED:
+        teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
+        c = _load(center + k, mask, EVEN)
+        column_sum = tl.zeros([BLOCK], tl.float32)
+
+    first = tl.program_id(1) * group
+    for i in range(tl.minimum(group, batch - first)):
+        b = first + i
+        out = partials + b.to(tl.int64) * chunks + chunk
+        row = batch.to(tl.int64) * chunks
+        base = teacher + b.to(tl.int64) * teacher_stride_b
+        probs = ()
+        for q in tl.static_range(T):
+            t = _load(base + k, mask, EVEN)
+            if CENTERED:
+                column_sum += t
+                u, m = _below_maximum(t - c, teacher_scale, mask, EVEN)
+                p, total = _exp2_and_sum(u, mask, EVEN)
+                tl.store(out + q * row, m)
+            else:
+                p, total = t, tl.sum(t, 0)
+            tl.store(out + (T + q) * row, total)
+            probs = probs + (p,)
+            base += teacher_stride_q
+        base = student + b.to(tl.int64) * student_stride_b
+        for v in tl.static_range(S):
+            z, m = _below_maximum(_load(base + k, mask, EVEN), student_scale, mask, EVEN)
+            _, total = _exp2_and_sum(z, mask, EVEN)
+            tl.store(out + (2 * T + v) * row, m)
+            tl.store(out + (2 * T + S + v) * row, total)
+            for q in tl.static_range(T):
+                cross = tl.sum(probs[q] * z, 0)
+                tl.store(out + (2 * T + 2 * S + q * S + v) * row, cross)
+            base += student_stride_v
+
+    if CENTERED:
+        tl.store(column_sums + tl.program_id(1).to(tl.int64) * prototypes + k, column_sum, mask)
+        if tl.program_id(1) == 0:
+            # The caller may move the center before the backward pass, which needs the old one.
+            tl.store(center_used + k, c, mask)
+            if chunk == 0:
+                tl.store(arrived, 0)
+
+
+@triton.jit
+def _merged(maxima, sums, scale, c, mask):
+    """Of a row's chunks c: (m_c - M) * scale, their sums of exp2; then M and L of the whole row."""
+    total = tl.load(sums + c, mask=mask, other=0.0)
+    m = tl.load(maxima + c, mask=mask, other=float("-inf"))
+    # A chunk that was all -inf has sum 0: it must not set the maximum.
+    m = tl.where(total == 0.0, float("-inf"), m)
+    M = tl.max(m, 0)
+    below = (m - M) * scale
+    return below, total, M, tl.sum(tl.where(mask, tl.exp2(below) * total, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "groups"])
+def _finish_kernel(
+    partials,
+    column_sums,
+    rows,
+    stats,
+    teacher_sum,
+    loss,
+    arrived,
+    student_temp,
+    teacher_temp,
+    batch,
+    prototypes,
+    chunks,
+    groups,
+    pairs,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CENTERED: tl.constexpr,
+    IGNORE_DIAGONAL: tl.constexpr,
+    STUDENT_TEMP_TENSOR: tl.constexpr,
+    TEACHER_TEMP_TENSOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (v, b) makes rows[v, b] and the row's stats; the ones after them the column sums.
+
+    stats: [2, S + T, B], students first: largest logit and sum of exp2 (teacher probabilities: 0
+    and their mass). The program that arrives last adds up the rows, in their order, for the loss.
+    """
+    program = tl.program_id(0)
+    if program >= S * batch:
+        k = (program - S * batch) * BLOCK + tl.arange(0, BLOCK)
+        inside = k < prototypes
+        total = tl.zeros([BLOCK], tl.float32)
+        part = column_sums + k
+        for _ in range(groups):
+            total += tl.load(part, mask=inside, other=0.0)
+            part += prototypes
+        tl.store(teacher_sum + k, total, mask=inside)
+        return
+
+    v = program // batch
+    b = program % batch
+    c = tl.arange(0, CHUNKS)
+    mask = c < chunks
+    base = partials + b.to(tl.int64) * chunks
+    row = batch.to(tl.int64) * chunks
+    scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
+    below, _, M, L = _merged(base + (2 * T + v) * row, base + (2 * T + S + v) * row, scale, c, mask)
+    tl.store(stats + v * batch + b, M)
+    tl.store(stats + (S + T + v) * batch + b, L)
+    below = tl.where(mask, below, 0.0)
+    value = 0.0
+    for q in tl.static_range(T):
+        cross = tl.load(base + (2 * T + 2 * S + q * S + v) * row + c, mask=mask, other=0.0)
+        if CENTERED:
+            scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
+            depth, total, M, mass = _merged(base + q * row, base + (T + q) * row, scale, c, mask)
+            weight = tl.where(mask, tl.exp2(depth), 0.0)
+            cross_entropy = tl.log2(L) - tl.sum(weight * (cross + total * below), 0) / mass
+        else:
+            M = 0.0
+            total = tl.load(base + (T + q) * row + c, mask=mask, other=0.0)
+            mass = tl.sum(total, 0)
+            cross_entropy = mass * tl.log2(L) - tl.sum(cross + total * below, 0)
+        if v == 0:
+            tl.store(stats + (S + q) * batch + b, M)
+            tl.store(stats + (S + T + S + q) * batch + b, mass)
+        if IGNORE_DIAGONAL:
+            value += tl.where(v == q, 0.0, cross_entropy)
+        else:
+            value += cross_entropy
+    tl.store(rows + v * batch + b, value * LN_2)
+
+    if CENTERED:
+        # Each row is stored by the thread that then counts itself in, so whoever counts last sees
+        # all of them (past the L1 cache).
+        before = tl.atomic_add(arrived, 1)
+        if before == S * batch - 1:
+            everything = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, S * batch, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                inside = i < S * batch
+                everything += tl.load(rows + i, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(loss, tl.sum(everything, 0) / pairs)
+
+
+@triton.jit(do_not_specialize=["batch", "group"])
+def _backward_kernel(
+    grad_rows,
+    student,
+    teacher,
+    center,
+    stats,
+    grad,
+    student_temp,
+    teacher_temp,
+    scale,
+    batch,
+    prototypes,
+    group,
+    grad_rows_stride_v,
+    grad_rows_stride_b,
+    student_stride_v,
+    student_stride_b,
+    teacher_stride_q,
+    teacher_stride_b,
+    grad_stride_v,
+    grad_stride_b,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    CENTERED: tl.constexpr,
+    IGNORE_DIAGONAL: tl.constexpr,
+    STUDENT_TEMP_TENSOR: tl.constexpr,
+    TEACHER_TEMP_TENSOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of prototypes for `group` images; grid (chunks, groups), the last images first.
+
+    The forward pass read those last, so a part of them is still in the L2 cache. `grad` may be
+    `student` itself: every element is read before it is written, by the same thread.
+    """
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = k < prototypes
+    student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
+    if CENTERED:
+        teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
+        c = _load(center + k, mask, EVEN)
+
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * group
+    for i in range(tl.minimum(group, batch - first)):
+        b = first + i
+        probs = ()
+        masses = ()
+        sums = stats + (S + T) * batch + b
+        base = teacher + b.to(tl.int64) * teacher_stride_b
+        for q in tl.static_range(T):
+            p = _load(base + k, mask, EVEN)
+            mass = tl.load(sums + (S + q) * batch)
+            if CENTERED:
+                maximum = tl.load(stats + (S + q) * batch + b)
+                p = tl.exp2((p - c - maximum) * teacher_scale) * (1.0 / mass)
+                mass = 1.0
+            probs = probs + (p,)
+            masses = masses + (mass,)
+            base += teacher_stride_q
+        base = student + b.to(tl.int64) * student_stride_b
+        out = grad + b.to(tl.int64) * grad_stride_b
+        for v in tl.static_range(S):
+            target = tl.zeros([BLOCK], tl.float32)
+            target_mass = 0.0
+            for q in tl.static_range(T):
+                if not (IGNORE_DIAGONAL and q == v):
+                    target += probs[q]
+                    target_mass += masses[q]
+            z = _load(base + k, mask, EVEN) - tl.load(stats + v * batch + b)
+            share = target_mass / tl.load(sums + v * batch)
+            g = tl.load(grad_rows + v * grad_rows_stride_v + b * grad_rows_stride_b)
+            # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
+            g = g.to(tl.float32) * scale * (student_scale * LN_2)
+            value = g * (share * tl.exp2(z * student_scale) - target)
+            value = value.to(grad.dtype.element_ty)  # the one rounding: the scale is inside
+            if EVEN:
+                tl.store(out + k, value)
+            else:
+                tl.store(out + k, value, mask=mask)
+            base += student_stride_v
+            out += grad_stride_v
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    ignore_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two launches; arguments and results as pairwise.py's forward op."""
+    student, teacher = _unit_stride(student), _unit_stride(teacher)
+    (S, B, K), T = student.shape, teacher.shape[0]
+    centered = center is not None
+    block = min(FORWARD_BLOCK, triton.next_power_of_2(K))
+    chunks = triton.cdiv(K, block)
+    # Column sums bound the number of groups; without them a launch's 65535 does.
+    group = triton.cdiv(B, MAX_GROUPS if centered else 1 << 15)
+    groups = triton.cdiv(B, group)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=student.device)
+
+    rows, stats, loss = empty(S, B), empty(2, S + T, B), empty()
+    teacher_sum, center_used = (empty(K), empty(K)) if centered else (empty(0), empty(0))
+    partials = empty(2 * T + 2 * S + T * S, B, chunks)
+    column_sums = empty(groups, K) if centered and groups > 1 else teacher_sum
+    arrived = torch.empty((), dtype=torch.int32, device=student.device)
+    with device_guard(student):
+        _forward_kernel[chunks, groups](
+            student,
+            teacher,
+            center,
+            partials,
+            column_sums,
+            center_used,
+            arrived,
+            student_temp,
+            teacher_temp,
+            B,
+            K,
+            group,
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            S=S,
+            T=T,
+            CENTERED=centered,
+            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
+            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
+            EVEN=K % block == 0,
+            BLOCK=block,
+            num_warps=FORWARD_WARPS,
+        )
+        sums_left = triton.cdiv(K, FINISH_BLOCK) if groups > 1 and centered else 0
+        _finish_kernel[(S * B + sums_left,)](
+            partials,
+            column_sums,
+            rows,
+            stats,
+            teacher_sum,
+            loss,
+            arrived,
+            student_temp,
+            teacher_temp,
+            B,
+            K,
+            chunks,
+            groups,
+            float(pair_count(S, T, ignore_diagonal) * B),
+            S=S,
+            T=T,
+            CENTERED=centered,
+            IGNORE_DIAGONAL=ignore_diagonal,
+            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
+            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
+            CHUNKS=triton.next_power_of_2(chunks),
+            BLOCK=FINISH_BLOCK,
+            num_warps=FINISH_WARPS,
+        )
+    return (loss if centered else rows), teacher_sum, center_used, stats
+
+
+def backward(
+    grad_rows: Tensor,
+    scale: float,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    stats: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    ignore_diagonal: bool,
+    grad: Tensor,
+) -> None:
+    """One launch, which writes `grad` [S, B, K] (it may be `student`); see pairwise.py."""
+    target = grad
+    if grad.stride(-1) != 1:  # in place over logits that had to be copied: rare
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    student, teacher = _unit_stride(student), _unit_stride(teacher)
+    (S, B, K), T = student.shape, teacher.shape[0]
+    block = min(BACKWARD_BYTES // student.element_size(), triton.next_power_of_2(K))
+    group = triton.cdiv(B, 1 << 15)
+    with device_guard(student):
+        _backward_kernel[triton.cdiv(K, block), triton.cdiv(B, group)](
+            grad_rows,
+            student,
+            teacher,
+            center,
+            stats,
+            grad,
+            student_temp,
+            teacher_temp,
+            scale,
+            B,
+            K,
+            group,
+            grad_rows.stride(0),
+            grad_rows.stride(1),
+            student.stride(0),
+            student.stride(1),
+            teacher.stride(0),
+            teacher.stride(1),
+            grad.stride(0),
+            grad.stride(1),
+            S=S,
+            T=T,
+            CENTERED=center is not None,
+            IGNORE_DIAGONAL=ignore_diagonal,
+            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
+            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
+            EVEN=K % block == 0,
+            BLOCK=block,
+            num_warps=BACKWARD_WARPS,
+        )
+    if grad is not target:
+        target.copy_(grad)
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The variants that DINO's settings launch (K = 65536, S = 10 and 12), and the general ones."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for S in (10, 12):
+            yield from _compile_cases(f"{dtype} S{S}", dtype, S, T=2, centered=True, even=True)
+    yield from _compile_cases("bf16 K odd", "bf16", 10, T=2, centered=True, even=False)
+    yield from _compile_cases("bf16 rows of probs", "bf16", 1, T=1, centered=False, even=True)
+
+
+def _compile_cases(
+    name: str, dtype: str, S: int, T: int, *, centered: bool, even: bool
+) -> Iterator[CompileCase]:
+    flags: dict[str, Any] = {"S": S, "T": T, "CENTERED": centered}
+    flags |= {"STUDENT_TEMP_TENSOR": False, "TEACHER_TEMP_TENSOR": False}
+    types = {"student": f"*{dtype}", "grad": f"*{dtype}", "arrived": "*i32"}
+    types["teacher"] = f"*{dtype}" if centered else "*fp32"
+    for argument in ("student_temp", "teacher_temp", "scale", "pairs"):
+        types[argument] = "fp32"
+    for argument in _FP32_POINTERS:
+        types[argument] = "*fp32"
+    if not centered:
+        flags |= {"center": None}
+    kernels = (
+        ("forward", _forward_kernel, {"EVEN": even, "BLOCK": FORWARD_BLOCK}, FORWARD_WARPS),
+        (
+            "finish",
+            _finish_kernel,
+            {"IGNORE_DIAGONAL": centered, "CHUNKS": 128, "BLOCK": FINISH_BLOCK},
+            FINISH_WARPS,
+        ),
+        (
+            "backward",
+            _backward_kernel,
+            {
+                "IGNORE_DIAGONAL": centered,
+                "EVEN": even,
+                "BLOCK": BACKWARD_BYTES // (4 if dtype == "fp32" else 2),
+            },
+            BACKWARD_WARPS,
+        ),
+    )
+    for kind, kernel, more, warps in kernels:
+        constexprs = {n: v for n, v in (flags | more).items() if n in kernel.arg_names}
+        signature = {
+            n: "constexpr" if n in constexprs else types.get(n, "i32") for n in kernel.arg_names
+        }
+        pointers = [n for n, kind_of in signature.items() if kind_of.startswith("*")]
+        strides = [n for n in kernel.arg_names if n.startswith(_LONG) and "stride" in n]
+        yield CompileCase(
+            name=f"pairwise {kind}, {name}",
+            kernel=kernel,
+            signature=signature,
+            constexprs=constexprs,
+            divisible=[*pointers, *(["prototypes", *strides] if even else [])],
+            num_warps=warps,
+        )
+
+
+_FP32_POINTERS = (
+    "center", "partials", "column_sums", "center_used", "rows", "stats", "teacher_sum", "loss",
+    "grad_rows",
+)  # fmt: skip
+_LONG = ("student_stride", "teacher_stride", "grad_stride")

@@ -1,0 +1,241 @@
+"""Lists of tensors as one table in device memory, so that one launch serves a whole network.
+
+A table follows from the addresses, dtypes and strides of its tensors and from nothing else. These
+are its key, read anew by each call: where they are those of an earlier call, its table holds, and
+so does what its checks found, whichever objects the tensors are now. Storage that moved (`.data =`,
+a reshard, gradients made anew) is another key. The cache is small and holds no caller's tensor.
+
+CUDA graphs: a call whose table exists uploads nothing while it is captured; its table then lives
+for good, as the graph reads it. A table made during capture (gradients have new addresses in the
+graph's pool) is copied, at each replay too, from pinned memory that an earlier call set aside.
+
+The rows, one for each tensor, pair or triple of tensors, are int64 [n, ROW]:
+
+    FIRST_CHUNK   the number of its first chunk; chunks are numbered through the table
+    NUMEL         elements
+    CODES         dtype codes, CODE_BITS for each role
+    POSITION      its index in the caller's list
+    POINTER + r   the address in role r, of at most three
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROW = 8
+FIRST_CHUNK, NUMEL, CODES, POSITION, POINTER = range(5)
+CODE_BITS = 8
+FP32, BF16, FP16 = range(3)
+MIXED = -1  # of a role whose tensors differ in dtype
+_CODE_OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
+
+_PLAIN_TYPES = {Tensor, nn.Parameter}
+_dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+_CACHED = 16  # plans, the least recently used of which goes first
+_ARENA_WORDS = 1 << 17  # 1 MiB: about fifty captured calls of 300 tensors
+
+
+@dataclass(frozen=True)
+class PointerTable:
+    """What one launch works on, in the device's memory."""
+
+    rows: Tensor  # int64 [n, ROW]
+    owners: Tensor  # int64 [chunks]: the index of the row that each chunk belongs to
+    codes: tuple[int, ...]  # each role's dtype code, or MIXED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the checks of a call found: who computes what."""
+
+    impl: str
+    table: PointerTable | None = None
+    rest: tuple[int, ...] = ()  # indices, in the caller's lists, of what no table can hold
+
+
+def are_plain(tensors: Sequence[object]) -> bool:
+    """Whether all are tensors with memory of their own: no subclass (fake, distributed, ...)."""
+    return set(map(type, tensors)) <= _PLAIN_TYPES
+
+
+def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]) -> Plan:
+    """make(), or what it returned for tensors like these and the same head.
+
+    Args:
+        head: whatever else the plan depends on.
+        tensors: n >= 1 plain ones, of all roles.
+        make: checks its input and may raise; nothing is remembered then.
+    """
+    contiguous = tuple(map(Tensor.is_contiguous, tensors))
+    key = (
+        head,
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(_dtype_of, tensors)),
+        tuple(map(Tensor.size, tensors)),
+        None if all(contiguous) else tuple(map(Tensor.stride, tensors)),
+    )
+    plan: Plan = _plans.get(key, make, tensors[0].device)
+    if plan.table is not None and plan.table.rows.is_cuda:
+        # It may have been made on another stream: its memory must outlast this one's use.
+        stream = torch.cuda.current_stream(plan.table.rows.device)
+        plan.table.rows.record_stream(stream)
+        plan.table.owners.record_stream(stream)
+    return plan
+
+
+def build_table(
+    roles: Sequence[Sequence[Tensor]], positions: Sequence[int], chunk: int
+) -> PointerTable:
+    """The table of n tensors in each of 1 to 3 roles, in chunks of `chunk` elements.
+
+    Args:
+        roles: lists of n >= 1 fp32/bf16/fp16 tensors; the i-th of all lists are flat together.
+        positions: n numbers, for the column POSITION.
+        chunk: elements of one program.
+
+    Raises: RuntimeError: under CUDA-graph capture, where no earlier call set memory aside.
+    """
+    device = roles[0][0].device
+    counts = tuple(-(-tensor.numel() // chunk) for tensor in roles[0])
+    firsts = itertools.accumulate(counts, initial=0)
+    rows = []
+    for first, position, *tensors in zip(firsts, positions, *roles, strict=False):
+        codes = sum(_CODE_OF[t.dtype] << (CODE_BITS * role) for role, t in enumerate(tensors))
+        row = [first, tensors[0].numel(), codes, position, *(t.data_ptr() for t in tensors)]
+        rows.append(row + [0] * (ROW - len(row)))
+
+    def make_owners() -> Tensor:
+        # On the device: only n numbers have to be copied there.
+        repeats = _upload(counts, device)
+        return torch.repeat_interleave(repeats, output_size=sum(counts))
+
+    present = [{_CODE_OF[tensor.dtype] for tensor in role} for role in roles]
+    return PointerTable(
+        _upload(rows, device),
+        _owners.get((counts, device), make_owners, device),
+        tuple(codes.pop() if len(codes) == 1 else MIXED for codes in present),
+    )
+
+
+def are_flat(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape may be worked on as 1-D: dense, with the same strides."""
+    shape = tensors[0].shape
+    strides = [
+        [stride for stride, size in zip(tensor.stride(), shape, strict=True) if size != 1]
+        for tensor in tensors
+    ]
+    return tensors[0].numel() == 0 or (
+        is_dense(tensors[0]) and all(other == strides[0] for other in strides)
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each once, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | None:
+    """Indices of two tensors in the same memory, one of them among the first `written`; or None.
+
+    Exact for dense tensors; one with gaps counts as its first element, so that interleaved views
+    pass.
+    """
+    ranges = sorted(
+        (tensor.data_ptr(), index, tensor.nbytes if is_dense(tensor) else tensor.element_size())
+        for index, tensor in enumerate(tensors)
+        if tensor.numel() > 0
+    )
+    # What reaches furthest so far: (end, index) of any tensor, and of those that are written.
+    reach = written_reach = (-1, -1)
+    for start, index, size in ranges:
+        for end, other in (written_reach, reach):
+            if start < end and min(index, other) < written:
+                return min(index, other), max(index, other)
+        reach = max(reach, (start + size, index))
+        if index < written:
+            written_reach = max(written_reach, (start + size, index))
+    return None
+
+
+class _Cache:
+    """A few values by key; those that a captured CUDA graph reads are kept for good."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, list[Any]] = {}  # [value, the time of its last use]
+        self._clock = itertools.count()
+        self._in_graphs: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, make: Callable[[], Any], device: torch.device) -> Any:
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry[1] = next(self._clock)
+            if _is_capturing(device):
+                self._in_graphs[id(entry[0])] = entry[0]
+            return entry[0]
+        value = make()
+        # What a capture makes is filled by the graph's replay only: no later call may use it.
+        if not _is_capturing(device):
+            if len(self._entries) >= _CACHED:
+                del self._entries[min(self._entries, key=lambda k: self._entries[k][1])]
+            self._entries[key] = [value, next(self._clock)]
+        return value
+
+
+class _Arena:
+    """Pinned memory for uploads during capture, when none may be allocated; never used twice."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._used = _ARENA_WORDS
+
+    def reserve(self) -> None:
+        """Sets a block aside unless half of one is left."""
+        if self._used > _ARENA_WORDS // 2:
+            self._blocks.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
+            self._used = 0
+
+    def take(self, words: int) -> Tensor:
+        """[words] int64."""
+        if self._used + words > _ARENA_WORDS:
+            raise RuntimeError(
+                f"no pinned memory for {words} words of a pointer table during CUDA-graph "
+                "capture: call the function once, with tensors on the device, before capturing"
+            )
+        self._used += words
+        return self._blocks[-1][self._used - words : self._used]
+
+
+_plans, _owners, _arena = _Cache(), _Cache(), _Arena()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Nested integers as an int64 tensor on `device`; the host does not wait."""
+    host = torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":
+        return host
+    if _is_capturing(device):
+        pinned = _arena.take(host.numel()).view(host.shape).copy_(host)
+    else:
+        _arena.reserve()
+        pinned = host.pin_memory()
+    return pinned.to(device, non_blocking=True)

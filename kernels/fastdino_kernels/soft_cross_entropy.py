@@ -1,0 +1,84 @@
+"""Cross-entropy of student crops with teacher probabilities that are computed already.
+
+What DINOv2, DINOv3, iBOT and SwAV-like losses need: their targets come from Sinkhorn-Knopp or from
+a softmax of their own. Legend: S crops of the student, T crops of the teacher, B images (or any
+other rows, as patches), K prototypes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .dispatch import (
+    check_float_tensor,
+    check_inplace_backward,
+    check_temperature,
+    choose_impl,
+    compute_dtype,
+)
+from .pairwise import PairwiseCrossEntropy
+
+
+def soft_cross_entropy(
+    student: Tensor,
+    probs: Tensor,
+    *,
+    student_temp: float | Tensor,
+    ignore_diagonal: bool = False,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each student crop with the sum of the teacher's crops.
+
+    rows_vb = sum_q -sum_k P_qbk log softmax(s_vb/tau_s)_k, over q != v with ignore_diagonal.
+
+    The rows of `probs` need not sum to 1. Precision, infinite logits and the second derivative are
+    as in dino_loss.
+
+    Args:
+        student: [S, B, K] logits, fp16/bf16/fp32/fp64; receives the gradient.
+        probs: [T, B, K], T >= 1, any of these dtypes; receives no gradient.
+        student_temp: > 0; a float, or a 0-d tensor on the logits' device, its value unchecked.
+        ignore_diagonal: leave out the pairs of a crop with itself, q = v.
+        inplace_backward: write the gradient over the student's logits, as in dino_loss.
+        impl: "triton", "torch", "reference", or "auto".
+
+    Returns: rows [S, B], fp32, nats (fp64 where either input is).
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a temperature that is not > 0, or
+            inplace_backward on logits that share memory; the message says expected and got.
+        TypeError: something that is not a floating-point tensor.
+
+    """
+    check_float_tensor("student", student)
+    check_float_tensor("probs", probs)
+    if student.dim() != 3 or probs.dim() != 3 or min(len(student), len(probs)) < 1:
+        raise ValueError(
+            "student must be [S, B, K] and probs [T, B, K] with S, T >= 1, "
+            f"got {tuple(student.shape)} and {tuple(probs.shape)}"
+        )
+    if student.shape[1:] != probs.shape[1:] or student.shape[2] < 1:
+        raise ValueError(
+            "student [S, B, K] and probs [T, B, K] must have the same B and K >= 1, "
+            f"got {tuple(student.shape)} and {tuple(probs.shape)}"
+        )
+    if student.device != probs.device:
+        raise ValueError(
+            f"student and probs must be on the same device, got {student.device} and {probs.device}"
+        )
+    chosen = choose_impl(impl, (student, probs))
+    dtype = compute_dtype(student, probs)
+    temp = check_temperature("student_temp", student_temp, dtype, student.device)
+    probs = probs.detach()
+    if chosen == "reference":
+        return reference.soft_cross_entropy(
+            student.to(dtype), probs.to(dtype), temp, ignore_diagonal
+        )
+    if inplace_backward:
+        check_inplace_backward("probs", student, probs)
+    rows, _ = PairwiseCrossEntropy.apply(
+        student, probs, None, temp, 1.0, ignore_diagonal, inplace_backward, chosen
+    )
+    return rows

@@ -1,0 +1,129 @@
+# mypy: disable-error-code="no-untyped-def"
+"""How every multi-tensor kernel finds, reads and writes its chunk of a PointerTable.
+
+A program owns one chunk: CHUNK elements of one tensor, fewer at the tensor's end. A whole chunk at
+16-byte aligned addresses is read and written at once, in 128-bit accesses; any other PART by PART
+under a mask, assuming nothing. Offsets are 64-bit. Arithmetic is fp32 whatever is stored.
+"""
+
+import triton
+import triton.language as tl
+
+from . import pointer_table
+
+ROW = tl.constexpr(pointer_table.ROW)
+NUMEL = tl.constexpr(pointer_table.NUMEL)
+CODES = tl.constexpr(pointer_table.CODES)
+CODE_BITS = tl.constexpr(pointer_table.CODE_BITS)
+CODE_MASK = tl.constexpr((1 << pointer_table.CODE_BITS) - 1)
+POINTER = tl.constexpr(pointer_table.POINTER)
+FP32 = tl.constexpr(pointer_table.FP32)
+BF16 = tl.constexpr(pointer_table.BF16)
+FP16 = tl.constexpr(pointer_table.FP16)
+
+PART = tl.constexpr(1024)
+
+# The interpreter truncates fp32 to bf16, where the hardware rounds to nearest, ties to even.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def find_chunk(rows, owners, CHUNK: tl.constexpr):
+    """(owner, row, start, left): its row's index and address, its first element, those from it."""
+    chunk = tl.program_id(0)
+    owner = tl.load(owners + chunk)
+    row = rows + owner * ROW
+    start = (chunk - tl.load(row)) * CHUNK  # int64, as all that is in the table
+    return owner, row, start, tl.load(row + NUMEL) - start
+
+
+@triton.jit
+def find_tensor(row, ROLE: tl.constexpr):
+    """(address, dtype code) of what this row has in one role."""
+    code = (tl.load(row + CODES) >> (ROLE * CODE_BITS)) & CODE_MASK
+    return tl.load(row + POINTER + ROLE), code
+
+
+@triton.jit
+def load_chunk(
+    address, code, start, left, DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """[CHUNK] in fp32; 0 beyond the tensor's end unless WHOLE. `code` decides a MIXED dtype."""
+    if DTYPE == FP32:
+        values = _load(address, start, left, tl.float32, CHUNK, WHOLE)
+    elif DTYPE == BF16:
+        values = _load(address, start, left, tl.bfloat16, CHUNK, WHOLE)
+    elif DTYPE == FP16:
+        values = _load(address, start, left, tl.float16, CHUNK, WHOLE)
+    elif code == FP32:
+        values = _load(address, start, left, tl.float32, CHUNK, WHOLE)
+    elif code == BF16:
+        values = _load(address, start, left, tl.bfloat16, CHUNK, WHOLE)
+    else:
+        values = _load(address, start, left, tl.float16, CHUNK, WHOLE)
+    return values
+
+
+@triton.jit
+def store_chunk(
+    values,
+    address,
+    code,
+    start,
+    left,
+    DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Writes [CHUNK] fp32 values, rounded once; returns what is stored, in fp32 again."""
+    if DTYPE == FP32:
+        stored = _store(values, address, start, left, tl.float32, CHUNK, WHOLE)
+    elif DTYPE == BF16:
+        stored = _store(values, address, start, left, tl.bfloat16, CHUNK, WHOLE)
+    elif DTYPE == FP16:
+        stored = _store(values, address, start, left, tl.float16, CHUNK, WHOLE)
+    elif code == FP32:
+        stored = _store(values, address, start, left, tl.float32, CHUNK, WHOLE)
+    elif code == BF16:
+        stored = _store(values, address, start, left, tl.bfloat16, CHUNK, WHOLE)
+    else:
+        stored = _store(values, address, start, left, tl.float16, CHUNK, WHOLE)
+    return stored
+
+
+@triton.jit
+def _load(address, start, left, DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    offsets = tl.arange(0, CHUNK)
+    if WHOLE:
+        # Unless told so, no access through a pointer from a table is vectorised.
+        pointer = tl.multiple_of(pointer, 16)
+        values = tl.load(pointer + start + offsets)
+    else:
+        values = tl.load(pointer + start + offsets, mask=offsets < left, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(
+    values, address, start, left, DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr
+):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    offsets = tl.arange(0, CHUNK)
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        values = _nearest_bf16(values)
+    rounded = values.to(DTYPE)
+    if WHOLE:
+        pointer = tl.multiple_of(pointer, 16)
+        tl.store(pointer + start + offsets, rounded)
+    else:
+        tl.store(pointer + start + offsets, rounded, mask=offsets < left)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def _nearest_bf16(values):
+    """The nearest fp32 values whose lower 16 bits are 0, so that truncating them is exact."""
+    bits = values.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(values == values, nearest.to(tl.float32, bitcast=True), values)

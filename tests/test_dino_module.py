@@ -1,0 +1,211 @@
+"""fastdino_kernels.DINOLoss against what the paper's code computes, in one process and in two.
+
+Legend: S crops of the student, B images, K prototypes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastdino_kernels import DINOLoss, reference, teacher_entropy
+
+
+def draw(S, T, B, K, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return normal(S, B, K).to(dtype), normal(T, B, K).to(dtype)
+
+
+class PaperLoss:
+    """What facebookresearch/dino's DINOLoss computes, by the plain equations."""
+
+    def __init__(self, K, schedule, dtype, momentum=0.9):
+        self.center, self.schedule, self.momentum = torch.zeros(1, K).to(dtype), schedule, momentum
+
+    def __call__(self, student, teacher, epoch):
+        loss, total = reference.dino_loss(
+            student, teacher, self.center, 0.1, teacher_temp=self.schedule[epoch]
+        )
+        rows = len(teacher) * teacher.shape[1]
+        self.center = reference.update_center(self.center, total, rows, self.momentum)
+        return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_module_follows_the_paper_over_several_steps(dtype):
+    S, B, K = 5, 3, 11
+    loss_fn = DINOLoss(K, S, 0.04, 0.07, 3, 5).to(dtype)
+    schedule = [0.04, 0.055, 0.07, 0.07, 0.07]
+    assert loss_fn.teacher_temp_schedule == pytest.approx(schedule, rel=1e-15)
+    paper = PaperLoss(K, schedule, torch.float64)
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-7}
+    for epoch in range(5):
+        student, teacher = draw(S, 2, B, K, dtype, seed=epoch)
+        expected_student = student.double().requires_grad_()
+        expected = paper(expected_student, teacher.double(), epoch)
+        expected.backward()
+        student.requires_grad_()
+        # The module updates the center in place before the backward pass.
+        loss = loss_fn(student.reshape(S * B, K), teacher.reshape(2 * B, K), epoch)
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected, **tolerance)
+        torch.testing.assert_close(student.grad.double(), expected_student.grad, **tolerance)
+        torch.testing.assert_close(loss_fn.center.double(), paper.center, **tolerance)
+    assert loss_fn.center.dtype == dtype
+    assert loss_fn.center.abs().max() > 0.01
+
+
+def test_accumulated_halves_give_the_whole_batch():
+    S, B, K = 4, 6, 9
+    student, teacher = draw(S, 2, B, K, torch.float64)
+    whole = DINOLoss(K, S, 0.04, 0.04, 0, 1).double()
+    parts = DINOLoss(K, S, 0.04, 0.04, 0, 1).double()
+    expected = whole(student.reshape(-1, K), teacher.reshape(-1, K), 0)
+    losses, sums = [], []
+    for half in (slice(0, 3), slice(3, 6)):
+        loss, total = parts.pairwise(
+            student[:, half].reshape(-1, K), teacher[:, half].reshape(-1, K), 0
+        )
+        losses.append(loss)
+        sums.append(total)
+    assert torch.equal(parts.center, torch.zeros_like(parts.center))
+    kept = sum(sums).clone()
+    parts.update_center(kept, 2 * B)
+    torch.testing.assert_close(sum(losses) / 2, expected)
+    torch.testing.assert_close(parts.center, whole.center)
+    assert torch.equal(kept, sum(sums))
+
+
+def test_state_dict_is_the_paper_codes():
+    loss_fn = DINOLoss(8, 3, 0.04, 0.04, 0, 2)
+    assert {name: value.shape for name, value in loss_fn.state_dict().items()} == {"center": (1, 8)}
+    assert list(loss_fn.parameters()) == []
+    loss_fn.load_state_dict({"center": torch.arange(8.0)[None]})
+    assert torch.equal(loss_fn.center, torch.arange(8.0)[None])
+
+
+def test_module_entropy_uses_its_center_and_temperature():
+    loss_fn = DINOLoss(9, 3, 0.04, 0.08, 2, 2)
+    loss_fn.center.copy_(torch.linspace(0, 1, 9))
+    teacher = draw(2, 2, 3, 9)[1].reshape(-1, 9)
+    expected = teacher_entropy(teacher[None], loss_fn.center, 0.08)
+    assert torch.equal(loss_fn.teacher_entropy(teacher, 1), expected)
+    assert loss_fn.teacher_entropy(teacher, 0) < expected
+
+
+def test_module_compiles_as_one_graph():
+    K, S = 7, 4
+    student, teacher = draw(S, 2, 3, K)
+    eager, traced = (DINOLoss(K, S, 0.04, 0.04, 0, 1) for _ in range(2))
+    expected = eager(student.reshape(-1, K), teacher.reshape(-1, K), 0)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    loss = compiled(student.reshape(-1, K).requires_grad_(), teacher.reshape(-1, K), 0)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(traced.center, eager.center)
+
+
+def test_empty_batch_leaves_the_center():
+    loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 1)
+    loss_fn.center.fill_(2)
+    assert loss_fn(torch.zeros(0, 7), torch.zeros(0, 7), 0) == 0
+    assert torch.equal(loss_fn.center, torch.full((1, 7), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"warmup_teacher_temp_epochs": 11}, r"\(11\) must not exceed nepochs \(10\): lower"),
+        ({"warmup_teacher_temp_epochs": -1}, "warmup_teacher_temp_epochs must be >= 0, got -1"),
+        ({"ncrops": 1}, "ncrops must be >= 2.*got 1"),
+        ({"out_dim": 0}, "out_dim must be >= 1, got 0"),
+        ({"teacher_temp": 0.0}, "teacher_temp must be > 0"),
+        ({"warmup_teacher_temp": -0.1}, "warmup_teacher_temp must be > 0"),
+        ({"student_temp": 0.0}, "student_temp must be > 0"),
+        ({"center_momentum": 1.5}, r"center_momentum must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_constructors_mistakes(changes, match):
+    arguments = {
+        "out_dim": 7,
+        "ncrops": 4,
+        "warmup_teacher_temp": 0.04,
+        "teacher_temp": 0.04,
+        "warmup_teacher_temp_epochs": 0,
+        "nepochs": 10,
+    }
+    with pytest.raises(ValueError, match=match):
+        DINOLoss(**{**arguments, **changes})
+
+
+def test_modules_mistakes():
+    loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 2)
+    student, teacher = torch.zeros(12, 7), torch.zeros(6, 7)
+    for wrong in ((student[:11], teacher), (student, teacher[:5]), (student[:, :6], teacher)):
+        with pytest.raises(ValueError, match=r"S = 4 and K = 7, got \(1[12], [67]\)"):
+            loss_fn(*wrong, 0)
+    for epoch in (2, -1):
+        with pytest.raises(ValueError, match=rf"epoch must be in 0\.\.1 .*got {epoch}"):
+            loss_fn(student, teacher, epoch)
+    with pytest.raises(ValueError, match=r"teacher_sum must be \[K\] with K = 7, got .*\(6,\)"):
+        loss_fn.update_center(torch.zeros(6), 2)
+    with pytest.raises(ValueError, match="rows must be >= 0, got -1"):
+        loss_fn.update_center(torch.zeros(7), -1)
+    assert torch.equal(loss_fn.center, torch.zeros(1, 7))
+
+
+def distributed_step(rank: int, folder: str) -> None:
+    """One of two processes: two steps on its half of the batch; writes what it then has."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    S, B, K = 4, 6, 9
+    loss_fn = DINOLoss(K, S, 0.04, 0.04, 0, 1).double()
+    mine = slice(rank * B // 2, (rank + 1) * B // 2)
+    losses = []
+    for step in range(2):
+        student, teacher = draw(S, 2, B, K, torch.float64, seed=step)
+        student, teacher = (x[:, mine].reshape(-1, K) for x in (student, teacher))
+        losses.append(loss_fn(student, teacher, 0).item())
+    torch.save({"losses": losses, "center": loss_fn.center.clone()}, f"{folder}/{rank}.pt")
+    own_sum = torch.ones(K, dtype=torch.float64)
+    loss_fn.update_center(own_sum, 1)
+    assert torch.equal(own_sum, torch.ones_like(own_sum)), "update_center changed its argument"
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_one_center(tmp_path):
+    import fastdino_kernels
+
+    packages = str(Path(fastdino_kernels.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
+    # This file as a script, so that it does not matter how pytest imported it.
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    S, B, K = 4, 6, 9
+    paper = PaperLoss(K, [0.04], torch.float64)
+    for step in range(2):
+        student, teacher = draw(S, 2, B, K, torch.float64, seed=step)
+        expected = paper(student, teacher, 0)
+        mean = (first["losses"][step] + second["losses"][step]) / 2
+        assert mean == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.equal(first["center"], second["center"])
+    torch.testing.assert_close(first["center"], paper.center)
+
+
+if __name__ == "__main__":
+    distributed_step(int(sys.argv[1]), sys.argv[2])

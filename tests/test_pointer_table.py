@@ -1,0 +1,247 @@
+"""fastdino_kernels.pointer_table: what a table says, when it holds, and how long it lives."""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+from fastdino_kernels import pointer_table
+from fastdino_kernels.pointer_table import (
+    BF16,
+    FP16,
+    FP32,
+    MIXED,
+    Plan,
+    are_flat,
+    are_plain,
+    build_table,
+    find_overlap,
+    is_dense,
+    plan_for,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(monkeypatch):
+    monkeypatch.setattr(pointer_table, "_plans", pointer_table._Cache())
+    monkeypatch.setattr(pointer_table, "_owners", pointer_table._Cache())
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """A switch: while it holds True, a CUDA graph is being captured, as far as the module knows."""
+    switch = [False]
+    monkeypatch.setattr(pointer_table, "_is_capturing", lambda device: switch[0])
+    return switch
+
+
+def counted():
+    """A maker of plans, and how often it was called so far."""
+    calls = []
+
+    def make():
+        calls.append(None)
+        return Plan("torch")
+
+    return make, calls
+
+
+def test_rows_say_where_everything_is():
+    x = [torch.zeros(5), torch.zeros(0, 3), torch.zeros(3, 3, dtype=torch.float16)]
+    y = [torch.zeros(5).bfloat16(), torch.zeros(0, 3).bfloat16(), torch.zeros(3, 3).bfloat16()]
+    table = build_table([x, y], [7, 8, 9], chunk=4)
+    assert table.rows.tolist() == [
+        [0, 5, FP32 + (BF16 << 8), 7, x[0].data_ptr(), y[0].data_ptr(), 0, 0],
+        [2, 0, FP32 + (BF16 << 8), 8, x[1].data_ptr(), y[1].data_ptr(), 0, 0],
+        [2, 9, FP16 + (BF16 << 8), 9, x[2].data_ptr(), y[2].data_ptr(), 0, 0],
+    ]
+    assert table.owners.tolist() == [0, 0, 2, 2, 2]
+    assert table.codes == (MIXED, BF16)
+
+
+def test_a_plan_holds_for_the_same_memory_whichever_objects_show_it():
+    make, calls = counted()
+    tensors = [torch.zeros(2, 3), torch.zeros(4)]
+    plan = plan_for("head", tensors, make)
+    assert plan_for("head", [t.detach() for t in tensors], make) is plan
+    assert plan_for("head", [torch.nn.Parameter(t) for t in tensors], make) is plan
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.clone(),
+        lambda t: t.view(torch.int32),
+        lambda t: t.view(2, 8),
+        lambda t: t.t(),
+        lambda t: t[:1],
+        lambda t: t.as_strided((4, 4), (5, 1)),
+    ],
+)
+def test_whatever_a_table_depends_on_makes_another_plan(change):
+    make, calls = counted()
+    tensor = torch.zeros(40)[:16].view(4, 4)
+    for some in (tensor, change(tensor), tensor):
+        plan_for("head", [some], make)
+    assert len(calls) == 2
+
+
+def test_a_tensor_whose_storage_moves_has_another_plan():
+    make, calls = counted()
+    tensor = torch.zeros(4, 4)
+    plan_for("head", [tensor], make)
+    before = tensor.data  # keeps its address from being taken again
+    tensor.data = tensor.data.clone()
+    plan_for("head", [tensor], make)
+    tensor.set_(before)
+    plan_for("head", [tensor], make)
+    assert len(calls) == 2
+
+
+def test_the_head_and_the_number_of_tensors_count_too():
+    make, calls = counted()
+    tensors = [torch.zeros(2), torch.zeros(2)]
+    for head, some in (("a", tensors), ("b", tensors), ("a", tensors[:1]), ("a", tensors[::-1])):
+        plan_for(head, some, make)
+    assert len(calls) == 4
+
+
+def test_a_refused_call_is_not_remembered():
+    tensor = torch.zeros(2)
+
+    def refuse():
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            plan_for("head", [tensor], refuse)
+
+
+def test_the_cache_is_bounded_and_keeps_what_is_in_use():
+    make, calls = counted()
+    kept = [torch.zeros(3)]
+    others = [[torch.zeros(4)] for _ in range(3 * pointer_table._CACHED)]
+    plan = plan_for("head", kept, make)
+    for other in others:
+        plan_for("head", other, make)
+        assert plan_for("head", kept, make) is plan
+    assert len(pointer_table._plans) == pointer_table._CACHED
+    plan_for("head", others[0], make)
+    assert len(calls) == 1 + len(others) + 1
+
+
+def test_no_tensor_of_the_callers_is_kept_alive():
+    tensors = [torch.zeros(3), torch.zeros(4)]
+    plan = Plan("triton", build_table([tensors], range(2), 4))
+    plan_for("head", tensors, lambda: plan)
+    dead = [weakref.ref(tensor) for tensor in tensors]
+    del tensors
+    assert [ref() for ref in dead] == [None, None]
+
+
+def test_a_plan_made_during_capture_serves_that_capture_alone(capturing):
+    make, calls = counted()
+    tensors = [torch.zeros(3)]
+    capturing[0] = True
+    plan_for("head", tensors, make)
+    capturing[0] = False
+    plan_for("head", tensors, make)
+    assert len(calls) == 2
+    capturing[0] = True
+    plan_for("head", tensors, make)
+    assert len(calls) == 2
+
+
+def test_a_plan_that_a_graph_reads_outlives_the_cache(capturing):
+    def make():
+        return Plan("torch")
+
+    tensors = [torch.zeros(3)]
+    captured, forgotten = (weakref.ref(plan_for(head, tensors, make)) for head in "ab")
+    capturing[0] = True
+    assert plan_for("a", tensors, make) is captured()
+    capturing[0] = False
+    for other in range(pointer_table._CACHED):
+        plan_for(other, tensors, make)
+    assert forgotten() is None
+    assert captured() is not None
+
+
+def test_the_arena_hands_out_memory_once_and_refuses_when_it_has_none(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
+    arena = pointer_table._Arena()
+    with pytest.raises(RuntimeError, match="for 8 words .*before capturing"):
+        arena.take(8)
+    arena.reserve()
+    half = pointer_table._ARENA_WORDS // 2
+    slices = [arena.take(half - 1), arena.take(1), arena.take(2)]
+    arena.reserve()  # less than half is left: another block
+    slices.append(arena.take(2 * half))
+    with pytest.raises(RuntimeError, match="for 1 words"):
+        arena.take(1)
+    assert [len(piece) for piece in slices] == [half - 1, 1, 2, 2 * half]
+    assert find_overlap(slices, written=len(slices)) is None
+
+
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+
+
+@given(SHAPES, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_dense_means_one_range_each_element_once(shape, strides):
+    tensor = torch.empty(200).as_strided(shape, strides[: len(shape)])
+    indices = itertools.product(*map(range, shape))
+    offsets = sorted(sum(i * s for i, s in zip(index, strides, strict=False)) for index in indices)
+    if tensor.numel() > 0:
+        assert is_dense(tensor) == (offsets == list(range(tensor.numel())))
+
+
+def test_flat_means_dense_and_alike():
+    x = torch.zeros(2, 3, 4, 5)
+    y = x.to(memory_format=torch.channels_last)
+    assert are_flat([x])
+    assert are_flat([x, x.bfloat16()])
+    assert are_flat([y, y.clone(), y.half()])
+    assert not are_flat([x, y])
+    assert not are_flat([y, x])
+    assert not are_flat([x[:, ::2]])
+    assert not are_flat([x[:, :2], x[:, :2].contiguous()])
+    assert not are_flat([torch.zeros(3), torch.zeros(1).expand(3)])
+    assert are_flat([torch.zeros(1, 3), torch.zeros(3, 1).t()])  # a stride that leads nowhere
+    assert are_flat([x[:0], y[:0]])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), min_size=1, max_size=6),
+    st.integers(0, 6),
+)
+def test_an_overlap_is_found_where_there_is_one(ranges, written):
+    base = torch.zeros(40)
+    tensors = [base[start : start + size] for start, size in ranges]
+    cells = [set(range(start, start + size)) for start, size in ranges]
+    pairs = {
+        (x, y)
+        for x, y in itertools.combinations(range(len(cells)), 2)
+        if x < written and cells[x] & cells[y]
+    }
+    found = find_overlap(tensors, written)
+    assert (found in pairs) if pairs else (found is None)
+
+
+def test_interleaved_views_do_not_overlap():
+    base = torch.zeros(4, 6)
+    assert find_overlap([base[:, ::2], base[:, 1::2]], written=2) is None
+    assert find_overlap([base[:, ::2], base[:, ::3]], written=1) == (0, 1)
+    assert find_overlap([base, base[:, 1::2]], written=1) == (0, 1)
+
+
+def test_only_tensors_and_parameters_are_plain():
+    class Own(torch.Tensor):
+        pass
+
+    assert are_plain([torch.zeros(1), torch.nn.Parameter(torch.zeros(1)), torch.nn.Buffer()])
+    assert not are_plain([torch.zeros(1), torch.zeros(1).as_subclass(Own)])
+    assert not are_plain([1.0])
