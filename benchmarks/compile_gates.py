@@ -106,7 +106,12 @@ def compile_case(case: CompileCase, arch: int, budget: Budget | None = None) -> 
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+        "maxnreg": case.maxnreg,
+    }
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code, shared = read_cubin(kernel.asm["cubin"]), kernel.metadata.shared
     problems = problems_of(code, shared, budget or budget_of(case.name))

@@ -3,19 +3,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from fastdino_kernels import CropParams
 from PIL import Image
 
 from fastdino import TrainConfig
-from fastdino.data.pil import make_crop
+
+if TYPE_CHECKING:
+    from fastdino_kernels import CropParams
 
 if not torch.cuda.is_available():
-    # Read when a module of kernels is first imported: they then run on the CPU, line by line.
+    # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
+    # kernels then run on the CPU, line by line.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -104,6 +106,7 @@ def ragged_images() -> list[torch.Tensor]:
 @pytest.fixture(scope="session")
 def draw_any_crops() -> Callable[..., CropParams]:
     """Draws crops of images from wider ranges than the paper's; `changes` fixes fields."""
+    from fastdino_kernels import CropParams
 
     def draw(images: list[torch.Tensor], n: int, seed: int = 0, **changes: Any) -> CropParams:
         rng = np.random.default_rng(seed)
@@ -138,6 +141,7 @@ def draw_any_crops() -> Callable[..., CropParams]:
 @pytest.fixture(scope="session")
 def crops_by_pil() -> Callable[..., torch.Tensor]:
     """[B, N, 3, size, size] by Pillow and torchvision, with ImageNet's mean and std."""
+    from fastdino.data.pil import make_crop
 
     def make(images: list[torch.Tensor], params: CropParams, size: int) -> torch.Tensor:
         pictures = [Image.fromarray(image.cpu().numpy()) for image in images]

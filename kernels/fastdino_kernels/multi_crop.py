@@ -78,7 +78,8 @@ def _multi_crop_op(
     impl: str,
 ) -> Tensor:
     """As multi_crop; packed: [B, N, 14], the result of CropParams.pack."""
-    packed = packed.cpu()
+    if impl == "torch":
+        packed = packed.cpu()
     if packed.device.type == "cpu":
         check_values(packed, [(image.shape[0], image.shape[1]) for image in images])
     device = images[0].device if images else packed.device
@@ -87,7 +88,12 @@ def _multi_crop_op(
         return out
     levels = normalized_levels(tuple(mean), tuple(std), dtype, device)
     images = [image.contiguous() for image in images]
-    multi_crop_torch.multi_crop_(out, images, packed, levels)
+    if impl == "torch":
+        multi_crop_torch.multi_crop_(out, images, packed, levels)
+    else:
+        from . import multi_crop_triton  # Triton may be absent
+
+        multi_crop_triton.multi_crop_(out, images, packed.to(device), levels)
     return out
 
 
