@@ -39,6 +39,8 @@ FORWARD_BLOCK, FORWARD_WARPS = 512, 1
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
 # Column sums are written once a group, then added: at most this many [K] fp32 rows.
 MAX_GROUPS = 16
+# Where there are no column sums, as many groups as a launch takes in its second dimension.
+MAX_ROWS_OF_PROGRAMS = 1 << 15
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -362,8 +364,7 @@ def forward(
     centered = center is not None
     block = min(FORWARD_BLOCK, triton.next_power_of_2(K))
     chunks = triton.cdiv(K, block)
-    # Column sums bound the number of groups; without them a launch's 65535 does.
-    group = triton.cdiv(B, MAX_GROUPS if centered else 1 << 15)
+    group = triton.cdiv(B, MAX_GROUPS if centered else MAX_ROWS_OF_PROGRAMS)
     groups = triton.cdiv(B, group)
 
     def empty(*shape: int) -> Tensor:
@@ -449,7 +450,7 @@ def backward(
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     (S, B, K), T = student.shape, teacher.shape[0]
     block = min(BACKWARD_BYTES // student.element_size(), triton.next_power_of_2(K))
-    group = triton.cdiv(B, 1 << 15)
+    group = triton.cdiv(B, MAX_ROWS_OF_PROGRAMS)
     with device_guard(student):
         _backward_kernel[triton.cdiv(K, block), triton.cdiv(B, group)](
             grad_rows,
