@@ -71,29 +71,25 @@ def torch_global(parameters: list[Tensor]) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
 
 
+def ours(parameters: list[Tensor], impl: str = "auto") -> Tensor:
+    return fastdino_kernels.clip_grad_norms_(parameters, MAX_NORM, impl=impl)
+
+
+def ours_global(parameters: list[Tensor], impl: str = "auto") -> Tensor:
+    return fastdino_kernels.clip_grad_norm_(parameters, MAX_NORM, impl=impl)
+
+
 EACH: dict[str, tuple[str, Clip]] = {
     "the paper's loop": ("paper", paper_clip),
-    "fastdino_kernels, torch": (
-        "ours",
-        lambda parameters: fastdino_kernels.clip_grad_norms_(parameters, MAX_NORM, impl="torch"),
-    ),
+    "fastdino_kernels": ("ours", ours),
 }
 GLOBAL: dict[str, tuple[str, Clip]] = {
     "torch.nn.utils.clip_grad_norm_": ("", torch_global),
-    "fastdino_kernels, torch": (
-        "ours",
-        lambda parameters: fastdino_kernels.clip_grad_norm_(parameters, MAX_NORM, impl="torch"),
-    ),
+    "fastdino_kernels": ("ours", ours_global),
 }
-if torch.cuda.is_available():
-    EACH["fastdino_kernels"] = (
-        "ours",
-        lambda parameters: fastdino_kernels.clip_grad_norms_(parameters, MAX_NORM),
-    )
-    GLOBAL["fastdino_kernels"] = (
-        "ours",
-        lambda parameters: fastdino_kernels.clip_grad_norm_(parameters, MAX_NORM),
-    )
+if torch.cuda.is_available():  # elsewhere it is what "auto" takes
+    EACH["fastdino_kernels, torch"] = ("", partial(ours, impl="torch"))
+    GLOBAL["fastdino_kernels, torch"] = ("", partial(ours_global, impl="torch"))
 
 
 def counted_bytes(size: Size, all_by_one: bool) -> tuple[int, str]:

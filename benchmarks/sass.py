@@ -47,7 +47,7 @@ def read_cubin(cubin: bytes) -> MachineCode:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _run("cuobjdump", "-res-usage", file)
-        listing = _run("nvdisasm", "-c", file)
+        listing = _run("nvdisasm", "-c", "-ndf", file)  # code alone; no data flow: it takes longer
     resources = {name: int(value) for name, value in _RESOURCE.findall(usage)}
     return MachineCode(
         registers=resources["REG"],

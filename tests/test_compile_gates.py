@@ -70,7 +70,12 @@ def rows_of(output: str) -> dict[str, str]:
     return {cells[0]: cells[-1] for cells in rows if len(cells) == 10}
 
 
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param("80", marks=slow), "90", pytest.param("100", marks=slow)]
+)
 def test_every_shipped_kernel_passes_the_gates(arch):
     done = run_gates("--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +92,8 @@ def test_the_gates_refuse_what_would_be_slow(tmp_path):
     assert verdicts["good"] == "ok"
     assert "spills" in verdicts["spilling"]
     assert "local memory" in verdicts["spilling"]
-    assert verdicts["narrow"] == "**no 128-bit loads; no 128-bit stores**"
+    assert "0 loads of 128 bits" in verdicts["narrow"]
+    assert "0 stores of 128 bits" in verdicts["narrow"]
     assert "atomic additions of floats" in verdicts["unordered"]
     assert "registers, the budget is 128" in verdicts["greedy"]
     assert rows_of((tmp_path / "compile_gates.md").read_text(encoding="utf-8")) == verdicts
