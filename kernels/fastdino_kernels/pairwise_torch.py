@@ -50,18 +50,18 @@ def forward(
                 targets.append(_given(crop, dtype))
                 stats[1, S + q, block] = targets[-1].mass
                 continue
-            teacher_sum += crop.sum(dim=0, dtype=dtype)
-            logits = torch.sub(crop, center_used)
-            largest = logits.amax(dim=-1)
-            probs = _exp2(logits, largest, _log2_scale(teacher_temp, device))
+            crop = crop.to(dtype)
+            for row in crop if device.type == "cpu" else crop.sum(dim=0, keepdim=True):
+                teacher_sum += row  # a block has few rows: PyTorch's sum over them is slow
+            z, largest = _scaled(crop.sub(center_used), dtype, _log2_scale(teacher_temp, device))
+            probs = z.exp2_()
             total = probs.sum(dim=-1)
             stats[0, S + q, block], stats[1, S + q, block] = largest, total
             targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
         together = _sum_of(targets, -1, ignore_diagonal)
         for v, crop in enumerate(student[:, block]):
             target = _sum_of(targets, v, ignore_diagonal) if v < T else together
-            largest = crop.amax(dim=-1).to(dtype)
-            z = _scaled(crop, largest, scale)
+            z, largest = _scaled(crop, dtype, scale)
             if target is not None:
                 cross = torch.mul(z, target.probs).sum(dim=-1)
             total = z.exp2_().sum(dim=-1)
@@ -101,8 +101,9 @@ def backward(
                 target = _given(crop, dtype)
             else:
                 largest, total = stats[:, S + q, block]
-                logits = torch.sub(crop, center)
-                probs = _exp2(logits, largest, _log2_scale(teacher_temp, device))
+                logits = crop.to(dtype).sub(center)
+                z, _ = _scaled(logits, dtype, _log2_scale(teacher_temp, device), largest)
+                probs = z.exp2_()
                 target = Target(probs.div_(total[:, None]), torch.ones_like(total))
             targets.append(target if factor is None else target.times(factor))
         together = _sum_of(targets, -1, ignore_diagonal)
@@ -114,7 +115,8 @@ def backward(
             if factor is None:
                 others = others.times(grad_rows[v, block])
             largest, total = stats[:, v, block]
-            share = _exp2(crop, largest, student_scale).mul_((others.mass / total)[:, None])
+            z, _ = _scaled(crop, dtype, student_scale, largest)
+            share = z.exp2_().mul_((others.mass / total)[:, None])
             # The incoming scale is already inside: the one rounding to half is this write.
             torch.sub(share, others.probs, out=grad[v, block])
 
@@ -160,14 +162,15 @@ def _log2_scale(temp: float | Tensor, device: torch.device) -> float | Tensor:
     return scale.item() if isinstance(scale, Tensor) and device.type == "cpu" else scale
 
 
-def _scaled(logits: Tensor, largest: Tensor, scale: float | Tensor) -> Tensor:
-    """(logits - largest) * scale as a new tensor [b, K] in the dtype of `largest` [b].
+def _scaled(
+    logits: Tensor, dtype: torch.dtype, scale: float | Tensor, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logits - largest) * scale as a new tensor of `dtype`, and the largest of each row [b].
 
     In this order: scaled first, logits of 1e30 would leave a rounding error of 1e23 to exp2.
     """
-    return torch.sub(logits, largest[:, None]).mul_(scale)
-
-
-def _exp2(logits: Tensor, largest: Tensor, scale: float | Tensor) -> Tensor:
-    """2^((logits - largest) * scale), as _scaled."""
-    return _scaled(logits, largest, scale).exp2_()
+    wide = logits.to(dtype)
+    if largest is None:
+        largest = wide.amax(dim=-1)
+    subtract = wide.sub if wide is logits else wide.sub_
+    return subtract(largest[:, None]).mul_(scale), largest
