@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,21 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
     # kernels then run on the CPU, line by line.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def rounding_interpreter(monkeypatch) -> None:
+    """Triton's interpreter truncates fp32 to bf16; a GPU, and PyTorch, round to nearest."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def rounding(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(values, source, target, mode)
+        floats = torch.from_numpy(np.array(values).view(np.float32))
+        return floats.bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 @pytest.fixture
@@ -45,6 +61,37 @@ def tiny() -> Callable[..., TrainConfig]:
         return TrainConfig(**(settings | overrides))
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        ("torch", "cpu"),
+        ("triton", "cpu"),
+        pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
+        pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)
+def target(request) -> dict[str, str]:
+    """An implementation of the kernels and where it runs: {"impl": ..., "device": ...}."""
+    impl, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if (impl, device) == ("triton", "cpu") and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here: the interpreter is for machines without one")
+    return {"impl": impl, "device": device}
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """Fresh memory holds NaN (integers: 77), so that what a kernel does not write shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*args, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 @pytest.fixture

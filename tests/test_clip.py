@@ -1,47 +1,82 @@
-"""fastdino_kernels.clip_grad_norms_ against the paper code's loop in float64."""
+"""Clipping each gradient by its own norm, and all by one, against plain loops in float64."""
 
 import math
 
 import pytest
 import torch
-from fastdino_kernels import clip_grad_norms_, reference
+from fastdino_kernels import clip, clip_grad_norm_, clip_grad_norms_, reference
+from fastdino_kernels.pointer_table import POINTER, PointerTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-SHAPES = [(3, 5), (7,), (), (64, 32), (2, 3, 4)]
+SHAPES = [(3, 5), (7,), (), (64, 32), (2, 3, 4), (0, 3)]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
+TARGETS = [
+    ("torch", "cpu"),
+    ("triton", "cpu"),
+    pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+]
+with_reference = pytest.mark.parametrize(
+    "target", [*TARGETS, ("reference", "cpu")], indirect=True, ids="-".join
+)
+triton_only = pytest.mark.parametrize("target", TARGETS[1::2], indirect=True, ids="-".join)
+both = pytest.mark.parametrize("clip_", [clip_grad_norms_, clip_grad_norm_])
+# The interpreter's, of inf * 0.
+numpy_warns = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
-def draw(*dtypes):
-    """Parameters whose gradients' norms lie on both sides of 1."""
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for index, shape in enumerate(SHAPES):
-        dtype = dtypes[index % len(dtypes)]
-        param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
-        param.grad = (torch.randn(shape, generator=generator) * 0.5**index).to(dtype)
-        params.append(param)
-    return params
+def parameter(grad):
+    param = torch.nn.Parameter(torch.zeros_like(grad))
+    param.grad = grad
+    return param
+
+
+def draw(*dtypes, device="cpu", shapes=SHAPES, seed=0):
+    """Parameters whose gradients' norms lie on both sides of 1; dtypes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        parameter(
+            (torch.randn(shape, generator=generator) * 0.5**index).to(
+                device, dtypes[index % len(dtypes)]
+            )
+        )
+        for index, shape in enumerate(shapes)
+    ]
 
 
 def truth(params, max_norm):
     return reference.clip_grad_norms([p.grad.double() for p in params], max_norm)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference", "auto"])
-@pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS])
-def test_each_gradient_is_clipped_by_its_own_norm(dtypes, impl):
-    params = draw(*dtypes)
+def truth_of_all(params, max_norm):
+    return reference.clip_grad_norm([p.grad.double() for p in params], max_norm)
+
+
+def assert_one_rounding(params, expected, *, factor_eps=0.0):
+    """One rounding to the gradient's dtype, after arithmetic in fp32 or fp64."""
+    for p, e in zip(params, expected, strict=True):
+        double = p.dtype == torch.float64
+        slack = 0.51 * torch.finfo(p.dtype).eps + 4 * max(factor_eps, 1e-16 if double else EPS)
+        torch.testing.assert_close(p.grad.double(), e, rtol=slack, atol=6e-8 * (1 - double))
+
+
+@with_reference
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS[1:], FLOATS])
+def test_each_gradient_is_clipped_by_its_own_norm(dtypes, target):
+    if target["impl"] == "triton" and torch.float64 in dtypes:
+        pytest.skip("Triton computes in fp32")
+    params = draw(*dtypes, device=target["device"])
     before = [p.grad.clone() for p in params]
     expected, expected_norms = truth(params, 1.0)
-    norms = clip_grad_norms_(params, 1.0, impl=impl)
+    norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
     double = dtypes == [torch.float64]
     assert norms.dtype == (torch.float64 if double else torch.float32)
     rtol = 1e-14 if double else 4 * EPS
     torch.testing.assert_close(norms.double(), torch.stack(expected_norms), rtol=rtol, atol=0)
-    for p, e in zip(params, expected, strict=True):
-        # One rounding to the gradient's dtype, after arithmetic in fp32 or fp64.
-        slack = 0.51 * torch.finfo(p.dtype).eps + 4 * (1e-16 if p.dtype == torch.float64 else EPS)
-        torch.testing.assert_close(p.grad.double(), e, rtol=slack, atol=6e-8 * (1 - double))
+    assert_one_rounding(params, expected)
     untouched = [torch.equal(p.grad, b) for p, b in zip(params, before, strict=True)]
     assert untouched == [norm <= 1 for norm in expected_norms]
     assert any(untouched)
@@ -55,69 +90,334 @@ def test_the_factor_has_the_papers_epsilon():
     assert param.grad.item() == pytest.approx(1e-5 * 1e-6 / (1e-5 + 1e-6), rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_missing_gradients_are_passed_over(impl):
-    params = draw(torch.float32)
+@with_reference
+def test_missing_gradients_are_passed_over(target):
+    params = draw(torch.float32, device=target["device"])
     expected, expected_norms = truth(params, 0.5)
     for index in (0, 3):
         params[index].grad = None
-        expected_norms[index] = torch.zeros((), dtype=torch.float64)
-    norms = clip_grad_norms_(iter(params), 0.5, impl=impl)
+        expected_norms[index] = torch.zeros_like(expected_norms[index])
+    norms = clip_grad_norms_(iter(params), 0.5, impl=target["impl"])
     torch.testing.assert_close(norms.double(), torch.stack(expected_norms), rtol=1e-6, atol=0)
     assert params[0].grad is None
     assert params[3].grad is None
     torch.testing.assert_close(params[1].grad.double(), expected[1], rtol=1e-6, atol=1e-8)
 
 
-def test_no_gradients_at_all():
-    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    assert torch.equal(clip_grad_norms_(params, 1.0), torch.zeros(3))
-    assert clip_grad_norms_([], 1.0).shape == (0,)
+def test_no_gradients_at_all(target):
+    params = [torch.nn.Parameter(torch.zeros(2, device=target["device"])) for _ in range(3)]
+    norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
+    assert torch.equal(norms, torch.zeros(3, device=target["device"]))
+    assert clip_grad_norms_([], 1.0, impl=target["impl"]).shape == (0,)
+    norm = clip_grad_norm_(params, 1.0, impl=target["impl"])
+    assert torch.equal(norm, torch.zeros((), device=target["device"]))
+    assert clip_grad_norm_([], 1.0, impl=target["impl"]).shape == ()
 
 
-def test_one_tensor_stands_for_a_list_of_one():
-    (param,) = draw(torch.float32)[:1]
+def test_one_tensor_stands_for_a_list_of_one(target):
+    param = draw(torch.float32, device=target["device"])[0]
     expected = param.grad.norm()
-    assert torch.equal(clip_grad_norms_(param, 1.0), expected[None])
-    torch.testing.assert_close(param.grad.norm(), torch.tensor(1.0))
+    norms = clip_grad_norms_(param, 1.0, impl=target["impl"])
+    torch.testing.assert_close(norms, expected[None])
+    assert param.grad.norm().item() == pytest.approx(1.0)
+    assert clip_grad_norm_(param, 1.0, impl=target["impl"]).shape == ()
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_infinite_and_nan_norms_do_what_the_paper_code_does(impl):
+@numpy_warns
+@with_reference
+def test_infinite_and_nan_norms_do_what_the_paper_code_does(target):
     values = torch.tensor([[1.0, math.inf], [1.0, math.nan], [3.0, 4.0], [0.0, 0.0]])
-    params = [torch.nn.Parameter(torch.zeros(2)) for _ in values]
-    for param, value in zip(params, values, strict=True):
-        param.grad = value.clone()
-    norms = clip_grad_norms_(params, 1.0, impl=impl)
+    params = [parameter(value.to(target["device"])) for value in values.clone()]
+    norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
     expected = torch.tensor([math.inf, math.nan, 5.0, 0.0])
-    torch.testing.assert_close(norms, expected, equal_nan=True)
-    after = torch.stack([param.grad for param in params])
+    torch.testing.assert_close(norms.cpu(), expected, equal_nan=True)
+    after = torch.stack([param.grad for param in params]).cpu()
     kept = torch.tensor([[0.0, math.nan], [1.0, math.nan], [0.6, 0.8], [0.0, 0.0]])
     torch.testing.assert_close(after, kept, equal_nan=True, rtol=1e-6, atol=0)
 
 
-def test_half_gradients_whose_norm_overflows_half():
-    param = torch.nn.Parameter(torch.zeros(10_000, dtype=torch.float16))
-    param.grad = torch.full_like(param, 1000.0)
-    norms = clip_grad_norms_([param], 100.0)
+@both
+def test_half_gradients_whose_norm_overflows_half(clip_, target):
+    grad = torch.full((10_000,), 1000.0, dtype=torch.float16, device=target["device"])
+    param = parameter(grad)
+    norms = clip_([param], 100.0, impl=target["impl"])
     assert norms.item() == pytest.approx(1e5, rel=1e-5)
-    assert torch.equal(param.grad, torch.full_like(param, 1.0))
+    assert torch.equal(param.grad, torch.full_like(grad, 1.0))
 
 
-def test_infinite_max_norm_only_measures():
-    params = draw(torch.float32)
+@both
+def test_an_infinite_max_norm_only_measures(clip_, target):
+    params = draw(torch.float32, device=target["device"])
     before = [p.grad.clone() for p in params]
-    norms = clip_grad_norms_(params, math.inf)
-    torch.testing.assert_close(norms, torch.stack([b.norm() for b in before]))
+    norms = clip_(params, math.inf, impl=target["impl"])
+    expected = torch.stack([b.norm() for b in before])
+    torch.testing.assert_close(norms, expected if norms.dim() else expected.norm())
     assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
 
 
-def test_non_contiguous_gradients():
-    param = torch.nn.Parameter(torch.zeros(5, 4).t())
-    param.grad = torch.randn(5, 4).t()
-    expected, _ = truth([param], 0.1)
-    clip_grad_norms_([param], 0.1)
-    torch.testing.assert_close(param.grad.double(), expected[0], rtol=1e-6, atol=0)
+@with_reference
+@pytest.mark.parametrize("max_norm", [0.3, 100.0])
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS[1:], FLOATS])
+def test_all_gradients_are_clipped_by_their_common_norm(dtypes, max_norm, target):
+    if target["impl"] == "triton" and torch.float64 in dtypes:
+        pytest.skip("Triton computes in fp32")
+    params = draw(*dtypes, device=target["device"])
+    params[1].grad = None
+    present = [p for p in params if p.grad is not None]
+    before = [p.grad.clone() for p in present]
+    expected, expected_norm = truth_of_all(present, max_norm)
+    norm = clip_grad_norm_(params, max_norm, impl=target["impl"])
+    double = dtypes == [torch.float64]
+    assert norm.dtype == (torch.float64 if double else torch.float32)
+    torch.testing.assert_close(
+        norm.double(), expected_norm, rtol=1e-14 if double else 4 * EPS, atol=0
+    )
+    # The common norm is no better than that of the fp32 gradients among them.
+    assert_one_rounding(present, expected, factor_eps=0.0 if double else EPS)
+    kept = all(torch.equal(p.grad, b) for p, b in zip(present, before, strict=True))
+    assert kept == (max_norm == 100.0)
+    assert params[1].grad is None
+
+
+@numpy_warns
+@with_reference
+@pytest.mark.parametrize("odd", [1.0, 0.0, math.inf, math.nan])
+@pytest.mark.parametrize("max_norm", [0.5, 5.0, 1e-5])
+def test_the_common_norm_does_what_torchs_own_function_does(max_norm, odd, target):
+    ours, theirs = (
+        draw(torch.float32, device=target["device"], shapes=[(3, 4), (5,), (2,)]) for _ in range(2)
+    )
+    for params in (ours, theirs):
+        params[1].grad[2] = odd
+    norm = clip_grad_norm_(iter(ours), max_norm, impl=target["impl"])
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    torch.testing.assert_close(norm, expected, equal_nan=True)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@both
+def test_gradients_with_gaps_or_in_another_order(clip_, target):
+    wide = torch.randn(4, 6, device=target["device"])
+    params = [parameter(torch.randn(5, 4, device=target["device"]).t()) for _ in range(2)]
+    params.append(torch.nn.Parameter(torch.zeros(4, 3, device=target["device"])))
+    for grad in (torch.randn(4, 3, device=target["device"]), wide[:, ::2]):
+        params[-1].grad = grad
+        gaps = wide[:, 1::2].clone()
+        expected, _ = (truth if clip_ is clip_grad_norms_ else truth_of_all)(params, 0.1)
+        clip_(params, 0.1, impl=target["impl"])
+        for p, e in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.grad.double(), e, rtol=1e-6, atol=1e-9)
+        assert torch.equal(wide[:, 1::2], gaps)
+
+
+@triton_only
+def test_transposed_gradients_are_left_to_the_kernel(target, monkeypatch):
+    monkeypatch.delattr(clip, "_torch_each")
+    params = [parameter(torch.randn(5, 4, device=target["device"]).t())]
+    expected, _ = truth(params, 0.1)
+    clip_grad_norms_(params, 0.1, impl="triton")
+    assert_one_rounding(params, expected)
+
+
+@both
+@triton_only
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_every_length_around_a_chunk_is_covered_and_nothing_else(clip_, target, dtype):
+    from fastdino_kernels.clip_triton import CHUNK
+
+    lengths = [1, 15, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1025]
+    frames, params = [], []
+    for index, length in enumerate(lengths * 2):
+        # The second half starts one element in: such addresses are not multiples of 16.
+        start = 16 + index // len(lengths)
+        frame = torch.full((length + 64,), math.nan, dtype=dtype, device=target["device"])
+        frames.append((frame, start, length))
+        params.append(parameter(frame[start : start + length].fill_(1.0)))
+    squares = torch.tensor([float(length) for length in lengths * 2], device=target["device"])
+    norms = clip_(params, 0.5, impl="triton")
+    expected = squares.sqrt() if norms.dim() else squares.sum().sqrt()
+    torch.testing.assert_close(norms, expected, rtol=2 * EPS, atol=0)
+    factors = (0.5 / expected).to(dtype).expand(len(params))
+    for (frame, start, length), factor in zip(frames, factors, strict=True):
+        inside = frame[start : start + length]
+        torch.testing.assert_close(inside, factor.expand(length), rtol=1e-5, atol=0)
+        assert bool(frame[:start].isnan().all())
+        assert bool(frame[start + length :].isnan().all())
+
+
+@triton_only
+def test_offsets_beyond_31_bits(target):
+    """The last chunk of a gradient of 2**31 elements and a few, of which only that chunk exists."""
+    from fastdino_kernels.clip_triton import CHUNK, _scale, _sum_squares
+
+    before = 2**31
+    grad = torch.full((100,), 2.0, device=target["device"])
+    row = [-(before // CHUNK), before + 100, 0, 0, grad.data_ptr(), 0, 0, 0]
+    row[POINTER] -= 4 * before
+    owners = torch.zeros(1, dtype=torch.int64, device=target["device"])
+    table = PointerTable(torch.tensor([row], device=target["device"]), owners, (0,))
+    assert _sum_squares(table).item() == 400.0
+    _scale(table, torch.full((1,), 0.25, device=target["device"]), 1.0, each=True)
+    assert torch.equal(grad, torch.full_like(grad, 0.5))
+
+
+@triton_only
+def test_only_what_is_clipped_is_written(target, monkeypatch):
+    """A gradient in read-only memory, so to speak: its address is wrong when the scaling starts."""
+    from fastdino_kernels import clip_triton
+
+    scale = clip_triton._scale
+    small, large = (parameter(torch.full((4,), x, device=target["device"])) for x in (0.1, 9.0))
+
+    def spoil_and_scale(table, *arguments, **options):
+        table.rows[0, POINTER] = 0
+        scale(table, *arguments, **options)
+
+    monkeypatch.setattr(clip_triton, "_scale", spoil_and_scale)
+    clip_grad_norms_([small, large], 1.0, impl="triton")
+    torch.testing.assert_close(small.grad, torch.full_like(small.grad, 0.1))
+    torch.testing.assert_close(large.grad, torch.full_like(large.grad, 0.5))
+
+
+@both
+def test_gradients_may_be_made_anew_and_come_and_go(clip_, target):
+    params = draw(*FLOATS[1:], device=target["device"])
+    kept = []
+    for step in range(4):
+        for index, param in enumerate(params):
+            kept.append(param.grad)
+            param.grad = None
+            if index != step:
+                param.grad = torch.randn_like(param)
+        present = [p for p in params if p.grad is not None]
+        each = clip_ is clip_grad_norms_
+        expected, expected_norms = (truth if each else truth_of_all)(present, 0.7)
+        norms = clip_(params, 0.7, impl=target["impl"])
+        assert_one_rounding(present, expected)
+        if each:
+            assert norms[step] == 0
+            norms = torch.stack([n for i, n in enumerate(norms) if i != step])
+            expected_norms = torch.stack(expected_norms)
+        torch.testing.assert_close(norms.double(), expected_norms, rtol=4 * EPS, atol=0)
+
+
+@both
+def test_the_same_input_gives_the_same_bits(clip_, target):
+    runs = []
+    for _ in range(2):
+        params = draw(torch.float32, device=target["device"], shapes=[(20_000,), (77,)])
+        norms = clip_(params, 0.1, impl=target["impl"])
+        runs.append([norms, *(p.grad for p in params)])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@both
+def test_autograd_sees_that_gradients_were_changed(clip_, target):
+    params = draw(torch.float32, device=target["device"])
+    versions = [p.grad._version for p in params]
+    clip_(params, 0.1, impl=target["impl"])
+    assert all(p.grad._version > v for p, v in zip(params, versions, strict=True))
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from(FLOATS[1:]), min_size=1, max_size=3),
+    max_norm=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 99),
+    each=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_lists_of_any_kind(sizes, dtypes, max_norm, seed, each):
+    impl = "torch" if torch.cuda.is_available() else "triton"
+    params = draw(*dtypes, shapes=sizes, seed=seed)
+    expected, norms = (truth if each else truth_of_all)(params, max_norm)
+    found = (clip_grad_norms_ if each else clip_grad_norm_)(params, max_norm, impl=impl)
+    norms = torch.stack(norms) if each else norms
+    torch.testing.assert_close(found.double(), norms, rtol=4 * EPS, atol=1e-12)
+    assert_one_rounding(params, expected)
+
+
+@both
+def test_compiles_as_one_graph(clip_, target):
+    params, expected = (draw(*FLOATS[1:], device=target["device"]) for _ in range(2))
+    for some in (params, expected):
+        some[2].grad = None
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(params):
+        return clip_(params, 0.6, impl=target["impl"])
+
+    torch.testing.assert_close(run(params), clip_(expected, 0.6, impl=target["impl"]))
+    for p, e in zip(params, expected, strict=True):
+        if e.grad is not None:
+            torch.testing.assert_close(p.grad, e.grad)
+
+
+@triton_only
+def test_opcheck(target):
+    def grads():
+        return [p.grad for p in draw(*FLOATS[1:], device=target["device"])]
+
+    operators = torch.ops.fastdino_kernels
+    positions = [1, 2, 3, 5, 6, 7]
+    torch.library.opcheck(operators.clip_grad_norms_.default, (grads(), positions, 8, 0.5))
+    torch.library.opcheck(operators.clip_grad_norm_.default, (grads(), 0.5))
+
+
+def test_fake_tensors_have_fake_norms(target):
+    with FakeTensorMode():
+        params = draw(torch.bfloat16, device=target["device"])
+        norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
+        assert (norms.shape, norms.dtype) == ((len(params),), torch.float32)
+        norm = clip_grad_norm_(params, 1.0, impl=target["impl"])
+        assert (norm.shape, norm.dtype) == ((), torch.float32)
+
+
+@both
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_makes_and_clips_its_gradients(clip_):
+    params = draw(torch.float32, device="cuda")
+    inputs = [torch.randn_like(p) for p in params]
+
+    def step():
+        for p in params:
+            p.grad = None
+        torch.stack([(p * x).sum() for p, x in zip(params, inputs, strict=True)]).sum().backward()
+        return clip_(params, 0.5)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norms = step()
+    for _ in range(3):
+        for x in inputs:
+            x.normal_()
+        each = clip_ is clip_grad_norms_
+        truths = [parameter(x.clone()) for x in inputs]
+        expected, expected_norms = (truth if each else truth_of_all)(truths, 0.5)
+        graph.replay()
+        assert_one_rounding(params, expected)
+        expected_norms = torch.stack(expected_norms) if each else expected_norms
+        torch.testing.assert_close(norms.double(), expected_norms, rtol=4 * EPS, atol=0)
+
+
+@both
+def test_two_gradients_in_one_place_are_refused(clip_, target):
+    buffer = torch.ones(6, device=target["device"])
+    params = [parameter(buffer[:4]), parameter(buffer[4:])]
+    clip_(params, 10.0, impl=target["impl"])
+    params[1].grad = buffer[3:5]
+    with pytest.raises(ValueError, match=r"parameters\[0\].grad and parameters\[1\].grad share"):
+        clip_(params, 0.1, impl=target["impl"])
+    with pytest.raises(ValueError, match=r"parameters\[1\].grad and parameters\[2\].grad share"):
+        clip_([torch.nn.Parameter(buffer), params[0], params[0]], 0.1, impl=target["impl"])
+    assert torch.equal(buffer, torch.ones_like(buffer))
 
 
 def test_environment_variable_names_an_implementation(monkeypatch):
@@ -135,11 +435,13 @@ def test_environment_variable_names_an_implementation(monkeypatch):
         (None, "3", {}, TypeError, "max_norm must be a float, got str"),
         (None, 1.0, {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
         ([torch.zeros(2), 1.0], 1.0, {}, TypeError, r"parameters\[1\] .*got float"),
+        ([parameter(torch.zeros(2).double())], 1.0, {"impl": "triton"}, ValueError, "float64"),
     ],
 )
-def test_callers_mistakes_change_nothing(params, max_norm, options, raises, match):
+@both
+def test_callers_mistakes_change_nothing(clip_, params, max_norm, options, raises, match):
     params = draw(torch.float32) if params is None else params
     before = [p.grad.clone() for p in params if getattr(p, "grad", None) is not None]
     with pytest.raises(raises, match=match):
-        clip_grad_norms_(params, max_norm, **options)
+        clip_(params, max_norm, **options)
     assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=False))

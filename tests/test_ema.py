@@ -1,18 +1,38 @@
 """fastdino_kernels.ema_update_ against m*teacher + (1 - m)*student in float64."""
 
+import contextlib
 import math
 
 import pytest
 import torch
-from fastdino_kernels import ema_update_, reference
+from fastdino_kernels import ema, ema_update_, pointer_table, reference
+from fastdino_kernels.pointer_table import POINTER, ROW, PointerTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TARGETS = [
+    ("torch", "cpu"),
+    ("triton", "cpu"),
+    pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+]
+with_reference = pytest.mark.parametrize(
+    "target", [*TARGETS, ("reference", "cpu")], indirect=True, ids="-".join
+)
+triton_only = pytest.mark.parametrize("target", TARGETS[1::2], indirect=True, ids="-".join)
 
 
-def draw(dtype=torch.float32, seed=0):
+def draw(dtype=torch.float32, seed=0, device="cpu", shapes=SHAPES):
+    """Normal tensors; dtypes in turn where several are given."""
+    dtypes = [dtype] if isinstance(dtype, torch.dtype) else dtype
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=generator).to(device, dtypes[index % len(dtypes)])
+        for index, shape in enumerate(shapes)
+    ]
 
 
 def truth(teacher, student, momentum):
@@ -21,17 +41,34 @@ def truth(teacher, student, momentum):
     )
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+def assert_one_rounding(teacher, expected, *, roundings=1.0):
+    for t, e in zip(teacher, expected, strict=True):
+        slack = roundings * torch.finfo(t.dtype).eps
+        torch.testing.assert_close(t.double(), e, rtol=slack, atol=slack)
+
+
+@contextlib.contextmanager
+def only_the_kernel(monkeypatch):
+    """Within it, PyTorch must have nothing left to do."""
+    with monkeypatch.context() as patch:
+        patch.delattr(ema, "_torch_ema_")
+        yield
+
+
+@with_reference
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("student_dtype", FLOATS)
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
-def test_is_right_to_one_rounding(teacher_dtype, student_dtype, momentum, impl):
-    teacher, student = draw(teacher_dtype), draw(student_dtype, seed=1)
+def test_is_right_to_one_rounding(teacher_dtype, student_dtype, momentum, target):
+    if target["impl"] == "triton" and torch.float64 in (teacher_dtype, student_dtype):
+        pytest.skip("Triton computes in fp32")
+    device = target["device"]
+    teacher, student = draw(teacher_dtype, 0, device), draw(student_dtype, 1, device)
     expected = truth(teacher, student, momentum)
     before = [s.clone() for s in student]
-    ema_update_(teacher, student, momentum, impl=impl)
+    ema_update_(teacher, student, momentum, impl=target["impl"])
     rounding = torch.finfo(teacher_dtype).eps
-    if impl == "reference":  # which rounds each product
+    if target["impl"] == "reference":  # which rounds each product
         rounding *= 2
     for t, e, s, b in zip(teacher, expected, student, before, strict=True):
         assert t.dtype == teacher_dtype
@@ -51,13 +88,17 @@ def test_a_hundred_steps_in_float64_agree_to_1e_12():
         torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-14)
 
 
+@with_reference
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
-@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16])
-def test_momentum_may_be_a_tensor(student_dtype, teacher_dtype, impl):
-    teacher, student = draw(teacher_dtype), draw(student_dtype, seed=1)
+def test_momentum_may_be_a_tensor(student_dtype, teacher_dtype, target):
+    if target["impl"] == "triton" and teacher_dtype == torch.float64:
+        pytest.skip("Triton computes in fp32")
+    device = target["device"]
+    teacher, student = draw(teacher_dtype, 0, device), draw(student_dtype, 1, device)
     expected = truth(teacher, student, 0.3)
-    ema_update_(teacher, student, torch.tensor(0.3, dtype=torch.float64), impl=impl)
+    momentum = torch.tensor(0.3, dtype=torch.float64, device=device)
+    ema_update_(teacher, student, momentum, impl=target["impl"])
     # Half is rounded once, from fp32.
     eps, half = torch.finfo(teacher_dtype).eps, teacher_dtype in (torch.bfloat16, torch.float16)
     rounding = 0.51 * eps if half else 2 * eps
@@ -66,55 +107,310 @@ def test_momentum_may_be_a_tensor(student_dtype, teacher_dtype, impl):
         torch.testing.assert_close(t.double(), e, rtol=rounding, atol=1e-6 if half else rounding)
 
 
-def test_momentum_one_keeps_the_teacher_to_the_bit():
-    teacher, student = draw(), draw(seed=1)
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_double_momentum_keeps_what_a_float_rounds(target, dtype):
+    teacher, student = [torch.zeros(3, device=target["device"])], []
+    student = [torch.ones(3, device=target["device"])]
+    momentum = torch.tensor(0.9996, dtype=dtype, device=target["device"])
+    ema_update_(teacher, student, momentum, impl="triton")
+    error = abs(teacher[0][0].double().item() / (1 - 0.9996) - 1)
+    assert error < 1e-7 if dtype == torch.float64 else 1e-5 < error < 1e-4
+
+
+def test_a_momentum_of_one_keeps_the_teacher_to_the_bit(target):
+    teacher, student = draw(device=target["device"]), draw(seed=1, device=target["device"])
     before = [t.clone() for t in teacher]
-    ema_update_(teacher, student, 1.0)
+    ema_update_(teacher, student, 1.0, impl=target["impl"])
     assert all(torch.equal(t, b) for t, b in zip(teacher, before, strict=True))
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_shadow_is_the_updated_teacher_rounded(impl):
-    teacher, student = draw(), draw(seed=1)
+@triton_only
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_both_ends_of_the_momentum_are_exact_whatever_the_other_side_holds(target, as_tensor):
+    odd = torch.tensor([-0.0, math.inf, math.nan, 1e-40, 3.0], device=target["device"])
+    even = torch.tensor([1.0, 1.0, 2.0, 1e30, math.nan], device=target["device"])
+    for momentum, kept in ((1.0, odd), (0.0, even)):
+        teacher = odd.clone()
+        value = torch.tensor(momentum, device=target["device"]) if as_tensor else momentum
+        ema_update_([teacher], [even], value, impl="triton")
+        assert torch.equal(teacher.view(torch.int32), kept.view(torch.int32))
+
+
+@with_reference
+def test_shadow_is_the_updated_teacher_rounded(target):
+    teacher, student = draw(device=target["device"]), draw(seed=1, device=target["device"])
     shadow = [torch.full_like(t, math.nan, dtype=torch.bfloat16) for t in teacher]
-    ema_update_(teacher, student, 0.9, shadow=shadow, impl=impl)
+    ema_update_(teacher, student, 0.9, shadow=shadow, impl=target["impl"])
     assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
 
 
-def test_modules_parameters_are_updated_without_a_graph():
-    student, teacher = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+HALVES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_dtypes_may_differ_within_one_call(target):
+    shapes = [(n,) for n in (5, 9, 1, 4100, 33, 70, 8, 2, 6)]
+    device = target["device"]
+    teacher = draw(HALVES, 0, device, shapes)
+    student = draw([HALVES[i // 3] for i in range(9)], 1, device, shapes)
+    shadow = [torch.full_like(s, math.nan) for s in draw(HALVES[1:], 2, device, shapes)]
+    expected = truth(teacher, student, 0.4)
+    ema_update_(teacher, student, 0.4, shadow=shadow, impl=target["impl"])
+    assert_one_rounding(teacher, expected, roundings=3)  # differences of normal numbers reach 8
+    for copy, t in zip(shadow, teacher, strict=True):
+        assert torch.equal(copy, t.to(copy.dtype))
+
+
+def test_modules_parameters_are_updated_without_a_graph(target):
+    student, teacher = (torch.nn.Linear(3, 4, device=target["device"]) for _ in range(2))
     expected = truth(list(teacher.parameters()), list(student.parameters()), 0.9)
-    ema_update_(teacher.parameters(), student.parameters(), 0.9)
-    for t, e in zip(teacher.parameters(), expected, strict=True):
+    versions = [t._version for t in teacher.parameters()]
+    ema_update_(teacher.parameters(), student.parameters(), 0.9, impl=target["impl"])
+    for t, e, version in zip(teacher.parameters(), expected, versions, strict=True):
         assert t.is_leaf
         assert t.requires_grad
         assert t.grad_fn is None
+        assert t._version > version  # autograd refuses a graph that saved the old values
         torch.testing.assert_close(t.double(), e, rtol=1e-6, atol=1e-7)
 
 
-def test_non_contiguous_tensors():
-    teacher, student = torch.randn(4, 6)[:, ::2], torch.randn(3, 4).t()
-    expected = truth([teacher], [student], 0.7)[0]
-    ema_update_([teacher], [student], 0.7)
-    torch.testing.assert_close(teacher.double(), expected, rtol=1e-6, atol=1e-7)
+def strided(device):
+    """Pairs whose memory is laid out alike, with no gaps."""
+    images = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)] * 2
+    columns = [torch.randn(5, 4, device=device).t()] * 2
+    return [(images[0], images[1].clone() + 1), (columns[0], columns[1].clone() - 1)]
 
 
-def test_nothing_to_update():
-    ema_update_([], [], 0.9)
-    ema_update_([], [], torch.tensor(0.9), shadow=[])
+@triton_only
+def test_pairs_laid_out_alike_are_left_to_the_kernel(target, monkeypatch):
+    teacher, student = map(list, zip(*strided(target["device"]), strict=True))
+    assert not any(tensor.is_contiguous() for tensor in teacher + student)
+    expected = truth(teacher, student, 0.7)
+    with only_the_kernel(monkeypatch):
+        ema_update_(teacher, student, 0.7, impl="triton")
+    assert_one_rounding(teacher, expected, roundings=2)
 
 
-def test_compiles_as_one_graph():
-    teacher, student = draw(), draw(torch.bfloat16, seed=1)
-    expected = [t.clone() for t in teacher]
-    ema_update_(expected, student, 0.9)
+def test_non_contiguous_tensors(target):
+    device = target["device"]
+    pairs = [
+        (torch.randn(4, 6, device=device)[:, ::2], torch.randn(3, 4, device=device).t()),
+        (torch.randn(4, 3, device=device), torch.randn(3, 4, device=device).t()),
+        (torch.randn(5, device=device), torch.randn(1, device=device).expand(5)),
+        (torch.randn(7, device=device), torch.randn(7, device=device)),
+    ]
+    teacher, student = map(list, zip(*pairs, strict=True))
+    shadow = [t.bfloat16().contiguous() for t in teacher]
+    expected = truth(teacher, student, 0.7)
+    ema_update_(teacher, student, 0.7, shadow=shadow, impl=target["impl"])
+    assert_one_rounding(teacher, expected, roundings=2)
+    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
 
-    def update(teacher, student):
-        ema_update_(teacher, student, 0.9)
 
-    torch.compile(update, fullgraph=True, backend="aot_eager")(teacher, student)
-    for t, e in zip(teacher, expected, strict=True):
-        torch.testing.assert_close(t, e)
+@triton_only
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_length_around_a_chunk_is_covered_and_nothing_else(target, dtype):
+    from fastdino_kernels.ema_triton import CHUNK
+
+    lengths = [1, 15, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1025]
+    frames, teacher, student = [], [], []
+    for index, length in enumerate(lengths * 2):
+        # The second half starts one element in: such addresses are not multiples of 16.
+        start = 16 + index // len(lengths)
+        frame = torch.full(
+            (2, -(-length // 64) * 64 + 64), 7.0, dtype=dtype, device=target["device"]
+        )
+        frame[1] = math.nan
+        frames.append((frame[0], start, length))
+        teacher.append(frame[0, start : start + length].fill_(2.0))
+        student.append(frame[1, start : start + length].fill_(4.0))
+    ema_update_(teacher, student, 0.5, impl="triton")
+    for frame, start, length in frames:
+        assert bool((frame[start : start + length] == 3.0).all())
+        assert bool((frame[:start] == 7.0).all())
+        assert bool((frame[start + length :] == 7.0).all())
+
+
+@triton_only
+def test_offsets_beyond_31_bits(target):
+    """The last chunk of a tensor of 2**31 elements and a few, of which only that chunk exists."""
+    from fastdino_kernels.ema_triton import CHUNK, launch_ema
+
+    device = target["device"]
+    before = 2**31
+    teacher, student = torch.zeros(100, device=device), torch.ones(100, device=device)
+    row = [-(before // CHUNK), before + 100, 0, 0, teacher.data_ptr(), student.data_ptr(), 0, 0]
+    row[POINTER] -= 4 * before
+    row[POINTER + 1] -= 4 * before
+    rows = torch.tensor([row], device=device)
+    assert rows.shape == (1, ROW)
+    table = PointerTable(rows, torch.zeros(1, dtype=torch.int64, device=device), (0, 0))
+    launch_ema(table, 0.25)
+    assert torch.equal(teacher, torch.full_like(teacher, 0.75))
+
+
+@triton_only
+def test_storage_may_move_between_calls(target):
+    device = target["device"]
+    teacher, student = draw(device=device), draw(seed=1, device=device)
+    ema_update_(teacher, student, 0.5, impl="triton")
+    kept = []
+    for change in (
+        lambda t: t.clone(),  # elsewhere
+        lambda t: t.bfloat16(),
+        lambda t: t.view(-1),  # the same place, another shape
+        lambda t: t[: len(t) // 2],  # and another size
+        lambda t: t.float(),
+    ):
+        for tensors in (teacher, student):
+            for tensor in tensors:
+                kept.append(tensor.data)  # so that addresses are not taken again by chance
+                tensor.data = change(tensor.data.view(-1))
+        expected = truth(teacher, student, 0.5)
+        ema_update_(teacher, student, 0.5, impl="triton")
+        assert_one_rounding(teacher, expected)
+
+
+def test_another_shape_at_the_same_addresses_is_checked_again(target):
+    t, s = (torch.zeros(6, device=target["device"]) for _ in range(2))
+    ema_update_([t.view(2, 3)], [s.view(2, 3)], 0.5, impl=target["impl"])
+    with pytest.raises(ValueError, match=r"same shape, got \(3, 2\) and \(2, 3\)"):
+        ema_update_([t.view(3, 2)], [s.view(2, 3)], 0.5, impl=target["impl"])
+    with pytest.raises(TypeError, match="int32"):
+        ema_update_([t.view(torch.int32)], [s], 0.5, impl=target["impl"])
+
+
+def test_the_same_input_gives_the_same_bits(target):
+    runs = []
+    for _ in range(2):
+        teacher = draw(device=target["device"], shapes=[(5000,), (77,)])
+        student = draw(torch.bfloat16, 1, target["device"], [(5000,), (77,)])
+        ema_update_(teacher, student, 0.9, impl=target["impl"])
+        runs.append(teacher)
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=6),
+    dtypes=st.tuples(*[st.lists(st.sampled_from(HALVES), min_size=1, max_size=3)] * 3),
+    momentum=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_lists_of_any_kind(sizes, dtypes, momentum, seed):
+    impl = "torch" if torch.cuda.is_available() else "triton"
+    teacher, student, shadow = (draw(d, seed + i, "cpu", sizes) for i, d in enumerate(dtypes))
+    expected = truth(teacher, student, momentum)
+    ema_update_(teacher, student, momentum, shadow=shadow, impl=impl)
+    assert_one_rounding(teacher, expected, roundings=2)
+    assert all(torch.equal(c, t.to(c.dtype)) for c, t in zip(shadow, teacher, strict=True))
+
+
+def test_nothing_to_update(target):
+    ema_update_([], [], 0.9, impl=target["impl"])
+    ema_update_([], [], torch.tensor(0.9), shadow=[], impl=target["impl"])
+    empty = [torch.zeros(0, 3, device=target["device"])]
+    ema_update_(empty, [empty[0].clone()], 0.9, impl=target["impl"])
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_compiles_as_one_graph(target, as_tensor):
+    device = target["device"]
+    teacher, student = draw(device=device), draw(torch.bfloat16, 1, device)
+    expected, copies = [t.clone() for t in teacher], [t.bfloat16() for t in teacher]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def update(teacher, student, copies, momentum):
+        ema_update_(teacher, student, momentum, shadow=copies, impl=target["impl"])
+        return teacher[0] + 1  # sees the update
+
+    for momentum in (0.9, 0.25):
+        ema_update_(expected, student, momentum, impl=target["impl"])
+        value = torch.tensor(momentum, dtype=torch.float64, device=device)
+        after = update(teacher, student, copies, value if as_tensor else momentum)
+        for t, e, copy in zip(teacher, expected, copies, strict=True):
+            torch.testing.assert_close(t, e)
+            torch.testing.assert_close(copy, e.bfloat16())
+        torch.testing.assert_close(after, expected[0] + 1)
+
+
+@triton_only
+@pytest.mark.parametrize("with_shadow", [False, True])
+def test_opcheck(target, with_shadow):
+    device = target["device"]
+    teacher, student = draw(device=device), draw(seed=1, device=device)
+    shadow = [t.half() for t in teacher] if with_shadow else []
+    momentum = torch.tensor(0.5, device=device) if with_shadow else None
+    operator = torch.ops.fastdino_kernels.ema_update_.default
+    torch.library.opcheck(operator, (teacher, student, shadow, 0.5, momentum))
+
+
+def test_fake_tensors_are_checked_and_left_alone(target):
+    with FakeTensorMode():
+        teacher, student = draw(device=target["device"]), draw(device=target["device"])
+        ema_update_(teacher, student, 0.9, impl=target["impl"])
+        with pytest.raises(ValueError, match="same shape"):
+            ema_update_(teacher[:1], student[1:2], 0.9, impl=target["impl"])
+
+
+@pytest.fixture
+def mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("impl", ["torch"] if torch.cuda.is_available() else ["torch", "triton"])
+def test_distributed_tensors_are_updated_shard_by_shard(mesh, impl):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    teacher, student = torch.randn(4, 3), torch.randn(4, 3)
+    expected = truth([teacher], [student], 0.7)
+    shards = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (teacher, student)]
+    ema_update_(shards[:1], shards[1:], 0.7, impl=impl)
+    assert_one_rounding([shards[0].full_tensor()], expected)
+    whole = distribute_tensor(student, mesh, [Replicate()])
+    with pytest.raises(ValueError, match=r"teacher_tensors\[0\] .*sharded alike.*Replicate"):
+        ema_update_(shards[:1], [whole], 0.7, impl=impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_follows_the_momentum_on_the_device():
+    teacher, student = draw(device="cuda"), draw(torch.bfloat16, 1, "cuda")
+    copies = [t.bfloat16() for t in teacher]
+    momentum = torch.tensor(1.0, dtype=torch.float64, device="cuda")
+    ema_update_(teacher, student, momentum, shadow=copies)  # makes the table
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(teacher, student, momentum, shadow=copies)
+    for value in (0.9, 0.25, 0.0):
+        expected = truth(teacher, student, value)
+        momentum.fill_(value)
+        graph.replay()
+        assert_one_rounding(teacher, expected)
+        assert all(torch.equal(c, t.bfloat16()) for c, t in zip(copies, teacher, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_outlives_the_cache_that_its_table_was_in():
+    teacher, student = draw(device="cuda"), draw(seed=1, device="cuda")
+    ema_update_(teacher, student, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(teacher, student, 0.5)
+    for _ in range(2 * pointer_table._CACHED):
+        ema_update_(draw(device="cuda"), draw(seed=1, device="cuda"), 0.5)
+    torch.cuda.empty_cache()
+    expected = truth(teacher, student, 0.5)
+    graph.replay()
+    assert_one_rounding(teacher, expected)
 
 
 def test_environment_variable_names_an_implementation(monkeypatch):
@@ -143,7 +439,24 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         (([A], [B], torch.ones(1)), {}, ValueError, r"0-d tensor, got shape \(1,\)"),
         (([A], [B], 0.9), {"shadow": []}, ValueError, "shadow .*got 1 and 0"),
         (([A], [B], 0.9), {"shadow": [A]}, ValueError, r"shadow\[0\] are the same tensor"),
+        (
+            ([A, B], [B + 1, A], 0.9),
+            {},
+            ValueError,
+            r"teacher_tensors\[0\] and student_tensors\[1\]",
+        ),
+        (
+            ([A, A], [B, B + 1], 0.9),
+            {},
+            ValueError,
+            r"teacher_tensors\[0\] and teacher_tensors\[1\]",
+        ),
+        (([A], [B], 0.9), {"shadow": [B]}, ValueError, r"shadow\[0\] and student_tensors\[0\]"),
+        (([A[0], A.view(-1)[1:4]], [B[0], B[1]], 0.9), {}, ValueError, r"\[1\] share memory"),
+        (([A], [A[:1].expand(2, 3)], 0.9), {}, ValueError, "same tensor"),
         (([A], [B], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+        (([], [], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+        (([A.double()], [B], 0.9), {"impl": "triton"}, ValueError, "fp32.*float64"),
     ],
 )
 def test_callers_mistakes_change_nothing(arguments, options, raises, match):

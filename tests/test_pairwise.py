@@ -3,6 +3,7 @@
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
 
+import fastdino_kernels  # noqa: F401 (it defines the operators)
 import pytest
 import torch
 

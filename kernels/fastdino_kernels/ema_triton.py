@@ -43,8 +43,8 @@ def ema_kernel(
         keep = m.to(tl.float32)
     else:
         # The interpreter takes a float that fp32 cannot hold for fp64.
-        weight = weight.to(tl.float32)
-        keep = keep.to(tl.float32)
+        weight = tl.cast(weight, tl.float32)
+        keep = tl.cast(keep, tl.float32)
     _, row, start, left = find_chunk(rows, owners, CHUNK)
     teacher, teacher_code = find_tensor(row, 0)
     student, student_code = find_tensor(row, 1)

@@ -114,6 +114,8 @@ def _backward_(
     grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
 ) -> None:
     _write_gradient(student, grad_rows, scale, student, teacher, *rest)
+    # Autograd cannot see what a kernel writes: whoever saved the logits must learn of it.
+    torch.autograd.graph.increment_version(student)
 
 
 def _write_gradient(

@@ -39,6 +39,8 @@ FORWARD_BLOCK, FORWARD_WARPS = 512, 1
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
 # Column sums are written once a group, then added: at most this many [K] fp32 rows.
 MAX_GROUPS = 16
+# Where there are no column sums, as many groups as a launch takes in its second dimension.
+MAX_ROWS_OF_PROGRAMS = 1 << 15
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -360,11 +362,10 @@ def forward(
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     (S, B, K), T = student.shape, teacher.shape[0]
     centered = center is not None
-    block = min(FORWARD_BLOCK, triton.next_power_of_2(K))
-    chunks = triton.cdiv(K, block)
-    # Column sums bound the number of groups; without them a launch's 65535 does.
-    group = triton.cdiv(B, MAX_GROUPS if centered else 1 << 15)
-    groups = triton.cdiv(B, group)
+    block = min(FORWARD_BLOCK, _power_of_2(K))
+    chunks = _ceil_div(K, block)
+    group = _ceil_div(B, MAX_GROUPS if centered else MAX_ROWS_OF_PROGRAMS)
+    groups = _ceil_div(B, group)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -401,7 +402,7 @@ def forward(
             BLOCK=block,
             num_warps=FORWARD_WARPS,
         )
-        sums_left = triton.cdiv(K, FINISH_BLOCK) if groups > 1 and centered else 0
+        sums_left = _ceil_div(K, FINISH_BLOCK) if groups > 1 and centered else 0
         _finish_kernel[(S * B + sums_left,)](
             partials,
             column_sums,
@@ -423,7 +424,7 @@ def forward(
             IGNORE_DIAGONAL=ignore_diagonal,
             STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
             TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
-            CHUNKS=triton.next_power_of_2(chunks),
+            CHUNKS=_power_of_2(chunks),
             BLOCK=FINISH_BLOCK,
             num_warps=FINISH_WARPS,
         )
@@ -448,10 +449,10 @@ def backward(
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     (S, B, K), T = student.shape, teacher.shape[0]
-    block = min(BACKWARD_BYTES // student.element_size(), triton.next_power_of_2(K))
-    group = triton.cdiv(B, 1 << 15)
+    block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
+    group = _ceil_div(B, MAX_ROWS_OF_PROGRAMS)
     with device_guard(student):
-        _backward_kernel[triton.cdiv(K, block), triton.cdiv(B, group)](
+        _backward_kernel[_ceil_div(K, block), _ceil_div(B, group)](
             grad_rows,
             student,
             teacher,
@@ -484,6 +485,15 @@ def backward(
         )
     if grad is not target:
         target.copy_(grad)
+
+
+def _ceil_div(a: int, b: int) -> int:  # triton's own costs microseconds a call
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _unit_stride(logits: Tensor) -> Tensor:

@@ -158,15 +158,12 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
         for index, tensor in enumerate(tensors)
         if tensor.numel() > 0
     )
-    # What reaches furthest so far: (end, index) of any tensor, and of those that are written.
-    reach = written_reach = (-1, -1)
+    end, other = -1, -1  # of the range that reaches furthest so far
     for start, index, size in ranges:
-        for end, other in (written_reach, reach):
-            if start < end and min(index, other) < written:
-                return min(index, other), max(index, other)
-        reach = max(reach, (start + size, index))
-        if index < written:
-            written_reach = max(written_reach, (start + size, index))
+        # Where that one is only read, a written range beneath it would have been found already.
+        if start < end and min(index, other) < written:
+            return min(index, other), max(index, other)
+        end, other = max((end, other), (start + size, index))
     return None
 
 
