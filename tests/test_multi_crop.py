@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ def test_the_papers_crops_at_their_size(kind, size, impl, ragged_images, tiny, c
 def test_every_order_of_the_jitter(impl, ragged_images, draw_any_crops, crops_by_pil):
     orders = torch.cartesian_prod(*[torch.arange(4, dtype=torch.int32)] * 4)
     orders = orders[(orders.sort(-1).values == torch.arange(4)).all(-1)]
+    if impl == "triton" and DEVICE == "cpu":
+        orders = orders[::3]
     images = ragged_images[3:4]
     box = {"top": 3, "left": 5, "height": 8, "width": 9}
     params = draw_any_crops(images, len(orders), **(PLAIN | {"jitter": True} | box))
@@ -162,6 +165,20 @@ def test_hsv_of_every_colour_is_pillows_both_ways(step):
         assert np.array_equal(multi_crop_torch.rgb_to_hsv(pixels).numpy(), hsv)
         back = Image.frombytes("HSV", (4096, len(rows)), array.tobytes()).convert("RGB")
         assert np.array_equal(multi_crop_torch.hsv_to_rgb(pixels).numpy(), np.asarray(back))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_hue_of_every_colour_is_pillows(step, impl, draw_any_crops, crops_by_pil):
+    colours = all_colours(step).flatten(0, 1)
+    side = math.isqrt(len(colours))
+    image = colours[: side * side].view(side, side, 3)
+    box = {"top": 0, "left": 0, "height": side, "width": side}
+    params = draw_any_crops([image], 1, **(PLAIN | {"jitter": True} | box))
+    turned = torch.tensor([[[1.0, 1.0, 1.0, 0.0713]]])
+    params = dataclasses.replace(params, jitter_factor=turned)
+    ours = crops([image], params, side, impl=impl)
+    assert_equal(ours, crops_by_pil([image], params, side))
 
 
 def test_torch_compile_takes_it_whole(ragged_images, draw_any_crops):
