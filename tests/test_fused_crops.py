@@ -126,6 +126,18 @@ def test_threads_make_the_same_crops_and_the_kernels_package_too(ragged_images, 
     assert torch.equal(alone[0], multi_crop(ragged_images, params, size=24, mean=MEAN, std=STD))
 
 
+def test_crops_are_written_where_they_are_wanted(ragged_images, draw_any_crops):
+    params = draw_any_crops(ragged_images, 2)
+    (expected,) = crops(ragged_images, (params, 8))
+    held = torch.full_like(expected, torch.nan)
+    (ours,) = crops(ragged_images, (params, 8), out=[held])
+    assert ours is held
+    assert_equal(held, expected)
+    for wrong, message in ((held[:1], "got"), (held.bfloat16(), "got"), (held.mT, "contiguous")):
+        with pytest.raises(ValueError, match=f"out must be .*{message}"):
+            crops(ragged_images, (params, 8), out=[wrong])
+
+
 def test_strided_images_are_read_right(ragged_images, draw_any_crops):
     mirrored = ragged_images[0].numpy()[:, ::-1]
     params = draw_any_crops(ragged_images[:1], 2)
