@@ -123,6 +123,13 @@ def test_no_gradients_at_all(target):
     assert clip_grad_norm_([], 1.0, impl=target["impl"]).shape == ()
 
 
+@both
+def test_the_implementation_is_checked_without_gradients_too(clip_):
+    for params in ([], [torch.nn.Parameter(torch.zeros(2))]):
+        with pytest.raises(ValueError, match=r"impl must be one of .*got 'foo'"):
+            clip_(params, 1.0, impl="foo")
+
+
 def test_one_tensor_stands_for_a_list_of_one(target):
     param = draw(torch.float32, device=target["device"])[0]
     expected = param.grad.norm()
@@ -449,6 +456,26 @@ def test_environment_variable_names_an_implementation(monkeypatch):
         clip_grad_norms_(draw(torch.float32), 1.0)
 
 
+@both
+@pytest.mark.parametrize("parameters", [None, 3])
+def test_parameters_are_tensors_to_go_through(clip_, parameters):
+    name = type(parameters).__name__
+    with pytest.raises(TypeError, match=f"parameters must be .*iterable of them, got {name}"):
+        clip_(parameters, 1.0)
+
+
+def sparse_parameter():
+    weight = torch.nn.Embedding(3, 2, sparse=True).weight
+    weight.grad = torch.ones(3, 2).to_sparse()
+    return weight
+
+
+def overlapping_parameter():
+    param = torch.nn.Parameter(torch.zeros(3, 3))
+    param.grad = torch.ones(5).as_strided((3, 3), (1, 1))
+    return param
+
+
 @pytest.mark.parametrize(
     ("params", "max_norm", "options", "raises", "match"),
     [
@@ -459,6 +486,20 @@ def test_environment_variable_names_an_implementation(monkeypatch):
         (None, 1.0, {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
         ([torch.zeros(2), 1.0], 1.0, {}, TypeError, r"parameters\[1\] .*got float"),
         ([parameter(torch.zeros(2).double())], 1.0, {"impl": "triton"}, ValueError, "float64"),
+        (
+            [parameter(torch.ones(2)), sparse_parameter()],
+            1.0,
+            {},
+            TypeError,
+            r"parameters\[1\].grad must be a dense tensor, got layout torch.sparse_coo",
+        ),
+        (
+            [parameter(torch.ones(2)), overlapping_parameter()],
+            1.0,
+            {},
+            ValueError,
+            r"parameters\[1\].grad .*share no memory, got strides \(1, 1\)",
+        ),
     ],
 )
 @both
@@ -467,4 +508,5 @@ def test_callers_mistakes_change_nothing(clip_, params, max_norm, options, raise
     before = [p.grad.clone() for p in params if getattr(p, "grad", None) is not None]
     with pytest.raises(raises, match=match):
         clip_(params, max_norm, **options)
-    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=False))
+    for p, b in zip(params, before, strict=False):
+        assert torch.equal(p.grad.to_dense(), b.to_dense())

@@ -149,6 +149,18 @@ def test_shadow_is_the_updated_teacher_rounded(target):
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@with_reference
+def test_shadow_is_rounded_from_what_the_teacher_keeps(target):
+    """Rounding to fp16 and then to bf16 is not rounding to bf16."""
+    from fastdino_kernels.ema_triton import CHUNK
+
+    device, shapes = target["device"], [(CHUNK + 5,), (2, CHUNK), (100,)]
+    teacher, student = (draw(torch.float16, seed, device, shapes) for seed in (0, 1))
+    shadow = [torch.full_like(t, math.nan, dtype=torch.bfloat16) for t in teacher]
+    ema_update_(teacher, student, 0.3, shadow=shadow, impl=target["impl"])
+    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
+
+
 def test_dtypes_may_differ_within_one_call(target):
     shapes = [(n,) for n in (5, 9, 1, 4100, 33, 70, 8, 2, 6)]
     device = target["device"]
@@ -413,6 +425,24 @@ def test_a_graph_outlives_the_cache_that_its_table_was_in():
     assert_one_rounding(teacher, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_stream_waits_for_what_it_shares_with_one_that_is_late():
+    shapes = [(n,) for n in (40_001, 3, 12_345)]  # of no other test: their owners are made here
+    pairs = [[draw(seed=seed + i, device="cuda", shapes=shapes) for i in (0, 1)] for seed in (0, 2)]
+    expected = [truth(*pair, 0.5) for pair in pairs]
+    late, early = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(late):
+        torch.cuda._sleep(2 * 10**8)  # a tenth of a second
+        ema_update_(*pairs[0], 0.5, impl="triton")
+    with torch.cuda.stream(early):
+        ema_update_(*pairs[1], 0.5, impl="triton")
+    torch.cuda.synchronize()
+    for (teacher, _), values in zip(pairs, expected, strict=True):
+        assert_one_rounding(teacher, values, roundings=3)
+
+
 def test_environment_variable_names_an_implementation(monkeypatch):
     monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
     with pytest.raises(ValueError, match=r"FASTDINO_KERNELS must be one of 'auto'.*'abacus'"):
@@ -433,6 +463,14 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         (([A], [B.long()], 0.9), {}, TypeError, r"student_tensors\[0\] .*torch.int64"),
         (([A.long()], [B], 0.9), {}, TypeError, r"teacher_tensors\[0\] .*torch.int64"),
         (([A], [1.0], 0.9), {}, TypeError, r"student_tensors\[0\] .*got float"),
+        (
+            ([A, A + 0], [B, B.to_sparse()], 0.9),
+            {},
+            TypeError,
+            r"student.*\[1\] .*dense.*sparse_coo",
+        ),
+        (([A.to_sparse()], [B], 0.9), {}, TypeError, r"teacher_tensors\[0\] .*dense.*sparse_coo"),
+        (([A], [B], 0.9), {"shadow": [B.to_sparse()]}, TypeError, r"shadow\[0\] .*dense"),
         (([A], [B], 1.1), {}, ValueError, r"momentum must be in \[0, 1\], got 1\.1"),
         (([A], [B], math.nan), {}, ValueError, "momentum .*got nan"),
         (([A], [B], "most"), {}, TypeError, "momentum .*got str"),
@@ -454,6 +492,18 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         (([A], [B], 0.9), {"shadow": [B]}, ValueError, r"shadow\[0\] and student_tensors\[0\]"),
         (([A[0], A.view(-1)[1:4]], [B[0], B[1]], 0.9), {}, ValueError, r"\[1\] share memory"),
         (([A], [A[:1].expand(2, 3)], 0.9), {}, ValueError, "same tensor"),
+        (
+            ([A.as_strided((3, 3), (1, 1))], [torch.ones(3, 3)], 0.9),
+            {},
+            ValueError,
+            r"teacher_tensors\[0\] .*share no memory, got strides \(1, 1\)",
+        ),
+        (
+            ([A], [B], 0.9),
+            {"shadow": [torch.zeros(1, 3).expand(2, 3)]},
+            ValueError,
+            r"shadow\[0\] .*share no memory, got strides \(0, 1\)",
+        ),
         (([A], [B], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
         (([], [], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
         (([A.double()], [B], 0.9), {"impl": "triton"}, ValueError, "fp32.*float64"),

@@ -5,18 +5,20 @@ import weakref
 
 import pytest
 import torch
-from fastdino_kernels import pointer_table
+from fastdino_kernels import dino_loss, pointer_table
 from fastdino_kernels.pointer_table import (
     BF16,
     FP16,
     FP32,
     MIXED,
     Plan,
+    PointerTable,
     are_flat,
     are_plain,
     build_table,
     find_overlap,
     is_dense,
+    overlaps_itself,
     plan_for,
 )
 from hypothesis import given
@@ -35,6 +37,47 @@ def capturing(monkeypatch):
     switch = [False]
     monkeypatch.setattr(pointer_table, "_is_capturing", lambda device: switch[0])
     return switch
+
+
+class Stream:
+    """Stands for a CUDA stream; an event is who recorded it, and when."""
+
+    def __init__(self):
+        self.recorded, self.waited = [], []
+
+    def record_event(self):
+        self.recorded.append((self, len(self.recorded)))
+        return self.recorded[-1]
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+class OnDevice:
+    """Stands for a tensor of a table."""
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Two streams, the first of which is the current one: `streams.reverse()` changes that."""
+    streams = [Stream(), Stream()]
+    monkeypatch.setattr(pointer_table, "_current_stream", lambda device: streams[0])
+    return streams
+
+
+@pytest.fixture
+def arena(monkeypatch):
+    """A new arena, of memory that is not pinned."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
+    monkeypatch.setattr(pointer_table, "_arena", pointer_table._Arena())
+    return pointer_table._arena
 
 
 def counted():
@@ -171,16 +214,84 @@ def test_a_plan_that_a_graph_reads_outlives_the_cache(capturing):
     assert captured() is not None
 
 
-def test_the_arena_hands_out_memory_once_and_refuses_when_it_has_none(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
-    arena = pointer_table._Arena()
+def test_a_plan_is_used_on_another_stream_after_what_fills_its_table(streams, arena):
+    tensors, table = [torch.zeros(3)], PointerTable(OnDevice(), OnDevice(), (FP32,))
+    plan = Plan("triton", table)
+    first, second = streams
+
+    def use():
+        assert plan_for("head", tensors, lambda: plan) is plan
+
+    use()
+    use()
+    assert first.waited == []
+    streams.reverse()
+    use()
+    use()
+    assert second.waited == first.recorded  # once is enough
+    assert len(first.recorded) == 1
+    assert table.rows.streams == table.owners.streams == [first, first, second, second]
+
+
+def test_what_two_tables_share_is_waited_for_too(streams):
+    first, second = streams
+    tables = [build_table([[torch.zeros(9)]], [0], chunk=4)]
+    streams.reverse()
+    tables += [build_table([[torch.ones(9)]], [0], chunk=4)]
+    assert tables[0].owners is tables[1].owners
+    assert second.waited == first.recorded != []
+
+
+def test_nothing_is_waited_for_during_capture(streams, arena, capturing):
+    make, _ = counted()
+    tensors = [torch.zeros(3)]
+    plan_for("head", tensors, make)
+    recorded = len(streams[0].recorded)
+    streams.reverse()
+    capturing[0] = True
+    plan_for("head", tensors, make)
+    plan_for("other", tensors, make)
+    assert streams[0].waited == streams[0].recorded == []
+    assert len(streams[1].recorded) == recorded
+
+
+def test_a_call_that_finds_its_table_sets_memory_aside_for_a_capture(streams, arena, capturing):
+    plan = Plan("triton", PointerTable(OnDevice(), OnDevice(), (FP32,)))
+    tensors = [torch.zeros(3)]
+
+    def use():
+        plan_for("head", tensors, lambda: plan)
+
+    use()
+    assert not arena.is_low()
+    arena.take(pointer_table._ARENA_WORDS)
+    capturing[0] = True
+    use()
+    assert arena.is_low()  # none can be had now
+    capturing[0] = False
+    use()
+    use()
+    assert not arena.is_low()
+    assert len(arena._blocks) == 2
+
+
+def test_a_tensor_without_memory_is_left_to_the_checks():
+    make, calls = counted()
+    for _ in range(2):
+        plan_for("head", [torch.zeros(2), torch.zeros(2).to_sparse()], make)
+    assert len(calls) == 2
+    assert len(pointer_table._plans) == 0
+
+
+def test_the_arena_hands_out_memory_once_and_refuses_when_it_has_none(arena):
     with pytest.raises(RuntimeError, match="for 8 words .*before capturing"):
         arena.take(8)
     arena.reserve()
+    assert not arena.is_low()
     half = pointer_table._ARENA_WORDS // 2
     slices = [arena.take(half - 1), arena.take(1), arena.take(2)]
-    arena.reserve()  # less than half is left: another block
+    assert arena.is_low()
+    arena.reserve()
     slices.append(arena.take(2 * half))
     with pytest.raises(RuntimeError, match="for 1 words"):
         arena.take(1)
@@ -198,6 +309,41 @@ def test_dense_means_one_range_each_element_once(shape, strides):
     offsets = sorted(sum(i * s for i, s in zip(index, strides, strict=False)) for index in indices)
     if tensor.numel() > 0:
         assert is_dense(tensor) == (offsets == list(range(tensor.numel())))
+
+
+@given(SHAPES, st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_no_two_elements_in_one_place_are_missed(shape, strides):
+    tensor = torch.empty(200).as_strided(shape, strides[: len(shape)])
+    indices = itertools.product(*map(range, shape))
+    offsets = [sum(i * s for i, s in zip(index, strides, strict=False)) for index in indices]
+    if len(set(offsets)) < len(offsets):
+        assert overlaps_itself(tensor)
+
+
+SLICES = st.builds(slice, st.integers(0, 2), st.integers(1, 6), st.integers(1, 3))
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    st.tuples(SLICES, SLICES, SLICES),
+    st.permutations(range(3)),
+)
+def test_slices_transposes_and_diagonals_do_not_overlap_themselves(shape, slices, order):
+    view = torch.zeros(shape)[slices].permute(order)
+    assert not overlaps_itself(view)
+    assert not overlaps_itself(view.diagonal(dim1=0, dim2=2))
+    assert not overlaps_itself(view.unfold(1, min(2, view.shape[1]), 2))
+    assert not overlaps_itself(view[:, None].expand(-1, 1, -1, -1))
+
+
+def test_logits_that_overlap_are_not_written_over():
+    teacher, center = torch.zeros(2, 3, 8), torch.zeros(8)
+    student = torch.zeros(40).as_strided((2, 3, 8), (4, 8, 1)).requires_grad_()
+    options = {"student_temp": 0.1, "teacher_temp": 0.04, "inplace_backward": True}
+    with pytest.raises(ValueError, match=r"share no memory, got strides \(4, 8, 1\)"):
+        dino_loss(student, teacher, center, **options)
+    padded = torch.zeros(2, 3, 10).requires_grad_() * 1
+    dino_loss(padded[..., :8], teacher, center, **options)
 
 
 def test_flat_means_dense_and_alike():

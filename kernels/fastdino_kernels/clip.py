@@ -13,7 +13,15 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import check_float_tensor, choose_impl, compute_dtype, is_number
-from .pointer_table import Plan, are_flat, are_plain, build_table, find_overlap, plan_for
+from .pointer_table import (
+    Plan,
+    are_flat,
+    are_plain,
+    build_table,
+    find_overlap,
+    overlaps_itself,
+    plan_for,
+)
 from .reference import CLIP_EPS
 
 
@@ -39,8 +47,10 @@ def clip_grad_norms_(
         gradient is fp64.
 
     Raises:
-        ValueError: max_norm is not > 0, or two gradients share memory (a parameter listed twice).
-        TypeError: a parameter or gradient that is not a dense floating-point tensor.
+        ValueError: max_norm is not > 0, two gradients share memory (a parameter listed twice), or
+            elements of one do.
+        TypeError: a parameter that is not a tensor, or a gradient that is not a dense
+            floating-point one.
         RuntimeError: a CUDA graph is being captured, and no call with gradients on the GPU went
             before.
 
@@ -49,6 +59,7 @@ def clip_grad_norms_(
     positions, grads = _present_grads(params)
     device = params[0].device if params else torch.device("cpu")
     if not grads:
+        choose_impl(impl, [])  # its name is checked all the same
         return torch.zeros(len(params), device=device)
     return _clip_each(grads, positions, len(params), max_norm, impl).to(device)
 
@@ -74,6 +85,7 @@ def clip_grad_norm_(
     params = _check_arguments(parameters, max_norm)
     positions, grads = _present_grads(params)
     if not grads:
+        choose_impl(impl, [])
         return torch.zeros((), device=params[0].device if params else None)
     return _clip_all(grads, positions, max_norm, impl)
 
@@ -241,7 +253,14 @@ def _check_arguments(parameters: Iterable[Tensor] | Tensor, max_norm: object) ->
     assert isinstance(max_norm, (int, float))
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    elif not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters must be a torch.Tensor or an iterable of them, "
+            f"got {type(parameters).__name__}"
+        )
+    params = list(parameters)
     if torch.compiler.is_compiling() or not are_plain(params):
         for index, param in enumerate(params):
             if not isinstance(param, Tensor):
@@ -266,6 +285,12 @@ def _check_grads(grads: Sequence[Tensor], positions: Sequence[int]) -> None:
 
 
 def _check_memory(grads: Sequence[Tensor], positions: Sequence[int]) -> None:
+    for position, grad in zip(positions, grads, strict=True):
+        if overlaps_itself(grad):
+            raise ValueError(
+                f"parameters[{position}].grad is written: expected a tensor whose elements share "
+                f"no memory, got strides {grad.stride()}"
+            )
     overlap = find_overlap(grads, written=len(grads))
     if overlap is not None:
         x, y = (f"parameters[{positions[index]}].grad" for index in overlap)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .pointer_table import overlaps_itself
+
 ENVIRONMENT_VARIABLE = "FASTDINO_KERNELS"
 IMPLS = ("auto", "triton", "torch", "reference")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,10 +137,7 @@ def check_inplace_backward(name: str, student: torch.Tensor, other: torch.Tensor
     """ValueError where writing over the student's logits would change something else as well."""
     if torch.compiler.is_compiling():  # traced tensors have no address
         return
-    if any(
-        size > 1 and stride == 0
-        for size, stride in zip(student.shape, student.stride(), strict=True)
-    ):
+    if overlaps_itself(student):
         raise ValueError(
             "inplace_backward writes over the student's logits: expected a tensor whose elements "
             f"share no memory, got strides {student.stride()}"

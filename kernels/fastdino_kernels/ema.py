@@ -13,7 +13,15 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import check_float_tensor, choose_impl, is_number
-from .pointer_table import Plan, are_flat, are_plain, build_table, find_overlap, plan_for
+from .pointer_table import (
+    Plan,
+    are_flat,
+    are_plain,
+    build_table,
+    find_overlap,
+    overlaps_itself,
+    plan_for,
+)
 
 
 @torch.no_grad()
@@ -48,9 +56,9 @@ def ema_update_(
 
     Raises:
         ValueError: lengths, shapes or devices that differ, a momentum out of range, or tensors
-            that share memory with one that is written (so no tensor may be listed twice); the
-            message names the indices.
-        TypeError: something that is not a floating-point tensor.
+            that share memory with one that is written (so no tensor may be listed twice), or
+            whose own elements do where they are written; the message names the indices.
+        TypeError: something that is not a dense floating-point tensor.
         RuntimeError: a CUDA graph is being captured, and no call with tensors on the GPU went
             before.
 
@@ -309,8 +317,14 @@ def _check_memory(
     """Nothing that is written may be in the memory of anything else, whatever its index."""
     lists = (("teacher_tensors", teacher), ("shadow", copies), ("student_tensors", student))
     names = [f"{name}[{index}]" for name, tensors in lists for index in range(len(tensors))]
-    tensors = [*teacher, *copies, *student]
-    overlap = find_overlap(tensors, written=len(teacher) + len(copies))
+    tensors, written = [*teacher, *copies, *student], len(teacher) + len(copies)
+    for name, tensor in zip(names[:written], tensors, strict=False):
+        if overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} is written: expected a tensor whose elements share no memory, "
+                f"got strides {tensor.stride()}"
+            )
+    overlap = find_overlap(tensors, written)
     if overlap is None:
         return
     x, y = overlap

@@ -4,11 +4,13 @@ A table follows from the addresses, dtypes, sizes and strides of its tensors and
 These are its key, read anew by each call (half a microsecond of the host's time a tensor): where
 they are those of an earlier call, its table holds, and so does what its checks found, whichever
 objects the tensors are now. Storage that moved (`.data =`, a reshard, gradients made anew) is
-another key. The cache is small and holds no caller's tensor.
+another key. The cache is small and holds no caller's tensor. A table may serve another stream than
+the one it was made on, which then waits until the table is there.
 
 CUDA graphs: a call whose table exists uploads nothing while it is captured; its table then lives
 for good, as the graph reads it. A table made during capture (gradients have new addresses in the
-graph's pool) is copied, at each replay too, from pinned memory that an earlier call set aside.
+graph's pool) is copied, at each replay too, from pinned memory that an earlier call set aside,
+whether or not that call had to make a table.
 
 The rows, one for each tensor, pair or triple of tensors, are int64 [n, ROW]:
 
@@ -75,21 +77,34 @@ def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]
         tensors: n >= 1 plain ones, of all roles.
         make: checks its input and may raise; nothing is remembered then.
     """
-    contiguous = tuple(map(Tensor.is_contiguous, tensors))
-    key = (
-        head,
-        tuple(map(Tensor.data_ptr, tensors)),
-        tuple(map(_dtype_of, tensors)),
-        tuple(map(Tensor.size, tensors)),
-        None if all(contiguous) else tuple(map(Tensor.stride, tensors)),
-    )
-    plan: Plan = _plans.get(key, make, tensors[0].device)
-    if plan.table is not None and plan.table.rows.is_cuda:
+    key = _key_of(head, tensors)
+    if key is None:
+        return make()
+    device = tensors[0].device
+    stream = _current_stream(device)
+    plan: Plan = _plans.get(key, make, device, stream)
+    if stream is not None and plan.table is not None:
+        if _arena.is_low() and not _is_capturing(device):
+            _arena.reserve()
         # It may have been made on another stream: its memory must outlast this one's use.
-        stream = torch.cuda.current_stream(plan.table.rows.device)
         plan.table.rows.record_stream(stream)
         plan.table.owners.record_stream(stream)
     return plan
+
+
+def _key_of(head: Hashable, tensors: Sequence[Tensor]) -> Hashable | None:
+    """All that a plan depends on; None where a tensor has no address, as no sparse one has."""
+    try:
+        contiguous = tuple(map(Tensor.is_contiguous, tensors))
+        return (
+            head,
+            tuple(map(Tensor.data_ptr, tensors)),
+            tuple(map(_dtype_of, tensors)),
+            tuple(map(Tensor.size, tensors)),
+            None if all(contiguous) else tuple(map(Tensor.stride, tensors)),
+        )
+    except RuntimeError:
+        return None
 
 
 def build_table(
@@ -123,7 +138,7 @@ def build_table(
 
     return PointerTable(
         _upload(itertools.chain.from_iterable(rows), device).view(-1, ROW),
-        _owners.get((counts, device), make_owners, device),
+        _owners.get((counts, device), make_owners, device, _current_stream(device)),
         tuple(role[0] if len(set(role)) == 1 else MIXED for role in codes),
     )
 
@@ -155,6 +170,23 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, as those of an expanded tensor do.
+
+    No view made by slicing, selecting, transposing or splitting a dimension is said to; one of
+    as_strided whose dimensions interleave may be, though none of its elements meet.
+    """
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    extent = 1  # of the dimensions so far, from the innermost, in elements
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
 def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | None:
     """Indices of two tensors in the same memory, one of them among the first `written`; or None.
 
@@ -175,30 +207,50 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
     return None
 
 
+@dataclass
+class _Entry:
+    value: Any
+    used: int  # the time of its last use
+    stream: torch.cuda.Stream | None  # the last that was made to wait for `filled`
+    filled: torch.cuda.Event | None
+
+
 class _Cache:
     """A few values by key; those that a captured CUDA graph reads are kept for good."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, list[Any]] = {}  # [value, the time of its last use]
+        self._entries: dict[Hashable, _Entry] = {}
         self._clock = itertools.count()
         self._in_graphs: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Hashable, make: Callable[[], Any], device: torch.device) -> Any:
+    def get(
+        self,
+        key: Hashable,
+        make: Callable[[], Any],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+    ) -> Any:
+        """make(), or what it returned before, for work on the device's current stream."""
         entry = self._entries.get(key)
         if entry is not None:
-            entry[1] = next(self._clock)
-            if _is_capturing(device):
-                self._in_graphs[id(entry[0])] = entry[0]
-            return entry[0]
+            entry.used = next(self._clock)
+            if _is_capturing(device):  # all earlier work was done when that began
+                self._in_graphs[id(entry.value)] = entry.value
+            elif stream is not None and stream != entry.stream:
+                assert entry.filled is not None
+                stream.wait_event(entry.filled)
+                entry.stream = stream
+            return entry.value
         value = make()
         # What a capture makes is filled by the graph's replay only: no later call may use it.
         if not _is_capturing(device):
             if len(self._entries) >= _CACHED:
-                del self._entries[min(self._entries, key=lambda k: self._entries[k][1])]
-            self._entries[key] = [value, next(self._clock)]
+                del self._entries[min(self._entries, key=lambda k: self._entries[k].used)]
+            filled = None if stream is None else stream.record_event()
+            self._entries[key] = _Entry(value, next(self._clock), stream, filled)
         return value
 
 
@@ -209,11 +261,14 @@ class _Arena:
         self._blocks: list[Tensor] = []
         self._used = _ARENA_WORDS
 
+    def is_low(self) -> bool:
+        """Whether less than half a block is left."""
+        return self._used > _ARENA_WORDS // 2
+
     def reserve(self) -> None:
-        """Sets a block aside unless half of one is left."""
-        if self._used > _ARENA_WORDS // 2:
-            self._blocks.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
-            self._used = 0
+        """Sets a block aside."""
+        self._blocks.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
+        self._used = 0
 
     def take(self, words: int) -> Tensor:
         """[words] int64."""
@@ -233,14 +288,15 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def _upload(values: Iterable[int], device: torch.device) -> Tensor:
     """At least one integer as a 1-D int64 tensor on `device`; the host does not wait."""
     host = torch.frombuffer(array.array("q", values), dtype=torch.int64)
     if device.type != "cuda":
         return host
-    if _is_capturing(device):
-        pinned = _arena.take(len(host)).copy_(host)
-    else:
-        _arena.reserve()
-        pinned = host.pin_memory()
+    capturing = _is_capturing(device)
+    pinned = _arena.take(len(host)).copy_(host) if capturing else host.pin_memory()
     return pinned.to(device, non_blocking=True)
