@@ -38,7 +38,7 @@ class Size:
 
 
 SIZES = {
-    "cuda": [Size(64, 10), Size(64, 12), Size(128, 10), Size(128, 12)],
+    "cuda": [Size(64, 10), Size(64, 12), Size(128, 10), Size(128, 12), Size(1024, 10, 1024)],
     "cpu": [Size(16, 10, dtype=torch.float32), Size(16, 10)],
     "quick": [Size(4, 4, 4096, torch.float32), Size(4, 4, 4096)],
 }

@@ -49,6 +49,7 @@ BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("pairwise * K odd*", Budget(registers=168, loads=0, stores=0)),
     ("pairwise forward*probs*", Budget(loads=2, stores=0)),
     ("pairwise backward*probs*", Budget(loads=2, stores=1)),
+    ("pairwise forward*fp32*", Budget(registers=136, loads=24, stores=4)),
     ("pairwise forward*", Budget(loads=24, stores=4)),
     ("pairwise backward*", Budget(loads=12, stores=10)),
     ("pairwise finish*", Budget(registers=64)),

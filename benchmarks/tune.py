@@ -60,7 +60,11 @@ WARPS = (1, 2, 4, 8)
 SWEEPS = {
     "forward": Sweep(
         "pairwise_triton",
-        {"FORWARD_BLOCK": (256, 512, 1024), "FORWARD_WARPS": WARPS, "MAX_GROUPS": (8, 16, 32)},
+        {
+            "FORWARD_BLOCK": (256, 512, 1024),
+            "FORWARD_WARPS": WARPS,
+            "FORWARD_PROGRAMS": (1024, 1536, 2048, 4096),
+        },
         partial(loss_contest, "forward"),
     ),
     "backward": Sweep(

@@ -10,8 +10,15 @@ import math
 import pytest
 import torch
 import triton
-from fastdino_kernels import chosen_impl, dino_loss, reference, teacher_entropy
+from fastdino_kernels import (
+    chosen_impl,
+    dino_loss,
+    reference,
+    soft_cross_entropy,
+    teacher_entropy,
+)
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -106,6 +113,7 @@ def test_is_no_less_accurate_than_plain_pytorch(dtype, S, T, K, target, monkeypa
 def test_groups_of_images_in_the_shipped_blocks(S, T, B, K, target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "MAX_GROUPS", 2)  # of five images: three and two
+    monkeypatch.setattr(pairwise_triton, "SUM_GROUPS", 1)  # added one after the other
     inputs = draw(S, T, B, K)
     expected = truth(*inputs)
     loss, grad, total = ours(*inputs, **target)
@@ -219,7 +227,8 @@ def test_infinite_logits_give_what_pytorch_gives(target):
     assert [k.isinf().item() for k in kinds] == [False, True, True, False, False, False]
 
 
-def test_offsets_beyond_32_bits(target):
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_offsets_beyond_32_bits(inplace_backward, target):
     # The last image lies 2^31 elements on, in memory that is reserved and not touched.
     S, T, B, K, stride = 2, 2, 3, 24, 1 << 30
     dense = draw(S, T, B, K, torch.float16)
@@ -234,7 +243,10 @@ def test_offsets_beyond_32_bits(target):
     expected = ours(*dense, **target)
     student = far[0].requires_grad_()
     center = dense[2].to(target["device"])
-    loss, total = dino_loss(student, far[1], center, impl=target["impl"], **TEMPS)
+    options = TEMPS | {"impl": target["impl"], "inplace_backward": inplace_backward}
+    if inplace_backward:  # the teacher in memory of its own
+        far[1] = far[1].clone()
+    loss, total = dino_loss(student, far[1], center, **options)
     (grad,) = torch.autograd.grad(loss, student)
     for got, want in zip((loss.detach(), grad, total), expected, strict=True):
         assert torch.equal(got.cpu(), want)
@@ -360,6 +372,36 @@ def test_same_input_same_bits(target):
     inputs = draw(4, 2, 3, 1200)
     for first, second in zip(ours(*inputs, **target), ours(*inputs, **target), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_whoever_finishes_last_sees_every_row():
+    student, teacher, center = (x.cuda() for x in draw(10, 2, 600, 32))
+    probs = torch.softmax((teacher - center) / 0.04, dim=-1)
+    rows = soft_cross_entropy(student, probs, student_temp=0.1, ignore_diagonal=True)
+    first, _ = dino_loss(student, teacher, center, impl="triton", **TEMPS)
+    torch.testing.assert_close(first, rows.double().sum().float() / (18 * 600), rtol=1e-5, atol=0)
+    busy, work = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(200):
+        with torch.cuda.stream(busy):
+            work @ work
+        assert torch.equal(dino_loss(student, teacher, center, impl="triton", **TEMPS)[0], first)
+
+
+def test_a_new_temperature_is_not_compiled_anew(target):
+    student, teacher, center = (x.to(target["device"]) for x in draw())
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(student, teacher_temp):
+        options = {"student_temp": 0.1, "teacher_temp": teacher_temp, "impl": target["impl"]}
+        return dino_loss(student, teacher, center, **options)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for epoch in range(12):
+        temp = 0.04 + 0.001 * epoch
+        torch.testing.assert_close(compiled(student, temp), step(student, temp))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

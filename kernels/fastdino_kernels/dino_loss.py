@@ -46,7 +46,7 @@ def dino_loss(
         teacher: [T, B, K] logits, S >= T >= 1; receives no gradient.
         center: [K] or [1, K]; not modified, and free to be updated before the backward pass.
         student_temp: > 0; a float, or a 0-d tensor on the logits' device, whose value is not
-            checked (a captured CUDA graph sees it change).
+            checked (a captured CUDA graph sees it change) and which receives no gradient.
         teacher_temp: as student_temp.
         inplace_backward: write the gradient over the student's logits, which saves S*B*K elements
             of memory. They must not be read after the backward pass, nor run it twice.

@@ -41,6 +41,7 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
+    _teacher_temps: Tensor
 
     def __init__(
         self,
@@ -74,6 +75,9 @@ class DINOLoss(nn.Module):
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
         self.register_buffer("center", torch.zeros(1, out_dim))
+        # For torch.compile, which would compile anew for each epoch's float.
+        temps = torch.tensor(self.teacher_temp_schedule)
+        self.register_buffer("_teacher_temps", temps, persistent=False)
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """Loss of one batch; the center is updated after its use.
@@ -167,13 +171,16 @@ class DINOLoss(nn.Module):
             f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
         )
 
-    def _teacher_temp(self, epoch: int) -> float:
-        epoch = operator.index(epoch)
+    def _teacher_temp(self, epoch: int) -> float | Tensor:
+        if not torch.compiler.is_compiling():  # where it would pin the epoch
+            epoch = operator.index(epoch)
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(
                 f"epoch must be in 0..{len(self.teacher_temp_schedule) - 1} (nepochs - 1), "
                 f"got {epoch}"
             )
+        if torch.compiler.is_compiling():
+            return self._teacher_temps[epoch]
         return self.teacher_temp_schedule[epoch]
 
 

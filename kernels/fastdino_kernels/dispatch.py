@@ -130,6 +130,9 @@ def check_temperature(
     assert isinstance(value, (int, float))
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    if torch.compiler.is_compiling():
+        # As an argument of an operator, each new float would be compiled anew.
+        return torch.ones((), dtype=dtype, device=device) * value
     return value
 
 

@@ -71,7 +71,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if student.shape[1] == 0:
-        outputs = _fake_forward(student, teacher, center, ignore_diagonal=ignore_diagonal)
+        outputs = _empty_results(student, teacher, center, ignore_diagonal=ignore_diagonal)
         for output in outputs:
             output.zero_()
         return outputs
@@ -85,7 +85,7 @@ def _forward(
     )
 
 
-def _fake_forward(
+def _empty_results(
     student: Tensor, teacher: Tensor, center: Tensor | None, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (S, B, K), T = student.shape, teacher.shape[0]
@@ -101,12 +101,12 @@ def _fake_forward(
 def _backward(
     grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
 ) -> Tensor:
-    grad = _fake_backward(grad_rows, scale, student)
+    grad = _empty_gradient(grad_rows, scale, student)
     _write_gradient(grad, grad_rows, scale, student, teacher, *rest)
     return grad
 
 
-def _fake_backward(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -> Tensor:
+def _empty_gradient(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
@@ -158,8 +158,8 @@ for _key in ("CPU", "CUDA", "MPS"):
     _LIBRARY.impl("pairwise_forward", _forward, _key)
     _LIBRARY.impl("pairwise_backward", _backward, _key)
     _LIBRARY.impl("pairwise_backward_", _backward_, _key)
-torch.library.register_fake("fastdino_kernels::pairwise_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("fastdino_kernels::pairwise_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_fake("fastdino_kernels::pairwise_forward", _empty_results, lib=_LIBRARY)
+torch.library.register_fake("fastdino_kernels::pairwise_backward", _empty_gradient, lib=_LIBRARY)
 torch.library.register_fake("fastdino_kernels::pairwise_backward_", lambda *_: None, lib=_LIBRARY)
 
 
@@ -192,6 +192,7 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         )
         ctx.save_for_backward(student, teacher, None if center is None else center_used, stats)
         ctx.options, ctx.inplace_backward = options, inplace_backward
+        ctx.ignore_diagonal = ignore_diagonal
         ctx.mark_non_differentiable(teacher_sum)
         return result, teacher_sum
 
@@ -208,7 +209,7 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         scale = 1.0
         if center is not None:
             grad_result = grad_result.expand(S, B)
-            scale = 1.0 / max(pair_count(S, T, ctx.options[-2]) * B, 1)
+            scale = 1.0 / max(pair_count(S, T, ctx.ignore_diagonal) * B, 1)
         arguments = (grad_result, scale, student, teacher, center, stats, *ctx.options)
         if ctx.inplace_backward:
             torch.ops.fastdino_kernels.pairwise_backward_(*arguments)

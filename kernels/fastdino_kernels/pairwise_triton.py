@@ -35,13 +35,18 @@ from .dispatch import device_guard, pair_count
 
 # A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
 FORWARD_BLOCK, FORWARD_WARPS = 512, 1
+# 16 programs on a multiprocessor instead of 15; fp32 and odd K would spill a register or two.
+FORWARD_REGISTERS = 128
 # One load of 16 bytes a thread and row: 1024 prototypes of half precision, 512 of fp32.
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
-# Column sums are written once a group, then added: at most this many [K] fp32 rows.
-MAX_GROUPS = 16
+# Each group of images writes its column sums [K], which are then added. So there are only as many
+# groups as keep a GPU busy: one wave of an H100 at 128 registers, 4 MB of column sums at the most.
+FORWARD_PROGRAMS, MAX_GROUPS = 2048, 128
 # Where there are no column sums, as many groups as a launch takes in its second dimension.
 MAX_ROWS_OF_PROGRAMS = 1 << 15
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
+# Groups and columns that one program of the finish adds up at a time.
+SUM_GROUPS, SUM_COLUMNS = 16, 64
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -85,7 +90,7 @@ def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
     return e, tl.sum(e, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "group"])
+@triton.jit(do_not_specialize=["batch"])
 def _forward_kernel(
     student,
     teacher,
@@ -98,7 +103,6 @@ def _forward_kernel(
     teacher_temp,
     batch,
     prototypes,
-    group,
     student_stride_v,
     student_stride_b,
     teacher_stride_q,
@@ -111,7 +115,7 @@ def _forward_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of prototypes for `group` images; grid (chunks, groups).
+    """One chunk of prototypes for every groups-th image; grid (chunks, groups).
 
     partials: [2T + 2S + T*S, B, chunks]: teacher maxima, teacher sums, student maxima, student
     sums, cross terms. CENTERED: the teacher has logits; otherwise probabilities, whose "maximum"
@@ -127,15 +131,22 @@ def _forward_kernel(
         c = _load(center + k, mask, EVEN)
         column_sum = tl.zeros([BLOCK], tl.float32)
 
-    first = tl.program_id(1) * group
-    for i in range(tl.minimum(group, batch - first)):
-        b = first + i
+    b = tl.program_id(1)
+    while b < batch:
         out = partials + b.to(tl.int64) * chunks + chunk
         row = batch.to(tl.int64) * chunks
+        # Each row is loaded before the numbers of the one above are stored: the compiler, which
+        # does not know that they lie elsewhere, would not bring it forward.
         base = teacher + b.to(tl.int64) * teacher_stride_b
+        ahead = _load(base + k, mask, EVEN)
         probs = ()
         for q in tl.static_range(T):
-            t = _load(base + k, mask, EVEN)
+            t = ahead
+            if q + 1 < T:
+                base += teacher_stride_q
+            else:
+                base = student + b.to(tl.int64) * student_stride_b
+            ahead = _load(base + k, mask, EVEN)
             if CENTERED:
                 column_sum += t
                 u, m = _below_maximum(t - c, teacher_scale, mask, EVEN)
@@ -145,17 +156,18 @@ def _forward_kernel(
                 p, total = t, tl.sum(t, 0)
             tl.store(out + (T + q) * row, total)
             probs = probs + (p,)
-            base += teacher_stride_q
-        base = student + b.to(tl.int64) * student_stride_b
         for v in tl.static_range(S):
-            z, m = _below_maximum(_load(base + k, mask, EVEN), student_scale, mask, EVEN)
+            z, m = _below_maximum(ahead, student_scale, mask, EVEN)
+            if v + 1 < S:
+                base += student_stride_v
+                ahead = _load(base + k, mask, EVEN)
             _, total = _exp2_and_sum(z, mask, EVEN)
             tl.store(out + (2 * T + v) * row, m)
             tl.store(out + (2 * T + S + v) * row, total)
             for q in tl.static_range(T):
                 cross = tl.sum(probs[q] * z, 0)
                 tl.store(out + (2 * T + 2 * S + q * S + v) * row, cross)
-            base += student_stride_v
+        b += tl.num_programs(1)
 
     if CENTERED:
         tl.store(column_sums + tl.program_id(1).to(tl.int64) * prototypes + k, column_sum, mask)
@@ -202,6 +214,8 @@ def _finish_kernel(
     TEACHER_TEMP_TENSOR: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUM_GROUPS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
 ):
     """Program (v, b) makes rows[v, b] and the row's stats; the ones after them the column sums.
 
@@ -210,14 +224,15 @@ def _finish_kernel(
     """
     program = tl.program_id(0)
     if program >= S * batch:
-        k = (program - S * batch) * BLOCK + tl.arange(0, BLOCK)
+        k = (program - S * batch) * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
         inside = k < prototypes
-        total = tl.zeros([BLOCK], tl.float32)
-        part = column_sums + k
-        for _ in range(groups):
-            total += tl.load(part, mask=inside, other=0.0)
-            part += prototypes
-        tl.store(teacher_sum + k, total, mask=inside)
+        total = tl.zeros([SUM_GROUPS, SUM_COLUMNS], tl.float32)
+        group = tl.arange(0, SUM_GROUPS)
+        while tl.min(group, 0) < groups:
+            part = column_sums + group.to(tl.int64)[:, None] * prototypes + k
+            total += tl.load(part, mask=(group < groups)[:, None] & inside, other=0.0)
+            group += SUM_GROUPS
+        tl.store(teacher_sum + k, tl.sum(total, 0), mask=inside)
         return
 
     v = program // batch
@@ -259,14 +274,15 @@ def _finish_kernel(
         before = tl.atomic_add(arrived, 1)
         if before == S * batch - 1:
             everything = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, S * batch, BLOCK):
-                i = start + tl.arange(0, BLOCK)
+            i = tl.arange(0, BLOCK)
+            while tl.min(i, 0) < S * batch:
                 inside = i < S * batch
                 everything += tl.load(rows + i, mask=inside, other=0.0, cache_modifier=".cg")
+                i += BLOCK
             tl.store(loss, tl.sum(everything, 0) / pairs)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "grad_rows_stride_v", "grad_rows_stride_b"])
 def _backward_kernel(
     grad_rows,
     student,
@@ -298,7 +314,7 @@ def _backward_kernel(
 ):
     """One chunk of prototypes for one image; grid (chunks, rows, rows of rows), last image first.
 
-    The forward pass read those last, so a part of them is still in the L2 cache. `grad` may be
+    The forward pass read those last, so a part of them may still be in the L2 cache. `grad` may be
     `student` itself: every element is read before it is written, by the same thread.
     """
     b = batch - 1 - (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1))
@@ -362,8 +378,9 @@ def forward(
     centered = center is not None
     block = min(FORWARD_BLOCK, _power_of_2(K))
     chunks = _ceil_div(K, block)
-    group = _ceil_div(B, MAX_GROUPS if centered else MAX_ROWS_OF_PROGRAMS)
-    groups = _ceil_div(B, group)
+    groups = min(B, MAX_ROWS_OF_PROGRAMS)
+    if centered:
+        groups = min(B, MAX_GROUPS, max(1, FORWARD_PROGRAMS // chunks))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -386,7 +403,6 @@ def forward(
             teacher_temp,
             B,
             K,
-            group,
             student.stride(0),
             student.stride(1),
             teacher.stride(0),
@@ -399,8 +415,9 @@ def forward(
             EVEN=K % block == 0,
             BLOCK=block,
             num_warps=FORWARD_WARPS,
+            maxnreg=_forward_registers(student, K % block == 0),
         )
-        sums_left = _ceil_div(K, FINISH_BLOCK) if groups > 1 and centered else 0
+        sums_left = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
         _finish_kernel[(S * B + sums_left,)](
             partials,
             column_sums,
@@ -424,6 +441,8 @@ def forward(
             TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
             CHUNKS=_power_of_2(chunks),
             BLOCK=FINISH_BLOCK,
+            SUM_GROUPS=SUM_GROUPS,
+            SUM_COLUMNS=SUM_COLUMNS,
             num_warps=FINISH_WARPS,
         )
     return (loss if centered else rows), teacher_sum, center_used, stats
@@ -484,6 +503,10 @@ def backward(
         target.copy_(grad)
 
 
+def _forward_registers(logits: Tensor, even: bool) -> int | None:
+    return FORWARD_REGISTERS if even and logits.element_size() == 2 else None
+
+
 def _ceil_div(a: int, b: int) -> int:  # triton's own costs microseconds a call
     return -(-a // b)
 
@@ -502,19 +525,21 @@ def compile_cases() -> Iterator[CompileCase]:
     for dtype in ("bf16", "fp16", "fp32"):
         for S in (10, 12):
             yield from _compile_cases(f"{dtype} S{S}", dtype, S, T=2, centered=True, even=True)
-    yield from _compile_cases("bf16 K odd", "bf16", 10, T=2, centered=True, even=False)
+    yield from _compile_cases("bf16 S10 K odd", "bf16", 10, T=2, centered=True, even=False)
+    yield from _compile_cases(
+        "bf16 S10 device temperatures", "bf16", 10, T=2, centered=True, even=True, temps="*fp32"
+    )
     yield from _compile_cases("bf16 rows of probs", "bf16", 1, T=1, centered=False, even=True)
 
 
 def _compile_cases(
-    name: str, dtype: str, S: int, T: int, *, centered: bool, even: bool
+    name: str, dtype: str, S: int, T: int, *, centered: bool, even: bool, temps: str = "fp32"
 ) -> Iterator[CompileCase]:
     flags: dict[str, Any] = {"S": S, "T": T, "CENTERED": centered}
-    flags |= {"STUDENT_TEMP_TENSOR": False, "TEACHER_TEMP_TENSOR": False}
+    flags |= dict.fromkeys(("STUDENT_TEMP_TENSOR", "TEACHER_TEMP_TENSOR"), temps != "fp32")
     types = {"student": f"*{dtype}", "grad": f"*{dtype}", "arrived": "*i32"}
     types["teacher"] = f"*{dtype}" if centered else "*fp32"
-    for argument in ("student_temp", "teacher_temp", "scale", "pairs"):
-        types[argument] = "fp32"
+    types |= {"scale": "fp32", "pairs": "fp32", "student_temp": temps, "teacher_temp": temps}
     for argument in _FP32_POINTERS:
         types[argument] = "*fp32"
     if not centered:
@@ -524,7 +549,13 @@ def _compile_cases(
         (
             "finish",
             _finish_kernel,
-            {"IGNORE_DIAGONAL": centered, "CHUNKS": 128, "BLOCK": FINISH_BLOCK},
+            {
+                "IGNORE_DIAGONAL": centered,
+                "CHUNKS": 128,
+                "BLOCK": FINISH_BLOCK,
+                "SUM_GROUPS": SUM_GROUPS,
+                "SUM_COLUMNS": SUM_COLUMNS,
+            },
             FINISH_WARPS,
         ),
         (
@@ -538,6 +569,7 @@ def _compile_cases(
             BACKWARD_WARPS,
         ),
     )
+    limited = even and dtype != "fp32"
     for kind, kernel, more, warps in kernels:
         constexprs = {n: v for n, v in (flags | more).items() if n in kernel.arg_names}
         signature = {
@@ -552,6 +584,7 @@ def _compile_cases(
             constexprs=constexprs,
             divisible=[*pointers, *(["prototypes", *strides] if even else [])],
             num_warps=warps,
+            maxnreg=FORWARD_REGISTERS if limited and kind == "forward" else None,
         )
 
 
