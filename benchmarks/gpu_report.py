@@ -91,7 +91,9 @@ def plan(raw: Path, *, reduced: bool) -> list[Part]:
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     workers = "2" if reduced else "8"
     parallel = ("-n", workers) if importlib.util.find_spec("xdist") else ()
-    selection = REDUCED_TESTS if reduced else ("-m", "gpu", "tests")
+    selection = (
+        REDUCED_TESTS if reduced else ("-m", "gpu", "--continue-on-collection-errors", "tests")
+    )
     planned = [Part("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
     for name, seconds in (REDUCED_SUITES if reduced else SUITES).items():
         options = [f"--benchmark-json={raw / name}.json", "--benchmark-quiet"]
