@@ -26,7 +26,7 @@ from fastdino.data import loader as loader_module
 from fastdino.data import pil
 from fastdino.data.crops import draw_crops
 from fastdino.data.loader import build_loader
-from fastdino.data.sources import scan_images
+from fastdino.data.sources import ImageSource, scan_images
 from fastdino.errors import ConfigError, DataError
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -49,6 +49,7 @@ def make_config(**changes):
         "local_crops_size": 24,
         "crops": "torchvision",
         "max_bad_share": 0.3,
+        "last_batch": "paper",
     }
     return types.SimpleNamespace(**(values | changes))
 
@@ -172,8 +173,8 @@ def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_each_image_is_decoded_once(photos, build, monkeypatch):
     decoded = []
-    real = pil.read_rgb
-    monkeypatch.setattr(pil, "read_rgb", lambda path: decoded.append(path) or real(path))
+    real = ImageSource.read_rgb
+    monkeypatch.setattr(ImageSource, "read_rgb", lambda self, i: decoded.append(i) or real(self, i))
     assert len(list(build(photos).epoch(0))) == 4
     assert len(decoded) == len(set(decoded)) == 16
 

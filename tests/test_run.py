@@ -98,7 +98,7 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
     assert train(config(saveckp_freq=2)) == "finished"
     run = tmp_path / "run"
     assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
-            "tensorboard", ".lock"} == set(os.listdir(run))  # fmt: skip
+            "tensorboard", ".lock", "images.npz"} == set(os.listdir(run))  # fmt: skip
     state = weights_of(run)
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
     assert state["epoch"] == 3

@@ -1,4 +1,4 @@
-"""fastdino.data.sources: the scan of a folder, and the order of an epoch."""
+"""fastdino.data.sources: which images there are in folders, lists and tars, and their bytes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DistributedSampler
 from torchvision.datasets import ImageFolder
 
-from fastdino.data import sources
-from fastdino.data.sources import BadFiles, EpochPlan, epoch_order, scan_images, steps_per_epoch
+from fastdino.data import reading, scan
+from fastdino.data.sources import scan_images
 from fastdino.errors import DataError
 
 
@@ -47,7 +45,7 @@ def test_scan_finds_what_imagefolder_finds_in_its_order(folder):
 def test_sorted_folders_below_a_class_as_imagefolder_sorts_them(tmp_path):
     for name in ("k/b/1.png", "k/a/1.png", "k/a-/1.png", "k/0.png", "k/a/c/1.png"):
         write(tmp_path / name)
-    assert scan_images(tmp_path).paths == [path for path, _ in ImageFolder(tmp_path).samples]
+    assert list(scan_images(tmp_path).paths) == [path for path, _ in ImageFolder(tmp_path).samples]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -146,7 +144,7 @@ def test_a_file_without_permission_is_skipped(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return real_open(path, *args, **kwargs)
 
-    monkeypatch.setattr(sources, "open", no_permission, raising=False)
+    monkeypatch.setattr(reading, "open", no_permission, raising=False)
     source = scan_images(folder, max_bad_share=0.5)
     assert source.skipped == {locked: "cannot be read: Permission denied"}
 
@@ -218,10 +216,6 @@ def test_no_good_image_is_an_error_whatever_share_is_allowed(tmp_path):
 def test_folders_without_images_are_errors_that_say_why(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="there is no folder"):
         scan_images(tmp_path / "missing")
-    file = tmp_path / "file.txt"
-    file.write_text("")
-    with pytest.raises(DataError, match="is a file"):
-        scan_images(file)
     with pytest.raises(DataError, match=r"no images in .*\.jpg, \.jpeg, \.png"):
         scan_images(tmp_path)
 
@@ -234,74 +228,11 @@ def test_folders_without_images_are_errors_that_say_why(tmp_path, monkeypatch):
 
 
 def test_the_number_of_threads_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_FILES_A_TASK", 2)
+    monkeypatch.setattr(scan, "_A_TASK", 2)
     one, many = scan_images(folder, workers=1), scan_images(folder, workers=4)
-    assert one.paths == many.paths
+    assert list(one.paths) == list(many.paths)
     assert one.sizes.tolist() == many.sizes.tolist()
-    assert pickle.loads(pickle.dumps(one)).paths == one.paths
-
-
-@pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 4), (3, 8), (64, 2), (1001, 3), (5, 16)])
-def test_order_is_distributed_samplers(n, world):
-    for epoch in (0, 7):
-        for rank in range(world):
-            theirs = DistributedSampler(range(n), world, rank, shuffle=True, seed=3)
-            theirs.set_epoch(epoch)
-            ours = epoch_order(n, seed=3, epoch=epoch, rank=rank, world_size=world)
-            assert ours.dtype == np.int64
-            assert ours.tolist() == list(theirs)
-
-
-def test_the_ranks_cover_every_sample_once():
-    parts = [epoch_order(24, seed=0, epoch=1, rank=rank, world_size=4) for rank in range(4)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(24))
-
-
-def test_order_leaves_the_global_generator_alone():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    epoch_order(10, seed=0, epoch=0, rank=0, world_size=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_incomplete_batches_are_dropped():
-    assert steps_per_epoch(100, 32, 1) == 3
-    assert steps_per_epoch(100, 25, 4) == 1
-    assert steps_per_epoch(101, 13, 4) == 2
-
-
-def test_fewer_images_than_a_batch_is_an_error_that_counts_and_helps():
-    with pytest.raises(DataError, match=r"20 images .* 64.*--batch_size_per_gpu.* 20"):
-        steps_per_epoch(20, 64, 1)
-    with pytest.raises(DataError, match=r"100 images give 25 .*each of 4 processes.* 64"):
-        steps_per_epoch(100, 64, 4)
-
-
-def test_a_plan_started_later_goes_on_with_the_same_batches():
-    plan = EpochPlan(n=23, batch=4, seed=0, rank=0, world_size=2)
-    assert plan.steps == 3
-    assert plan.batches(5, 1) == plan.batches(5, 0)[1:]
-    assert plan.batches(5, 3) == []
-    assert plan.batches(5, 0) != plan.batches(6, 0)
-    with pytest.raises(ValueError, match="start_step must be from 0 to 3, got 4"):
-        plan.batches(5, 4)
-
-
-def test_bad_files_give_way_to_the_next_good_one():
-    bad = BadFiles(5, max_bad_share=0.5)
-    bad.add(3, "d", "is broken")
-    bad.add(4, "e", "is broken")
-    assert [bad.good(i) for i in range(5)] == [0, 1, 2, 0, 0]
-    assert bad.skipped == {"d": "is broken", "e": "is broken"}
-    with pytest.raises(DataError, match="3 of 5"):
-        bad.add(0, "a", "is broken")
-
-
-def test_what_the_scan_found_broken_counts_in_the_run():
-    bad = BadFiles(8, max_bad_share=0.3, broken=2)
-    bad.add(0, "a", "is broken")
-    with pytest.raises(DataError, match="4 of 10"):
-        bad.add(1, "b", "is broken")
+    assert list(pickle.loads(pickle.dumps(one)).paths) == list(one.paths)
 
 
 def test_no_memory_is_not_a_broken_file(folder, monkeypatch):
@@ -311,11 +242,3 @@ def test_no_memory_is_not_a_broken_file(folder, monkeypatch):
     monkeypatch.setattr(Image, "open", no_memory)
     with pytest.raises(MemoryError):
         scan_images(folder, max_bad_share=1.0)
-
-
-def test_when_all_are_bad_nothing_is_looked_for_forever():
-    bad = BadFiles(2, max_bad_share=1.0)
-    bad.add(0, "a", "is broken")
-    bad.add(1, "b", "is broken")
-    with pytest.raises(DataError, match="none of the 2"):
-        bad.good(0)

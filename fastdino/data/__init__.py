@@ -1,7 +1,9 @@
-"""From a folder of images to the crops of a step: which images, which crops, and who makes them.
+"""From images on disk to the crops of a step: which images, which crops, and who makes them.
 
-crops.py says what is drawn, sources.py finds the images and their order, pil.py and dali.py make
-the crops (exactly as the paper, and fast), loader.py chooses between the two.
+crops.py says what is drawn, sources.py which images there are, order.py in which step each comes.
+pil.py and dali.py make the crops (exactly as the paper, and fast), loader.py chooses one of them.
+Under sources.py: find.py tells folders, lists and tars apart, scan.py reads the headers, tars.py
+those of tars, reading.py the bytes; table.py keeps what was found, broken.py counts what is broken.
 """
 
 from fastdino.data.crops import draw_crops
