@@ -20,6 +20,7 @@ from fastdino.errors import DataError
 T = TypeVar("T")
 R = TypeVar("R")
 
+BAR_AFTER = 1.0  # seconds
 _A_TASK = 256
 _UNKNOWN = -1  # bytes and mtime of a file whose reading failed
 
@@ -149,7 +150,12 @@ class Scanner:
         results: list[R] = []
         pool = ThreadPoolExecutor(self._workers)
         bar = tqdm(
-            total=total or len(items), desc=title, unit=of, disable=None, delay=1, leave=False
+            total=total or len(items),
+            desc=title,
+            unit=of,
+            disable=None,
+            delay=BAR_AFTER,
+            leave=False,
         )
         try:
             for item, result in zip(items, pool.map(do, items), strict=True):

@@ -138,7 +138,7 @@ def load(path: Path) -> Table:
     Raises: FileNotFoundError; ValueError: what is there is damaged, or another version's.
     """
     try:
-        with np.load(path, allow_pickle=False) as columns:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as columns:
             about = json.loads(_strings(columns["about"])[0])
             if about["format"] != _FORMAT or about["pillow"] != PIL.__version__:
                 raise ValueError(f"it is of {about['format']!r}, Pillow {about['pillow']}")
