@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
+from fastdino.data import reading
 from fastdino.data.find import find, number_labels
 from fastdino.errors import DataError
 
@@ -118,3 +120,21 @@ def test_labels_are_numbered():
     assert number_labels(["b", "a", "b"], "x") == ([1, 0, 1], ["a", "b"])
     assert number_labels(["10", "9"], "x") == ([1, 0], ["9", "10"])
     assert number_labels(["", ""], "x") == ([0, 0], ["x"])
+
+
+def test_a_folder_that_cannot_be_listed_once_is_listed_again(tmp_path, picture, monkeypatch):
+    for name in ("cat/1.jpg", "cat/deep/2.jpg", "dog/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    expected, failed, real = find(str(tmp_path)).files, set(), os.scandir
+
+    def fails_once(path):
+        if path not in failed:
+            failed.add(path)
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return real(path)
+
+    monkeypatch.setattr(reading, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(os, "scandir", fails_once)
+    assert find(str(tmp_path)).files == expected
+    assert len(failed) == 4

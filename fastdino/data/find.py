@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastdino.data import tars
+from fastdino.data.reading import read_file, retrying
 from fastdino.errors import DataError
 
 # As torchvision.datasets.ImageFolder.
@@ -77,8 +78,7 @@ def number_labels(names: Sequence[str], lone: str) -> tuple[list[int], list[str]
 
 def _in_folder(root: str) -> Found:
     try:
-        with os.scandir(root) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
+        listed = retrying(lambda: sorted(os.scandir(root), key=lambda entry: entry.name))
     except OSError as error:
         raise DataError(f"--data_path: the folder {root} cannot be read: {error}") from error
     folders = [entry.name for entry in listed if _is_dir(entry)]
@@ -127,12 +127,18 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 
 def _images_below(folder: str) -> list[str]:
     """Images in ImageFolder's order: by folder, then name. Links are followed, cycles are not."""
-
-    def fail(error: OSError) -> None:
+    try:
+        return retrying(lambda: _walk(folder))
+    except OSError as error:
         raise DataError(
             f"the folder {error.filename} cannot be read: {error.strerror}; "
             "make it readable or move it elsewhere"
-        )
+        ) from error
+
+
+def _walk(folder: str) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error
 
     found: list[tuple[str, list[str]]] = []
     above = {folder: [os.path.realpath(folder)]}  # itself and its ancestors, without links
@@ -178,7 +184,7 @@ def _by_pattern(pattern: str) -> Found:
 def _in_list(path: str) -> Found:
     """The images that a text file names: a path a line, and a label where the list has labels."""
     try:
-        text = Path(path).read_bytes()
+        text = read_file(path)
     except OSError as error:
         raise DataError(f"--data_path: the list {path} cannot be read: {error}") from error
     if b"\0" in text:

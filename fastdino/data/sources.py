@@ -152,6 +152,8 @@ def _scan(found: Found, workers: int, cache: Path | None) -> tuple[Table, list[s
             pass
         except ValueError as error:
             notes.append(f"{cache} cannot be used ({error}): all images are looked at again")
+    if known and any(known.members) != (found.labels is None):
+        known = None  # of images, and these are tars, or the other way round
     scanner = Scanner(workers, known)
     paths = [found.path(file) for file in found.files]
     if found.labels is None:

@@ -49,8 +49,12 @@ class TarIndex:
 
 def is_tar(path: str) -> bool:
     """Whether the file is a tar by its name or first header; DataError where it is compressed."""
-    with open(path, "rb") as file:
-        start = file.read(512)
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(tarfile.BLOCKSIZE)
+
+    start = retrying(read)
     for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
