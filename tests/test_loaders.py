@@ -317,12 +317,16 @@ def test_images_in_tars_give_the_crops_of_those_in_folders(
 
 
 @both_loaders
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("PNG", "LA")],
+    ids="-".join,
+)
 def test_orientation_is_applied_by_every_loader_where_it_is_asked_for(
-    tmp_path, build, monkeypatch, crops, form
+    tmp_path, build, monkeypatch, crops, form, mode
 ):
     undrawn(monkeypatch)
-    image = photo(3)
+    image = photo(3).convert(mode)
     for value in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = value

@@ -131,6 +131,9 @@ def test_the_cache_of_a_folder_does_not_speak_for_tars(folder, tars, tmp_path):
     pattern = str(tars / "c*.tar")
     assert_same(scanned(pattern, cache), scanned(pattern, None))
     assert_same(scanned(folder / "k", cache), scanned(folder / "k", None))
+    scanned(pattern, cache)
+    (folder / "list.txt").write_text("c0.tar\t1\nk/0.jpg\t2\n")
+    assert scanned(folder / "list.txt", cache).broken == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said(folder, tmp_path):

@@ -311,6 +311,7 @@ def test_what_is_broken_in_tars_is_skipped_and_named(tmp_path, make_tar, picture
     assert [os.path.relpath(path, tmp_path) for path in source.paths] == [
         "0.tar/0.jpg", "0.tar/1.jpg", "1.tar/a.jpg",
     ]  # fmt: skip
+    assert source.read_bytes(2) == picture(), "the places of the good ones are theirs"
     assert source.broken == 3
     skipped = {os.path.relpath(path, tmp_path): why for path, why in source.skipped.items()}
     assert skipped == {

@@ -35,7 +35,7 @@ from fastdino.data.broken import BadFiles
 from fastdino.data.crops import SOLARIZE_P, CropParams, draw_crops
 from fastdino.data.order import EpochPlan
 from fastdino.data.pil import MEAN, STD
-from fastdino.data.reading import orientation, reason_of, silence_pillow, upright
+from fastdino.data.reading import reason_of, silence_pillow, upright
 from fastdino.data.sources import ImageSource, cpu_count
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ _PREFETCH = 2
 _AHEAD = 2
 # Of what Pillow calls so, DALI makes the same picture; of 16-bit gray or turned TIFF it does not.
 _SAME_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-# Of these, DALI reads the EXIF orientation as Pillow does.
-_TURNED_FORMATS = ("JPEG",)
 _SAME_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK")
 _Batch = tuple[list[NDArray[Any]] | NDArray[Any], ...]
 
@@ -201,8 +199,6 @@ class DaliLoader:
         encoded, exif = np.frombuffer(data, np.uint8), self.source.exif
         with Image.open(io.BytesIO(data)) as image:
             same = image.format in _SAME_FORMATS and image.mode in _SAME_MODES
-            if exif and image.format not in _TURNED_FORMATS and orientation(image) != 1:
-                same = False
             pixels = self._decoder(encoded) if same else None
             if pixels is None:
                 pixels = np.asarray(upright(image) if exif else image.convert("RGB"))
