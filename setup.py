@@ -19,6 +19,7 @@ EVAL = [
 ]
 TRAIN = [
     *EVAL,
+    "numba>=0.61",
     "nvidia-cuda-runtime-cu12; sys_platform == 'linux'",  # xformers links against it
     "tensorboard>=2.16",
     "xformers>=0.0.35; sys_platform == 'linux' and platform_machine == 'x86_64'",

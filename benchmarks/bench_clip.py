@@ -15,7 +15,7 @@ from fastdino_kernels import reference
 from torch import Tensor
 
 from benchmarks.bench_ema import SIZES, Size
-from benchmarks.contest import Contest, Variant, assert_close
+from benchmarks.contest import Compete, Contest, Variant, assert_close
 from benchmarks.measure import Thunk
 from benchmarks.shapes import network_shapes, random_tensors
 
@@ -134,10 +134,10 @@ def clip_contest(size: Size, all_by_one: bool, device: torch.device) -> Contest:
 
 
 @pytest.mark.parametrize("variant", EACH)
-def test_clip_each(compete, size, variant):
+def test_clip_each(compete: Compete, size: Size, variant: str) -> None:
     compete(clip_contest, size, False, variant=variant)
 
 
 @pytest.mark.parametrize("variant", GLOBAL)
-def test_clip_global(compete, size, variant):
+def test_clip_global(compete: Compete, size: Size, variant: str) -> None:
     compete(clip_contest, size, True, variant=variant)

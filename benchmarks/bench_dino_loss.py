@@ -13,7 +13,7 @@ import torch
 from fastdino_kernels import reference
 from torch import Tensor
 
-from benchmarks.contest import Contest, Variant, assert_close
+from benchmarks.contest import Compete, Contest, Variant, assert_close
 from benchmarks.loss_variants import Loss, einsum_form, paper_eager
 from benchmarks.measure import L2_BYTES, Thunk
 
@@ -178,5 +178,5 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize(("phase", "variant"), ENTRIES)
-def test_dino_loss(compete, size, phase, variant):
+def test_dino_loss(compete: Compete, size: Size, phase: str, variant: str) -> None:
     compete(loss_contest, size, phase, variant=variant)

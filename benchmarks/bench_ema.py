@@ -13,7 +13,7 @@ import torch
 from fastdino_kernels import reference
 from torch import Tensor
 
-from benchmarks.contest import Contest, Variant, assert_close
+from benchmarks.contest import Compete, Contest, Variant, assert_close
 from benchmarks.shapes import network_shapes, random_tensors
 
 MOMENTUM = 0.996
@@ -131,10 +131,10 @@ def ema_contest(size: Size, with_shadow: bool, device: torch.device) -> Contest:
 
 
 @pytest.mark.parametrize("variant", VARIANTS[False])
-def test_ema(compete, size, variant):
+def test_ema(compete: Compete, size: Size, variant: str) -> None:
     compete(ema_contest, size, False, variant=variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[True])
-def test_ema_with_shadow(compete, size, variant):
+def test_ema_with_shadow(compete: Compete, size: Size, variant: str) -> None:
     compete(ema_contest, size, True, variant=variant)

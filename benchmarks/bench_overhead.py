@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.bench_dino_loss import Size as LossSize
 from benchmarks.bench_dino_loss import both, forward, make_inputs, ours
-from benchmarks.contest import Contest, Variant
+from benchmarks.contest import Compete, Contest, Variant
 from benchmarks.loss_variants import Loss, paper_eager
 from benchmarks.shapes import network_shapes
 
@@ -81,10 +81,10 @@ HOST: dict[str, Any] = {"words": "microseconds of the host", "calls": CALLS, "ho
 
 @pytest.mark.parametrize("variant", LOSSES)
 @pytest.mark.parametrize("with_backward", [False, True], ids=["forward", "both"])
-def test_loss_overhead(compete, with_backward, variant):
+def test_loss_overhead(compete: Compete, with_backward: bool, variant: str) -> None:
     compete(loss_contest, with_backward, variant=variant)
 
 
 @pytest.mark.parametrize("variant", NETWORK)
-def test_network_overhead(compete, variant):
+def test_network_overhead(compete: Compete, variant: str) -> None:
     compete(network_contest, variant=variant)

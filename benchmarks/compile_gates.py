@@ -4,7 +4,8 @@
 
 Every *_triton.py of fastdino_kernels says with compile_cases() what it ships. A case fails where it
 spills, touches local memory, adds floats atomically (the results would differ from run to run),
-exceeds its budget, or misses the 128-bit accesses that its budget asks for.
+exceeds its budget, misses the 128-bit accesses that its budget asks for, or fuses products and sums
+whose separate roundings its results depend on.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("ema-*", Budget(registers=64, loads=4, stores=2)),
     ("clip-sum-squares-*", Budget(registers=64, loads=4, stores=0)),
     ("clip-scale-*", Budget(registers=64, loads=4, stores=4)),
+    ("multi_crop *", Budget(loads=2, stores=2)),
     # These merge the partial sums of the others: a few values, of which none need be wide.
     ("clip-norms*", Budget(registers=64, loads=0, stores=0)),
     ("clip-total-norm*", Budget(registers=64, loads=0, stores=0)),
@@ -125,10 +127,17 @@ def compile_case(case: CompileCase, arch: int, budget: Budget | None = None) -> 
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+        "maxnreg": case.maxnreg,
+    }
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code, shared = read_cubin(kernel.asm["cubin"]), kernel.metadata.shared
     problems = problems_of(code, shared, budget or budget_of(case.name))
+    if code.fused and not case.fp_fusion:
+        problems.append(f"{code.fused} fused multiply-adds, which round once and not twice")
     return Compiled(case.name, arch, kernel.metadata.num_warps, shared, code, tuple(problems))
 
 

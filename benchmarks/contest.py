@@ -19,6 +19,9 @@ import torch
 
 from benchmarks.measure import Thunk, device_sample, host_seconds, peak_bytes
 
+# The fixture of that name: compete(make_contest, *arguments, variant=name).
+Compete = Callable[..., None]
+
 
 @dataclass(frozen=True)
 class Variant:

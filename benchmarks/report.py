@@ -55,13 +55,20 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
     return rows
 
 
+def times_faster(row: Row, base: Row) -> float:
+    """Device time by device time; where the host set the pace of either, whole calls."""
+    if row.queued and base.queued:
+        return base.median / row.median
+    return base.call_seconds / row.call_seconds
+
+
 def ratios(rows: Sequence[Row]) -> dict[str, list[str]]:
     """For each heading of RATIOS whose role is in the group: how many times faster each row is."""
     columns = {}
     for role, heading in RATIOS.items():
-        base = next((row.median for row in rows if row.role == role), None)
+        base = next((row for row in rows if row.role == role), None)
         if base is not None:
-            columns[heading] = [f"{base / row.median:.2f}" for row in rows]
+            columns[heading] = [f"{times_faster(row, base):.2f}" for row in rows]
     return columns
 
 
@@ -100,7 +107,8 @@ def tables(rows: Sequence[Row]) -> str:
         "Medians. GB/s: the bytes that the operation must move at least, the same for every\n"
         "variant of a table, by its time; `of copy`: that by the bandwidth of a copy in the same\n"
         "run. Peak MB: what a call holds at most beyond its inputs, its result included. The last\n"
-        "columns: how many times faster than that variant. *: the GPU waited for the host."
+        "columns: how many times faster than that variant. *: the GPU waited for the host; such a\n"
+        "variant is compared by the time of a whole call."
     ]
     for group, members in groupby(rows, key=lambda row: row.group):
         listed = list(members)

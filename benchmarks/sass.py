@@ -17,6 +17,8 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+# A product of RZ, which is 0, is no product: dividing in fp64 looks at exponents that way.
+_FUSED = re.compile(r"\bFFMA\S*\s+R\d+, (?!RZ)")
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 _LOADS = {"LDG", "LDGSTS"}
 _STORES = {"STG"}
@@ -39,6 +41,7 @@ class MachineCode:
     stores: dict[int, int] = field(default_factory=dict)
     local_accesses: int = 0
     float_atomics: int = 0
+    fused: int = 0  # fp32 products and sums with one rounding
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
@@ -77,6 +80,7 @@ def count_instructions(listing: str) -> dict[str, Any]:
         "stores": dict(stores),
         "local_accesses": local,
         "float_atomics": atomics,
+        "fused": len(_FUSED.findall(listing)),
     }
 
 

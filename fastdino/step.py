@@ -93,6 +93,7 @@ class Trainer:
             config.teacher_temp,
             config.warmup_teacher_temp_epochs,
             config.epochs,
+            inplace_backward=True,  # nothing reads the student's logits after the backward pass
         ).to(self.device)
         self.optimizer = build_optimizer(config.optimizer, self.student)
         self.scaler = torch.amp.GradScaler(

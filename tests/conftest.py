@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,8 +15,12 @@ from PIL import Image
 
 from fastdino import TrainConfig
 
+if TYPE_CHECKING:
+    from fastdino_kernels import CropParams
+
 if not torch.cuda.is_available():
-    # Read when a module of kernels is first imported: they then run on the CPU, line by line.
+    # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
+    # kernels then run on the CPU, line by line.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -158,5 +162,76 @@ def crops_of() -> Callable[..., list[torch.Tensor]]:
             )
             for size in globals_ + locals_ * config.local_crops_number
         ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ragged_images() -> list[torch.Tensor]:
+    """uint8 [H, W, 3]: photo-like, noise, flat, gray, tiny, narrow; each of another size."""
+    rng = np.random.default_rng(0)
+
+    def smooth(height: int, width: int) -> np.ndarray:
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+        pixels[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+        return np.clip(pixels + rng.integers(-20, 21, pixels.shape), 0, 255)
+
+    gray = np.repeat(rng.integers(0, 256, (30, 50, 1)), 3, axis=2)
+    few = rng.choice([0, 1, 127, 128, 254, 255], (24, 24, 3))
+    noise = [rng.integers(0, 256, (*size, 3)) for size in ((61, 47), (1, 1), (2, 190), (170, 3))]
+    flat = np.full((20, 31, 3), 255)
+    arrays = [smooth(75, 100), smooth(120, 90), gray, few, *noise, flat, smooth(9, 12)]
+    return [torch.from_numpy(a.astype(np.uint8)) for a in arrays]
+
+
+@pytest.fixture(scope="session")
+def draw_any_crops() -> Callable[..., CropParams]:
+    """Draws crops of images from wider ranges than the paper's; `changes` fixes fields."""
+    from fastdino_kernels import CropParams
+
+    def draw(images: list[torch.Tensor], n: int, seed: int = 0, **changes: Any) -> CropParams:
+        rng = np.random.default_rng(seed)
+        shape = (len(images), n)
+        full = np.array([image.shape[:2] for image in images]).reshape(-1, 1, 2)
+        extent = 1 + np.floor(rng.random((*shape, 2)) * full).astype(int)
+        start = np.floor(rng.random((*shape, 2)) * (full - extent + 1)).astype(int)
+        factor = rng.uniform(0, 2, (*shape, 4))
+        factor[..., 3] = rng.uniform(-0.5, 0.5, shape)
+        fields: dict[str, Any] = {
+            "top": start[..., 0],
+            "left": start[..., 1],
+            "height": extent[..., 0],
+            "width": extent[..., 1],
+            "jitter_order": rng.permuted(np.tile(np.arange(4), (*shape, 1)), axis=-1),
+        }
+        values = {name: torch.from_numpy(a.astype(np.int32)) for name, a in fields.items()}
+        values |= {
+            name: torch.from_numpy(rng.random(shape) < p)
+            for name, p in (("flip", 0.5), ("jitter", 0.8), ("gray", 0.2), ("solarize", 0.3))
+        }
+        values["jitter_factor"] = torch.from_numpy(factor.astype(np.float32))
+        radius = np.where(rng.random(shape) < 0.5, rng.uniform(0, 4, shape), 0)
+        values["blur_radius"] = torch.from_numpy(radius.astype(np.float32))
+        for name, value in changes.items():
+            values[name] = torch.full_like(values[name], value)
+        return CropParams(**values)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def crops_by_pil() -> Callable[..., torch.Tensor]:
+    """[B, N, 3, size, size] by Pillow and torchvision, with ImageNet's mean and std."""
+    from fastdino.data.pil import make_crop
+
+    def make(images: list[torch.Tensor], params: CropParams, size: int) -> torch.Tensor:
+        pictures = [Image.fromarray(image.cpu().numpy()) for image in images]
+        return torch.stack(
+            [
+                torch.stack([make_crop(picture, crop, size) for crop in params.of_sample(b)])
+                for b, picture in enumerate(pictures)
+            ]
+        )
 
     return make

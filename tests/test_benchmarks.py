@@ -16,7 +16,7 @@ from fastdino_kernels import clip_grad_norms_, ema_update_
 from benchmarks import bench_clip, bench_dino_loss, bench_ema, gpu_report, report
 from benchmarks.contest import Clock, Contest, Effort, Variant, VariantError, hold, replay
 from benchmarks.loss_variants import einsum_form, paper_eager
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import device_sample, peak_bytes
 from benchmarks.parts import GRACE, Part, run_part
 from benchmarks.shapes import ARCHS, network_shapes
 from fastdino.models.head import DINOHead
@@ -52,6 +52,11 @@ def test_ratios_say_how_many_times_faster_a_variant_is():
         "x torch.compile": ["0.50", "1.00", "2.00"],
     }
     assert report.ratios(rows[1:2]) == {"x torch.compile": ["1.00"]}
+
+
+def test_what_the_host_paces_is_compared_by_whole_calls():
+    paced = row(role="paper", median=9e-3, call_seconds=9e-3, queued=False)
+    assert report.times_faster(row(call_seconds=3e-3), paced) == pytest.approx(3)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +197,70 @@ def test_samples_become_the_statistics_of_pytest_benchmark(monkeypatch):
     assert seen == pytest.approx(outcomes["only"].seconds)
     assert benchmark.group == benchmark.extra_info["group"] == "a group"
     assert benchmark.extra_info["bytes"] == 8
+
+
+class FakeGpu:
+    """Stands in for torch.cuda: writes down what is asked of it; its sleep may be too short."""
+
+    def __init__(self, monkeypatch, enough_sleep: float):
+        self.log: list[str] = []
+        self.sleeps: list[float] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.log.append("event")
+
+            def query(self) -> bool:
+                return gpu.sleeps[-1] < enough_sleep
+
+            def elapsed_time(self, _end: Event) -> float:
+                return 6.0  # ms
+
+        def sleep(cycles: int) -> None:
+            self.log.append("sleep")
+            self.sleeps.append(cycles / 2e9)
+
+        fakes = {"Event": Event, "_sleep": sleep, "synchronize": lambda _device: None}
+        fakes |= {"reset_peak_memory_stats": lambda _device: None, "empty_cache": lambda: None}
+        fakes |= {
+            "memory_allocated": lambda _device: 10,
+            "max_memory_allocated": lambda _device: 17,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_calls_on_a_gpu_wait_behind_a_sleep_and_are_timed_together(monkeypatch):
+    gpu = FakeGpu(monkeypatch, enough_sleep=1e-3)
+    calls = [lambda: gpu.log.append("call")] * 3
+    assert device_sample(calls, torch.device("cuda"), 2e-3) == (pytest.approx(2e-3), True)
+    assert gpu.log == ["sleep", "event", "call", "call", "call", "event"]
+    assert not device_sample(calls, torch.device("cuda"), 0.5e-3).queued
+
+
+@pytest.mark.parametrize(("enough_sleep", "queued"), [(1e-4, True), (1e9, False)])
+def test_a_sleep_that_was_too_short_is_doubled(monkeypatch, enough_sleep, queued):
+    gpu = FakeGpu(monkeypatch, enough_sleep)
+    contest = contest_of(only=(lambda: None, lambda: None))
+    outcome = hold(contest, torch.device("cuda"), FEW)["only"]
+    assert not outcome.error
+    assert outcome.queued is queued
+    assert len(outcome.seconds) == FEW.least
+    assert outcome.info["peak_bytes"] == 7
+    first, second = gpu.sleeps[:2]
+    assert second == pytest.approx(2 * first, rel=0.01)
+
+
+def test_what_reads_values_back_is_not_put_behind_a_sleep(monkeypatch):
+    gpu = FakeGpu(monkeypatch, enough_sleep=0.0)
+    reading = Variant("reads", lambda: lambda: None, lambda: None, host_reads=True)
+    outcome = hold(Contest("a group", [reading]), torch.device("cuda"), FEW)["reads"]
+    assert gpu.sleeps == []
+    assert not outcome.queued
 
 
 @torch.library.custom_op("fastdino_test::hungry", mutates_args=())

@@ -104,6 +104,15 @@ def test_missing_gradients_are_passed_over(target):
     torch.testing.assert_close(params[1].grad.double(), expected[1], rtol=1e-6, atol=1e-8)
 
 
+def test_the_same_gradients_at_other_places_of_the_list(target):
+    x, y = (parameter(torch.full((4,), v, device=target["device"])) for v in (1.0, 2.0))
+    without = torch.nn.Parameter(torch.zeros(4, device=target["device"]))
+    for params in ([x, without, y], [without, x, y], [x, y], [x, y, without]):
+        expected = [0.0 if p is without else p.grad.norm().item() for p in params]
+        norms = clip_grad_norms_(params, math.inf, impl=target["impl"])
+        assert norms.tolist() == pytest.approx(expected)
+
+
 def test_no_gradients_at_all(target):
     params = [torch.nn.Parameter(torch.zeros(2, device=target["device"])) for _ in range(3)]
     norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
@@ -244,6 +253,20 @@ def test_every_length_around_a_chunk_is_covered_and_nothing_else(clip_, target, 
         torch.testing.assert_close(inside, factor.expand(length), rtol=1e-5, atol=0)
         assert bool(frame[:start].isnan().all())
         assert bool(frame[start + length :].isnan().all())
+
+
+@both
+@triton_only
+def test_more_chunks_than_are_added_at_once(clip_, target, monkeypatch):
+    from fastdino_kernels import clip_triton
+
+    monkeypatch.setattr(clip_triton, "TENSOR_PARTIALS", 2)
+    monkeypatch.setattr(clip_triton, "TOTAL_PARTIALS", 4)
+    sizes = [5 * clip_triton.CHUNK, 2 * clip_triton.CHUNK + 1]
+    params = [parameter(torch.ones(size, device=target["device"])) for size in sizes]
+    norms = clip_(params, math.inf, impl="triton")
+    expected = [size**0.5 for size in sizes] if norms.dim() else sum(sizes) ** 0.5
+    assert norms.tolist() == pytest.approx(expected)
 
 
 @triton_only

@@ -34,8 +34,8 @@ ROWS = (
 
 # What a caller of the kernels need not have.
 ABSENT = (
-    "PIL", "fastdino", "matplotlib", "numpy", "nvidia.dali", "tensorboard", "timm", "torchvision",
-    "tqdm", "xformers",
+    "PIL", "fastdino", "matplotlib", "numba", "numpy", "nvidia.dali", "tensorboard", "timm",
+    "torchvision", "tqdm", "xformers",
 )  # fmt: skip
 # Finders that pass over a name, not one that raises: torch asks for some with find_spec.
 HIDE = f"""
@@ -204,7 +204,11 @@ def test_kernels_import_torch_triton_and_the_standard_library_alone():
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("nvidia.dali", "fastdino.data.dali"), ("xformers", "fastdino.models.attention")],
+    [
+        ("numba", "fastdino.data.fused_pixels"),
+        ("nvidia.dali", "fastdino.data.dali"),
+        ("xformers", "fastdino.models.attention"),
+    ],
 )
 def test_one_module_alone_imports(package, home):
     assert importers(package) == {home}

@@ -79,11 +79,12 @@ def test_a_plan_holds_for_the_same_memory_whichever_objects_show_it():
         lambda t: t.t(),
         lambda t: t[:1],
         lambda t: t.as_strided((4, 4), (5, 1)),
+        lambda t: t.as_strided((16, 1), (4, 1)),  # the same strides and number of elements
     ],
 )
 def test_whatever_a_table_depends_on_makes_another_plan(change):
     make, calls = counted()
-    tensor = torch.zeros(40)[:16].view(4, 4)
+    tensor = torch.zeros(64)[:16].view(4, 4)
     for some in (tensor, change(tensor), tensor):
         plan_for("head", [some], make)
     assert len(calls) == 2
@@ -229,6 +230,11 @@ def test_an_overlap_is_found_where_there_is_one(ranges, written):
     }
     found = find_overlap(tensors, written)
     assert (found in pairs) if pairs else (found is None)
+
+
+def test_a_long_range_hides_no_overlap_behind_a_short_one():
+    base = torch.zeros(10)
+    assert find_overlap([base[5:6], base, base[1:2]], written=1) == (0, 1)
 
 
 def test_interleaved_views_do_not_overlap():

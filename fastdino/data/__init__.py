@@ -1,9 +1,10 @@
 """From images on disk to the crops of a step: which images, which crops, and who makes them.
 
 crops.py says what is drawn, sources.py which images there are, order.py in which step each comes.
-pil.py and dali.py make the crops (exactly as the paper, and fast), loader.py chooses one of them.
-Under sources.py: find.py tells folders, lists and tars apart, scan.py reads the headers, tars.py
-those of tars, reading.py the bytes; table.py keeps what was found, broken.py counts what is broken.
+pil.py makes the crops as the paper does, fused.py the same ones fast, dali.py near ones; loader.py
+chooses one of them. Under sources.py: find.py tells folders, lists and tars apart, scan.py reads
+the headers, tars.py those of tars, reading.py the bytes; table.py keeps what was found, broken.py
+counts what is broken.
 """
 
 from fastdino.data.crops import draw_crops

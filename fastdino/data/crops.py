@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastdino_kernels import Crop, CropParams
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
+
+__all__ = ["Crop", "CropParams", "draw_crops", "philox4x32"]
 
 FLIP_P, JITTER_P, GRAY_P = 0.5, 0.8, 0.2
 # By crop number; every local crop has the last entry.
@@ -38,51 +40,6 @@ _GRAY, _BLUR, _RADIUS, _SOLARIZE, _DRAWS = 50, 51, 52, 53, 56
 _U64 = np.uint64
 _LOW32 = _U64(0xFFFFFFFF)
 _SHIFT32 = _U64(32)
-
-
-class Crop(NamedTuple):
-    """One crop of one image as plain numbers; the fields are those of CropParams."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool
-    jitter: bool
-    jitter_order: list[int]
-    jitter_factor: list[float]
-    gray: bool
-    blur_radius: float
-    solarize: bool
-
-
-@dataclass(frozen=True)
-class CropParams:
-    """Everything that was drawn for [B, N] crops, so that anyone can replay one with PIL.
-
-    top, left, height, width: int32, pixels of the decoded image.
-    flip, jitter, gray, solarize: bool; jitter: the four colour operations happen at all.
-    jitter_order: int32 [B, N, 4], a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
-    jitter_factor: fp32 [B, N, 4], in that same numbering.
-    blur_radius: fp32, 0 where there is no blur.
-    """
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-    flip: Tensor
-    jitter: Tensor
-    jitter_order: Tensor
-    jitter_factor: Tensor
-    gray: Tensor
-    blur_radius: Tensor
-    solarize: Tensor
-
-    def of_sample(self, b: int) -> list[Crop]:
-        """The N crops of sample b."""
-        columns = [getattr(self, field.name)[b].tolist() for field in fields(self)]
-        return [Crop(*row) for row in zip(*columns, strict=True)]
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:

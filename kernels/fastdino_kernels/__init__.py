@@ -5,24 +5,30 @@ soft_cross_entropy.py   soft_cross_entropy, of targets that are probabilities al
 pairwise*.py   the operators beneath them, in Triton and in PyTorch
 ema.py         ema_update_
 clip.py        clip_grad_norms_ (each by its own norm), clip_grad_norm_ (all by one)
+multi_crop.py  multi_crop, of what was drawn: crop_params.py
 reference.py   the paper's equations, plainly: the oracle of the tests
 dispatch.py    which implementation runs: impl=..., or the environment variable FASTDINO_KERNELS
 """
 
 from .clip import clip_grad_norm_, clip_grad_norms_
+from .crop_params import Crop, CropParams
 from .dino_loss import dino_loss, teacher_entropy
 from .dino_module import DINOLoss
 from .dispatch import chosen_impl
 from .ema import ema_update_
+from .multi_crop import multi_crop
 from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "Crop",
+    "CropParams",
     "DINOLoss",
     "chosen_impl",
     "clip_grad_norm_",
     "clip_grad_norms_",
     "dino_loss",
     "ema_update_",
+    "multi_crop",
     "soft_cross_entropy",
     "teacher_entropy",
 ]

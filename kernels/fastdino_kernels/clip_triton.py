@@ -44,9 +44,11 @@ def sum_squares_kernel(rows, owners, partials, DTYPE: tl.constexpr, CHUNK: tl.co
         total = tl.sum(g * g, axis=0)
     else:
         sums = tl.zeros([PART], tl.float32)
-        for part in range(0, tl.minimum(left, CHUNK), PART):
+        part = 0
+        while part < tl.minimum(left, CHUNK):
             g = load_chunk(grad, code, start + part, left - part, DTYPE, PART, False)
             sums += g * g
+            part += PART
         total = tl.sum(sums, axis=0)
     tl.store(partials + tl.program_id(0), total)
 
@@ -78,8 +80,10 @@ def total_norm_kernel(partials, count, norm_out, factors, max_norm, PARTIALS: tl
 def _root_of_sum(partials, count, PARTIALS: tl.constexpr):
     sums = tl.zeros([PARTIALS], tl.float32)
     offsets = tl.arange(0, PARTIALS)
-    for start in range(0, count, PARTIALS):
+    start = 0
+    while start < count:
         sums += tl.load(partials + start + offsets, mask=start + offsets < count, other=0.0)
+        start += PARTIALS
     return tl.sqrt_rn(tl.sum(sums, axis=0))
 
 
@@ -96,9 +100,11 @@ def scale_kernel(
             g = load_chunk(grad, code, start, left, DTYPE, CHUNK, True)
             store_chunk(g * factor, grad, code, start, left, DTYPE, CHUNK, True)
         else:
-            for part in range(0, tl.minimum(left, CHUNK), PART):
+            part = 0
+            while part < tl.minimum(left, CHUNK):
                 g = load_chunk(grad, code, start + part, left - part, DTYPE, PART, False)
                 store_chunk(g * factor, grad, code, start + part, left - part, DTYPE, PART, False)
+                part += PART
 
 
 def launch_clip(table: PointerTable, norms: Tensor, max_norm: float) -> None:

@@ -23,3 +23,5 @@ class CompileCase:
     divisible: Sequence[str] = ()
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True  # products and sums may become one rounding
+    maxnreg: int | None = None

@@ -64,10 +64,11 @@ def ema_update_(
     if torch.compiler.is_compiling():
         _traceable_ema_(teacher, student, copies, momentum, impl)
         return
-    if not are_plain([*teacher, *student, *copies]):
+    plain = are_plain([*teacher, *copies, *student])
+    if not plain:
         teacher, student, copies = _local_shards(teacher, student, copies)
-    on_device = [momentum] if isinstance(momentum, Tensor) else []
-    if teacher and are_plain([*teacher, *student, *copies, *on_device]):
+        plain = are_plain([*teacher, *copies, *student])
+    if teacher and plain and not (isinstance(momentum, Tensor) and not are_plain([momentum])):
         _eager_ema_(teacher, student, copies, momentum, impl)
     else:
         _traceable_ema_(teacher, student, copies, momentum, impl)

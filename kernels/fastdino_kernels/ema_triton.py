@@ -58,7 +58,8 @@ def ema_kernel(
         if SHADOW is not None:
             store_chunk(t, shadow, shadow_code, start, left, SHADOW, CHUNK, True)
     else:
-        for part in range(0, tl.minimum(left, CHUNK), PART):
+        part = 0  # `for` over a range of runtime length is more than Triton 3.6 can interpret
+        while part < tl.minimum(left, CHUNK):
             t = load_chunk(teacher, teacher_code, start + part, left - part, TEACHER, PART, False)
             s = load_chunk(student, student_code, start + part, left - part, STUDENT, PART, False)
             t = _blend(t, s, weight, keep)
@@ -67,6 +68,7 @@ def ema_kernel(
             )
             if SHADOW is not None:
                 store_chunk(t, shadow, shadow_code, start + part, left - part, SHADOW, PART, False)
+            part += PART
 
 
 @triton.jit

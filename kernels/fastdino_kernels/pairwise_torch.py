@@ -58,16 +58,14 @@ def forward(
             total = probs.sum(dim=-1)
             stats[0, S + q, block], stats[1, S + q, block] = largest, total
             targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
-        together = _sum_of(targets, -1, ignore_diagonal)
-        for v, crop in enumerate(student[:, block]):
-            target = _sum_of(targets, v, ignore_diagonal) if v < T else together
-            z, largest = _scaled(crop, dtype, scale)
+        for crops, target in _crops_and_targets(student[:, block], targets, ignore_diagonal):
+            z, largest = _scaled(student[crops, block], dtype, scale)
             if target is not None:
                 cross = torch.mul(z, target.probs).sum(dim=-1)
             total = z.exp2_().sum(dim=-1)
-            stats[0, v, block], stats[1, v, block] = largest, total
+            stats[0, crops, block], stats[1, crops, block] = largest, total
             if target is not None:
-                rows[v, block] = (target.mass * total.log2() - cross) * math.log(2)
+                rows[crops, block] = (target.mass * total.log2() - cross) * math.log(2)
     if center is None:
         return rows, teacher_sum, center_used, stats
     loss = rows.sum() / max(pair_count(S, T, ignore_diagonal) * B, 1)
@@ -87,13 +85,13 @@ def backward(
     grad: Tensor,
 ) -> None:
     """Writes `grad` [S, B, K] (it may be `student`); arguments as pairwise.py's backward op."""
-    (S, B, K), T = student.shape, teacher.shape[0]
+    S, B, K = student.shape
     dtype, device = stats.dtype, student.device
     student_scale = _log2_scale(student_temp, device)
     # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
     grad_rows = grad_rows.to(dtype) * (scale * math.log(2) * student_scale)
     # Where one factor serves all rows (the loss is a mean), the targets are scaled but once.
-    factor = grad_rows[0, :1] if grad_rows.stride() == (0, 0) else None
+    factor = grad_rows[0, 0] if grad_rows.stride() == (0, 0) else None
     for block in blocks_of_images(B, K, device):
         targets = []
         for q, crop in enumerate(teacher[:, block]):
@@ -106,19 +104,19 @@ def backward(
                 probs = z.exp2_()
                 target = Target(probs.div_(total[:, None]), torch.ones_like(total))
             targets.append(target if factor is None else target.times(factor))
-        together = _sum_of(targets, -1, ignore_diagonal)
-        for v, crop in enumerate(student[:, block]):
-            others = _sum_of(targets, v, ignore_diagonal) if v < T else together
+        for crops, others in _crops_and_targets(student[:, block], targets, ignore_diagonal):
             if others is None:
-                grad[v, block] = 0
+                grad[crops, block] = 0
                 continue
-            if factor is None:
-                others = others.times(grad_rows[v, block])
-            largest, total = stats[:, v, block]
-            z, _ = _scaled(crop, dtype, student_scale, largest)
-            share = z.exp2_().mul_((others.mass / total)[:, None])
+            g = grad_rows[crops, block, None]
+            largest, total = stats[:, crops, block]
+            z, _ = _scaled(student[crops, block], dtype, student_scale, largest)
+            share = z.exp2_().mul_((others.mass / total)[..., None])
             # The incoming scale is already inside: the one rounding to half is this write.
-            torch.sub(share, others.probs, out=grad[v, block])
+            if factor is None:
+                torch.mul(share.sub_(others.probs), g, out=grad[crops, block])
+            else:
+                torch.sub(share, others.probs, out=grad[crops, block])
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,8 @@ class Target:
     mass: Tensor
 
     def times(self, factor: Tensor) -> Target:
-        """Scaled by one factor, or one a row: [1] or [b]."""
-        return Target(self.probs * factor[:, None], self.mass * factor)
+        """Both times one factor []."""
+        return Target(self.probs * factor, self.mass * factor)
 
 
 def _given(probs: Tensor, dtype: torch.dtype) -> Target:
@@ -138,20 +136,40 @@ def _given(probs: Tensor, dtype: torch.dtype) -> Target:
     return Target(probs, probs.sum(dim=-1))
 
 
-def _sum_of(targets: Sequence[Target], crop: int, ignore_diagonal: bool) -> Target | None:
-    """The sum of all targets, but for the crop's own with ignore_diagonal; None of none."""
-    kept = [t for q, t in enumerate(targets) if not (ignore_diagonal and q == crop)]
-    if not kept:
+def _crops_and_targets(
+    student: Tensor, targets: Sequence[Target], ignore_diagonal: bool
+) -> Iterator[tuple[slice, Target | None]]:
+    """The student's crops [S, b, K], as many together as fit the caches, with what they match.
+
+    Crops that the teacher has too match the others alone with ignore_diagonal; None if there are
+    no others.
+    """
+    S, T = len(student), len(targets) if ignore_diagonal else 0
+    for v in range(min(S, T)):
+        yield slice(v, v + 1), _sum_of([t for q, t in enumerate(targets) if q != v])
+    step = S if student.device.type != "cpu" else max(1, _cached() // student[0].numel())
+    target = _sum_of(targets)
+    for v in range(T, S, step):
+        yield slice(v, min(v + step, S)), target
+
+
+def _sum_of(targets: Sequence[Target]) -> Target | None:
+    if not targets:
         return None
-    probs = sum((t.probs for t in kept[1:]), kept[0].probs)
-    return Target(probs, sum((t.mass for t in kept[1:]), kept[0].mass))
+    probs = sum((t.probs for t in targets[1:]), targets[0].probs)
+    return Target(probs, sum((t.mass for t in targets[1:]), targets[0].mass))
+
+
+def _cached() -> int:
+    """Elements of a temporary that the caches of all threads hold."""
+    return torch.get_num_threads() * _BLOCK_ELEMENTS
 
 
 def blocks_of_images(batch: int, prototypes: int, device: torch.device) -> Iterator[slice]:
     """Slices of the batch: on a CPU in pieces that fit its caches, elsewhere in one."""
     step = batch
     if device.type == "cpu":
-        step = torch.get_num_threads() * max(1, _BLOCK_ELEMENTS // prototypes)
+        step = max(torch.get_num_threads(), _cached() // prototypes)
     for start in range(0, batch, max(step, 1)):
         yield slice(start, min(start + step, batch))
 
@@ -165,7 +183,7 @@ def _log2_scale(temp: float | Tensor, device: torch.device) -> float | Tensor:
 def _scaled(
     logits: Tensor, dtype: torch.dtype, scale: float | Tensor, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(logits - largest) * scale as a new tensor of `dtype`, and the largest of each row [b].
+    """(logits - largest) * scale as a new tensor of `dtype`, and the largest of each row.
 
     In this order: scaled first, logits of 1e30 would leave a rounding error of 1e23 to exp2.
     """
@@ -173,4 +191,4 @@ def _scaled(
     if largest is None:
         largest = wide.amax(dim=-1)
     subtract = wide.sub if wide is logits else wide.sub_
-    return subtract(largest[:, None]).mul_(scale), largest
+    return subtract(largest[..., None]).mul_(scale), largest

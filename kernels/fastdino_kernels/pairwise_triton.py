@@ -266,7 +266,7 @@ def _finish_kernel(
             tl.store(loss, tl.sum(everything, 0) / pairs)
 
 
-@triton.jit(do_not_specialize=["batch", "group"])
+@triton.jit(do_not_specialize=["batch"])
 def _backward_kernel(
     grad_rows,
     student,
@@ -279,7 +279,6 @@ def _backward_kernel(
     scale,
     batch,
     prototypes,
-    group,
     grad_rows_stride_v,
     grad_rows_stride_b,
     student_stride_v,
@@ -297,57 +296,56 @@ def _backward_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of prototypes for `group` images; grid (chunks, groups), the last images first.
+    """One chunk of prototypes for one image; grid (chunks, rows, rows of rows), last image first.
 
     The forward pass read those last, so a part of them is still in the L2 cache. `grad` may be
     `student` itself: every element is read before it is written, by the same thread.
     """
+    b = batch - 1 - (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1))
+    if b < 0:
+        return
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = k < prototypes
     student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
     if CENTERED:
         teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
         c = _load(center + k, mask, EVEN)
-
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * group
-    for i in range(tl.minimum(group, batch - first)):
-        b = first + i
-        probs = ()
-        masses = ()
-        sums = stats + (S + T) * batch + b
-        base = teacher + b.to(tl.int64) * teacher_stride_b
+    probs = ()
+    masses = ()
+    sums = stats + (S + T) * batch + b
+    base = teacher + b.to(tl.int64) * teacher_stride_b
+    for q in tl.static_range(T):
+        p = _load(base + k, mask, EVEN)
+        mass = tl.load(sums + (S + q) * batch)
+        if CENTERED:
+            maximum = tl.load(stats + (S + q) * batch + b)
+            p = tl.exp2((p - c - maximum) * teacher_scale) * (1.0 / mass)
+            mass = 1.0
+        probs = probs + (p,)
+        masses = masses + (mass,)
+        base += teacher_stride_q
+    base = student + b.to(tl.int64) * student_stride_b
+    out = grad + b.to(tl.int64) * grad_stride_b
+    for v in tl.static_range(S):
+        target = tl.zeros([BLOCK], tl.float32)
+        target_mass = 0.0
         for q in tl.static_range(T):
-            p = _load(base + k, mask, EVEN)
-            mass = tl.load(sums + (S + q) * batch)
-            if CENTERED:
-                maximum = tl.load(stats + (S + q) * batch + b)
-                p = tl.exp2((p - c - maximum) * teacher_scale) * (1.0 / mass)
-                mass = 1.0
-            probs = probs + (p,)
-            masses = masses + (mass,)
-            base += teacher_stride_q
-        base = student + b.to(tl.int64) * student_stride_b
-        out = grad + b.to(tl.int64) * grad_stride_b
-        for v in tl.static_range(S):
-            target = tl.zeros([BLOCK], tl.float32)
-            target_mass = 0.0
-            for q in tl.static_range(T):
-                if not (IGNORE_DIAGONAL and q == v):
-                    target += probs[q]
-                    target_mass += masses[q]
-            z = _load(base + k, mask, EVEN) - tl.load(stats + v * batch + b)
-            share = target_mass / tl.load(sums + v * batch)
-            g = tl.load(grad_rows + v * grad_rows_stride_v + b * grad_rows_stride_b)
-            # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
-            g = g.to(tl.float32) * scale * (student_scale * LN_2)
-            value = g * (share * tl.exp2(z * student_scale) - target)
-            value = value.to(grad.dtype.element_ty)  # the one rounding: the scale is inside
-            if EVEN:
-                tl.store(out + k, value)
-            else:
-                tl.store(out + k, value, mask=mask)
-            base += student_stride_v
-            out += grad_stride_v
+            if not (IGNORE_DIAGONAL and q == v):
+                target += probs[q]
+                target_mass += masses[q]
+        z = _load(base + k, mask, EVEN) - tl.load(stats + v * batch + b)
+        share = target_mass / tl.load(sums + v * batch)
+        g = tl.load(grad_rows + v * grad_rows_stride_v + b * grad_rows_stride_b)
+        # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
+        g = g.to(tl.float32) * scale * (student_scale * LN_2)
+        value = g * (share * tl.exp2(z * student_scale) - target)
+        value = value.to(grad.dtype.element_ty)  # the one rounding: the scale is inside
+        if EVEN:
+            tl.store(out + k, value)
+        else:
+            tl.store(out + k, value, mask=mask)
+        base += student_stride_v
+        out += grad_stride_v
 
 
 def forward(
@@ -450,9 +448,9 @@ def backward(
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     (S, B, K), T = student.shape, teacher.shape[0]
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
-    group = _ceil_div(B, MAX_ROWS_OF_PROGRAMS)
+    rows = min(B, MAX_ROWS_OF_PROGRAMS)
     with device_guard(student):
-        _backward_kernel[_ceil_div(K, block), _ceil_div(B, group)](
+        _backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
             grad_rows,
             student,
             teacher,
@@ -464,7 +462,6 @@ def backward(
             scale,
             B,
             K,
-            group,
             grad_rows.stride(0),
             grad_rows.stride(1),
             student.stride(0),

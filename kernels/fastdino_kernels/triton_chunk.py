@@ -23,9 +23,6 @@ FP16 = tl.constexpr(pointer_table.FP16)
 
 PART = tl.constexpr(1024)
 
-# The interpreter truncates fp32 to bf16, where the hardware rounds to nearest, ties to even.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
 def find_chunk(rows, owners, CHUNK: tl.constexpr):
@@ -110,8 +107,6 @@ def _store(
 ):
     pointer = address.to(tl.pointer_type(DTYPE))
     offsets = tl.arange(0, CHUNK)
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        values = _nearest_bf16(values)
     rounded = values.to(DTYPE)
     if WHOLE:
         pointer = tl.multiple_of(pointer, 16)
@@ -119,11 +114,3 @@ def _store(
     else:
         tl.store(pointer + start + offsets, rounded, mask=offsets < left)
     return rounded.to(tl.float32)
-
-
-@triton.jit
-def _nearest_bf16(values):
-    """The nearest fp32 values whose lower 16 bits are 0, so that truncating them is exact."""
-    bits = values.to(tl.uint32, bitcast=True)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(values == values, nearest.to(tl.float32, bitcast=True), values)

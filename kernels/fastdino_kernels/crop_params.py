@@ -1,0 +1,154 @@
+"""What was drawn for the crops: the tensors that multi_crop and other executors follow.
+
+Legend: B images, N crops of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_BLUR_RADIUS = 100.0
+# The columns of CropParams.pack: 4 of the box, the flags, then where these begin.
+FLAGS, ORDER, FACTOR, BLUR, COLUMNS = 4, 5, 9, 13, 14
+FLIP, JITTER, GRAY, SOLARIZE = 1, 2, 4, 8
+
+
+class Crop(NamedTuple):
+    """One crop of one image as plain numbers; the fields are those of CropParams."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    jitter: bool
+    jitter_order: list[int]
+    jitter_factor: list[float]
+    gray: bool
+    blur_radius: float
+    solarize: bool
+
+
+@dataclass(frozen=True)
+class CropParams:
+    """Everything that was drawn for [B, N] crops, so that anyone can replay one with PIL.
+
+    top, left, height, width: int32, pixels of the decoded image.
+    flip, jitter, gray, solarize: bool; jitter: the four colour operations happen at all.
+    jitter_order: int32 [B, N, 4], a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
+    jitter_factor: fp32 [B, N, 4], in that same numbering; hue is from -.5 to .5.
+    blur_radius: fp32, from 0 (no blur) to 100.
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    jitter: Tensor
+    jitter_order: Tensor
+    jitter_factor: Tensor
+    gray: Tensor
+    blur_radius: Tensor
+    solarize: Tensor
+
+    def of_sample(self, b: int) -> list[Crop]:
+        """The N crops of sample b."""
+        columns = [getattr(self, field.name)[b].tolist() for field in fields(self)]
+        return [Crop(*row) for row in zip(*columns, strict=True)]
+
+    def pack(self) -> Tensor:
+        """All of it as one int32 tensor [B, N, 14], so that it travels in one copy.
+
+        Columns: top, left, height, width, flags (1 flip, 2 jitter, 4 gray, 8 solarize), 4 of
+        order, 4 of factor and the blur radius; fp32 values as their bits.
+        """
+        flags = (
+            FLIP * self.flip.to(torch.int32)
+            + JITTER * self.jitter.to(torch.int32)
+            + GRAY * self.gray.to(torch.int32)
+            + SOLARIZE * self.solarize.to(torch.int32)
+        )
+        box = torch.stack([self.top, self.left, self.height, self.width, flags], dim=-1)
+        floats = torch.cat([self.jitter_factor, self.blur_radius[..., None]], dim=-1)
+        return torch.cat([box, self.jitter_order, floats.view(torch.int32)], dim=-1)
+
+
+_DTYPES = {
+    **dict.fromkeys(("top", "left", "height", "width", "jitter_order"), torch.int32),
+    **dict.fromkeys(("jitter_factor", "blur_radius"), torch.float32),
+}
+
+
+def check_params(params: CropParams, images: Sequence[Tensor]) -> None:
+    """Raises TypeError or ValueError for params that cannot belong to these images.
+
+    Shapes, dtypes and devices only: nothing is read from a device.
+    """
+    if not isinstance(params, CropParams):
+        raise TypeError(f"params must be CropParams, got {type(params).__name__}")
+    if params.top.dim() != 2 or len(params.top) != len(images):
+        raise ValueError(
+            f"params must be of [B, N] crops with B = {len(images)} like the images, "
+            f"got top of shape {tuple(params.top.shape)}"
+        )
+    for field in fields(params):
+        value = getattr(params, field.name)
+        dtype = _DTYPES.get(field.name, torch.bool)
+        shape = tuple(params.top.shape) + ((4,) if field.name.startswith("jitter_") else ())
+        if value.dtype != dtype:
+            raise TypeError(f"params.{field.name} must be {dtype}, got {value.dtype}")
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"params.{field.name} must have shape {shape}, got {tuple(value.shape)}"
+            )
+        if value.device != params.top.device:
+            raise ValueError(
+                f"params must be on one device, got top on {params.top.device} "
+                f"and {field.name} on {value.device}"
+            )
+    device = params.top.device
+    if images and device.type != "cpu" and device != images[0].device:
+        raise ValueError(
+            f"params must be on {images[0].device} like the images, or on the CPU, got {device}"
+        )
+
+
+def check_values(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError for a crop of packed [B, N, 14], on the CPU, that cannot be made.
+
+    sizes: B pairs (height, width), pixels.
+    """
+    if packed.numel() == 0:
+        return
+    bounds = torch.tensor(sizes, dtype=torch.int32)[:, None]
+    start, extent = packed[..., 0:2], packed[..., 2:4]
+    inside = (start >= 0) & (extent >= 1) & (extent <= bounds) & (start <= bounds - extent)
+    expected = "a box (top, left, height, width) must lie inside its image"
+    places = [f", {height} x {width}" for height, width in sizes]
+    _raise_at(~inside.all(-1), packed[..., :4], expected, places)
+    order = packed[..., ORDER:FACTOR]
+    wrong = (order.sort(dim=-1).values != torch.arange(4, dtype=torch.int32)).any(-1)
+    _raise_at(wrong, order, "jitter_order must be a permutation of 0, 1, 2, 3")
+    factor = packed[..., FACTOR:BLUR].contiguous().view(torch.float32)
+    jitter = (packed[..., FLAGS] & JITTER) != 0
+    wrong = ~(factor.isfinite().all(-1) & (factor[..., 3].abs() <= 0.5)) & jitter
+    _raise_at(wrong, factor, "jitter_factor must be finite, and the hue's from -0.5 to 0.5")
+    radius = packed[..., BLUR].contiguous().view(torch.float32)
+    wrong = ~((radius >= 0) & (radius <= MAX_BLUR_RADIUS))
+    _raise_at(wrong, radius, f"blur_radius must be from 0 to {MAX_BLUR_RADIUS:g}")
+
+
+def _raise_at(
+    wrong: Tensor, values: Tensor, expected: str, places: Sequence[str] | None = None
+) -> None:
+    if not wrong.any():
+        return
+    b, n = wrong.nonzero()[0].tolist()
+    place = places[b] if places else ""
+    raise ValueError(f"{expected}, got {values[b, n].tolist()} for crop {n} of images[{b}]{place}")

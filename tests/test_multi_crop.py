@@ -1,0 +1,267 @@
+"""fastdino_kernels.multi_crop against Pillow and torchvision: equal to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from fastdino_kernels import CropParams, multi_crop, multi_crop_torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from fastdino.data import draw_crops
+from fastdino.data.pil import MEAN, STD
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["torch", "triton"]
+PLAIN = {"flip": False, "jitter": False, "gray": False, "blur_radius": 0, "solarize": False}
+STAGES = {
+    "resize": {},
+    "flip": {"flip": True},
+    "jitter": {"jitter": True},
+    "gray": {"gray": True},
+    "blur": {"blur_radius": 1.3},
+    "solarize": {"solarize": True},
+}
+
+
+def crops(images, params, size, **options):
+    return multi_crop(
+        [image.to(DEVICE) for image in images], params, size=size, mean=MEAN, std=STD, **options
+    ).cpu()
+
+
+def assert_equal(ours, theirs):
+    assert ours.shape == theirs.shape
+    wrong = (ours != theirs).flatten(2).any(-1).nonzero().tolist()
+    assert not wrong, f"crops that differ, as [image, crop]: {wrong}"
+
+
+def affordable(images, impl):
+    """A few small ones for the interpreter, which takes a second or so for a large box."""
+    return [images[i] for i in (5, 9)] if impl == "triton" and DEVICE == "cpu" else images
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_alone_is_pillows(stage, impl, ragged_images, draw_any_crops, crops_by_pil):
+    images = affordable(ragged_images, impl)
+    params = draw_any_crops(images, 2, **(PLAIN | STAGES[stage]))
+    assert_equal(crops(images, params, 17, impl=impl), crops_by_pil(images, params, 17))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("n", "size"), [(20, 24), (10, 1), (10, 2), (10, 35)])
+def test_whole_crops_are_pillows(n, size, impl, ragged_images, draw_any_crops, crops_by_pil):
+    images = affordable(ragged_images, impl)
+    params = draw_any_crops(images, n if images is ragged_images else 2, seed=size)
+    assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_image_gives_a_whole_crop(impl, ragged_images, draw_any_crops, crops_by_pil):
+    params = draw_any_crops(ragged_images, 1, seed=7)
+    ours = crops(ragged_images, params, 48, impl=impl)
+    assert_equal(ours, crops_by_pil(ragged_images, params, 48))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("kind", "size"), [(0, 224), (1, 96)])
+def test_the_papers_crops_at_their_size(kind, size, impl, ragged_images, tiny, crops_by_pil):
+    images = ragged_images[:1]
+    config = tiny(local_crops_number=2)
+    params = draw_crops(config, 0, [3], [image.shape[:2] for image in images])[kind]
+    params = dataclasses.replace(params, jitter=torch.ones_like(params.jitter))
+    assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_order_of_the_jitter(impl, ragged_images, draw_any_crops, crops_by_pil):
+    orders = torch.cartesian_prod(*[torch.arange(4, dtype=torch.int32)] * 4)
+    orders = orders[(orders.sort(-1).values == torch.arange(4)).all(-1)]
+    if impl == "triton" and DEVICE == "cpu":
+        orders = orders[::3]
+    images = ragged_images[3:4]
+    box = {"top": 3, "left": 5, "height": 8, "width": 9}
+    params = draw_any_crops(images, len(orders), **(PLAIN | {"jitter": True} | box))
+    params = dataclasses.replace(params, jitter_order=orders[None])
+    assert_equal(crops(images, params, 8, impl=impl), crops_by_pil(images, params, 8))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0, 0, 1, 100), (0, 7, 75, 1), (10, 20, 16, 16)])
+def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
+    images = ragged_images[:1]
+    fixed = dict(zip(("top", "left", "height", "width"), box, strict=True))
+    params = draw_any_crops(images, 2, **fixed)
+    assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_factors_at_their_ends(impl, ragged_images, draw_any_crops, crops_by_pil):
+    ends = torch.tensor([[0, 0, 0, -0.5], [1, 1, 1, 0], [2, 3, 5, 0.5], [0.5, 0.5, 0.5, -1e-3]])
+    images = ragged_images[:1]
+    params = draw_any_crops(images, 4, **(PLAIN | {"jitter": True}))
+    params = dataclasses.replace(params, jitter_factor=ends[None])
+    assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_images_are_read_right(impl, ragged_images, draw_any_crops):
+    image = ragged_images[-1]
+    params = draw_any_crops([image], 2)
+    expected = crops([image], params, 8, impl=impl)
+    turned = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert_equal(crops([turned], params, 8, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fp32_rounded_once(dtype, impl, ragged_images, draw_any_crops):
+    images = ragged_images[3:4]
+    params = draw_any_crops(images, 2)
+    exact = crops(images, params, 8, impl=impl)
+    assert_equal(crops(images, params, 8, impl=impl, dtype=dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("b", "n"), [(0, 3), (2, 0)])
+def test_no_crops(b, n, impl, ragged_images, draw_any_crops):
+    images = ragged_images[:b]
+    assert crops(images, draw_any_crops(images, n), 8, impl=impl).shape == (b, n, 3, 8, 8)
+
+
+def test_resize_and_blur_of_hundreds_of_shapes_and_radii():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(1, 150, 2)
+        size, radius = int(rng.integers(1, 60)), float(np.float32(rng.uniform(0, 9)))
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = F.resize(Image.fromarray(pixels), [size, size], InterpolationMode.BICUBIC)
+        ours = multi_crop_torch.resize(torch.from_numpy(pixels.astype(np.int32)), size)
+        assert np.array_equal(ours.numpy(), np.asarray(image))
+        blurred = multi_crop_torch.gaussian_blur(ours, radius)
+        assert np.array_equal(blurred.numpy(), image.filter(ImageFilter.GaussianBlur(radius)))
+
+
+def all_colours(step):
+    """uint8 [n, 4096, 3]: every colour but for those between steps."""
+    levels = torch.arange(0, 256, step, dtype=torch.uint8)
+    colours = torch.cartesian_prod(levels, levels, levels)
+    padded = torch.zeros(-(-len(colours) // 4096) * 4096, 3, dtype=torch.uint8)
+    padded[: len(colours)] = colours
+    return padded.view(-1, 4096, 3)
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_hsv_of_every_colour_is_pillows_both_ways(step):
+    for rows in all_colours(step).split(256):
+        pixels, array = rows.int(), rows.numpy()
+        hsv = np.asarray(Image.fromarray(array).convert("HSV"))
+        assert np.array_equal(multi_crop_torch.rgb_to_hsv(pixels).numpy(), hsv)
+        back = Image.frombytes("HSV", (4096, len(rows)), array.tobytes()).convert("RGB")
+        assert np.array_equal(multi_crop_torch.hsv_to_rgb(pixels).numpy(), np.asarray(back))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_hue_of_every_colour_is_pillows(step, impl, draw_any_crops, crops_by_pil):
+    colours = all_colours(step).flatten(0, 1)
+    side = math.isqrt(len(colours))
+    image = colours[: side * side].view(side, side, 3)
+    box = {"top": 0, "left": 0, "height": side, "width": side}
+    params = draw_any_crops([image], 1, **(PLAIN | {"jitter": True} | box))
+    turned = torch.tensor([[[1.0, 1.0, 1.0, 0.0713]]])
+    params = dataclasses.replace(params, jitter_factor=turned)
+    ours = crops([image], params, side, impl=impl)
+    assert_equal(ours, crops_by_pil([image], params, side))
+
+
+def test_torch_compile_takes_it_whole(ragged_images, draw_any_crops):
+    images = ragged_images[:2]
+    params = draw_any_crops(images, 2)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(images, params):
+        return 2 * multi_crop(images, params, size=8, mean=MEAN, std=STD, impl="torch")
+
+    assert torch.equal(compiled(images, params), 2 * crops(images, params, 8, impl="torch"))
+
+
+def test_the_operator_is_registered_right(ragged_images, draw_any_crops):
+    op = torch.ops.fastdino_kernels.multi_crop.default
+    packed = draw_any_crops(ragged_images[:2], 2).pack()
+    arguments = (ragged_images[:2], packed, 8, MEAN, STD, torch.bfloat16, "torch")
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top": -1}, r"must lie inside its image, got \[-1, .* for crop 0 of images\[0\], 9 x 12"),
+        ({"height": 0}, "must lie inside its image"),
+        ({"top": 2**31 - 1}, "must lie inside its image"),
+        ({"width": 13}, "must lie inside its image"),
+        ({"jitter_order": 1}, r"permutation of 0, 1, 2, 3, got \[1, 1, 1, 1\]"),
+        ({"jitter_factor": 0.6, "jitter": True}, "the hue's from -0.5 to 0.5"),
+        ({"jitter_factor": float("nan"), "jitter": True}, "must be finite"),
+        ({"blur_radius": -1.0}, "from 0 to 100, got -1.0"),
+        ({"blur_radius": float("nan")}, "from 0 to 100, got nan"),
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_that_cannot_be_made_are_told(impl, changes, message, ragged_images, draw_any_crops):
+    images = ragged_images[-1:]
+    params = draw_any_crops(images, 1, **changes)
+    with pytest.raises(ValueError, match=message):
+        crops(images, params, 8, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"size": 0}, ValueError, "size must be from 1 to 4096, got 0"),
+        ({"size": 8.0}, TypeError, "size must be an int, got float"),
+        ({"mean": (0.5,)}, ValueError, "3 numbers each, got 1 and 3"),
+        ({"std": (1, 0, 1)}, ValueError, "std > 0"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be one of"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+        ({"images": [torch.zeros(4, 4, 3)]}, TypeError, r"must be torch.uint8, got torch.float32"),
+        ({"images": [np.zeros((4, 4, 3))]}, TypeError, r"must be a torch.Tensor, got ndarray"),
+        (
+            {"images": [torch.zeros(3, 4, 4, dtype=torch.uint8)]},
+            ValueError,
+            r"images\[0\] must be \[H, W, 3\] with H, W >= 1, got shape \(3, 4, 4\)",
+        ),
+        ({"images": []}, ValueError, r"with B = 0 like the images, got top of shape \(1, 2\)"),
+        ({"params": None}, TypeError, "params must be CropParams, got NoneType"),
+    ],
+)
+def test_bad_arguments_are_told(changes, error, message, ragged_images, draw_any_crops):
+    arguments = {
+        "images": ragged_images[:1],
+        "params": draw_any_crops(ragged_images[:1], 2),
+        "size": 8,
+        "mean": MEAN,
+        "std": STD,
+    }
+    arguments |= changes
+    with pytest.raises(error, match=message):
+        multi_crop(arguments.pop("images"), arguments.pop("params"), **arguments)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CropParams)])
+def test_wrong_fields_of_params_are_named(field, ragged_images, draw_any_crops):
+    params = draw_any_crops(ragged_images[:1], 2)
+    value = getattr(params, field)
+    if field != "top":
+        short = dataclasses.replace(params, **{field: value[:, :1]})
+        with pytest.raises(ValueError, match=rf"params.{field} must have shape .* got \(1, 1"):
+            crops(ragged_images[:1], short, 8)
+    wide = dataclasses.replace(params, **{field: value.double()})
+    with pytest.raises(TypeError, match=f"params.{field} must be torch.*, got torch.float64"):
+        crops(ragged_images[:1], wide, 8)
