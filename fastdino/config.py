@@ -81,7 +81,10 @@ class TrainConfig:
 
     # Run
     data_path: str = _flag(
-        "/path/to/imagenet/train/", "Folder of images, one folder a class or flat."
+        "/path/to/imagenet/train/",
+        "Images: a folder (one folder a class, or flat), a folder of .tar files (class tars, "
+        "webdataset shards), a .tar, a pattern such as 'train-{000..146}.tar', or a text file with "
+        "a path a line.",
     )
     output_dir: str = _flag(".", "Where checkpoints and logs go; a run found there is resumed.")
     saveckp_freq: int = _flag(20, "Keep a checkpoint of its own every so many epochs; 0: never.")
@@ -112,6 +115,17 @@ class TrainConfig:
         "auto",
         "Who makes the crops: dali (fast, near PIL) or torchvision (the paper's PIL chain, exact).",
         choices=("auto", "dali", "torchvision"),
+    )
+    exif_orientation: bool = _flag(
+        False,
+        "Turn images as their EXIF orientation says, which the paper's loader does not.",
+    )
+    last_batch: str = _flag(
+        "paper",
+        "An epoch's last, incomplete batch: dropped after repeating images until the processes "
+        "divide them (paper), dropped with no image repeated (drop), filled with images of the "
+        "epoch's beginning (pad).",
+        choices=("paper", "drop", "pad"),
     )
     max_bad_share: float = _flag(0.05, "Share of unreadable images above which the run stops.")
     on_nonfinite: str = _flag(

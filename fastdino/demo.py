@@ -19,7 +19,6 @@ from PIL import Image
 from fastdino import cli
 from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
-from fastdino.data.sources import read_rgb
 from fastdino.evals.attention import attention_maps, draw_attention
 from fastdino.evals.knn import eval_transform
 from fastdino.models.vit import VisionTransformer
@@ -93,8 +92,7 @@ def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
     source = scan_images(str(folder))
     firsts = [source.labels.tolist().index(label) for label in range(0, len(source.classes), 2)]
     pictures = [
-        read_rgb(source.paths[i]).resize((ATTENTION_SIZE,) * 2, Image.Resampling.BICUBIC)
-        for i in firsts
+        source.read_rgb(i).resize((ATTENTION_SIZE,) * 2, Image.Resampling.BICUBIC) for i in firsts
     ]
     transform = eval_transform(ATTENTION_SIZE, ATTENTION_SIZE)
     maps = attention_maps(backbone, torch.stack([transform(picture) for picture in pictures]))

@@ -74,7 +74,11 @@ class Run:
         # One verdict for all processes: they must agree on which images there are.
         source = distributed.from_main(
             lambda: scan_images(
-                config.data_path, max_bad_share=config.max_bad_share, workers=config.num_workers
+                config.data_path,
+                max_bad_share=config.max_bad_share,
+                workers=config.num_workers,
+                exif=config.exif_orientation,
+                cache=self.output_dir / "images.npz",
             )
         )
         # Weights are seeded by the Trainer, crops by the loader; this is for stochastic depth.
@@ -110,6 +114,8 @@ class Run:
 
     def _run(self) -> Status:
         self.progress.say(self.headline())
+        for note in self.loader.source.notes:
+            self.progress.say(note)
         self._name_skipped(self.loader.source.skipped)
         if not self._synchronises_batch_norm():
             self.progress.warn(
@@ -139,7 +145,7 @@ class Run:
         parts = [
             f"fastdino {fastdino.__version__}: {config.arch} on {where}",
             f"{distributed.world_size()} process(es)",
-            f"{len(source.paths)} images ({len(source.skipped)} skipped)",
+            f"{len(source)} images ({len(source.skipped)} skipped), {source.kind}",
             f"{trainer.steps_per_epoch} steps an epoch",
             f"attention: {trainer.attention.name} ({trainer.attention.reason})",
             f"kernels: {self.kernels}",
@@ -249,6 +255,7 @@ class Run:
             "args": self.config.to_dict(),
             "progress": self.progress.state_dict(),
             "left_out": self.left_out,
+            "images": self._images(),
         }
         self.progress.flush()
         distributed.from_main(lambda: checkpoint.save(state, self.checkpoint_path, also=also))
@@ -276,6 +283,7 @@ class Run:
                 f"cannot resume {self.checkpoint_path}: {error}; or name another --output_dir"
             ) from error
         self._compare_settings(state.get("args"))
+        self._compare_images(state.get("images"))
         self.left_out = list(state.get("left_out", []))
         self.progress.restart(self.trainer.iteration, state.get("progress"))
 
@@ -290,6 +298,24 @@ class Run:
         ]
         if changed:
             self.progress.warn(f"resuming with other settings: {', '.join(changed)}")
+
+    def _images(self) -> dict[str, Any]:
+        """What tells this run's images from others in a checkpoint."""
+        source = self.loader.source
+        return {"number": len(source), "fingerprint": source.fingerprint}
+
+    def _compare_images(self, saved: Any) -> None:
+        """Says so where the images are not those that the checkpoint's run had."""
+        now = self._images()
+        if not isinstance(saved, dict) or saved == now:
+            return
+        step = self.trainer.iteration % self.trainer.steps_per_epoch
+        rest = "the rest of this epoch is not the rest of the one begun, and " if step else ""
+        self.progress.warn(
+            f"resuming with other images: {now['number']} with fingerprint {now['fingerprint']} "
+            f"(was {saved['number']} with {saved['fingerprint']}: other names, sizes or broken "
+            f"ones): {rest}order and crops are not those that the run would have had"
+        )
 
     def _synchronises_batch_norm(self) -> bool:
         alone = distributed.world_size() == 1 or self.trainer.device.type == "cuda"

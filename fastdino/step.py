@@ -293,7 +293,8 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint's run had {steps} steps an epoch, this one has "
                 f"{self.steps_per_epoch}: resume with the same images and the same global batch "
-                "(--batch_size_per_gpu * --grad_accum * processes)"
+                "(--batch_size_per_gpu * --grad_accum * processes); with another number of "
+                "processes, --last_batch drop or pad can be what gives as many"
             )
         networks = {name: strip_prefix(state[name], "module.") for name in ("student", "teacher")}
         networks["dino_loss"] = state["dino_loss"]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +117,39 @@ def pictures(tmp_path_factory) -> Path:
         pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
     return root
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """Encodes a small picture of noise."""
+
+    def encode(
+        seed: int = 0, size: tuple[int, int] = (20, 10), form: str = "JPEG", **options: Any
+    ) -> bytes:
+        noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, form, **options)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def make_tar() -> Callable[..., Path]:
+    """Writes a tar of named members: bytes, or a TarInfo of something without."""
+
+    def make(path: Path, members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, mode) as tar:
+            for name, content in members.items():
+                info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo()
+                info.name = name
+                if isinstance(content, bytes):
+                    info.size = len(content)
+                tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+        return path
+
+    return make
 
 
 @pytest.fixture

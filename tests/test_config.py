@@ -62,6 +62,7 @@ def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"last_batch": "keep"}, "--last_batch must be one of paper, drop, pad, got 'keep'"),
         ({"optimizer": "adam"}, "--optimizer must be one of adamw, sgd, lars, got 'adam'"),
         ({"epochs": 0}, "--epochs must be a finite number of at least 1, got 0"),
         ({"epochs": 2.5}, "--epochs must be int, got 2.5"),

@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fastdino.data import loader as loader_module
 from fastdino.data import pil
 from fastdino.data.crops import draw_crops
 from fastdino.data.loader import build_loader
-from fastdino.data.sources import scan_images
+from fastdino.data.sources import ImageSource, scan_images
 from fastdino.errors import ConfigError, DataError
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -49,6 +50,7 @@ def make_config(**changes):
         "local_crops_size": 24,
         "crops": "torchvision",
         "max_bad_share": 0.3,
+        "last_batch": "paper",
     }
     return types.SimpleNamespace(**(values | changes))
 
@@ -172,8 +174,8 @@ def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_each_image_is_decoded_once(photos, build, monkeypatch):
     decoded = []
-    real = pil.read_rgb
-    monkeypatch.setattr(pil, "read_rgb", lambda path: decoded.append(path) or real(path))
+    real = ImageSource.read_rgb
+    monkeypatch.setattr(ImageSource, "read_rgb", lambda self, i: decoded.append(i) or real(self, i))
     assert len(list(build(photos).epoch(0))) == 4
     assert len(decoded) == len(set(decoded)) == 16
 
@@ -268,6 +270,87 @@ def test_the_processes_split_the_samples(photos, build, crops):
     for n in range(4):
         merged = torch.stack([half[n] for half in halves], dim=1).flatten(0, 1)
         assert torch.equal(merged, whole[n]), "same crops whatever the world size, each sample once"
+
+
+@pytest.mark.parametrize("last_batch", ["paper", "drop", "pad"])
+def test_an_epoch_is_taken_up_by_another_number_of_processes(photos, build, last_batch):
+    settings = {"last_batch": last_batch, "local_crops_number": 0}
+    whole = list(build(photos, batch_size_per_gpu=12, **settings).epoch(1))
+    assert len(whole) == (2 if last_batch == "pad" else 1)
+    for world in (2, 3):
+        parts = [
+            build(photos, rank, world, batch_size_per_gpu=12 // world, **settings)
+            for rank in range(world)
+        ]
+        for start in range(len(whole)):
+            rests = [list(part.epoch(1, start)) for part in parts]
+            for step, expected in enumerate(whole[start:]):
+                for n in range(2):
+                    merged = torch.stack([rest[step][n] for rest in rests], dim=1).flatten(0, 1)
+                    assert torch.equal(merged, expected[n])
+
+
+@both_loaders
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_images_in_tars_give_the_crops_of_those_in_folders(
+    photos, build, crops, tmp_path, make_tar
+):
+    root = Path(photos.paths[0]).parents[1]
+    for folder in sorted(root.iterdir()):
+        members = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        make_tar(tmp_path / f"{folder.name}.tar", members)
+    expected = list(build(photos, crops=crops).epoch(1))
+    for workers in (0, 2):
+        loader = build(scan_images(tmp_path), crops=crops, num_workers=workers)
+        assert_same(loader.epoch(1), expected)
+        assert_same(loader.epoch(1, 2), expected[2:])
+    # One that breaks after the scan gives way here too.
+    tar = tmp_path / "class1.tar"
+    source = scan_images(tmp_path)
+    offset, length = source.in_tars.parts[8].tolist()
+    data = bytearray(tar.read_bytes())
+    data[offset : offset + length] = bytes(length)
+    tar.write_bytes(data)
+    loader = build(source, crops=crops, batch_size_per_gpu=18)
+    assert len(list(loader.epoch(0))) == 1
+    assert list(loader.skipped) == [source.paths[8]] == [str(tar / "07.jpg")]
+
+
+@both_loaders
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("PNG", "LA")],
+    ids="-".join,
+)
+def test_orientation_is_applied_by_every_loader_where_it_is_asked_for(
+    tmp_path, build, monkeypatch, crops, form, mode
+):
+    undrawn(monkeypatch)
+    image = photo(3).convert(mode)
+    for value in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        suffix = form.lower()
+        quality = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(form, {})
+        image.save(tmp_path / f"{value}.{suffix}", form, exif=exif, **quality)
+        # The same pixels, turned before: what a loader should see. PNG, as JPEG would lose twice.
+        with Image.open(tmp_path / f"{value}.{suffix}") as stored:
+            turned = ImageOps.exif_transpose(stored.convert("RGB"))
+        (tmp_path / "turned").mkdir(exist_ok=True)
+        turned.save(tmp_path / "turned" / f"{value}.png")
+    shutil.move(tmp_path / "turned", tmp_path.parent / f"{tmp_path.name}-turned")
+    expected_source = scan_images(tmp_path.parent / f"{tmp_path.name}-turned")
+    source = scan_images(tmp_path, exif=True)
+    assert source.sizes.tolist() == expected_source.sizes.tolist()
+    options = {"batch_size_per_gpu": 8}
+    (expected,) = build(expected_source, **options).epoch(0)
+    (ours,) = build(source, crops=crops, **options).epoch(0)
+    (stored,) = build(scan_images(tmp_path), crops=crops, **options).epoch(0)
+    order = build(source, **options)._plan.batches(0, 0)[0]
+    for b, index in enumerate(order):
+        assert levels(ours[0][b], expected[0][b]) < 0.5, source.paths[index]
+        if form != "TIFF" and index > 0:  # Pillow turns TIFF in any case.
+            assert levels(stored[0][b], expected[0][b]) > 5, source.paths[index]
 
 
 @both_loaders

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
     assert train(config(saveckp_freq=2)) == "finished"
     run = tmp_path / "run"
     assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
-            "tensorboard", ".lock"} == set(os.listdir(run))  # fmt: skip
+            "tensorboard", ".lock", "images.npz"} == set(os.listdir(run))  # fmt: skip
     state = weights_of(run)
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
     assert state["epoch"] == 3
@@ -409,3 +410,38 @@ def test_broken_images_are_skipped_counted_and_named(config, tmp_path, pictures,
     assert line["skipped_images"] == 1
     with pytest.raises(DataError, match="max_bad_share"):
         train(config(**settings, max_bad_share=0.01, output_dir=str(tmp_path / "other")))
+
+
+def test_resuming_with_other_images_is_said(config, tmp_path, pictures, capsys, interrupt):
+    images = tmp_path / "images"
+    shutil.copytree(pictures, images)
+    interrupt(1)
+    assert train(config(data_path=str(images))) == "interrupted"
+    state = weights_of(tmp_path / "run")
+    assert state["images"]["number"] == 18
+    images.rename(tmp_path / "moved")
+    assert train(config(data_path=str(tmp_path / "moved"), epochs=1)) == "finished"
+    assert "other images" not in capsys.readouterr().err
+    (tmp_path / "moved" / "class0" / "00.jpg").rename(tmp_path / "moved" / "class0" / "aa.jpg")
+    assert train(config(data_path=str(tmp_path / "moved"), epochs=2)) == "finished"
+    captured = capsys.readouterr()
+    assert "resuming with other images: 18 with fingerprint" in captured.err
+    assert f"(was 18 with {state['images']['fingerprint']}" in captured.err
+    assert "1 of 18 are new or changed and were looked at" in captured.out
+
+
+def test_a_run_on_shards_is_the_run_on_the_folder(config, tmp_path, pictures, make_tar, interrupt):
+    files = sorted(pictures.rglob("*.jpg"))
+    for n, part in enumerate((files[:7], files[7:])):
+        make_tar(tmp_path / "shards" / f"s-{n}.tar", {p.name: p.read_bytes() for p in part})
+    shards = config(data_path=str(tmp_path / "shards" / "s-{0..1}.tar"), epochs=2)
+    interrupt(STEPS + 1)
+    assert train(shards) == "interrupted"
+    assert train(shards) == "finished"
+    assert train(config(output_dir=str(tmp_path / "folder"), epochs=2)) == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "folder")
+
+
+def test_a_padded_epoch_takes_up_every_image(config, tmp_path, capsys):
+    assert train(config(epochs=1, last_batch="pad")) == "finished"
+    assert "5 steps an epoch" in capsys.readouterr().out

@@ -1,19 +1,18 @@
-"""fastdino.data.sources: the scan of a folder, and the order of an epoch."""
+"""fastdino.data.sources: which images there are in folders, lists and tars, and their bytes."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DistributedSampler
 from torchvision.datasets import ImageFolder
 
-from fastdino.data import sources
-from fastdino.data.sources import BadFiles, EpochPlan, epoch_order, scan_images, steps_per_epoch
+from fastdino.data import reading, scan
+from fastdino.data.sources import scan_images
 from fastdino.errors import DataError
 
 
@@ -47,7 +46,7 @@ def test_scan_finds_what_imagefolder_finds_in_its_order(folder):
 def test_sorted_folders_below_a_class_as_imagefolder_sorts_them(tmp_path):
     for name in ("k/b/1.png", "k/a/1.png", "k/a-/1.png", "k/0.png", "k/a/c/1.png"):
         write(tmp_path / name)
-    assert scan_images(tmp_path).paths == [path for path, _ in ImageFolder(tmp_path).samples]
+    assert list(scan_images(tmp_path).paths) == [path for path, _ in ImageFolder(tmp_path).samples]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -146,7 +145,7 @@ def test_a_file_without_permission_is_skipped(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return real_open(path, *args, **kwargs)
 
-    monkeypatch.setattr(sources, "open", no_permission, raising=False)
+    monkeypatch.setattr(reading, "open", no_permission, raising=False)
     source = scan_images(folder, max_bad_share=0.5)
     assert source.skipped == {locked: "cannot be read: Permission denied"}
 
@@ -218,10 +217,6 @@ def test_no_good_image_is_an_error_whatever_share_is_allowed(tmp_path):
 def test_folders_without_images_are_errors_that_say_why(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="there is no folder"):
         scan_images(tmp_path / "missing")
-    file = tmp_path / "file.txt"
-    file.write_text("")
-    with pytest.raises(DataError, match="is a file"):
-        scan_images(file)
     with pytest.raises(DataError, match=r"no images in .*\.jpg, \.jpeg, \.png"):
         scan_images(tmp_path)
 
@@ -234,74 +229,11 @@ def test_folders_without_images_are_errors_that_say_why(tmp_path, monkeypatch):
 
 
 def test_the_number_of_threads_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_FILES_A_TASK", 2)
+    monkeypatch.setattr(scan, "_A_TASK", 2)
     one, many = scan_images(folder, workers=1), scan_images(folder, workers=4)
-    assert one.paths == many.paths
+    assert list(one.paths) == list(many.paths)
     assert one.sizes.tolist() == many.sizes.tolist()
-    assert pickle.loads(pickle.dumps(one)).paths == one.paths
-
-
-@pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 4), (3, 8), (64, 2), (1001, 3), (5, 16)])
-def test_order_is_distributed_samplers(n, world):
-    for epoch in (0, 7):
-        for rank in range(world):
-            theirs = DistributedSampler(range(n), world, rank, shuffle=True, seed=3)
-            theirs.set_epoch(epoch)
-            ours = epoch_order(n, seed=3, epoch=epoch, rank=rank, world_size=world)
-            assert ours.dtype == np.int64
-            assert ours.tolist() == list(theirs)
-
-
-def test_the_ranks_cover_every_sample_once():
-    parts = [epoch_order(24, seed=0, epoch=1, rank=rank, world_size=4) for rank in range(4)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(24))
-
-
-def test_order_leaves_the_global_generator_alone():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    epoch_order(10, seed=0, epoch=0, rank=0, world_size=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_incomplete_batches_are_dropped():
-    assert steps_per_epoch(100, 32, 1) == 3
-    assert steps_per_epoch(100, 25, 4) == 1
-    assert steps_per_epoch(101, 13, 4) == 2
-
-
-def test_fewer_images_than_a_batch_is_an_error_that_counts_and_helps():
-    with pytest.raises(DataError, match=r"20 images .* 64.*--batch_size_per_gpu.* 20"):
-        steps_per_epoch(20, 64, 1)
-    with pytest.raises(DataError, match=r"100 images give 25 .*each of 4 processes.* 64"):
-        steps_per_epoch(100, 64, 4)
-
-
-def test_a_plan_started_later_goes_on_with_the_same_batches():
-    plan = EpochPlan(n=23, batch=4, seed=0, rank=0, world_size=2)
-    assert plan.steps == 3
-    assert plan.batches(5, 1) == plan.batches(5, 0)[1:]
-    assert plan.batches(5, 3) == []
-    assert plan.batches(5, 0) != plan.batches(6, 0)
-    with pytest.raises(ValueError, match="start_step must be from 0 to 3, got 4"):
-        plan.batches(5, 4)
-
-
-def test_bad_files_give_way_to_the_next_good_one():
-    bad = BadFiles(5, max_bad_share=0.5)
-    bad.add(3, "d", "is broken")
-    bad.add(4, "e", "is broken")
-    assert [bad.good(i) for i in range(5)] == [0, 1, 2, 0, 0]
-    assert bad.skipped == {"d": "is broken", "e": "is broken"}
-    with pytest.raises(DataError, match="3 of 5"):
-        bad.add(0, "a", "is broken")
-
-
-def test_what_the_scan_found_broken_counts_in_the_run():
-    bad = BadFiles(8, max_bad_share=0.3, broken=2)
-    bad.add(0, "a", "is broken")
-    with pytest.raises(DataError, match="4 of 10"):
-        bad.add(1, "b", "is broken")
+    assert list(pickle.loads(pickle.dumps(one)).paths) == list(one.paths)
 
 
 def test_no_memory_is_not_a_broken_file(folder, monkeypatch):
@@ -313,9 +245,129 @@ def test_no_memory_is_not_a_broken_file(folder, monkeypatch):
         scan_images(folder, max_bad_share=1.0)
 
 
-def test_when_all_are_bad_nothing_is_looked_for_forever():
-    bad = BadFiles(2, max_bad_share=1.0)
-    bad.add(0, "a", "is broken")
-    bad.add(1, "b", "is broken")
-    with pytest.raises(DataError, match="none of the 2"):
-        bad.good(0)
+def as_tars(folder, target, make_tar):
+    """The images of class folders as class tars, and all in one tar."""
+    members = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    for name in {name.split("/")[0] for name in members}:
+        own = {n.partition("/")[2]: data for n, data in members.items() if n.startswith(f"{name}/")}
+        make_tar(target / "classes" / f"{name}.tar", own)
+    make_tar(target / "all.tar", {f"train/{name}": data for name, data in members.items()})
+    return target / "classes", target / "all.tar"
+
+
+def test_the_same_images_in_tars_and_a_list_are_read_the_same(folder, tmp_path_factory, make_tar):
+    target = tmp_path_factory.mktemp("tars")
+    expected = scan_images(folder)
+    (target / "list.txt").write_text(
+        "".join(
+            f"{os.path.relpath(path, target)} {expected.classes[label]}\n"
+            for path, label in zip(expected.paths, expected.labels, strict=True)
+        )
+    )
+    others = [scan_images(one) for one in (*as_tars(folder, target, make_tar), target / "list.txt")]
+    order = sorted(range(5), key=lambda i: expected.read_bytes(i))
+    for source in others:
+        source = pickle.loads(pickle.dumps(source))
+        ours = sorted(range(5), key=lambda i, source=source: source.read_bytes(i))
+        assert source.classes == ["a", "b", "c"]
+        assert source.skipped == {}
+        for i, j in zip(ours, order, strict=True):
+            assert source.read_bytes(i) == expected.read_bytes(j)
+            assert np.array_equal(source.read_rgb(i), expected.read_rgb(j))
+            assert source.labels[i] == expected.labels[j]
+            assert source.sizes[i].tolist() == expected.sizes[j].tolist()
+    assert others[0].paths[0] == str(target / "classes" / "a.tar" / "deep" / "er" / "1.webp")
+    assert [source.kind for source in others] == [
+        "class tars: 3 tar(s)", "class tars: 1 tar(s)", "a list",
+    ]  # fmt: skip
+
+
+def test_shards_have_the_labels_of_their_members_or_none(tmp_path, make_tar, picture):
+    for n in range(2):
+        members = {f"{i}.jpg": picture(10 * n + i) for i in range(3)}
+        labels = {f"{i}.cls": str(9 + i).encode() for i in range(3)}
+        make_tar(tmp_path / "labelled" / f"s-{n}.tar", members | labels)
+        make_tar(tmp_path / "plain" / f"s-{n}.tar", members)
+    source = scan_images(tmp_path / "labelled" / "s-{0..1}.tar")
+    assert (source.classes, source.labels.tolist()) == (["9", "10", "11"], [0, 1, 2] * 2)
+    assert source.kind == "2 labelled tar shard(s)"
+    source = scan_images(tmp_path / "plain")
+    assert (source.classes, source.labels.tolist()) == (["plain"], [0] * 6)
+    assert source.kind == "2 tar shards"
+
+
+def test_what_is_broken_in_tars_is_skipped_and_named(tmp_path, make_tar, picture):
+    make_tar(tmp_path / "0.tar", {f"{i}.jpg": picture(i, (64, 48)) for i in range(3)})
+    make_tar(tmp_path / "1.tar", {"a.jpg": picture(), "b.jpg": b"no image", "c.jpg": b""})
+    make_tar(tmp_path / "2.tar", {})
+    cut = tmp_path / "0.tar"
+    end = scan_images(tmp_path, max_bad_share=0.5).in_tars.parts[2].sum()
+    cut.write_bytes(cut.read_bytes()[: end - 9])
+    source = scan_images(tmp_path, max_bad_share=0.5)
+    assert [os.path.relpath(path, tmp_path) for path in source.paths] == [
+        "0.tar/0.jpg", "0.tar/1.jpg", "1.tar/a.jpg",
+    ]  # fmt: skip
+    assert source.read_bytes(2) == picture(), "the places of the good ones are theirs"
+    assert source.broken == 3
+    skipped = {os.path.relpath(path, tmp_path): why for path, why in source.skipped.items()}
+    assert skipped == {
+        "0.tar": "ends early or is damaged: the 2 images before that are used",
+        "0.tar/2.jpg": "is cut off: the tar ends within it",
+        "1.tar/b.jpg": "is not an image",
+        "1.tar/c.jpg": "is empty (0 bytes)",
+        "2.tar": "holds no images",
+    }
+    with pytest.raises(DataError, match="3 of 6 images .*max_bad_share 0.4"):
+        scan_images(tmp_path, max_bad_share=0.4)
+
+
+def test_a_tar_cut_after_the_scan_is_a_broken_image(tmp_path, make_tar, picture):
+    path = make_tar(tmp_path / "t.tar", {f"{i}.jpg": picture(i) for i in range(2)})
+    source = scan_images(path)
+    path.write_bytes(path.read_bytes()[: source.in_tars.parts[1].sum() - 9])
+    assert len(source.read_bytes(0)) > 0
+    with pytest.raises(reading.UnusableImageError, match="the tar ends within it"):
+        source.read_bytes(1)
+
+
+def test_tars_without_an_image_are_an_error_that_names_them(tmp_path, make_tar):
+    make_tar(tmp_path / "0.tar", {"a.txt": b"x"})
+    (tmp_path / "1.tar").touch()
+    with pytest.raises(DataError, match=r"0.tar holds no images; .*1.tar is empty"):
+        scan_images(tmp_path)
+
+
+def test_orientation_turns_pictures_and_sizes_where_it_is_asked_for(tmp_path, picture, make_tar):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    make_tar(tmp_path / "t.tar", {"a.jpg": picture(), "b.jpg": picture(exif=exif)})
+    plain, turned = (scan_images(tmp_path, exif=flag) for flag in (False, True))
+    assert plain.sizes.tolist() == [[10, 20], [10, 20]]
+    assert turned.sizes.tolist() == [[10, 20], [20, 10]]
+    for source in (plain, turned):
+        pictures = [source.read_rgb(i) for i in range(2)]
+        assert [[p.height, p.width] for p in pictures] == source.sizes.tolist()
+    assert plain.fingerprint == turned.fingerprint, "the same images, another setting"
+
+
+def test_the_fingerprint_tells_image_lists_apart(folder, tmp_path_factory):
+    first = scan_images(folder).fingerprint
+    copy = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(folder, copy)
+    assert scan_images(copy).fingerprint == first, "wherever they lie"
+    write(copy / "b" / "2.jpg", (21, 10))
+    other_size = scan_images(copy).fingerprint
+    (copy / "b" / "2.jpg").rename(copy / "b" / "3.jpg")
+    other_name = scan_images(copy).fingerprint
+    assert len({first, other_size, other_name}) == 3
+
+
+def test_a_list_names_what_is_not_there(folder):
+    (folder / "l.txt").write_text("b/2.jpg\nb/none.jpg\nb/10.JPEG\n")
+    source = scan_images(folder / "l.txt", max_bad_share=0.5)
+    assert list(source.skipped) == [str(folder / "b" / "none.jpg")]
+    assert "No such file" in source.skipped[str(folder / "b" / "none.jpg")]

@@ -1,7 +1,10 @@
-"""From a folder of images to the crops of a step: which images, which crops, and who makes them.
+"""From images on disk to the crops of a step: which images, which crops, and who makes them.
 
-crops.py says what is drawn, sources.py finds the images and their order. pil.py makes the crops as
-the paper does, fused.py the same ones fast, dali.py near ones; loader.py chooses.
+crops.py says what is drawn, sources.py which images there are, order.py in which step each comes.
+pil.py makes the crops as the paper does, fused.py the same ones fast, dali.py near ones; loader.py
+chooses one of them. Under sources.py: find.py tells folders, lists and tars apart, scan.py reads
+the headers, tars.py those of tars, reading.py the bytes; table.py keeps what was found, broken.py
+counts what is broken.
 """
 
 from fastdino.data.crops import draw_crops

@@ -20,7 +20,6 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,16 +31,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fastdino.data.broken import BadFiles
 from fastdino.data.crops import SOLARIZE_P, CropParams, draw_crops
+from fastdino.data.order import EpochPlan
 from fastdino.data.pil import MEAN, STD
-from fastdino.data.sources import (
-    BadFiles,
-    EpochPlan,
-    ImageSource,
-    cpu_count,
-    reason_of,
-    silence_pillow,
-)
+from fastdino.data.reading import reason_of, silence_pillow, upright
+from fastdino.data.sources import ImageSource, cpu_count
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
@@ -92,7 +87,9 @@ class DaliLoader:
     ) -> None:
         self._config, self.source = config, source
         self._batch_size = config.batch_size_per_gpu * config.grad_accum
-        self._plan = EpochPlan(len(source), self._batch_size, config.seed, rank, world_size)
+        self._plan = EpochPlan(
+            len(source), self._batch_size, config.seed, rank, world_size, config.last_batch
+        )
         self.steps_per_epoch = self._plan.steps
         self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
@@ -100,7 +97,7 @@ class DaliLoader:
         self._device_id = _device_id(torch.device(device))
         self._feed = _Feed()
         self._pipeline = self._build()
-        self._decoder = _Decoder()
+        self._decoder = _Decoder(source.exif)
         self._readers = ThreadPoolExecutor(self._threads)  # of files
         self._preparers = ThreadPoolExecutor(_AHEAD)  # of batches
         self._run = 0
@@ -132,6 +129,7 @@ class DaliLoader:
             (self._config.global_crops_size, self._config.local_crops_size),
             self._config.local_crops_number,
             self._device_id is not None,
+            self.source.exif,
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=self._device_id,
@@ -188,23 +186,22 @@ class DaliLoader:
         """The first good sample from index on: its place, (height, width), and what to feed."""
         while True:
             index = self._bad.good(index)
-            path = self.source.paths[index]
             try:
-                return index, *self._load(path)
+                return index, *self._load(self.source.read_bytes(index))
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
-            self._bad.add(index, path, reason)
+            self._bad.add(index, self.source.paths[index], reason)
 
-    def _load(self, path: str) -> tuple[tuple[int, int], NDArray[np.uint8]]:
+    def _load(self, data: bytes) -> tuple[tuple[int, int], NDArray[np.uint8]]:
         """(height, width), and the pixels; for a GPU, which decodes again, the file or a PNG."""
-        encoded = np.frombuffer(Path(path).read_bytes(), np.uint8)
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        encoded, exif = np.frombuffer(data, np.uint8), self.source.exif
+        with Image.open(io.BytesIO(data)) as image:
             same = image.format in _SAME_FORMATS and image.mode in _SAME_MODES
             pixels = self._decoder(encoded) if same else None
             if pixels is None:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(upright(image) if exif else image.convert("RGB"))
                 if self._device_id is not None:
                     encoded = _as_png(pixels)
         size = (pixels.shape[0], pixels.shape[1])
@@ -214,9 +211,14 @@ class DaliLoader:
 class _Decoder(threading.local):
     """DALI's decoder on the CPU, for one file at a time; each thread has its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, exif: bool) -> None:
         self._pipeline = _decode_only(
-            batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+            exif,
+            batch_size=1,
+            num_threads=1,
+            device_id=None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
         )
 
     def __call__(self, data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -286,13 +288,15 @@ def _as_png(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @pipeline_def
-def _decode_only() -> Any:
+def _decode_only(exif: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif)
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed: _Feed, sizes: tuple[int, int], local_crops: int, on_gpu: bool) -> Any:
+def _pipeline(
+    feed: _Feed, sizes: tuple[int, int], local_crops: int, on_gpu: bool, exif: bool
+) -> Any:
     crop_sizes = [sizes[0]] * 2 + [sizes[1]] * local_crops
     image, solarize, *inputs = fn.external_source(
         source=feed,
@@ -305,7 +309,7 @@ def _pipeline(feed: _Feed, sizes: tuple[int, int], local_crops: int, on_gpu: boo
             image,
             device="mixed",
             output_type=types.RGB,
-            adjust_orientation=False,
+            adjust_orientation=exif,
             jpeg_fancy_upsampling=True,
         )
     else:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import PIL
 import torch
 import torchvision
@@ -21,15 +20,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from fastdino.data.broken import BadFiles
 from fastdino.data.crops import Crop, draw_crops
-from fastdino.data.sources import (
-    BadFiles,
-    EpochPlan,
-    ImageSource,
-    quiet_pillow,
-    read_rgb,
-    reason_of,
-)
+from fastdino.data.order import EpochPlan
+from fastdino.data.reading import quiet_pillow, reason_of
+from fastdino.data.sources import ImageSource
 from fastdino.data.sources import cpu_count as cpu_count  # others take it from here
 from fastdino.errors import DataError
 
@@ -85,7 +80,7 @@ class TorchvisionLoader:
     ) -> None:
         batch = config.batch_size_per_gpu * config.grad_accum
         self.source = source
-        self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size)
+        self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size, config.last_batch)
         self.steps_per_epoch = self._plan.steps
         self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
@@ -192,13 +187,11 @@ class _CropDataset(Dataset[Any]):
     """(epoch, sample) -> its crops, and the broken samples that it stands in for."""
 
     def __init__(self, config: TrainConfig, source: ImageSource) -> None:
-        self._config = config
-        # Not a list: forked workers would copy it page by page, as they count references in it.
-        self._paths = np.array([os.fsencode(path) for path in source.paths])
+        self._config, self._source = config, source
         self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._source)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         with quiet_pillow():
@@ -229,14 +222,13 @@ class _CropDataset(Dataset[Any]):
         """The decoded image of the first good sample from index on, and which one that is."""
         while True:
             index = self._bad.good(index)
-            path = os.fsdecode(self._paths[index])
             try:
-                return read_rgb(path), index
+                return self._source.read_rgb(index), index
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
-            self._bad.add(index, path, reason)
+            self._bad.add(index, self._source.paths[index], reason)
 
 
 def _collate(samples: list[_Sample]) -> _Sample:

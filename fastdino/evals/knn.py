@@ -24,7 +24,7 @@ from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
 from fastdino.data import scan_images
 from fastdino.data.pil import MEAN, STD, cpu_count
-from fastdino.data.sources import ImageSource, read_rgb
+from fastdino.data.sources import ImageSource
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.weights import load_backbone
 
@@ -77,12 +77,12 @@ class _Images(Dataset[tuple[Tensor, int]]):
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
-        return len(self.source.paths)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The image and its label; any image and UNREADABLE where it cannot be decoded."""
         try:
-            image = read_rgb(self.source.paths[index])
+            image = self.source.read_rgb(index)
         except Exception:  # Pillow's plugins raise all kinds on broken files.
             return self.transform(Image.new("RGB", (1, 1))), UNREADABLE
         return self.transform(image), int(self.source.labels[index])
@@ -118,7 +118,7 @@ def extract_features(
     and every one gets the whole.
     """
     images: Dataset[tuple[Tensor, int]] = _Images(source, transform)
-    share = range(distributed.rank(), len(source.paths), distributed.world_size())
+    share = range(distributed.rank(), len(source), distributed.world_size())
     loader = DataLoader(
         torch.utils.data.Subset(images, share),
         batch_size=batch_size,
@@ -126,20 +126,20 @@ def extract_features(
         pin_memory=device.type == "cuda",
     )
     features: Tensor | None = None
-    labels = torch.zeros(len(source.paths), dtype=torch.long)
+    labels = torch.zeros(len(source), dtype=torch.long)
     done = 0
     for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
         rows = share[done : done + len(batch)]
         out = F.normalize(model(batch.to(device)).float(), dim=1).cpu()
         if features is None:
-            features = torch.zeros(len(source.paths), out.shape[1])
+            features = torch.zeros(len(source), out.shape[1])
         features[rows] = out
         labels[rows] = batch_labels
         done += len(batch)
     if distributed.world_size() > 1:
         widths = distributed.gather(0 if features is None else features.shape[1])
         if features is None:  # more processes than images: this one had none
-            features = torch.zeros(len(source.paths), max(widths))
+            features = torch.zeros(len(source), max(widths))
     assert features is not None
     features, labels = distributed.total(features), distributed.total(labels)
     good = labels != UNREADABLE

@@ -1,0 +1,230 @@
+"""Bytes and headers of images, in files and parts of files; read again where a network fails.
+
+What cannot be used is told in a few words: reason_of gives them.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+T = TypeVar("T")
+
+# What a network file system says while it recovers; other errors last, and are told at once.
+TRANSIENT = {
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EIO",
+        "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+# Seconds before each further try.
+PAUSES = (0.1, 0.5, 2.0)
+
+# The last bytes of a whole file, for the formats whose header says nothing about its length.
+_END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+_ORIENTATION = 0x0112
+# EXIF orientation -> what turns the picture upright; those from 5 on swap height and width.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnusableImageError(Exception):
+    """An image that is not whole; the message goes after its name."""
+
+
+class Header(NamedTuple):
+    """Height and width in pixels as stored, and whether EXIF orientation would swap the two."""
+
+    height: int
+    width: int
+    swapped: bool
+
+
+class Unusable(NamedTuple):
+    """Why an image cannot be used. `passing`: reading failed, and may not the next time."""
+
+    reason: str
+    passing: bool
+
+
+class Window(io.RawIOBase):
+    """`length` bytes from `offset` on of the open file `descriptor`, as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length, self._place = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = max(0, origin + offset)
+        return self._place
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        wanted = max(0, min(len(buffer), self._length - self._place))
+        data = os.pread(self._descriptor, wanted, self._offset + self._place)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def retrying(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again after each of PAUSES where its OSError may pass."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+        time.sleep(pause)
+    try:
+        return read()
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            error.strerror = f"{error.strerror}, {len(PAUSES) + 1} times"
+        raise
+
+
+def read_file(path: str) -> bytes:
+    """All of a file; raises OSError when reading keeps failing."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    return retrying(read)
+
+
+def read_part(path: str, offset: int, length: int) -> bytes:
+    """A part of a file; raises OSError as read_file, UnusableImageError where it ends early."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    data = retrying(read)
+    if len(data) < length:
+        raise UnusableImageError("is cut off: the tar ends within it")
+    return data
+
+
+def read_header(path: str, part: tuple[int, int] | None = None) -> Header | Unusable:
+    """The header of an image that is a file, or that is `part`, (offset, length), of one.
+
+    A JPEG or PNG whose end marker is missing is decoded, to see whether it is whole.
+    """
+
+    def read() -> Header:
+        with open(path, "rb") as file:
+            if part is None:
+                return _header(file)
+            with io.BufferedReader(Window(file.fileno(), *part)) as window:
+                return _header(window)
+
+    try:
+        return retrying(read)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds on broken headers.
+        return Unusable(reason_of(error), isinstance(error, OSError) and bool(error.errno))
+
+
+def _header(file: BinaryIO) -> Header:
+    if file.seek(0, os.SEEK_END) == 0:
+        raise UnusableImageError("is empty (0 bytes)")
+    file.seek(0)
+    with Image.open(file) as image:
+        width, height = image.size
+        if not _ends_well(file, image.format):
+            image.load()
+        return Header(height, width, orientation(image) >= 5)
+
+
+def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
+    marker = _END_MARKERS.get(image_format or "", b"")
+    place = file.tell()
+    file.seek(-min(len(marker), file.seek(0, os.SEEK_END)), os.SEEK_END)
+    ends_well = file.read() == marker
+    file.seek(place)
+    return ends_well
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none that is valid, or Pillow applies it."""
+    data = image.info.get("exif")
+    if not data or image.format == "TIFF":
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(data)
+        value = exif.get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # Broken metadata of a good picture: all kinds.
+        return 1
+    return value if value in _TURNS else 1
+
+
+def decode_rgb(data: bytes, *, exif: bool = False) -> Image.Image:
+    """The decoded image as torchvision's pil_loader gives it: RGB, no EXIF rotation.
+
+    exif: apply it.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        return upright(image) if exif else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says."""
+    rgb = image.convert("RGB")  # First: what follows the pixels is read with them.
+    turn = _TURNS.get(orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def reason_of(error: BaseException) -> str:
+    """A short reason for a report, from what reading or decoding a file raised."""
+    if isinstance(error, UnusableImageError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has too many pixels: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    return f"cannot be decoded: {error or type(error).__name__}"
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """silence_pillow() for a while. It reaches all threads: enter it in one of them alone."""
+    with warnings.catch_warnings():
+        silence_pillow()
+        yield
+
+
+def silence_pillow() -> None:
+    """Silences Pillow's warnings (large images, odd metadata), in all threads."""
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
