@@ -110,8 +110,9 @@ class TrainConfig:
     )
     crops: str = _flag(
         "auto",
-        "Who makes the crops: dali (fast, near PIL) or torchvision (the paper's PIL chain, exact).",
-        choices=("auto", "dali", "torchvision"),
+        "Who makes the crops: fused (exact and fast), dali (DALI's own operators, near PIL), or "
+        "torchvision (the paper's PIL chain). auto: the first of them that works here.",
+        choices=("auto", "fused", "dali", "torchvision"),
     )
     max_bad_share: float = _flag(0.05, "Share of unreadable images above which the run stops.")
     on_nonfinite: str = _flag(
