@@ -113,8 +113,9 @@ class TrainConfig:
     )
     crops: str = _flag(
         "auto",
-        "Who makes the crops: dali (fast, near PIL) or torchvision (the paper's PIL chain, exact).",
-        choices=("auto", "dali", "torchvision"),
+        "Who makes the crops: fused (exact and fast), dali (DALI's own operators, near PIL), or "
+        "torchvision (the paper's PIL chain). auto: the first of them that works here.",
+        choices=("auto", "fused", "dali", "torchvision"),
     )
     exif_orientation: bool = _flag(
         False,

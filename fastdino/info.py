@@ -11,13 +11,13 @@ import torch
 from fastdino_kernels import chosen_impl as chosen_kernels
 
 import fastdino
-from fastdino.data.loader import dali_problem
+from fastdino.data.loader import choose_crops, dali_problem, fused_problem
 from fastdino.distributed import choose_device
 from fastdino.models.attention import choose_attention, xformers_problem
 
 PACKAGES = (
     "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120", "pillow", "numpy", "tensorboard",
+    "nvidia-dali-cuda120", "numba", "pillow", "numpy", "tensorboard",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def report() -> dict[str, str]:
     device = choose_device("auto")
     attention = choose_attention("auto", device)
     problem = xformers_problem(device)
-    dali = dali_problem()
+    crops, why_crops = choose_crops("auto", device)
     facts = {
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -36,12 +36,19 @@ def report() -> dict[str, str]:
     facts |= {name: _version(name) for name in PACKAGES}
     facts |= {
         "attention": f"{attention.name} ({attention.reason})",
-        "  xformers": "available" if problem is None else f"not available: {problem}",
+        "  xformers": _availability(problem),
         "  sdpa": "available",
         "kernels": chosen_kernels(device),
-        "crops": "dali" if dali is None else f"torchvision (no DALI: {dali})",
+        "crops": f"{crops} ({why_crops})",
+        "  fused": _availability(fused_problem(device)),
+        "  dali": _availability(dali_problem()),
+        "  torchvision": "available",
     }
     return facts
+
+
+def _availability(problem: str | None) -> str:
+    return "available" if problem is None else f"not available: {problem}"
 
 
 def _gpus() -> str:

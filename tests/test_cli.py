@@ -131,7 +131,9 @@ def test_info_says_what_this_machine_has_and_why():
     assert {"attention", "xformers", "kernels", "crops", "gpu"} <= set(facts)
     assert facts["attention"].startswith(("sdpa (", "xformers ("))
     assert facts["kernels"] in ("torch", "triton", "reference")
-    assert facts["crops"] == "dali" or facts["crops"].startswith("torchvision (no DALI: ")
+    assert facts["crops"].startswith("fused (the paper's crops, exact")
+    assert facts["fused"] == facts["torchvision"] == "available"
+    assert facts["dali"].startswith(("available", "not available: DALI "))
 
 
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, capsys):

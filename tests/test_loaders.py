@@ -1,4 +1,4 @@
-"""fastdino.data.pil, dali and loader: the crops of a step, exact and near, and of which images."""
+"""fastdino.data.loader and the loaders: the crops of a step, exact and near, of which images."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from fastdino.data import fused_loader, pil
 from fastdino.data import loader as loader_module
-from fastdino.data import pil
 from fastdino.data.crops import draw_crops
 from fastdino.data.loader import build_loader
 from fastdino.data.sources import ImageSource, scan_images
@@ -32,8 +32,8 @@ from fastdino.errors import ConfigError, DataError
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
-both_loaders = pytest.mark.parametrize(
-    "crops", ["torchvision", pytest.param("dali", marks=needs_dali)]
+all_loaders = pytest.mark.parametrize(
+    "crops", ["torchvision", "fused", pytest.param("dali", marks=needs_dali)]
 )
 
 
@@ -180,7 +180,7 @@ def test_each_image_is_decoded_once(photos, build, monkeypatch):
     assert len(decoded) == len(set(decoded)) == 16
 
 
-@both_loaders
+@all_loaders
 def test_batches_have_the_promised_shape(photos, build, crops):
     loader = build(photos, crops=crops, batch_size_per_gpu=2, grad_accum=3)
     batches = list(loader.epoch(0))
@@ -193,12 +193,12 @@ def test_batches_have_the_promised_shape(photos, build, crops):
     assert loader.skipped == {}
 
 
-@both_loaders
+@all_loaders
 def test_no_local_crops(photos, build, crops):
     assert len(next(iter(build(photos, crops=crops, local_crops_number=0).epoch(0)))) == 2
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_an_epoch_can_be_taken_up_at_any_step_bit_for_bit(photos, build, crops):
     loader = build(photos, crops=crops, num_workers=1)
@@ -212,7 +212,7 @@ def test_an_epoch_can_be_taken_up_at_any_step_bit_for_bit(photos, build, crops):
         assert_same(loader.epoch(2), whole)
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_the_number_of_workers_changes_nothing(photos, build, crops):
     none, two = (build(photos, crops=crops, num_workers=n) for n in (0, 2))
@@ -220,7 +220,7 @@ def test_the_number_of_workers_changes_nothing(photos, build, crops):
     assert_same(none.epoch(1), two.epoch(1))
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_an_epoch_left_early_does_not_disturb_the_next(photos, build, crops):
     loader = build(photos, crops=crops, num_workers=2)
@@ -234,7 +234,7 @@ def test_an_epoch_left_early_does_not_disturb_the_next(photos, build, crops):
             next(left)
 
 
-@both_loaders
+@all_loaders
 def test_batches_that_are_kept_do_not_change(photos, build, crops):
     loader = build(photos, crops=crops)
     kept, copies = [], []
@@ -247,7 +247,7 @@ def test_batches_that_are_kept_do_not_change(photos, build, crops):
     assert_same(kept, copies)
 
 
-@both_loaders
+@all_loaders
 def test_a_closed_loader_says_so(photos, build, crops):
     loader = build(photos, crops=crops)
     running = loader.epoch(0)
@@ -260,7 +260,7 @@ def test_a_closed_loader_says_so(photos, build, crops):
         next(running)
 
 
-@both_loaders
+@all_loaders
 def test_the_processes_split_the_samples(photos, build, crops):
     alone = build(photos, crops=crops, batch_size_per_gpu=18)
     parts = [build(photos, 0, 2, crops=crops, batch_size_per_gpu=9)]
@@ -290,7 +290,7 @@ def test_an_epoch_is_taken_up_by_another_number_of_processes(photos, build, last
                     assert torch.equal(merged, expected[n])
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_images_in_tars_give_the_crops_of_those_in_folders(
     photos, build, crops, tmp_path, make_tar
@@ -316,7 +316,7 @@ def test_images_in_tars_give_the_crops_of_those_in_folders(
     assert list(loader.skipped) == [source.paths[8]] == [str(tar / "07.jpg")]
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.parametrize(
     ("form", "mode"),
     [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("PNG", "LA")],
@@ -353,7 +353,7 @@ def test_orientation_is_applied_by_every_loader_where_it_is_asked_for(
             assert levels(stored[0][b], expected[0][b]) > 5, source.paths[index]
 
 
-@both_loaders
+@all_loaders
 def test_fewer_images_than_a_batch_is_an_error_when_it_is_built(photos, build, crops):
     with pytest.raises(DataError, match="18 images .*--batch_size_per_gpu"):
         build(photos, crops=crops, batch_size_per_gpu=64)
@@ -387,7 +387,7 @@ def odd_folder(root):
     return folder
 
 
-@both_loaders
+@all_loaders
 def test_odd_files_are_read(tmp_path, build, crops):
     odd_folder(tmp_path)
     source = scan_images(tmp_path)
@@ -435,7 +435,7 @@ def breakable(tmp_path):
     return scan_images(tmp_path)
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_give_way_to_the_next_good_one(breakable, build, crops, workers):
@@ -457,7 +457,7 @@ def test_broken_files_give_way_to_the_next_good_one(breakable, build, crops, wor
     assert_same(loader.epoch(0, 2), batches[2:])
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_broken_files_end_the_run_with_their_names(breakable, build, crops, workers):
@@ -474,6 +474,47 @@ def run_script(code, *args):
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", code, here, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fused_crops_are_torchvisions_bit_for_bit(tmp_path, build, workers):
+    (odd_folder(tmp_path) / "huge.png").unlink()
+    for n in range(19):
+        photo(n, (100 + n, 75 + 3 * n)).save(tmp_path / "k" / f"{n:02}.jpg", quality=92)
+    source = scan_images(tmp_path)
+    sizes = {"global_crops_size": 96, "local_crops_size": 40, "local_crops_number": 4}
+    exact, ours = (
+        build(source, crops=crops, num_workers=workers, batch_size_per_gpu=6, **sizes)
+        for crops in ("torchvision", "fused")
+    )
+    break_files(source, [(4, "cut"), (9, "gone"), (30, "text")])
+    assert exact.steps_per_epoch == ours.steps_per_epoch == 6
+    for epoch, start in ((0, 0), (1, 0), (1, 4)):
+        assert_same(exact.epoch(epoch, start), ours.epoch(epoch, start))
+    assert exact.skipped.keys() == ours.skipped.keys()
+    assert len(ours.skipped) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_fused_crops_on_a_gpu_are_torchvisions_whatever_its_streams_do(photos, build):
+    exact = list(build(photos).epoch(0))
+    config = make_config(crops="fused", num_workers=2)
+    loader = build_loader(config, photos, device="cuda")
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        kept = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for batch in loader.epoch(0):
+                busy @ busy  # so that the stream is behind when the next batch is made
+                kept.append([crop.clone() for crop in batch])
+                assert all(crop.is_cuda and crop.is_contiguous() for crop in batch)
+                del batch  # its memory is free for the next one, as the caching allocator sees it
+            torch.cuda.current_stream().synchronize()
+        assert_same([[crop.cpu() for crop in batch] for batch in kept], exact)
+    loader.close()
 
 
 @needs_dali
@@ -494,14 +535,15 @@ loader.close()
     assert (done.returncode, done.stdout) == (0, "3 4\n"), done.stderr
 
 
-def test_an_error_in_the_middle_of_an_epoch_ends_the_process(breakable):
+@pytest.mark.parametrize("crops", ["torchvision", "fused"])
+def test_an_error_in_the_middle_of_an_epoch_ends_the_process(breakable, crops):
     code = """
 source = t.scan_images(sys.argv[1])
-loader = t.build_loader(t.make_config(num_workers=2), source)
+loader = t.build_loader(t.make_config(num_workers=2, crops=sys.argv[2]), source)
 for batch in loader.epoch(0):
     raise KeyError("a bug")
 """
-    done = run_script(code, Path(breakable.paths[0]).parent)
+    done = run_script(code, Path(breakable.paths[0]).parent, crops)
     assert done.returncode == 1
     assert done.stderr.endswith("KeyError: 'a bug'\n")
 
@@ -526,7 +568,7 @@ def test_workers_can_be_spawned(photos, build):
     assert_same(loader.epoch(0), build(photos).epoch(0))
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_when_every_file_is_broken_the_run_ends(breakable, build, crops, workers):
@@ -543,7 +585,7 @@ def test_a_sample_reports_every_broken_file_it_passed_over(breakable):
         assert [index for index, _ in dataset[0, 17][1]] == [17, 0]
 
 
-@both_loaders
+@all_loaders
 def test_what_the_scan_skipped_counts_in_the_run(breakable, build, crops):
     break_files(breakable, [(n, "text") for n in range(3)])
     source = scan_images(Path(breakable.paths[0]).parent, max_bad_share=0.3)
@@ -552,7 +594,7 @@ def test_what_the_scan_skipped_counts_in_the_run(breakable, build, crops):
         list(build(source, crops=crops, max_bad_share=0.3).epoch(0))
 
 
-@both_loaders
+@all_loaders
 def test_no_memory_is_not_a_broken_file(photos, build, crops, monkeypatch):
     def no_memory(*_):
         raise MemoryError
@@ -564,7 +606,7 @@ def test_no_memory_is_not_a_broken_file(photos, build, crops, monkeypatch):
     assert loader.skipped == {}
 
 
-@both_loaders
+@all_loaders
 def test_a_file_replaced_after_the_scan_is_cropped_at_its_real_size(breakable, build, crops):
     for path in breakable.paths:
         photo(0, (40, 30)).save(path)
@@ -600,7 +642,7 @@ def levels(crop, other):
 
 
 def undrawn(monkeypatch, **kept):
-    """Makes both loaders draw boxes, and what `kept` says: field -> value, or None as drawn."""
+    """Makes the loaders draw boxes, and what `kept` says: field -> value, or None as drawn."""
 
     def plain(params):
         new = {}
@@ -620,6 +662,7 @@ def undrawn(monkeypatch, **kept):
         return tuple(plain(params) for params in draw_crops(*args))
 
     monkeypatch.setattr(pil, "draw_crops", draw)
+    monkeypatch.setattr(fused_loader, "draw_crops", draw)
     if HAS_DALI:
         monkeypatch.setattr("fastdino.data.dali.draw_crops", draw)
 
@@ -682,47 +725,77 @@ def test_dali_turns_hue_in_the_direction_of_pil(photos, build, monkeypatch):
     assert levels(exact[0], near[0]) < 0.7 * levels(opposite[0], near[0])
 
 
+def test_auto_takes_the_fused_crops_and_says_so(photos, build):
+    loader = build(photos, crops="auto", num_workers=1)
+    assert isinstance(loader, fused_loader.FusedLoader)
+    assert "fused, Numba" in loader.description
+    assert "on CPU, 1 threads (the paper's crops, exact)" in loader.description
+
+
 @needs_dali
-def test_auto_takes_dali_and_says_so(photos, build):
+def test_without_numba_auto_takes_dali_and_fused_is_an_error(photos, build, monkeypatch):
+    fail_imports(monkeypatch, fused=ModuleNotFoundError("No module named 'numba'", name="numba"))
     loader = build(photos, crops="auto", num_workers=1)
     assert type(loader).__name__ == "DaliLoader"
     assert "DALI" in loader.description
     assert "on CPU, 1 threads" in loader.description
     assert "--crops torchvision" in loader.description
+    assert "Numba is not installed: pip install" in loader.description
+    with pytest.raises(ConfigError, match=r'--crops fused: Numba is not .*"fastdino\[train\]"'):
+        build(photos, crops="fused")
 
 
-def fake_import(monkeypatch, error):
+def fail_imports(monkeypatch, **errors):
+    """Makes the import of fastdino.data.<name> raise its error."""
     real = importlib.import_module
 
     def fails(name):
-        if name == "fastdino.data.dali":
-            raise error
+        package, _, last = name.rpartition(".")
+        if package == "fastdino.data" and last in errors:
+            raise errors[last]
         return real(name)
 
     monkeypatch.setattr(loader_module.importlib, "import_module", fails)
 
 
+NO_NUMBA = ImportError("Numba needs another NumPy")
+
+
 @pytest.mark.parametrize(
     ("cuda", "extra"), [("12.8", "cuda12"), ("13.2", "cuda13"), (None, "cuda13")]
 )
-def test_without_dali_auto_takes_torchvision_and_dali_is_an_error(
+def test_without_both_auto_takes_torchvision_and_dali_is_an_error(
     photos, build, monkeypatch, cuda, extra
 ):
-    fake_import(monkeypatch, ModuleNotFoundError("No module named 'nvidia.dali'"))
+    missing = ModuleNotFoundError("No module named 'nvidia.dali'")
+    fail_imports(monkeypatch, fused=NO_NUMBA, dali=missing)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     loader = build(photos, crops="auto")
     assert isinstance(loader, pil.TorchvisionLoader)
+    assert "Numba does not work here: Numba needs another NumPy;" in loader.description
     assert f'DALI is not installed: pip install "fastdino[dali-{extra}]"' in loader.description
     with pytest.raises(ConfigError, match=rf'--crops dali.*pip install "fastdino\[dali-{extra}\]"'):
         build(photos, crops="dali")
 
 
-def test_where_dali_does_not_work_auto_takes_torchvision_and_says_why(photos, build, monkeypatch):
-    fake_import(monkeypatch, RuntimeError("the driver is too old\nand more"))
+def test_where_dali_does_not_work_auto_says_why(photos, build, monkeypatch):
+    fail_imports(monkeypatch, fused=NO_NUMBA, dali=RuntimeError("the driver is too old\nand more"))
     loader = build(photos, crops="auto")
     assert "DALI does not work here: the driver is too old)" in loader.description
     with pytest.raises(ConfigError, match="--crops dali: DALI does not work here: the driver"):
         build(photos, crops="dali")
+
+
+def test_a_cuda_run_needs_triton_for_the_fused_crops(monkeypatch):
+    monkeypatch.setattr(loader_module, "dali_problem", lambda device: "no DALI")
+    assert loader_module.choose_crops("auto", "cuda")[0] == "fused"
+    monkeypatch.setattr(loader_module, "triton_problem", lambda kind: "triton is not installed")
+    assert loader_module.choose_crops("auto", "cuda") == (
+        "torchvision",
+        "the paper's chain, exact; no fused crops on CUDA: triton is not installed; no DALI",
+    )
+    with pytest.raises(ConfigError, match="--crops fused: no fused crops on CUDA: triton is not"):
+        loader_module.choose_crops("fused", "cuda:0")
 
 
 def test_torchvision_says_what_it_is(photos, build):

@@ -84,6 +84,7 @@ class DaliLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        why: str = "near PIL",
     ) -> None:
         self._config, self.source = config, source
         self._batch_size = config.batch_size_per_gpu * config.grad_accum
@@ -103,8 +104,7 @@ class DaliLoader:
         self._run = 0
         place = "CPU" if self._device_id is None else f"GPU {self._device_id}"
         self.description = (
-            f"DALI {nvidia.dali.__version__} on {place}, {self._threads} threads "
-            "(near PIL; --crops torchvision is exact)"
+            f"DALI {nvidia.dali.__version__} on {place}, {self._threads} threads ({why})"
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:

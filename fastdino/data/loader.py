@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
 
 from fastdino.data.sources import ImageSource
@@ -49,36 +50,81 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> CropLoader:
-    """The loader that config.crops names; "auto" is DALI where it works, else torchvision.
+    """The loader that config.crops names; choose_crops says what "auto" is.
 
     Raises:
-        ConfigError: --crops dali where DALI cannot be imported.
+        ConfigError: --crops fused or dali where it cannot be.
         DataError: fewer images than a batch.
     """
-    place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
-    why = "the paper's chain, exact"
-    if config.crops != "torchvision":
-        problem = dali_problem()
-        if problem is None:
-            return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **place)
-        if config.crops == "dali":
-            raise ConfigError(f"--crops dali: {problem}")
-        why = f"exact; {problem}"
+    name, why = choose_crops(config.crops, device)
+    options: dict[str, Any] = {
+        "rank": rank, "world_size": world_size, "device": device, "why": why
+    }  # fmt: skip
+    if name == "fused":
+        fused = importlib.import_module("fastdino.data.fused_loader")
+        return fused.FusedLoader(config, source, **options)
+    if name == "dali":
+        return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **options)
     pil = importlib.import_module("fastdino.data.pil")
-    return pil.TorchvisionLoader(config, source, why=why, **place)
+    return pil.TorchvisionLoader(config, source, **options)
 
 
-def dali_problem() -> str | None:
-    """Why DALI cannot be used, and how to mend that; None where it can."""
+def choose_crops(asked: str, device: torch.device | str) -> tuple[str, str]:
+    """Who makes the crops, and why: "auto" is fused where it works, then dali, then torchvision.
+
+    Raises: ConfigError: fused or dali asked for where it cannot be.
+    """
+    about = {
+        "fused": "the paper's crops, exact",
+        "dali": "near PIL; --crops fused and --crops torchvision are exact",
+        "torchvision": "the paper's chain, exact",
+    }
+    problems: list[str] = []
+    for name, problem in (("fused", fused_problem), ("dali", dali_problem)):
+        if asked not in ("auto", name):
+            continue
+        found = problem(device)
+        if found is None:
+            return name, "; ".join([about[name], *problems])
+        if asked == name:
+            raise ConfigError(f"--crops {name}: {found}")
+        problems.append(found)
+    return "torchvision", "; ".join([about["torchvision"], *problems])
+
+
+def fused_problem(device: torch.device | str) -> str | None:
+    """Why the fused crops cannot be made for a run on this device; None where they can."""
+    if torch.device(device).type == "cuda":
+        problem = triton_problem("cuda")
+        return problem and f"no fused crops on CUDA: {problem}"
+    try:
+        importlib.import_module("fastdino.data.fused")
+    except Exception as error:  # Whatever a library that does not fit this machine raises.
+        if _is_missing(error, "numba"):
+            return 'Numba is not installed: pip install "fastdino[train]"'
+        return f"Numba does not work here: {_first_line(error)}"
+    return None
+
+
+def dali_problem(device: torch.device | str = "cpu") -> str | None:
+    """Why DALI cannot be used, and how to mend that; None where it can, whatever the device."""
     try:
         importlib.import_module("fastdino.data.dali")
     except Exception as error:  # Whatever a library that does not fit this machine raises.
-        name = error.name or "nvidia" if isinstance(error, ModuleNotFoundError) else ""
-        if name.split(".")[0] == "nvidia":
+        if _is_missing(error, "nvidia"):
             return f"DALI is not installed: {_install()}"
-        first_line = str(error).partition("\n")[0] or type(error).__name__
-        return f"DALI does not work here: {first_line}"
+        return f"DALI does not work here: {_first_line(error)}"
     return None
+
+
+def _is_missing(error: Exception, package: str) -> bool:
+    if not isinstance(error, ModuleNotFoundError):
+        return False
+    return (error.name or package).split(".")[0] == package
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _install() -> str:
