@@ -35,12 +35,10 @@ from .dispatch import device_guard, pair_count
 
 # A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
 FORWARD_BLOCK, FORWARD_WARPS = 512, 1
-# 16 programs on a multiprocessor instead of 15; fp32 and odd K would spill a register or two.
-FORWARD_REGISTERS = 128
 # One load of 16 bytes a thread and row: 1024 prototypes of half precision, 512 of fp32.
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
 # Each group of images writes its column sums [K], which are then added. So there are only as many
-# groups as keep a GPU busy: one wave of an H100 at 128 registers, 4 MB of column sums at the most.
+# groups as keep a GPU busy: one wave of an H100, and 4 MB of column sums at the most.
 FORWARD_PROGRAMS, MAX_GROUPS = 2048, 128
 # Where there are no column sums, as many groups as a launch takes in its second dimension.
 MAX_ROWS_OF_PROGRAMS = 1 << 15
@@ -415,7 +413,6 @@ def forward(
             EVEN=K % block == 0,
             BLOCK=block,
             num_warps=FORWARD_WARPS,
-            maxnreg=_forward_registers(student, K % block == 0),
         )
         sums_left = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
         _finish_kernel[(S * B + sums_left,)](
@@ -503,10 +500,6 @@ def backward(
         target.copy_(grad)
 
 
-def _forward_registers(logits: Tensor, even: bool) -> int | None:
-    return FORWARD_REGISTERS if even and logits.element_size() == 2 else None
-
-
 def _ceil_div(a: int, b: int) -> int:  # triton's own costs microseconds a call
     return -(-a // b)
 
@@ -569,7 +562,6 @@ def _compile_cases(
             BACKWARD_WARPS,
         ),
     )
-    limited = even and dtype != "fp32"
     for kind, kernel, more, warps in kernels:
         constexprs = {n: v for n, v in (flags | more).items() if n in kernel.arg_names}
         signature = {
@@ -584,7 +576,6 @@ def _compile_cases(
             constexprs=constexprs,
             divisible=[*pointers, *(["prototypes", *strides] if even else [])],
             num_warps=warps,
-            maxnreg=FORWARD_REGISTERS if limited and kind == "forward" else None,
         )
 
 
