@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from fastdino_kernels import chosen_impl
@@ -60,6 +60,14 @@ def train(config: TrainConfig) -> Status:
         return Run(config, device).run()
 
 
+class StepValues(NamedTuple):
+    """What a step leaves to be told: tensors, as its values may not be there yet."""
+
+    iteration: int
+    loss: Tensor
+    entropy: Tensor | None
+
+
 class Run:
     """One process's share of a run."""
 
@@ -100,6 +108,7 @@ class Run:
             prototypes=config.out_dim,
             enabled=self.is_main,
         )
+        self.steps: list[StepValues] = []  # done, and not yet told
         self.left_out: list[int] = []  # iterations whose batch a rollback passed over
         self.named: set[str] = set()  # skipped images that were warned of
         self.rollbacks = 0  # to the checkpoint there is now
@@ -178,6 +187,7 @@ class Run:
                 self._save()
             if stop:
                 return "interrupted"
+        self._tell_steps()
         seconds = time.perf_counter() - started
         images = (trainer.iteration - first) * self.progress.images_per_step
         skipped = {
@@ -208,12 +218,22 @@ class Run:
     def _step(self, crops: list[Tensor]) -> None:
         trainer, iteration = self.trainer, self.trainer.iteration
         loss = trainer.train_step(crops)
-        entropy = trainer.entropy
-        if entropy is not None:
-            entropy = distributed.mean(entropy)
-        group = trainer.optimizer.param_groups[0]
-        values = {"loss": loss.item(), "lr": group["lr"], "wd": group["weight_decay"]}
-        self.progress.step(iteration, values, entropy=None if entropy is None else entropy.item())
+        self.steps.append(StepValues(iteration, loss, trainer.entropy))
+        if trainer.entropy is not None:
+            self._tell_steps()
+
+    def _tell_steps(self) -> None:
+        """Reports the steps done: between two calls nothing waits for the device."""
+        self.trainer.verify()
+        steps, self.steps = self.steps, []
+        for step in steps:
+            entropy = None if step.entropy is None else distributed.mean(step.entropy).item()
+            values = {
+                "loss": step.loss.item(),
+                "lr": self.trainer.lr_schedule(step.iteration),
+                "wd": self.trainer.weight_decay_schedule(step.iteration),
+            }
+            self.progress.step(step.iteration, values, entropy=entropy)
 
     def _prepare_output(self) -> None:
         try:
@@ -250,6 +270,7 @@ class Run:
             file.write(text.encode())
 
     def _save(self, also: Path | None = None) -> None:
+        self._tell_steps()
         state = {
             **self.trainer.state_dict(),
             "args": self.config.to_dict(),
@@ -285,6 +306,7 @@ class Run:
         self._compare_settings(state.get("args"))
         self._compare_images(state.get("images"))
         self.left_out = list(state.get("left_out", []))
+        self.steps.clear()
         self.progress.restart(self.trainer.iteration, state.get("progress"))
 
     def _compare_settings(self, saved: Any) -> None:

@@ -6,24 +6,25 @@ Legend: S crops an image (2 global first), B images, K prototypes.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from fastdino_kernels import DINOLoss, clip_grad_norms_, ema_update_
+from fastdino_kernels import DINOLoss
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.config import TrainConfig
-from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.errors import NonFiniteError
+from fastdino.guard import FiniteGuard
 from fastdino.models.attention import AttentionChoice, choose_attention
 from fastdino.models.backbones import build_networks, has_attention, set_attention
 from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_optimizer
 from fastdino.schedules import cosine_schedule
+from fastdino.state import restore, state_of
+from fastdino.update import SeparateUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,9 @@ class Trainer:
         self.device = device or distributed.choose_device(config.device)
         self.precision = choose_precision(config, self.device)
         self.iteration = 0
+        self._verified = 0  # the iterations before it are known to be finite
         self.entropy: Tensor | None = None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            student, teacher = build_networks(config)
-        self.attention = AttentionChoice("none", "the architecture has its own")
-        if has_attention(student):
-            dtype = self.precision.autocast or torch.get_default_dtype()
-            self.attention = choose_attention(config.attention, self.device, dtype)
-        self.student = self._place(student)
-        self.teacher = self._place(teacher)
+        self._init_networks()
         self.loss = DINOLoss(
             config.out_dim,
             config.ncrops,
@@ -99,13 +93,37 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision.autocast is torch.float16
         )
+        self._guard = FiniteGuard(self.device)
+        self._update: Update = SeparateUpdate(
+            self.student,
+            self.teacher,
+            self.optimizer,
+            self.scaler,
+            self._guard,
+            max_norm=config.clip_grad,
+            verify=self.verify,
+        )
+        self._init_schedules()
+
+    def _init_networks(self) -> None:
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            student, teacher = build_networks(config)
+        self.attention = AttentionChoice("none", "the architecture has its own")
+        if has_attention(student):
+            dtype = self.precision.autocast or torch.get_default_dtype()
+            self.attention = choose_attention(config.attention, self.device, dtype)
+        self.student = self._place(student)
+        self.teacher = self._place(teacher)
         self._forward_student: nn.Module = self.student
         if distributed.world_size() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
             self._forward_student = nn.parallel.DistributedDataParallel(
-                self.student, device_ids=ids
+                self.student,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # no copies between gradients and messages
+                static_graph=config.grad_accum == 1,  # it does not go with no_sync
             )
-        self._init_schedules()
 
     def _place(self, network: MultiCropWrapper) -> MultiCropWrapper:
         set_attention(network, self.attention.name)
@@ -144,25 +162,48 @@ class Trainer:
 
         Raises:
             ValueError: crops that do not fit the config, or a step beyond the last epoch.
-            NonFiniteError: the loss or a gradient is NaN or infinite; parameters, moments, center
-                and iteration are as they were before the step (a batch norm's statistics are not).
+            NonFiniteError: as verify, which is called in each step, except in --mode fast.
         """
         self._check(crops)
-        self._set_schedules()
-        loss, teacher_sum = self._forward_backward(crops)
-        self._update_student(self._clip())
-        self.loss.update_center(teacher_sum, 2 * crops[0].shape[0])
-        ema_update_(
-            list(self.teacher.parameters()),
-            list(self.student.parameters()),
+        self._update.set_schedules(
+            self.lr_schedule(self.iteration),
+            self.weight_decay_schedule(self.iteration),
             self.momentum_schedule(self.iteration),
+        )
+        loss, self.entropy = self._step(
+            crops,
+            frozen=self.epoch < self.config.freeze_last_layer,
+            measure=self.iteration % self.steps_per_epoch == 0
+            or self.iteration % self.config.print_freq == 0,
         )
         self.iteration += 1
         return loss
 
+    def verify(self) -> None:
+        """Waits for the device; raises NonFiniteError where a step was not finite.
+
+        The loss or a gradient was NaN or infinite: parameters, moments, center and iteration are as
+        they were before the first such step (a batch norm's statistics are not).
+        """
+        failure = self._guard.read()
+        if failure is None:
+            self._verified = self.iteration
+            return
+        self.optimizer.zero_grad()
+        self.iteration = self._verified = self._verified + failure.step
+        error = NonFiniteError(
+            f"{failure.problem} at iteration {self.iteration} (epoch {self.epoch + 1})"
+        )
+        error.iteration = self.iteration
+        raise error
+
     def skip_step(self) -> None:
-        """Passes over one iteration of the schedules: its batch is left out of the training."""
-        self.iteration += 1
+        """Passes over one iteration of the schedules: its batch is left out of the training.
+
+        Raises: NonFiniteError: as verify.
+        """
+        self.verify()
+        self.iteration = self._verified = self.iteration + 1
 
     def _check(self, crops: Sequence[Tensor]) -> None:
         if self.iteration >= self.config.epochs * self.steps_per_epoch:
@@ -183,20 +224,25 @@ class Trainer:
                 f"a batch of {rows} cannot be split into grad_accum={self.config.grad_accum} parts"
             )
 
-    def _set_schedules(self) -> None:
-        lr = self.lr_schedule(self.iteration)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # Only the first group is decayed.
-        self.optimizer.param_groups[0]["weight_decay"] = self.weight_decay_schedule(self.iteration)
+    def _step(
+        self, crops: Sequence[Tensor], *, frozen: bool, measure: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The step itself: the loss, and the teacher's entropy where it is to be measured."""
+        loss, entropy, finish_center = self._forward_backward(crops, measure)
+        self._update(frozen=frozen)
+        center = self.loss.center.clone()
+        finish_center()
+        self.loss.center.copy_(torch.where(self._guard.bad > 0, center, self.loss.center))
+        self._guard.end_step()
+        return loss, entropy
 
-    def _forward_backward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Leaves the gradients in .grad; returns the loss and the teacher's column sum [K]."""
+    def _forward_backward(
+        self, crops: Sequence[Tensor], measure: bool
+    ) -> tuple[Tensor, Tensor | None, Callable[[], None]]:
+        """Leaves the gradients in .grad; returns loss, entropy, and what moves the center."""
         self.optimizer.zero_grad()
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
-        step = self.iteration % self.steps_per_epoch
-        measure = step == 0 or self.iteration % self.config.print_freq == 0
         losses, teacher_sums, entropies = [], [], []
         for part in range(parts):
             batch = [
@@ -215,39 +261,22 @@ class Trainer:
                 if measure:
                     entropies.append(self.loss.teacher_entropy(teacher, self.epoch))
                 if last:
-                    mean_loss = self._finite_mean(losses)
+                    mean_loss = self._watched_mean(losses)
+                    # Summed over the processes while the backward pass runs.
+                    finish_center = self.loss.start_center_update(
+                        torch.stack(teacher_sums).sum(0), 2 * rows * parts
+                    )
                 self.scaler.scale(loss / parts).backward()
-        self.entropy = torch.stack(entropies).mean() if measure else None
-        return mean_loss, torch.stack(teacher_sums).sum(0)
+        entropy = torch.stack(entropies).mean() if measure else None
+        return mean_loss, entropy, finish_center
 
-    def _finite_mean(self, losses: list[Tensor]) -> Tensor:
-        """The loss over all parts and processes; every process raises where it is not finite."""
+    def _watched_mean(self, losses: list[Tensor]) -> Tensor:
+        """The loss over all parts and processes, each of which sees whether it is finite."""
         loss = distributed.mean(torch.stack(losses).mean())
-        if not math.isfinite(loss.item()):
-            self._refuse(f"the loss is {loss.item()}")
+        self._guard.watch_loss(loss)
+        if not self._update.defers:
+            self.verify()
         return loss
-
-    def _clip(self) -> Tensor:
-        """Clips each parameter's gradient; returns the norms before, [parameters]."""
-        self.scaler.unscale_(self.optimizer)
-        return clip_grad_norms_(self.student.parameters(), self.config.clip_grad or math.inf)
-
-    def _refuse(self, problem: str) -> NoReturn:
-        self.optimizer.zero_grad()
-        error = NonFiniteError(f"{problem} at iteration {self.iteration} (epoch {self.epoch + 1})")
-        error.iteration = self.iteration
-        raise error
-
-    def _update_student(self, norms: Tensor) -> None:
-        # With loss scaling such gradients are expected now and then: the scaler skips the update.
-        if not self.scaler.is_enabled() and not bool(torch.isfinite(norms).all()):
-            self._refuse("a gradient is not finite")
-        if self.epoch < self.config.freeze_last_layer:
-            # None, not 0: the optimizer then neither decays them nor moves their moments.
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.precision.autocast
@@ -262,20 +291,11 @@ class Trainer:
         """Everything a resumed run needs, under the paper's keys.
 
         In a run of many processes all of them must call it: it gathers their random generators.
+
+        Raises: NonFiniteError: as verify.
         """
-        state = {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "dino_loss": self.loss.state_dict(),
-            "epoch": self.epoch,
-            "iteration": self.iteration,
-            "steps_per_epoch": self.steps_per_epoch,
-            "generators": distributed.gather(self._generators()),
-        }
-        if self.scaler.is_enabled():
-            state["fp16_scaler"] = self.scaler.state_dict()
-        return state
+        self.verify()
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state_dict(), or a checkpoint of the paper's code (whole epochs).
@@ -285,60 +305,6 @@ class Trainer:
         Raises: CheckpointError: keys that are missing, tensors of other shapes (each is named),
             another optimizer, or another number of steps an epoch; nothing is taken up then.
         """
-        for key in ("student", "teacher", "optimizer", "dino_loss", "epoch"):
-            if key not in state:
-                raise CheckpointError(f"the checkpoint has no {key!r}: it has {', '.join(state)}")
-        steps = state.get("steps_per_epoch", self.steps_per_epoch)
-        if steps != self.steps_per_epoch:
-            raise CheckpointError(
-                f"the checkpoint's run had {steps} steps an epoch, this one has "
-                f"{self.steps_per_epoch}: resume with the same images and the same global batch "
-                "(--batch_size_per_gpu * --grad_accum * processes); with another number of "
-                "processes, --last_batch drop or pad can be what gives as many"
-            )
-        networks = {name: strip_prefix(state[name], "module.") for name in ("student", "teacher")}
-        networks["dino_loss"] = state["dino_loss"]
-        modules = {"student": self.student, "teacher": self.teacher, "dino_loss": self.loss}
-        for name, module in modules.items():
-            try:
-                check_shapes(module, networks[name], name)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error}; --arch, --patch_size, --out_dim, --use_bn_in_head and "
-                    "--global_crops_size must be those of the checkpoint's run"
-                ) from error
-        check_optimizer(self.optimizer, state["optimizer"])
-        for name, module in modules.items():
-            module.load_state_dict(networks[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled() and "fp16_scaler" in state:
-            self.scaler.load_state_dict(state["fp16_scaler"])
-        self.iteration = state.get("iteration", state["epoch"] * self.steps_per_epoch)
-        generators = state.get("generators", [])
-        if len(generators) == distributed.world_size():
-            torch.set_rng_state(generators[distributed.rank()]["cpu"])
-            if self.device.type == "cuda" and "cuda" in generators[distributed.rank()]:
-                torch.cuda.set_rng_state(generators[distributed.rank()]["cuda"], self.device)
-
-    def _generators(self) -> dict[str, Tensor]:
-        """The random generators that stochastic depth draws from, in this process."""
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raises CheckpointError where `state` is of another optimizer, or of other parameters."""
-
-    def describe(groups: list[dict[str, Any]]) -> str:
-        kinds = {"betas": "adamw", "eta": "lars", "nesterov": "sgd"}
-        kind = next((kinds[key] for key in kinds if key in groups[0]), "unknown")
-        return f"{kind} over {' + '.join(str(len(group['params'])) for group in groups)} parameters"
-
-    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
-    if saved != own:
-        raise CheckpointError(
-            f"the checkpoint's optimizer is {saved}, this run's is {own}: --optimizer and "
-            "--norm_last_layer must be those of the checkpoint's run"
-        )
+        restore(self, state)
+        self._guard.read()  # what was seen before counts no more
+        self._verified = self.iteration

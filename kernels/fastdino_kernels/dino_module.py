@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +80,16 @@ class DINOLoss(nn.Module):
         temps = torch.tensor(self.teacher_temp_schedule)
         self.register_buffer("_teacher_temps", temps, persistent=False)
 
-    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+    def forward(
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor
+    ) -> Tensor:
         """Loss of one batch; the center is updated after its use.
 
         Args:
             student_output: [S*B, K] logits, crop after crop; receives the gradient.
             teacher_output: [2*B, K] logits of the first two crops; receives no gradient.
-            epoch: from 0; chooses the teacher's temperature.
+            epoch: from 0; chooses the teacher's temperature. An int, or an int64 tensor [] beside
+                the center, so that a captured CUDA graph sees it change; its value is not checked.
 
         Returns: the loss, a fp32 scalar in nats (fp64 for fp64 logits).
 
@@ -97,7 +101,7 @@ class DINOLoss(nn.Module):
         return loss
 
     def pairwise(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """(loss, teacher_sum [K]) of one batch, as forward, without touching the center.
 
@@ -130,6 +134,16 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_sum: Tensor, rows: int) -> None:
         """Center <- m*center + (1 - m)*mean, over the teacher rows of all processes (Eq. 4).
 
+        As start_center_update, finished at once.
+        """
+        self.start_center_update(teacher_sum, rows)()
+
+    @torch.no_grad()
+    def start_center_update(self, teacher_sum: Tensor, rows: int) -> Callable[[], None]:
+        """Starts the sum over the processes, and returns what waits for it and moves the center.
+
+        In between the backward pass can run: the center's next use is the next batch's loss.
+
         Args:
             teacher_sum: [K] (or [1, K]), the sum of this process's teacher logits over `rows`
                 rows; not modified.
@@ -150,17 +164,25 @@ class DINOLoss(nn.Module):
             world = torch.distributed.get_world_size()
         if rows < 0 or (rows == 0 and world > 1):
             raise ValueError(f"rows must be >= {int(world > 1)}, got {rows}")
-        if rows == 0:
-            return
         total = teacher_sum.detach().reshape(self.center.shape)
+        work = None
         if world > 1:
             total = total.clone()
-            torch.distributed.all_reduce(total)
-        mean = (total / (rows * world)).to(self.center.dtype)
-        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+            work = torch.distributed.all_reduce(total, async_op=True)
+
+        @torch.no_grad()
+        def finish() -> None:
+            if rows == 0:
+                return
+            if work is not None:
+                work.wait()
+            mean = (total / (rows * world)).to(self.center.dtype)
+            self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+
+        return finish
 
     @torch.no_grad()
-    def teacher_entropy(self, teacher_output: Tensor, epoch: int) -> Tensor:
+    def teacher_entropy(self, teacher_output: Tensor, epoch: int | Tensor) -> Tensor:
         """Mean entropy, nats, of [2*B, K] teacher logits under this center and temperature."""
         return teacher_entropy(teacher_output[None], self.center, self._teacher_temp(epoch))
 
@@ -171,7 +193,9 @@ class DINOLoss(nn.Module):
             f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
         )
 
-    def _teacher_temp(self, epoch: int) -> float | Tensor:
+    def _teacher_temp(self, epoch: int | Tensor) -> float | Tensor:
+        if isinstance(epoch, Tensor):
+            return self._teacher_temps.index_select(0, epoch.reshape(1)).squeeze(0)
         if not torch.compiler.is_compiling():  # where it would pin the epoch
             epoch = operator.index(epoch)
         if not 0 <= epoch < len(self.teacher_temp_schedule):

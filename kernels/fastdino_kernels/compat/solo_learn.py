@@ -54,7 +54,7 @@ class DINOLoss(_DINOLoss):
         self.epoch = 0
 
     def forward(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int | None = None
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor | None = None
     ) -> Tensor:
         """Loss of one batch at `self.epoch`; the center is updated after its use.
 
