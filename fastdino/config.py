@@ -103,9 +103,28 @@ class TrainConfig:
         "the loss, center, EMA and schedules of one batch of that size.",
     )
     device: str = _flag("auto", "Where to compute.", choices=("auto", "cuda", "cpu"))
+    mode: str = _flag(
+        "parity",
+        "parity: the paper's operations one by one, in its precision. fast: the same maths with "
+        "bf16 on a GPU, compiled blocks, one optimizer pass, and no waiting for the device.",
+        choices=("parity", "fast"),
+    )
+    compile: str = _flag(
+        "auto",
+        "torch.compile over the blocks and the head. auto: in --mode fast, where it works.",
+        choices=("auto", "on", "off"),
+    )
+    fsdp: bool = _flag(
+        False, "Shard parameters, gradients and moments over the processes, for large networks."
+    )
+    cuda_graph: bool = _flag(
+        False,
+        "Replay the whole step as one CUDA graph (--mode fast, one process, batches of a size).",
+    )
     amp_dtype: str = _flag(
         "auto",
-        "Mixed precision. auto: fp16 with loss scaling on a GPU, as the paper; none on a CPU.",
+        "Mixed precision. auto: on a GPU fp16 with loss scaling, as the paper, or bf16 in --mode "
+        "fast; none on a CPU.",
         choices=("auto", "fp16", "bf16"),
     )
     attention: str = _flag(

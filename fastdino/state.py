@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdino import distributed
 from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.errors import CheckpointError
+from fastdino.sharding import load_module, load_optimizer, whole
 
 if TYPE_CHECKING:
     from fastdino.step import Trainer
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Trainer.state_dict()."""
     state = {
-        "student": trainer.student.state_dict(),
-        "teacher": trainer.teacher.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "student": whole(trainer.student.state_dict()),
+        "teacher": whole(trainer.teacher.state_dict()),
+        "optimizer": whole(trainer.optimizer.state_dict()),
         "dino_loss": trainer.loss.state_dict(),
         "epoch": trainer.epoch,
         "iteration": trainer.iteration,
@@ -58,8 +59,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
             ) from error
     check_optimizer(trainer.optimizer, state["optimizer"])
     for name, module in modules.items():
-        module.load_state_dict(networks[name])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+        load_module(module, networks[name])
+    load_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.scaler.is_enabled() and "fp16_scaler" in state:
         trainer.scaler.load_state_dict(state["fp16_scaler"])
     trainer.iteration = state.get("iteration", state["epoch"] * trainer.steps_per_epoch)

@@ -23,6 +23,7 @@ from fastdino.models.backbones import build_networks, has_attention, set_attenti
 from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_optimizer
 from fastdino.schedules import cosine_schedule
+from fastdino.sharding import check_sharding, gradients_unreduced, shard
 from fastdino.state import restore, state_of
 from fastdino.update import SeparateUpdate, Update
 
@@ -41,6 +42,8 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
         return Precision(None, "fp32 (--use_fp16 false)")
     if config.amp_dtype == "bf16":
         return Precision(torch.bfloat16, "bf16 autocast, fp32 weights (asked for)")
+    if config.amp_dtype == "auto" and config.mode == "fast" and device.type == "cuda":
+        return Precision(torch.bfloat16, "bf16 autocast, fp32 weights (--mode fast)")
     if config.amp_dtype == "fp16" or device.type == "cuda":
         return Precision(torch.float16, "fp16 autocast with loss scaling, fp32 weights")
     return Precision(None, "fp32 (fp16 is for GPUs)")
@@ -114,10 +117,12 @@ class Trainer:
         if has_attention(student):
             dtype = self.precision.autocast or torch.get_default_dtype()
             self.attention = choose_attention(config.attention, self.device, dtype)
+        if config.fsdp:
+            check_sharding(student)
         self.student = self._place(student)
         self.teacher = self._place(teacher)
         self._forward_student: nn.Module = self.student
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not config.fsdp:
             self._forward_student = nn.parallel.DistributedDataParallel(
                 self.student,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -129,7 +134,10 @@ class Trainer:
         set_attention(network, self.attention.name)
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return network.to(self.device)
+        network = network.to(self.device)
+        if self.config.fsdp:
+            shard(network, self.device)
+        return network
 
     def _init_schedules(self) -> None:
         config = self.config
@@ -283,8 +291,11 @@ class Trainer:
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _no_gradient_sync(self) -> contextlib.AbstractContextManager[Any]:
+        """While a part of the batch that is not the last goes backward."""
         if isinstance(self._forward_student, nn.parallel.DistributedDataParallel):
             return self._forward_student.no_sync()
+        if self.config.fsdp:
+            return gradients_unreduced(self.student)
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:

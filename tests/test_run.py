@@ -275,9 +275,24 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(config, tmp_pa
     assert len(ours["generators"]) == 2
 
 
+def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs(config, tmp_path):
+    settings = {"drop_path_rate": 0.0, "epochs": 3}
+    whole = config(**settings, output_dir=str(tmp_path / "one"))
+    train(whole)
+    train(config(**settings | {"epochs": 1}, device="cpu"))
+    sharded = config(**settings | {"epochs": 2}, batch_size_per_gpu=1, grad_accum=2, fsdp=True)
+    port = 20000 + os.getpid() % 20000 + 3
+    torch.multiprocessing.start_processes(
+        _train_one_of_two, (port, sharded.to_dict()), nprocs=2, start_method="spawn"
+    )
+    train(config(**settings))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
+        ({"fsdp": True}, ConfigError, "--fsdp true shards over processes, and there is one"),
         ({"data_path": "/nowhere"}, DataError, "there is no folder /nowhere"),
         ({"batch_size_per_gpu": 32}, DataError, "--batch_size_per_gpu"),
         ({"arch": "vit_smal"}, ConfigError, "did you mean vit_small"),

@@ -1,0 +1,58 @@
+"""torch.compile over a network's blocks and head: whether it works here, and doing it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from fastdino.errors import ConfigError
+from fastdino.models.head import MultiCropWrapper
+from fastdino.models.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class CompileChoice:
+    """Whether blocks and head are compiled, and why: `reason` is one phrase for the first line."""
+
+    on: bool
+    reason: str
+
+
+def choose_compile(wanted: str, mode: str, device: torch.device) -> CompileChoice:
+    """Resolves --compile {auto, on, off}; raises ConfigError where on cannot be."""
+    if wanted == "off":
+        return CompileChoice(False, "asked for")
+    if wanted == "auto" and mode != "fast":
+        return CompileChoice(False, "--mode parity")
+    problem = compile_problem(device)
+    if problem is None:
+        return CompileChoice(True, "asked for" if wanted == "on" else "--mode fast")
+    if wanted == "on":
+        raise ConfigError(f"--compile on: {problem}; use --compile off")
+    return CompileChoice(False, problem)
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot make code for `device`; None where it can."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 7 else f"Triton needs sm_70 or newer, this GPU is sm_{major}{minor}"
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if any(shutil.which(compiler) for compiler in compilers):
+        return None
+    return f"a CPU needs a C++ compiler: none of {', '.join(compilers)} is there"
+
+
+def compile_network(network: MultiCropWrapper) -> None:
+    """Compiles a vit_* backbone's blocks, which share one compilation, and the head; in place.
+
+    Names in the state_dict stay. Sizes are those of the first call: a network that is to take
+    others as well, in an evaluation, is better loaded anew.
+    """
+    if isinstance(network.backbone, VisionTransformer):
+        for block in network.backbone.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    network.head.compile(dynamic=False)
