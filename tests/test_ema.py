@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from fastdino_kernels import ema, ema_update_, pointer_table, reference
-from fastdino_kernels.pointer_table import POINTER, ROW, PointerTable
+from fastdino_kernels.pointer_table import ROW, PointerTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -252,11 +252,10 @@ def test_offsets_beyond_31_bits(target):
     device = target["device"]
     before = 2**31
     teacher, student = torch.zeros(100, device=device), torch.ones(100, device=device)
-    row = [-(before // CHUNK), before + 100, 0, 0, teacher.data_ptr(), student.data_ptr(), 0, 0]
-    row[POINTER] -= 4 * before
-    row[POINTER + 1] -= 4 * before
+    row = [-(before // CHUNK), before + 100, 0, 0]
+    row += [tensor.data_ptr() - 4 * before for tensor in (teacher, student)]
+    row += [0] * (ROW - len(row))
     rows = torch.tensor([row], device=device)
-    assert rows.shape == (1, ROW)
     table = PointerTable(rows, torch.zeros(1, dtype=torch.int64, device=device), (0, 0))
     launch_ema(table, 0.25)
     assert torch.equal(teacher, torch.full_like(teacher, 0.75))

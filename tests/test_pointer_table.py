@@ -96,9 +96,9 @@ def test_rows_say_where_everything_is():
     y = [torch.zeros(5).bfloat16(), torch.zeros(0, 3).bfloat16(), torch.zeros(3, 3).bfloat16()]
     table = build_table([x, y], [7, 8, 9], chunk=4)
     assert table.rows.tolist() == [
-        [0, 5, FP32 + (BF16 << 8), 7, x[0].data_ptr(), y[0].data_ptr(), 0, 0],
-        [2, 0, FP32 + (BF16 << 8), 8, x[1].data_ptr(), y[1].data_ptr(), 0, 0],
-        [2, 9, FP16 + (BF16 << 8), 9, x[2].data_ptr(), y[2].data_ptr(), 0, 0],
+        [0, 5, FP32 + (BF16 << 8), 7, x[0].data_ptr(), y[0].data_ptr(), 0, 0, 0, 0],
+        [2, 0, FP32 + (BF16 << 8), 8, x[1].data_ptr(), y[1].data_ptr(), 0, 0, 0, 0],
+        [2, 9, FP16 + (BF16 << 8), 9, x[2].data_ptr(), y[2].data_ptr(), 0, 0, 0, 0],
     ]
     assert table.owners.tolist() == [0, 0, 2, 2, 2]
     assert table.codes == (MIXED, BF16)

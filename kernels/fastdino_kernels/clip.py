@@ -6,6 +6,7 @@ for the norm, and 8 more only where the gradient is clipped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from .pointer_table import (
     plan_for,
 )
 from .reference import CLIP_EPS
+from .sharded import is_sharded, local_part, norms_over_shards
 
 
 @torch.no_grad()
@@ -33,7 +35,8 @@ def clip_grad_norms_(
 
     This is `clip_gradients` of facebookresearch/dino's utils.py; clip_grad_norm_ is the other one.
     Nothing is read back to the host. A gradient whose norm is NaN is left as it is; one whose norm
-    is inf is multiplied by 0, as there.
+    is inf is multiplied by 0, as there. The norm of a DTensor is that of all its shards, which takes
+    an all-reduce of n numbers: each process of its mesh must make the call.
 
     Args:
         parameters: n tensors (or one), whose `.grad` is fp16/bf16/fp32/fp64 or None.
@@ -47,8 +50,8 @@ def clip_grad_norms_(
         gradient is fp64.
 
     Raises:
-        ValueError: max_norm is not > 0, two gradients share memory (a parameter listed twice), or
-            elements of one do.
+        ValueError: max_norm is not > 0, two gradients share memory (a parameter listed twice),
+            elements of one do, or one is a DTensor whose sum is pending.
         TypeError: a parameter that is not a tensor, or a gradient that is not a dense
             floating-point one.
         RuntimeError: a CUDA graph is being captured, and no call with gradients on the GPU went
@@ -61,6 +64,8 @@ def clip_grad_norms_(
     if not grads:
         choose_impl(impl, [])  # its name is checked all the same
         return torch.zeros(len(params), device=device)
+    if _any_sharded(grads):
+        return _clip_sharded_each(grads, positions, len(params), max_norm, impl)
     return _clip_each(grads, positions, len(params), max_norm, impl).to(device)
 
 
@@ -87,6 +92,8 @@ def clip_grad_norm_(
     if not grads:
         choose_impl(impl, [])
         return torch.zeros((), device=params[0].device if params else None)
+    if _any_sharded(grads):
+        return _clip_sharded_all(grads, positions, max_norm, impl)
     return _clip_all(grads, positions, max_norm, impl)
 
 
@@ -106,9 +113,8 @@ def _clip_each(
     if plan.impl == "triton":  # traced
         return torch.ops.fastdino_kernels.clip_grad_norms_(grads, list(positions), total, max_norm)
     found = (_reference_each if plan.impl == "reference" else _torch_each)(grads, max_norm)
-    by_position = dict(zip(positions, found, strict=True))
-    zero = torch.zeros((), dtype=_norm_dtype(grads), device=grads[0].device)
-    return torch.stack([by_position.get(i, zero).to(zero) for i in range(total)])
+    like = torch.empty((), dtype=_norm_dtype(grads), device=grads[0].device)
+    return _in_place_of(positions, found, total, like)
 
 
 def _clip_all(grads: list[Tensor], positions: Sequence[int], max_norm: float, impl: str) -> Tensor:
@@ -124,6 +130,64 @@ def _clip_all(grads: list[Tensor], positions: Sequence[int], max_norm: float, im
         return torch.ops.fastdino_kernels.clip_grad_norm_(grads, max_norm)
     norm = (_reference_all if plan.impl == "reference" else _torch_all)(grads, max_norm)
     return norm.to(_norm_dtype(grads))
+
+
+def _any_sharded(grads: Sequence[Tensor]) -> bool:
+    traced = torch.compiler.is_compiling()
+    return not traced and not are_plain(grads) and any(map(is_sharded, grads))
+
+
+def _clip_sharded_each(
+    grads: list[Tensor], positions: Sequence[int], total: int, max_norm: float, impl: str
+) -> Tensor:
+    """_clip_each where some gradients are DTensors."""
+    parts, norms = _sharded_norms(grads, positions, impl)
+    factors = max_norm / (norms + CLIP_EPS)
+    _scale_parts_(parts, torch.where(factors < 1, factors, torch.ones_like(factors)), impl)
+    return _in_place_of(positions, norms.unbind(), total, norms)
+
+
+def _clip_sharded_all(
+    grads: list[Tensor], positions: Sequence[int], max_norm: float, impl: str
+) -> Tensor:
+    """_clip_all where some gradients are DTensors."""
+    parts, norms = _sharded_norms(grads, positions, impl)
+    norm = torch.linalg.vector_norm(norms)
+    factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+    _scale_parts_(parts, factor.expand(len(parts)).contiguous(), impl)
+    return norm
+
+
+def _sharded_norms(
+    grads: list[Tensor], positions: Sequence[int], impl: str
+) -> tuple[list[Tensor], Tensor]:
+    """What this process holds of each gradient; and [gradients], the norms of the whole ones."""
+    parts = list(map(local_part, grads))
+    norms = _clip_each(parts, range(len(parts)), len(parts), math.inf, impl)
+    names = [f"parameters[{position}].grad" for position in positions]
+    return parts, norms_over_shards(norms, grads, names)
+
+
+def _scale_parts_(parts: list[Tensor], factors: Tensor, impl: str) -> None:
+    """Each times its own factor, of [parts]."""
+    plan = _plan(parts, range(len(parts)), impl)
+    if plan.table is not None:
+        from .clip_triton import launch_scale
+
+        launch_scale(plan.table, factors)
+        torch.autograd.graph.increment_version(parts)
+        return
+    for indices in _groups(parts):
+        _scale_([parts[index] for index in indices], [factors[index] for index in indices])
+
+
+def _in_place_of(
+    positions: Sequence[int], norms: Sequence[Tensor], total: int, like: Tensor
+) -> Tensor:
+    """[total], in the dtype and on the device of `like`: norms at their positions, 0 elsewhere."""
+    by_position = dict(zip(positions, norms, strict=True))
+    zero = like.new_zeros(())
+    return torch.stack([by_position.get(i, zero).to(zero) for i in range(total)])
 
 
 def _plan(grads: list[Tensor], positions: Sequence[int], impl: str) -> Plan:

@@ -109,6 +109,13 @@ def scale_kernel(
 
 def launch_clip(table: PointerTable, norms: Tensor, max_norm: float) -> None:
     """Each gradient by its own norm, which goes to norms[position] (fp32)."""
+    factors = launch_norms(table, norms, max_norm)
+    if not math.isinf(max_norm):
+        launch_scale(table, factors)
+
+
+def launch_norms(table: PointerTable, norms: Tensor, max_norm: float) -> Tensor:
+    """The norms alone, as launch_clip writes them; returns the factors [rows] (fp32)."""
     factors = torch.empty(len(table.rows), dtype=torch.float32, device=norms.device)
     with device_guard(table.rows):
         partials = _sum_squares(table)
@@ -122,7 +129,13 @@ def launch_clip(table: PointerTable, norms: Tensor, max_norm: float) -> None:
             PARTIALS=TENSOR_PARTIALS,
             num_warps=TENSOR_WARPS,
         )
-        _scale(table, factors, max_norm, each=True)
+    return factors
+
+
+def launch_scale(table: PointerTable, factors: Tensor) -> None:
+    """Each gradient times its factor, of [rows] (fp32)."""
+    with device_guard(table.rows):
+        _scale(table, factors, each=True)
 
 
 def launch_global_clip(table: PointerTable, max_norm: float) -> Tensor:
@@ -139,7 +152,8 @@ def launch_global_clip(table: PointerTable, max_norm: float) -> Tensor:
             PARTIALS=TOTAL_PARTIALS,
             num_warps=TOTAL_WARPS,
         )
-        _scale(table, factor, max_norm, each=False)
+        if not math.isinf(max_norm):
+            _scale(table, factor, each=False)
     return total
 
 
@@ -158,9 +172,9 @@ def _sum_squares(table: PointerTable) -> Tensor:
     return partials
 
 
-def _scale(table: PointerTable, factors: Tensor, max_norm: float, *, each: bool) -> None:
-    if math.isinf(max_norm) or len(table.owners) == 0:
-        return  # only measured
+def _scale(table: PointerTable, factors: Tensor, *, each: bool) -> None:
+    if len(table.owners) == 0:
+        return
     scale_kernel[(len(table.owners),)](
         table.rows,
         table.owners,

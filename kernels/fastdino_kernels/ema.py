@@ -22,6 +22,7 @@ from .pointer_table import (
     overlaps_itself,
     plan_for,
 )
+from .sharded import check_sharded_alike, local_part
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def ema_update_(
         return
     plain = are_plain([*teacher, *copies, *student])
     if not plain:
-        teacher, student, copies = _local_shards(teacher, student, copies)
+        teacher, student, copies = _local_parts(teacher, student, copies)
         plain = are_plain([*teacher, *copies, *student])
     if teacher and plain and not (isinstance(momentum, Tensor) and not are_plain([momentum])):
         _eager_ema_(teacher, student, copies, momentum, impl)
@@ -237,22 +238,14 @@ def _reference_ema_(
         t.copy_(reference.ema_update([t.to(wide)], [s.to(wide)], momentum)[0])
 
 
-def _local_shards(
+def _local_parts(
     teacher: list[Tensor], student: list[Tensor], copies: list[Tensor]
 ) -> tuple[list[Tensor], ...]:
     """This process's part of every DTensor: an elementwise update needs no other."""
     for name, others in (("student_tensors", student), ("shadow", copies)):
         for index, (t, other) in enumerate(zip(teacher, others, strict=False)):
-            ours, theirs = (getattr(tensor, "placements", None) for tensor in (t, other))
-            if ours != theirs:
-                raise ValueError(
-                    f"teacher_tensors[{index}] and {name}[{index}] must be sharded alike, "
-                    f"got {ours} and {theirs}"
-                )
-    return tuple(
-        [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-        for tensors in (teacher, student, copies)
-    )
+            check_sharded_alike(f"teacher_tensors[{index}]", t, f"{name}[{index}]", other)
+    return tuple(list(map(local_part, tensors)) for tensors in (teacher, student, copies))
 
 
 def _check_momentum(momentum: object) -> float | Tensor:

@@ -12,13 +12,13 @@ for good, as the graph reads it. A table made during capture (gradients have new
 graph's pool) is copied, at each replay too, from pinned memory that an earlier call set aside,
 whether or not that call had to make a table.
 
-The rows, one for each tensor, pair or triple of tensors, are int64 [n, ROW]:
+The rows, one for each group of tensors that are worked on together, are int64 [n, ROW]:
 
     FIRST_CHUNK   the number of its first chunk; chunks are numbered through the table
-    NUMEL         elements
-    CODES         dtype codes, CODE_BITS for each role
+    NUMEL         elements; 0 where there is no tensor in role 0
+    CODES         dtype codes, CODE_BITS for each role; ABSENT where there is no tensor
     POSITION      its index in the caller's list
-    POINTER + r   the address in role r, of at most three
+    POINTER + r   the address in role r, of at most six; 0 where there is no tensor
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROW = 8
+ROW = 10
 FIRST_CHUNK, NUMEL, CODES, POSITION, POINTER = range(5)
 CODE_BITS = 8
-FP32, BF16, FP16 = range(3)
+FP32, BF16, FP16, ABSENT = range(4)
 MIXED = -1  # of a role whose tensors differ in dtype
 _CODE_OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
@@ -43,7 +43,7 @@ _PLAIN_TYPES = {Tensor, nn.Parameter}
 _dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 _CACHED = 16  # plans, the least recently used of which goes first
-_ARENA_WORDS = 1 << 17  # 1 MiB: about fifty captured calls of 300 tensors
+_ARENA_WORDS = 1 << 17  # 1 MiB: about forty captured calls of 300 tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PointerTable:
 
     rows: Tensor  # int64 [n, ROW]
     owners: Tensor  # int64 [chunks]: the index of the row that each chunk belongs to
-    codes: tuple[int, ...]  # each role's dtype code, or MIXED
+    codes: tuple[int | None, ...]  # each role's dtype code, MIXED, or None: no tensor has it
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Plan:
     impl: str
     table: PointerTable | None = None
     rest: tuple[int, ...] = ()  # indices, in the caller's lists, of what no table can hold
+    gradients: PointerTable | None = None  # a second table, where there is one
 
 
 def are_plain(tensors: Sequence[object]) -> bool:
@@ -86,9 +87,10 @@ def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]
     if stream is not None and plan.table is not None:
         if _arena.is_low() and not _is_capturing(device):
             _arena.reserve()
-        # It may have been made on another stream: its memory must outlast this one's use.
-        plan.table.rows.record_stream(stream)
-        plan.table.owners.record_stream(stream)
+        for table in filter(None, (plan.table, plan.gradients)):
+            # It may have been made on another stream: its memory must outlast this one's use.
+            table.rows.record_stream(stream)
+            table.owners.record_stream(stream)
     return plan
 
 
@@ -108,26 +110,31 @@ def _key_of(head: Hashable, tensors: Sequence[Tensor]) -> Hashable | None:
 
 
 def build_table(
-    roles: Sequence[Sequence[Tensor]], positions: Sequence[int], chunk: int
+    roles: Sequence[Sequence[Tensor | None]], positions: Sequence[int], chunk: int
 ) -> PointerTable:
-    """The table of n tensors in each of 1 to 3 roles, in chunks of `chunk` elements.
+    """The table of n tensors in each of 1 to 6 roles, in chunks of `chunk` elements.
 
     Args:
-        roles: lists of n >= 1 fp32/bf16/fp16 tensors; the i-th of all lists are flat together.
+        roles: lists of n >= 1 fp32/bf16/fp16 tensors, of which the i-th of all lists are flat
+            together, or None where there is none. One tensor at least is in the first role.
         positions: n numbers, for the column POSITION.
         chunk: elements of one program.
 
     Raises: RuntimeError: under CUDA-graph capture, where no earlier call set memory aside.
     """
-    device = roles[0][0].device
-    numels = list(map(Tensor.numel, roles[0]))
+    device = next(tensor.device for tensor in roles[0] if tensor is not None)
+    numels = [0 if tensor is None else tensor.numel() for tensor in roles[0]]
     counts = tuple(-(-numel // chunk) for numel in numels)
-    codes = [[_CODE_OF[tensor.dtype] for tensor in role] for role in roles]
+    codes = [
+        [ABSENT if tensor is None else _CODE_OF[tensor.dtype] for tensor in role] for role in roles
+    ]
     packed = (
         sum(code << (CODE_BITS * role) for role, code in enumerate(group))
         for group in zip(*codes, strict=True)
     )
-    addresses = [map(Tensor.data_ptr, role) for role in roles]
+    addresses = [
+        [0 if tensor is None else tensor.data_ptr() for tensor in role] for role in roles
+    ]
     unused = [itertools.repeat(0)] * (ROW - POINTER - len(roles))
     firsts = itertools.accumulate(counts, initial=0)
     rows = zip(firsts, numels, packed, positions, *addresses, *unused, strict=False)
@@ -139,8 +146,15 @@ def build_table(
     return PointerTable(
         _upload(itertools.chain.from_iterable(rows), device).view(-1, ROW),
         _owners.get((counts, device), make_owners, device, _current_stream(device)),
-        tuple(role[0] if len(set(role)) == 1 else MIXED for role in codes),
+        tuple(_common_code(role) for role in codes),
     )
+
+
+def _common_code(codes: Sequence[int]) -> int | None:
+    present = set(codes) - {ABSENT}
+    if len(present) > 1:
+        return MIXED
+    return present.pop() if present else None
 
 
 def are_flat(tensors: Sequence[Tensor]) -> bool:
