@@ -44,7 +44,8 @@ def shard(network: MultiCropWrapper, device: torch.device) -> None:
     if isinstance(network.backbone, VisionTransformer):
         parts = [*network.backbone.blocks, *parts]
     for part in parts:  # the inner ones first
-        fully_shard(part, mesh=mesh)
+        # The teacher has no backward pass after which its weights would be given back.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager

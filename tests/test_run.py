@@ -276,17 +276,23 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(config, tmp_pa
 
 
 def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs(config, tmp_path):
-    settings = {"drop_path_rate": 0.0, "epochs": 3}
-    whole = config(**settings, output_dir=str(tmp_path / "one"))
-    train(whole)
-    train(config(**settings | {"epochs": 1}, device="cpu"))
-    sharded = config(**settings | {"epochs": 2}, batch_size_per_gpu=1, grad_accum=2, fsdp=True)
+    one, two, then = (tmp_path / name for name in ("one", "two", "then"))
+    settings = {"drop_path_rate": 0.0, "epochs": 3, "saveckp_freq": 1}
+    train(config(**settings, output_dir=str(one)))
+    for start in (two, then):
+        start.mkdir()
+    shutil.copy(one / "checkpoint0000.pth", two / "checkpoint.pth")
+    sharded = config(**settings, output_dir=str(two), batch_size_per_gpu=1, grad_accum=2, fsdp=True)
     port = 20000 + os.getpid() % 20000 + 3
     torch.multiprocessing.start_processes(
         _train_one_of_two, (port, sharded.to_dict()), nprocs=2, start_method="spawn"
     )
-    train(config(**settings))
-    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
+    shutil.copy(two / "checkpoint0001.pth", then / "checkpoint.pth")
+    train(config(**settings, output_dir=str(then)))
+    assert losses_of(two) == pytest.approx(losses_of(one)[1:], rel=2e-4)
+    assert losses_of(then) == pytest.approx(losses_of(one)[2:], rel=2e-4)
+    for key, rows in weights_of(one)["student"].items():
+        torch.testing.assert_close(weights_of(two)["student"][key], rows, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(

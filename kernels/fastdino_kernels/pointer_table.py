@@ -132,9 +132,7 @@ def build_table(
         sum(code << (CODE_BITS * role) for role, code in enumerate(group))
         for group in zip(*codes, strict=True)
     )
-    addresses = [
-        [0 if tensor is None else tensor.data_ptr() for tensor in role] for role in roles
-    ]
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in role] for role in roles]
     unused = [itertools.repeat(0)] * (ROW - POINTER - len(roles))
     firsts = itertools.accumulate(counts, initial=0)
     rows = zip(firsts, numels, packed, positions, *addresses, *unused, strict=False)
