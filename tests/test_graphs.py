@@ -1,6 +1,6 @@
 """fastdino.graphs: when a step runs, is recorded, is replayed, with what.
 
-There is no CUDA in these but the last: `recorder` stands in for its graphs, and replays a step by
+There is no CUDA here: `recorder` stands in for its graphs, and replays a step by
 calling it again.
 """
 
