@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from fastdino_kernels import AdamWEMA
 from torch import Tensor, nn
 
 
@@ -32,6 +34,24 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     assert name == "lars", name
     return LARS(groups, momentum=0.9)
+
+
+def build_fused_adamw(
+    student: nn.Module, teacher: nn.Module, *, clip_grad: float, skip_nonfinite: bool
+) -> AdamWEMA:
+    """AdamW that clips each gradient by its norm and averages the teacher in the same pass.
+
+    Args:
+        clip_grad: the largest norm of a gradient; 0: no clipping.
+        skip_nonfinite: a step with a gradient that is not finite changes nothing.
+    """
+    return AdamWEMA(
+        parameter_groups(student),
+        lr=0.0,
+        max_norm=clip_grad or math.inf,
+        teacher=dict(zip(student.parameters(), teacher.parameters(), strict=True)),
+        skip_nonfinite=skip_nonfinite,
+    )
 
 
 class LARS(torch.optim.Optimizer):

@@ -161,6 +161,12 @@ class Run:
             f"crops: {self.loader.description}",
             f"precision: {trainer.precision.reason}",
         ]
+        if config.mode == "fast" or trainer.compiled.on:
+            on = "on" if trainer.compiled.on else "off"
+            parts.append(f"mode: {config.mode}, compiled blocks {on} ({trainer.compiled.reason})")
+        if config.cuda_graph:
+            on = "on" if trainer.graph.on else "off"
+            parts.append(f"CUDA graph: {on} ({trainer.graph.reason})")
         return " | ".join(parts)
 
     def _run_epoch(self, signals: StopSignals) -> Status:

@@ -21,7 +21,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     state = {
         "student": whole(trainer.student.state_dict()),
         "teacher": whole(trainer.teacher.state_dict()),
-        "optimizer": whole(trainer.optimizer.state_dict()),
+        "optimizer": _optimizer_state(trainer.optimizer),
         "dino_loss": trainer.loss.state_dict(),
         "epoch": trainer.epoch,
         "iteration": trainer.iteration,
@@ -30,6 +30,16 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     }
     if trainer.scaler.is_enabled():
         state["fp16_scaler"] = trainer.scaler.state_dict()
+    return state
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict with whole tensors, and lr and weight decay as floats wherever they are."""
+    state: dict[str, Any] = whole(optimizer.state_dict())
+    state["param_groups"] = [
+        {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
     return state
 
 

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from fastdino import distributed
 from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
+from fastdino.graphs import GraphedStep, choose_graph
 from fastdino.guard import FiniteGuard
 from fastdino.models.attention import AttentionChoice, choose_attention
 from fastdino.models.backbones import build_networks, has_attention, set_attention
+from fastdino.models.compiled import choose_compile, compile_network
 from fastdino.models.head import MultiCropWrapper
-from fastdino.optim import build_optimizer
+from fastdino.optim import build_fused_adamw, build_optimizer
 from fastdino.schedules import cosine_schedule
 from fastdino.sharding import check_sharding, gradients_unreduced, shard
 from fastdino.state import restore, state_of
-from fastdino.update import SeparateUpdate, Update
+from fastdino.update import FusedUpdate, SeparateUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Trainer:
             config.print_freq steps and at each epoch's first, None after every other step. 0: each
             image falls on one prototype; ln K: on all alike. Near either, the training collapses.
             The same step's loss less this is KL(teacher || student).
-        optimizer, precision, attention: what the config resolved to.
+        optimizer, precision, attention, compiled, graph: what the config resolved to.
 
     Where torch.distributed is initialised, this is one process of a data-parallel run.
     """
@@ -92,20 +94,17 @@ class Trainer:
             config.epochs,
             inplace_backward=True,  # nothing reads the student's logits after the backward pass
         ).to(self.device)
-        self.optimizer = build_optimizer(config.optimizer, self.student)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision.autocast is torch.float16
         )
-        self._guard = FiniteGuard(self.device)
-        self._update: Update = SeparateUpdate(
-            self.student,
-            self.teacher,
-            self.optimizer,
-            self.scaler,
-            self._guard,
-            max_norm=config.clip_grad,
-            verify=self.verify,
+        self.graph = choose_graph(
+            config,
+            self.device,
+            scaling=self.scaler.is_enabled(),
+            processes=distributed.world_size(),
         )
+        self._guard = FiniteGuard(self.device)
+        self._init_update()
         self._init_schedules()
 
     def _init_networks(self) -> None:
@@ -117,6 +116,7 @@ class Trainer:
         if has_attention(student):
             dtype = self.precision.autocast or torch.get_default_dtype()
             self.attention = choose_attention(config.attention, self.device, dtype)
+        self.compiled = choose_compile(config.compile, config.mode, self.device)
         if config.fsdp:
             check_sharding(student)
         self.student = self._place(student)
@@ -135,9 +135,45 @@ class Trainer:
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = network.to(self.device)
+        if self.compiled.on:
+            compile_network(network)
         if self.config.fsdp:
             shard(network, self.device)
         return network
+
+    def _init_update(self) -> None:
+        config = self.config
+        if config.mode == "fast" and config.optimizer == "adamw":
+            fused = build_fused_adamw(
+                self.student,
+                self.teacher,
+                clip_grad=config.clip_grad,
+                skip_nonfinite=not self.scaler.is_enabled(),
+            )
+            self.optimizer: torch.optim.Optimizer = fused
+            scalars = None
+            if self.graph.on:
+                scalars = torch.zeros(3, dtype=torch.float64, device=self.device)
+            self._update: Update = FusedUpdate(
+                self.student, fused, self.scaler, self._guard, scalars=scalars
+            )
+        else:
+            self.optimizer = build_optimizer(config.optimizer, self.student)
+            self._update = SeparateUpdate(
+                self.student,
+                self.teacher,
+                self.optimizer,
+                self.scaler,
+                self._guard,
+                max_norm=config.clip_grad,
+                verify=self.verify,
+            )
+        # What _step is called by, and the epoch where a graph can see it change.
+        self._call_step: Callable[..., tuple[Tensor | None, ...]] = self._step
+        self._epoch: Tensor | None = None
+        if self.graph.on:
+            self._call_step = GraphedStep(self._step, self.device)
+            self._epoch = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _init_schedules(self) -> None:
         config = self.config
@@ -178,13 +214,16 @@ class Trainer:
             self.weight_decay_schedule(self.iteration),
             self.momentum_schedule(self.iteration),
         )
-        loss, self.entropy = self._step(
+        if self._epoch is not None:
+            self._epoch.fill_(self.epoch)
+        loss, self.entropy = self._call_step(
             crops,
             frozen=self.epoch < self.config.freeze_last_layer,
             measure=self.iteration % self.steps_per_epoch == 0
             or self.iteration % self.config.print_freq == 0,
         )
         self.iteration += 1
+        assert loss is not None
         return loss
 
     def verify(self) -> None:
@@ -251,6 +290,7 @@ class Trainer:
         self.optimizer.zero_grad()
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
+        epoch = self.epoch if self._epoch is None else self._epoch
         losses, teacher_sums, entropies = [], [], []
         for part in range(parts):
             batch = [
@@ -263,11 +303,11 @@ class Trainer:
                     with torch.no_grad():
                         teacher = self.teacher(batch[:2])
                     student = self._forward_student(batch)
-                    loss, teacher_sum = self.loss.pairwise(student, teacher, self.epoch)
+                    loss, teacher_sum = self.loss.pairwise(student, teacher, epoch)
                 losses.append(loss.detach())
                 teacher_sums.append(teacher_sum)
                 if measure:
-                    entropies.append(self.loss.teacher_entropy(teacher, self.epoch))
+                    entropies.append(self.loss.teacher_entropy(teacher, epoch))
                 if last:
                     mean_loss = self._watched_mean(losses)
                     # Summed over the processes while the backward pass runs.
@@ -317,5 +357,7 @@ class Trainer:
             another optimizer, or another number of steps an epoch; nothing is taken up then.
         """
         restore(self, state)
+        if self.graph.on:  # what was recorded reads memory that is no longer ours
+            self._call_step = GraphedStep(self._step, self.device)
         self._guard.read()  # what was seen before counts no more
         self._verified = self.iteration

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from fastdino_kernels import clip_grad_norms_, ema_update_
-from torch import nn
+from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
+from torch import Tensor, nn
 
 from fastdino.guard import FiniteGuard
 from fastdino.models.head import MultiCropWrapper
@@ -58,10 +58,7 @@ class SeparateUpdate:
         self._momentum = 1.0
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        # Only the first group is decayed.
-        self._optimizer.param_groups[0]["weight_decay"] = weight_decay
+        _set_rates(self._optimizer, lr, weight_decay)
         self._momentum = momentum
 
     def __call__(self, *, frozen: bool) -> None:
@@ -78,6 +75,60 @@ class SeparateUpdate:
         ema_update_(
             list(self._teacher.parameters()), list(self._student.parameters()), self._momentum
         )
+
+
+class FusedUpdate:
+    """All in one pass over memory, with no waiting: fastdino_kernels.AdamWEMA.
+
+    Args:
+        optimizer: averages the teacher too.
+        scalars: fp64 [3] on the device, to hold lr, weight decay and momentum where a CUDA graph
+            is to see them change; None: they are floats.
+    """
+
+    defers = True
+
+    def __init__(
+        self,
+        student: MultiCropWrapper,
+        optimizer: AdamWEMA,
+        scaler: torch.amp.GradScaler,
+        guard: FiniteGuard,
+        *,
+        scalars: Tensor | None,
+    ):
+        self._student, self._optimizer = student, optimizer
+        self._scaler, self._guard = scaler, guard
+        self._scalars = None if scalars is None else list(scalars.unbind())
+
+    def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
+        values: list[float | Tensor] = [lr, weight_decay, momentum]
+        if self._scalars is not None:
+            # The value travels as an argument of the launch: nothing waits.
+            values = [
+                scalar.fill_(value) for scalar, value in zip(self._scalars, values, strict=True)
+            ]
+        _set_rates(self._optimizer, values[0], values[1])
+        self._optimizer.momentum = values[2]
+
+    def __call__(self, *, frozen: bool) -> None:
+        if frozen:
+            drop_gradients(self._student.head.last_layer)
+        # With loss scaling the gradients are divided by the scale in the same pass.
+        self._scaler.step(self._optimizer, skip=self._guard.bad)
+        self._scaler.update()
+        if not self._scaler.is_enabled():
+            assert self._optimizer.norms is not None
+            self._guard.watch_norms(self._optimizer.norms)
+
+
+def _set_rates(
+    optimizer: torch.optim.Optimizer, lr: float | Tensor, weight_decay: float | Tensor
+) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Only the first group is decayed.
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
 def drop_gradients(module: nn.Module) -> None:

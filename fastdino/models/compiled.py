@@ -12,6 +12,8 @@ from fastdino.errors import ConfigError
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
 
+_COMPILATIONS = 64  # of one function, beyond which PyTorch would refuse
+
 
 @dataclass(frozen=True)
 class CompileChoice:
@@ -47,12 +49,16 @@ def compile_problem(device: torch.device) -> str | None:
 
 
 def compile_network(network: MultiCropWrapper) -> None:
-    """Compiles a vit_* backbone's blocks, which share one compilation, and the head; in place.
+    """Compiles a vit_* backbone's blocks, which share their compilations, and the head; in place.
 
-    Names in the state_dict stay. Sizes are those of the first call: a network that is to take
-    others as well, in an evaluation, is better loaded anew.
+    Names in the state_dict stay. Each new size of a batch or a crop is compiled anew.
     """
+    # A block is compiled for student and teacher, first and last block, and each size of crops.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _COMPILATIONS)
+    # Not the modules: their hooks, with which FSDP gathers the weights, cannot be compiled.
     if isinstance(network.backbone, VisionTransformer):
         for block in network.backbone.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    network.head.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    head = network.head
+    head.forward = torch.compile(head.forward, dynamic=False)  # type: ignore[method-assign]
