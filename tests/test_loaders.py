@@ -51,6 +51,8 @@ def make_config(**changes):
         "crops": "torchvision",
         "max_bad_share": 0.3,
         "last_batch": "paper",
+        "decode": "auto",
+        "hw_decoder_load": 0.65,
     }
     return types.SimpleNamespace(**(values | changes))
 
