@@ -51,9 +51,8 @@ def report() -> dict[str, str]:
         "  dali": _availability(dali_problem()),
         "  torchvision": "available",
         "decode": f"{decode} ({why_decode})",
-        "  cpu": _availability(dali_decode_problem()),
-        "  gpu": _availability(_nvjpeg_problem(device)),
-        "  pillow": "available",
+        "  decode cpu": _availability(dali_decode_problem()),
+        "  decode gpu": _availability(_nvjpeg_problem(device)),
     }
     return facts
 
