@@ -224,7 +224,7 @@ def taken(loader, epoch, rng):
             spoil(rng)
         with torch.cuda.stream(loader._maker.stream):
             spoil(rng)
-        del batch
+        del batch, crop
         if rng.random() < 0.05:
             torch.cuda.empty_cache()
     torch.cuda.synchronize()
@@ -239,7 +239,7 @@ def test_hundreds_of_batches_are_right_whatever_streams_and_allocators_do(
     if decode == "gpu":  # Its pixels are near; drawn colours would enlarge what they differ by.
         undrawn(monkeypatch)
     rng = random.Random(1)
-    exact = build(photos, crops="fused", decode="pillow", num_workers=8)
+    exact = build(photos)
     loader = on_cuda(photos, decode=decode, num_workers=8)
     for epoch in range(60):  # of 4 batches
         expected, ours = list(exact.epoch(epoch)), taken(loader, epoch, rng)
@@ -259,7 +259,7 @@ def test_batches_are_right_while_the_main_thread_captures_a_graph(
 ):
     if decode == "gpu":
         undrawn(monkeypatch)
-    expected = list(build(photos, crops="fused", decode="pillow").epoch(0))
+    expected = list(build(photos).epoch(0))
     loader = on_cuda(photos, decode=decode, num_workers=4)
     static = torch.ones(64, 64, device="cuda") * 1.0
     for _ in range(10):
