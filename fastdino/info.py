@@ -13,7 +13,7 @@ from fastdino_kernels import chosen_impl as chosen_kernels
 import fastdino
 from fastdino.data.loader import choose_crops, dali_problem, fused_problem
 from fastdino.distributed import choose_device
-from fastdino.models.attention import choose_attention, xformers_problem
+from fastdino.models.attention import BACKENDS, attention_problem, choose_attention
 
 PACKAGES = (
     "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
@@ -25,7 +25,6 @@ def report() -> dict[str, str]:
     """Facts by name, in the order to show them."""
     device = choose_device("auto")
     attention = choose_attention("auto", device)
-    problem = xformers_problem(device)
     crops, why_crops = choose_crops("auto", device)
     facts = {
         "fastdino": fastdino.__version__,
@@ -34,10 +33,9 @@ def report() -> dict[str, str]:
         "gpu": _gpus(),
     }
     facts |= {name: _version(name) for name in PACKAGES}
+    facts["attention"] = f"{attention.name} ({attention.reason})"
+    facts |= {f"  {name}": _availability(attention_problem(name, device)) for name in BACKENDS}
     facts |= {
-        "attention": f"{attention.name} ({attention.reason})",
-        "  xformers": _availability(problem),
-        "  sdpa": "available",
         "kernels": chosen_kernels(device),
         "crops": f"{crops} ({why_crops})",
         "  fused": _availability(fused_problem(device)),

@@ -19,8 +19,7 @@ from fastdino import distributed
 from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, NonFiniteError
-from fastdino.models.attention import AttentionChoice, choose_attention
-from fastdino.models.backbones import build_networks, has_attention, set_attention
+from fastdino.models.backbones import build_networks, choose_fast_path
 from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_optimizer
 from fastdino.schedules import cosine_schedule
@@ -61,7 +60,7 @@ class Trainer:
             config.print_freq steps and at each epoch's first, None after every other step. 0: each
             image falls on one prototype; ln K: on all alike. Near either, the training collapses.
             The same step's loss less this is KL(teacher || student).
-        optimizer, precision, attention: what the config resolved to.
+        optimizer, precision, fast_path: what the config resolved to.
 
     Where torch.distributed is initialised, this is one process of a data-parallel run.
     """
@@ -80,10 +79,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
-        self.attention = AttentionChoice("none", "the architecture has its own")
-        if has_attention(student):
-            dtype = self.precision.autocast or torch.get_default_dtype()
-            self.attention = choose_attention(config.attention, self.device, dtype)
+        dtype = self.precision.autocast or torch.get_default_dtype()
+        self.fast_path = choose_fast_path(config, student.backbone, self.device, dtype)
         self.student = self._place(student)
         self.teacher = self._place(teacher)
         self.loss = DINOLoss(
@@ -108,7 +105,7 @@ class Trainer:
         self._init_schedules()
 
     def _place(self, network: MultiCropWrapper) -> MultiCropWrapper:
-        set_attention(network, self.attention.name)
+        self.fast_path.apply_to(network)
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(self.device)

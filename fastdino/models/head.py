@@ -73,7 +73,10 @@ class DINOHead(nn.Module):
 
 
 class MultiCropWrapper(nn.Module):
-    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them."""
+    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them.
+
+    With `packing` the backbone gets all sizes in one pass, as a list: for a VisionTransformer.
+    """
 
     head: DINOHead
 
@@ -81,11 +84,15 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.packing = False
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """S crops [B, 3, H, W], those of one width next to each other -> [S * B, K]."""
-        features = [
-            self.backbone(torch.cat(tuple(group)))
-            for _, group in groupby(crops, key=lambda crop: crop.shape[-1])
-        ]
-        return self.head(torch.cat(features))
+        """S crops [B, 3, H, W], those of one size next to each other -> [S * B, K]."""
+        groups = [torch.cat(tuple(group)) for _, group in groupby(crops, key=_size)]
+        if self.packing:
+            return self.head(self.backbone(groups))
+        return self.head(torch.cat([self.backbone(group) for group in groups]))
+
+
+def _size(images: Tensor) -> torch.Size:
+    return images.shape[-2:]
