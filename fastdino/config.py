@@ -128,7 +128,22 @@ class TrainConfig:
         choices=("auto", "fp16", "bf16"),
     )
     attention: str = _flag(
-        "auto", "Attention of the vit_* backbones.", choices=("auto", "xformers", "sdpa")
+        "auto",
+        "Attention of the vit_* backbones: xformers, varlen (torch.nn.attention.varlen), sdpa "
+        "(PyTorch's, one call a crop size). auto: the first of them that works here.",
+        choices=("auto", "xformers", "varlen", "sdpa"),
+    )
+    packing: str = _flag(
+        "auto",
+        "Crops of all sizes as one sequence through a vit_* student, attention within each crop. "
+        "The result is the same. auto: on a GPU.",
+        choices=("auto", "on", "off"),
+    )
+    last_block: str = _flag(
+        "cls",
+        "What the last block of a vit_* computes in training: cls, the CLS token, which is all the "
+        "head takes; all, every token. The result is the same.",
+        choices=("cls", "all"),
     )
     crops: str = _flag(
         "auto",

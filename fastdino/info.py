@@ -19,7 +19,7 @@ from fastdino.data.loader import (
     fused_problem,
 )
 from fastdino.distributed import choose_device
-from fastdino.models.attention import choose_attention, xformers_problem
+from fastdino.models.attention import BACKENDS, attention_problem, choose_attention
 
 PACKAGES = (
     "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
@@ -31,7 +31,6 @@ def report() -> dict[str, str]:
     """Facts by name, in the order to show them."""
     device = choose_device("auto")
     attention = choose_attention("auto", device)
-    problem = xformers_problem(device)
     crops, why_crops = choose_crops("auto", device)
     decode, why_decode = choose_decode("auto", crops, device)
     facts = {
@@ -41,10 +40,9 @@ def report() -> dict[str, str]:
         "gpu": _gpus(),
     }
     facts |= {name: _version(name) for name in PACKAGES}
+    facts["attention"] = f"{attention.name} ({attention.reason})"
+    facts |= {f"  {name}": _availability(attention_problem(name, device)) for name in BACKENDS}
     facts |= {
-        "attention": f"{attention.name} ({attention.reason})",
-        "  xformers": _availability(problem),
-        "  sdpa": "available",
         "kernels": chosen_kernels(device),
         "crops": f"{crops} ({why_crops})",
         "  fused": _availability(fused_problem(device)),

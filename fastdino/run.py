@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -146,7 +145,7 @@ class Run:
 
     def headline(self) -> str:
         """One line: what runs where, and why so."""
-        config, trainer = self.config, self.trainer
+        config, trainer, path = self.config, self.trainer, self.trainer.fast_path
         where = str(trainer.device)
         if trainer.device.type == "cuda":
             where += f" ({torch.cuda.get_device_name(trainer.device)})"
@@ -156,7 +155,8 @@ class Run:
             f"{distributed.world_size()} process(es)",
             f"{len(source)} images ({len(source.skipped)} skipped), {source.kind}",
             f"{trainer.steps_per_epoch} steps an epoch",
-            f"attention: {trainer.attention.name} ({trainer.attention.reason})",
+            f"attention: {path.attention.name} ({path.attention.reason})",
+            f"packing: {'on' if path.packing else 'off'} ({path.why_packing})",
             f"kernels: {self.kernels}",
             f"crops: {self.loader.description}",
             f"precision: {trainer.precision.reason}",
@@ -260,10 +260,13 @@ class Run:
             pass
 
     def _write_config(self) -> None:
+        fast = self.trainer.fast_path
         resolved = {
             "device": str(self.trainer.device),
             "processes": distributed.world_size(),
-            "attention": dataclasses.asdict(self.trainer.attention),
+            "attention": {"name": fast.attention.name, "reason": fast.attention.reason},
+            "packing": fast.packing,
+            "last_block": "cls" if fast.cls_only else "all",
             "precision": self.trainer.precision.reason,
             "crops": self.loader.description,
             "kernels": self.kernels,

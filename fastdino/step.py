@@ -19,8 +19,7 @@ from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
 from fastdino.graphs import GraphedStep, choose_graph
 from fastdino.guard import FiniteGuard
-from fastdino.models.attention import AttentionChoice, choose_attention
-from fastdino.models.backbones import build_networks, has_attention, set_attention
+from fastdino.models.backbones import build_networks, choose_fast_path
 from fastdino.models.compiled import choose_compile, compile_network
 from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_fused_adamw, build_optimizer
@@ -67,7 +66,7 @@ class Trainer:
             config.print_freq steps and at each epoch's first, None after every other step. 0: each
             image falls on one prototype; ln K: on all alike. Near either, the training collapses.
             The same step's loss less this is KL(teacher || student).
-        optimizer, precision, attention, compiled, graph: what the config resolved to.
+        optimizer, precision, fast_path, compiled, graph: what the config resolved to.
 
     Where torch.distributed is initialised, this is one process of a data-parallel run.
     """
@@ -112,10 +111,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
-        self.attention = AttentionChoice("none", "the architecture has its own")
-        if has_attention(student):
-            dtype = self.precision.autocast or torch.get_default_dtype()
-            self.attention = choose_attention(config.attention, self.device, dtype)
+        dtype = self.precision.autocast or torch.get_default_dtype()
+        self.fast_path = choose_fast_path(config, student.backbone, self.device, dtype)
         self.compiled = choose_compile(config.compile, config.mode, self.device)
         if config.fsdp:
             check_sharding(student)
@@ -131,7 +128,7 @@ class Trainer:
             )
 
     def _place(self, network: MultiCropWrapper) -> MultiCropWrapper:
-        set_attention(network, self.attention.name)
+        self.fast_path.apply_to(network)
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = network.to(self.device)

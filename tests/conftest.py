@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastdino import TrainConfig
+from fastdino.models import attention
 
 if TYPE_CHECKING:
     from fastdino_kernels import CropParams
@@ -106,6 +108,55 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(D)) V, plainly: query [Tq, H, D], key and value [T, H, D].
+
+    A query sees the keys of its own sequence; bounds [S + 1] say where each begins, and the end.
+    """
+    sequences = [
+        torch.bucketize(torch.arange(len(x)), bounds, right=True)
+        for x, bounds in ((query, query_bounds), (key, key_bounds))
+    ]
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
+    own = sequences[0][:, None] == sequences[1][None, :]
+    weights = scores.masked_fill(~own, -math.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+@pytest.fixture
+def emulated(monkeypatch) -> Iterator[None]:
+    """xformers and varlen on a CPU: their functions are plain arithmetic on what they are given.
+
+    xformers' masks are its own.
+    """
+    ops = pytest.importorskip("xformers.ops")
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def memory_efficient_attention(query, key, value, attn_bias):
+        assert type(attn_bias) is ops.fmha.BlockDiagonalMask
+        assert query.shape[0] == 1
+        bounds = (attn_bias.q_seqinfo.seqstart, attn_bias.k_seqinfo.seqstart)
+        return masked_attention(query[0], key[0], value[0], *bounds).unsqueeze(0)
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        if not torch.compiler.is_compiling():
+            assert [max_q, max_k] == [cu.diff().max() for cu in (cu_seq_q, cu_seq_k)]
+        return masked_attention(query, key, value, cu_seq_q, cu_seq_k)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", memory_efficient_attention)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    attention.token_layout.cache_clear()  # layouts hold the functions
+    yield
+    attention.token_layout.cache_clear()
 
 
 @pytest.fixture(scope="session")

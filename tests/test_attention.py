@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastdino.evals.attention import attention_maps, draw_attention
+from fastdino.models.attention import token_layout
 from fastdino.models.vit import VisionTransformer
 
 
@@ -39,7 +40,8 @@ def test_maps_are_what_cls_gives_each_patch(vit, size):
 
 def test_the_last_blocks_weights_are_those_that_its_output_is_made_with(vit):
     images, block = torch.randn(2, 3, 32, 32), vit.blocks[-1]
-    tokens = vit.blocks[0](vit.embed(images))
+    layout = token_layout(((2, 17),), images.device, "sdpa")
+    tokens = vit.blocks[0](vit.embed(images).flatten(0, 1), layout).unflatten(0, (2, 17))
     weights = vit.get_last_selfattention(images)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
     value = block.attn.qkv(block.norm1(tokens))[..., 64:].unflatten(2, (4, 8))

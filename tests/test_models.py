@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from fastdino.errors import ConfigError
-from fastdino.models.attention import attend, choose_attention, xformers_problem
-from fastdino.models.backbones import build_backbone, build_networks
+from fastdino.models.attention import AttentionChoice
+from fastdino.models.backbones import build_backbone, build_networks, choose_fast_path
 from fastdino.models.head import DINOHead, MultiCropWrapper
-from fastdino.models.vit import DropPath, VisionTransformer
 
 CPU = torch.device("cpu")
 
@@ -74,68 +71,8 @@ def test_networks_start_equal_and_the_teacher_takes_no_gradient(tiny):
         assert torch.equal(ours, theirs)
         assert ours.requires_grad
         assert not theirs.requires_grad
-    rates = [m.rate for m in student.modules() if isinstance(m, DropPath)]
-    assert rates == pytest.approx([0.3 * i / 5 for i in range(6)])
-    assert all(m.rate == 0 for m in teacher.modules() if isinstance(m, DropPath))
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
-    out = DropPath(0.25)(torch.ones(4000, 2, 3))
-    values = out.flatten(1)
-    assert torch.equal(values.amin(1), values.amax(1))
-    assert values[:, 0].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert out.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(DropPath(0.25).eval()(torch.ones(5, 1)), torch.ones(5, 1))
-
-
-def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
-    vit = VisionTransformer(patch_size=16, embed_dim=8, depth=1, num_heads=1)
-    assert vit.positions((14, 14)) is vit.pos_embed
-    grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 8).permute(0, 3, 1, 2)
-    want = nn.functional.interpolate(grid, scale_factor=(6.1 / 14, 9.1 / 14), mode="bicubic")
-    got = vit.positions((6, 9))
-    assert torch.equal(got[:, 1:], want.permute(0, 2, 3, 1).reshape(1, 54, 8))
-    assert torch.equal(got[:, :1], vit.pos_embed[:, :1])
-    # Without the 0.1 the coordinates are others: the test would pass on a resize by size alone.
-    by_size = nn.functional.interpolate(grid, size=(6, 9), mode="bicubic")
-    assert not torch.allclose(want, by_size)
-
-
-def test_attention_is_softmax_of_scaled_products(float64):
-    query, key, value = (torch.randn(2, 5, 3, 4) for _ in range(3))
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(4)
-    want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
-    torch.testing.assert_close(attend(query, key, value, backend="sdpa"), want)
-
-
-def test_last_selfattention_is_what_the_last_block_applies(float64):
-    vit = VisionTransformer(patch_size=8, embed_dim=12, depth=2, num_heads=3, img_size=32).eval()
-    images = torch.randn(2, 3, 16, 24)
-    weights = vit.get_last_selfattention(images)
-    assert weights.shape == (2, 3, 7, 7)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 7))
-    block = vit.blocks[1]
-    tokens = block.norm1(vit.blocks[0](vit.embed(images)))
-    value = block.attn._project(tokens)[2]
-    mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
-    torch.testing.assert_close(block.attn.proj(mixed), block.attn(tokens))
-
-
-def test_intermediate_layers_end_with_what_forward_returns():
-    vit = VisionTransformer(patch_size=8, embed_dim=12, depth=3, num_heads=3, img_size=16).eval()
-    images = torch.randn(1, 3, 16, 16)
-    layers = vit.get_intermediate_layers(images, n=2)
-    assert len(layers) == 2
-    assert torch.equal(layers[-1][:, 0], vit(images))
-
-
-def test_attention_falls_back_on_a_cpu_and_says_why():
-    choice = choose_attention("auto", CPU)
-    assert choice.name == "sdpa"
-    assert xformers_problem(CPU) in choice.reason
-    with pytest.raises(ConfigError, match="--attention xformers cannot run"):
-        choose_attention("xformers", CPU)
+    assert student.backbone.drop_path_rates == pytest.approx([0.3 * i / 5 for i in range(6)])
+    assert not any(teacher.backbone.drop_path_rates)
 
 
 def test_head_normalises_and_keeps_the_papers_names(float64):
@@ -165,3 +102,54 @@ def test_crops_of_one_size_share_a_pass_and_keep_their_order():
     out = MultiCropWrapper(Backbone(), head)(crops)
     assert passes == [(4, 3, 8, 8), (6, 3, 4, 4)]
     assert out[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "packing", "reason"),
+    [
+        ({}, "cpu", False, "a CPU gains nothing"),
+        ({}, "cuda", True, "fewer launches"),
+        ({"packing": "on"}, "cpu", True, "asked for"),
+        ({"packing": "off"}, "cuda", False, "asked for"),
+    ],
+)
+def test_crops_are_packed_where_it_pays_or_where_asked_for(tiny, settings, device, packing, reason):
+    config = tiny(attention="sdpa", **settings)
+    backbone, _ = build_backbone("vit_nano", patch_size=8)
+    path = choose_fast_path(config, backbone, torch.device(device), torch.float32)
+    assert path.packing is packing
+    assert reason in path.why_packing
+    assert path.attention == AttentionChoice("sdpa", "asked for", torch.float32)
+
+
+def test_a_fast_path_switches_the_network_over(tiny):
+    config = tiny(packing="on", last_block="all")
+    student, _ = build_networks(config)
+    assert (student.packing, student.backbone.cls_only) == (False, True)
+    path = choose_fast_path(config, student.backbone, CPU, torch.float32)
+    path.apply_to(student)
+    assert (student.packing, student.backbone.cls_only) == (True, False)
+    assert student.backbone.attention is path.attention
+
+
+def test_other_backbones_go_one_size_at_a_time(tiny):
+    config = tiny(packing="on", attention="xformers")
+    path = choose_fast_path(config, nn.Flatten(), CPU, torch.float32)
+    assert path.attention.name == "none"
+    assert not path.packing
+    assert "one size at a time" in path.why_packing
+
+
+def test_attention_is_tried_with_the_heads_and_the_crops_of_the_run(tiny, monkeypatch):
+    tried = []
+
+    def choose(wanted, device, dtype, **demand):
+        tried.append(demand)
+        return AttentionChoice("sdpa", "")
+
+    monkeypatch.setattr("fastdino.models.backbones.choose_attention", choose)
+    backbone, _ = build_backbone("vit_nano", patch_size=8)
+    for crops in (2, 0):
+        config = tiny(local_crops_number=crops, local_crops_size=20)
+        choose_fast_path(config, backbone, CPU, torch.float32)
+    assert tried == [{"head_dim": 32, "tokens": [17, 5]}, {"head_dim": 32, "tokens": [17]}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from dataclasses import dataclass
 
 import timm
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
+from fastdino.models.attention import AttentionChoice, choose_attention
 from fastdino.models.head import DINOHead, MultiCropWrapper
-from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 
 
 def build_backbone(
@@ -85,16 +87,70 @@ def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
     raise ConfigError(f"--arch {name}: timm cannot build it without a classifier")
 
 
-def set_attention(module: nn.Module, backend: str) -> None:
-    """Makes every vit_* attention layer in `module` use a backend of models/attention.py."""
-    for layer in module.modules():
-        if isinstance(layer, Attention):
-            layer.backend = backend
+@dataclass(frozen=True)
+class FastPath:
+    """How a network computes what it computes; the result is the same but for rounding.
+
+    Attributes:
+        attention: the implementation of attention.
+        packing: whether crops of all sizes go through the backbone as one sequence.
+        why_packing: the reason, one phrase for the run's first line.
+        cls_only: whether the last block is computed for CLS alone.
+    """
+
+    attention: AttentionChoice
+    packing: bool
+    why_packing: str
+    cls_only: bool
+
+    def apply_to(self, network: MultiCropWrapper) -> None:
+        """Switches the network over."""
+        network.packing = self.packing
+        if isinstance(network.backbone, VisionTransformer):
+            network.backbone.attention = self.attention
+            network.backbone.cls_only = self.cls_only
 
 
-def has_attention(module: nn.Module) -> bool:
-    """Whether `module` has attention layers that set_attention can switch."""
-    return any(isinstance(layer, Attention) for layer in module.modules())
+def choose_fast_path(
+    config: TrainConfig, backbone: nn.Module, device: torch.device, dtype: torch.dtype
+) -> FastPath:
+    """Resolves --attention, --packing and --last_block.
+
+    Args:
+        config: the run's settings.
+        backbone: all three are for vit_* alone; others go one pass a crop size, as they are.
+        device, dtype: where it will run, and the dtype of its queries and keys there.
+
+    Raises: ConfigError: an attention asked for by name that cannot run there.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        return FastPath(
+            attention=AttentionChoice("none", "the architecture has its own"),
+            packing=False,
+            why_packing="the architecture takes one size at a time",
+            cls_only=False,
+        )
+    sizes = [config.global_crops_size, config.local_crops_size]
+    if not config.local_crops_number:
+        sizes.pop()
+    attention = choose_attention(
+        config.attention,
+        device,
+        dtype,
+        head_dim=backbone.head_dim,
+        tokens=[1 + (size // backbone.patch_size) ** 2 for size in sizes],
+    )
+    cuda = device.type == "cuda"
+    return FastPath(
+        attention=attention,
+        packing=config.packing == "on" or (config.packing == "auto" and cuda),
+        why_packing="asked for"
+        if config.packing != "auto"
+        else "fewer launches, larger products"
+        if cuda
+        else "a CPU gains nothing by it",
+        cls_only=config.last_block == "cls",
+    )
 
 
 def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:

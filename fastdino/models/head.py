@@ -30,10 +30,9 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            # In one kernel with autocast's cast to half: 4 K D bytes read and 2 K D written, where
-            # the operator below writes 4 K D, which the cast reads and writes 2 K D. (The scale could
-            # go onto the product instead, which has more elements as soon as there are more rows
-            # than input features.)
+            # One kernel makes it in half precision, under autocast: 4 K D bytes read, 2 K D written,
+            # where the operator below writes 4 K D, which a cast reads to write 2 K D. The scale
+            # could go onto the product instead, which is larger with more rows than columns of W.
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
@@ -80,7 +79,10 @@ class DINOHead(nn.Module):
 
 
 class MultiCropWrapper(nn.Module):
-    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them."""
+    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them.
+
+    With `packing` the backbone gets all sizes in one pass, as a list: for a VisionTransformer.
+    """
 
     head: DINOHead
 
@@ -88,11 +90,15 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.packing = False
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """S crops [B, 3, H, W], those of one width next to each other -> [S * B, K]."""
-        features = [
-            self.backbone(torch.cat(tuple(group)))
-            for _, group in groupby(crops, key=lambda crop: crop.shape[-1])
-        ]
-        return self.head(torch.cat(features))
+        """S crops [B, 3, H, W], those of one size next to each other -> [S * B, K]."""
+        groups = [torch.cat(tuple(group)) for _, group in groupby(crops, key=_size)]
+        if self.packing:
+            return self.head(self.backbone(groups))
+        return self.head(torch.cat([self.backbone(group) for group in groups]))
+
+
+def _size(images: Tensor) -> torch.Size:
+    return images.shape[-2:]

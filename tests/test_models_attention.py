@@ -1,0 +1,250 @@
+"""fastdino.models.attention: one result whichever backend computes it, and the choice of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdino.errors import ConfigError
+from fastdino.models import attention
+from fastdino.models.attention import (
+    BACKENDS,
+    AttentionChoice,
+    attend,
+    attention_problem,
+    choose_attention,
+    token_layout,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MIXED = ((2, 5), (3, 2), (1, 1))
+
+
+def plain_attend(query, key, value, groups, first_only):
+    """One sequence after another."""
+    outputs, start = [], 0
+    for i, n in enumerate(n for sequences, n in groups for _ in range(sequences)):
+        keys, values = key[start : start + n], value[start : start + n]
+        queries = query[i : i + 1] if first_only else query[start : start + n]
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / query.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        start += n
+    return torch.cat(outputs)
+
+
+def results(function, groups, first_only, *, device=CPU, dtype=torch.float64, head_dim=8):
+    """What attention gives, and its three gradients, from noise that is the same in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, tokens = sum(s for s, _ in groups), sum(s * n for s, n in groups)
+    rows = sequences if first_only else tokens
+    query, key, value, gradient = (
+        torch.randn(n, 3, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        for n in (rows, tokens, tokens, rows)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    out = function(*inputs)
+    assert out.dtype == dtype
+    return [x.double().cpu() for x in (out, *torch.autograd.grad(out, inputs, gradient))]
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
+@pytest.mark.parametrize("groups", [MIXED, ((4, 3),)], ids=["mixed", "one"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_sequence_attends_to_itself_alone(backend, groups, first_only):
+    layout = token_layout(groups, CPU, backend)
+    got = results(lambda *qkv: attend(*qkv, layout, first_only=first_only), groups, first_only)
+    want = results(lambda *qkv: plain_attend(*qkv, groups, first_only), groups, first_only)
+    for ours, plain in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_gpu_no_backend_is_further_off_than_plain_arithmetic(
+    backend, first_only, dtype, head_dim
+):
+    problem = attention_problem(backend, CUDA, dtype, head_dim=head_dim)
+    if problem is not None:
+        pytest.skip(f"no {backend}: {problem}")
+    groups, options = ((4, 197), (16, 37)), {"device": CUDA, "head_dim": head_dim}
+    layout = token_layout(groups, CUDA, backend)
+
+    def plain(*qkv):
+        return plain_attend(*qkv, groups, first_only)
+
+    got = results(
+        lambda *qkv: attend(*qkv, layout, first_only=first_only),
+        groups,
+        first_only,
+        dtype=dtype,
+        **options,
+    )
+    low = results(plain, groups, first_only, dtype=dtype, **options)
+    exact = results(plain, groups, first_only, **options)
+    rounding = torch.finfo(dtype).eps
+    for ours, theirs, want in zip(got, low, exact, strict=True):
+        allowed = (theirs - want).abs().max() + rounding * want.abs().max()
+        assert (ours - want).abs().max() <= allowed
+
+
+def test_a_layout_says_where_sequences_lie():
+    layout = token_layout(MIXED, CPU, "sdpa")
+    x = torch.arange(17)
+    assert layout.tokens == 17
+    assert layout.first(x).tolist() == [0, 5, 10, 12, 14, 16]
+    assert [part.tolist() for part in layout.split(x)] == [
+        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]],
+        [[10, 11], [12, 13], [14, 15]],
+        [[16]],
+    ]
+    assert all(part.data_ptr() >= x.data_ptr() for part in layout.split(x))
+    spread = layout.spread(torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 0]]))
+    assert spread[0].tolist() == [1] * 5 + [2] * 5 + [3, 3, 4, 4, 5, 5, 6]
+    assert spread[1].tolist() == [0] * 10 + [1] * 4 + [0] * 3
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layout_is_made_once_and_serves_the_backward_pass_too(backend):
+    """Its tensors are saved for the backward pass, which inference tensors cannot be."""
+    groups = ((3, 2), (2, 3))
+    with torch.inference_mode():
+        first = token_layout(groups, CPU, backend)
+    assert token_layout(groups, CPU, backend) is first
+    tensors = [first.first_tokens, *(first.bounds or ())]
+    tensors += [mask.q_seqinfo.seqstart for mask in first.masks or ()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_more_tokens_than_the_kernels_count_are_refused():
+    with pytest.raises(ValueError, match=r"2147483648 tokens in one pass, expected fewer"):
+        token_layout(((2, 2**30),), CPU, "sdpa")
+
+
+def test_auto_on_a_cpu_says_why_not_the_others():
+    choice = choose_attention("auto", CPU)
+    assert choice.name == "sdpa"
+    for backend in ("xformers", "varlen"):
+        problem = attention_problem(backend, CPU)
+        assert problem
+        assert f"no {backend}: {problem}" in choice.reason
+    assert choose_attention("sdpa", CPU) == AttentionChoice("sdpa", "asked for", torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "varlen"])
+def test_what_a_cpu_cannot_do_is_refused_with_the_nearest_that_works(backend):
+    with pytest.raises(ConfigError, match=f"--attention {backend} cannot run: .*; use .* sdpa"):
+        choose_attention(backend, CPU)
+
+
+@pytest.fixture
+def cuda(monkeypatch, emulated) -> None:
+    """Trials for a CUDA device run on this CPU."""
+    real = attention._trial
+    monkeypatch.setattr(attention, "_trial", lambda name, device, *rest: real(name, CPU, *rest))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_auto_on_a_gpu_takes_the_first_that_works(monkeypatch):
+    choice = choose_attention("auto", CUDA)
+    assert choice == AttentionChoice(
+        "xformers", "the first of xformers, varlen, sdpa", torch.float16
+    )
+    assert choose_attention("varlen", CUDA).reason == "asked for"
+
+    def refuse(*args, **options):
+        raise OSError("libcudart.so.12: cannot open\nmore")
+
+    monkeypatch.setattr(attention, "_xformers_ops", refuse)
+    attention.token_layout.cache_clear()
+    choice = choose_attention("auto", CUDA)
+    assert choice.name == "varlen"
+    assert choice.reason == "no xformers: libcudart.so.12: cannot open"
+    with pytest.raises(ConfigError, match=r"xformers cannot run: lib.*; use --attention varlen"):
+        choose_attention("xformers", CUDA)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("limit", ["head_dim", "tokens"])
+def test_a_trial_has_the_head_dimension_and_the_lengths_of_the_run(monkeypatch, limit):
+    ops = pytest.importorskip("xformers.ops")
+    emulation = ops.memory_efficient_attention
+
+    def picky(query, key, value, attn_bias):
+        if query.shape[-1] % 8 or attn_bias.k_seqinfo.max_seqlen > 300:
+            raise NotImplementedError(
+                "No operator found for `memory_efficient_attention_forward` with inputs:\n"
+                "     query       : shape=(1, 108, 2, 4) (torch.float16)\n"
+                "`fa2F` is not supported because:\n    query.shape[-1] % 8 != 0 or too long\n"
+                "`cutlassF` is not supported because:\n    query.shape[-1] % 8 != 0 or too long\n"
+            )
+        return emulation(query, key, value, attn_bias)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", picky)
+    fitting, failing = (
+        ({"head_dim": 16}, {"head_dim": 12})
+        if limit == "head_dim"
+        else ({"tokens": (300, 2)}, {"tokens": (301, 2)})
+    )
+    assert attention_problem("xformers", CUDA, **fitting) is None
+    attention.token_layout.cache_clear()
+    choice = choose_attention("auto", CUDA, **failing)
+    assert choice.name == "varlen"
+    assert choice.reason == "no xformers: query.shape[-1] % 8 != 0 or too long"
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("wrong", ["value", "mask", "nan"])
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    emulation = varlen.varlen_attn
+
+    def broken(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        if wrong == "mask":  # forgets where a sequence ends
+            ends = (torch.tensor([0, cu[-1]], dtype=torch.int32) for cu in (cu_seq_q, cu_seq_k))
+            return emulation(query, key, value, *ends, cu_seq_q[-1], cu_seq_k[-1])
+        out = emulation(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+        return out * {"value": 1.5, "nan": float("nan")}[wrong]
+
+    monkeypatch.setattr(varlen, "varlen_attn", broken)
+    assert attention_problem("varlen", CUDA).startswith("its result is off by")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_trial_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    choose_attention("auto", CUDA)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert attention_problem("xformers", CUDA) == "it is not installed"
+    assert attention_problem("varlen", CUDA) == f"PyTorch {torch.__version__} does not have it"
+
+
+def test_a_choice_holds_for_what_it_was_tried_with():
+    choice = AttentionChoice("xformers", "asked for", torch.float16)
+    assert choice.backend_for(CUDA, torch.float16) == "xformers"
+    assert choice.backend_for(torch.device("cuda", 1), torch.float16) == "xformers"
+    assert choice.backend_for(CUDA, torch.float32) == "sdpa"
+    assert choice.backend_for(CPU, torch.float16) == "sdpa"
+
+
+def test_what_xformers_has_against_each_kernel_is_one_line():
+    ops = pytest.importorskip("xformers.ops")
+    x = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(NotImplementedError) as refusal:
+        ops.memory_efficient_attention(x, x, x)
+    line = attention._one_line(refusal.value)
+    assert "device=cpu" in line
+    assert "shape=" not in line
+    assert "\n" not in line
+    assert attention._one_line(RuntimeError("")) == "RuntimeError('')"

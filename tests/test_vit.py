@@ -1,0 +1,287 @@
+"""fastdino.models.vit: what a ViT computes, and that its fast ways compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from fastdino.models.attention import (
+    BACKENDS,
+    AttentionChoice,
+    attention_problem,
+    choose_attention,
+    token_layout,
+)
+from fastdino.models.drop_path import draw_kept
+from fastdino.models.head import MultiCropWrapper
+from fastdino.models.vit import PatchEmbed, VisionTransformer
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def make_vit(**settings) -> VisionTransformer:
+    """A small one whose every parameter counts: none is 0, biases included."""
+    torch.manual_seed(0)
+    defaults = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32}
+    vit = VisionTransformer(**(defaults | settings))
+    for parameter in vit.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return vit
+
+
+def crops_by_size() -> list[torch.Tensor]:
+    """Images of three sizes: the network's own, one whose sides no patch divides, one patch."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((4, 32, 32), (6, 19, 25), (2, 8, 8))
+    dtype = torch.get_default_dtype()
+    return [torch.randn(b, 3, h, w, generator=generator, dtype=dtype) for b, h, w in sizes]
+
+
+def features_and_gradients(vit, call, *, autocast=None):
+    """What `call` gives in training, its gradients, and the next random number."""
+    vit.zero_grad()
+    torch.manual_seed(2)
+    device = vit.cls_token.device
+    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        out = call()
+    next_number = torch.rand(1)
+    generator = torch.Generator().manual_seed(3)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype).to(device))
+    return out.detach(), [p.grad for p in vit.parameters()], next_number
+
+
+def assert_equal_results(got, want, **tolerances):
+    torch.testing.assert_close(got[0], want[0], **tolerances)
+    for ours, theirs in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerances)
+    assert torch.equal(got[2], want[2])
+
+
+def papers_forward(vit, images):
+    """The paper's code: every token of every block, stochastic depth drawn as it goes."""
+
+    def drop_path(x, rate):
+        if rate == 0:
+            return x
+        keep = 1 - rate
+        mask = (keep + torch.rand((x.shape[0], 1, 1), dtype=x.dtype)).floor_()
+        return x.div(keep) * mask
+
+    x = F.conv2d(images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=8)
+    grid = x.shape[-2:]
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.positions(tuple(grid))
+    for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
+        qkv = block.attn.qkv(block.norm1(x))
+        query, key, value = qkv.reshape(*x.shape[:2], 3, 3, 8).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.transpose(-2, -1) * 8**-0.5).softmax(dim=-1)
+        mixed = (weights @ value).transpose(1, 2).reshape(x.shape)
+        x = x + drop_path(block.attn.proj(mixed), rate)
+        x = x + drop_path(block.mlp(block.norm2(x)), rate)
+    return vit.norm(x)[:, 0]
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+@pytest.mark.parametrize("packed", [False, True], ids=["by size", "packed"])
+def test_every_way_gives_what_the_papers_code_gives(float64, packed, cls_only, drop_path_rate):
+    """Features, gradients, and as many random numbers drawn: 'packed' draws the same ones."""
+    vit, groups = make_vit(drop_path_rate=drop_path_rate), crops_by_size()
+    vit.cls_only = cls_only
+    got = features_and_gradients(
+        vit, lambda: vit(groups) if packed else torch.cat([vit(images) for images in groups])
+    )
+    want = features_and_gradients(
+        vit, lambda: torch.cat([papers_forward(vit, images) for images in groups])
+    )
+    assert_equal_results(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+@pytest.mark.parametrize("backend", ["xformers", "varlen"])
+def test_every_attention_gives_the_same(float64, monkeypatch, backend, cls_only):
+    vit, groups = make_vit(drop_path_rate=0.5), crops_by_size()
+    vit.cls_only = cls_only
+    want = features_and_gradients(vit, lambda: vit(groups))
+    monkeypatch.setattr(AttentionChoice, "backend_for", lambda *args: backend)
+    got = features_and_gradients(vit, lambda: vit(groups))
+    assert_equal_results(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_crops_agree_under_autocast(dtype):
+    vit, groups = make_vit(drop_path_rate=0.5), crops_by_size()
+    got = features_and_gradients(vit, lambda: vit(groups), autocast=dtype)
+    vit.cls_only = False
+    want = features_and_gradients(
+        vit, lambda: torch.cat([vit(images) for images in groups]), autocast=dtype
+    )
+    assert got[0].dtype == want[0].dtype == torch.float32
+    assert_equal_results(got, want, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_gpu_every_attention_gives_the_same(backend, dtype, compiled):
+    problem = attention_problem(backend, CUDA, dtype, head_dim=32, tokens=(17, 7, 2))
+    if problem is not None:
+        pytest.skip(f"no {backend}: {problem}")
+    vit = make_vit(embed_dim=96).to(CUDA)
+    groups = [images.to(CUDA) for images in crops_by_size()]
+    want = features_and_gradients(vit, lambda: torch.cat([vit(images) for images in groups]))
+    vit.attention = choose_attention(backend, CUDA, dtype, head_dim=vit.head_dim, tokens=(17, 7, 2))
+    if compiled:
+        for block in vit.blocks:
+            block.compile(fullgraph=True)
+    got = features_and_gradients(vit, lambda: vit(groups), autocast=dtype)
+    for ours, theirs in zip([got[0], *got[1]], [want[0], *want[1]], strict=True):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [
+        ("sdpa", "aot_eager"),
+        pytest.param("xformers", "eager", marks=pytest.mark.slow),
+        pytest.param("varlen", "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_compile_whole_and_once(monkeypatch, backend, compiler):
+    """Of student and teacher, packed and not: no break in the graph, nothing compiled again."""
+    monkeypatch.setattr(AttentionChoice, "backend_for", lambda *args: backend)
+    torch._dynamo.reset()
+    vit, groups = make_vit(depth=4, drop_path_rate=0.3), crops_by_size()
+
+    def step():
+        with torch.no_grad():
+            teacher = vit.eval()(groups[:1])
+        return teacher, features_and_gradients(vit.train(), lambda: vit(groups))
+
+    want = step()
+    counter = CompileCounterWithBackend(compiler)
+    for block in vit.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    for again in range(3):
+        got = step()
+        if not again:
+            # Student: no stochastic depth, some, and the last block; teacher: blocks, and the last.
+            assert counter.frame_count == 5
+        torch.testing.assert_close(got[0], want[0])
+        assert_equal_results(got[1], want[1], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 5
+    torch._dynamo.reset()
+
+
+def test_the_last_block_computes_cls_alone():
+    vit, groups = make_vit(), crops_by_size()
+    rows = []
+    for block in vit.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
+    vit(groups)
+    assert rows == [(4 * 17 + 6 * 7 + 2 * 2, 24)] * 2 + [(12, 24)]
+    rows.clear()
+    vit.get_intermediate_layers(groups[0])
+    assert rows == [(4 * 17, 24)] * 3
+
+
+@pytest.mark.parametrize("size", [(32, 32), (19, 25), (8, 15)])
+def test_patches_are_those_of_a_convolution(float64, size):
+    embed = PatchEmbed(8, 5)
+    images = torch.randn(2, 3, *size)
+    want = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=8)
+    torch.testing.assert_close(embed(images), want.flatten(2).transpose(1, 2))
+
+
+def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
+    vit = VisionTransformer(patch_size=16, embed_dim=8, depth=1, num_heads=1)
+    assert vit.positions((14, 14)) is vit.pos_embed
+    grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 8).permute(0, 3, 1, 2)
+    want = nn.functional.interpolate(grid, scale_factor=(6.1 / 14, 9.1 / 14), mode="bicubic")
+    got = vit.positions((6, 9))
+    assert torch.equal(got[:, 1:], want.permute(0, 2, 3, 1).reshape(1, 54, 8))
+    assert torch.equal(got[:, :1], vit.pos_embed[:, :1])
+    # Without the 0.1 the coordinates are others: the test would pass on a resize by size alone.
+    by_size = nn.functional.interpolate(grid, size=(6, 9), mode="bicubic")
+    assert not torch.allclose(want, by_size)
+
+
+def test_last_selfattention_is_what_the_last_block_applies(float64):
+    vit = make_vit(depth=2).eval()
+    images = torch.randn(2, 3, 16, 24)
+    weights = vit.get_last_selfattention(images)
+    assert weights.shape == (2, 3, 7, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 7))
+    layout = token_layout(((2, 7),), CPU, "sdpa")
+    block, tokens = vit.blocks[1], vit.embed(images).flatten(0, 1)
+    tokens = block.norm1(vit.blocks[0](tokens, layout))
+    value = block.attn.qkv(tokens).unflatten(-1, (3, 3, 8))[:, 2].unflatten(0, (2, 7))
+    mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2).flatten(0, 1)
+    torch.testing.assert_close(block.attn.proj(mixed), block.attn(tokens, layout))
+
+
+def test_intermediate_layers_end_with_what_forward_returns(float64):
+    vit = make_vit().eval()
+    images = torch.randn(2, 3, 16, 16)
+    layers = vit.get_intermediate_layers(images, n=2)
+    assert [layer.shape for layer in layers] == [(2, 5, 24)] * 2
+    torch.testing.assert_close(layers[-1][:, 0], vit(images))
+    layout = token_layout(((2, 5),), CPU, "sdpa")
+    x = vit.embed(images).flatten(0, 1)
+    for block in vit.blocks[:2]:
+        x = block(x, layout)
+    torch.testing.assert_close(layers[0].flatten(0, 1), vit.norm(x))
+
+
+def test_stochastic_depth_drops_images_and_keeps_the_mean():
+    torch.manual_seed(0)
+    kept = draw_kept([0.25, 0.5], [4000, 3000], dtype=torch.float32, device=CPU)
+    assert kept.shape == (2, 2, 7000)
+    for rate, branches in zip((0.25, 0.5), kept, strict=True):
+        assert branches.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+        assert branches.mean(1).tolist() == pytest.approx([1, 1], abs=0.05)
+    assert len(kept.flatten(0, 1).unique(dim=0)) == 4  # each branch has its own
+    vit, images = make_vit(drop_path_rate=0.9), crops_by_size()[0]
+    assert not torch.equal(vit(images), vit(images))
+    assert torch.equal(vit.eval()(images), vit(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_stochastic_depth_draws_in_the_branches_dtype(dtype):
+    """As the paper's code: in half precision other numbers come, and other images go."""
+    torch.manual_seed(0)
+    kept = draw_kept([0.3], [50], dtype=dtype, device=CPU)
+    torch.manual_seed(0)
+    for got in kept[0]:
+        want = (0.7 + torch.rand(50, dtype=dtype)).floor_()
+        assert torch.equal(got > 0, want > 0)
+
+
+@pytest.mark.parametrize("sizes", [(32, 32), (32, 32, 32), (32, 32, 16, 16)])
+def test_a_wrapper_packs_any_crops(float64, sizes):
+    """No local crops; local crops as large as the global ones; both."""
+    wrapper = MultiCropWrapper(make_vit(drop_path_rate=0.5), nn.Identity())
+    crops = [torch.randn(2, 3, size, size) for size in sizes]
+    results = []
+    for wrapper.packing in (False, True):
+        results.append(features_and_gradients(wrapper.backbone, lambda: wrapper(crops)))
+    assert results[0][0].shape == (2 * len(sizes), 24)
+    assert_equal_results(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_names_of_the_state_are_the_papers():
+    names = set(make_vit().state_dict())
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.bias"} <= names
+    assert {name for name in names if name.startswith("blocks.2.")} == {
+        f"blocks.2.{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    }
