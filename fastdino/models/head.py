@@ -30,9 +30,9 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            # One kernel makes it in half precision, under autocast: 4 K D bytes read, 2 K D written,
-            # where the operator below writes 4 K D, which a cast reads to write 2 K D. The scale
-            # could go onto the product instead, which is larger with more rows than columns of W.
+            # Under autocast one kernel makes it in half precision: 4 K D bytes read, 2 K D written.
+            # The operator below writes 4 K D, which a cast reads to write 2 K D. (The scale could
+            # go onto the product, which is larger than W where there are more rows than columns.)
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))

@@ -1,0 +1,245 @@
+"""--mode fast: the same training as parity, with nothing read back to the host in a step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdino import Trainer
+from fastdino.errors import ConfigError, NonFiniteError
+from fastdino.graphs import choose_graph
+from fastdino.models import backbones
+from fastdino.models.compiled import choose_compile
+from fastdino.models.head import DINOHead
+
+STEPS = 3  # an epoch
+
+
+@pytest.fixture
+def fast(tiny):
+    """Makes the config of a small run in --mode fast, blocks not compiled."""
+
+    def make(**overrides):
+        return tiny(**({"mode": "fast", "compile": "off"} | overrides))
+
+    return make
+
+
+def snapshot(trainer):
+    state = trainer.state_dict()
+    return copy.deepcopy({key: state[key] for key in ("student", "teacher", "optimizer")}), (
+        trainer.loss.center.clone()
+    )
+
+
+def assert_unchanged(before, after):
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm_last_layer": False, "freeze_last_layer": 2, "clip_grad": 0.05},
+        {"use_bn_in_head": True, "clip_grad": 0.0, "freeze_last_layer": 0},
+        {"batch_size_per_gpu": 2, "grad_accum": 2, "packing": "on"},
+        {"optimizer": "sgd"},
+    ],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+def test_it_trains_as_parity_does(float64, tiny, fast, settings, crops_of):
+    ours = Trainer(fast(**settings), steps_per_epoch=2)
+    theirs = Trainer(tiny(**settings), steps_per_epoch=2)
+    for i in range(6):
+        crops = crops_of(ours.config, i)
+        want = theirs.train_step(crops).item()
+        assert ours.train_step(crops).item() == pytest.approx(want, rel=1e-9)
+    torch.testing.assert_close(ours.loss.center, theirs.loss.center, rtol=1e-9, atol=1e-12)
+    for name in ("student", "teacher"):
+        got, want = (getattr(trainer, name).state_dict() for trainer in (ours, theirs))
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", ["fast", "parity"])
+def test_a_checkpoint_goes_on_in_the_other_mode(float64, fast, first, crops_of):
+    second = {"fast": "parity", "parity": "fast"}[first]
+    whole = Trainer(fast(mode=first), steps_per_epoch=2)
+    for i in range(3):
+        whole.train_step(crops_of(whole.config, i))
+    other = Trainer(fast(mode=second, seed=5), steps_per_epoch=2)
+    other.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for i in (3, 4):
+        want = whole.train_step(crops_of(whole.config, i)).item()
+        assert other.train_step(crops_of(whole.config, i)).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_until_it_is_read(fast, crops_of):
+    trainer = Trainer(fast(freeze_last_layer=0), steps_per_epoch=STEPS)
+    trainer.train_step(crops_of(trainer.config, 0))
+    before = snapshot(trainer)
+    poisoned = crops_of(trainer.config, 1)
+    poisoned[0][0, 0, 0, 0] = math.nan
+    trainer.train_step(poisoned)
+    for i in (2, 3):
+        trainer.train_step(crops_of(trainer.config, i))
+    assert trainer.iteration == 4
+    with pytest.raises(
+        NonFiniteError, match=r"the loss is nan at iteration 1 \(epoch 1\)"
+    ) as error:
+        trainer.state_dict()
+    assert error.value.iteration == trainer.iteration == 1
+    assert_unchanged(before, snapshot(trainer))
+    assert math.isfinite(trainer.train_step(crops_of(trainer.config, 1)).item())
+    trainer.verify()
+
+
+def test_neither_does_a_gradient(fast, crops_of):
+    trainer = Trainer(fast(freeze_last_layer=0), steps_per_epoch=STEPS)
+    for i in range(2):
+        trainer.train_step(crops_of(trainer.config, i))
+    before = snapshot(trainer)
+    weight = trainer.student.head.mlp[0].weight
+    hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer.train_step(crops_of(trainer.config, 2))
+    hook.remove()
+    trainer.train_step(crops_of(trainer.config, 3))
+    with pytest.raises(NonFiniteError, match="a gradient is not finite at iteration 2"):
+        trainer.verify()
+    assert trainer.iteration == 2
+    assert_unchanged(before, snapshot(trainer))
+
+
+def test_fp16_steps_that_overflow_are_skipped_by_the_scaler(fast, crops_of):
+    trainer = Trainer(fast(amp_dtype="fp16"), steps_per_epoch=STEPS)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer._init_update()
+    weight = trainer.student.head.mlp[0].weight
+    before = weight.detach().clone()
+    trainer.train_step(crops_of(trainer.config, 0))
+    trainer.verify()
+    assert torch.equal(weight, before)
+    assert trainer.scaler.get_scale() == 2.0**59
+
+
+class Calls(TorchFunctionMode):
+    """Counts calls from Python that would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+            self.reads.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, whoever calls them, that would do so."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"):
+            self.reads.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "waits"), [("fast", False), ("parity", True)])
+def test_a_step_reads_nothing_back(monkeypatch, fast, mode, waits, crops_of):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("FASTDINO_KERNELS", "triton")
+    # The interpreter takes long for ordinary networks.
+    small = functools.partial(DINOHead, hidden_dim=16, bottleneck_dim=8)
+    monkeypatch.setattr(backbones, "DINOHead", small)
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    monkeypatch.setitem(backbones.VIT_ARCHS, "vit_nano", sizes)
+    trainer = Trainer(fast(mode=mode, freeze_last_layer=0), steps_per_epoch=STEPS)
+    trainer.train_step(crops_of(trainer.config, 0))
+    crops = crops_of(trainer.config, 1)
+    with Calls() as calls, Operators() as operators:
+        trainer.train_step(crops)
+    assert bool(calls.reads + operators.reads) == waits, calls.reads + operators.reads
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, as it traces
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_compute_the_same(float64, monkeypatch, fast, backend, crops_of):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    sizes = {"embed_dim": 16, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(backbones.VIT_ARCHS, "vit_nano", sizes)
+    torch._dynamo.reset()
+    settings = {"drop_path_rate": 0.3, "packing": "on"}
+    compiled = Trainer(fast(**settings, compile="on"), steps_per_epoch=STEPS)
+    eager = Trainer(fast(**settings), steps_per_epoch=STEPS)
+    for i in range(3):
+        crops = crops_of(eager.config, i)
+        losses = []
+        for trainer in (compiled, eager):
+            torch.manual_seed(i)
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                losses.append(trainer.train_step(crops).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert compiled.student.state_dict().keys() == eager.student.state_dict().keys()
+
+
+def test_what_is_compiled_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not choose_compile("off", "fast", cpu).on
+    assert choose_compile("auto", "parity", cpu).reason == "--mode parity"
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert "C++ compiler" in choose_compile("auto", "fast", cpu).reason
+    with pytest.raises(ConfigError, match=r"--compile on: .*C\+\+.*; use --compile off"):
+        choose_compile("on", "parity", cpu)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "scaling", "processes", "reason"),
+    [
+        ({}, "cpu", False, 1, "no CUDA graph on a CPU"),
+        ({"mode": "parity"}, "cuda", False, 1, "--mode parity waits"),
+        ({"optimizer": "lars"}, "cuda", False, 1, "--optimizer lars waits"),
+        ({}, "cuda", True, 1, "--amp_dtype bf16"),
+        ({}, "cuda", False, 2, "several processes"),
+        ({}, "cuda", False, 1, "asked for"),
+        ({"cuda_graph": False}, "cuda", False, 1, "--cuda_graph false"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_left_with_its_reason(
+    fast, settings, device, scaling, processes, reason
+):
+    config = fast(**({"cuda_graph": True} | settings))
+    choice = choose_graph(config, torch.device(device), scaling=scaling, processes=processes)
+    assert reason in choice.reason
+    assert choice.on == (reason == "asked for")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("freeze", [0, 1])
+def test_a_captured_step_trains_as_an_eager_one(fast, freeze, crops_of):
+    settings = {"amp_dtype": "bf16", "epochs": 4, "freeze_last_layer": freeze, "device": "cuda"}
+    eager = Trainer(fast(**settings), steps_per_epoch=5)
+    graphed = Trainer(fast(**settings, cuda_graph=True), steps_per_epoch=5)
+    assert graphed.graph.on
+    for i in range(16):
+        crops = crops_of(eager.config, i)
+        want = eager.train_step(crops).item()
+        assert graphed.train_step(crops).item() == pytest.approx(want, rel=1e-3)
+        assert (graphed.entropy is None) == (eager.entropy is None)
+    graphed.verify()
+    other = Trainer(fast(**settings, cuda_graph=True, seed=3), steps_per_epoch=5)
+    other.load_state_dict(graphed.state_dict())
+    for i in range(16, 20):
+        crops = crops_of(eager.config, i)
+        want = graphed.train_step(crops).item()
+        assert other.train_step(crops).item() == pytest.approx(want, rel=1e-3)
