@@ -27,6 +27,7 @@ from fastdino.data import fused_loader, pil
 from fastdino.data import loader as loader_module
 from fastdino.data.crops import draw_crops
 from fastdino.data.loader import build_loader
+from fastdino.data.order import EpochPlan
 from fastdino.data.sources import ImageSource, scan_images
 from fastdino.errors import ConfigError, DataError
 
@@ -633,6 +634,19 @@ def test_what_only_pillow_decodes_is_handed_to_dali(photos, build, monkeypatch, 
     for batch, other in zip(ours, expected, strict=True):
         assert all(levels(a, b) < 0.5 for a, b in zip(batch, other, strict=True))
     assert_same(loader.epoch(0, 1), ours[1:])
+
+
+@needs_dali
+def test_dali_crops_are_those_of_the_loader(photos, build):
+    from fastdino.data.dali import dali_crops
+
+    config = make_config()
+    batch = next(iter(build(photos, crops="dali").epoch(3)))
+    order = EpochPlan(len(photos), 4, 0, 0, 1, "paper").batches(3, 0)[0]
+    images = [np.asarray(photos.read_rgb(index)) for index in order]
+    drawn = draw_crops(config, 3, order, [image.shape[:2] for image in images])
+    ours = dali_crops(images, list(zip(drawn, (48, 24), strict=True)))
+    assert_same([batch], [[crop for crops in ours for crop in crops.unbind(1)]])
 
 
 def levels(crop, other):
