@@ -6,8 +6,8 @@ docs/crops.md has the table.
 
 - The four colour operations come in one order (brightness, contrast, saturation, hue) instead of a
   random one, 1 level on average, and the first three do not clip in between, 2 levels.
-- Hue turns in YIQ, not in HSV: 1 level on average on pale pictures, 9 on a vivid photograph, up to
-  100 in a pixel: further off than no turn at all.
+- Hue turns in YIQ, not in HSV: 1 level on average on pale pictures, 8 on a vivid photograph, up to
+  100 in a pixel: further off, on average, than no turn at all.
 - Blur is a Gaussian where PIL's is made of boxes, and reflects at the edges where PIL replicates.
 
 No file that cannot be decoded may reach the pipeline, where its error can end the process: each is
