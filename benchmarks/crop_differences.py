@@ -245,15 +245,15 @@ def operators(images: Sequence[Pixels], drawn: Sequence[Drawn], device: torch.de
 
 def decoding(images: Sequence[Pixels]) -> Row:
     """DALI's decoder on the CPU against Pillow's, in several formats; of whole pictures."""
-    from fastdino.data.dali import Decoder
+    from fastdino.data.dali_decode import DaliDecoder
 
-    decode, gaps = Decoder(exif=False), []
+    decoder, gaps = DaliDecoder(len(FORMATS), 1), []
     for image in images:
-        for form, options in FORMATS:
-            data = encode(image, form, **options)
-            ours = decode(np.frombuffer(data, np.uint8))
-            assert ours is not None
-            gaps.append(np.abs(ours.astype(int) - np.asarray(decode_rgb(data))).ravel())
+        files = [encode(image, form, **options) for form, options in FORMATS]
+        for file, ours in zip(files, decoder.decode(files), strict=True):
+            assert isinstance(ours, np.ndarray)
+            gaps.append(np.abs(ours.astype(int) - np.asarray(decode_rgb(file))).ravel())
+    decoder.close()
     gap = np.concatenate(gaps)
     found = Difference(int(gap.max()), float(gap.mean()), not gap.any())
     return Row("decode, whole pictures", [found], "JPEG 4:2:0, 4:4:4, progressive; PNG")

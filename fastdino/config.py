@@ -118,6 +118,16 @@ class TrainConfig:
         "torchvision (the paper's PIL chain). auto: the first of them that works here.",
         choices=("auto", "fused", "dali", "torchvision"),
     )
+    decode: str = _flag(
+        "auto",
+        "Who decodes for --crops fused: pillow or cpu (DALI's CPU decoder), with the same pixels, "
+        "or gpu (nvJPEG, near ones; for hosts with few cores). auto: cpu, or pillow without DALI.",
+        choices=("auto", "pillow", "cpu", "gpu"),
+    )
+    hw_decoder_load: float = _flag(
+        0.65,
+        "Share of the images that --decode gpu gives to the GPU's JPEG engine, where it has one.",
+    )
     exif_orientation: bool = _flag(
         False,
         "Turn images as their EXIF orientation says, which the paper's loader does not.",
@@ -260,7 +270,7 @@ _AT_LEAST: dict[float, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _ABOVE_ZERO = ("warmup_teacher_temp", "teacher_temp")
-_SHARES = ("momentum_teacher", "drop_path_rate", "max_bad_share")
+_SHARES = ("momentum_teacher", "drop_path_rate", "max_bad_share", "hw_decoder_load")
 
 
 def _field_types() -> dict[str, Any]:

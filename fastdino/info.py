@@ -11,7 +11,13 @@ import torch
 from fastdino_kernels import chosen_impl as chosen_kernels
 
 import fastdino
-from fastdino.data.loader import choose_crops, dali_problem, fused_problem
+from fastdino.data.loader import (
+    choose_crops,
+    choose_decode,
+    dali_decode_problem,
+    dali_problem,
+    fused_problem,
+)
 from fastdino.distributed import choose_device
 from fastdino.models.attention import choose_attention, xformers_problem
 
@@ -27,6 +33,7 @@ def report() -> dict[str, str]:
     attention = choose_attention("auto", device)
     problem = xformers_problem(device)
     crops, why_crops = choose_crops("auto", device)
+    decode, why_decode = choose_decode("auto", crops, device)
     facts = {
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -43,8 +50,15 @@ def report() -> dict[str, str]:
         "  fused": _availability(fused_problem(device)),
         "  dali": _availability(dali_problem()),
         "  torchvision": "available",
+        "decode": f"{decode} ({why_decode})",
+        "  decode cpu": _availability(dali_decode_problem()),
+        "  decode gpu": _availability(_nvjpeg_problem(device)),
     }
     return facts
+
+
+def _nvjpeg_problem(device: torch.device) -> str | None:
+    return dali_problem() if device.type == "cuda" else "it needs a GPU"
 
 
 def _availability(problem: str | None) -> str:

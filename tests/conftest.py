@@ -5,7 +5,7 @@ import importlib.util
 import io
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from fastdino import TrainConfig
 
 if TYPE_CHECKING:
     from fastdino_kernels import CropParams
+
+    from fastdino.data.sources import ImageSource
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
@@ -132,6 +134,52 @@ def picture() -> Callable[..., bytes]:
         return file.getvalue()
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> ImageSource:
+    """18 JPEGs in 3 classes, each of another size; scanned."""
+    from fastdino.data.sources import scan_images
+    from tests.loaders import photo
+
+    root = tmp_path_factory.mktemp("photos")
+    for n in range(18):
+        folder = root / f"class{n % 3}"
+        folder.mkdir(exist_ok=True)
+        photo(n, (100 + n, 75 + 3 * n)).save(folder / f"{n:02}.jpg", quality=92)
+    return scan_images(root)
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[..., Any]]:
+    """build_loader, closed when the test ends."""
+    from fastdino.data.loader import build_loader
+    from tests.loaders import make_config
+
+    built = []
+
+    def build_one(source, rank=0, world_size=1, **changes):
+        built.append(
+            build_loader(
+                make_config(**changes), source, rank=rank, world_size=world_size, device="cpu"
+            )
+        )
+        return built[-1]
+
+    yield build_one
+    for one in built:
+        one.close()
+
+
+@pytest.fixture
+def breakable(tmp_path) -> ImageSource:
+    """18 JPEGs of the test's own; scanned."""
+    from fastdino.data.sources import scan_images
+    from tests.loaders import photo
+
+    for n in range(18):
+        photo(n).save(tmp_path / f"{n:02}.jpg", quality=92)
+    return scan_images(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,8 @@ def test_info_says_what_this_machine_has_and_why():
     assert facts["crops"].startswith("fused (the paper's crops, exact")
     assert facts["fused"] == facts["torchvision"] == "available"
     assert facts["dali"].startswith(("available", "not available: DALI "))
+    assert facts["decode"].startswith(("dali (Pillow's pixels)", "pillow (DALI "))
+    assert facts["decode gpu"].startswith(("available", "not available: "))
 
 
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, capsys):

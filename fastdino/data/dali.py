@@ -1,4 +1,4 @@
-"""Crops made by NVIDIA DALI: the only file that imports it.
+"""Crops made by NVIDIA DALI's operators.
 
 The boxes, the flips and all that is drawn are those of crops.py. The pixels are near the paper's,
 not equal to them: where nothing else is said, at most .5 of 255 levels an operation, on average.
@@ -101,7 +101,7 @@ class DaliLoader:
         self._device_id = _device_id(torch.device(device))
         self._feed = _Feed()
         self._pipeline = self._build()
-        self._decoder = Decoder(source.exif)
+        self._decoder = _Decoder(source.exif)
         self._readers = ThreadPoolExecutor(self._threads)  # of files
         self._preparers = ThreadPoolExecutor(_AHEAD)  # of batches
         self._run = 0
@@ -247,7 +247,7 @@ def dali_crops(
     ]
 
 
-class Decoder(threading.local):
+class _Decoder(threading.local):
     """DALI's decoder on the CPU, for one file at a time; each thread has its own."""
 
     def __init__(self, exif: bool) -> None:

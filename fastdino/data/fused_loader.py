@@ -2,10 +2,16 @@
 
 On a CPU run fused.py makes them, in the same threads; on a CUDA run the kernel multi_crop does, on
 a stream of its own, so that copies and crops overlap the training step.
+
+The main thread may capture that step in a CUDA graph meanwhile, with capture_error_mode
+"thread_local": all that a background thread does on the GPU is on the loader's stream, pinned
+memory is allocated while batches still grow and then used again, and of the loader's work the main
+thread itself does take() alone, between steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,16 +21,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import PIL
 import torch
 from fastdino_kernels import multi_crop
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdino.data.broken import BadFiles
 from fastdino.data.crops import CropParams, draw_crops
+from fastdino.data.decode import Decoder, Picture, PictureReader
 from fastdino.data.order import EpochPlan
 from fastdino.data.pil import MEAN, STD
-from fastdino.data.reading import reason_of, silence_pillow
+from fastdino.data.reading import silence_pillow
 from fastdino.data.sources import ImageSource, cpu_count
 
 if TYPE_CHECKING:
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
 
 _AHEAD = 2  # batches under way beyond the one that is waited for
 _ALIGNMENT = 16  # bytes, of an image in the memory of its batch
-_Image = NDArray[np.uint8]
 # What was drawn for crops of one resolution, and their side in pixels.
 _Drawn = tuple[CropParams, int]
 
@@ -40,8 +46,9 @@ _Drawn = tuple[CropParams, int]
 class FusedLoader:
     """Crops from one pass over each image, bit for bit the paper's for the same draws.
 
-    Each image is decoded once, by Pillow. One that cannot be decoded gives way to the next good one
-    and is named in `skipped`.
+    Each image is decoded once, as `decode` says: "pillow", "dali" (on the CPU, the same pixels) or
+    "nvjpeg" (on the GPU, near ones: the crops are then exact for these). One that cannot be decoded
+    gives way to the next good one and is named in `skipped`.
     Batches: 2 + N tensors [B, 3, size, size], fp32, on `device`.
     One epoch at a time: starting another ends the one before.
 
@@ -57,6 +64,8 @@ class FusedLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         why: str = "exact",
+        decode: str = "pillow",
+        why_decode: str = "exact",
     ) -> None:
         self._config, self.source = config, source
         batch = config.batch_size_per_gpu * config.grad_accum
@@ -75,7 +84,22 @@ class FusedLoader:
             self._maker = _OnGpu(torch.device(device))
         else:
             self._maker = _OnCpu(self._threads)
-        self.description = f"fused, {self._maker.name}, {threads} threads ({why})"
+        self._decoder: Decoder | None = None
+        if decode != "pillow":
+            from fastdino.data.dali_decode import DaliDecoder  # DALI may be absent
+
+            self._decoder = DaliDecoder(
+                batch,
+                threads,
+                stream=self._maker.stream if decode == "nvjpeg" else None,
+                hw_decoder_load=config.hw_decoder_load,
+            )
+        self._reader = PictureReader(source, self._bad, self._threads, self._decoder)
+        decoder = self._decoder.name if self._decoder else f"Pillow {PIL.__version__}"
+        self.description = (
+            f"fused, {self._maker.name}, {threads} threads ({why}), "
+            f"decoded by {decoder} ({why_decode})"
+        )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
         """The batches from start_step on; raises ValueError for a step that there is not."""
@@ -90,6 +114,9 @@ class FusedLoader:
         self._preparers.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._preparers.shutdown(wait=True)
+        self._maker.close()
+        if self._decoder is not None:
+            self._decoder.close()
 
     def _stop(self) -> None:
         """Ends the epoch that is under way."""
@@ -114,22 +141,11 @@ class FusedLoader:
             self._check(run)
 
     def _prepare(self, epoch: int, batch: list[int]) -> _Batch:
-        indices, images = zip(*self._threads.map(self._read, batch), strict=True)
-        drawn = draw_crops(self._config, epoch, indices, [image.shape[:2] for image in images])
-        sizes = (self._config.global_crops_size, self._config.local_crops_size)
-        return self._maker.make(images, list(zip(drawn, sizes, strict=True)))
-
-    def _read(self, index: int) -> tuple[int, _Image]:
-        """The first good sample from index on: its place, and the picture [height, width, 3]."""
-        while True:
-            index = self._bad.good(index)
-            try:
-                return index, np.asarray(self.source.read_rgb(index))
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                reason = reason_of(error)
-            self._bad.add(index, self.source.paths[index], reason)
+        indices, pictures = self._reader.read(batch)
+        sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+        drawn = draw_crops(self._config, epoch, indices, sizes)
+        sides = (self._config.global_crops_size, self._config.local_crops_size)
+        return self._maker.make(pictures, list(zip(drawn, sides, strict=True)))
 
 
 @dataclass
@@ -150,15 +166,23 @@ class _Batch:
 
 
 class _Maker(Protocol):
-    """Makes the crops of a batch; called from several threads."""
+    """Makes the crops of a batch; called from several threads.
+
+    stream: what the crops are made on, and the pictures have to be there for; None on the CPU.
+    """
 
     name: str
+    stream: torch.cuda.Stream | None
 
-    def make(self, images: Sequence[_Image], drawn: Sequence[_Drawn]) -> _Batch: ...
+    def make(self, pictures: Sequence[Picture], drawn: Sequence[_Drawn]) -> _Batch: ...
+
+    def close(self) -> None: ...
 
 
 class _OnCpu:
     """Crops by fused.py in the threads of a pool."""
+
+    stream: torch.cuda.Stream | None = None
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         from fastdino.data.fused import fused_crops  # needs Numba, which a CUDA run does not
@@ -166,15 +190,19 @@ class _OnCpu:
         self.name = f"Numba {version('numba')} on CPU"
         self._pool, self._fused_crops = pool, fused_crops
 
-    def make(self, images: Sequence[_Image], drawn: Sequence[_Drawn]) -> _Batch:
+    def make(self, pictures: Sequence[Picture], drawn: Sequence[_Drawn]) -> _Batch:
+        arrays = [picture for picture in pictures if isinstance(picture, np.ndarray)]
         # One by one, so that each crop's tensor is contiguous.
         single = [
             (_crop_of(params, n), size)
             for params, size in drawn
             for n in range(params.top.shape[1])
         ]
-        crops = self._fused_crops(images, single, mean=MEAN, std=STD, pool=self._pool)
+        crops = self._fused_crops(arrays, single, mean=MEAN, std=STD, pool=self._pool)
         return _Batch([crop.squeeze(1) for crop in crops])
+
+    def close(self) -> None:
+        pass
 
 
 def _crop_of(params: CropParams, n: int) -> CropParams:
@@ -185,47 +213,93 @@ def _crop_of(params: CropParams, n: int) -> CropParams:
 
 
 class _OnGpu:
-    """Crops by fastdino_kernels.multi_crop, in one launch a resolution, on a stream of its own."""
+    """Crops by fastdino_kernels.multi_crop, in one launch a resolution, on a stream of its own.
+
+    What keeps memory from being used again too early:
+    - pinned memory: _Staging waits for the event after the copy that read it last;
+    - the copied pictures: allocated and freed on the stream that works on them;
+    - a decoder's pictures on the GPU: held until the event after their crops has passed;
+    - the crops: _Batch.take() records the stream that goes on with them.
+    """
+
+    stream: torch.cuda.Stream | None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self._stream = torch.cuda.Stream(self._device)
+        self.stream = self._stream = torch.cuda.Stream(self._device)
         self._lock = threading.Lock()  # Triton compiles at the first launch: in one thread
+        self._staging = _Staging()
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self.name = f"Triton {version('triton')} on {self._device}"
 
-    def make(self, images: Sequence[_Image], drawn: Sequence[_Drawn]) -> _Batch:
-        pinned, places = _packed(images)
-        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            memory = pinned.to(self._device, non_blocking=True)
-            decoded = [
-                memory[start : start + image.size].view(image.shape)
-                for start, image in zip(places, images, strict=True)
-            ]
-            crops = [
-                crop
-                for params, size in drawn
-                for crop in _crops(decoded, params, size).transpose(0, 1).contiguous()
-            ]
-            made = torch.cuda.Event()
-            made.record(self._stream)
+    def make(self, pictures: Sequence[Picture], drawn: Sequence[_Drawn]) -> _Batch:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            on_gpu = self._staging.upload(pictures, self._device)
+            with self._lock:
+                self._release(_AHEAD)
+                crops = [
+                    crop
+                    for params, size in drawn
+                    for crop in _crops(on_gpu, params, size).transpose(0, 1).contiguous()
+                ]
+                made = self._stream.record_event()
+                self._held.append((made, [p for p in pictures if isinstance(p, Tensor)]))
         return _Batch(crops, made)
 
+    def _release(self, keep: int) -> None:
+        """Drops the pictures whose crops are made, and waits for more than `keep` batches."""
+        while self._held and (len(self._held) > keep or self._held[0][0].query()):
+            self._held[0][0].synchronize()
+            self._held.popleft()
 
-def _packed(images: Sequence[_Image]) -> tuple[Tensor, list[int]]:
-    """All images in one piece of pinned memory, to travel in one copy, and where each begins."""
-    places, end = [], 0
-    for image in images:
-        places.append(end)
-        end += -(-image.size // _ALIGNMENT) * _ALIGNMENT
-    # Its allocator waits for the copy before it gives the memory to another batch.
-    pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-    flat = pinned.numpy()
-    for start, image in zip(places, images, strict=True):
-        flat[start : start + image.size] = image.reshape(-1)
-    return pinned, places
+    def close(self) -> None:
+        with self._lock:
+            self._release(0)
 
 
-def _crops(images: Sequence[Tensor], params: CropParams, size: int) -> Tensor:
-    return multi_crop(images, params, size=size, mean=MEAN, std=STD, impl="triton")
+class _Staging(threading.local):
+    """Pinned memory of one thread, through which pictures go to a GPU: used for batch after batch.
+
+    A thread's own, so that another can fill its own meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None
+
+    def upload(self, pictures: Sequence[Picture], device: torch.device) -> list[Tensor]:
+        """The pictures on the device, in one copy on the current stream; those there as they are.
+
+        They are good for that stream.
+        """
+        arrays = [picture for picture in pictures if isinstance(picture, np.ndarray)]
+        places, end = _places([array.size for array in arrays])
+        if self._copied is not None:
+            self._copied.synchronize()
+        if end > len(self._memory):
+            # With room for batches somewhat larger: in the long run none is allocated.
+            self._memory = torch.empty(end + end // 4, dtype=torch.uint8, pin_memory=True)
+        flat = self._memory.numpy()
+        for start, array in zip(places, arrays, strict=True):
+            flat[start : start + array.size] = array.reshape(-1)
+        copied = self._memory[:end].to(device, non_blocking=True)
+        self._copied = torch.cuda.current_stream(device).record_event()
+        uploaded = (
+            copied[start : start + array.size].view(array.shape)
+            for start, array in zip(places, arrays, strict=True)
+        )
+        return [next(uploaded) if isinstance(p, np.ndarray) else p for p in pictures]
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each of several pieces begins, aligned, in one piece of memory; and where that ends."""
+    ends = itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
+    *places, end = ends
+    return places, end
+
+
+def _crops(pictures: Sequence[Tensor], params: CropParams, size: int) -> Tensor:
+    """Of params on the CPU, whose values multi_crop therefore checks before it copies them."""
+    return multi_crop(pictures, params, size=size, mean=MEAN, std=STD, impl="triton")

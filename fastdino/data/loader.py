@@ -50,19 +50,20 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> CropLoader:
-    """The loader that config.crops names; choose_crops says what "auto" is.
+    """The loader that config.crops names; choose_crops and choose_decode say what "auto" is.
 
     Raises:
-        ConfigError: --crops fused or dali where it cannot be.
+        ConfigError: --crops or --decode where it cannot be.
         DataError: fewer images than a batch.
     """
     name, why = choose_crops(config.crops, device)
+    decode, why_decode = choose_decode(config.decode, name, device)
     options: dict[str, Any] = {
         "rank": rank, "world_size": world_size, "device": device, "why": why
     }  # fmt: skip
     if name == "fused":
         fused = importlib.import_module("fastdino.data.fused_loader")
-        return fused.FusedLoader(config, source, **options)
+        return fused.FusedLoader(config, source, decode=decode, why_decode=why_decode, **options)
     if name == "dali":
         return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **options)
     pil = importlib.import_module("fastdino.data.pil")
@@ -92,6 +93,40 @@ def choose_crops(asked: str, device: torch.device | str) -> tuple[str, str]:
     return "torchvision", "; ".join([about["torchvision"], *problems])
 
 
+def choose_decode(asked: str, crops: str, device: torch.device | str) -> tuple[str, str]:
+    """Who decodes for these crops, "pillow", "dali" or "nvjpeg", and why.
+
+    crops: what choose_crops chose.
+
+    Raises: ConfigError: asked for what cannot be.
+    """
+    cuda = torch.device(device).type == "cuda"
+    if crops != "fused":
+        if asked != "auto":
+            raise ConfigError(
+                f"--decode {asked} is for --crops fused, and these crops are made by --crops "
+                f"{crops}, which decodes by itself: leave --decode out"
+            )
+        decoder = "pillow" if crops == "torchvision" else "nvjpeg" if cuda else "dali"
+        return decoder, f"as --crops {crops} does"
+    if asked == "pillow":
+        return "pillow", "asked for"
+    if asked == "gpu" and not cuda:
+        raise ConfigError(
+            "--decode gpu is nvJPEG's, which needs a GPU, and this run is on the CPU: --decode cpu "
+            "works, and is exact"
+        )
+    problem = dali_problem() if asked == "gpu" else dali_decode_problem()
+    if problem is None:
+        about = "near Pillow's pixels" if asked == "gpu" else "Pillow's pixels"
+        return "nvjpeg" if asked == "gpu" else "dali", about
+    if asked != "auto":
+        raise ConfigError(
+            f"--decode {asked}: {problem}; --decode pillow works without, and is exact"
+        )
+    return "pillow", problem
+
+
 def fused_problem(device: torch.device | str) -> str | None:
     """Why the fused crops cannot be made for a run on this device; None where they can."""
     if torch.device(device).type == "cuda":
@@ -115,6 +150,18 @@ def dali_problem(device: torch.device | str = "cpu") -> str | None:
             return f"DALI is not installed: {_install()}"
         return f"DALI does not work here: {_first_line(error)}"
     return None
+
+
+def dali_decode_problem() -> str | None:
+    """Why DALI cannot decode in Pillow's place on the CPU; None where it can."""
+    problem = dali_problem()
+    if problem is not None:
+        return problem
+    try:
+        found: str | None = importlib.import_module("fastdino.data.dali_decode").cpu_problem()
+    except Exception as error:  # Whatever a library that does not fit this machine raises.
+        return f"DALI does not work here: {_first_line(error)}"
+    return found
 
 
 def _is_missing(error: Exception, package: str) -> bool:

@@ -93,7 +93,9 @@ def _multi_crop_op(
     else:
         from . import multi_crop_triton  # Triton may be absent
 
-        multi_crop_triton.multi_crop_(out, images, packed.to(device), levels)
+        # From memory that is not pinned: read before this returns, though not yet on the device.
+        packed = packed.to(device, non_blocking=True)
+        multi_crop_triton.multi_crop_(out, images, packed, levels)
     return out
 
 

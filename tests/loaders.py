@@ -1,0 +1,147 @@
+"""What the tests of the loaders share."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino.data import fused_loader, pil
+from fastdino.data.crops import draw_crops
+from fastdino.data.loader import build_loader as build_loader  # run_script's code finds it here
+from fastdino.data.sources import scan_images as scan_images
+
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+all_loaders = pytest.mark.parametrize(
+    "crops", ["torchvision", "fused", pytest.param("dali", marks=needs_dali)]
+)
+
+
+def make_config(**changes):
+    values = {
+        "seed": 0,
+        "batch_size_per_gpu": 4,
+        "grad_accum": 1,
+        "num_workers": 0,
+        "global_crops_scale": (0.4, 1.0),
+        "local_crops_scale": (0.05, 0.4),
+        "local_crops_number": 2,
+        "global_crops_size": 48,
+        "local_crops_size": 24,
+        "crops": "torchvision",
+        "max_bad_share": 0.3,
+        "last_batch": "paper",
+        "decode": "auto",
+        "hw_decoder_load": 0.65,
+    }
+    return types.SimpleNamespace(**(values | changes))
+
+
+def photo(seed, size=(100, 75)):
+    """Smooth colours, some texture, hard edges: what resizing and blurring can get wrong."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
+    pixels += rng.integers(-10, 11, pixels.shape)
+    pixels[size[1] // 3 : size[1] // 2, size[0] // 4 : size[0] // 2] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def assert_same(batches, others):
+    for batch, other in itertools.zip_longest(batches, others):
+        assert len(batch) == len(other)
+        for crop, other_crop in zip(batch, other, strict=True):
+            assert torch.equal(crop, other_crop)
+
+
+def odd_folder(root):
+    """Good files of odd kinds, 18 of them."""
+    folder = root / "k"
+    folder.mkdir(parents=True)
+    image = photo(1)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    image.convert("L").save(folder / "gray.jpg", quality=95)
+    image.convert("RGBA").save(folder / "rgba.png")
+    image.quantize(32).save(folder / "palette.png")
+    image.resize((1, 1)).save(folder / "pixel.png")
+    image.save(folder / "named.jpg", format="PNG")
+    image.save(folder / "progressive.jpg", progressive=True, quality=95)
+    image.save(folder / "a.webp", lossless=True)
+    image.save(folder / "a.tif")
+    image.save(folder / "a.ppm")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=exif, quality=95)
+    image.save(folder / "turned.tif", exif=exif)
+    Image.fromarray(np.arange(7500, dtype=np.uint16).reshape(75, 100) * 8).save(folder / "deep.png")
+    image.convert("LA").save(folder / "alpha.png")
+    image.quantize(16).save(folder / "clear.png", transparency=3)
+    image.convert("L").save(folder / "gray.bmp")
+    image.save(folder / "moving.webp", save_all=True, append_images=[photo(2)], lossless=True)
+    Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
+    return folder
+
+
+def break_files(source, names):
+    """Overwrites good images with a cut JPEG, text and nothing, or removes them: (index, path)s."""
+    broken = []
+    for index, how in names:
+        path = Path(source.paths[index])
+        if how == "cut":
+            path.write_bytes(path.read_bytes()[:-600])
+        elif how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes({"text": b"this is no image", "empty": b""}[how])
+        broken.append(path)
+    return {str(path) for path in broken}
+
+
+def levels(crop, other):
+    """Mean absolute difference in levels of 0..255."""
+    std = torch.tensor(pil.STD)[:, None, None] * 255
+    return ((crop - other) * std).abs().mean().item()
+
+
+def undrawn(monkeypatch, **kept):
+    """Makes the loaders draw boxes, and what `kept` says: field -> value, or None as drawn."""
+
+    def plain(params):
+        new = {}
+        for name in ("flip", "jitter", "gray", "blur_radius", "solarize"):
+            drawn = getattr(params, name)
+            value = kept.get(name, 0)
+            new[name] = drawn if value is None else torch.full_like(drawn, value)
+        if "jitter_factor" in kept:
+            neutral = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand_as(params.jitter_factor)
+            mask = torch.tensor([n in kept["jitter_factor"] for n in range(4)])
+            new["jitter"] = torch.ones_like(params.jitter)
+            new["jitter_factor"] = torch.where(mask, params.jitter_factor, neutral)
+            new["jitter_order"] = torch.arange(4).int().expand_as(params.jitter_order)
+        return dataclasses.replace(params, **new)
+
+    def draw(*args):
+        return tuple(plain(params) for params in draw_crops(*args))
+
+    monkeypatch.setattr(pil, "draw_crops", draw)
+    monkeypatch.setattr(fused_loader, "draw_crops", draw)
+    if HAS_DALI:
+        monkeypatch.setattr("fastdino.data.dali.draw_crops", draw)
+
+
+def run_script(code, *args):
+    """Runs code, with this module as `t`, in a process of its own, which has to end."""
+    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tests import loaders as t\n"
+    command = [sys.executable, "-c", start + code, str(Path(__file__).parents[1]), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
