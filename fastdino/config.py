@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -329,8 +330,17 @@ def parse_bool(text: str) -> bool:
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of TrainConfig, and the two that old launchers pass."""
+    add_arguments(parser, [field.name for field in dataclasses.fields(TrainConfig)])
+    # torch.distributed.launch passes it; torchrun says the same in the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Adds the flags of some settings of TrainConfig, for commands that share them."""
     kinds = _field_types()
     for field in dataclasses.fields(TrainConfig):
+        if field.name not in names:
+            continue
         kind = kinds[field.name]
         is_pair = typing.get_origin(kind) is tuple
         default: Any = field.default
@@ -344,8 +354,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=None if field.metadata["choices"] else "BOOL" if kind is bool else "VALUE",
             help=f"{field.metadata['help']} (default: {shown})",
         )
-    # torch.distributed.launch passes it; torchrun says the same in the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def config_from_args(args: argparse.Namespace) -> TrainConfig:

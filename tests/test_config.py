@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from fastdino.config import TrainConfig, add_train_arguments, config_from_args
+from fastdino.config import TrainConfig, add_arguments, add_train_arguments, config_from_args
 from fastdino.errors import ConfigError
 
 PAPER_DEFAULTS = {
@@ -46,6 +46,16 @@ def test_a_command_line_of_the_paper_is_taken_as_it_is():
     assert config.global_crops_scale == (0.4, 1.0)
     assert config.local_crops_scale == (0.05, 0.25)
     assert (config.optimizer, config.lr, config.clip_grad) == ("lars", 0.3, 0.0)
+
+
+def test_another_command_can_take_some_of_the_flags(capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, ["local_crops_scale", "seed"])
+    args = parser.parse_args(["--local_crops_scale", ".1", ".2"])
+    assert vars(args) == {"local_crops_scale": [0.1, 0.2], "seed": 0}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lr", "1"])
+    assert "unrecognized arguments: --lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("on", "off"), ("TRUE", "False"), ("1", "0")])

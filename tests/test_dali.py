@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 
-from fastdino.data import pil
+from fastdino.data import draw_crops, pil
+from fastdino.data.order import EpochPlan
 from fastdino.data.sources import scan_images
-from tests.loaders import HAS_DALI, assert_same, levels, odd_folder, photo, run_script, undrawn
+from tests.loaders import (
+    HAS_DALI,
+    assert_same,
+    levels,
+    make_config,
+    odd_folder,
+    photo,
+    run_script,
+    undrawn,
+)
 
 pytestmark = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 
@@ -43,6 +54,16 @@ def test_odd_files_are_the_same_pictures_for_dali(tmp_path, build, monkeypatch):
     for b, index in enumerate(order):
         for n in range(4):
             assert levels(exact[n][b], near[n][b]) < 0.5, source.paths[index]
+
+
+def test_dali_crops_are_those_of_the_loader(photos, build):
+    dali = importlib.import_module("fastdino.data.dali")
+    batch = next(iter(build(photos, crops="dali").epoch(3)))
+    order = EpochPlan(len(photos), 4, 0, 0, 1).batches(3, 0)[0]
+    images = [np.asarray(photos.read_rgb(index)) for index in order]
+    drawn = draw_crops(make_config(), 3, order, [image.shape[:2] for image in images])
+    ours = dali.dali_crops(images, list(zip(drawn, (48, 24), strict=True)))
+    assert_same([batch], [[crop for crops in ours for crop in crops.unbind(1)]])
 
 
 def test_what_only_pillow_decodes_is_handed_to_dali(photos, build, monkeypatch, tmp_path):

@@ -1,12 +1,14 @@
-"""Crops made by NVIDIA DALI: the only file that imports it.
+"""Crops made by NVIDIA DALI's operators.
 
 The boxes, the flips and all that is drawn are those of crops.py. The pixels are near the paper's,
-not equal to them: where nothing else is said, .2 to .5 of 255 levels an operation, on average.
+not equal to them: where nothing else is said, at most .5 of 255 levels an operation, on average.
+docs/crops.md has the table.
 
 - The four colour operations come in one order (brightness, contrast, saturation, hue) instead of a
-  random one, and brightness and contrast do not clip in between: 1.6 levels on average.
-- Hue turns in YIQ, not in HSV: 9 levels on average where it is drawn, up to 100 on vivid colours.
-- Blur reflects at the edges where PIL replicates.
+  random one, 1 level on average, and the first three do not clip in between, 2 levels.
+- Hue turns in YIQ, not in HSV: 1 level on average on pale pictures, 8 on a vivid photograph, up to
+  100 in a pixel: further off, on average, than no turn at all.
+- Blur is a Gaussian where PIL's is made of boxes, and reflects at the edges where PIL replicates.
 
 No file that cannot be decoded may reach the pipeline, where its error can end the process: each is
 decoded by DALI on its own first.
@@ -18,7 +20,7 @@ import gc
 import io
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,7 @@ from fastdino.data.sources import ImageSource, cpu_count
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
+VERSION: str = nvidia.dali.__version__
 # What DALI is fed for a crop, in this order; _crop_inputs makes it, _crop takes it.
 _CROP_INPUTS = (
     types.INT32,  # start: top, left
@@ -54,9 +57,9 @@ _CROP_INPUTS = (
 )
 # The factors of brightness, contrast, saturation and hue that change nothing.
 _NEUTRAL = np.array([1, 1, 1, 0], dtype=np.float32)
-# The one crop that can be solarized.
-_SOLARIZED = 1
-assert [p > 0 for p in SOLARIZE_P] == [n == _SOLARIZED for n in range(3)]
+# The crops that can be solarized; no local one, which share the last entry of SOLARIZE_P.
+_SOLARIZED = [n for n, p in enumerate(SOLARIZE_P) if p > 0]
+assert max(_SOLARIZED) < 2
 _PREFETCH = 2
 _AHEAD = 2
 # Of what Pillow calls so, DALI makes the same picture; of 16-bit gray or turned TIFF it does not.
@@ -103,9 +106,7 @@ class DaliLoader:
         self._preparers = ThreadPoolExecutor(_AHEAD)  # of batches
         self._run = 0
         place = "CPU" if self._device_id is None else f"GPU {self._device_id}"
-        self.description = (
-            f"DALI {nvidia.dali.__version__} on {place}, {self._threads} threads ({why})"
-        )
+        self.description = f"DALI {VERSION} on {place}, {self._threads} threads ({why})"
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
         """The batches from start_step on; raises ValueError for a step that there is not."""
@@ -124,10 +125,12 @@ class DaliLoader:
         gc.collect()  # Frees the pipeline now: in a process forked later its destructor would hang.
 
     def _build(self) -> Any:
+        sizes = [self._config.global_crops_size] * 2
+        sizes += [self._config.local_crops_size] * self._config.local_crops_number
         pipeline = _pipeline(
             self._feed,
-            (self._config.global_crops_size, self._config.local_crops_size),
-            self._config.local_crops_number,
+            sizes,
+            _SOLARIZED,
             self._device_id is not None,
             self.source.exif,
             batch_size=self._batch_size,
@@ -144,10 +147,7 @@ class DaliLoader:
         silence_pillow()  # here, as a thread cannot do it for itself alone
         self._start(epoch, batches)
         for _ in batches:
-            # On the stream that goes on with the crops, so that DALI reuses their memory after it.
-            stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
-            outputs = self._pipeline.run(stream)
-            yield [from_dlpack(output.as_tensor()) for output in outputs]
+            yield _run(self._pipeline, self._device_id)
             self._check(run)
 
     def _check(self, run: int) -> None:
@@ -172,15 +172,7 @@ class DaliLoader:
     def _prepare(self, epoch: int, batch: list[int]) -> _Batch:
         """What the pipeline is fed for a batch: the images and the draws."""
         indices, sizes, images = zip(*self._readers.map(self._read, batch), strict=True)
-        drawn = draw_crops(self._config, epoch, indices, sizes)
-        inputs = [
-            values
-            for params in drawn
-            for n in range(params.top.shape[1])
-            for values in _crop_inputs(params, n)
-        ]
-        inputs.insert(0, drawn[0].solarize[:, _SOLARIZED].numpy())
-        return (list(images), *map(np.ascontiguousarray, inputs))
+        return _batch(images, draw_crops(self._config, epoch, indices, sizes), _SOLARIZED)
 
     def _read(self, index: int) -> tuple[int, tuple[int, int], NDArray[np.uint8]]:
         """The first good sample from index on: its place, (height, width), and what to feed."""
@@ -206,6 +198,53 @@ class DaliLoader:
                     encoded = _as_png(pixels)
         size = (pixels.shape[0], pixels.shape[1])
         return size, pixels if self._device_id is None else encoded
+
+
+def dali_crops(
+    images: Sequence[NDArray[np.uint8]],
+    crops: Sequence[tuple[CropParams, int]],
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """The crops of B decoded images at each of several sizes, by the operators of the loader.
+
+    For comparisons: a pipeline is built for every call.
+
+    Args:
+        images: B uint8 RGB arrays [H, W, 3] of any sizes.
+        crops: pairs (params, size): the parameters of [B, N] crops, on the CPU, and the pixels of
+            a crop's side. draw_crops gives two of them, global and local.
+        device: where the pipeline runs.
+
+    Returns: for each pair [B, N, 3, size, size], fp32, normalised, on `device`.
+    """
+    counts = [params.top.shape[1] for params, _ in crops]
+    sizes = [size for (_, size), count in zip(crops, counts, strict=True) for _ in range(count)]
+    device_id = _device_id(torch.device(device))
+    solarized = list(range(len(sizes)))
+    fed = [np.ascontiguousarray(image) if device_id is None else _as_png(image) for image in images]
+    batches = iter([_batch(fed, [params for params, _ in crops], solarized)])
+    pipeline = _pipeline(
+        lambda: next(batches),
+        sizes,
+        solarized,
+        device_id is not None,
+        False,
+        batch_size=len(images),
+        num_threads=cpu_count(),
+        device_id=device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    made = iter([crop.clone() for crop in _run(pipeline, device_id)])
+    del pipeline
+    gc.collect()  # As in DaliLoader.close.
+    return [
+        torch.stack([*itertools.islice(made, count)], dim=1)
+        if count
+        else torch.empty(len(images), 0, 3, size, size, device=device)
+        for (_, size), count in zip(crops, counts, strict=True)
+    ]
 
 
 class _Decoder(threading.local):
@@ -259,10 +298,27 @@ class _Feed:
         return batch
 
 
+def _run(pipeline: Any, device_id: int | None) -> list[Tensor]:
+    """A batch of the pipeline's: one tensor [B, 3, size, size] a crop."""
+    # On the stream that goes on with the crops, so that DALI reuses their memory after it.
+    stream = None if device_id is None else torch.cuda.current_stream(device_id)
+    return [from_dlpack(output.as_tensor()) for output in pipeline.run(stream)]
+
+
 def _device_id(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _batch(
+    images: Sequence[NDArray[np.uint8]], drawn: Sequence[CropParams], solarized: Sequence[int]
+) -> _Batch:
+    """What _pipeline is fed: the images, and what was drawn for their crops."""
+    crops = [(params, n) for params in drawn for n in range(params.top.shape[1])]
+    inputs = [params.solarize[:, n].numpy() for params, n in (crops[i] for i in solarized)]
+    inputs += [values for params, n in crops for values in _crop_inputs(params, n)]
+    return (list(images), *map(np.ascontiguousarray, inputs))
 
 
 def _crop_inputs(params: CropParams, n: int) -> list[NDArray[Any]]:
@@ -295,14 +351,17 @@ def _decode_only(exif: bool) -> Any:
 
 @pipeline_def(enable_conditionals=True)
 def _pipeline(
-    feed: _Feed, sizes: tuple[int, int], local_crops: int, on_gpu: bool, exif: bool
+    feed: Callable[[], _Batch],
+    sizes: Sequence[int],
+    solarized: Sequence[int],
+    on_gpu: bool,
+    exif: bool,
 ) -> Any:
-    crop_sizes = [sizes[0]] * 2 + [sizes[1]] * local_crops
-    image, solarize, *inputs = fn.external_source(
-        source=feed,
-        num_outputs=2 + len(_CROP_INPUTS) * len(crop_sizes),
-        dtype=[types.UINT8, types.BOOL, *_CROP_INPUTS * len(crop_sizes)],
-    )
+    """The crops of these sizes, in pixels; those numbered in `solarized` can be solarized."""
+    dtypes = [types.UINT8, *[types.BOOL] * len(solarized), *_CROP_INPUTS * len(sizes)]
+    image, *inputs = fn.external_source(source=feed, num_outputs=len(dtypes), dtype=dtypes)
+    solarize = {n: inputs[i] for i, n in enumerate(solarized)}
+    inputs = inputs[len(solarized) :]
     if on_gpu:
         # Fancy upsampling of the chroma is what libjpeg does; here it has to be asked for.
         image = fn.decoders.image(
@@ -315,9 +374,9 @@ def _pipeline(
     else:
         image = fn.reinterpret(image, layout="HWC")
     crops = []
-    for n, size in enumerate(crop_sizes):
+    for n, size in enumerate(sizes):
         drawn = inputs[n * len(_CROP_INPUTS) : (n + 1) * len(_CROP_INPUTS)]
-        crops.append(_crop(image, drawn, size, solarize if n == _SOLARIZED else None))
+        crops.append(_crop(image, drawn, size, solarize.get(n)))
     return tuple(crops)
 
 
