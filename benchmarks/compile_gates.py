@@ -53,10 +53,14 @@ BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("pairwise backward*", Budget(loads=12, stores=10)),
     ("pairwise finish*", Budget(registers=64, stores=0)),
     ("ema-*", Budget(registers=64, loads=4, stores=2)),
+    ("adamw-ema-bf16-*", Budget(registers=80, loads=5, stores=6)),
+    ("adamw-ema-*", Budget(registers=80, loads=8, stores=6)),
     ("clip-sum-squares-*", Budget(registers=64, loads=4, stores=0)),
     ("clip-scale-*", Budget(registers=64, loads=4, stores=4)),
     ("multi_crop *", Budget(loads=2, stores=2)),
-    # These merge the partial sums of the others: a few values, of which none need be wide.
+    # These work on a few values, of which none need be wide.
+    ("adamw-prepare-*", Budget(registers=64, loads=0, stores=0)),
+    ("adamw-decide-*", Budget(registers=64, loads=0, stores=0)),
     ("clip-norms*", Budget(registers=64, loads=0, stores=0)),
     ("clip-total-norm*", Budget(registers=64, loads=0, stores=0)),
     ("*", Budget()),

@@ -1,6 +1,6 @@
 """Tries configurations of the kernels and prints the fastest first; for people with a GPU.
 
-    PYTHONPATH=kernels:. python3 -m benchmarks.tune [forward backward ema clip] [--tiny]
+    PYTHONPATH=kernels:. python3 -m benchmarks.tune [forward backward ema clip adamw_ema] [--tiny]
 
 What wins is written into the kernels' modules by hand: nothing is tuned at run time. --tiny shows
 that it runs, on a machine without a GPU with TRITON_INTERPRET=1.
@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from fastdino_kernels import pointer_table
 
-from benchmarks import bench_clip, bench_dino_loss, bench_ema
+from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema
 from benchmarks.contest import Contest, Effort, Outcome, hold
 from benchmarks.report import format_seconds
 
@@ -56,6 +56,11 @@ def clip_contest(tiny: bool, device: torch.device) -> Contest:
     return bench_clip.clip_contest(size, False, device)
 
 
+def adamw_ema_contest(tiny: bool, device: torch.device) -> Contest:
+    size = bench_ema.Size("a toy", 64) if tiny else bench_ema.Size("ViT-S")
+    return bench_adamw_ema.adamw_ema_contest(size, True, device)
+
+
 WARPS = (1, 2, 4, 8)
 SWEEPS = {
     "forward": Sweep(
@@ -77,6 +82,11 @@ SWEEPS = {
     ),
     "clip": Sweep(
         "clip_triton", {"CHUNK": (2048, 4096, 8192, 16384), "NUM_WARPS": (4, 8, 16)}, clip_contest
+    ),
+    "adamw_ema": Sweep(
+        "adamw_ema_triton",
+        {"CHUNK": (1024, 2048, 4096), "NUM_WARPS": (4, 8), "MAX_REGISTERS": (64, 80, 128)},
+        adamw_ema_contest,
     ),
 }
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastdino_kernels import clip_grad_norms_, ema_update_
+from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
 
-from benchmarks import bench_clip, bench_dino_loss, bench_ema, gpu_report, report
+from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, gpu_report, report
 from benchmarks.contest import Clock, Contest, Effort, Variant, VariantError, hold, replay
 from benchmarks.loss_variants import einsum_form, paper_eager
 from benchmarks.measure import device_sample, peak_bytes
@@ -99,6 +99,13 @@ def test_counted_bytes_of_the_ema_are_those_of_every_parameter():
     assert bench_ema.counted_bytes(size, True)[0] == 14 * parameters
 
 
+def test_counted_bytes_of_the_optimizer_are_those_of_every_parameter():
+    size = bench_adamw_ema.Size("ViT-S")
+    parameters = 21_665_664 + 22_352_128
+    assert bench_adamw_ema.counted_bytes(size, False)[0] == 40 * parameters
+    assert bench_adamw_ema.counted_bytes(size, True)[0] == 44 * parameters
+
+
 # The gate
 
 
@@ -176,6 +183,32 @@ def test_the_gate_of_the_clip():
     bench_clip.check(bench_clip.torch_global, size, True, CPU)
     with pytest.raises(AssertionError, match=r"gradient\[0\] is off"):
         bench_clip.check(lambda p: clip_grad_norms_(p, 0.2), size, False, CPU)
+
+
+def test_the_gate_of_the_optimizer():
+    size = bench_adamw_ema.Size("a toy", 16)
+    for _, make in bench_adamw_ema.VARIANTS.values():
+        bench_adamw_ema.check(make, size, True, CPU)
+
+    def without_clip(network, _):
+        optimizer = AdamWEMA(network.groups(), bench_adamw_ema.LR, weight_decay=0.04)
+        return optimizer.step
+
+    with pytest.raises(AssertionError, match=r"teacher\[0\] is off"):
+        bench_adamw_ema.check(without_clip, size, False, CPU)
+
+
+def test_every_round_of_the_optimizer_has_the_gradients_of_the_first():
+    size = bench_adamw_ema.Size("a toy", 16)
+    contest = bench_adamw_ema.adamw_ema_contest(size, False, CPU)
+    norms = []
+    for variant in contest.variants * 2:
+        step = variant.prepare()
+        step()
+        if variant.role == "ours":
+            norms.append(step.__self__.norms)
+    assert torch.equal(*norms)
+    assert norms[0].max() > bench_adamw_ema.MAX_NORM
 
 
 # What is measured

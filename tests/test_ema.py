@@ -51,7 +51,7 @@ def assert_one_rounding(teacher, expected, *, roundings=1.0):
 def only_the_kernel(monkeypatch):
     """Within it, PyTorch must have nothing left to do."""
     with monkeypatch.context() as patch:
-        patch.delattr(ema, "_torch_ema_")
+        patch.delattr(ema, "torch_ema_")
         yield
 
 

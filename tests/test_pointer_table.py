@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastdino_kernels import dino_loss, pointer_table
 from fastdino_kernels.pointer_table import (
+    ABSENT,
     BF16,
     FP16,
     FP32,
@@ -18,8 +19,10 @@ from fastdino_kernels.pointer_table import (
     build_table,
     find_overlap,
     is_dense,
+    lies_in,
     overlaps_itself,
     plan_for,
+    ranges_of,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +105,21 @@ def test_rows_say_where_everything_is():
     ]
     assert table.owners.tolist() == [0, 0, 2, 2, 2]
     assert table.codes == (MIXED, BF16)
+
+
+def test_rows_say_where_there_is_nothing():
+    x, y = [torch.zeros(5), None, torch.zeros(0)], [None, None, torch.zeros(0).half()]
+    table = build_table([x, y, [None] * 3], range(3), chunk=4)
+    assert table.rows.tolist() == [
+        [0, 5, FP32 + (ABSENT << 8) + (ABSENT << 16), 0, x[0].data_ptr(), *[0] * 5],
+        [2, 0, ABSENT + (ABSENT << 8) + (ABSENT << 16), 1, *[0] * 6],
+        [2, 0, FP32 + (FP16 << 8) + (ABSENT << 16), 2, *[0] * 6],
+    ]
+    assert table.owners.tolist() == [0, 0]
+    assert table.codes == (FP32, FP16, None)
+    nothing = build_table([[None, None]], range(2), chunk=4, device=torch.device("cpu"))
+    assert nothing.codes == (None,)
+    assert len(nothing.owners) == 0
 
 
 def test_a_plan_holds_for_the_same_memory_whichever_objects_show_it():
@@ -376,6 +394,20 @@ def test_an_overlap_is_found_where_there_is_one(ranges, written):
     }
     found = find_overlap(tensors, written)
     assert (found in pairs) if pairs else (found is None)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(0, 60), st.integers(0, 9))
+def test_memory_that_is_written_is_known(sizes, start, size):
+    base = torch.zeros(120)
+    written, taken, at = [], set(), 0
+    for index, length in enumerate(sizes):
+        at += index % 3  # gaps, and none
+        written.append(base[at : at + length])
+        taken |= set(range(at, at + length))
+        at += length
+    tensor = base[start : start + size]
+    expected = bool(taken & set(range(start, start + size)))
+    assert lies_in(tensor, ranges_of(written[::-1])) == expected
 
 
 def test_a_long_range_hides_no_overlap_behind_a_short_one():

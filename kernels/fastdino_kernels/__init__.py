@@ -5,11 +5,14 @@ soft_cross_entropy.py   soft_cross_entropy, of targets that are probabilities al
 pairwise*.py   the operators beneath them, in Triton and in PyTorch
 ema.py         ema_update_
 clip.py        clip_grad_norms_ (each by its own norm), clip_grad_norm_ (all by one)
+adamw_ema.py   adamw_ema_update_: clip, AdamW and EMA at once; adamw_ema_optimizer.py   AdamWEMA
 multi_crop.py  multi_crop, of what was drawn: crop_params.py
 reference.py   the paper's equations, plainly: the oracle of the tests
 dispatch.py    which implementation runs: impl=..., or the environment variable FASTDINO_KERNELS
 """
 
+from .adamw_ema import adamw_ema_update_
+from .adamw_ema_optimizer import AdamWEMA
 from .clip import clip_grad_norm_, clip_grad_norms_
 from .crop_params import Crop, CropParams
 from .dino_loss import dino_loss, teacher_entropy
@@ -20,9 +23,11 @@ from .multi_crop import multi_crop
 from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "AdamWEMA",
     "Crop",
     "CropParams",
     "DINOLoss",
+    "adamw_ema_update_",
     "chosen_impl",
     "clip_grad_norm_",
     "clip_grad_norms_",

@@ -35,8 +35,8 @@ def clip_grad_norms_(
 
     This is `clip_gradients` of facebookresearch/dino's utils.py; clip_grad_norm_ is the other one.
     Nothing is read back to the host. A gradient whose norm is NaN is left as it is; one whose norm
-    is inf is multiplied by 0, as there. The norm of a DTensor is that of all its shards, which takes
-    an all-reduce of n numbers: each process of its mesh must make the call.
+    is inf is multiplied by 0, as there. The norm of a DTensor is that of all its shards: one
+    all-reduce of n numbers, so each process of the mesh must make the call.
 
     Args:
         parameters: n tensors (or one), whose `.grad` is fp16/bf16/fp32/fp64 or None.
@@ -95,6 +95,20 @@ def clip_grad_norm_(
     if _any_sharded(grads):
         return _clip_sharded_all(grads, positions, max_norm, impl)
     return _clip_all(grads, positions, max_norm, impl)
+
+
+def torch_norms(grads: Sequence[Tensor], positions: Sequence[int], total: int) -> Tensor:
+    """[total]: the 2-norms at their positions, 0 elsewhere, by multi-tensor operations.
+
+    fp32, computed in fp32 from half precision too; fp64 where every gradient is fp64.
+    """
+    found = [torch.empty(0)] * len(grads)
+    for indices in _groups(grads):
+        norms = _norms([grads[index] for index in indices])
+        for index, norm in zip(indices, norms.unbind(), strict=True):
+            found[index] = norm
+    like = torch.empty((), dtype=_norm_dtype(grads), device=grads[0].device)
+    return _in_place_of(positions, found, total, like)
 
 
 def _clip_each(
@@ -311,12 +325,17 @@ def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _check_arguments(parameters: Iterable[Tensor] | Tensor, max_norm: object) -> list[Tensor]:
+def check_max_norm(max_norm: object) -> None:
+    """TypeError unless it is a number, ValueError unless it is > 0."""
     if not is_number(max_norm):
         raise TypeError(f"max_norm must be a float, got {type(max_norm).__name__}")
     assert isinstance(max_norm, (int, float))
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
+
+
+def _check_arguments(parameters: Iterable[Tensor] | Tensor, max_norm: object) -> list[Tensor]:
+    check_max_norm(max_norm)
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     elif not isinstance(parameters, Iterable):

@@ -162,7 +162,7 @@ def _run(
     if plan.impl == "reference":
         _reference_ema_(teacher, student, momentum)
     else:
-        _torch_ema_(teacher, student, momentum)
+        torch_ema_(teacher, student, momentum)
     if copies:
         torch._foreach_copy_([copies[i] for i in plan.rest], teacher)
 
@@ -189,9 +189,10 @@ _LIBRARY.impl("ema_update_", _ema_op, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdino_kernels::ema_update_", lambda *_: None, lib=_LIBRARY)
 
 
-def _torch_ema_(
+def torch_ema_(
     teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
+    """ema_update_ of checked tensors by multi-tensor operations."""
     # A multi-tensor operation is one launch only where all of its tensors agree.
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[list[Tensor], ...]] = {}
     for t, s in zip(teacher, student, strict=True):

@@ -37,14 +37,7 @@ def ema_kernel(
 
     TEACHER, STUDENT, SHADOW are dtype codes; SHADOW is None where there is no shadow.
     """
-    if momentum is not None:
-        m = tl.load(momentum).to(tl.float64)
-        weight = (1.0 - m).to(tl.float32)
-        keep = m.to(tl.float32)
-    else:
-        # The interpreter takes a float that fp32 cannot hold for fp64.
-        weight = tl.cast(weight, tl.float32)
-        keep = tl.cast(keep, tl.float32)
+    weight, keep = ema_weights(weight, keep, momentum)
     _, row, start, left = find_chunk(rows, owners, CHUNK)
     teacher, teacher_code = find_tensor(row, 0)
     student, student_code = find_tensor(row, 1)
@@ -53,7 +46,7 @@ def ema_kernel(
     if (left >= CHUNK) & ((teacher | student | shadow) % 16 == 0):
         t = load_chunk(teacher, teacher_code, start, left, TEACHER, CHUNK, True)
         s = load_chunk(student, student_code, start, left, STUDENT, CHUNK, True)
-        t = _blend(t, s, weight, keep)
+        t = blend(t, s, weight, keep)
         t = store_chunk(t, teacher, teacher_code, start, left, TEACHER, CHUNK, True)
         if SHADOW is not None:
             store_chunk(t, shadow, shadow_code, start, left, SHADOW, CHUNK, True)
@@ -62,7 +55,7 @@ def ema_kernel(
         while part < tl.minimum(left, CHUNK):
             t = load_chunk(teacher, teacher_code, start + part, left - part, TEACHER, PART, False)
             s = load_chunk(student, student_code, start + part, left - part, STUDENT, PART, False)
-            t = _blend(t, s, weight, keep)
+            t = blend(t, s, weight, keep)
             t = store_chunk(
                 t, teacher, teacher_code, start + part, left - part, TEACHER, PART, False
             )
@@ -72,7 +65,21 @@ def ema_kernel(
 
 
 @triton.jit
-def _blend(t, s, weight, keep):
+def ema_weights(weight, keep, momentum):
+    """(1 - m, m) in fp32: as given, or from `momentum` [] where it is given."""
+    if momentum is not None:
+        m = tl.load(momentum).to(tl.float64)
+        weight = (1.0 - m).to(tl.float32)
+        keep = m.to(tl.float32)
+    else:
+        # The interpreter takes a float that fp32 cannot hold for fp64.
+        weight = tl.cast(weight, tl.float32)
+        keep = tl.cast(keep, tl.float32)
+    return weight, keep
+
+
+@triton.jit
+def blend(t, s, weight, keep):
     """keep*t + weight*s, from the nearer end, so that both ends are exact to the bit."""
     near_teacher = weight < 0.5
     base = tl.where(near_teacher, t, s)

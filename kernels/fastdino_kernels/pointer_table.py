@@ -24,6 +24,7 @@ The rows, one for each group of tensors that are worked on together, are int64 [
 from __future__ import annotations
 
 import array
+import bisect
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ _CACHED = 16  # plans, the least recently used of which goes first
 _ARENA_WORDS = 1 << 17  # 1 MiB: about forty captured calls of 300 tensors
 
 
+Ranges = Sequence[tuple[int, int]]  # of addresses, (first, end), in order and apart
+
+
 @dataclass(frozen=True)
 class PointerTable:
     """What one launch works on, in the device's memory."""
@@ -63,6 +67,7 @@ class Plan:
     table: PointerTable | None = None
     rest: tuple[int, ...] = ()  # indices, in the caller's lists, of what no table can hold
     gradients: PointerTable | None = None  # a second table, where there is one
+    ranges: Ranges = ()  # that a call writes to
 
 
 def are_plain(tensors: Sequence[object]) -> bool:
@@ -110,19 +115,23 @@ def _key_of(head: Hashable, tensors: Sequence[Tensor]) -> Hashable | None:
 
 
 def build_table(
-    roles: Sequence[Sequence[Tensor | None]], positions: Sequence[int], chunk: int
+    roles: Sequence[Sequence[Tensor | None]],
+    positions: Sequence[int],
+    chunk: int,
+    device: torch.device | None = None,
 ) -> PointerTable:
     """The table of n tensors in each of 1 to 6 roles, in chunks of `chunk` elements.
 
     Args:
         roles: lists of n >= 1 fp32/bf16/fp16 tensors, of which the i-th of all lists are flat
-            together, or None where there is none. One tensor at least is in the first role.
+            together, or None where there is none.
         positions: n numbers, for the column POSITION.
         chunk: elements of one program.
+        device: where it is to be; by default where the first tensor of the first role is.
 
     Raises: RuntimeError: under CUDA-graph capture, where no earlier call set memory aside.
     """
-    device = next(tensor.device for tensor in roles[0] if tensor is not None)
+    device = device or next(tensor.device for tensor in roles[0] if tensor is not None)
     numels = [0 if tensor is None else tensor.numel() for tensor in roles[0]]
     counts = tuple(-(-numel // chunk) for numel in numels)
     codes = [
@@ -206,7 +215,7 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
     pass.
     """
     ranges = sorted(
-        (tensor.data_ptr(), index, tensor.nbytes if is_dense(tensor) else tensor.element_size())
+        (tensor.data_ptr(), index, _extent(tensor))
         for index, tensor in enumerate(tensors)
         if tensor.numel() > 0
     )
@@ -217,6 +226,29 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
             return min(index, other), max(index, other)
         end, other = max((end, other), (start + size, index))
     return None
+
+
+def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
+    """Where these tensors lie, which share no memory; as find_overlap counts it."""
+    return sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
+        for tensor in tensors
+        if tensor.numel() > 0
+    )
+
+
+def lies_in(tensor: Tensor, ranges: Ranges) -> bool:
+    """Whether it has memory in common with one of the ranges, as find_overlap counts it."""
+    if tensor.numel() == 0:
+        return False
+    start = tensor.data_ptr()
+    after = bisect.bisect_left(ranges, (start + _extent(tensor),))  # the first that begins behind
+    return after > 0 and ranges[after - 1][1] > start
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes, of a dense tensor; of one with gaps those of an element."""
+    return tensor.nbytes if is_dense(tensor) else tensor.element_size()
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """The paper's equations, transcribed plainly: the oracle that every other implementation meets.
 
 Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers",
-arXiv 2104.14294. Nothing here is fast, nothing modifies its inputs, and everything computes in the
-dtype that it is given: pass float64 for the truth, half precision for what plain PyTorch would do.
+arXiv 2104.14294; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Nothing here is fast, nothing
+modifies its inputs, and everything computes in the dtype that it is given: pass float64 for the
+truth, half precision for what plain PyTorch would do.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -96,3 +97,26 @@ def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tenso
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
     factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
     return [grad * factor for grad in grads], norm
+
+
+def adamw(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float | Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW (Algorithm 2), the step-th from 1: (parameter, exp_avg, exp_avg_sq) after.
+
+    p <- p - lr*wd*p - lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
+    """
+    beta1, beta2 = betas
+    m = beta1 * exp_avg + (1 - beta1) * gradient
+    v = beta2 * exp_avg_sq + (1 - beta2) * gradient**2
+    update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+    return parameter - lr * weight_decay * parameter - lr * update, m, v

@@ -30,7 +30,9 @@ def check_sharded_alike(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
         raise ValueError(f"{name_x} and {name_y} must be sharded alike, got {ours} and {theirs}")
 
 
-def norms_over_shards(norms: Tensor, tensors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+def norms_over_shards(
+    norms: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str]
+) -> Tensor:
     """[n]: the 2-norms of n tensors, from those of this process's parts.
 
     Tensors that are sharded alike share an all-reduce for each sharded dimension of their mesh, so
@@ -40,7 +42,8 @@ def norms_over_shards(norms: Tensor, tensors: Sequence[Tensor], names: Sequence[
     """
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        together.setdefault(_shard_groups(tensor, names[index]), []).append(index)
+        groups = () if tensor is None else _shard_groups(tensor, names[index])
+        together.setdefault(groups, []).append(index)
     parts = list(norms.unbind())
     for groups, indices in together.items():
         if not groups:

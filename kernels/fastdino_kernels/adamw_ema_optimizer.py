@@ -1,0 +1,321 @@
+"""AdamWEMA: adamw_ema_update_ as a torch.optim.Optimizer, in place of clip, AdamW and EMA."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adamw_ema import update
+from .adamw_ema_call import Call, Tensors, check_hyperparameter, make_group
+from .clip import check_max_norm
+from .dispatch import choose_impl
+
+Belonging = Sequence["Tensor | None"] | Mapping[Tensor, Tensor]
+
+# What else a group of torch.optim.AdamW has, so that a state_dict is one of its own.
+_AS_ADAMW = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": True,
+    "decoupled_weight_decay": True,
+}
+# What is kept by a pickle or a copy, beside what any optimizer keeps.
+_KEPT = (
+    "max_norm", "momentum", "skip_nonfinite", "impl", "norms", "steps", "refused_steps",
+    "_teachers", "_shadows", "_teacher_shadows",
+)  # fmt: skip
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """torch.optim.AdamW that clips before, and averages a teacher after, in one pass over memory.
+
+        optimizer = AdamWEMA(groups, lr=5e-4, weight_decay=0.04, max_norm=3.0,
+                             teacher=dict(zip(student.parameters(), teacher.parameters())))
+        loss.backward()
+        optimizer.step(momentum=0.996)  # clip_grad_norms_, AdamW.step, ema_update_
+
+    What is computed, and when nothing changes, is said by adamw_ema_update_; gradients are only
+    read. Parameters whose gradient is None are passed over, as by AdamW, but their teachers follow.
+    `lr` and `weight_decay` of a group, and the momentum, may be 0-d tensors on the device, whose
+    changes a captured CUDA graph sees (before the capture, step once). All parameters are on one
+    device.
+
+    state_dict() is that of a torch.optim.AdamW(fused=True), and either loads the other's. What is
+    loaded is copied into the tensors that are there, so that a captured graph goes on with it.
+    Teachers and copies are not part of it. With torch.amp.GradScaler use scaler.step(optimizer,
+    momentum=...) without unscale_: a step that overflows leaves the parameters, and averages the
+    teacher, as the paper's code does.
+
+    Args:
+        params: parameters, or groups of them, each with any of lr, betas, eps, weight_decay.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW.
+        max_norm: each gradient is clipped by its own norm; None: by none, and norms is None; inf:
+            they are only measured.
+        teacher: a tensor for each parameter, in the order of the groups, or None for some; or
+            parameter -> tensor. A key that is in no group (weight_g, when it is frozen) is followed
+            all the same.
+        momentum: of the teacher, in [0, 1]; what step() takes unless told otherwise.
+        shadow, teacher_shadow: copies of parameters and of teachers, often in lower precision,
+            given as teacher is. step() rewrites them; nothing else does, so after loading weights
+            copy these too.
+        skip_nonfinite: a step with a gradient that is not finite changes nothing at all, and is
+            counted in refused_steps.
+        impl: as in adamw_ema_update_.
+
+    Attributes:
+        norms: fp32 [n], of the last step's gradients before clipping, in the order of the groups, 0
+            where there was none; or None.
+        steps: fp32 [n], of which the counts in `state` are views.
+        refused_steps: int64 0-d, on the device; None unless skip_nonfinite. Reading it waits for
+            the device: look now and then.
+
+    Raises: ValueError, TypeError: as adamw_ema_update_; a list of another length.
+
+    """
+
+    _step_supports_amp_scaling = True  # for GradScaler, which sets grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        max_norm: float | None = None,
+        teacher: Belonging | None = None,
+        momentum: float | Tensor = 0.996,
+        shadow: Belonging | None = None,
+        teacher_shadow: Belonging | None = None,
+        skip_nonfinite: bool = False,
+        impl: str = "auto",
+    ):
+        if max_norm is not None:
+            check_max_norm(max_norm)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | _AS_ADAMW)
+        parameters = self._parameters()
+        choose_impl(impl, parameters)
+        check_hyperparameter("momentum", momentum, parameters[0].device, below=1)
+        self.max_norm, self.momentum = max_norm, momentum
+        self.skip_nonfinite, self.impl = skip_nonfinite, impl
+        self._teachers = _by_parameter("teacher", teacher, parameters)
+        self._shadows = _by_parameter("shadow", shadow, parameters)
+        self._teacher_shadows = _by_parameter("teacher_shadow", teacher_shadow, parameters)
+        self.norms: Tensor | None = None
+        self.steps: Tensor | None = None
+        self.refused_steps: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._arranged: list[Tensor] = []
+        self._belonging: list[list[Tensor | None]] = []
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.AdamW's; its tensors have a teacher where that was given as a mapping."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if group.get(name):
+                raise ValueError(f"{name} is not supported, got {group[name]!r}")
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        make_group(0, 0, *_hyperparameters(group), device)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        momentum: float | Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> float | None:
+        """Clip, AdamW, EMA and copies.
+
+        Args:
+            closure: computes the loss anew, which is returned.
+            momentum: of this step's EMA; by default the attribute.
+            skip: 0-d, on the device; where it is not 0, nothing at all changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.norms = update(self._call(momentum, skip), self.impl)
+        return loss
+
+    def _call(self, momentum: float | Tensor | None, skip: Tensor | None) -> Call:
+        parameters = self._parameters()
+        device = parameters[0].device
+        self._make_counters(len(parameters), device)
+        assert self.steps is not None
+        groups, first = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            groups.append(make_group(first, count, *_hyperparameters(group), device))
+            first += count
+        momentum = self.momentum if momentum is None else momentum
+        overflow = getattr(self, "found_inf", None)  # an int where no parameter has a gradient
+        return Call(
+            self._tensors(parameters),
+            groups,
+            self.steps,
+            None,
+            self.max_norm,
+            check_hyperparameter("momentum", momentum, device, below=1),
+            skip,
+            overflow if isinstance(overflow, Tensor) else None,
+            getattr(self, "grad_scale", None),
+            self.refused_steps,
+        )
+
+    def _tensors(self, parameters: list[Tensor]) -> Tensors:
+        """What belongs to the parameters of the groups, and after them to those that follow."""
+        known = self._arranged
+        if len(known) < len(parameters) or not all(map(operator.is_, parameters, known)):
+            self._arrange(parameters)
+        gradients: list[Tensor | None] = []
+        states: list[dict[str, Any]] = []
+        for i, parameter in enumerate(parameters):
+            gradient = parameter.grad
+            state = self.state.get(parameter, {})
+            if gradient is not None and state.get("step") is not self._views[i]:
+                state = self._bind(i, parameter)
+            gradients.append(gradient)
+            states.append(state)
+        untrained: list[Tensor | None] = [None] * (len(self._arranged) - len(parameters))
+        return Tensors(
+            self._arranged,
+            gradients + untrained,
+            [state.get("exp_avg") for state in states] + untrained,
+            [state.get("exp_avg_sq") for state in states] + untrained,
+            *self._belonging,
+        )
+
+    def _arrange(self, parameters: list[Tensor]) -> None:
+        """Lays out what belongs to whom; looking it up at every step would take as long as AdamW.
+
+        Dictionaries of tensors are slow.
+        """
+        given = (self._teachers, self._shadows, self._teacher_shadows)
+        trained = set(parameters)
+        others = dict.fromkeys(p for some in given for p in some if p not in trained)
+        self._arranged = [*parameters, *others]
+        self._belonging = [[some.get(p) for p in self._arranged] for some in given]
+
+    def _make_counters(self, count: int, device: torch.device) -> None:
+        """steps, its views, and refused_steps, where they are missing or elsewhere."""
+        steps = self.steps
+        if steps is None or len(steps) != count or steps.device != device:
+            self._refuse_capture(device)
+            self.steps = torch.zeros(count, dtype=torch.float32, device=device)
+            self._views = list(self.steps.unbind())
+        if self.skip_nonfinite and self.refused_steps is None:
+            self._refuse_capture(device)
+            self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _bind(self, index: int, parameter: Tensor) -> dict[str, Any]:
+        """A parameter's state, made where there is none, its count a view of steps."""
+        state: dict[str, Any] = self.state[parameter]
+        count = self._views[index]
+        if state.get("step") is count:
+            return state
+        self._refuse_capture(count.device)
+        if not state:
+            state["step"] = count.zero_()
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        else:  # loaded, or another optimizer's
+            given = state["step"]
+            state["step"] = count.copy_(given) if isinstance(given, Tensor) else count.fill_(given)
+        return state
+
+    @staticmethod
+    def _refuse_capture(device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the state of a parameter is missing during CUDA-graph capture: step once, with "
+                "the same gradients present, before capturing"
+            )
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the state of an AdamWEMA or a torch.optim.AdamW.
+
+        It is copied into the tensors that are there: moments, counts, and lr and weight_decay where
+        they are tensors. Moments that are not there yet are taken as they are, as by PyTorch.
+
+        Raises: ValueError: groups or parameters that do not fit, amsgrad or maximize.
+        """
+        for group in state_dict["param_groups"]:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"expected a state_dict without {name}")
+        moments = {p: dict(state) for p, state in self.state.items()}
+        numbers = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, given in zip(self.param_groups, numbers, strict=True):
+            group.update(_AS_ADAMW)
+            for name, tensor in zip(("lr", "weight_decay"), given, strict=True):
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(torch.as_tensor(group[name]))
+                    group[name] = tensor
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensor = moments.get(parameter, {}).get(name)
+                if tensor is not None and tensor.shape == state[name].shape:
+                    state[name] = tensor.copy_(state[name])
+        self._bind_all()
+
+    def _bind_all(self) -> None:
+        parameters = self._parameters()
+        self._make_counters(len(parameters), parameters[0].device)
+        for i, parameter in enumerate(parameters):
+            if self.state.get(parameter):
+                self._bind(i, parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "steps" in state:  # a copy or a pickle, not load_state_dict
+            # A pickled tensor and its views no longer share memory.
+            self._views = [] if self.steps is None else list(self.steps.unbind())
+            self._arranged = []
+            self._bind_all()
+
+
+def _hyperparameters(group: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    return group["lr"], group["betas"], group["eps"], group["weight_decay"]
+
+
+def _by_parameter(
+    name: str, given: Belonging | None, parameters: list[Tensor]
+) -> dict[Tensor, Tensor]:
+    """What belongs to each parameter."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    tensors = list(given)
+    if len(tensors) != len(parameters):
+        raise ValueError(
+            f"{name} must have a tensor or None for each parameter of the groups, "
+            f"expected {len(parameters)}, got {len(tensors)}"
+        )
+    return {p: t for p, t in zip(parameters, tensors, strict=True) if t is not None}

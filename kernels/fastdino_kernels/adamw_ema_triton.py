@@ -1,0 +1,472 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Clip, AdamW, EMA and low-precision copies as one kernel over PointerTables, with no atomics.
+
+Before it, beside clip_triton's two launches for the norms:
+
+1. decide_kernel, one program: whether this step happens. Left out where nothing can keep it.
+2. prepare_kernel, once for each group of parameters: step counts, and NUMBERS for each parameter.
+3. adamw_ema_kernel: one chunk of all that belongs to one parameter.
+
+Bytes a parameter, in fp32: parameter, gradient, both moments and teacher read, all but the gradient
+written: 36, and 2 for each bf16 copy. A parameter that has no gradient: 12, as in the EMA.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import pointer_table, reference
+from .adamw_ema_call import Call, Group
+from .compile_case import CompileCase
+from .dispatch import device_guard
+from .ema_triton import blend, ema_weights
+from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .triton_chunk import (
+    CODE_MASK,
+    CODES,
+    PART,
+    ROW,
+    find_chunk,
+    find_tensor,
+    load_chunk,
+    store_chunk,
+)
+
+# 8 elements a thread of five tensors: 160 bytes of fp32 loads in flight in each.
+CHUNK = 2048
+NUM_WARPS = 8
+# Three programs on a multiprocessor. Without a limit ptxas aims at 64 registers, and spills.
+MAX_REGISTERS = 80
+# How many norms, or parameters, one program takes at a time; 4 warps.
+NORMS, PARAMETERS = 1024, 128
+
+# The roles of the table; the gradients have one of their own, as they move more often.
+ROLES = ("parameter", "exp_avg", "exp_avg_sq", "teacher", "shadow", "teacher_shadow")
+_CODES = [f"{role.upper()}_CODE" for role in (*ROLES, "gradient")]
+PARAMETER, EXP_AVG, EXP_AVG_SQ, TEACHER, SHADOW, TEACHER_SHADOW = map(tl.constexpr, range(6))
+ABSENT = tl.constexpr(pointer_table.ABSENT)
+CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+
+# What prepare_kernel finds for each parameter: fp32 [n, NUMBERS].
+NUMBERS = tl.constexpr(8)
+FACTOR = tl.constexpr(0)  # of the gradient: the clip's, by the loss scale
+DECAY = tl.constexpr(1)  # lr * weight_decay
+STEP_SIZE = tl.constexpr(2)  # lr / (1 - beta1^step)
+ROOT_SCALE = tl.constexpr(3)  # 1 / sqrt(1 - beta2^step)
+EPS = tl.constexpr(4)
+WEIGHT1 = tl.constexpr(5)  # 1 - beta1
+WEIGHT2 = tl.constexpr(6)  # 1 - beta2
+
+# What decide_kernel decides.
+NOTHING, AVERAGE, ALL = map(tl.constexpr, range(3))
+
+
+@triton.jit(do_not_specialize=["count"])
+def decide_kernel(norms, count, skip, found_inf, refused, decision, BLOCK: tl.constexpr):
+    """decision[0]: NOTHING where skip != 0, else AVERAGE (the EMA alone) where found_inf != 0.
+
+    Where `refused` is given: NOTHING too if a norm is not finite, and 1 is added there, unless
+    found_inf tells why. Each of the three may be None.
+    """
+    nothing = tl.cast(0, tl.int32)
+    overflow = tl.cast(0, tl.int32)
+    if skip is not None:
+        nothing = (tl.load(skip) != 0).to(tl.int32)
+    if found_inf is not None:
+        overflow = (tl.load(found_inf) != 0).to(tl.int32)
+    if refused is not None:
+        offsets = tl.arange(0, BLOCK)
+        bad = tl.zeros([BLOCK], tl.int32)
+        start = 0
+        while start < count:
+            norm = tl.load(norms + start + offsets, mask=start + offsets < count, other=0.0)
+            bad = tl.where(tl.abs(norm) < float("inf"), bad, 1)  # NaN is not <
+            start += BLOCK
+        any_bad = tl.max(bad, axis=0) * (1 - overflow)
+        before = tl.load(refused)
+        tl.store(refused, before + any_bad.to(before.dtype))
+        nothing = tl.maximum(nothing, any_bad)
+    tl.store(decision, tl.where(nothing != 0, NOTHING, tl.where(overflow != 0, AVERAGE, ALL)))
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def prepare_kernel(
+    rows,
+    gradients,
+    steps,
+    norms,
+    decision,
+    grad_scale,
+    numbers,
+    first,
+    count,
+    lr,
+    lr_tensor,
+    weight_decay,
+    weight_decay_tensor,
+    weight1,
+    weight2,
+    log2_beta1,
+    log2_beta2,
+    eps,
+    max_norm,
+    BLOCK: tl.constexpr,
+):
+    """Counts one step of each parameter first..first+count that has a gradient; its NUMBERS.
+
+    lr and weight_decay are the numbers, or the 0-d tensors where these are given; norms and
+    max_norm, decision and grad_scale may be None too. 1 - beta^step is taken in fp64, as fp32 keeps
+    four digits of 1 - 0.999.
+    """
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = first + lane
+    inside = lane < count
+    # Of the first role, so that their codes are the lowest bits.
+    parameter = tl.load(rows + index * ROW + CODES, mask=inside, other=ABSENT) & CODE_MASK
+    gradient = tl.load(gradients + index * ROW + CODES, mask=inside, other=ABSENT) & CODE_MASK
+    moves = inside & (parameter != ABSENT) & (gradient != ABSENT)
+    if decision is not None:
+        moves = moves & (tl.load(decision) == ALL)
+    step = tl.load(steps + index, mask=moves, other=0.0) + 1
+    tl.store(steps + index, step, mask=moves)
+
+    factor = tl.full([BLOCK], 1.0, tl.float32)
+    if max_norm is not None:
+        norm = tl.load(norms + index, mask=moves, other=0.0)
+        clip = tl.div_rn(tl.cast(max_norm, tl.float32), norm + CLIP_EPS)
+        factor = tl.where(clip < 1, clip, factor)
+    if grad_scale is not None:
+        factor = tl.div_rn(factor, tl.zeros([BLOCK], tl.float32) + tl.load(grad_scale))
+    rate = _number(lr, lr_tensor)
+    decay = rate * _number(weight_decay, weight_decay_tensor)
+    correction1 = 1 - tl.exp2(step.to(tl.float64) * log2_beta1)
+    correction2 = 1 - tl.exp2(step.to(tl.float64) * log2_beta2)
+    row = numbers + index * NUMBERS
+    tl.store(row + FACTOR, factor, mask=moves)
+    tl.store(row + DECAY, decay, mask=moves)
+    tl.store(row + STEP_SIZE, rate / correction1, mask=moves)
+    tl.store(row + ROOT_SCALE, 1 / tl.sqrt(correction2), mask=moves)
+    tl.store(row + EPS, eps, mask=moves)
+    tl.store(row + WEIGHT1, weight1, mask=moves)
+    tl.store(row + WEIGHT2, weight2, mask=moves)
+
+
+@triton.jit
+def _number(value, tensor):
+    """In fp64, `tensor` [] where it is given, else the number."""
+    if tensor is not None:
+        number = tl.load(tensor).to(tl.float64)
+    else:
+        number = tl.cast(value, tl.float64)
+    return number
+
+
+@triton.jit
+def adamw_ema_kernel(
+    rows,
+    owners,
+    gradients,
+    numbers,
+    decision,
+    weight,
+    keep,
+    momentum,
+    PARAMETER_CODE: tl.constexpr,
+    GRADIENT_CODE: tl.constexpr,
+    EXP_AVG_CODE: tl.constexpr,
+    EXP_AVG_SQ_CODE: tl.constexpr,
+    TEACHER_CODE: tl.constexpr,
+    SHADOW_CODE: tl.constexpr,
+    TEACHER_SHADOW_CODE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One chunk of one parameter and of all that belongs to it.
+
+    The codes are dtype codes, None where no tensor has that role. weight, keep and momentum as in
+    ema_kernel.
+    """
+    choice = ALL
+    if decision is not None:
+        choice = tl.load(decision)
+    if choice != NOTHING:
+        weight, keep = ema_weights(weight, keep, momentum)
+        owner, row, start, left = find_chunk(rows, owners, CHUNK)
+        gradient_row = gradients + owner * ROW
+        number = numbers + owner * NUMBERS
+        together, _ = find_tensor(gradient_row, 0)
+        moves = (together != 0) & (choice == ALL)
+        for role in tl.static_range(6):
+            address, _ = find_tensor(row, role)
+            together = together | address  # the address of what there is not is 0
+        if (left >= CHUNK) & (together % 16 == 0):
+            _update(
+                row, gradient_row, number, moves, weight, keep, start, left,
+                PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
+                SHADOW_CODE, TEACHER_SHADOW_CODE, CHUNK, True,
+            )  # fmt: skip
+        else:
+            part = 0
+            while part < tl.minimum(left, CHUNK):
+                _update(
+                    row, gradient_row, number, moves, weight, keep, start + part, left - part,
+                    PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
+                    SHADOW_CODE, TEACHER_SHADOW_CODE, PART, False,
+                )  # fmt: skip
+                part += PART
+
+
+@triton.jit
+def _update(
+    row, gradient_row, number, moves, weight, keep, start, left,
+    PARAMETER_CODE: tl.constexpr, GRADIENT_CODE: tl.constexpr,
+    EXP_AVG_CODE: tl.constexpr, EXP_AVG_SQ_CODE: tl.constexpr, TEACHER_CODE: tl.constexpr,
+    SHADOW_CODE: tl.constexpr, TEACHER_SHADOW_CODE: tl.constexpr,
+    SIZE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The update of SIZE elements from `start`; the parameter itself only where it `moves`."""
+    parameter, code = find_tensor(row, PARAMETER)
+    p = load_chunk(parameter, code, start, left, PARAMETER_CODE, SIZE, WHOLE)
+    if TEACHER_CODE is not None:
+        teacher, teacher_code = find_tensor(row, TEACHER)
+        t = p
+        if teacher != 0:  # loaded here, so that all loads are in flight together
+            t = load_chunk(teacher, teacher_code, start, left, TEACHER_CODE, SIZE, WHOLE)
+    if GRADIENT_CODE is not None:
+        if moves:
+            p = _adamw(
+                p, row, gradient_row, number, start, left,
+                GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, SIZE, WHOLE,
+            )  # fmt: skip
+            p = store_chunk(p, parameter, code, start, left, PARAMETER_CODE, SIZE, WHOLE)
+    if SHADOW_CODE is not None:
+        shadow, shadow_code = find_tensor(row, SHADOW)
+        if shadow != 0:
+            store_chunk(p, shadow, shadow_code, start, left, SHADOW_CODE, SIZE, WHOLE)
+    if TEACHER_CODE is not None:
+        if teacher != 0:
+            t = blend(t, p, weight, keep)
+            t = store_chunk(t, teacher, teacher_code, start, left, TEACHER_CODE, SIZE, WHOLE)
+            if TEACHER_SHADOW_CODE is not None:
+                copy, copy_code = find_tensor(row, TEACHER_SHADOW)
+                if copy != 0:
+                    store_chunk(t, copy, copy_code, start, left, TEACHER_SHADOW_CODE, SIZE, WHOLE)
+
+
+@triton.jit
+def _adamw(
+    p, row, gradient_row, number, start, left,
+    GRADIENT_CODE: tl.constexpr, EXP_AVG_CODE: tl.constexpr, EXP_AVG_SQ_CODE: tl.constexpr,
+    SIZE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The new parameter; the moments are stored."""
+    gradient, code = find_tensor(gradient_row, 0)
+    exp_avg, m_code = find_tensor(row, EXP_AVG)
+    exp_avg_sq, v_code = find_tensor(row, EXP_AVG_SQ)
+    g = load_chunk(gradient, code, start, left, GRADIENT_CODE, SIZE, WHOLE)
+    m = load_chunk(exp_avg, m_code, start, left, EXP_AVG_CODE, SIZE, WHOLE)
+    v = load_chunk(exp_avg_sq, v_code, start, left, EXP_AVG_SQ_CODE, SIZE, WHOLE)
+    # Stores may be to anywhere, so that the compiler would wait with a load behind them.
+    factor = tl.load(number + FACTOR)
+    decay = tl.load(number + DECAY)
+    step_size = tl.load(number + STEP_SIZE)
+    root_scale = tl.load(number + ROOT_SCALE)
+    eps = tl.load(number + EPS)
+    weight1 = tl.load(number + WEIGHT1)
+    weight2 = tl.load(number + WEIGHT2)
+    g = g * factor
+    m += weight1 * (g - m)
+    v += weight2 * (g * g - v)
+    store_chunk(m, exp_avg, m_code, start, left, EXP_AVG_CODE, SIZE, WHOLE)
+    store_chunk(v, exp_avg_sq, v_code, start, left, EXP_AVG_SQ_CODE, SIZE, WHOLE)
+    p -= decay * p
+    return p - step_size * tl.div_rn(m, tl.sqrt_rn(v) * root_scale + eps)
+
+
+def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -> Tensor | None:
+    """Updates all that is in the table; what is not in it is neither updated nor counted.
+
+    Args:
+        table: a row for each of the call's parameters, of ROLES, in chunks of CHUNK; a row without
+            tensors where something else sees to them.
+        gradients: of one role, a row for each parameter.
+        call: on the table's device.
+
+    Returns: what decide_kernel decided, int32 [1]; None where it had nothing to decide.
+    """
+    with device_guard(table.rows):
+        decision = _decide(call)
+        numbers = torch.empty(
+            (len(table.rows), NUMBERS.value), dtype=torch.float32, device=call.steps.device
+        )
+        for group in call.groups:
+            _prepare(table, gradients, numbers, decision, call, group)
+        if len(table.owners) == 0:
+            return decision
+        on_device = isinstance(call.momentum, Tensor)
+        codes = dict(zip(_CODES, (*table.codes, *gradients.codes), strict=True))
+        adamw_ema_kernel[(len(table.owners),)](
+            table.rows,
+            table.owners,
+            gradients.rows,
+            numbers,
+            decision,
+            0.0 if on_device else float(1 - call.momentum),
+            0.0 if on_device else float(call.momentum),
+            call.momentum if on_device else None,
+            **codes,
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
+        )
+    return decision
+
+
+def _decide(call: Call) -> Tensor | None:
+    if call.skip is None and call.found_inf is None and call.refused_steps is None:
+        return None
+    decision = torch.empty(1, dtype=torch.int32, device=call.steps.device)
+    decide_kernel[(1,)](
+        call.norms,
+        0 if call.norms is None else len(call.norms),
+        _as_bytes(call.skip),
+        _as_bytes(call.found_inf),
+        call.refused_steps,
+        decision,
+        BLOCK=NORMS,
+    )
+    return decision
+
+
+def _as_bytes(flag: Tensor | None) -> Tensor | None:
+    return flag.view(torch.uint8) if flag is not None and flag.dtype == torch.bool else flag
+
+
+def _prepare(
+    table: PointerTable,
+    gradients: PointerTable,
+    numbers: Tensor,
+    decision: Tensor | None,
+    call: Call,
+    group: Group,
+) -> None:
+    if group.count == 0:
+        return
+    max_norm = None if call.max_norm is None or math.isinf(call.max_norm) else float(call.max_norm)
+    prepare_kernel[(triton.cdiv(group.count, PARAMETERS),)](
+        table.rows,
+        gradients.rows,
+        call.steps,
+        None if max_norm is None else call.norms,
+        decision,
+        call.grad_scale,
+        numbers,
+        group.first,
+        group.count,
+        *_number_or_tensor(group.lr),
+        *_number_or_tensor(group.weight_decay),
+        1 - group.beta1,
+        1 - group.beta2,
+        _log2(group.beta1),
+        _log2(group.beta2),
+        group.eps,
+        max_norm,
+        BLOCK=PARAMETERS,
+    )
+
+
+def _number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0 else -math.inf
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """The variants that training runs, and the most general ones."""
+    for options in (
+        {},
+        {"GRADIENT_CODE": BF16},
+        {"GRADIENT_CODE": FP16, "decision": "*i32"},
+        {"decision": "*i32", "momentum": "*fp64"},
+        {"SHADOW_CODE": BF16, "TEACHER_SHADOW_CODE": BF16, "decision": "*i32", "momentum": "*fp64"},
+        {"SHADOW_CODE": FP16, "TEACHER_SHADOW_CODE": FP16},
+        {"TEACHER_CODE": None},
+        {"TEACHER_CODE": None, "SHADOW_CODE": BF16},
+        dict.fromkeys(_CODES, BF16),
+        dict.fromkeys(_CODES, MIXED) | {"decision": "*i32", "momentum": "*fp64"},
+    ):
+        yield _update_case(options)
+    for number in ("*fp32", "*fp64", None):
+        yield _prepare_case(number)
+    for given in (("skip",), ("refused",), ("skip", "found_inf", "refused")):
+        yield _decide_case(*given)
+
+
+def _update_case(options: dict[str, Any]) -> CompileCase:
+    """The update with the types and dtype codes of `options`, and else all in fp32, no copies."""
+    types = {"rows": "*i64", "owners": "*i64", "gradients": "*i64", "numbers": "*fp32"}
+    types |= {"weight": "fp32", "keep": "fp32"}
+    constexprs: dict[str, Any] = dict.fromkeys(_CODES, FP32) | {"CHUNK": CHUNK}
+    constexprs |= dict.fromkeys(("SHADOW_CODE", "TEACHER_SHADOW_CODE", "decision", "momentum"))
+    for name, option in options.items():
+        if name in _CODES:
+            constexprs[name] = option
+        else:
+            del constexprs[name]
+            types[name] = option
+    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed", None: "none"}
+    words = [names[constexprs[name]] for name in _CODES]
+    words += [f"{name}-{option[1:]}" for name, option in options.items() if name in types]
+    name = f"adamw-ema-{'-'.join(words)}"
+    return _case(name, adamw_ema_kernel, types, constexprs, NUM_WARPS, MAX_REGISTERS)
+
+
+def _prepare_case(number: str | None) -> CompileCase:
+    """With all that may be given, lr and weight_decay being such tensors; or with nothing of it."""
+    types = dict.fromkeys(("rows", "gradients"), "*i64")
+    types |= dict.fromkeys(("steps", "norms", "grad_scale", "numbers"), "*fp32")
+    types |= {"decision": "*i32", "first": "i32", "count": "i32"}
+    scalars = ("lr", "weight_decay", "weight1", "weight2", "log2_beta1", "log2_beta2", "eps")
+    types |= dict.fromkeys((*scalars, "max_norm"), "fp32")
+    constexprs: dict[str, Any] = {"BLOCK": PARAMETERS}
+    if number is None:
+        optional = ("norms", "grad_scale", "decision", "max_norm")
+        constexprs |= dict.fromkeys((*optional, "lr_tensor", "weight_decay_tensor"))
+    else:
+        types |= {"lr_tensor": number, "weight_decay_tensor": number}
+    return _case(f"adamw-prepare-{(number or '*floats')[1:]}", prepare_kernel, types, constexprs)
+
+
+def _decide_case(*given: str) -> CompileCase:
+    types = {"norms": "*fp32", "count": "i32", "skip": "*u8", "found_inf": "*fp32"}
+    types |= {"refused": "*i64", "decision": "*i32"}
+    constexprs: dict[str, Any] = {"BLOCK": NORMS}
+    constexprs |= {name: None for name in ("skip", "found_inf", "refused") if name not in given}
+    return _case(f"adamw-decide-{'-'.join(given)}", decide_kernel, types, constexprs)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    maxnreg: int | None = None,
+) -> CompileCase:
+    # A 0-d tensor, or the part of another that the step counts may be, can lie anywhere.
+    promised = {"rows", "owners", "gradients", "numbers"}.intersection(kernel.arg_names)
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature={n: "constexpr" if n in constexprs else types[n] for n in kernel.arg_names},
+        constexprs=constexprs,
+        divisible=sorted(promised),
+        num_warps=num_warps,
+        maxnreg=maxnreg,
+    )

@@ -1,0 +1,130 @@
+"""Clip and optimizer over DTensors, in two processes, against whole tensors in one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastdino_kernels import AdamWEMA, clip_grad_norm_, clip_grad_norms_
+
+IMPLS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
+
+
+def network():
+    """Of its rows, 7 are not split evenly, and 1 leaves the second process without any."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 1))
+
+
+def gradients_of(module, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator) * 0.7**i
+            for i, p in enumerate(module.parameters())]  # fmt: skip
+
+
+def whole(tensors):
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for t in tensors]
+
+
+def run(student, teacher, impl, give):
+    """Two steps, and both clips; give(gradient, like) makes a gradient of a parameter."""
+    found = {}
+    optimizer = AdamWEMA(
+        student.parameters(), lr=0.1, max_norm=0.8, teacher=list(teacher.parameters()),
+        momentum=0.9, skip_nonfinite=True, impl=impl,
+    )  # fmt: skip
+    for step in range(2):
+        for p, g in zip(student.parameters(), gradients_of(student, step), strict=True):
+            p.grad = give(g, p)
+        list(student.parameters())[step].grad = None
+        if step == 1:  # in the one row that the first process alone has
+            student[2].weight.grad = give(torch.full((1, 7), float("nan")), student[2].weight)
+        optimizer.step()
+        found[f"norms of step {step}"] = optimizer.norms
+    for name, clip in (("each", clip_grad_norms_), ("all", clip_grad_norm_)):
+        for p, g in zip(student.parameters(), gradients_of(student, 9), strict=True):
+            p.grad = give(g, p)
+        student[0].bias.grad = None
+        found[name] = clip(student.parameters(), 0.8, impl=impl)
+        left = [p.grad for p in student.parameters() if p.grad is not None]
+        found[f"clipped {name}"] = whole(left)
+    found["student"] = whole(p.detach() for p in student.parameters())
+    found["teacher"] = whole(p.detach() for p in teacher.parameters())
+    found["counts"] = [optimizer.steps, optimizer.refused_steps]
+    return found
+
+
+def of_two(rank: int, folder: str) -> None:
+    """One of two processes: the same with FSDP2; writes what it then has."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    def give(gradient, like):
+        if not isinstance(like, DTensor):
+            return gradient
+        return distribute_tensor(gradient, like.device_mesh, like.placements)
+
+    mesh, hybrid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    for impl in IMPLS:
+        student, teacher = network(), network()
+        for module in (student, teacher):
+            fully_shard(module[0], mesh=mesh)  # the other layer stays whole, but for its weight
+            module[2].weight = torch.nn.Parameter(
+                distribute_tensor(module[2].weight.detach(), hybrid, [Replicate(), Shard(0)])
+            )
+        torch.save(run(student, teacher, impl, give), f"{folder}/{impl}{rank}.pt")
+
+    p = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+    p.grad = DTensor.from_local(torch.ones(3), mesh, [Replicate()])
+    assert clip_grad_norms_([p], 1.0).item() == pytest.approx(3**0.5)
+    p.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"parameters\[0\].grad must be sharded or repl.*Partial"):
+        clip_grad_norms_([p], 1.0)
+    p.grad = DTensor.from_local(torch.ones(3), mesh, [Replicate()])
+    teacher = DTensor.from_local(torch.ones(3), mesh, [Shard(0)])
+    with pytest.raises(
+        ValueError, match=r"parameters\[0\] and teachers\[0\] must be sharded alike"
+    ):
+        AdamWEMA([p], teacher=[teacher]).step()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> Path:
+    """The folder that two processes wrote to."""
+    import fastdino_kernels
+
+    folder = tmp_path_factory.mktemp("sharded")
+    packages = str(Path(fastdino_kernels.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
+    # This file as a script, so that it does not matter how pytest imported it.
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shards_come_to_what_whole_tensors_do(impl, outcomes):
+    expected = run(network(), network(), impl, lambda gradient, like: gradient)
+    assert expected["counts"][1].item() == 1
+    for rank in range(2):
+        found = torch.load(outcomes / f"{impl}{rank}.pt")
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
+
+
+if __name__ == "__main__":
+    of_two(int(sys.argv[1]), sys.argv[2])
