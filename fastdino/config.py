@@ -137,7 +137,7 @@ class TrainConfig:
     packing: str = _flag(
         "auto",
         "Crops of all sizes as one sequence through a vit_* student, attention within each crop. "
-        "The result is the same. auto: on a GPU.",
+        "The result is the same. auto: on; other architectures take one size at a time.",
         choices=("auto", "on", "off"),
     )
     last_block: str = _flag(

@@ -128,8 +128,9 @@ def test_info_says_what_this_machine_has_and_why():
     facts = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
     assert facts["fastdino"] == fastdino.__version__
     assert facts["torch"][0].isdigit()
-    assert {"attention", "xformers", "kernels", "crops", "gpu"} <= set(facts)
-    assert facts["attention"].startswith(("sdpa (", "xformers ("))
+    assert {"attention", "xformers", "varlen", "sdpa", "kernels", "crops", "gpu"} <= set(facts)
+    assert facts["attention"].startswith(("sdpa (", "varlen (", "xformers ("))
+    assert facts["xformers"].startswith(("available", "not available: "))
     assert facts["kernels"] in ("torch", "triton", "reference")
     assert facts["crops"].startswith("fused (the paper's crops, exact")
     assert facts["fused"] == facts["torchvision"] == "available"

@@ -105,20 +105,18 @@ def test_crops_of_one_size_share_a_pass_and_keep_their_order():
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "packing", "reason"),
+    ("wanted", "packing", "reason"),
     [
-        ({}, "cpu", False, "a CPU gains nothing"),
-        ({}, "cuda", True, "fewer launches"),
-        ({"packing": "on"}, "cpu", True, "asked for"),
-        ({"packing": "off"}, "cuda", False, "asked for"),
+        ("auto", True, "one pass for all sizes"),
+        ("on", True, "asked for"),
+        ("off", False, "asked for"),
     ],
 )
-def test_crops_are_packed_where_it_pays_or_where_asked_for(tiny, settings, device, packing, reason):
-    config = tiny(attention="sdpa", **settings)
+def test_crops_are_packed_unless_asked_not_to(tiny, wanted, packing, reason):
+    config = tiny(attention="sdpa", packing=wanted)
     backbone, _ = build_backbone("vit_nano", patch_size=8)
-    path = choose_fast_path(config, backbone, torch.device(device), torch.float32)
-    assert path.packing is packing
-    assert reason in path.why_packing
+    path = choose_fast_path(config, backbone, torch.device("cuda"), torch.float32)
+    assert (path.packing, path.why_packing) == (packing, reason)
     assert path.attention == AttentionChoice("sdpa", "asked for", torch.float32)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from torch.nn import functional as F
 
 from fastdino import TrainConfig, Trainer
 from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.models.attention import BACKENDS, attention_problem
 from fastdino.step import choose_precision
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
 
 
-def golden_trainer(**path: str) -> Trainer:
+def golden_trainer(**path: Any) -> Trainer:
     recorded = GOLDEN["config"]
     names = TrainConfig.__dataclass_fields__
     settings = {name: value for name, value in recorded.items() if name in names}
@@ -32,9 +34,7 @@ def golden_trainer(**path: str) -> Trainer:
         **settings,
         batch_size_per_gpu=recorded["batch_size"],
         drop_path_rate=0.0,
-        use_fp16=False,
-        device="cpu",
-        **path,
+        **({"use_fp16": False, "device": "cpu"} | path),
     )
     trainer = Trainer(config, steps_per_epoch=recorded["iters_per_epoch"])
     for network in (trainer.student, trainer.teacher):
@@ -97,6 +97,21 @@ def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
     want = torch.tensor(GOLDEN["probe_feature_first8"])
     torch.testing.assert_close(features[:, :8], want, rtol=1e-8, atol=1e-10)
     assert features.norm(dim=1).tolist() == pytest.approx(GOLDEN["probe_feature_norm"], rel=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_on_a_gpu_mixed_precision_stays_near_it(attention, packing):
+    problem = attention_problem(attention, torch.device("cuda"), torch.bfloat16)
+    if problem is not None:
+        pytest.skip(f"no {attention}: {problem}")
+    trainer = golden_trainer(
+        attention=attention, packing=packing, device="cuda", use_fp16=True, amp_dtype="bf16"
+    )
+    for i, want in enumerate(GOLDEN["steps"]):
+        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(want["loss"], rel=2e-2)
 
 
 def test_float32_follows_it_within_rounding():

@@ -124,6 +124,11 @@ def test_packed_crops_agree_under_autocast(dtype):
     assert_equal_results(got, want, rtol=0.1, atol=0.1)
 
 
+def test_a_network_in_half_precision_stays_in_it():
+    vit = make_vit(drop_path_rate=0.5).bfloat16()
+    assert vit([images.bfloat16() for images in crops_by_size()]).dtype == torch.bfloat16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -265,11 +270,19 @@ def test_stochastic_depth_draws_in_the_branches_dtype(dtype):
         assert torch.equal(got > 0, want > 0)
 
 
-@pytest.mark.parametrize("sizes", [(32, 32), (32, 32, 32), (32, 32, 16, 16)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(32, 32)] * 2,
+        [(32, 32)] * 3,
+        [(32, 32)] * 2 + [(16, 16)] * 2,
+        [(32, 16)] * 2 + [(24, 16)] * 2,
+    ],
+    ids=["no local crops", "all of one size", "two sizes", "two heights"],
+)
 def test_a_wrapper_packs_any_crops(float64, sizes):
-    """No local crops; local crops as large as the global ones; both."""
     wrapper = MultiCropWrapper(make_vit(drop_path_rate=0.5), nn.Identity())
-    crops = [torch.randn(2, 3, size, size) for size in sizes]
+    crops = [torch.randn(2, 3, *size) for size in sizes]
     results = []
     for wrapper.packing in (False, True):
         results.append(features_and_gradients(wrapper.backbone, lambda: wrapper(crops)))

@@ -140,15 +140,10 @@ def choose_fast_path(
         head_dim=backbone.head_dim,
         tokens=[1 + (size // backbone.patch_size) ** 2 for size in sizes],
     )
-    cuda = device.type == "cuda"
     return FastPath(
         attention=attention,
-        packing=config.packing == "on" or (config.packing == "auto" and cuda),
-        why_packing="asked for"
-        if config.packing != "auto"
-        else "fewer launches, larger products"
-        if cuda
-        else "a CPU gains nothing by it",
+        packing=config.packing != "off",
+        why_packing="one pass for all sizes" if config.packing == "auto" else "asked for",
         cls_only=config.last_block == "cls",
     )
 
