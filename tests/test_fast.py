@@ -33,9 +33,8 @@ def fast(tiny):
 
 def snapshot(trainer):
     state = trainer.state_dict()
-    return copy.deepcopy({key: state[key] for key in ("student", "teacher", "optimizer")}), (
-        trainer.loss.center.clone()
-    )
+    kept = {key: state[key] for key in ("student", "teacher", "dino_loss")}
+    return copy.deepcopy(kept | {"moments": state["optimizer"]["state"]})
 
 
 def assert_unchanged(before, after):
@@ -225,6 +224,7 @@ def test_a_graph_that_cannot_be_is_left_with_its_reason(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("freeze", [0, 1])
 def test_a_captured_step_trains_as_an_eager_one(fast, freeze, crops_of):
     settings = {"amp_dtype": "bf16", "epochs": 4, "freeze_last_layer": freeze, "device": "cuda"}
