@@ -117,7 +117,8 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
     assert any(name.startswith("events") for name in os.listdir(run / "tensorboard"))
     out = capsys.readouterr().out.splitlines()
     for part in ("vit_nano on cpu", "attention: sdpa (", "packing: on (", "kernels: torch",
-                 "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)", "4 steps an epoch"):  # fmt: skip
+                 "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)",
+                 "4 steps an epoch"):  # fmt: skip
         assert part in out[0]
     assert len(out) == 1 + 3  # not a terminal: the headline and a line an epoch
 
