@@ -206,6 +206,11 @@ def test_patches_are_those_of_a_convolution(float64, size):
     torch.testing.assert_close(embed(images), want.flatten(2).transpose(1, 2))
 
 
+def test_an_image_smaller_than_a_patch_is_refused():
+    with pytest.raises(ValueError, match="images of 8 x 7 px are smaller than a 8 px patch"):
+        make_vit()(torch.zeros(1, 3, 8, 7))
+
+
 def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
     vit = VisionTransformer(patch_size=16, embed_dim=8, depth=1, num_heads=1)
     assert vit.positions((14, 14)) is vit.pos_embed

@@ -29,7 +29,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         side = self.proj.kernel_size[0]
-        rows, columns = images.shape[-2] // side, images.shape[-1] // side
+        height, width = images.shape[-2:]
+        rows, columns = height // side, width // side
+        if not rows or not columns:
+            raise ValueError(f"images of {height} x {width} px are smaller than a {side} px patch")
         patches = images[..., : rows * side, : columns * side]
         patches = patches.unflatten(2, (rows, side)).unflatten(4, (columns, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
