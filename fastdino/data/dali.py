@@ -257,7 +257,7 @@ class _Decoder(threading.local):
     """
 
     def __init__(self, exif: bool, held: list[Any]) -> None:
-        self._pipeline = decoding_pipeline(
+        self._pipeline = _decode_only(
             exif,
             batch_size=1,
             num_threads=1,
@@ -351,8 +351,7 @@ def _as_png(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @pipeline_def
-def decoding_pipeline(exif: bool) -> Any:
-    """DALI's pictures, [height, width, 3], of run(encoded=[files' bytes as uint8 arrays, ...])."""
+def _decode_only(exif: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8)
     return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif)
 
