@@ -5,46 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from fastdino.environment import commit, output_of, processor
+
 CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or "unknown" where it is missing or fails."""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return names[0] if names else platform.machine()
 
 
 def environment() -> dict[str, str]:
     """Device, versions and commit; `device` names the folder of the results."""
-    commit = output_of("git", "rev-parse", "HEAD")
-    if commit != "unknown" and output_of("git", "status", "--porcelain", "-uno"):
-        commit += ", with changes"
     found = {
         "device": "cpu",
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),

@@ -335,7 +335,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+def add_arguments(parser: argparse._ActionsContainer, names: Sequence[str]) -> None:
     """Adds the flags of some settings of TrainConfig, for commands that share them."""
     kinds = _field_types()
     for field in dataclasses.fields(TrainConfig):

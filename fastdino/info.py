@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import metadata
 
 import torch
 from fastdino_kernels import chosen_impl as chosen_kernels
@@ -19,6 +18,7 @@ from fastdino.data.loader import (
     fused_problem,
 )
 from fastdino.distributed import choose_device
+from fastdino.environment import processor, version
 from fastdino.models.attention import BACKENDS, attention_problem, choose_attention
 
 PACKAGES = (
@@ -36,10 +36,10 @@ def report() -> dict[str, str]:
     facts = {
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads",
+        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads",
         "gpu": _gpus(),
     }
-    facts |= {name: _version(name) for name in PACKAGES}
+    facts |= {name: version(name) for name in PACKAGES}
     facts["attention"] = f"{attention.name} ({attention.reason})"
     facts |= {f"  {name}": _availability(attention_problem(name, device)) for name in BACKENDS}
     facts |= {
@@ -72,13 +72,6 @@ def _gpus() -> str:
         gpu = torch.cuda.get_device_properties(i)
         names.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     return "; ".join(names) + f" (CUDA {torch.version.cuda})"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -234,6 +234,23 @@ def test_too_many_broken_files_end_the_run_with_their_names(breakable, build, cr
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.parametrize("crops", ["fused", pytest.param("dali", marks=needs_dali)])
+def test_workers_are_forked_beside_the_threads_of_another_loader(breakable, crops):
+    code = """
+source = t.scan_images(sys.argv[1])
+loader = t.build_loader(t.make_config(crops=sys.argv[2], num_workers=2), source)
+first = len(list(loader.epoch(0)))
+beside = t.build_loader(t.make_config(num_workers=2), source)
+if sys.platform == "linux":
+    beside._loader.multiprocessing_context = "fork"
+print(first, len(list(beside.epoch(0))), len(list(loader.epoch(1))))
+beside.close()
+loader.close()
+"""
+    done = run_script(code, Path(breakable.paths[0]).parent, crops)
+    assert (done.returncode, done.stdout) == (0, "4 4 4\n"), done.stderr
+
+
 @pytest.mark.parametrize("crops", ["torchvision", "fused"])
 def test_an_error_in_the_middle_of_an_epoch_ends_the_process(breakable, crops):
     code = """

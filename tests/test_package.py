@@ -22,12 +22,12 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("fastdino.__main__", "fastdino.demo"),
     ("fastdino.cli",),
-    ("fastdino.crop_sheet", "fastdino.evals", "fastdino.info"),
+    ("fastdino.bench", "fastdino.crop_sheet", "fastdino.evals", "fastdino.info"),
     ("fastdino.run",),
     ("fastdino.progress", "fastdino.weights"),
     ("fastdino.step",),
     ("fastdino.data", "fastdino.models", "fastdino.optim", "fastdino.schedules"),
-    ("fastdino.checkpoint", "fastdino.config", "fastdino.distributed"),
+    ("fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.environment"),
     ("fastdino.errors",),
     ("fastdino_kernels",),
 )

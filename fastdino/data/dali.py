@@ -101,7 +101,8 @@ class DaliLoader:
         self._device_id = _device_id(torch.device(device))
         self._feed = _Feed()
         self._pipeline = self._build()
-        self._decoder = _Decoder(source.exif)
+        self._decoders: list[Any] = []
+        self._decoder = _Decoder(source.exif, self._decoders)
         self._readers = ThreadPoolExecutor(self._threads)  # of files
         self._preparers = ThreadPoolExecutor(_AHEAD)  # of batches
         self._run = 0
@@ -122,6 +123,7 @@ class DaliLoader:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._preparers.shutdown(wait=True)
         self._pipeline = None
+        self._decoders.clear()
         gc.collect()  # Frees the pipeline now: in a process forked later its destructor would hang.
 
     def _build(self) -> Any:
@@ -248,9 +250,13 @@ def dali_crops(
 
 
 class _Decoder(threading.local):
-    """DALI's decoder on the CPU, for one file at a time; each thread has its own."""
+    """DALI's decoder on the CPU, for one file at a time; each thread has its own.
 
-    def __init__(self, exif: bool) -> None:
+    `held` gets them all: a forked process drops what is its other threads' own, and there a
+    pipeline's destructor waits, for ever, for threads that a fork leaves behind.
+    """
+
+    def __init__(self, exif: bool, held: list[Any]) -> None:
         self._pipeline = _decode_only(
             exif,
             batch_size=1,
@@ -259,6 +265,7 @@ class _Decoder(threading.local):
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
+        held.append(self._pipeline)
 
     def __call__(self, data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """The picture, [height, width, 3]; None where DALI cannot decode it."""

@@ -3,8 +3,8 @@
 A pipeline of one operator is run for each batch, by the thread that prepares it: reading ahead is
 those threads' work, so that the pipeline has nothing to prefetch and no state to resume.
 
-On 2 cores of an AMD EPYC, JPEGs of 500 x 375 and 65 KB: decoding takes 0.75 of Pillow's CPU time,
-all of the fused loader 0.93 (medians of 24 and more rounds in turn, DALI 2.4, Pillow 12.3).
+`fastdino bench --loader` times it beside Pillow; benchmarks/results/cpu/loader.md has what came of
+it on a CPU.
 """
 
 from __future__ import annotations

@@ -89,20 +89,28 @@ def crops_into(
         packed: for each of outs int32 [N, 14], rows of CropParams.pack().
         levels: [3, 256], multi_crop.normalized_levels(mean, std, dtype, device), of outs' dtype.
     """
-    height, width, _ = image.shape
-    turned = _borrow("turned", np.uint8, width * 3 * height).reshape(width, 3, height)
-    fused_pixels.turn(np.ascontiguousarray(image), turned)
+    turned = turn(image)
     for out, rows in zip(outs, packed, strict=True):
-        bytes_, sums = fused_pixels.scratch_sizes(height, out.shape[-1])
+        bytes_, sums = fused_pixels.scratch_sizes(len(image), out.shape[-1])
         fused_pixels.crops_of_image(
             turned,
             rows.numpy(),
             rows.view(torch.float32).numpy(),
             _as_numpy(levels),
-            _borrow("bytes", np.uint8, bytes_),
-            _borrow("sums", np.int32, sums),
+            borrow("bytes", np.uint8, bytes_),
+            borrow("sums", np.int32, sums),
             _as_numpy(out),
         )
+
+
+def turn(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What crops_of_image takes of an image [H, W, 3], in this thread's scratch."""
+    height, width, _ = image.shape
+    lines, length = fused_pixels.up8(3 * width), fused_pixels.up8(height)
+    turned = borrow("turned", np.uint8, lines * length).reshape(lines, length)
+    strip = borrow("strip", np.uint8, fused_pixels.STRIP * lines)
+    fused_pixels.turn(np.ascontiguousarray(image), strip, turned.reshape(-1))
+    return turned
 
 
 def _as_numpy(values: Tensor) -> NDArray[Any]:
@@ -110,7 +118,7 @@ def _as_numpy(values: Tensor) -> NDArray[Any]:
     return (values.view(torch.int16) if values.element_size() == 2 else values).numpy()
 
 
-def _borrow(name: str, dtype: type, elements: int) -> NDArray[Any]:
+def borrow(name: str, dtype: type, elements: int) -> NDArray[Any]:
     """This thread's scratch of that name: fresh memory for each image would cost page faults."""
     held = getattr(_scratch, name, None)
     if held is None or len(held) < elements:

@@ -2,8 +2,10 @@
 
 The arithmetic is that of fastdino_kernels.multi_crop_torch, where its equations stand; here it is
 arranged so that LLVM vectorises every long loop. A crop is planar, [3, size, size] uint8, and an
-image lies turned, [W, 3, H]: the resize along x then adds up whole columns, as the one along y
+image lies turned, [3 W, H]: the resize along x then adds up whole columns, as the one along y
 adds up rows. Numba widens integers to 64 bits: each step is cast back to keep the lanes narrow.
+Where a function is called for every line, it gets places in arrays, not slices, each of which would
+cost as much as the line.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
+Words = NDArray[np.uint64]
 
 # These and the imported numbers are frozen into compiled code, whose cache looks at this file
 # alone: where others change, clear it. Bit h: hue h comes out as h - 1 where it is exact.
 _TIES = np.packbits(np.array(hue_ties(), np.uint8), bitorder="little").view(np.int32)
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = (np.int32(word) for word in _TIES)
-_HALF_GRAY, _HALF_BLUR = np.int32(1 << 15), np.uint32(1 << 23)
+_HALF_LEVEL, _HALF_GRAY = np.int32(1 << 21), np.int32(1 << 15)
+_HALF_BLUR = np.uint32(1 << 23)
 MAX_TAPS = 128  # above the box of a blur radius of 100
+STRIP = 64  # rows that are turned at a time: a line of the cache, turned
+_2, _3, _4, _8, _16, _32 = (np.uint64(number) for number in (2, 3, 4, 8, 16, 32))
+_LOW_8, _LOW_16 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF)
+_LOW_32 = np.uint64(0x00000000FFFFFFFF)
 _ZERO, _TOP = np.float32(0), np.float32(255)
 
 
@@ -35,16 +43,25 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @_compiled
-def turn(image: Bytes, turned: Bytes) -> None:
-    """Image [H, W, 3] to turned [W, 3, H], by blocks of rows that stay in the cache."""
+def turn(image: Bytes, strip: Bytes, turned: Bytes) -> None:
+    """Image [H, W, 3] to turned [3 W, H], flat, both sides in up8() of them.
+
+    strip: scratch, STRIP lines of 3 W.
+    """
     height, width, _ = image.shape
-    for start in range(0, height, 64):
-        block, strip = image[start : start + 64], turned[:, :, start : start + 64]
-        rows = len(block)
-        for x in range(width):
-            for c in range(3):
-                for y in range(rows):
-                    strip[x, c, y] = block[y, x, c]
+    lines, length = up8(3 * width), up8(height)
+    words, out = strip.view(np.uint64), turned.view(np.uint64)
+    for start in range(0, height, STRIP):
+        rows = min(STRIP, height - start)
+        for y in range(rows):
+            _copy(image[start + y].reshape(3 * width), strip[y * lines : y * lines + 3 * width])
+        _transpose(words, up8(rows) // 8, lines // 8, out, length // 8, start // 8)
+
+
+@_compiled
+def up8(length: int) -> int:
+    """The next multiple of 8: lines of whole words."""
+    return (length + 7) // 8 * 8
 
 
 @_compiled
@@ -59,48 +76,46 @@ def crops_of_image(
 ) -> None:
     """Writes out [N, 3, size, size].
 
-    turned: [W, 3, H]. packed, floats: [N, 14], CropParams.pack() as int32 and as fp32.
+    turned: [3 W, H] of turn(). packed, floats: [N, 14], CropParams.pack() as int32 and as fp32.
     levels: [3, 256], what a level of a channel becomes. bytes_, sums: scratch; see scratch_sizes.
     """
     size = out.shape[-1]
     plane = size * size
-    rgb, other = bytes_[: 3 * plane], bytes_[3 * plane : 6 * plane]
-    rest = bytes_[6 * plane :]
+    rest, rgb = bytes_[: len(bytes_) - 3 * plane], bytes_[len(bytes_) - 3 * plane :]
     for n in range(len(packed)):
         flags = packed[n, FLAGS]
-        _resize(turned, packed[n], flags & FLIP, rest, sums, rgb.reshape(3, size, size))
+        resize(turned, packed[n], flags & FLIP, rest, sums, rgb.reshape(3, size, size))
         r, g, b = rgb[:plane], rgb[plane : 2 * plane], rgb[2 * plane :]
         if flags & JITTER:
             for k in range(ORDER, FACTOR):
                 operation = packed[n, k]
-                _jitter(operation, floats[n, FACTOR + operation], r, g, b)
+                jitter(operation, floats[n, FACTOR + operation], r, g, b)
         if flags & GRAY:
-            _gray(r, g, b)
+            gray(r, g, b)
         if floats[n, BLUR] > 0:
-            taps, near, far = blur_weights(floats[n, BLUR])
-            for c in range(3):
-                pixels = rgb[c * plane : (c + 1) * plane].reshape(size, size)
-                _blur_rows(pixels, taps, near, far, rest, sums)
-                _blur_columns(pixels, other[:plane].reshape(size, size), taps, near, far, sums)
-        _write(rgb.reshape(3, plane), levels, flags & SOLARIZE, out[n].reshape(3, plane))
+            blur(rgb.reshape(3, size, size), floats[n, BLUR], rest, sums)
+        write(rgb.reshape(3, plane), levels, flags & SOLARIZE, out[n].reshape(3, plane))
 
 
 def scratch_sizes(height: int, size: int) -> tuple[int, int]:
-    """Elements of bytes_ and sums for images of that height and crops of that size."""
-    planes = 6 * size * size
-    rows = max(6 * size * height, 2 * (size + 2 * (MAX_TAPS + 1)))
-    return planes + rows, max(3 * height, size)
+    """Elements of bytes_ and sums for images of that height and crops of that size.
+
+    The last 3 size^2 bytes are a crop; the others serve resize() and blur().
+    """
+    resized = 6 * up8(size) * up8(height)
+    blurred = 2 * (size + 2 * (MAX_TAPS + 1)) ** 2
+    return up8(max(resized, blurred)) + 3 * size * size, 2 * max(height, size)
 
 
 @_compiled
 def _weights(length: int, size: int) -> tuple[Ints, Ints]:
-    """(first [size], weights [size, taps]), taps padded with zeros to a multiple of 4."""
+    """(first [size], weights [size, taps]), padded with zeros to an even number, at least 6."""
     scale = length / size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
     most = math.ceil(support) * 2 + 1
     first = np.empty(size, np.int32)
-    weights = np.zeros((size, (most + 3) // 4 * 4), np.int32)
+    weights = np.zeros((size, max(most + 1, 6)), np.int32)
     exact = np.empty(most, np.float64)
     used = 0
     for i in range(size):
@@ -123,70 +138,232 @@ def _weights(length: int, size: int) -> tuple[Ints, Ints]:
             if weights[i, t] != 0:
                 used = max(used, t + 1)
         first[i] = low
-    return first, weights[:, : (used + 3) // 4 * 4]
+    return first, weights[:, : max((used + 1) // 2 * 2, 6)]
 
 
 @_compiled
-def _resize(turned: Bytes, box: Ints, flip: int, rest: Bytes, sums: Ints, out: Bytes) -> None:
-    """Along x from turned to columns, turned back to rows, then along y: out [3, size, size]."""
+def resize(turned: Bytes, box: Ints, flip: int, rest: Bytes, sums: Ints, out: Bytes) -> None:
+    """Along x from turned to columns, transposed to rows, then along y: out [3, size, size].
+
+    Columns are [3, size, height], rows [3, height, size], both sides in up8() of them.
+    """
     size = out.shape[-1]
     top, left, height, width = box[0], box[1], box[2], box[3]
-    columns = rest[: 3 * size * height].reshape(size, 3 * height)
-    rows = rest[3 * size * height : 6 * size * height].reshape(3, height, size)
+    tall, wide = up8(height), up8(size)
+    columns, rows = rest[: 3 * wide * tall], rest[3 * wide * tall : 6 * wide * tall]
+    source, length = turned.reshape(turned.size), turned.shape[1]
     first, weights = _weights(width, size)
-    source = turned[left : left + width, :, top : top + height]
     for x in range(size):
         for c in range(3):
-            _weigh(source[:, c], first[x], weights[x], sums[:height])
-            _round(sums[:height], columns[x, c * height : (c + 1) * height])
+            lines = (length * (3 * left + c) + top, 3 * length, first[x], width - 1)
+            start = tall * (wide * c + (size - 1 - x if flip else x))
+            _weigh(source, lines, weights, x, sums, columns, start, height)
+    words, out_words = columns.view(np.uint64), rows.view(np.uint64)
     for c in range(3):
-        _turn_back(columns[:, c * height : (c + 1) * height], flip, rows[c])
+        start = c * wide * tall // 8
+        _transpose(words[start:], wide // 8, tall // 8, out_words[start:], wide // 8, 0)
     first, weights = _weights(height, size)
+    flat = out.reshape(out.size)
     for c in range(3):
         for y in range(size):
-            _weigh(rows[c], first[y], weights[y], sums[:size])
-            _round(sums[:size], out[c, y])
+            lines = (c * wide * tall, wide, first[y], height - 1)
+            _weigh(rows, lines, weights, y, sums, flat, size * (size * c + y), size)
 
 
 @_compiled
-def _weigh(lines: Bytes, first: int, weights: Ints, sums: Ints) -> None:
-    """Sums [n] = sum_t weights[t] lines[first + t, :n]; a weight beyond the last line is 0."""
-    n, last = len(sums), len(lines) - 1
+def _weigh(
+    source: Bytes,
+    lines: tuple[int, int, int, int],
+    weights: Ints,
+    row: int,
+    sums: Ints,
+    out: Bytes,
+    start: int,
+    n: int,
+) -> None:
+    """Out [start : start + n] = sum_t weights[row, t] line[first + t], rounded to levels.
+
+    Lines of n bytes lie in source as (start, stride, first, number of the last one). The taps, an
+    even number of at least 6, are taken in few passes, of no more lines than LLVM vectorises.
+    """
+    taps, o, m = weights.shape[1], np.uint64(start), np.uint64(n)
+    at, w = _six_lines(lines, 0), _six_weights(weights, row, 0)
+    if taps == 6:
+        _weigh_6(source, at, w, out, o, m)
+        return
+    if taps == 8:
+        more = (_line(lines, 6), _line(lines, 7))
+        _weigh_8(source, at, more, w, (weights[row, 6], weights[row, 7]), out, o, m)
+        return
+    if taps % 4 == 2:
+        done = 4
+        _begin_4(source, at, w, sums, m)
+    else:
+        done = 6
+        _begin_6(source, at, w, sums, m)
+    while taps - done > 6:
+        _add_4(source, _six_lines(lines, done), _six_weights(weights, row, done), sums, m)
+        done += 4
+    at, w = _six_lines(lines, done), _six_weights(weights, row, done)
+    _end_6(source, at, w, sums, out, o, m)
+
+
+@_compiled
+def _line(lines: tuple[int, int, int, int], t: int) -> Any:
+    """Where line first + t begins; the last one stands for those beyond, whose weight is 0."""
+    start, stride, first, last = lines
+    return np.uint64(start + stride * min(first + t, last))
+
+
+@_compiled
+def _six_lines(lines: tuple[int, int, int, int], t: int) -> Any:
+    return (
+        _line(lines, t),
+        _line(lines, t + 1),
+        _line(lines, t + 2),
+        _line(lines, t + 3),
+        _line(lines, t + 4),
+        _line(lines, t + 5),
+    )
+
+
+@_compiled
+def _six_weights(weights: Ints, row: int, t: int) -> Any:
+    return (
+        weights[row, t],
+        weights[row, t + 1],
+        weights[row, t + 2],
+        weights[row, t + 3],
+        weights[row, t + 4],
+        weights[row, t + 5],
+    )
+
+
+@_compiled
+def _two(p: Any, a: Any, q: Any, b: Any) -> Any:
+    """P a + q b of weights p, q and levels a, b."""
+    return np.int32(np.int32(p * np.int32(a)) + np.int32(q * np.int32(b)))
+
+
+@_compiled
+def _level_of(total: Any) -> Any:
+    return np.uint8(min(max(np.int32(total >> 22), np.int32(0)), np.int32(255)))
+
+
+@_compiled
+def _weigh_6(s: Bytes, at: Any, weights: Any, out: Bytes, o: Any, n: Any) -> None:
+    a, b, c, d, e, f = at
+    p, q, r, u, v, w = weights
     for i in range(n):
-        sums[i] = 1 << 21
-    for t in range(0, len(weights), 4):
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        line0, line1 = lines[min(first + t, last)], lines[min(first + t + 1, last)]
-        line2, line3 = lines[min(first + t + 2, last)], lines[min(first + t + 3, last)]
-        for i in range(n):
-            pair0 = np.int32(np.int32(w0 * np.int32(line0[i])) + np.int32(w1 * np.int32(line1[i])))
-            pair1 = np.int32(np.int32(w2 * np.int32(line2[i])) + np.int32(w3 * np.int32(line3[i])))
-            sums[i] = np.int32(sums[i] + np.int32(pair0 + pair1))
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        total = np.int32(total + np.int32(_two(v, s[e + i], w, s[f + i]) + _HALF_LEVEL))
+        out[o + i] = _level_of(total)
 
 
 @_compiled
-def _round(sums: Ints, out: Bytes) -> None:
-    for i in range(len(sums)):
-        out[i] = np.uint8(min(max(np.int32(sums[i] >> 22), np.int32(0)), np.int32(255)))
+def _weigh_8(
+    s: Bytes, at: Any, more: Any, weights: Any, more_weights: Any, out: Bytes, o: Any, n: Any
+) -> None:
+    a, b, c, d, e, f = at
+    g, h = more
+    p, q, r, u, v, w = weights
+    y, z = more_weights
+    for i in range(n):
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        rest = np.int32(_two(v, s[e + i], w, s[f + i]) + _two(y, s[g + i], z, s[h + i]))
+        out[o + i] = _level_of(np.int32(np.int32(total + rest) + _HALF_LEVEL))
 
 
 @_compiled
-def _turn_back(columns: Bytes, flip: int, rows: Bytes) -> None:
-    """Columns [size, height] to rows [height, size], mirrored where flip is not 0."""
-    size, height = columns.shape
-    for start in range(0, size, 32):
-        stop = min(start + 32, size)
-        for y in range(height):
-            if flip:
-                for x in range(start, stop):
-                    rows[y, size - 1 - x] = columns[x, y]
-            else:
-                for x in range(start, stop):
-                    rows[y, x] = columns[x, y]
+def _begin_4(s: Bytes, at: Any, weights: Any, sums: Ints, n: Any) -> None:
+    a, b, c, d, _, _ = at
+    p, q, r, u, _, _ = weights
+    for i in range(n):
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        sums[i] = np.int32(total + _HALF_LEVEL)
 
 
 @_compiled
-def _jitter(operation: int, factor: float, r: Bytes, g: Bytes, b: Bytes) -> None:
+def _begin_6(s: Bytes, at: Any, weights: Any, sums: Ints, n: Any) -> None:
+    a, b, c, d, e, f = at
+    p, q, r, u, v, w = weights
+    for i in range(n):
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        sums[i] = np.int32(total + np.int32(_two(v, s[e + i], w, s[f + i]) + _HALF_LEVEL))
+
+
+@_compiled
+def _add_4(s: Bytes, at: Any, weights: Any, sums: Ints, n: Any) -> None:
+    a, b, c, d, _, _ = at
+    p, q, r, u, _, _ = weights
+    for i in range(n):
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        sums[i] = np.int32(sums[i] + total)
+
+
+@_compiled
+def _end_6(s: Bytes, at: Any, weights: Any, sums: Ints, out: Bytes, o: Any, n: Any) -> None:
+    a, b, c, d, e, f = at
+    p, q, r, u, v, w = weights
+    for i in range(n):
+        total = np.int32(_two(p, s[a + i], q, s[b + i]) + _two(r, s[c + i], u, s[d + i]))
+        total = np.int32(total + np.int32(_two(v, s[e + i], w, s[f + i]) + sums[i]))
+        out[o + i] = _level_of(total)
+
+
+@_compiled
+def _transpose(source: Words, down: int, across: int, out: Words, stride: int, start: int) -> None:
+    """Bytes [8 down, 8 across] to their transpose, in words of 8 bytes.
+
+    Its lines begin at word `start` of out and lie `stride` words apart. Places are unsigned, which
+    spares the question whether they count from the end.
+    """
+    line, next_ = np.uint64(across), np.uint64(stride)
+    for strip in range(0, down, 8):  # of 64 bytes, a line of the cache
+        for x in range(across):
+            for y in range(strip, min(strip + 8, down)):
+                i = np.uint64(8 * y * across + x)
+                a, b, c, d = (
+                    source[i],
+                    source[i + line],
+                    source[i + _2 * line],
+                    source[i + _3 * line],
+                )
+                i += _4 * line
+                e, f, g, h = (
+                    source[i],
+                    source[i + line],
+                    source[i + _2 * line],
+                    source[i + _3 * line],
+                )
+                a, e = _exchange(a, e, _32, _LOW_32)
+                b, f = _exchange(b, f, _32, _LOW_32)
+                c, g = _exchange(c, g, _32, _LOW_32)
+                d, h = _exchange(d, h, _32, _LOW_32)
+                a, c = _exchange(a, c, _16, _LOW_16)
+                b, d = _exchange(b, d, _16, _LOW_16)
+                e, g = _exchange(e, g, _16, _LOW_16)
+                f, h = _exchange(f, h, _16, _LOW_16)
+                a, b = _exchange(a, b, _8, _LOW_8)
+                c, d = _exchange(c, d, _8, _LOW_8)
+                e, f = _exchange(e, f, _8, _LOW_8)
+                g, h = _exchange(g, h, _8, _LOW_8)
+                i = np.uint64(8 * x * stride + start + y)
+                out[i], out[i + next_], out[i + _2 * next_], out[i + _3 * next_] = a, b, c, d
+                i += _4 * next_
+                out[i], out[i + next_], out[i + _2 * next_], out[i + _3 * next_] = e, f, g, h
+
+
+@_compiled
+def _exchange(a: Any, b: Any, shift: Any, low: Any) -> Any:
+    """Swaps the high halves of a's parts with the low halves of b's (Warren, Hacker's Delight)."""
+    moved = ((a >> shift) ^ b) & low
+    return a ^ (moved << shift), b ^ moved
+
+
+@_compiled
+def jitter(operation: int, factor: float, r: Bytes, g: Bytes, b: Bytes) -> None:
+    """One of the four operations, in the numbering of CropParams, on three planes."""
     if operation == 0:
         for plane in (r, g, b):
             _blend_with(np.int32(0), plane, factor)
@@ -199,10 +376,10 @@ def _jitter(operation: int, factor: float, r: Bytes, g: Bytes, b: Bytes) -> None
             _blend_with(mean, plane, factor)
     elif operation == 2:
         for i in range(len(r)):
-            gray = _luma(r[i], g[i], b[i])
-            r[i] = _blend(gray, np.int32(r[i]), factor)
-            g[i] = _blend(gray, np.int32(g[i]), factor)
-            b[i] = _blend(gray, np.int32(b[i]), factor)
+            luma = _luma(r[i], g[i], b[i])
+            r[i] = _blend(luma, np.int32(r[i]), factor)
+            g[i] = _blend(luma, np.int32(g[i]), factor)
+            b[i] = _blend(luma, np.int32(b[i]), factor)
     else:
         _hue(np.int32(np.float64(factor) * 255), r, g, b)
 
@@ -227,12 +404,13 @@ def _blend_with(start: Any, plane: Bytes, factor: Any) -> None:
 
 
 @_compiled
-def _gray(r: Bytes, g: Bytes, b: Bytes) -> None:
+def gray(r: Bytes, g: Bytes, b: Bytes) -> None:
+    """Three planes to their luma."""
     for i in range(len(r)):
-        gray = np.uint8(_luma(r[i], g[i], b[i]))
-        r[i] = gray
-        g[i] = gray
-        b[i] = gray
+        luma = np.uint8(_luma(r[i], g[i], b[i]))
+        r[i] = luma
+        g[i] = luma
+        b[i] = luma
 
 
 @_compiled
@@ -293,6 +471,41 @@ def _pick(sector: Any, own: Any, v: Any, p: Any, between: Any) -> Any:
 
 
 @_compiled
+def blur(rgb: Bytes, radius: Any, rest: Bytes, sums: Ints) -> None:
+    """Pillow's Gaussian blur of [3, size, size]: three box blurs along x, then three along y.
+
+    A plane has its edges repeated around it and is blurred as one long line, whose neighbours are 1
+    apart, or a row apart; what that makes of the edges is replaced after each.
+    """
+    size = rgb.shape[1]
+    taps, near, far = blur_weights(radius)
+    edge = taps + 1
+    side = size + 2 * edge
+    here, there = rest[: side * side], rest[side * side : 2 * side * side]
+    top, bottom = edge * side, (edge + size) * side
+    for plane in rgb:
+        for y in range(size):
+            start = (edge + y) * side + edge
+            _copy(plane[y], here[start : start + size])
+        for _ in range(3):
+            for start in range(top, bottom, side):
+                for k in range(edge):
+                    here[start + k] = here[start + edge]
+                    here[start + edge + size + k] = here[start + edge + size - 1]
+            _box_blur(here, there, top + edge, bottom - edge, 1, taps, near, far, sums)
+            here, there = there, here
+        for _ in range(3):
+            for k in range(0, top, side):
+                _copy(here[top : top + side], here[k : k + side])
+                _copy(here[bottom - side : bottom], here[bottom + k : bottom + k + side])
+            _box_blur(here, there, top, bottom, side, taps, near, far, sums)
+            here, there = there, here
+        for y in range(size):
+            start = (edge + y) * side + edge
+            _copy(here[start : start + size], plane[y])
+
+
+@_compiled
 def blur_weights(radius: Any) -> tuple[int, Any, Any]:
     """(r, near, far): a box of 2r + 1 pixels of weight near between two of weight far, in 2^-24."""
     variance = np.float32(np.float32(radius * radius) / np.float32(3))
@@ -309,55 +522,34 @@ def blur_weights(radius: Any) -> tuple[int, Any, Any]:
 
 
 @_compiled
-def _blur_rows(pixels: Bytes, taps: int, near: Any, far: Any, scratch: Bytes, sums: Ints) -> None:
-    """Three box blurs of each row, in two copies of it with its ends repeated."""
-    size, pad = len(pixels), taps + 1
-    length = size + 2 * pad
-    line, blurred = scratch[:length], scratch[length : 2 * length]
-    for y in range(size):
-        _copy(pixels[y], line[pad : pad + size])
-        for _ in range(3):
-            for k in range(pad):
-                line[k], line[pad + size + k] = line[pad], line[pad + size - 1]
-            out = blurred[pad : pad + size]
-            before, here, after = line[:size], line[pad : pad + size], line[2 * pad :]
-            if taps == 0:
-                _box_of_1(before, here, after, near, far, out)
-            elif taps == 1:
-                _box_of_3(
-                    before, line[1 : 1 + size], here, line[3 : 3 + size], after, near, far, out
-                )
-            else:
-                _copy(line[1 : 1 + size], sums)
-                for k in range(2, 2 * taps + 2):
-                    _add(line[k : k + size], sums)
-                _box_of_sums(before, sums, after, near, far, out)
-            line, blurred = blurred, line
-        _copy(line[pad : pad + size], pixels[y])
-
-
-@_compiled
-def _blur_columns(pixels: Bytes, other: Bytes, taps: int, near: Any, far: Any, sums: Ints) -> None:
-    """Three box blurs of each column, row after row; `other` is scratch of the same shape."""
-    last = len(pixels) - 1
-    source, out = pixels, other
-    for _ in range(3):
-        for y in range(last + 1):
-            before, after = source[max(y - taps - 1, 0)], source[min(y + taps + 1, last)]
-            above, here, below = source[max(y - 1, 0)], source[y], source[min(y + 1, last)]
-            if taps == 0:
-                _box_of_1(before, here, after, near, far, out[y])
-            elif taps == 1:
-                _box_of_3(before, above, here, below, after, near, far, out[y])
-            else:
-                _copy(here, sums)
-                for k in range(1, taps + 1):
-                    _add(source[max(y - k, 0)], sums)
-                    _add(source[min(y + k, last)], sums)
-                _box_of_sums(before, sums, after, near, far, out[y])
-        source, out = out, source
-    for y in range(last + 1):
-        _copy(source[y], pixels[y])
+def _box_blur(
+    line: Bytes,
+    out: Bytes,
+    start: int,
+    stop: int,
+    step: int,
+    taps: int,
+    near: Any,
+    far: Any,
+    sums: Ints,
+) -> None:
+    """Out [start:stop], of 2 taps + 1 neighbours of weight near, `step` apart, and 2 of far."""
+    ends = (taps + 1) * step
+    before, after = line[start - ends : stop - ends], line[start + ends : stop + ends]
+    here, result = line[start:stop], out[start:stop]
+    if taps == 0:
+        _box_of_1(before, here, after, near, far, result)
+    elif taps == 1:
+        left, right = line[start - step : stop - step], line[start + step : stop + step]
+        _box_of_3(before, left, here, right, after, near, far, result)
+    else:
+        for i in range(0, len(here), len(sums)):
+            j = min(i + len(sums), len(here))
+            _copy(here[i:j], sums)
+            for k in range(step, taps * step + 1, step):
+                _add(line[start + i - k : start + j - k], sums)
+                _add(line[start + i + k : start + j + k], sums)
+            _box_of_sums(before[i:j], sums, after[i:j], near, far, result[i:j])
 
 
 @_compiled
@@ -410,7 +602,8 @@ def _box(inner: Any, ends: Any, near: Any, far: Any) -> Any:
 
 
 @_compiled
-def _write(rgb: Bytes, levels: NDArray[Any], solarize: int, out: NDArray[Any]) -> None:
+def write(rgb: Bytes, levels: NDArray[Any], solarize: int, out: NDArray[Any]) -> None:
+    """Solarizes, and turns the levels of [3, pixels] to what they become."""
     for c in range(3):
         table = np.empty(256, levels.dtype)
         for level in range(256):

@@ -112,7 +112,8 @@ class TorchvisionLoader:
     def _batches(self, run: int) -> Iterator[list[Tensor]]:
         self._check(run)
         assert self._loader is not None
-        gc.collect()  # See _init_worker: the workers may be forked now.
+        if self._at_exit is None:
+            gc.collect()  # See _init_worker: the workers may be forked now.
         iterator = iter(self._loader)
         if self._at_exit is None and self._loader.num_workers > 0:
             # Runs before multiprocessing's own hook, which would wait for them for ever.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,20 @@ class ImageSource:
     def read_rgb(self, index: int) -> Image.Image:
         """The decoded image; raises what reading and decoding raise."""
         return decode_rgb(self.read_bytes(index), exif=self.exif)
+
+    def taken(self, indices: NDArray[np.int64]) -> ImageSource:
+        """These of the images, [m], in this order; the same one may come several times."""
+        in_tars = self.in_tars
+        if in_tars is not None:
+            in_tars = replace(in_tars, tar=in_tars.tar[indices], parts=in_tars.parts[indices])
+        return replace(
+            self,
+            paths=Names([self.paths[i] for i in indices.tolist()]),
+            labels=self.labels[indices],
+            sizes=self.sizes[indices],
+            in_tars=in_tars,
+            fingerprint="",
+        )
 
 
 def scan_images(
