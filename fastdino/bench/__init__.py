@@ -1,0 +1,1 @@
+"""`fastdino bench`: how fast training is, beside what people use."""
