@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("fastdino.__main__", "fastdino.demo"),
     ("fastdino.cli",),
-    ("fastdino.evals", "fastdino.info"),
+    ("fastdino.bench", "fastdino.evals", "fastdino.info"),
     ("fastdino.run",),
     ("fastdino.progress", "fastdino.weights"),
     ("fastdino.step",),

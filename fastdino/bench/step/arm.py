@@ -6,7 +6,6 @@ An arm is one implementation of the training step. All arms of a run get equal w
 from __future__ import annotations
 
 import abc
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,30 +88,6 @@ def initial_setting(
         torch.default_generator.manual_seed(config.seed)
         student = build_networks(config)[0].state_dict()
     return Setting(config, device, student, student, torch.zeros(config.out_dim), dino_repo)
-
-
-def drawn_setting(
-    config: TrainConfig, device: torch.device, dino_repo: Path | None = None
-) -> Setting:
-    """A setting in which nothing is 0 and the teacher is another network: there, mistakes show."""
-    shapes = {name: tensor.shape for name, tensor in build_networks(config)[0].state_dict().items()}
-    student, teacher = (
-        {name: _drawn(f"{who} {name}", shape) for name, shape in shapes.items()}
-        for who in ("student", "teacher")
-    )
-    center = 0.1 * _normal("center", torch.Size([config.out_dim]))
-    return Setting(config, device, student, teacher, center, dino_repo)
-
-
-def _drawn(name: str, shape: torch.Size) -> Tensor:
-    if name.endswith("weight_g"):
-        return torch.ones(shape)
-    noise = 0.02 * _normal(name, shape)
-    return 1 + noise if "norm" in name and name.endswith("weight") else noise
-
-
-def _normal(name: str, shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 def synthetic_crops(config: TrainConfig, device: torch.device) -> list[Tensor]:

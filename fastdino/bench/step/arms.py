@@ -69,12 +69,12 @@ ARMS = {
         lambda *_: lightly_problem(),
         one_size="it resizes the position embedding by another scale than the authors' code",
     ),
+    "ours": Entry("fastdino.Trainer", TrainerArm),
     "compiled": Entry(
         "SDPA, compiled blocks, einsum loss, fused AdamW, multi-tensor EMA",
         CompiledArm,
         lambda device, _: compile_problem(device),
     ),
-    "ours": Entry("fastdino.Trainer", TrainerArm),
 }
 OURS = [name for name in ARMS if name.startswith("ours")]
 
@@ -82,11 +82,12 @@ OURS = [name for name in ARMS if name.startswith("ours")]
 def choose_arms(
     asked: Sequence[str] | None, device: torch.device, dino_repo: Path | None
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The arms to run, in order, and those left out with the reason.
+    """The arms to run, in order, and those left out with the reason; "ours" asks for all of ours.
 
     Raises: ConfigError: an arm was asked for by name and is not known, or cannot run here.
     """
-    for name in asked or ():
+    asked = [name for word in asked or () for name in (OURS if word == "ours" else [word])]
+    for name in asked:
         if name not in ARMS:
             raise ConfigError(f"--arms {name} is not known: expected some of {', '.join(ARMS)}")
     chosen, missing = {}, {}

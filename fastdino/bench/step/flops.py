@@ -127,7 +127,7 @@ def peak_of(device: torch.device) -> Peak:
 
 def measured_peak(device: torch.device, repetitions: int = 5) -> Peak:
     """The median of a few square products: bf16 on a GPU, fp32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     x = torch.randn(size, size, device=device).to(dtype)
     seconds = []
     for _ in range(1 + repetitions):

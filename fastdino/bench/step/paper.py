@@ -185,6 +185,12 @@ class Network(nn.Module):
         return self.head(torch.cat([self.backbone(torch.cat(list(group))) for _, group in sizes]))
 
 
+def plain_network(config: TrainConfig) -> Network:
+    """The student of a config."""
+    backbone = Backbone(config, drop_path_rate=config.drop_path_rate)
+    return Network(backbone, config.out_dim, norm_last_layer=config.norm_last_layer)
+
+
 class Loss(nn.Module):
     """Cross-entropy of every pair of different crops, one after the other; moves the center."""
 
@@ -239,10 +245,9 @@ class PaperArm(Arm):
 
     def build(self, setting: Setting) -> tuple[nn.Module, nn.Module, Any]:
         """Student, teacher and a loss with a buffer `center`; weights are copied in later."""
-        config, K = setting.config, setting.config.out_dim
-        backbone = Backbone(config, drop_path_rate=config.drop_path_rate)
-        student = Network(backbone, K, norm_last_layer=config.norm_last_layer)
-        return student, Network(Backbone(config), K, norm_last_layer=True), Loss(config)
+        config = setting.config
+        teacher = Network(Backbone(config), config.out_dim, norm_last_layer=True)
+        return plain_network(config), teacher, Loss(config)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """PyTorch's own choice of AdamW: not the fused one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class ArmResult:
         """How many times faster than `base`, in the same rounds."""
         if base is None or not (self.seconds and base.seconds):
             return None
-        pairs = zip(self.seconds, base.seconds, strict=True)
+        pairs = zip(self.seconds, base.seconds, strict=False)
         return statistics.median(theirs / own for own, theirs in pairs)
 
 
@@ -106,13 +107,14 @@ class Scaling:
             messages=self.messages,
             gradients=self.gradients / 1e6,
         )
-        lines = ["## Many GPUs", "", *([NO_PREDICTION, ""] if self.on_cpu else []), about, ""]
+        lines = ["## Many GPUs", "", *([NO_PREDICTION, ""] if self.on_cpu else [])]
+        lines += [wrapped(about), ""]
         return "\n".join([*lines, scaling_table(self.scaled)])
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told. kind: cuda or cpu."""
+    """All that is told. kind: cuda or cpu. problem: why it is not whole, or ""."""
 
     environment: dict[str, str]
     settings: dict[str, Any]
@@ -121,13 +123,14 @@ class Report:
     missing: dict[str, str]
     flops: ModelFlops
     peak: Peak
+    problem: str = ""
     fed: Fed | None = None
     scaling: Scaling | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether an arm is red or broke."""
-        return any(arm.problem for arm in self.arms)
+        """Whether it is not whole, or an arm is red or broke."""
+        return bool(self.problem) or any(arm.problem for arm in self.arms)
 
     def write(self, folder: Path) -> None:
         """step.md and step.json."""
@@ -140,14 +143,28 @@ class Report:
         """The whole as text."""
         lines = ["# Training step", "", "Written by `fastdino bench`.", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in self.environment.items()]
-        lines += ["", self._about(), "", self._table(), "", self._how_to_read(), ""]
-        lines += ["## Parts", "", HOW_TO_READ_PARTS.format(time=TIME[self.kind]), ""]
+        lines += ["", *([f"**{self.problem}**", ""] if self.problem else [])]
+        lines += [wrapped(self._about()), "", self._table(), "", self._how_to_read(), ""]
+        lines += ["## Parts", "", wrapped(HOW_TO_READ_PARTS.format(time=TIME[self.kind])), ""]
         lines += [self._parts_table(), "", "## Gate", "", self._gate_table()]
         if self.fed is not None:
-            lines += ["", "## Images from the disk", "", self._fed_line(self.fed)]
+            lines += ["", "## Images from the disk", "", wrapped(self._fed_line(self.fed))]
         if self.scaling is not None:
             lines += ["", self.scaling.markdown()]
         return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line."""
+        timed = [arm for arm in self.arms if arm.seconds]
+        rates = [f"{arm.name} {statistics.median(arm.rates):.4g}" for arm in timed]
+        broken = [arm.name for arm in self.arms if arm.problem]
+        return "; ".join(
+            [
+                f"images/s: {', '.join(rates) or 'none'}",
+                *([f"not timed: {', '.join(broken)}"] if broken else []),
+                *([self.problem] if self.problem else []),
+            ]
+        )
 
     def _about(self) -> str:
         s = self.settings
@@ -160,7 +177,8 @@ class Report:
         )
 
     def _how_to_read(self) -> str:
-        return HOW_TO_READ.format(memory=MEMORY[self.kind], launches=LAUNCHES[self.kind])
+        text = HOW_TO_READ.format(memory=MEMORY[self.kind], launches=LAUNCHES[self.kind])
+        return wrapped(text)
 
     def _table(self) -> str:
         base = next((arm for arm in self.arms if arm.name == BASE), None)
@@ -174,8 +192,7 @@ class Report:
                 rows.append([arm.name, "not timed", *["-"] * 9, arm.title])
                 continue
             rate, (low, high) = statistics.median(arm.rates), quartiles(arm.rates)
-            times = arm.times(base)
-            assert arm.breakdown is not None
+            times, of = arm.times(base), arm.breakdown
             rows.append(
                 [
                     arm.name,
@@ -184,10 +201,10 @@ class Report:
                     "-" if times is None else f"{times:.2f}",
                     arm.precision,
                     f"{self.utilisation(arm, self.flops.total):.1%}",
-                    f"{self.utilisation(arm, arm.executed):.1%}",
+                    f"{self.utilisation(arm, arm.executed):.1%}" if arm.executed else "-",
                     f"{arm.memory / 1e6:.0f}",
-                    str(arm.breakdown.launches),
-                    str(arm.breakdown.reads),
+                    "-" if of is None else str(of.launches),
+                    "-" if of is None else str(of.reads),
                     f"{arm.first_steps:.1f}",
                     arm.title,
                 ]
@@ -241,9 +258,15 @@ class Report:
             "peak": asdict(self.peak),
             "arms": arms,
             "missing": self.missing,
+            "problem": self.problem,
             "fed": self.fed and asdict(self.fed),
             "scaling": self.scaling and asdict(self.scaling),
         }
+
+
+def wrapped(text: str) -> str:
+    """In lines of at most 100 characters."""
+    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastdino.bench.step.arm import Arm, initial_setting, synthetic_crops
+from fastdino.bench.step.arm import TOLERANCE, Arm, initial_setting, synthetic_crops
 from fastdino.bench.step.arms import OURS, Entry, choose_arms
 from fastdino.bench.step.breakdown import profile_step, saved_bytes
 from fastdino.bench.step.flops import ModelFlops, executed_flops, model_flops, peak_of
@@ -46,7 +46,7 @@ DEFAULTS = {
     "cpu": {"arch": "vit_tiny", "batch_size_per_gpu": 8},
 }
 PACKAGES = ("torch", "triton", "torchvision", "timm", "lightly", "xformers", "fastdino")
-WARM_UP = {"cuda": 5, "cpu": 2}  # steps
+WARM_UP = {"cuda": 5, "cpu": 1}  # steps, after the first
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 
 
@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     print(found.markdown())
     if args.output:
         found.write(Path(args.output))
+    print(f"\n{found.summary()}")
     return int(found.failed)
 
 
@@ -121,11 +122,16 @@ class Benchmark:
 
     def run(self, entries: dict[str, Entry], missing: dict[str, str]) -> Report:
         """The whole of it."""
-        self.check(entries)
-        self.prepare(entries)
-        self.take_rounds()
+        problem = ""
         environment = self.environment()
-        self.profile()
+        try:
+            self.check(entries)
+            self.prepare(entries)
+            self.take_rounds()
+            environment = self.environment()  # with the clocks of a GPU that has just worked
+            self.profile()
+        except KeyboardInterrupt:
+            problem = "interrupted: what is missing was not measured"
         settings = {name: getattr(self.config, name) for name in SETTINGS}
         return Report(
             environment=environment,
@@ -135,8 +141,9 @@ class Benchmark:
             missing=missing,
             flops=flops_of(self.config),
             peak=peak_of(self.device),
-            fed=self.feed() if self.args.data_path else None,
-            scaling=self.scaling() if self.args.scaling else None,
+            problem=problem,
+            fed=self.feed() if self.args.data_path and not problem else None,
+            scaling=self.scaling() if self.args.scaling and not problem else None,
         )
 
     def check(self, entries: dict[str, Entry]) -> None:
@@ -144,8 +151,13 @@ class Benchmark:
         gate = Gate(self.config, self.device, self.args.dino_repo)
         for name, entry in entries.items():
             verdict = gate.check(entry.build, one_size=bool(entry.one_size))
-            note = f"gated on crops of one size: {entry.one_size}" if entry.one_size else ""
-            result = ArmResult(name, entry.title, verdict, note, first_steps=verdict.seconds)
+            notes = []
+            if entry.one_size:
+                notes.append(f"on crops of one size: {entry.one_size}")
+            if verdict.loss_tolerance > TOLERANCE:
+                notes.append(f"the loss, one long fp32 sum, to {verdict.loss_tolerance:g}")
+            result = ArmResult(name, entry.title, verdict, "; ".join(notes))
+            result.first_steps = verdict.seconds
             if not verdict.green:
                 result.problem = "red: not timed"
             self.results[name] = result
@@ -213,7 +225,7 @@ class Benchmark:
         return model_scaling(self.config, StepTime(step, backward), f"arm {name}", on_cpu=on_cpu)
 
     def environment(self) -> dict[str, str]:
-        """What the figures were measured on; on a GPU, with its clocks right after the rounds."""
+        """What the figures are measured on."""
         found = {
             "device": "cpu",
             "processor": processor(),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastdino.bench.step.paper import Backbone, Network
+from fastdino.bench.step.paper import plain_network
 from fastdino.config import TrainConfig
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -87,7 +87,7 @@ def sum_seconds(size: int, gpus: int) -> float:
 def messages_of(config: TrainConfig) -> list[Message]:
     """The buckets of the student's gradients, in the order in which they are ready."""
     with torch.device("meta"):
-        network = Network(Backbone(config), config.out_dim, norm_last_layer=config.norm_last_layer)
+        network = plain_network(config)
     return buckets(network)
 
 
