@@ -25,8 +25,9 @@ from fastdino.optim import parameter_groups
 from fastdino.step import Precision
 
 BACKEND = "inductor"
-# A fp32 sum of B*K products of one sign, one after the other: 7e-5 off at B*K = 2^18 on a CPU.
-EINSUM_TOLERANCE = 1e-4
+# Its value is an fp32 sum of B*K products of one sign: on a CPU 1.5e-4 off at B*K = 2^19. The
+# gradient does not pass through it.
+EINSUM_TOLERANCE = 5e-4
 
 
 class DropPath(nn.Module):
