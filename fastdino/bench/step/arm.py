@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import TrainConfig
+from fastdino.errors import ConfigError
 from fastdino.models.backbones import build_networks
+from fastdino.models.vit import VIT_ARCHS
 from fastdino.step import Precision
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
@@ -88,6 +90,14 @@ def initial_setting(
         torch.default_generator.manual_seed(config.seed)
         student = build_networks(config)[0].state_dict()
     return Setting(config, device, student, student, torch.zeros(config.out_dim), dino_repo)
+
+
+def vit_sizes(config: TrainConfig) -> dict[str, int]:
+    """embed_dim, depth, num_heads; raises ConfigError for an arch that no arm is made for."""
+    name = config.arch.replace("deit_", "vit_", 1)
+    if name not in VIT_ARCHS:
+        raise ConfigError(f"--arch {config.arch}: the arms are made of {', '.join(VIT_ARCHS)}")
+    return VIT_ARCHS[name]
 
 
 def synthetic_crops(config: TrainConfig, device: torch.device) -> list[Tensor]:

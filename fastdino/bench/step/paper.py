@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Arm, Setting
+from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Arm, Setting, vit_sizes
 from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
-from fastdino.models.vit import VIT_ARCHS
 from fastdino.optim import parameter_groups
 from fastdino.step import choose_precision
 
@@ -116,7 +115,7 @@ class Backbone(nn.Module):
         make_block: Callable[[int, int, float], Block] = plain_block,
     ):
         super().__init__()
-        arch = VIT_ARCHS[config.arch.replace("deit_", "vit_")]
+        arch = vit_sizes(config)
         dim, depth = arch["embed_dim"], arch["depth"]
         self.patch_size = config.patch_size
         self.side = config.global_crops_size // config.patch_size

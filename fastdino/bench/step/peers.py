@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdino.bench.step.arm import Setting
+from fastdino.bench.step.arm import Setting, vit_sizes
 from fastdino.bench.step.compiled import EINSUM_TOLERANCE
 from fastdino.bench.step.paper import PaperArm
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
-from fastdino.models.vit import VIT_ARCHS
 
 # The modules of a checkout of the authors' code that its training step is made of.
 DINO_MODULES = ("utils", "vision_transformer", "main_dino")
@@ -89,7 +88,7 @@ class LightlyNetwork(nn.Module):
             num_classes=0,
             drop_path_rate=drop_path_rate,
             dynamic_img_size=True,
-            **VIT_ARCHS[config.arch.replace("deit_", "vit_")],
+            **vit_sizes(config),
         )
         self.backbone = MaskedVisionTransformerTIMM(
             vit, weight_initialization="skip", pos_embed_initialization="skip", antialias=False
@@ -131,7 +130,7 @@ class DinoRepoArm(PaperArm):
             qkv_bias=True,
             norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
             drop_path_rate=rate,
-            **VIT_ARCHS[config.arch.replace("deit_", "vit_")],
+            **vit_sizes(config),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch's weight_norm

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastdino.bench.step.arm import TOLERANCE, Arm, initial_setting, synthetic_crops
+from fastdino.bench.step.arm import TOLERANCE, Arm, initial_setting, synthetic_crops, vit_sizes
 from fastdino.bench.step.arms import OURS, Entry, choose_arms
 from fastdino.bench.step.breakdown import profile_step, saved_bytes
 from fastdino.bench.step.flops import ModelFlops, executed_flops, model_flops, peak_of
@@ -34,7 +34,6 @@ from fastdino.data.sources import cpu_count
 from fastdino.distributed import choose_device
 from fastdino.environment import commit, output_of, processor, version
 from fastdino.errors import ConfigError
-from fastdino.models.vit import VIT_ARCHS
 
 # Of a run's settings, those that a step depends on.
 SETTINGS = (
@@ -106,8 +105,7 @@ def config_of(args: argparse.Namespace, device: torch.device) -> TrainConfig:
     if args.data_path:
         settings["data_path"] = args.data_path
     config = TrainConfig(**settings, freeze_last_layer=0, warmup_epochs=0)
-    if config.arch.replace("deit_", "vit_") not in VIT_ARCHS:
-        raise ConfigError(f"--arch {config.arch}: the arms are made of {', '.join(VIT_ARCHS)}")
+    vit_sizes(config)  # raises where the arms cannot be made
     return config
 
 
@@ -328,7 +326,7 @@ def model_scaling(config: TrainConfig, of: StepTime, source: str, *, on_cpu: boo
 
 def flops_of(config: TrainConfig) -> ModelFlops:
     """The model's FLOPs an image."""
-    arch = VIT_ARCHS[config.arch.replace("deit_", "vit_")]
+    arch = vit_sizes(config)
     return model_flops(
         arch["embed_dim"],
         arch["depth"],
