@@ -340,12 +340,16 @@ def test_inside_marked_attention_only_linear_layers_are_not_attention():
     assert (parts["GEMM"], parts["attention"]) == (1e-6, 1e-6)
 
 
-def test_a_compiled_module_is_not_marked():
-    network = nn.Sequential(nn.Sequential(), nn.Sequential())
+def test_nothing_within_compiled_code_is_marked():
+    network = nn.Sequential(*(nn.Sequential() for _ in range(3)))
     for block in network:
         block.attn = nn.Identity()
+    network.head = nn.Identity()
     network[0].compile(backend="eager")
-    assert [module for module, _ in breakdown.markable(network)] == [network[1].attn]
+    network[1].forward = torch.compile(network[1].forward, backend="eager")
+    network.head.forward = torch.compile(network.head.forward, backend="eager")
+    marked = {module for module, _ in breakdown.markable(network)}
+    assert marked == {network[2].attn, network.head}
 
 
 def test_a_profiled_step_has_all_parts(config):

@@ -26,6 +26,7 @@ UPDATE = "clip, optimizer, EMA"
 ELEMENTWISE = "norms, elementwise"
 PARTS = ("embedding", ELEMENTWISE, "GEMM", "attention", "head", "loss", UPDATE)
 
+MARKS = {"head": "head", "attn": "attention"}  # names of modules, and their parts
 _MARK = "fastdino part: "
 _BACKWARD = "autograd::engine::evaluate_function"
 _PATTERNS = (
@@ -97,14 +98,18 @@ def marked(arm: Arm) -> Iterator[None]:
 
 
 def markable(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The modules named `head` and `attn`, but none in a compiled one, which a hook would break."""
+    """The modules named `head` and `attn`; none within compiled code, which a hook would break."""
     for name, child in module.named_children():
-        if child._compiled_call_impl is not None:
-            continue
-        if name in ("head", "attn"):
-            yield child, {"head": "head", "attn": "attention"}[name]
-        else:
+        if name in MARKS and child._compiled_call_impl is None:
+            yield child, MARKS[name]
+        elif not is_compiled(child):
             yield from markable(child)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was given the module, or its forward."""
+    by_forward = hasattr(module.forward, "_torchdynamo_orig_callable")
+    return module._compiled_call_impl is not None or by_forward
 
 
 def _mark(module: nn.Module, part: str) -> list[Any]:
