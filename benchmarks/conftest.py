@@ -12,7 +12,7 @@ from benchmarks.measure import copy_bandwidth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Held = Callable[..., dict[str, Outcome]]
-EFFORT = {"cuda": Effort(2.0, 30), "cpu": Effort(8.0, 9), "quick": Effort(0.3, 5)}
+EFFORT = {"cuda": Effort(1.2, 30), "cpu": Effort(8.0, 9), "quick": Effort(0.3, 5)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

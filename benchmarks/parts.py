@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GRACE = 10.0  # seconds after SIGINT, to write down what there is
+GRACE = 5.0  # seconds after SIGINT, to write down what there is
 
 
 @dataclass(frozen=True)

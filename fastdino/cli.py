@@ -32,7 +32,9 @@ COMMANDS = {
     "crops": Command("fastdino.crop_sheet", "draw a photo's crops, and how their makers differ"),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),
-    "bench": Command("fastdino.bench.command", "how fast the loaders are here, and others' beside"),
+    "bench": Command(
+        "fastdino.bench.command", "how fast a training step or a loader is here, and others' beside"
+    ),
     "shapes": Command("fastdino.data.shapes", "write a small labelled image set to try things on"),
 }
 

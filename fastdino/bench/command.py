@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from fastdino.bench import loaders
-from fastdino.errors import ConfigError
+from fastdino.bench import arms, loaders
+from fastdino.bench.step import arms as step_arms
+from fastdino.bench.step import run as step
+from fastdino.config import add_arguments
+
+# Settings of a run that both benchmarks take; the batch has a default of its own in each.
+SHARED = (
+    "num_workers", "global_crops_size", "local_crops_size", "local_crops_number", "seed", "device",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -13,13 +20,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loader",
         action="store_true",
-        help="the loaders: images/s and cores used, others' and ours, and of decoding alone",
+        help="the loaders, not the training step: images/s and cores used, others' and ours, and "
+        "of decoding alone",
     )
+    parser.add_argument(
+        "--data_path",
+        help="images, whatever `fastdino train` takes; without it the step takes noise, and the "
+        "loaders JPEGs that are generated for the while",
+    )
+    parser.add_argument(
+        "--arms",
+        help="which to compare, by comma (default: all that can run here). Of the step: "
+        f"{', '.join(step_arms.ARMS)}; of the loaders: {', '.join(arms.ARMS)}",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each arm (default: 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="seconds of a round of an arm (default: 3)"
+    )
+    parser.add_argument("--output", help="folder that gets the tables as .md and .json")
+    parser.add_argument(
+        "--batch_size_per_gpu",
+        type=int,
+        help=f"images a step (default: {step.DEFAULTS['cuda']['batch_size_per_gpu']} on a GPU, "
+        f"{step.DEFAULTS['cpu']['batch_size_per_gpu']} on a CPU), or of a loader's batch "
+        f"(default: {loaders.BATCH})",
+    )
+    add_arguments(parser, SHARED)
+    step.configure(parser)
     loaders.configure(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark that was asked for."""
-    if not args.loader:
-        raise ConfigError("say what to measure: --loader (images/s of the loaders)")
-    return loaders.main(args)
+    return loaders.main(args) if args.loader else step.main(args)

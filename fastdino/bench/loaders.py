@@ -36,6 +36,7 @@ SETTINGS = (
     "batch_size_per_gpu", "num_workers", "global_crops_size", "local_crops_size",
     "local_crops_number", "global_crops_scale", "local_crops_scale", "seed", "device",
 )  # fmt: skip
+BATCH = 64  # images, unless --batch_size_per_gpu says otherwise
 PACKAGES = (
     "torch", "torchvision", "pillow", "numpy", "numba", "lightly", "nvidia-dali-cuda130",
     "nvidia-dali-cuda120", "triton",
@@ -46,35 +47,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
     group = parser.add_argument_group("--loader")
     group.add_argument(
-        "--data_path",
-        help="images, whatever `fastdino train` takes; without it, JPEGs that are generated for "
-        f"the while: {photos.SIZE[0]} x {photos.SIZE[1]} pixels, quality {photos.QUALITY}",
-    )
-    group.add_argument(
         "--images",
         type=int,
         default=200,
-        help="how many images, of those at --data_path evenly chosen ones (default: 200)",
-    )
-    group.add_argument(
-        "--arms",
-        help=f"which to compare, by comma: {', '.join(ARMS)} (default: all that can run here)",
+        help="how many images, of those at --data_path evenly chosen ones (default: 200); "
+        f"generated ones have {photos.SIZE[0]} x {photos.SIZE[1]} pixels, quality {photos.QUALITY}",
     )
     group.add_argument(
         "--stages",
         action="store_true",
         help="also time each stage of an image's crops on one thread, by Pillow and fused",
     )
-    group.add_argument("--rounds", type=int, default=5, help="rounds of each arm (default: 5)")
-    group.add_argument("--seconds", type=float, default=3.0, help="seconds of a round (default: 3)")
     group.add_argument(
         "--timeout",
         type=float,
         default=120.0,
         help="seconds after which an arm that does not answer is given up (default: 120)",
     )
-    group.add_argument("--output", help="folder that gets loader.md and loader.json")
-    add_arguments(group, SETTINGS)
+    add_arguments(group, ("global_crops_scale", "local_crops_scale"))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -146,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace, images: int) -> TrainConfig:
     settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.batch_size_per_gpu is None:
+        settings["batch_size_per_gpu"] = BATCH
     settings["num_workers"] = min(args.num_workers, cpu_count())
     # No network looks at these crops: they need not be as large as its patches.
     config = TrainConfig(**settings, patch_size=1)

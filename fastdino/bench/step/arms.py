@@ -1,0 +1,106 @@
+"""The arms of the benchmark by name, and why one cannot run here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdino.bench.step.arm import Arm, Setting
+from fastdino.bench.step.compiled import CompiledArm, compile_problem
+from fastdino.bench.step.paper import PaperArm
+from fastdino.bench.step.peers import DinoRepoArm, LightlyArm, lightly_problem
+from fastdino.errors import ConfigError
+from fastdino.step import Trainer
+
+# Enough for the schedules to stand still during a benchmark.
+STEPS_PER_EPOCH = 10**6
+
+
+class TrainerArm(Arm):
+    """fastdino's own step; `changes` are settings of TrainConfig."""
+
+    def __init__(self, setting: Setting, **changes: Any):
+        config = dataclasses.replace(setting.config, **changes)
+        self.trainer = Trainer(config, STEPS_PER_EPOCH, device=setting.device)
+        state = self.trainer.state_dict()
+        center = setting.center.reshape(state["dino_loss"]["center"].shape)
+        state |= {"student": setting.student, "teacher": setting.teacher}
+        self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
+        self.student, self.teacher = self.trainer.student, self.trainer.teacher
+        self.precision = self.trainer.precision
+
+    def step(self, crops: Sequence[Tensor]) -> Tensor:
+        return self.trainer.train_step(crops)
+
+    @property
+    def center(self) -> Tensor:
+        return self.trainer.loss.center.flatten()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm: what it is, what builds it, and why it cannot run (device, dino_repo) or None.
+
+    one_size: why it can be gated on crops of one size only; "" where it needs not.
+    """
+
+    title: str
+    build: Callable[[Setting], Arm]
+    problem: Callable[[torch.device, Path | None], str | None] = lambda _device, _repo: None
+    one_size: str = ""
+
+
+ARMS = {
+    "paper": Entry("the paper's step, written plainly in PyTorch", PaperArm),
+    "dino": Entry(
+        "the authors' own code, from --dino_repo",
+        DinoRepoArm,
+        lambda _, repo: None if repo else "no --dino_repo was given",
+    ),
+    "lightly": Entry(
+        "lightly's networks, loss and EMA; its global clip",
+        LightlyArm,
+        lambda *_: lightly_problem(),
+        one_size="it resizes the position embedding by another scale than the authors' code",
+    ),
+    "ours": Entry("fastdino, --mode parity", partial(TrainerArm, mode="parity")),
+    "ours-fast": Entry("fastdino, --mode fast", partial(TrainerArm, mode="fast")),
+    "compiled": Entry(
+        "SDPA, compiled blocks, einsum loss, fused AdamW, multi-tensor EMA",
+        CompiledArm,
+        lambda device, _: compile_problem(device),
+    ),
+}
+OURS = [name for name in ARMS if name.startswith("ours")]
+
+
+def choose_arms(
+    asked: Sequence[str] | None, device: torch.device, dino_repo: Path | None
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The arms to run, in order, and those left out with the reason; "ours" asks for all of ours.
+
+    Raises: ConfigError: an arm was asked for by name and is not known, or cannot run here.
+    """
+    asked = [name for word in asked or () for name in (OURS if word == "ours" else [word])]
+    for name in asked:
+        if name not in ARMS:
+            raise ConfigError(f"--arms {name} is not known: expected some of {', '.join(ARMS)}")
+    chosen, missing = {}, {}
+    for name, entry in ARMS.items():
+        if asked and name not in asked:
+            continue
+        problem = entry.problem(device, dino_repo)
+        if problem is None:
+            chosen[name] = entry
+        elif asked:
+            raise ConfigError(f"--arms {name} cannot run: {problem}")
+        else:
+            missing[name] = problem
+    return chosen, missing
