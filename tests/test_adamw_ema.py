@@ -454,7 +454,7 @@ def test_where_found_inf_is_not_zero_the_teacher_alone_follows(target):
         [t.double() for t in lists.teachers], [p.double() for p in lists.parameters], 0.9
     )
     found_inf = torch.ones((), device=target["device"])
-    lists.step(target, found_inf=found_inf)
+    lists.step(target, found_inf=found_inf, weight_decay=0.1 * found_inf)
     for names in ("parameters", "exp_avg", "steps"):
         assert_unchanged(lists, before, names)
     assert_close(lists.teachers, teachers)
@@ -958,6 +958,7 @@ def test_checkpoints_move_from_and_to_pytorchs_adamw(kind, saved, target):
         for network, optimizer in everyone:
             set_gradients(network, step)
             optimizer.step()
+    assert our_other.state_dict()["param_groups"] == our_adamw.state_dict()["param_groups"]
     for network, optimizer in everyone[1:]:
         assert_networks_close(network, ours)
         for p, q in zip(network.parameters(), ours.parameters(), strict=True):

@@ -47,6 +47,7 @@ from .pointer_table import (
 from .sharded import check_sharded_alike, local_part, norms_over_shards
 
 
+@torch.compiler.disable  # whose graph would end at the first address: better in one place
 @torch.no_grad()
 def adamw_ema_update_(
     parameters: Iterable[Tensor],
@@ -236,28 +237,28 @@ def _run_triton(call: Call, plan: Plan) -> None:
 
 
 def _plan(tensors: Tensors, impl: str) -> Plan:
-    """What the checks found, or found before."""
-    lists = tensors.lists()
-    present = _present(lists)
-    if not are_plain(present):
-        return _make_plan(tensors, impl, _make_state_plan(tensors, impl))
-    chosen = choose_impl(impl, tensors.parameters[:1])
-    state_lists = _written(tensors)
+    """What the checks found, or found before; of the gradients apart, as they move more often."""
+    roles, gradients = _written(tensors), _present([tensors.gradients])
 
     def make_state() -> Plan:
         return _make_state_plan(tensors, impl)
 
     def make() -> Plan:
-        # Gradients move more often than the rest, which is then found as it was.
-        head = ("adamw_ema state", impl, chosen, _holes(state_lists))
-        return _make_plan(tensors, impl, plan_for(head, _present(state_lists), make_state))
+        return _make_plan(tensors, impl, state)
 
-    return plan_for(("adamw_ema", impl, chosen, _holes(lists)), present, make)
+    held = _present(roles)
+    if not are_plain([*held, *gradients]):
+        state = make_state()
+        return make()
+    chosen = choose_impl(impl, tensors.parameters[:1])
+    state = plan_for(("adamw_ema", impl, chosen, *map(_holes, roles)), held, make_state)
+    head = ("adamw_ema gradients", impl, state, _holes(tensors.gradients))
+    return plan_for(head, gradients or tensors.parameters[:1], make)
 
 
-def _holes(lists: Sequence[Sequence[Tensor | None]]) -> tuple[tuple[int, ...], ...]:
-    """Where there is no tensor."""
-    return tuple(tuple(i for i, tensor in enumerate(some) if tensor is None) for some in lists)
+def _holes(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Where there is none."""
+    return tuple(i for i, tensor in enumerate(tensors) if tensor is None)
 
 
 def _make_state_plan(tensors: Tensors, impl: str) -> Plan:

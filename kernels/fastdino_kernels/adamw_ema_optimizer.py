@@ -136,8 +136,9 @@ class AdamWEMA(torch.optim.Optimizer):
         device = group["params"][0].device if group["params"] else torch.device("cpu")
         make_group(0, 0, *_hyperparameters(group), device)
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], float] | None = None,
         *,

@@ -8,6 +8,7 @@ is read: gradients are scaled into memory of their own, and flags select what st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def update_on_host(call: Call, gaps: Sequence[int]) -> None:
     if moves:
         factors = _factors_on_host(call)
         for group in call.groups:
+            lr, weight_decay = float(group.lr), float(group.weight_decay)
+            group = replace(group, lr=lr, weight_decay=weight_decay)
             _adamw_on_host(call, group, factors, frozenset(gaps))
     if averages:
         _average(call.tensors, float(call.momentum))
@@ -109,14 +112,14 @@ def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None
     stays = torch.stack(flags).any().float() if flags else None
     rows = range(len(call.tensors.parameters)) if rows is None else rows
     for group in call.groups:
-        _adamw_on_device(call, group, rows, frozenset(gaps), stays)
+        indices = [i for i in _moving(call.tensors, group) if i in rows]
+        _adamw_on_device(call, group, indices, frozenset(gaps), stays)
     _average(call.tensors.take(rows), call.momentum, nothing)
 
 
 def _adamw_on_device(
-    call: Call, group: Group, rows: Sequence[int], gaps: frozenset[int], stays: Tensor | None
+    call: Call, group: Group, indices: Sequence[int], gaps: frozenset[int], stays: Tensor | None
 ) -> None:
-    indices = [i for i in _moving(call.tensors, group) if i in frozenset(rows)]
     steps = _count_steps(call.steps, indices, stays)
     gradients = [g for _, (_, g, _, _) in _quadruples(call.tensors, indices)]
     factors = _factors_on_device(call, indices)
@@ -206,8 +209,6 @@ def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None =
     """torch._fused_adamw_ over (parameters, gradients, exp_avgs, exp_avg_sqs, steps)."""
     parameters, gradients, exp_avgs, exp_avg_sqs, steps = lists
     lr, weight_decay = group.lr, group.weight_decay
-    if parameters[0].is_cpu:
-        lr, weight_decay = float(lr), float(weight_decay)
     if isinstance(weight_decay, Tensor):  # which the operator does not take
         decay = 1 - lr * weight_decay
         kept = decay if stays is None else torch.where(stays != 0, torch.ones_like(decay), decay)

@@ -59,9 +59,9 @@ class PointerTable:
     codes: tuple[int | None, ...]  # each role's dtype code, MIXED, or None: no tensor has it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What the checks of a call found: who computes what."""
+    """What the checks of a call found: who computes what. It equals itself alone, as in a key."""
 
     impl: str
     table: PointerTable | None = None
