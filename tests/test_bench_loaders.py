@@ -21,7 +21,7 @@ HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvid
 TINY = [
     "bench", "--loader", "--images", "8", "--batch_size_per_gpu", "4", "--num_workers", "1",
     "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2",
-    "--rounds", "2", "--seconds", "0.05", "--device", "cpu",
+    "--rounds", "2", "--seconds", "0.05", "--device", "cpu", "--timeout", "600",
 ]  # fmt: skip
 CPU_ARMS = [name for name in arms.ARMS if name not in arms.GPU_ARMS]
 

@@ -8,6 +8,7 @@ ratio within a round.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures and reports; the exit status is 1 where an arm failed or did not answer."""
     _check(args)
+    load = os.getloadavg()[0]
     device = choose_device(args.device)
     names = chosen_arms(args.arms, on_gpu=device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         task = Task(source, _config(args, len(source)), str(device))
         arms = measure(names, task, args)
         stages = _stages(task, args) if args.stages else None
-    report = Report(environment(task), _settings(args, task), about, arms, stages)
+    report = Report(environment(task, load), _settings(args, task), about, arms, stages)
     print(report.markdown())
     if args.output:
         report.write(Path(args.output))
@@ -108,11 +110,12 @@ def measure(names: list[str], task: Task, args: argparse.Namespace) -> dict[str,
     return take_turns(competitors, effort, _say)
 
 
-def environment(task: Task) -> dict[str, str]:
-    """What the figures were measured on."""
+def environment(task: Task, load: float) -> dict[str, str]:
+    """What the figures were measured on; load: processes that wanted to run before."""
     found = {
         "processor": processor(),
         "cores": f"{cpu_count()}, of which each arm had {task.config.num_workers}",
+        "load average": f"{load:.1f} before",
         "commit": commit(),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }

@@ -113,7 +113,7 @@ def _by_fused(
     for packed, floats, out in zip(
         rows.numpy(), rows.view(torch.float32).numpy(), outs, strict=True
     ):
-        flags = packed[FLAGS]
+        flags = int(packed[FLAGS])  # the type for which crops_of_image has compiled them
         fused_pixels.resize(turned, packed, flags & FLIP, rest, sums, images)
         lap("crop + resize")
         if flags & JITTER:
