@@ -199,7 +199,7 @@ class NotANumber(PaperArm):
     [
         (WrongCenter, {"center"}),
         (WrongTeacher, {"teacher"}),
-        (NoClip, {"student"}),
+        (NoClip, {"student", "teacher"}),
         (DecaysAll, {"student"}),
         (WrongLoss, {"loss", "gradient", "student", "teacher"}),
         (NotANumber, {"loss"}),

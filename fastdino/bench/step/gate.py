@@ -106,8 +106,9 @@ class Gate:
 def gate_config(config: TrainConfig, *, one_size: bool) -> TrainConfig:
     """The gate's settings: fp32, no stochastic depth, at most 8 images, a clip that acts.
 
-    lr and weight decay are such that a mistake in the optimizer shows beside the weights, and
-    rounding, which AdamW enlarges where a gradient is near its eps, does not.
+    AdamW makes a step of +-lr of a gradient next to 0, whose sign rounding may decide. Clipped so
+    far, such gradients lie below its eps. lr and weight decay are such that a mistake in the
+    optimizer shows beside the weights.
     """
     images = min(config.batch_size_per_gpu, 8)
     locals_ = config.local_crops_number
@@ -119,7 +120,7 @@ def gate_config(config: TrainConfig, *, one_size: bool) -> TrainConfig:
         batch_size_per_gpu=images,
         local_crops_number=min(locals_, 1) if one_size else locals_,
         local_crops_size=config.global_crops_size if one_size else config.local_crops_size,
-        clip_grad=0.01,
+        clip_grad=1e-4,
         lr=1e-4 * 256 / images,
         weight_decay=0.4,
     )
