@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench_adamw_ema import VARIANTS as OPTIMIZERS
+from benchmarks.bench_adamw_ema import Network
 from benchmarks.bench_dino_loss import Size as LossSize
 from benchmarks.bench_dino_loss import both, forward, make_inputs, ours
 from benchmarks.contest import Compete, Contest, Variant
@@ -64,6 +66,22 @@ def network_contest(device: torch.device) -> Contest:
     )
 
 
+def optimizer_contest(device: torch.device) -> Contest:
+    student, teacher = ([torch.rand(1, device=device) for _ in range(TENSORS)] for _ in range(2))
+    parameters: list[Tensor] = [torch.nn.Parameter(p) for p in student]
+    for parameter in parameters:
+        parameter.grad = torch.rand(1, device=device)
+    network = Network(parameters, teacher, [], [], [])
+    return Contest(
+        f"Host time of clip, AdamW and EMA, {TENSORS} tensors of one element",
+        [
+            Variant(name, partial(lambda step: step, make(network, False)), nothing_to_check, role)
+            for name, (role, make) in OPTIMIZERS.items()
+        ],
+        **HOST,
+    )
+
+
 def foreach_lerp(teacher: list[Tensor], student: list[Tensor]) -> None:
     with torch.no_grad():
         torch._foreach_lerp_(teacher, student, 1 - MOMENTUM)
@@ -88,3 +106,8 @@ def test_loss_overhead(compete: Compete, with_backward: bool, variant: str) -> N
 @pytest.mark.parametrize("variant", NETWORK)
 def test_network_overhead(compete: Compete, variant: str) -> None:
     compete(network_contest, variant=variant)
+
+
+@pytest.mark.parametrize("variant", OPTIMIZERS)
+def test_optimizer_overhead(compete: Compete, variant: str) -> None:
+    compete(optimizer_contest, variant=variant)

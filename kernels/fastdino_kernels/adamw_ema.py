@@ -1,15 +1,15 @@
 """The optimizer's whole pass at once: clip by norm, AdamW, the teacher's EMA, low-precision copies.
 
-Bytes a parameter, in fp32, each column with bf16 copies of student and teacher in brackets:
+Bytes a parameter, in fp32, and in brackets with bf16 copies of student and teacher:
 
-    |             | norms | clip | AdamW | EMA | copies | together |
-    |-------------|-------|------|-------|-----|--------|----------|
-    | step by step|   4   |  8   |  28   | 12  | (12)   | 52 (64)  |
-    | at once     |   4   |          36         | (4)    | 40 (44)  |
+    |              | norms | clip | AdamW | EMA | copies | together |
+    |--------------|-------|------|-------|-----|--------|----------|
+    | step by step | 4     | 8    | 28    | 12  | (8)    | 52 (60)  |
+    | at once      | 4     |      36            | (4)    | 40 (44)  |
 
-Step by step the clip reads and writes a gradient (where it is clipped), AdamW reads four tensors
-and writes three, the EMA reads two and writes one. At once five are read and four are written, and
-the gradient stays as it is.
+Step by step the clip reads and writes a gradient (if it is clipped), AdamW reads four tensors and
+writes three, the EMA reads two and writes one (and the teacher's copy), and the student is read
+again for its copy. At once five are read and four are written; the gradient stays as it is.
 """
 
 from __future__ import annotations
@@ -123,13 +123,12 @@ def adamw_ema_update_(
             before.
 
     """
-    n, lists = len(parameters := list(parameters)), (gradients, exp_avgs, exp_avg_sqs)
-    copies = (teachers, shadows, teacher_shadows)
-    tensors = Tensors(
-        parameters,
-        *(list(some) for some in lists),
-        *([None] * n if some is None else list(some) for some in copies),
-    )
+    parameters = list(parameters)
+    n = len(parameters)
+    given = (gradients, exp_avgs, exp_avg_sqs, teachers, shadows, teacher_shadows)
+    none: list[Tensor | None] = [None] * n
+    lists = (none if some is None else list(some) for some in given)
+    tensors = Tensors(parameters, *lists)
     check_lengths(tensors)
     if n == 0:
         choose_impl(impl, [])  # its name is checked all the same
@@ -185,8 +184,8 @@ def update(call: Call, impl: str) -> Tensor | None:
 
 def _written(tensors: Tensors) -> list[list[Tensor | None]]:
     """The roles of the kernel's table, in its order."""
-    _, gradients, *_ = lists = tensors.lists()
-    return [some for some in lists if some is not gradients]
+    parameters, _gradients, *others = tensors.lists()
+    return [parameters, *others]
 
 
 def _present(lists: Iterable[Iterable[Tensor | None]]) -> list[Tensor]:

@@ -70,7 +70,7 @@ def _adamw_on_host(
     gradients: list[Tensor] = []
     for i, (p, g, m, v) in _quadruples(call.tensors, indices):
         wide = compute_dtype(p, g, m, v)
-        if factors[i] == 1:
+        if factors[i] == 1 and len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1:
             at_once.append(i)
             gradients.append(g)
         elif i not in gaps and {p.dtype, m.dtype, v.dtype} == {wide}:

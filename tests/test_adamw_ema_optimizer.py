@@ -1,0 +1,441 @@
+"""AdamWEMA against clip, torch.optim.AdamW and EMA, one after the other; and its checkpoints."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
+
+numpy_warns = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+
+def networks(device="cpu", count=2):
+    """Equal networks: a linear, an activation, a linear; fp32."""
+    torch.manual_seed(0)
+    first = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3))
+    return [copy.deepcopy(first).to(device) for _ in range(count)]
+
+
+def groups_of(network):
+    """Weights decayed, biases not, each with a rate of its own."""
+    weights, biases = ([p for p in network.parameters() if p.ndim == n] for n in (2, 1))
+    return [
+        {"params": weights, "lr": 0.02, "weight_decay": 0.3},
+        {"params": biases, "lr": 0.01, "weight_decay": 0.0, "betas": (0.7, 0.9)},
+    ]
+
+
+def set_gradients(network, seed, without=()):
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(network.parameters()):
+        gradient = torch.randn(p.shape, generator=generator) * 0.5**i
+        p.grad = None if i in without else gradient.to(p.device)
+
+
+def assert_networks_close(x, y, rtol=1e-5, atol=1e-6):
+    for p, q in zip(x.parameters(), y.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+
+
+def test_the_optimizer_is_clip_adamw_and_ema_one_after_the_other(target):
+    ours, theirs, our_teacher, their_teacher = networks(target["device"], 4)
+    optimizer = AdamWEMA(
+        groups_of(ours), max_norm=1.0, impl=target["impl"],
+        teacher=dict(zip(ours.parameters(), our_teacher.parameters(), strict=True)),
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(groups_of(theirs))
+    for step in range(4):
+        frozen = (2, 3) if step < 2 else ()  # the last layer, in the first epoch
+        for network in (ours, theirs):
+            set_gradients(network, step, frozen)
+        momentum, lr = 0.9 + step / 100, 0.01 * step
+        for some in (optimizer, adamw):
+            some.param_groups[0]["lr"] = lr
+        optimizer.step(momentum=momentum)
+        expected = clip_grad_norms_([p for g in adamw.param_groups for p in g["params"]], 1.0)
+        adamw.step()
+        ema_update_(their_teacher.parameters(), theirs.parameters(), momentum)
+        torch.testing.assert_close(optimizer.norms, expected)
+        assert_networks_close(ours, theirs)
+        assert_networks_close(our_teacher, their_teacher)
+    counts = [optimizer.state[p]["step"].item() for p in ours.parameters()]
+    assert counts == [4, 4, 2, 2]
+
+
+def test_what_is_in_no_group_is_followed_all_the_same(target):
+    student, teacher = networks(target["device"])
+    student[2].weight.requires_grad_(False).add_(1)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    pairs = dict(zip(student.parameters(), teacher.parameters(), strict=True))
+    shadow = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in student.parameters()}
+    optimizer = AdamWEMA(
+        trained, teacher=pairs, momentum=0.75, shadow=shadow, max_norm=1.0, impl=target["impl"]
+    )
+    set_gradients(student, 0, without=(2,))
+    expected = 0.75 * teacher[2].weight + 0.25 * student[2].weight
+    optimizer.step()
+    torch.testing.assert_close(teacher[2].weight, expected)
+    assert torch.equal(shadow[student[2].weight], student[2].weight.bfloat16())
+    assert optimizer.norms.shape == optimizer.steps.shape == (3,)
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1, 2]
+
+
+def test_teachers_may_be_a_list_with_gaps():
+    student, teacher = networks()
+    teachers = [*list(teacher.parameters())[:3], None]
+    before = teacher[2].bias.clone()
+    optimizer = AdamWEMA(student.parameters(), lr=0.1, teacher=teachers, momentum=0.0)
+    set_gradients(student, 0)
+    optimizer.step()
+    assert torch.equal(teacher[0].weight, student[0].weight)
+    assert torch.equal(teacher[2].bias, before)
+
+
+THEIRS = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "capturable": {"foreach": True, "capturable": True},
+}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", THEIRS)
+def test_checkpoints_move_from_and_to_pytorchs_adamw(kind, saved, target):
+    if kind == "capturable" and target["device"] == "cpu":
+        pytest.skip("capturable is for accelerators")
+    if target == {"impl": "triton", "device": "cpu"} and (kind != "fused" or not saved):
+        pytest.skip("the interpreter is slow, and one kind shows it")
+
+    def carry(state):
+        """Through a file, or by hand."""
+        if not saved:
+            return copy.deepcopy(state)
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def both():
+        ours, theirs = networks(target["device"])
+        optimizer = AdamWEMA(groups_of(ours), impl=target["impl"])
+        return ours, optimizer, theirs, torch.optim.AdamW(groups_of(theirs), **THEIRS[kind])
+
+    ours, our_adamw, theirs, their_adamw = both()
+    for step in range(3):
+        for network, optimizer in ((ours, our_adamw), (theirs, their_adamw)):
+            set_gradients(network, step, without=(3,) if step < 2 else ())
+            optimizer.step()
+    other, our_other, others, their_other = both()
+    other.load_state_dict(theirs.state_dict())
+    others.load_state_dict(ours.state_dict())
+    our_other.load_state_dict(carry(their_adamw.state_dict()))
+    their_other.load_state_dict(carry(our_adamw.state_dict()))
+    everyone = [(ours, our_adamw), (theirs, their_adamw), (other, our_other), (others, their_other)]
+    for step in range(3, 5):
+        for network, optimizer in everyone:
+            set_gradients(network, step)
+            optimizer.step()
+    assert our_other.state_dict()["param_groups"] == our_adamw.state_dict()["param_groups"]
+    for network, optimizer in everyone[1:]:
+        assert_networks_close(network, ours)
+        for p, q in zip(network.parameters(), ours.parameters(), strict=True):
+            state, expected = optimizer.state[p], our_adamw.state[q]
+            assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+            assert state["step"].item() == expected["step"].item()
+            torch.testing.assert_close(state["exp_avg"], expected["exp_avg"])
+            torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"])
+
+
+def test_a_state_dict_is_that_of_a_fused_adamw():
+    ours, theirs = networks()
+    optimizers = AdamWEMA(groups_of(ours)), torch.optim.AdamW(groups_of(theirs), fused=True)
+    for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+        set_gradients(network, 0, without=(1,))
+        optimizer.step()
+    own, expected = (optimizer.state_dict() for optimizer in optimizers)
+    assert own["param_groups"] == expected["param_groups"]
+    assert list(own["state"]) == list(expected["state"])
+    for i, state in expected["state"].items():
+        for name, value in state.items():
+            assert own["state"][i][name].shape == value.shape
+            assert own["state"][i][name].dtype == value.dtype
+
+
+def assert_counts_are_views(optimizer):
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        count = optimizer.state[p]["step"]
+        assert count.shape == ()
+        assert count.data_ptr() == optimizer.steps[i].data_ptr()
+
+
+@pytest.mark.parametrize("load", ["a dict", "a copy", "a pickle", "by hand", "another group"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_counts_stay_views_of_one_tensor(load, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    (network,) = networks(device, 1)
+    optimizer = AdamWEMA(groups_of(network), skip_nonfinite=True)
+    for step in range(2):
+        set_gradients(network, step)
+        optimizer.step()
+    assert_counts_are_views(optimizer)
+    steps = optimizer.steps
+    if load == "a dict":
+        state = copy.deepcopy(optimizer.state_dict())
+        set_gradients(network, 2)
+        optimizer.step()
+        optimizer.load_state_dict(state)
+        assert optimizer.steps is steps
+    elif load in ("a copy", "a pickle"):
+        pair = (network, optimizer)
+        network, optimizer = (
+            copy.deepcopy(pair) if load == "a copy" else pickle.loads(pickle.dumps(pair))
+        )
+        assert optimizer.steps.data_ptr() != steps.data_ptr()
+    elif load == "by hand":
+        optimizer.state[network[0].weight]["step"] = torch.tensor(2.0)
+    else:
+        extra = torch.nn.Parameter(torch.zeros(3, device=device))
+        optimizer.add_param_group({"params": [extra]})
+        extra.grad = torch.ones_like(extra)
+    set_gradients(network, 3)
+    optimizer.step()
+    assert_counts_are_views(optimizer)
+    assert optimizer.steps.tolist() == [3.0] * 4 + [1.0] * (load == "another group")
+
+
+def test_what_is_loaded_is_copied_into_what_is_there():
+    """As a captured graph needs it."""
+    (network,) = networks(count=1)
+    lr = torch.tensor(0.1)
+    optimizer = AdamWEMA(network.parameters(), lr=lr)
+    set_gradients(network, 0)
+    optimizer.step()
+    before = {p: dict(state) for p, state in optimizer.state.items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 0.7
+    state["state"][1]["exp_avg"].fill_(5.0)
+    state["state"][1]["step"].fill_(9.0)
+    del state["state"][0]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.7)
+    bias = network[0].bias
+    assert optimizer.state[bias]["exp_avg"] is before[bias]["exp_avg"]
+    assert bool((before[bias]["exp_avg"] == 5).all())
+    assert before[bias]["step"].item() == 9
+    set_gradients(network, 1)
+    optimizer.step()
+    assert optimizer.steps.tolist() == [1.0, 10.0, 2.0, 2.0]  # what was not saved starts anew
+
+
+@numpy_warns
+def test_a_gradient_that_is_not_finite_is_skipped_on_the_device(target):
+    student, teacher = networks(target["device"])
+    optimizer = AdamWEMA(
+        student.parameters(), lr=0.1, max_norm=1.0, teacher=list(teacher.parameters()),
+        skip_nonfinite=True, impl=target["impl"],
+    )  # fmt: skip
+    set_gradients(student, 0)
+    optimizer.step()
+    before = copy.deepcopy((student.state_dict(), teacher.state_dict(), optimizer.state_dict()))
+    student[2].weight.grad[0, 0] = math.nan
+    optimizer.step()
+    after = (student.state_dict(), teacher.state_dict(), optimizer.state_dict())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert optimizer.refused_steps.item() == 1
+    assert optimizer.norms.isnan().tolist() == [False, False, True, False]
+    set_gradients(student, 1)
+    optimizer.step(skip=torch.ones((), device=target["device"]))
+    torch.testing.assert_close(student.state_dict(), before[0], rtol=0, atol=0)
+    optimizer.step()
+    assert optimizer.refused_steps.item() == 1
+    assert optimizer.steps.tolist() == [2.0] * 4
+
+
+@numpy_warns
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_scales_skips_and_recovers(unscaled, target):
+    device = target["device"]
+    if unscaled and target == {"impl": "triton", "device": "cpu"}:
+        pytest.skip("the interpreter is slow, and the other form is the harder one")
+    ours, theirs, our_teacher, their_teacher = networks(device, 4)
+    optimizer = AdamWEMA(
+        ours.parameters(), lr=0.01, max_norm=0.5, teacher=list(our_teacher.parameters()),
+        momentum=0.9, impl=target["impl"],
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+    scalers = [torch.amp.GradScaler(device, init_scale=256.0, growth_interval=2) for _ in range(2)]
+    for step in range(5):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).to(device)
+        for network, some, scaler in zip((ours, theirs), (optimizer, adamw), scalers, strict=True):
+            some.zero_grad()
+            scaler.scale(network(x).square().mean()).backward()
+            if step == 2:
+                network[0].weight.grad[0, 0] = math.inf
+            if some is adamw or unscaled:
+                scaler.unscale_(some)
+            if some is adamw:
+                expected = clip_grad_norms_(theirs.parameters(), 0.5)
+            scaler.step(some)
+            scaler.update()
+        ema_update_(their_teacher.parameters(), theirs.parameters(), 0.9)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        torch.testing.assert_close(optimizer.norms, expected, equal_nan=True)
+        assert_networks_close(ours, theirs)
+        assert_networks_close(our_teacher, their_teacher)
+    assert optimizer.steps.tolist() == [4.0] * 4
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_a_grad_scaler_and_no_gradient_at_all():
+    student, teacher = networks()
+    optimizer = AdamWEMA(student.parameters(), teacher=list(teacher.parameters()), momentum=0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    student[0].weight.data.add_(1)
+    scaler.step(optimizer)
+    assert torch.equal(teacher[0].weight, student[0].weight)
+
+
+def test_a_closure_is_evaluated_with_gradients():
+    (network,) = networks(count=1)
+    optimizer = AdamWEMA(network.parameters(), lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = network(torch.ones(2, 5)).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_schedulers_drive_the_rate():
+    (network,) = networks(count=1)
+    optimizer = AdamWEMA(network.parameters(), lr=torch.tensor(0.5))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    set_gradients(network, 0)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.25)
+
+
+P, Q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "raises", "match"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be >= 0"),
+        ({"betas": (0.9, 2.0)}, ValueError, r"betas must be in \[0, 1\)"),
+        ({"params": [{"params": [P]}, {"params": [Q], "lr": -1}]}, ValueError, "lr must be >= 0"),
+        ({"params": [{"params": [P], "amsgrad": True}]}, ValueError, "amsgrad is not supported"),
+        ({"max_norm": -1.0}, ValueError, "max_norm must be > 0"),
+        ({"momentum": 2.0}, ValueError, r"momentum must be in \[0, 1\]"),
+        ({"teacher": [torch.zeros(2)] * 3}, ValueError, "teacher .*expected 2, got 3"),
+        ({"shadow": []}, ValueError, "shadow .*expected 2, got 0"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_mistakes_of_the_constructor_are_told(options, raises, match):
+    with pytest.raises(raises, match=match):
+        AdamWEMA(**({"params": [P, Q]} | options))
+
+
+def test_a_group_that_is_refused_is_not_added():
+    optimizer = AdamWEMA([P])
+    with pytest.raises(ValueError, match="weight_decay must be >= 0"):
+        optimizer.add_param_group({"params": [Q], "weight_decay": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize"])
+def test_the_state_of_another_algorithm_is_refused(name):
+    ours, theirs = networks()
+    adamw = torch.optim.AdamW(theirs.parameters(), **{name: True})
+    optimizer = AdamWEMA(ours.parameters())
+    with pytest.raises(ValueError, match=f"expected a state_dict without {name}"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert not optimizer.param_groups[0][name]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gradients_in_graph", [False, True])
+def test_a_captured_step_follows_the_numbers_on_the_device(gradients_in_graph):
+    student, teacher = networks("cuda")
+    numbers = {
+        name: torch.tensor(value, dtype=torch.float64, device="cuda")
+        for name, value in (("lr", 0.0), ("weight_decay", 0.0), ("momentum", 1.0))
+    }
+    optimizer = AdamWEMA(
+        student.parameters(), lr=numbers["lr"], weight_decay=numbers["weight_decay"], max_norm=0.5,
+        momentum=numbers["momentum"], teacher=list(teacher.parameters()), skip_nonfinite=True,
+    )  # fmt: skip
+    inputs = torch.randn(4, 5, device="cuda")
+
+    def step():
+        if gradients_in_graph:
+            optimizer.zero_grad()
+            student(inputs).square().mean().backward()
+        optimizer.step()
+
+    set_gradients(student, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    other, other_teacher = networks("cuda")
+    adamw = torch.optim.AdamW(other.parameters())
+    adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for count, (lr, decay, momentum) in enumerate([(0.1, 0.2, 0.9), (0.01, 0.0, 0.5)]):
+        for name, value in (("lr", lr), ("weight_decay", decay), ("momentum", momentum)):
+            numbers[name].fill_(value)
+        inputs.normal_()
+        if not gradients_in_graph:
+            for p in student.parameters():
+                p.grad.normal_()
+        adamw.zero_grad()
+        other(inputs).square().mean().backward()
+        if not gradients_in_graph:
+            for p, q in zip(other.parameters(), student.parameters(), strict=True):
+                p.grad.copy_(q.grad)
+        expected = clip_grad_norms_(other.parameters(), 0.5)
+        adamw.param_groups[0].update(lr=lr, weight_decay=decay)
+        adamw.step()
+        ema_update_(other_teacher.parameters(), other.parameters(), momentum)
+        graph.replay()
+        torch.testing.assert_close(optimizer.norms, expected)
+        assert_networks_close(student, other)
+        assert_networks_close(teacher, other_teacher)
+        assert optimizer.steps.tolist() == [count + 2.0] * 4
+    if not gradients_in_graph:
+        student[0].weight.grad[0, 0] = math.nan
+        graph.replay()
+        assert_networks_close(student, other)
+        assert optimizer.refused_steps.item() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_without_state_is_refused():
+    (network,) = networks("cuda", 1)
+    optimizer = AdamWEMA(network.parameters())
+    set_gradients(network, 0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(3, device="cuda")  # PyTorch warns of an empty graph
+        with pytest.raises(RuntimeError, match="step once.*before capturing"):
+            optimizer.step()
