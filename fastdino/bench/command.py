@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastdino.bench import arms, loaders
 from fastdino.bench.step import arms as step_arms
 from fastdino.bench.step import run as step
 from fastdino.config import add_arguments
+from fastdino.errors import ConfigError
 
 # Settings of a run that both benchmarks take; the batch has a default of its own in each.
 SHARED = (
     "num_workers", "global_crops_size", "local_crops_size", "local_crops_number", "seed", "device",
 )  # fmt: skip
+
+STEP_ONLY = ("arch", "steps", "dino_repo", "scaling", "step_ms", "backward_ms", "threads")
+LOADER_ONLY = ("stages",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,5 +56,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the benchmark that was asked for."""
+    """Runs the benchmark that was asked for.
+
+    Raises: ConfigError: flags of the other one, an --output that cannot be made.
+    """
+    for flag in STEP_ONLY if args.loader else LOADER_ONLY:
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag} {'does not go' if args.loader else 'goes'} with --loader")
+    if args.output:  # before anything is measured
+        try:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {args.output} cannot be made ({error.strerror}): name another folder"
+            ) from error
     return loaders.main(args) if args.loader else step.main(args)

@@ -377,6 +377,7 @@ def _pipeline(
             output_type=types.RGB,
             adjust_orientation=exif,
             jpeg_fancy_upsampling=True,
+            affine=False,  # else processes of one machine may be tied to the same few cores
         )
     else:
         image = fn.reinterpret(image, layout="HWC")

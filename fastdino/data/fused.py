@@ -45,7 +45,7 @@ def fused_crops(
             a crop's side. draw_crops gives two of them, global and local.
         mean, std: of the three channels, for values from 0 to 1.
         dtype: fp32, bf16 or fp16.
-        out: what to write to and return, of an earlier call: fresh memory costs a fifth more time.
+        out: what to write to and return, of an earlier call: fresh memory costs time.
         pool: a ThreadPoolExecutor that makes the images' crops side by side; else one after the
             other in this thread.
 

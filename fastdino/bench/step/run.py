@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         scaling = model_scaling(config, told, "given", on_cpu=False)
         print(scaling.markdown())
         return 0
-    names = args.arms.split(",") if args.arms else None
+    names = [name.strip() for name in args.arms.split(",")] if args.arms else None
     entries, missing = choose_arms(names, device, args.dino_repo)
     found = Benchmark(config, device, args).run(entries, missing)
     print(found.markdown())
