@@ -1,4 +1,4 @@
-"""`fastdino bench`: which benchmark its flags ask for, and mistakes told before anything is measured."""
+"""`fastdino bench`: which benchmark its flags ask for, and mistakes told before it begins."""
 
 import pytest
 
