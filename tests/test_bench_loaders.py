@@ -102,11 +102,6 @@ def test_mistakes_are_told_in_a_line(words, message, capsys):
     assert message in error
 
 
-def test_what_is_measured_has_to_be_said(capsys):
-    assert cli.main(["bench"]) == 2
-    assert "say what to measure: --loader" in capsys.readouterr().err
-
-
 def test_an_arm_that_fails_makes_the_command_fail(monkeypatch, capsys):
     failed = Outcome(status="failed", reason="no answer within 120 s")
     good = Outcome(samples=[Sample(100, 2.0, None)])
