@@ -363,6 +363,17 @@ def test_a_profiled_step_has_all_parts(config):
     assert not arm.student.head._forward_hooks
 
 
+def test_reads_of_many_values_are_counted(config):
+    class Reads(PaperArm):
+        def step(self, crops):
+            torch.arange(3).tolist()
+            torch.ones(()).item()
+
+    arm = Reads(initial_setting(config, CPU))
+    assert breakdown.profile_step(arm, [], CPU).reads == 2
+    assert "tolist" not in vars(torch.Tensor)
+
+
 # Many GPUs
 
 

@@ -1,9 +1,9 @@
 """Where the time of a step goes: its parts, from one profile; launches, reads, memory for backward.
 
-Each event of PyTorch's profiler falls into one part. Heads (and attention layers that are not
-compiled) are marked by hooks; what a backward pass does belongs where the forward operation of the
-same sequence number was. What comes after the heads and before the backward pass is the loss, what
-comes after the backward pass is the update. All else goes by the name of the operation.
+Each event of PyTorch's profiler falls into one part. Hooks mark the heads, and patch embeddings and
+attention layers that are not compiled; what a backward pass does belongs where the forward
+operation of the same sequence number was. What comes after the heads and before the backward pass
+is the loss, what comes after the backward pass is the update. All else goes by its name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ UPDATE = "clip, optimizer, EMA"
 ELEMENTWISE = "norms, elementwise"
 PARTS = ("embedding", ELEMENTWISE, "GEMM", "attention", "head", "loss", UPDATE)
 
-MARKS = {"head": "head", "attn": "attention"}  # names of modules, and their parts
+# Names of modules, and their parts.
+MARKS = {"head": "head", "attn": "attention", "patch_embed": "embedding"}
 _MARK = "fastdino part: "
+_READ_LIST = "fastdino read"
+_READS = ("aten::_local_scalar_dense", _READ_LIST)
 _BACKWARD = "autograd::engine::evaluate_function"
 _PATTERNS = (
     ("embedding", re.compile(r"conv|upsample|im2col|col2im", re.IGNORECASE)),
@@ -85,20 +88,28 @@ def profile_step(arm: Arm, crops: Sequence[Tensor], device: torch.device) -> Bre
 
 @contextlib.contextmanager
 def marked(arm: Arm) -> Iterator[None]:
-    """Marks the heads and the attention layers for the profiler."""
+    """Marks modules of MARKS for the profiler, and reads of many values, which it would not see."""
     hooks = []
     for network in (arm.student, arm.teacher):
         for module, part in markable(network):
             hooks += _mark(module, part)
+    read_list = torch.Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        with record_function(_READ_LIST):
+            return read_list(tensor)
+
+    setattr(torch.Tensor, "tolist", tolist)  # noqa: B010, which mypy would not have
     try:
         yield
     finally:
+        del torch.Tensor.tolist
         for hook in hooks:
             hook.remove()
 
 
 def markable(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The modules named `head` and `attn`; none within compiled code, which a hook would break."""
+    """The modules that MARKS names, but none within compiled code, which a hook would break."""
     for name, child in module.named_children():
         if name in MARKS and child._compiled_call_impl is None:
             yield child, MARKS[name]
@@ -140,7 +151,7 @@ def break_down(events: Sequence[Any], seconds: float, *, on_gpu: bool) -> Breakd
             launches += event.name.startswith(_LAUNCHES)
         else:
             launches += _is_leaf_operator(event)
-            reads += event.name == "aten::_local_scalar_dense" and not _in_optimizer(event)
+            reads += event.name in _READS and not _in_optimizer(event)
     if on_gpu:
         reads = sum(event.name.startswith("Memcpy DtoH") for event in events)
     return Breakdown(seconds, parts, backward, launches, reads)
