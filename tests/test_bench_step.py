@@ -262,7 +262,8 @@ def test_bytes_for_the_backward_pass_are_counted_once():
 
     def step():
         hidden = x @ weight  # keeps x, and nothing of its own
-        (hidden.exp() + hidden.sin()).sum().backward()  # exp keeps its result, sin its input
+        # exp keeps its result, sin and cos both keep their input.
+        (hidden.exp() + hidden.sin() + hidden.cos()).sum().backward()
 
     assert saved_bytes(step, [weight]) == 3 * 4000
     assert saved_bytes(step, [weight, x]) == 2 * 4000
