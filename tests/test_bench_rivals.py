@@ -49,11 +49,11 @@ def test_crops_with_nothing_left_to_chance_are_the_papers(
         ("SOLARIZE_P", [solarize] * 3), ("BLUR_RADIUS", (1.5, 1.5)),
     ):  # fmt: skip
         monkeypatch.setattr(rivals, name, value)
-    image = photo(0)
-    # The whole image is 4:3: no drawn box fits, and the whole is what is left.
+    # Twice as wide as high: no box of the whole area fits, and its middle, 4:3, is what is left.
+    image = photo(0).crop((0, 0, 500, 250))
     whole = tiny(local_crops_number=1, global_crops_scale=(1, 1), local_crops_scale=(1, 1))
     crop = Crop(
-        top=0, left=0, height=image.height, width=image.width, flip=True, jitter=False,
+        top=0, left=83, height=250, width=333, flip=True, jitter=False,
         jitter_order=[0, 1, 2, 3], jitter_factor=[1, 1, 1, 0], gray=bool(gray),
         blur_radius=1.5 * blur, solarize=bool(solarize),
     )  # fmt: skip
