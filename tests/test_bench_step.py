@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -32,6 +33,15 @@ TINY = """
     --arch vit_nano --patch_size 8 --out_dim 64 --global_crops_size 32 --local_crops_size 16
     --local_crops_number 2 --batch_size_per_gpu 2 --device cpu --rounds 2 --steps 1
 """
+
+# PyTorch's own, as it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch):
+    """Compiled blocks are traced, and not made into machine code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -508,7 +518,7 @@ def bench(*words: object) -> int:
 def test_the_command_measures_and_writes(tmp_path, capsys):
     assert bench("--arms", "ours", "--scaling", "--output", tmp_path) == 0
     found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
-    assert [arm["name"] for arm in found["arms"]] == ["ours"]
+    assert [arm["name"] for arm in found["arms"]] == arms.OURS
     assert all(len(arm["seconds"]) == 2 and arm["memory"] > 0 for arm in found["arms"])
     assert found["settings"]["batch_size_per_gpu"] == 2
     assert found["scaling"]["on_cpu"] is True
