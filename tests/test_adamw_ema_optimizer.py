@@ -202,10 +202,13 @@ def test_counts_stay_views_of_one_tensor(load, device):
         extra = torch.nn.Parameter(torch.zeros(3, device=device))
         optimizer.add_param_group({"params": [extra]})
         extra.grad = torch.ones_like(extra)
-    set_gradients(network, 3)
+    set_gradients(network, 3, without=(1,))  # whose count is taken over all the same
+    optimizer.step()
+    assert optimizer.steps.tolist() == [3.0, 3.0, 2.0, 3.0] + [1.0] * (load == "another group")
+    set_gradients(network, 4)
     optimizer.step()
     assert_counts_are_views(optimizer)
-    assert optimizer.steps.tolist() == [3.0] * 4 + [1.0] * (load == "another group")
+    assert optimizer.steps.tolist() == [4.0, 4.0, 3.0, 4.0] + [2.0] * (load == "another group")
 
 
 def test_what_is_loaded_is_copied_into_what_is_there():
@@ -339,6 +342,7 @@ P, Q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         ({"max_norm": -1.0}, ValueError, "max_norm must be > 0"),
         ({"momentum": 2.0}, ValueError, r"momentum must be in \[0, 1\]"),
         ({"teacher": [torch.zeros(2)] * 3}, ValueError, "teacher .*expected 2, got 3"),
+        ({"params": [{"params": []}]}, ValueError, "params must hold at least one parameter"),
         ({"shadow": []}, ValueError, "shadow .*expected 2, got 0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
@@ -363,6 +367,15 @@ def test_the_state_of_another_algorithm_is_refused(name):
     with pytest.raises(ValueError, match=f"expected a state_dict without {name}"):
         optimizer.load_state_dict(adamw.state_dict())
     assert not optimizer.param_groups[0][name]
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    ours, theirs = networks()
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    set_gradients(theirs, 0)
+    sgd.step()
+    with pytest.raises(ValueError, match="state of an AdamW, got one of momentum_buffer"):
+        AdamWEMA(ours.parameters()).load_state_dict(sgd.state_dict())
 
 
 # On a GPU

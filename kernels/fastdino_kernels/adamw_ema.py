@@ -144,7 +144,7 @@ def adamw_ema_update_(
         steps,
         norms,
         max_norm,
-        check_hyperparameter("momentum", momentum, device, below=1),
+        check_hyperparameter("momentum", momentum, device, most=1),
         skip,
         found_inf,
         grad_scale,

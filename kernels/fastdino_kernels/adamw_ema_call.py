@@ -75,9 +75,9 @@ class Call:
 
 
 def check_hyperparameter(
-    name: str, value: object, device: torch.device, below: float = math.inf
+    name: str, value: object, device: torch.device, most: float = math.inf
 ) -> float | Tensor:
-    """`value` itself, a number in [0, below] or a 0-d tensor; a number if it is on the host.
+    """`value` itself, a number in [0, most] or a 0-d tensor; a number if it is on the host.
 
     Raises:
         TypeError: something else.
@@ -99,8 +99,8 @@ def check_hyperparameter(
     if not is_number(value):
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
     assert isinstance(value, (int, float))
-    if not 0 <= value <= below:
-        expected = ">= 0" if math.isinf(below) else f"in [0, {below:g}]"
+    if not 0 <= value <= most:
+        expected = ">= 0" if math.isinf(most) else f"in [0, {most:g}]"
         raise ValueError(f"{name} must be {expected}, got {value}")
     return float(value)
 

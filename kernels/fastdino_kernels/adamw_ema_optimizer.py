@@ -103,8 +103,10 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | _AS_ADAMW)
         parameters = self._parameters()
+        if not parameters:
+            raise ValueError("params must hold at least one parameter, got groups of none")
         choose_impl(impl, parameters)
-        check_hyperparameter("momentum", momentum, parameters[0].device, below=1)
+        check_hyperparameter("momentum", momentum, parameters[0].device, most=1)
         self.max_norm, self.momentum = max_norm, momentum
         self.skip_nonfinite, self.impl = skip_nonfinite, impl
         self._teachers = _by_parameter("teacher", teacher, parameters)
@@ -162,7 +164,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def _call(self, momentum: float | Tensor | None, skip: Tensor | None) -> Call:
         parameters = self._parameters()
         device = parameters[0].device
-        self._make_counters(len(parameters), device)
+        self._make_counters(parameters, device)
         assert self.steps is not None
         groups, first = [], 0
         for group in self.param_groups:
@@ -177,7 +179,7 @@ class AdamWEMA(torch.optim.Optimizer):
             self.steps,
             None,
             self.max_norm,
-            check_hyperparameter("momentum", momentum, device, below=1),
+            check_hyperparameter("momentum", momentum, device, most=1),
             skip,
             overflow if isinstance(overflow, Tensor) else None,
             getattr(self, "grad_scale", None),
@@ -218,16 +220,24 @@ class AdamWEMA(torch.optim.Optimizer):
         self._arranged = [*parameters, *others]
         self._belonging = [[some.get(p) for p in self._arranged] for some in given]
 
-    def _make_counters(self, count: int, device: torch.device) -> None:
+    def _make_counters(self, parameters: list[Tensor], device: torch.device) -> None:
         """steps, its views, and refused_steps, where they are missing or elsewhere."""
-        steps = self.steps
-        if steps is None or len(steps) != count or steps.device != device:
+        steps, refused = self.steps, self.refused_steps
+        if steps is None or len(steps) != len(parameters) or steps.device != device:
             self._refuse_capture(device)
-            self.steps = torch.zeros(count, dtype=torch.float32, device=device)
-            self._views = list(self.steps.unbind())
-        if self.skip_nonfinite and self.refused_steps is None:
+            self.steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+            self._bind_all(parameters)
+        if self.skip_nonfinite and (refused is None or refused.device != device):
             self._refuse_capture(device)
             self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _bind_all(self, parameters: list[Tensor]) -> None:
+        """Takes the counts that there are into steps."""
+        assert self.steps is not None
+        self._views = list(self.steps.unbind())
+        for i, parameter in enumerate(parameters):
+            if self.state.get(parameter):
+                self._bind(i, parameter)
 
     def _bind(self, index: int, parameter: Tensor) -> dict[str, Any]:
         """A parameter's state, made where there is none, its count a view of steps."""
@@ -260,12 +270,16 @@ class AdamWEMA(torch.optim.Optimizer):
         It is copied into the tensors that are there: moments, counts, and lr and weight_decay where
         they are tensors. Moments that are not there yet are taken as they are, as by PyTorch.
 
-        Raises: ValueError: groups or parameters that do not fit, amsgrad or maximize.
+        Raises: ValueError: groups or parameters that do not fit, amsgrad, maximize, or another
+            optimizer's state.
         """
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"expected a state_dict without {name}")
+        for state in state_dict["state"].values():
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+                raise ValueError(f"expected the state of an AdamW, got one of {', '.join(state)}")
         moments = {p: dict(state) for p, state in self.state.items()}
         numbers = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -280,14 +294,9 @@ class AdamWEMA(torch.optim.Optimizer):
                 tensor = moments.get(parameter, {}).get(name)
                 if tensor is not None and tensor.shape == state[name].shape:
                     state[name] = tensor.copy_(state[name])
-        self._bind_all()
-
-    def _bind_all(self) -> None:
         parameters = self._parameters()
-        self._make_counters(len(parameters), parameters[0].device)
-        for i, parameter in enumerate(parameters):
-            if self.state.get(parameter):
-                self._bind(i, parameter)
+        self._make_counters(parameters, parameters[0].device)
+        self._bind_all(parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
@@ -295,10 +304,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "steps" in state:  # a copy or a pickle, not load_state_dict
-            # A pickled tensor and its views no longer share memory.
-            self._views = [] if self.steps is None else list(self.steps.unbind())
-            self._arranged = []
-            self._bind_all()
+            self._arranged, self._views = [], []
+            if self.steps is not None:  # a pickled tensor and its views no longer share memory
+                self._bind_all(self._parameters())
 
 
 def _hyperparameters(group: dict[str, Any]) -> tuple[Any, Any, Any, Any]:

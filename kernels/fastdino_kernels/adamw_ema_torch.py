@@ -69,11 +69,12 @@ def _adamw_on_host(
     at_once: list[int] = []
     gradients: list[Tensor] = []
     for i, (p, g, m, v) in _quadruples(call.tensors, indices):
-        wide = compute_dtype(p, g, m, v)
         if factors[i] == 1 and len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1:
             at_once.append(i)
             gradients.append(g)
-        elif i not in gaps and {p.dtype, m.dtype, v.dtype} == {wide}:
+            continue
+        wide = compute_dtype(p, g, m, v)
+        if i not in gaps and {p.dtype, m.dtype, v.dtype} == {wide}:
             _adamw_by_slices((p, g, m, v), factors[i], group, steps[i])
         else:
             at_once.append(i)
@@ -192,10 +193,13 @@ def _adamw(
     by_dtype: dict[torch.dtype, tuple[list[Tensor], ...]] = {}
     back: list[tuple[Tensor, Tensor]] = []
     for (i, (p, _, m, v)), g in zip(_quadruples(tensors, indices), gradients, strict=True):
+        work, dtype = [p, g, m, v], p.dtype
         alike = len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1
-        dtype = p.dtype if alike else compute_dtype(p, g, m, v)
-        work = [x.to(dtype).contiguous() if i in gaps else x.to(dtype) for x in (p, g, m, v)]
-        back += [(x, w) for x, w in zip((p, m, v), (work[0], *work[2:]), strict=True) if w is not x]
+        if not alike or i in gaps:
+            dtype = dtype if alike else compute_dtype(p, g, m, v)
+            work = [x.to(dtype).contiguous() if i in gaps else x.to(dtype) for x in work]
+            replaced = zip((p, m, v), (work[0], *work[2:]), strict=True)
+            back += [(x, w) for x, w in replaced if w is not x]
         lists = by_dtype.setdefault(dtype, ([], [], [], [], []))
         for some, tensor in zip(lists, (*work, steps[i]), strict=True):
             some.append(tensor)
