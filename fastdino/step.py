@@ -274,9 +274,10 @@ class Trainer:
         """The step itself: the loss, and the teacher's entropy where it is to be measured."""
         loss, entropy, finish_center = self._forward_backward(crops, measure)
         self._update(frozen=frozen)
-        center = self.loss.center.clone()
+        center = self.loss.center.clone() if self._update.defers else None
         finish_center()
-        self.loss.center.copy_(torch.where(self._guard.bad > 0, center, self.loss.center))
+        if center is not None:  # else a step that is not finite has been refused by now
+            self.loss.center.copy_(torch.where(self._guard.bad > 0, center, self.loss.center))
         self._guard.end_step()
         return loss, entropy
 

@@ -37,7 +37,7 @@ SETTINGS = (
     "batch_size_per_gpu", "num_workers", "global_crops_size", "local_crops_size",
     "local_crops_number", "global_crops_scale", "local_crops_scale", "seed", "device",
 )  # fmt: skip
-BATCH = 64  # images, unless --batch_size_per_gpu says otherwise
+BATCH = TrainConfig.batch_size_per_gpu  # images, unless --batch_size_per_gpu says otherwise
 PACKAGES = (
     "torch", "torchvision", "pillow", "numpy", "numba", "lightly", "nvidia-dali-cuda130",
     "nvidia-dali-cuda120", "triton",

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fastdino.bench.step.arm import Arm, Setting
-from fastdino.bench.step.compiled import CompiledArm, compile_problem
+from fastdino.bench.step.compiled import CompiledArm
 from fastdino.bench.step.paper import PaperArm
 from fastdino.bench.step.peers import DinoRepoArm, LightlyArm, lightly_problem
 from fastdino.errors import ConfigError
+from fastdino.models.compiled import compile_problem
 from fastdino.step import Trainer
 
 # Enough for the schedules to stand still during a benchmark.

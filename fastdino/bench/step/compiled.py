@@ -8,13 +8,10 @@ Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,13 +126,3 @@ class CompiledArm(paper.PaperArm):
             torch._foreach_mul_(teachers, self.config.momentum_teacher)
             torch._foreach_add_(teachers, students, alpha=1 - self.config.momentum_teacher)
         return loss.detach()
-
-
-def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work for this device; None where it can."""
-    if device.type == "cuda":
-        return triton_problem("cuda")
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) or shutil.which("clang++"):
-        return None
-    return f"torch.compile needs a C++ compiler on a CPU, and there is no {compiler}"
