@@ -26,18 +26,20 @@ TAIL = 60  # lines of the output of what failed
 # Seconds. With the grace that a part gets after its time, below nine minutes.
 ENVIRONMENT_TIME = 20
 TESTS_TIME = 100
-SUITES = {"dino_loss": 75, "ema": 25, "clip": 20, "adamw_ema": 35, "overhead": 15}
-# The training step: the flags of `fastdino bench`, and seconds. torch.compile takes most of them.
-STEPS = {
-    "vit_small": (
+SUITES = {"dino_loss": 75, "ema": 20, "clip": 20, "adamw_ema": 30, "overhead": 10}
+# The training step and the loaders: the flags of `fastdino bench`, and seconds. Of a step's,
+# torch.compile takes most.
+BENCHES = {
+    "step vit_small": (
         "--arch vit_small --batch_size_per_gpu 64 --rounds 5 --seconds 0.6 --scaling",
         120,
     ),
-    "vit_base": (
+    "step vit_base": (
         "--arch vit_base --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
         "--arms paper,ours,ours-fast",
         45,
     ),
+    "loaders": ("--loader --batch_size_per_gpu 64 --rounds 2 --seconds 1", 40),
 }
 # Kernels under the interpreter, which takes long for the largest sizes.
 REDUCED_TESTS = (
@@ -45,12 +47,17 @@ REDUCED_TESTS = (
     "tests/test_ema.py", "tests/test_clip.py", "tests/test_dino_loss.py",
 )  # fmt: skip
 REDUCED_SUITES = {"dino_loss": 120, "ema": 40, "clip": 40, "adamw_ema": 40, "overhead": 40}
-REDUCED_STEPS = {
-    "vit_nano": (
+REDUCED_BENCHES = {
+    "step vit_nano": (
         "--arch vit_nano --batch_size_per_gpu 2 --out_dim 1024 --global_crops_size 64 "
         "--local_crops_size 32 --rounds 2 --steps 1 --arms paper,ours --device cpu",
         60,
-    )
+    ),
+    "loaders": (
+        "--loader --arms paper,fused --batch_size_per_gpu 4 --images 8 --rounds 1 --seconds 0.5 "
+        "--global_crops_size 64 --local_crops_size 32 --device cpu",
+        90,
+    ),
 }
 
 
@@ -62,7 +69,7 @@ class Report:
     reduced: bool
     results: list[Result] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    steps: list[Path] = field(default_factory=list)
+    benches: list[Path] = field(default_factory=list)  # what `fastdino bench` wrote, without suffix
 
     def markdown(self) -> str:
         lines = [f"# {self.environment.get('device', 'unknown')}", ""]
@@ -76,8 +83,8 @@ class Report:
             last = "" if result is self.results[0] else result.last_line.replace("|", "/")
             lines.append(f"| {result.name} | {result.seconds:.0f} | {verdict} | {last} |")
         lines += ["", tables(self.rows)]
-        for folder in self.steps:  # one heading lower
-            text = (folder / "step.md").read_text(encoding="utf-8")
+        for written in self.benches:  # one heading lower
+            text = written.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub("^#", "##", text, flags=re.MULTILINE), ""]
         for result in self.results:
             if result.problem:
@@ -97,9 +104,9 @@ class Report:
                 for r in self.results
             ],
             "benchmarks": as_json(self.rows),
-            "steps": [
-                json.loads((folder / "step.json").read_text(encoding="utf-8"))
-                for folder in self.steps
+            "benches": [
+                json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+                for written in self.benches
             ],
         }
         (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -114,7 +121,7 @@ def environment_of(result: Result) -> dict[str, str]:
 
 
 def plan(raw: Path, *, reduced: bool) -> list[Part]:
-    """The tests, then a part for each suite and each step, which write into `raw`."""
+    """The tests, then a part for each suite and each of BENCHES, which write into `raw`."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     workers = "2" if reduced else "8"
     parallel = ("-n", workers) if importlib.util.find_spec("xdist") else ()
@@ -127,9 +134,9 @@ def plan(raw: Path, *, reduced: bool) -> list[Part]:
         quick = ["--quick"] if reduced else []
         command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
         planned.append(Part(f"benchmark {name}", command, seconds))
-    for name, (flags, seconds) in (REDUCED_STEPS if reduced else STEPS).items():
+    for name, (flags, seconds) in (REDUCED_BENCHES if reduced else BENCHES).items():
         command = (sys.executable, "-m", "fastdino", "bench", *flags.split())
-        planned.append(Part(f"step {name}", (*command, "--output", str(raw / name)), seconds))
+        planned.append(Part(name, (*command, "--output", str(raw / name)), seconds))
     return planned
 
 
@@ -157,7 +164,7 @@ def run_and_report(report: Report, planned: Sequence[Part], raw: Path, folder: P
         print(f"    {result.problem or 'passed'} after {result.seconds:.0f} s", flush=True)
         report.results.append(result)
         report.rows = read_whole(raw)
-        report.steps = sorted(file.parent for file in raw.glob("*/step.json"))
+        report.benches = sorted(file.with_suffix("") for file in raw.glob("*/*.json"))
         report.write(folder)
     return int(any(result.problem for result in report.results))
 

@@ -32,7 +32,7 @@ class TrainConfig:
     # Model
     arch: str = _flag(
         "vit_small",
-        "Backbone: vit_nano, vit_tiny, vit_small, vit_base (deit_* means vit_*), xcit_*, a "
+        "Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large (or deit_*), xcit_*, a "
         "torchvision model with an fc layer such as resnet50, or any timm model by name.",
     )
     patch_size: int = _flag(16, "Side of a square patch, in pixels (vit_* only).")
@@ -112,7 +112,7 @@ class TrainConfig:
     )
     compile: str = _flag(
         "auto",
-        "torch.compile over the blocks and the head. auto: in --mode fast, where it works.",
+        "torch.compile over blocks and head. auto: in --mode fast on a GPU, where it works.",
         choices=("auto", "on", "off"),
     )
     fsdp: bool = _flag(

@@ -24,6 +24,7 @@ from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from fastdino.heap import keep_freed_memory
 from fastdino.progress import Progress
 from fastdino.step import Trainer
 
@@ -55,6 +56,8 @@ def train(config: TrainConfig) -> Status:
         memory that does not suffice; the message says what to do.
     """
     device = distributed.choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with distributed.process_group(device, config.dist_url):
         return Run(config, device).run()
 

@@ -459,7 +459,7 @@ def test_the_table_of_known_times(report):
     assert (
         "| ours | 32 | 24 - 32 | 4.00 | fp32 | 50.0% | 100.0% | 7 | 1234 | 5 | 3.2 | an arm |"
     ) in text
-    assert "| paper | 8 | 8 - 8 | 1.00 |" in text
+    assert "| paper | 8 | 8 - 8 | 1.00 (1.00 - 1.00) |" in text
     assert "| ours | 50 | 50 | 50 | 50 | 50 | 50 | 50 | 150 | 500 | 200 |" in text
     assert "| broken | not timed | - |" in text
     assert "| broken | red, 5.0e-01 at most (center) | - | red: not timed |" in text
@@ -550,6 +550,16 @@ def test_an_arm_that_is_red_or_breaks_stops_no_other_and_fails_the_command(monke
     assert "| ours | not timed |" in text
     assert "| ours | green, 0.0e+00 at most (loss) | - | RuntimeError: out of memory |" in text
     assert "| paper | not timed |" not in text
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_is_kept_where_it_is_asked_for(keep, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: not calls.append("kept"))
+    assert bench("--arms", "paper", "--keep_memory", str(keep)) == 0
+    assert calls == ["kept"] * keep
+    said = "kept" if keep else "as the C library does"
+    assert f"| freed memory | {said} |" in capsys.readouterr().out
 
 
 def test_scaling_of_a_given_step_needs_no_measurement(capsys):

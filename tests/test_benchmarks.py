@@ -404,6 +404,18 @@ def test_all_parts_run_and_the_report_says_which_failed(tmp_path):
     assert [part["problem"] for part in parts] == ["exit status 3", "stopped after 1 s", ""]
 
 
+def test_what_a_bench_writes_joins_the_report(tmp_path):
+    raw = tmp_path / "raw"
+    (raw / "loaders").mkdir(parents=True)
+    (raw / "loaders" / "loader.md").write_text("# Loaders\n\n## Arms\n")
+    (raw / "loaders" / "loader.json").write_text('{"arms": 3}')
+    told = gpu_report.Report({}, reduced=False)
+    gpu_report.run_and_report(told, [python("works", "pass")], raw, tmp_path)
+    assert "\n## Loaders\n\n### Arms\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert record["benches"] == [{"arms": 3}]
+
+
 def test_parts_that_pass_make_a_report_that_passes(tmp_path):
     told = gpu_report.Report({}, reduced=False)
     assert gpu_report.run_and_report(told, [python("works", "pass")], tmp_path, tmp_path) == 0

@@ -196,8 +196,8 @@ def test_what_is_compiled_says_why(monkeypatch):
     cpu = torch.device("cpu")
     assert not choose_compile("off", "fast", cpu).on
     assert choose_compile("auto", "parity", cpu).reason == "--mode parity"
+    assert choose_compile("auto", "fast", cpu).reason == "a CPU gains nothing by it"
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert "C++ compiler" in choose_compile("auto", "fast", cpu).reason
     with pytest.raises(ConfigError, match=r"--compile on: .*C\+\+.*; use --compile off"):
         choose_compile("on", "parity", cpu)
 

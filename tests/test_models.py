@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("arch", "millions"), [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)]
+    ("arch", "millions"),
+    [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3)],
 )
 def test_the_papers_architectures_have_their_sizes(arch, millions):
     with torch.device("meta"):

@@ -29,6 +29,8 @@ def choose_compile(wanted: str, mode: str, device: torch.device) -> CompileChoic
         return CompileChoice(False, "asked for")
     if wanted == "auto" and mode != "fast":
         return CompileChoice(False, "--mode parity")
+    if wanted == "auto" and device.type == "cpu":
+        return CompileChoice(False, "a CPU gains nothing by it")
     problem = compile_problem(device)
     if problem is None:
         return CompileChoice(True, "asked for" if wanted == "on" else "--mode fast")

@@ -18,10 +18,10 @@ from fastdino.bench.step.scaling import Scaled, scaling_table
 BASE = "paper"
 HOW_TO_READ = """\
 Medians and quartiles of interleaved rounds, synchronised at their ends alone. `x paper`: images/s
-by those of the arm `paper` in the same round. MFU: the model's FLOPs a second as a share of the
-peak; executed: with the FLOPs that the arm ran, counted. First steps: of the gate and after it,
-compilation included. Memory: {memory}. Launches: {launches}. Reads: values read back
-to the host in a step."""
+by those of the arm `paper` in the same round, likewise. MFU: the model's FLOPs a second as a
+share of the peak; executed: with the FLOPs that the arm ran, counted. First steps: of the gate and
+after it, compilation included. Memory: {memory}. Launches: {launches}. Reads: values read back to
+the host in a step."""
 MEMORY = {
     "cuda": "most that was allocated during a step, the arm's networks and optimizer included",
     "cpu": "what a step keeps for its backward pass, but parameters and crops",
@@ -67,12 +67,10 @@ class ArmResult:
         """Images/s of each round."""
         return [self.images / seconds for seconds in self.seconds]
 
-    def times(self, base: ArmResult | None) -> float | None:
-        """How many times faster than `base`, in the same rounds."""
-        if base is None or not (self.seconds and base.seconds):
-            return None
-        pairs = zip(self.seconds, base.seconds, strict=False)
-        return statistics.median(theirs / own for own, theirs in pairs)
+    def times(self, base: ArmResult | None) -> list[float]:
+        """How many times faster than `base`, in each round that both took."""
+        pairs = zip(self.seconds, base.seconds if base else [], strict=False)
+        return [theirs / own for own, theirs in pairs]
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Report:
                     arm.name,
                     f"{rate:.4g}",
                     f"{low:.4g} - {high:.4g}",
-                    "-" if times is None else f"{times:.2f}",
+                    _spread(times) if times else "-",
                     arm.precision,
                     f"{self.utilisation(arm, self.flops.total):.1%}",
                     f"{self.utilisation(arm, arm.executed):.1%}" if arm.executed else "-",
@@ -246,7 +244,7 @@ class Report:
                 record |= {
                     "images_per_second": statistics.median(arm.rates),
                     "quartiles": quartiles(arm.rates),
-                    "times_paper": arm.times(base),
+                    "times_paper": arm.times(base) and statistics.median(arm.times(base)),
                     "mfu": self.utilisation(arm, self.flops.total),
                     "executed_mfu": self.utilisation(arm, arm.executed),
                 }
@@ -275,6 +273,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, and the quartiles."""
+    low, high = quartiles(values)
+    return f"{statistics.median(values):.2f} ({low:.2f} - {high:.2f})"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

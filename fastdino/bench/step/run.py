@@ -27,13 +27,14 @@ from fastdino.bench.step.flops import ModelFlops, executed_flops, model_flops, p
 from fastdino.bench.step.gate import Gate
 from fastdino.bench.step.report import ArmResult, Fed, Report, Scaling
 from fastdino.bench.step.scaling import StepTime, messages_of, scale
-from fastdino.config import TrainConfig, add_arguments
+from fastdino.config import TrainConfig, add_arguments, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.loader import build_loader
 from fastdino.data.sources import cpu_count
 from fastdino.distributed import choose_device
 from fastdino.environment import commit, output_of, processor, version
 from fastdino.errors import ConfigError
+from fastdino.heap import keep_freed_memory
 
 # Of a run's settings, those that a step depends on.
 SETTINGS = (
@@ -64,6 +65,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dino_repo", type=Path, help="a checkout of facebookresearch/dino: its code is an arm"
     )
+    group.add_argument(
+        "--keep_memory",
+        type=parse_bool,
+        default=True,
+        help="on a CPU, for every arm: keep freed memory for the next step, as `fastdino train` "
+        "does, or give it back as the C library does by itself (default: true)",
+    )
     group.add_argument("--threads", type=int, help="PyTorch's threads (default: as it chooses)")
     group.add_argument(
         "--scaling",
@@ -80,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
+    args.keep_memory = args.keep_memory and device.type == "cpu" and keep_freed_memory()
     config = config_of(args, device)
     if args.step_ms is not None:
         told = StepTime(1e-3 * args.step_ms, 1e-3 * args.backward_ms)
@@ -180,9 +189,9 @@ class Benchmark:
     def take_rounds(self) -> None:
         """Rounds in turn, there and back, so that none always follows the same one."""
         steps: dict[str, int] = {}
-        for name, arm in list(self.arms.items()):
+        for name in list(self.arms):
             with self._told(name):
-                once = self._seconds(arm, 1)
+                once = self._seconds(self.arms[name], 1)
                 steps[name] = self.args.steps or max(1, round(self.args.seconds / once))
                 _say(f"{name}: {self.config.batch_size_per_gpu / once:.3g} images/s at first")
         for done in range(self.args.rounds):
@@ -231,6 +240,8 @@ class Benchmark:
             "commit": commit(),
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         }
+        if self.device.type == "cpu":
+            found["freed memory"] = "kept" if self.args.keep_memory else "as the C library does"
         if self.device.type == "cuda":
             found["device"] = torch.cuda.get_device_name(self.device)
             found["CUDA"] = torch.version.cuda or "unknown"
