@@ -100,7 +100,7 @@ def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
     """A sequence's line."""
     if "J&F" not in entry:
         return (
-            f"{sequence.name}: {entry['frames']} frames, not scored: no annotations but the first"
+            f"{sequence.name}: {entry['frames']} frames, not scored: only the first is annotated"
         )
     later = entry["not_scored"]
     note = f"; objects {later} appear after the first frame: not followed" if later else ""
