@@ -126,6 +126,18 @@ def test_masks_are_those_of_one_frame_at_a_time(run, root, tmp_path):
         assert (np.array(mask) == wanted).mean() > 0.999  # batched products round otherwise
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_the_masks_of_the_cpu(run, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert run() == 0
+    expected = [np.array(mask) for mask in masks_of(tmp_path, "two")]
+    (tmp_path / "out" / "davis.json").unlink()
+    assert run("--device", "cuda") == 0
+    for mask, wanted in zip(masks_of(tmp_path, "two"), expected, strict=True):
+        assert (np.array(mask) == wanted).mean() > 0.99
+
+
 def test_scores_are_the_means_over_objects(run, tmp_path, capsys):
     assert run() == 0
     results = results_of(tmp_path)
@@ -213,6 +225,16 @@ def test_finished_sequences_are_not_computed_again(run, tmp_path, capsys, monkey
     assert after["sequences"]["two"] == before["sequences"]["two"]
     assert run("--seed", 1) == 0  # other weights
     assert computed == ["one", "two", "one"]
+
+
+def test_a_run_cut_off_leaves_nothing_of_other_settings_as_done(run, tmp_path, monkeypatch):
+    assert run() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(davis, "segment", None)  # called, it fails
+        with pytest.raises(TypeError):
+            run("--topk", 2)
+    results = results_of(tmp_path)
+    assert (results["settings"]["topk"], results["sequences"]) == (2, {})
 
 
 def test_an_object_that_leaves_the_frame_and_one_that_comes_later(run, root, tmp_path, capsys):
@@ -312,7 +334,7 @@ def error_of(capsys):
     return captured.err
 
 
-def spoil(root, name, path):
+def spoil(root, name):
     folder = root / "Annotations" / "480p" / "two"
     frames = root / "JPEGImages" / "480p" / "two"
     if name == "no first annotation":
@@ -366,8 +388,17 @@ def spoil(root, name, path):
         "no picture", "half a picture",
     ],
 )  # fmt: skip
-def test_bad_data_is_named(run, root, tmp_path, capsys, name):
-    part = spoil(root, name, tmp_path)
+def test_bad_data_is_named(run, root, capsys, name):
+    part = spoil(root, name)
+    assert run() == 2
+    assert part in error_of(capsys)
+
+
+def test_what_can_be_known_is_said_before_the_network_is_built(run, root, capsys, monkeypatch):
+    monkeypatch.setattr(davis, "build_model", None)
+    assert run("--size", 20) == 2
+    assert "less than 64 px long" in error_of(capsys)
+    part = spoil(root, "no object")
     assert run() == 2
     assert part in error_of(capsys)
 

@@ -66,6 +66,7 @@ class Results:
                 self.sequences = dict(old["sequences"])
         except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
             pass
+        self._write()  # from here on masks of other settings are none that are done
 
     def has(self, sequence: Sequence) -> bool:
         """Whether a sequence is done: it stands here, as it would be scored, with all its masks."""
@@ -99,9 +100,7 @@ class Results:
 def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
     """A sequence's line."""
     if "J&F" not in entry:
-        return (
-            f"{sequence.name}: {entry['frames']} frames, not scored: only the first is annotated"
-        )
+        return f"{sequence.name}: {entry['frames']} frames, not scored: only the first is annotated"
     later = entry["not_scored"]
     note = f"; objects {later} appear after the first frame: not followed" if later else ""
     return (
