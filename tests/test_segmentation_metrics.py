@@ -135,7 +135,9 @@ def test_decay_is_the_first_quarter_less_the_last():
     ten = statistics(torch.arange(10.0))
     assert ten.decay == pytest.approx((0 + 1 + 2) / 3 - (7 + 8 + 9) / 3)
     # Frames 1..7: the edges 2.5 and 5.5 are both rounded up.
-    assert statistics(torch.arange(7.0)).decay == pytest.approx((0 + 1 + 2) / 3 - (5 + 6) / 2)
+    assert statistics(torch.arange(7.0) ** 2).decay == pytest.approx(
+        (0 + 1 + 4) / 3 - (25 + 36) / 2
+    )
     assert statistics(torch.tensor([0.7], dtype=torch.float64)).decay == 0
 
 
