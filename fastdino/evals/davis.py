@@ -1,0 +1,302 @@
+"""`fastdino davis`: objects marked in a video's first frame, followed by patch features alone.
+
+Source: Caron et al. 2021, section 4.2.2, table 5, and the authors' eval_video_segmentation.py,
+whose settings are the defaults. Scores are those of DAVIS 2017's semi-supervised benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fastdino import checkpoint, distributed
+from fastdino.data.pil import MEAN, cpu_count
+from fastdino.errors import ConfigError, DataError
+from fastdino.evals.davis_layout import (
+    Sequence,
+    find_sequences,
+    read_frame,
+    read_mask,
+    write_mask,
+)
+from fastdino.evals.davis_results import Results, describe, describe_total, score
+from fastdino.evals.mask_overlay import draw_sheet, overlay
+from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
+from fastdino.models.vit import VisionTransformer
+from fastdino.weights import load_backbone
+
+# The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.
+PAPER_STD = (0.228, 0.224, 0.225)
+LONG_SIDE_STEP = 64  # the long side is rounded down to a multiple of it, in pixels
+SHEET_FRAMES = 6
+RESULTS = "davis.json"
+OVERLAYS = "overlays"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino davis`: the paper's eval_video_segmentation.py's, then ours."""
+    add = parser.add_argument
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--arch", help="architecture, a vit_* (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--output_dir", default=".", help="folder for masks, overlays and davis.json (.)")
+    add("--data_path", default="/path/to/davis/", help="folder with JPEGImages/480p and the rest")
+    add("--n_last_frames", type=int, default=7, help="frames before that labels come from (7)")
+    add(
+        "--size_mask_neighborhood",
+        type=int,
+        default=12,
+        help="labels come from at most so many patches away; 0: from everywhere (12)",
+    )
+    add("--topk", type=int, default=5, help="patches that a patch's label comes from (5)")
+    add("--bs", type=int, default=6, help="frames a forward pass (6)")
+    add("--size", type=int, default=480, help="short side the frames are resized to (480)")
+    add("--split", default="val", help="which list of ImageSets: val, train, test-dev (val)")
+    add(
+        "--year",
+        choices=("auto", "2016", "2017"),
+        default="auto",
+        help="masks of many objects (2017) or of one (2016); auto: by the list that is there",
+    )
+    add(
+        "--overlays",
+        choices=("none", "sheet", "all"),
+        default="sheet",
+        help="pictures: six frames of a sequence above the truth (sheet), every frame too (all)",
+    )
+    add("--num_workers", type=int, default=10, help="threads that read frames, at most (10)")
+    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastdino davis`."""
+    check_flags(args)
+    device = distributed.choose_device(args.device)
+    sequences = find_sequences(Path(args.data_path), split=args.split, year=args.year)
+    for sequence in sequences:  # a bad one ends it now, not after an hour
+        first_mask(sequence)
+        working_size(sequence.size, args.size)
+    model = build_model(args, device)
+    output = Path(args.output_dir)
+    results = Results(output / RESULTS, settings_of(args, model, sequences))
+    total = sum(len(sequence.frames) for sequence in sequences)
+    with tqdm(total=total, unit="frame", disable=not sys.stderr.isatty()) as bar:
+        for sequence in sequences:
+            bar.set_description(sequence.name)
+            if results.has(sequence):
+                bar.update(len(sequence.frames))
+                tqdm.write(f"{sequence.name}: already there", file=sys.stdout)
+                continue
+            masks = segment(model, sequence, args, device=device, bar=bar)
+            truth = read_truth(sequence)
+            with checkpoint.explained(output):
+                write_masks(sequence, masks, output)
+                if args.overlays != "none":
+                    write_overlays(sequence, masks, truth, output, every=args.overlays == "all")
+            scores = None if truth is None else score(masks, truth, device)
+            results.add(sequence, scores)
+            tqdm.write(describe(sequence, results.sequences[sequence.name]), file=sys.stdout)
+    results.finish(sequences)
+    print(describe_total(results.total))
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError where a number cannot be."""
+    for name in ("topk", "bs", "size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("n_last_frames", "size_mask_neighborhood", "num_workers"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    if args.patch_size is not None and args.patch_size < 1:
+        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+    """The network of the flags, on the device; raises ConfigError where it has no patch tokens."""
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        arch=args.arch,
+        patch_size=args.patch_size,
+    )
+    if not isinstance(backbone.module, VisionTransformer):
+        raise ConfigError(
+            f"--arch {backbone.arch} gives no patch tokens to compare; expected one of vit_*"
+        )
+    if backbone.patch_size > args.size:
+        raise ConfigError(f"--size {args.size} is smaller than a {backbone.patch_size} px patch")
+    return backbone.module.to(device)
+
+
+def settings_of(
+    args: argparse.Namespace, model: VisionTransformer, sequences: list[Sequence]
+) -> dict[str, Any]:
+    """What a sequence's masks and scores depend on; the weights by their digest."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    flags = (
+        "pretrained_weights", "checkpoint_key", "n_last_frames", "size_mask_neighborhood", "topk",
+        "size", "split",
+    )  # fmt: skip
+    return {
+        **{name: getattr(args, name) for name in flags},
+        "data_path": str(Path(args.data_path).resolve()),
+        "year": "2016" if sequences[0].binary else "2017",
+        "patch_size": model.patch_size,
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def first_mask(sequence: Sequence) -> np.ndarray:
+    """The first annotation [H, W] uint8; raises DataError where it marks no object."""
+    path = sequence.annotations[0]
+    mask = read_mask(path, binary=sequence.binary)
+    if not mask.any():
+        raise DataError(
+            f"sequence {sequence.name}: {path} marks no object to follow (255 is void; for masks "
+            "of 0 and 255 say --year 2016)"
+        )
+    return mask
+
+
+def working_size(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(height, width) a frame is resized to: short side `short`, long side a multiple of 64."""
+    height, width = size
+    long = short * max(size) // min(size) // LONG_SIDE_STEP * LONG_SIDE_STEP
+    if long == 0:
+        raise ConfigError(
+            f"--size {short} makes frames of {height} x {width} px less than {LONG_SIDE_STEP} px "
+            "long; say a larger one"
+        )
+    return (long, short) if height > width else (short, long)
+
+
+def prepare(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Frames [B, 3, H, W] uint8 -> [B, 3, *size] float32, resized and normalised as the paper's.
+
+    Its resize is OpenCV's: bilinear between the four nearest pixels, however much smaller, rounded
+    to whole values.
+    """
+    images = frames.float()
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=False).round()
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, PAPER_STD))
+    return (images / 255 - mean) / std
+
+
+@torch.no_grad()
+def patch_features(
+    model: VisionTransformer,
+    sequence: Sequence,
+    size: tuple[int, int],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """The last block's patch tokens [h, w, D] of each frame resized to `size`, in order.
+
+    The next batch's frames are decoded while one is computed.
+    """
+    grid = (size[0] // model.patch_size, size[1] // model.patch_size)
+    with ThreadPoolExecutor(max(1, min(workers, cpu_count()))) as pool:
+        paths = iter(sequence.frames)
+        coming = [pool.submit(read_frame, path) for path in islice(paths, batch_size)]
+        while coming:
+            frames = torch.stack([future.result() for future in coming])
+            coming = [pool.submit(read_frame, path) for path in islice(paths, batch_size)]
+            images = prepare(frames.to(device), size)
+            tokens = model.get_intermediate_layers(images, 1)[0]
+            yield from tokens[:, 1:].unflatten(1, grid)
+
+
+@torch.no_grad()
+def segment(
+    model: VisionTransformer,
+    sequence: Sequence,
+    args: argparse.Namespace,
+    *,
+    device: torch.device,
+    bar: Any = None,
+) -> np.ndarray:
+    """The masks [T, H, W] uint8 of a sequence: the first as given, the others found."""
+    first = first_mask(sequence)
+    numbers = np.unique(np.append(first, np.uint8(0)))  # of the background and the objects
+    size = working_size(sequence.size, args.size)
+    features = patch_features(
+        model, sequence, size, batch_size=args.bs, workers=args.num_workers, device=device
+    )
+    grid = (size[0] // model.patch_size, size[1] // model.patch_size)
+    labels = np.searchsorted(numbers, first).astype(np.uint8)
+    soft_labels = propagate_video(
+        features,
+        one_hot_patches(labels, len(numbers), grid).to(device),
+        n_last_frames=args.n_last_frames,
+        radius=args.size_mask_neighborhood,
+        topk=args.topk,
+    )
+    masks = np.empty((len(sequence.frames), *sequence.size), np.uint8)
+    masks[0] = first
+    if bar is not None:
+        bar.update(1)
+    for i, soft in enumerate(soft_labels, start=1):
+        masks[i] = numbers[hard_labels(soft, model.patch_size, sequence.size)]
+        if bar is not None:
+            bar.update(1)
+    return masks
+
+
+def read_truth(sequence: Sequence) -> np.ndarray | None:
+    """All annotations [T, H, W] uint8 of a sequence; None where only the first is there."""
+    if not sequence.is_scored:
+        return None
+    return np.stack([read_mask(path, binary=sequence.binary) for path in sequence.annotations])
+
+
+def write_masks(sequence: Sequence, masks: np.ndarray, output: Path) -> None:
+    """Writes a sequence's masks in the benchmark's layout: <sequence>/<frame>.png."""
+    folder = output / sequence.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for frame, mask in zip(sequence.frames, masks, strict=True):
+        write_mask(mask, folder / f"{frame.stem}.png", binary=sequence.binary)
+
+
+def write_overlays(
+    sequence: Sequence, masks: np.ndarray, truth: np.ndarray | None, output: Path, *, every: bool
+) -> None:
+    """Writes overlays/<sequence>.png: frames with what was found, below them with what is true.
+
+    Args:
+        every: writes every frame's overlay too, overlays/<sequence>/<frame>.jpg.
+    """
+    folder = output / OVERLAYS
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = np.unique(np.linspace(0, len(masks) - 1, SHEET_FRAMES).round().astype(int))
+    frames = {i: read_frame(sequence.frames[i]).permute(1, 2, 0).numpy() for i in chosen}
+    stacks = [masks] if truth is None else [masks, truth]
+    rows = [[overlay(frame, stack[i]) for i, frame in frames.items()] for stack in stacks]
+    draw_sheet(rows, folder / f"{sequence.name}.png")
+    if every:
+        (folder / sequence.name).mkdir(exist_ok=True)
+        for path, mask in zip(sequence.frames, masks, strict=True):
+            picture = overlay(read_frame(path).permute(1, 2, 0).numpy(), mask)
+            Image.fromarray(picture).save(folder / sequence.name / f"{path.stem}.jpg", quality=92)

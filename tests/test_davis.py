@@ -1,0 +1,424 @@
+"""`fastdino davis`: tiny sets in both layouts, through the command."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+from fastdino import cli
+from fastdino.data.shapes import davis_palette
+from fastdino.errors import ConfigError
+from fastdino.evals import davis
+from fastdino.evals.davis import prepare, working_size
+from fastdino.evals.davis_layout import find_sequences, read_mask
+from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
+
+SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
+COLOURS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
+HEIGHT, WIDTH, FRAMES = 60, 140, 6
+
+
+def labels_at(time, objects):
+    """Squares that move to the right, one below the other."""
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    draw = ImageDraw.Draw(mask)
+    for number, (left, top, side) in objects.items():
+        x = left + 4 * time
+        draw.rectangle((x, top, x + side - 1, top + side - 1), fill=number)
+    return np.array(mask)
+
+
+def write_sequence(root, name, objects, *, frames=FRAMES, to_mask=None, annotations=None):
+    images, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    texture = np.random.default_rng(7).integers(100, 130, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    for time in range(frames):
+        labels = labels_at(time, objects)
+        picture = texture.copy()
+        for number in objects:
+            picture[labels == number] = COLOURS[number - 1]
+        Image.fromarray(picture).save(images / f"{time:05d}.jpg", quality=95)
+        if annotations is None or time < annotations:
+            (to_mask or palette_mask)(labels).save(masks / f"{time:05d}.png")
+
+
+def palette_mask(labels):
+    mask = Image.fromarray(labels)
+    mask.putpalette(davis_palette())
+    return mask
+
+
+def write_list(root, folder, lines, split="val"):
+    (root / "ImageSets" / folder).mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets" / folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """DAVIS 2017's layout: two objects, and one."""
+    root = tmp_path / "davis"
+    write_sequence(root, "two", {1: (8, 6, 20), 2: (30, 34, 22)})
+    write_sequence(root, "one", {1: (16, 16, 30)}, frames=4)
+    write_list(root, "2017", ["two", "one"])
+    return root
+
+
+@pytest.fixture
+def run(root, tmp_path):
+    def run_command(*flags, data=root):
+        line = ["davis", "--data_path", data, "--output_dir", tmp_path / "out", *SMALL.split()]
+        return cli.main([str(word) for word in (*line, *flags)])
+
+    return run_command
+
+
+def results_of(tmp_path):
+    return json.loads((tmp_path / "out" / "davis.json").read_text())
+
+
+def masks_of(tmp_path, name):
+    masks = [Image.open(path) for path in sorted((tmp_path / "out" / name).glob("*.png"))]
+    for mask in masks:
+        mask.load()
+    return masks
+
+
+def test_masks_are_written_in_the_benchmarks_layout(run, root, tmp_path):
+    assert run() == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "davis.json", "one", "overlays", "two"
+    }  # fmt: skip
+    for name, frames, numbers in (("two", 6, {0, 1, 2}), ("one", 4, {0, 1})):
+        masks = masks_of(tmp_path, name)
+        assert len(masks) == frames
+        for mask in masks:
+            assert (mask.mode, mask.size) == ("P", (WIDTH, HEIGHT))
+            assert mask.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+            assert set(np.unique(np.array(mask))) <= numbers
+        given = Image.open(root / "Annotations" / "480p" / name / "00000.png")
+        assert np.array_equal(np.array(masks[0]), np.array(given))
+
+
+def test_masks_are_those_of_one_frame_at_a_time(run, root, tmp_path):
+    """Frames one by one, features in float64 by the model itself."""
+    assert run("--n_last_frames", 2, "--size_mask_neighborhood", 3, "--topk", 4) == 0
+    torch.manual_seed(0)
+    model = davis.load_backbone("", checkpoint_key="teacher", arch="vit_nano", patch_size=8).module
+    features = []
+    for path in sorted((root / "JPEGImages" / "480p" / "two").iterdir()):
+        frame = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
+        # 140 * 64 / 60 = 149.3, less what is above a multiple of 64
+        with torch.no_grad():
+            tokens = model.get_intermediate_layers(prepare(frame, (64, 128)))[0][0, 1:]
+        features.append(tokens.unflatten(0, (8, 16)))
+    first = np.array(Image.open(root / "Annotations" / "480p" / "two" / "00000.png"))
+    soft = propagate_video(
+        features, one_hot_patches(first, 3, (8, 16)), n_last_frames=2, radius=3, topk=4
+    )
+    expected = [first, *(hard_labels(one, 8, (HEIGHT, WIDTH)) for one in soft)]
+    for mask, wanted in zip(masks_of(tmp_path, "two"), expected, strict=True):
+        assert (np.array(mask) == wanted).mean() > 0.999  # batched products round otherwise
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_masks_of_the_cpu(run, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert run() == 0
+    expected = [np.array(mask) for mask in masks_of(tmp_path, "two")]
+    (tmp_path / "out" / "davis.json").unlink()
+    assert run("--device", "cuda") == 0
+    for mask, wanted in zip(masks_of(tmp_path, "two"), expected, strict=True):
+        assert (np.array(mask) == wanted).mean() > 0.99
+
+
+def test_scores_are_the_means_over_objects(run, tmp_path, capsys):
+    assert run() == 0
+    results = results_of(tmp_path)
+    two, one = results["sequences"]["two"], results["sequences"]["one"]
+    assert list(two["objects"]) == ["1", "2"]
+    assert (two["frames"], one["frames"]) == (6, 4)
+    objects = [*two["objects"].values(), *one["objects"].values()]
+    for measure in ("J", "F"):
+        for key in ("mean", "recall", "decay"):
+            values = [scores[measure][key] for scores in objects]
+            assert results["global"][measure][key] == pytest.approx(np.mean(values))
+            assert two[measure][key] == pytest.approx(np.mean(values[:2]))
+    total = results["global"]
+    assert total["J&F"] == pytest.approx((total["J"]["mean"] + total["F"]["mean"]) / 2)
+    assert 20 < total["J"]["mean"] <= 100
+    printed = capsys.readouterr().out
+    assert f"J&F-Mean {total['J&F']:.1f}\nJ-Mean {total['J']['mean']:.1f}  J-Recall" in printed
+
+
+def test_masks_equal_to_the_truth_score_100_and_ends_do_not_count(root):
+    truth = davis.read_truth(find_sequences(root)[0])
+    masks = truth.copy()
+    masks[0] = masks[-1] = 0
+    scores = davis.score(masks, truth, torch.device("cpu"))
+    assert scores["J&F"] == scores["J"]["mean"] == scores["F"]["recall"] == 100
+    masks[2][masks[2] == 2] = 0  # one of four frames without object 2
+    scores = davis.score(masks, truth, torch.device("cpu"))
+    assert scores["objects"]["1"]["J"]["mean"] == 100
+    assert scores["objects"]["2"]["J"] == {"mean": 75, "recall": 75, "decay": -50}
+
+
+def test_a_video_that_stands_still_keeps_its_masks(run, tmp_path, root):
+    still = root / "JPEGImages" / "480p" / "one"
+    for path in sorted(still.iterdir())[1:]:
+        path.write_bytes((still / "00000.jpg").read_bytes())
+        mask = root / "Annotations" / "480p" / "one" / f"{path.stem}.png"
+        mask.write_bytes((mask.parent / "00000.png").read_bytes())
+    assert run("--topk", 1) == 0
+    assert results_of(tmp_path)["sequences"]["one"]["J"]["mean"] > 80
+    _, *found = (np.array(mask) for mask in masks_of(tmp_path, "one"))
+    assert all(np.array_equal(mask, found[0]) for mask in found)  # each patch is its own nearest
+
+
+def binary_mask(labels):
+    return Image.fromarray((labels > 0).astype(np.uint8) * 255)
+
+
+def test_davis_2016(run, tmp_path):
+    root = tmp_path / "davis2016"
+    write_sequence(root, "bear", {1: (8, 6, 20), 2: (30, 34, 22)}, to_mask=binary_mask)
+    line = "/JPEGImages/480p/bear/0000{0}.jpg /Annotations/480p/bear/0000{0}.png"
+    write_list(root, "480p", [line.format(time) for time in range(FRAMES)])
+    colours = root / "Annotations" / "480p" / "bear" / "00003.png"
+    Image.open(colours).convert("RGBA").save(colours)  # some of the set's are
+    assert run(data=root) == 0
+    results = results_of(tmp_path)
+    assert results["settings"]["year"] == "2016"
+    assert list(results["sequences"]["bear"]["objects"]) == ["1"]
+    for mask in masks_of(tmp_path, "bear"):
+        assert mask.mode == "L"
+        assert set(np.unique(np.array(mask))) <= {0, 255}
+
+
+def test_year_2016_on_the_masks_of_2017_joins_their_objects(run, root, tmp_path):
+    write_list(root, "2016", ["two"])
+    assert run("--year", 2016) == 0
+    assert list(results_of(tmp_path)["sequences"]) == ["two"]
+    assert set(np.unique(np.array(masks_of(tmp_path, "two")[0]))) == {0, 255}
+
+
+def test_finished_sequences_are_not_computed_again(run, tmp_path, capsys, monkeypatch):
+    assert run() == 0
+    before = results_of(tmp_path)
+    (tmp_path / "out" / "one" / "00002.png").unlink()
+    computed = []
+    segment = davis.segment
+    monkeypatch.setattr(
+        davis, "segment", lambda *a, **k: computed.append(a[1].name) or segment(*a, **k)
+    )
+    capsys.readouterr()
+    assert run("--bs", 2) == 0
+    assert computed == ["one"]
+    assert "two: already there" in capsys.readouterr().out
+    after = results_of(tmp_path)
+    assert after["sequences"]["two"] == before["sequences"]["two"]
+    assert run("--seed", 1) == 0  # other weights
+    assert computed == ["one", "two", "one"]
+
+
+def test_a_run_cut_off_leaves_nothing_of_other_settings_as_done(run, tmp_path, monkeypatch):
+    assert run() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(davis, "segment", None)  # called, it fails
+        with pytest.raises(TypeError):
+            run("--topk", 2)
+    results = results_of(tmp_path)
+    assert (results["settings"]["topk"], results["sequences"]) == (2, {})
+
+
+def test_an_object_that_leaves_the_frame_and_one_that_comes_later(run, root, tmp_path, capsys):
+    folder = root / "Annotations" / "480p" / "two"
+    for time in range(1, FRAMES):
+        labels = np.array(Image.open(folder / f"{time:05d}.png"))
+        labels[labels == 2] = 0
+        labels[:8, :8] = 3
+        palette_mask(labels).save(folder / f"{time:05d}.png")
+    assert run() == 0
+    entry = results_of(tmp_path)["sequences"]["two"]
+    assert (list(entry["objects"]), entry["not_scored"]) == (["1", "2"], [3])
+    assert entry["objects"]["2"]["J"]["mean"] in (0, 25, 50, 75, 100)
+    assert "objects [3] appear after the first frame: not followed" in capsys.readouterr().out
+
+
+def test_object_numbers_need_not_be_in_a_row(run, root, tmp_path):
+    folder = root / "Annotations" / "480p" / "one"
+    for path in folder.iterdir():
+        palette_mask(np.array(Image.open(path)) * 7).save(path)
+    assert run() == 0
+    assert list(results_of(tmp_path)["sequences"]["one"]["objects"]) == ["7"]
+    assert set(np.unique(np.array(masks_of(tmp_path, "one")[1]))) == {0, 7}
+
+
+def test_sequences_with_their_first_annotation_alone_are_not_scored(run, root, tmp_path, capsys):
+    write_sequence(root, "test", {1: (8, 8, 24)}, annotations=1)
+    write_list(root, "2017", ["test"], split="test-dev")
+    assert run("--split", "test-dev", "--overlays", "all") == 0
+    results = results_of(tmp_path)
+    assert (results["global"], results["sequences"]) == (None, {"test": {"frames": FRAMES}})
+    assert len(masks_of(tmp_path, "test")) == FRAMES
+    assert len(list((tmp_path / "out" / "overlays" / "test").glob("*.jpg"))) == FRAMES
+    assert "not scored: only the first is annotated" in capsys.readouterr().out
+    assert run("--split", "test-dev") == 0
+    assert "test: already there" in capsys.readouterr().out
+
+
+def test_overlays_show_the_objects_where_they_are(run, root, tmp_path):
+    assert run("--overlays", "all") == 0
+    sheet = np.array(Image.open(tmp_path / "out" / "overlays" / "one.png"))
+    assert sheet.shape == (2 * HEIGHT + 4, 4 * (WIDTH + 4) - 4, 3)
+    frame = np.array(Image.open(root / "JPEGImages" / "480p" / "one" / "00000.jpg")).astype(int)
+    first = sheet[:HEIGHT, :WIDTH].astype(int)
+    mask = labels_at(0, {1: (16, 16, 30)}) > 0
+    assert (first[~mask] == frame[~mask]).all()
+    assert first[20, 20].tolist() == pytest.approx((frame[20, 20] + (128, 0, 0)) / 2, abs=1)
+    assert first[45, 30].tolist() == [128, 0, 0]  # its outline
+    assert run("--overlays", "none", "--topk", 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        (lambda mask: mask.convert("RGB"), [0, 1, 2]),
+        (lambda mask: mask.convert("RGBA"), [0, 1, 2]),
+        (lambda mask: Image.fromarray(np.array(mask)), [0, 1, 2]),  # grey numbers
+        (lambda mask: Image.fromarray(np.where(np.array(mask) == 2, 255, mask)), [0, 1]),  # void
+        (lambda mask: Image.fromarray(np.array(mask) > 0), [0, 1]),
+    ],
+)
+def test_masks_are_read_in_whatever_mode_they_are(root, change, numbers):
+    path = root / "Annotations" / "480p" / "two" / "00000.png"
+    before = np.array(Image.open(path))
+    change(Image.open(path)).save(path)
+    mask = read_mask(path, binary=False)
+    assert np.unique(mask).tolist() == numbers
+    assert (mask[before == 1] == 1).all()
+
+
+def test_frames_are_normalised_as_the_papers_are():
+    frames = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    same = prepare(frames, (20, 30))
+    for channel, (mean, std) in enumerate(((0.485, 0.228), (0.456, 0.224), (0.406, 0.225))):
+        expected = (frames[:, channel] / 255 - mean) / std
+        torch.testing.assert_close(same[:, channel], expected)
+    smaller = prepare(frames, (7, 11))
+    # Pixel (3, 5) of 7 x 11 lies at row 9.5, column 14.5: among the four in the middle.
+    middle = (frames[:, :, 9:11, 14:16].float().mean((2, 3)).round() / 255)[:, 0]
+    torch.testing.assert_close(smaller[:, 0, 3, 5], (middle - 0.485) / 0.228)
+    assert not torch.equal(smaller, F.interpolate(same, (7, 11), mode="bilinear"))
+
+
+def test_working_sizes_are_the_papers():
+    assert working_size((480, 854), 480) == (480, 832)
+    assert working_size((854, 480), 480) == (832, 480)
+    assert working_size((1080, 1920), 480) == (480, 832)
+    assert working_size((500, 500), 480) == (480, 448)
+    with pytest.raises(ConfigError, match="--size 40 makes frames of 60 x 60 px less than 64 px"):
+        working_size((60, 60), 40)
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastdino davis: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def spoil(root, name):
+    folder = root / "Annotations" / "480p" / "two"
+    frames = root / "JPEGImages" / "480p" / "two"
+    if name == "no first annotation":
+        (folder / "00000.png").unlink()
+        return "1 annotations are missing, among them"
+    if name == "some annotations":
+        (folder / "00003.png").unlink()
+        return "00003.png; expected one of the first frame alone, or one a frame"
+    if name == "other size":
+        Image.new("RGB", (10, 20)).save(frames / "00004.jpg")
+        return "00004.jpg is 20 x 10 px, "
+    if name == "other mask size":
+        Image.new("L", (10, 20)).save(folder / "00004.png")
+        return "frames and annotations must be of one size"
+    if name == "two frames":
+        for file in sorted(frames.iterdir())[2:]:
+            file.unlink()
+        return "has 2 frames; it takes 3"
+    if name == "no sequence":
+        write_list(root, "2017", ["two", "three"])
+        return "sequence three: there is no folder"
+    if name == "empty list":
+        write_list(root, "2017", [" ", ""])
+        return "names no sequence"
+    if name == "no list":
+        (root / "ImageSets" / "2017" / "val.txt").unlink()
+        return "no list of DAVIS sequences: expected one of"
+    if name == "no object":
+        Image.new("L", (WIDTH, HEIGHT)).save(folder / "00000.png")
+        return "marks no object to follow"
+    if name == "void alone":
+        binary_mask(labels_at(0, {1: (8, 8, 20)})).save(folder / "00000.png")
+        return "255 is void; for masks of 0 and 255 say --year 2016"
+    if name == "other colours":
+        Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).save(folder / "00000.png")
+        return "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette"
+    if name == "no picture":
+        (frames / "00002.jpg").write_text("no picture")
+        return "cannot read"
+    assert name == "half a picture"
+    whole = (frames / "00002.jpg").read_bytes()
+    (frames / "00002.jpg").write_bytes(whole[: len(whole) // 2])
+    return "00002.jpg: image file is truncated"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no first annotation", "some annotations", "other size", "other mask size", "two frames",
+        "no sequence", "empty list", "no list", "no object", "void alone", "other colours",
+        "no picture", "half a picture",
+    ],
+)  # fmt: skip
+def test_bad_data_is_named(run, root, capsys, name):
+    part = spoil(root, name)
+    assert run() == 2
+    assert part in error_of(capsys)
+
+
+def test_what_can_be_known_is_said_before_the_network_is_built(run, root, capsys, monkeypatch):
+    monkeypatch.setattr(davis, "build_model", None)
+    assert run("--size", 20) == 2
+    assert "less than 64 px long" in error_of(capsys)
+    part = spoil(root, "no object")
+    assert run() == 2
+    assert part in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--topk 0", "--topk must be at least 1, got 0"),
+        ("--bs 0", "--bs must be at least 1"),
+        ("--n_last_frames -1", "--n_last_frames must be at least 0, got -1"),
+        ("--size_mask_neighborhood -2", "--size_mask_neighborhood must be at least 0"),
+        ("--patch_size 0", "--patch_size must be at least 1"),
+        ("--patch_size 65", "--size 64 is smaller than a 65 px patch"),
+        ("--size 20", "--size 20 makes frames of 60 x 140 px less than 64 px long"),
+        ("--arch resnet18", "--arch resnet18 gives no patch tokens to compare"),
+        ("--year 2016", "no list of DAVIS sequences"),
+        ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
+        ("--output_dir /dev/null/x", "cannot write /dev/null/x"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+    assert run(*flags.split()) == 2
+    assert part in error_of(capsys)
