@@ -55,13 +55,13 @@ def test_the_overlay_is_the_image_and_the_map():
 
 
 def test_a_mask_is_tinted_inside_and_dark_outside():
-    pixels = np.full((8, 8, 3), 100, np.uint8)
+    pixels = np.full((8, 8, 3), (50, 100, 150), np.uint8)
     mask = torch.tensor([[True, False], [False, False]])
     pictures = [mask_picture(pixels, mask, head) for head in (0, 1)]
     for picture, head in zip(pictures, (0, 1), strict=True):
         assert (picture[4:] == round(100 * DIMMED)).all()
         assert (picture[:4, 4:] == round(100 * DIMMED)).all()
-        inside = 65 + 255 * TINT * np.array(colormaps["tab10"](head)[:3])
+        inside = (1 - TINT) * pixels[0, 0] + 255 * TINT * np.array(colormaps["tab10"](head)[:3])
         assert np.abs(picture[:4, :4] - inside).max() <= 0.51
     assert not np.array_equal(*pictures)
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 COLORMAP = "inferno"
 # Of a mask: what is left of the image's brightness outside, and how much of the colour is inside.
-DIMMED, TINT = 0.35, 0.35
+DIMMED, TINT = 0.3, 0.45
 OVERLAY = 0.6  # the map's share where it is over the image
+CELL = 1.5  # inches: a column of the contact sheet
 
 Pixels = NDArray[np.uint8]
 
@@ -50,13 +51,14 @@ def overlay_picture(pixels: Pixels, map_: Tensor) -> Pixels:
 
 
 def mask_picture(pixels: Pixels, mask: Tensor, head: int = 0) -> Pixels:
-    """The image, tinted where the mask [h, w] is, dark elsewhere; each head has a colour."""
+    """The image, tinted where the mask [h, w] is, dark gray elsewhere; each head has a colour."""
     height, width = pixels.shape[:2]
     inside = F.interpolate(mask.float().cpu()[None, None], size=(height, width))[0, 0].bool()
     colour = 255 * np.array(colormaps["tab10"](head % 10)[:3], np.float32)
     plain = pixels.astype(np.float32)
     tinted = (1 - TINT) * plain + TINT * colour
-    chosen = np.where(inside.numpy()[..., None], tinted, DIMMED * plain)
+    dim = DIMMED * plain.mean(axis=2, keepdims=True)
+    chosen = np.where(inside.numpy()[..., None], tinted, dim)
     return (chosen + 0.5).astype(np.uint8)
 
 
@@ -92,12 +94,11 @@ def draw_heads(
     pixels = np.asarray(picture)
     names = ["mean", *(f"head {head}" for head in range(len(maps) - 1))]
     rows, columns = 1 if masks is None else 2, 1 + len(maps)
-    cell = 1.5
-    height = min(max(cell * picture.height / picture.width, 0.4), 4 * cell)
-    figsize = (cell * columns, (height + 0.25) * rows + 0.35)
-    figure = Figure(figsize=figsize, layout="constrained")
+    height = min(max(CELL * picture.height / picture.width, CELL / 4), 4 * CELL)
+    figsize = (CELL * columns, height * rows + 0.5)
+    figure = Figure(figsize=figsize, layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # names of files may have $ in them
     axes[0, 0].imshow(pixels)
     axes[0, 0].set_title("image", fontsize=8)
     for i, name in enumerate(names):
