@@ -178,8 +178,10 @@ def test_jaccard_on_cases_with_known_answers():
     masks = torch.stack((truth, ~truth, left, everywhere, ~everywhere))
     expected = [1, 0, 4 / 12, 8 / 16, 0]
     assert jaccard(masks, truth, everywhere).tolist() == pytest.approx(expected, abs=1e-15)
-    # Where the lower half does not count, what a mask has there does no harm.
+    # What lies where pixels do not count, in the lower or in the right half, says nothing.
     assert jaccard(masks, truth, truth).tolist() == pytest.approx([1, 0, 0.5, 1, 0], abs=1e-15)
+    expected = [1, 0, 4 / 8, 4 / 8, 0]
+    assert jaccard(masks, truth, left).tolist() == pytest.approx(expected, abs=1e-15)
     assert jaccard(~everywhere, ~everywhere, everywhere).isnan()
 
 

@@ -126,8 +126,9 @@ def read_mask(path: Path, void: int | None) -> NDArray[np.uint8]:
                 inside = values > 0
             else:
                 colours = np.asarray(image.convert("RGB"))
-                inside = colours.any(axis=2)
-                unknown = (colours == VOC_VOID_COLOUR).all(axis=2) & (void is not None)
+                inside = colours.max(axis=2) > 0
+                colour = (-1, -1, -1) if void is None else VOC_VOID_COLOUR
+                unknown = (colours == np.array(colour)).all(axis=2)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise all kinds on broken files.
