@@ -10,6 +10,7 @@ INIT = (ROOT / "fastdino/__init__.py").read_text(encoding="utf-8")
 VERSION = re.findall(r'__version__ = "(.+)"', INIT)[0]
 
 EVAL = [
+    "av>=15",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10,<13",  # 13 changed the order of the resize passes: crops would differ

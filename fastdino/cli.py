@@ -29,6 +29,10 @@ class Command:
 COMMANDS = {
     "train": Command("fastdino.run", "pretrain with DINO (every flag of the paper's main_dino.py)"),
     "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
+    "attention": Command(
+        "fastdino.evals.attention_images", "draw what a ViT attends to, or measure it against masks"
+    ),
+    "video": Command("fastdino.evals.attention_video", "the attention of a ViT, frame by frame"),
     "davis": Command(
         "fastdino.evals.davis", "video segmentation (the flags of eval_video_segmentation.py)"
     ),

@@ -160,6 +160,20 @@ def emulated(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def nano_weights(tmp_path_factory) -> Path:
+    """A file of vit_nano's weights, patch 8, 32 px; its attention is far from even."""
+    from fastdino.models.backbones import build_backbone
+
+    generator = torch.Generator().manual_seed(0)
+    model, _ = build_backbone("vit_nano", patch_size=8, img_size=32)
+    for parameter in model.parameters():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """18 small JPEGs of noise in 3 classes: 4 steps of 4 an epoch, 2 left over."""
     root = tmp_path_factory.mktemp("pictures")

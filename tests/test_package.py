@@ -205,6 +205,7 @@ def test_kernels_import_torch_triton_and_the_standard_library_alone():
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
+        ("av", {"fastdino.evals.video_files"}),
         ("numba", {"fastdino.data.fused_pixels"}),
         ("nvidia.dali", {"fastdino.data.dali", "fastdino.data.dali_decode"}),
         ("xformers", {"fastdino.models.attention"}),

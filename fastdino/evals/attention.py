@@ -1,20 +1,27 @@
-"""What the CLS token of a ViT's last block attends to (Caron et al. 2021, figure 1).
+"""What the CLS token of a ViT's last block attends to, in numbers (Caron et al. 2021, figure 1).
 
-Legend: B images, H heads, h x w patches.
+Legend: B images, H heads, h x w patches, P pixels a patch's side.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
 
-from fastdino.models.vit import VisionTransformer
+from fastdino import checkpoint
+from fastdino.data.pil import MEAN, STD
+from fastdino.errors import ConfigError, DataError
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
+from fastdino.weights import load_backbone
 
 
 @torch.no_grad()
@@ -23,43 +30,175 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
 
     Args:
         model: in eval mode.
-        images: [B, 3, h * patch_size, w * patch_size], normalised.
+        images: [B, 3, h * P, w * P], normalised.
 
     Returns: [B, H, h, w], the dtype of the images; a map's sum is the share that CLS does not keep
         for itself.
     """
     height, width = (side // model.patch_size for side in images.shape[-2:])
-    weights = model.get_last_selfattention(images)
-    return weights[:, :, 0, 1:].unflatten(2, (height, width))
+    return model.get_cls_attention(images)[:, :, 1:].unflatten(2, (height, width))
 
 
-def draw_attention(
-    pictures: Sequence[Image.Image], maps: Tensor, path: Path, *, title: str = ""
-) -> None:
-    """Draws a row a picture: the picture, the mean map, each head's map; writes a PNG.
+def keep_mass(maps: Tensor, share: float) -> Tensor:
+    """The patches that hold a share of a map's mass, the strongest first: the paper's masks.
+
+    The weakest patches are left out as long as these hold no more than 1 - share together.
 
     Args:
-        pictures: B square pictures.
-        maps: [B, H, h, w] of attention_maps.
-        path: the PNG to write.
-        title: a line above everything.
+        maps: [..., h, w], none negative.
+        share: above 0, at most 1.
+
+    Returns: bool [..., h, w]; all False for a map of zeros.
     """
-    heads = maps.shape[1]
-    columns = 2 + heads
-    figure = Figure(figsize=(1.25 * columns, 1.25 * len(pictures) + 0.5), layout="constrained")
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
-    figure.suptitle(title, fontsize=9)
-    for row, (picture, heads_maps) in enumerate(zip(pictures, maps, strict=True)):
-        size = (picture.height, picture.width)
-        panels = torch.cat((heads_maps.mean(0, keepdim=True), heads_maps))
-        panels = F.interpolate(panels[None].float(), size=size, mode="nearest")[0]
-        axes[row, 0].imshow(picture)
-        for panel, axis in zip(panels, axes[row, 1:], strict=True):
-            axis.imshow(panel.cpu().numpy(), cmap="inferno")
-        if row == 0:
-            names = ["image", "mean", *(f"head {i + 1}" for i in range(heads))]
-            for name, axis in zip(names, axes[0], strict=True):
-                axis.set_title(name, fontsize=8)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.savefig(path, dpi=120)
+    # float64: thousands of small numbers are added up.
+    values, order = maps.flatten(-2).double().sort(dim=-1, stable=True)
+    held = values.cumsum(-1) / values.sum(-1, keepdim=True)
+    kept = held > 1 - share
+    return torch.zeros_like(kept).scatter(-1, order, kept).unflatten(-1, maps.shape[-2:])
+
+
+def to_pixels(maps: Tensor, patch_size: int) -> Tensor:
+    """[..., h, w] -> [..., h * P, w * P]: each pixel has the value of its patch."""
+    return maps.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)
+
+
+def jaccard(masks: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
+    """Intersection over union of masks with the truth, where pixels are counted.
+
+    Args:
+        masks: bool [..., height, width].
+        truth, counted: bool [height, width].
+
+    Returns: float64 [...], from 0 to 1; NaN where the union is empty.
+    """
+    both = (masks & truth & counted).sum((-2, -1)).double()
+    return both / ((masks | truth) & counted).sum((-2, -1))
+
+
+def head_statistics(maps: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
+    """Figures of each head's map, [H, h, w].
+
+    patch_mass: the share of CLS's attention that goes to patches. entropy: of the map's
+    distribution over patches, in nats (uniform: log(h w)). peak: row and column of the strongest
+    patch; peak_share: its share of the map's mass. kept_patches: the share of patches in the mask
+    of `threshold`.
+    """
+    flat = maps.flatten(1).double()
+    mass = flat.sum(1)
+    shares = flat / mass[:, None]
+    entropy = torch.special.entr(shares).sum(1).tolist()
+    peaks = flat.argmax(1).tolist()
+    statistics = []
+    for head, peak in enumerate(peaks):
+        found = {
+            "head": head,
+            "patch_mass": float(mass[head]),
+            "entropy": entropy[head],
+            "peak": list(divmod(peak, maps.shape[2])),
+            "peak_share": float(shares[head, peak]),
+        }
+        if threshold is not None:
+            kept = keep_mass(maps[head], threshold)
+            found["kept_patches"] = float(kept.double().mean())
+        statistics.append(found)
+    return statistics
+
+
+def fit(
+    picture: Image.Image,
+    size: Sequence[int] | None,
+    patch_size: int,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Image.Image:
+    """The picture as the network sees it: resized, then cut to whole patches.
+
+    Args:
+        picture: of any mode.
+        size: height and width in pixels; one number: of the shorter side; None: as it is.
+        patch_size: what is short of a patch is cut off at the right and at the bottom.
+        interpolation: of the resize.
+
+    Raises: DataError: less than a patch is left.
+    """
+    if size is not None:
+        picture = v2.functional.resize(picture, list(size), interpolation)
+    width, height = (side - side % patch_size for side in picture.size)
+    if not width or not height:
+        raise DataError(
+            f"an image of {picture.height} x {picture.width} px is smaller than a patch of "
+            f"{patch_size} px: expected at least one patch; resize to more, or take another model"
+        )
+    return picture.crop((0, 0, width, height))
+
+
+_to_tensor = v2.Compose(
+    [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+)
+
+
+def to_input(picture: Image.Image) -> Tensor:
+    """RGB -> fp32 [3, height, width], less ImageNet's mean, over its std."""
+    tensor: Tensor = _to_tensor(picture)
+    return tensor
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which network, as in the paper's visualize_attention.py, and where."""
+    add = parser.add_argument
+    add("--arch", help="a vit_* (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def load_vit(args: argparse.Namespace, device: torch.device) -> tuple[VisionTransformer, str]:
+    """The network of add_model_flags' flags, in eval mode on the device, and its architecture.
+
+    Raises: ConfigError: it is no ViT of ours. CheckpointError: see load_backbone.
+    """
+    if args.patch_size is not None and args.patch_size < 1:
+        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        arch=args.arch,
+        patch_size=args.patch_size,
+    )
+    if not isinstance(backbone.module, VisionTransformer):
+        raise ConfigError(
+            f"--arch {backbone.arch} has no attention of a CLS token to show: "
+            f"expected one of {', '.join(VIT_ARCHS)}"
+        )
+    return backbone.module.to(device), backbone.arch
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raises ConfigError where --threshold is no share."""
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ConfigError(f"--threshold must be above 0 and at most 1, got {threshold}")
+
+
+def check_size(name: str, size: Sequence[int] | None) -> None:
+    """Raises ConfigError where a flag is no size: one or two numbers from 1."""
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        given = " ".join(map(str, size))
+        raise ConfigError(
+            f"--{name} must be a height and a width, or the shorter side alone, in pixels from 1; "
+            f"got {given}"
+        )
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Writes a result, whole or not at all."""
+    with checkpoint.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with checkpoint.replacing(path) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+
+
+def pretrained_side(model: VisionTransformer) -> int:
+    """Pixels of the side of the images that the position embedding is made for."""
+    return math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size

@@ -69,6 +69,14 @@ class Attention(nn.Module):
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
+    def first_weights(self, x: Tensor) -> Tensor:
+        """The first token's row of `weights`, computed alone: [B, N, D] -> [B, H, N]."""
+        weight, bias = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        query = F.linear(x[:, 0], weight[0], bias[0]).unflatten(-1, (self.num_heads, -1))
+        key = F.linear(x, weight[1], bias[1]).unflatten(-1, (self.num_heads, -1))
+        scores = torch.einsum("bhd,bkhd->bhk", query, key) / math.sqrt(query.shape[-1])
+        return scores.softmax(dim=-1)
+
 
 class Mlp(nn.Module):
     """Linear, GELU (erf), linear."""
@@ -228,12 +236,26 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
         """[B, 3, height, width] -> the last block's attention weights [B, H, N, N]."""
+        attention, tokens = self._into_last_attention(images)
+        return attention.weights(tokens)
+
+    def get_cls_attention(self, images: Tensor) -> Tensor:
+        """[B, 3, height, width] -> CLS's row of get_last_selfattention, [B, H, N].
+
+        It takes H N numbers an image where the whole takes H N^2: for ViT-S/8 at 480 px, N = 3601,
+        86 kB instead of 311 MB in fp32.
+        """
+        attention, tokens = self._into_last_attention(images)
+        return attention.first_weights(tokens)
+
+    def _into_last_attention(self, images: Tensor) -> tuple[Attention, Tensor]:
+        """The last block's attention, and the tokens [B, N, D] that go into it."""
         x, layout = self._pack([self.embed(images)])
         *blocks, last = self.blocks
         for block, rows in zip(blocks, self._draw_kept(x, layout), strict=False):
             x = block(x, layout, rows)
         assert isinstance(last, Block)
-        return last.attn.weights(layout.split(last.norm1(x))[0])
+        return last.attn, layout.split(last.norm1(x))[0]
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> Sequence[Tensor]:
         """[B, 3, height, width] -> the last n blocks' normalised tokens [B, N, D], in order."""

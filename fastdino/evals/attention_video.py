@@ -1,0 +1,214 @@
+"""`fastdino video`: what CLS attends to in each frame of a video, as a video.
+
+Frames come one at a time and go into the file as they are drawn: of a video of any length a batch
+is held. Beside the video lies a JSON file of its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdino import checkpoint
+from fastdino.distributed import choose_device
+from fastdino.errors import ConfigError, DataError
+from fastdino.evals.attention import (
+    add_model_flags,
+    attention_maps,
+    check_size,
+    check_threshold,
+    fit,
+    head_statistics,
+    keep_mass,
+    load_vit,
+    to_input,
+    write_json,
+)
+from fastdino.evals.attention_pictures import (
+    Pixels,
+    heads_picture,
+    map_picture,
+    mask_picture,
+    overlay_picture,
+)
+from fastdino.evals.video_files import FORMATS, Frames, open_frames, video_writer
+from fastdino.models.vit import VisionTransformer
+
+# What a frame of the video shows, side by side in the order of --show.
+VIEWS = ("frame", "mean", "overlay", "mask", "heads")
+# Of head_statistics, what the JSON file has the means of over all frames.
+AVERAGED = ("patch_mass", "entropy", "peak_share", "kept_patches")
+
+
+def draw_frame(
+    picture: Image.Image, maps: Tensor, views: Iterable[str], threshold: float
+) -> Pixels:
+    """The views of one frame side by side, each of its size.
+
+    Args:
+        picture: as the network saw it.
+        maps: [H, h, w] of attention_maps, on the CPU.
+        views: some of VIEWS.
+        threshold: the share of the mean map's mass that the mask keeps.
+    """
+    pixels = np.asarray(picture)
+    size, mean = pixels.shape[:2], maps.mean(0)
+    draw = {
+        "frame": lambda: pixels,
+        "mean": lambda: map_picture(mean, size),
+        "overlay": lambda: overlay_picture(pixels, mean),
+        "mask": lambda: mask_picture(pixels, keep_mass(mean, threshold)),
+        "heads": lambda: heads_picture(maps, size),
+    }
+    return np.concatenate([draw[view]() for view in views], axis=1)
+
+
+def draw_video(
+    frames: Frames,
+    model: VisionTransformer,
+    path: Path,
+    *,
+    fps: float,
+    resize: list[int] | None,
+    views: list[str],
+    threshold: float,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Writes the video; returns what is known of it: see the JSON file.
+
+    Args:
+        frames: of open_frames.
+        model: in eval mode, on the device.
+        path: ends in one of FORMATS.
+        fps: frames a second of what is written.
+        resize: height and width, or the shorter side, in pixels; None: as they are.
+        views, threshold: see draw_frame.
+        batch_size: frames in a forward pass, and in memory.
+
+    Raises: DataError: a frame cannot be decoded, or is smaller than a patch.
+    """
+    # Before a file is made: whether the frames can be cut to patches at all.
+    sample = fit(Image.new("RGB", frames.size[::-1]), resize, model.patch_size)
+    count, totals = 0, np.zeros(1)
+    bar = tqdm(total=frames.count, unit="frame", disable=not sys.stderr.isatty())
+    with bar, video_writer(path, fps) as write:
+        for batch in _batches(frames, batch_size):
+            pictures = [fit(frame, resize, model.patch_size) for frame in batch]
+            images = torch.stack([to_input(picture) for picture in pictures])
+            for picture, maps in zip(
+                pictures, attention_maps(model, images.to(device)).cpu(), strict=True
+            ):
+                write(draw_frame(picture, maps, views, threshold))
+                found = head_statistics(maps, threshold)
+                totals = totals + np.array([[head[name] for name in AVERAGED] for head in found])
+                count += 1
+            bar.update(len(batch))
+    if not count:
+        raise DataError(f"{frames.path} holds no frame")
+    return {
+        "frames": count,
+        "frames_announced": frames.count,
+        "fps": fps,
+        "size": [sample.height, sample.width],
+        "grid": [sample.height // model.patch_size, sample.width // model.patch_size],
+        "heads": [
+            {"head": head} | dict(zip(AVERAGED, row, strict=True))
+            for head, row in enumerate((totals / count).tolist())
+        ],
+    }
+
+
+def _batches(frames: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    batch: list[Image.Image] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino video`: those of the paper's video_generation.py, then ours."""
+    add = parser.add_argument
+    add_model_flags(parser)
+    add("--input_path", required=True, help="a video file, or a folder of frames")
+    endings = " ".join(FORMATS)
+    add("--output_path", default=".", help=f"a folder, or a file that ends in {endings} (.)")
+    add("--video_format", choices=[e[1:] for e in FORMATS], default="mp4", help="in a folder (mp4)")
+    add("--fps", type=float, help="frames a second (default: the video's own; of a folder, 30)")
+    add(
+        "--resize",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="height and width that frames are resized to, or their shorter side alone",
+    )
+    add("--threshold", type=float, default=0.6, help="the share of the mass that masks keep (0.6)")
+    add(
+        "--show",
+        nargs="+",
+        choices=VIEWS,
+        default=["frame", "mean", "mask"],
+        help="what a frame shows, side by side; mean: the heads' mean map, which is all that the "
+        "paper's tool shows (frame mean mask)",
+    )
+    add("--batch_size_per_gpu", type=int, default=4, help="frames a forward pass (4)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastdino video`."""
+    check_threshold(args.threshold)
+    check_size("resize", args.resize)
+    if args.batch_size_per_gpu < 1:
+        raise ConfigError(f"--batch_size_per_gpu must be at least 1, got {args.batch_size_per_gpu}")
+    if args.fps is not None and not 0.1 <= args.fps <= 1000:
+        raise ConfigError(f"--fps must be from 0.1 to 1000, got {args.fps}")
+    path = output_file(args.output_path, args.video_format)
+    if os.path.realpath(path) == os.path.realpath(args.input_path):
+        raise ConfigError(f"--output_path {path} is the input: name another file")
+    frames = open_frames(args.input_path)
+    device = choose_device(args.device)
+    model, arch = load_vit(args, device)
+    with checkpoint.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    found = draw_video(
+        frames,
+        model,
+        path,
+        fps=args.fps or frames.fps,
+        resize=args.resize,
+        views=args.show,
+        threshold=args.threshold,
+        batch_size=args.batch_size_per_gpu,
+        device=device,
+    )
+    record = {"input_path": args.input_path, "output_path": str(path), "arch": arch}
+    record |= {name: getattr(args, name) for name in ("pretrained_weights", "threshold", "show")}
+    write_json(record | {"patch_size": model.patch_size} | found, path.with_suffix(".json"))
+    if frames.count not in (None, found["frames"]):
+        print(
+            f"{args.input_path} announces {frames.count} frames, {found['frames']} were decoded",
+            file=sys.stderr,
+        )
+    print(f"{path}: {found['frames']} frames, {found['fps']:g} a second")
+    return 0
+
+
+def output_file(path: str, video_format: str) -> Path:
+    """The file that --output_path means: itself, or video.<format> in the folder."""
+    if Path(path).suffix.lower() in FORMATS and not os.path.isdir(path):
+        return Path(path)
+    return Path(path) / f"video.{video_format}"
