@@ -29,6 +29,9 @@ class Command:
 COMMANDS = {
     "train": Command("fastdino.run", "pretrain with DINO (every flag of the paper's main_dino.py)"),
     "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
+    "linear": Command(
+        "fastdino.evals.linear", "linear probe of frozen features (the flags of eval_linear.py)"
+    ),
     "crops": Command("fastdino.crop_sheet", "draw a photo's crops, and how their makers differ"),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),

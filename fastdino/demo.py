@@ -20,7 +20,7 @@ from fastdino import cli
 from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
 from fastdino.evals.attention import attention_maps, draw_attention
-from fastdino.evals.knn import eval_transform
+from fastdino.evals.features import eval_transform
 from fastdino.models.vit import VisionTransformer
 from fastdino.weights import load_backbone
 

@@ -120,8 +120,10 @@ class Bomb:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"student": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match="more than tensors and plain values") as error:
         checkpoint.load(tmp_path / "bomb.pth")
+    assert "code (posix.mkdir), which is not run" in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "exploded").exists()
 
 
