@@ -13,10 +13,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdino.errors import CheckpointError, NonFiniteError
+
+
+# What a file may hold beside tensors and plain values: the paper's code saves its flags as a
+# Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, of either of
+# the names that NumPy's versions give them. Making any of these runs no code of the file's.
+_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_TYPES: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
 
 
 def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
@@ -119,8 +134,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        # The paper's code saves its flags as a Namespace of plain values, and paths on clusters.
-        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+        with torch.serialization.safe_globals(SAFE_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
