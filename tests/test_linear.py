@@ -22,6 +22,7 @@ from fastdino.evals import feature_cache
 from fastdino.evals.features import UNREADABLE
 from fastdino.evals.linear import AugmentedImages, train_transform
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
+from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
 CPU = torch.device("cpu")
@@ -271,7 +272,9 @@ def test_a_cache_is_used_again_and_never_for_other_weights_images_or_settings(
     assert run("d", *cache, "--n_last_blocks", "1") == 0
     assert made == centre
     made.clear()
-    assert run("e", *cache, "--seed", "7") == 0  # of an untrained network's weights too
+    weights = build_backbone("vit_nano", patch_size=8, img_size=32)[0].state_dict()
+    torch.save(weights, tmp_path / "other.pth")
+    assert run("e", *cache, "--pretrained_weights", tmp_path / "other.pth") == 0
     assert made == centre
     made.clear()
     copy = tmp_path / "copy"
