@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fastdino.errors import CheckpointError, NonFiniteError
 
-
 # What a file may hold beside tensors and plain values: the paper's code saves its flags as a
 # Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, of either of
 # the names that NumPy's versions give them. Making any of these runs no code of the file's.

@@ -210,6 +210,29 @@ def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
     assert captured.err == "", "no bar where there is no terminal"
 
 
+def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(run, monkeypatch):
+    seen, get = {}, AugmentedImages.__getitem__
+
+    def noted(self, index):
+        seen.setdefault(self.epoch, []).append(index)
+        return get(self, index)
+
+    monkeypatch.setattr(AugmentedImages, "__getitem__", noted)
+    assert run("a") == 0
+    assert [sorted(order) for order in seen.values()] == [list(range(12))] * 4
+    assert len({tuple(order) for order in seen.values()}) == 4
+
+
+def test_headers_that_cannot_be_read_are_left_out_and_counted(run, few, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    (copy / "train" / "red" / "text.png").write_text("no picture")
+    assert run("a", "--data_path", copy, "--epochs", "1") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "train: 1 images left out\n"
+    assert "192 features, 3 classes, 12 training images" in captured.out
+
+
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     assert run("whole") == 0
     with monkeypatch.context() as patch:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fastdino import checkpoint, distributed
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
+from fastdino.errors import DataError
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):
@@ -45,13 +46,18 @@ class CachedFeatures(Dataset[tuple[Tensor, int]]):
 def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -> str:
     """Names a cache: a hash of the weights, of the images (names, sizes, labels, and each file's
     size and time of change), and of the settings.
+
+    Raises: DataError: an image has gone since the scan.
     """
     digest = hashlib.sha256()
     digest.update(weights_digest(model).encode())
     digest.update(source.fingerprint.encode())
     digest.update(source.labels.tobytes())
     for path in source.paths if source.in_tars is None else source.in_tars.tars:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path} was there when the images were counted: {error}") from error
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +114,10 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         output.mkdir(parents=True, exist_ok=True)
     data = Data.load(args, device, ("train", "val"))
     probe = data.probe()
+    data.say(
+        f"linear probe on {device}, {distributed.world_size()} process(es): {data.dim} features, "
+        f"{probe.linear.out_features} classes, {len(data.sources['train'])} training images"
+    )
     path = output / "checkpoint.pth.tar"
     if distributed.from_main(path.exists):
         probe.resume(path, data.protocol)
@@ -217,6 +222,10 @@ class Data:
         )
         dim = features(torch.zeros(1, 3, args.crop, args.crop, device=device)).shape[1]
         sources = distributed.from_main(lambda: scan_splits(args, splits))
+        if distributed.rank() == 0:
+            for split, source in sources.items():
+                if source.skipped:
+                    print(f"{split}: {len(source.skipped)} images left out", file=sys.stderr)
         classes = len(sources["val"].classes)
         if args.num_labels and args.num_labels < classes:
             raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
