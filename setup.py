@@ -14,6 +14,7 @@ EVAL = [
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10,<13",  # 13 changed the order of the resize passes: crops would differ
+    "safetensors>=0.4",
     "timm>=1.0.20",
     "torchvision>=0.25",
     "tqdm>=4.66",

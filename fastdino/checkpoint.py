@@ -6,16 +6,31 @@ import argparse
 import errno
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdino.errors import CheckpointError, NonFiniteError
+
+# What a file may hold beside tensors and plain values: the paper's code saves its flags as a
+# Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, of either of
+# the names that NumPy's versions give them. Making any of these runs no code of the file's.
+_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_TYPES: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
 
 
 def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
@@ -95,7 +110,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU.
+    """Reads a checkpoint onto the CPU: torch's, or a .safetensors.
 
     Raises: CheckpointError: no such file, truncated, or holding more than tensors and plain values
         (nothing in the file is run).
@@ -115,21 +130,49 @@ def load_tensor(path: Path) -> Tensor:
 
 
 def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        # The paper's code saves its flags as a Namespace of plain values, and paths on clusters.
-        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+        with torch.serialization.safe_globals(SAFE_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise CheckpointError(
+                f"{path} holds more than tensors and plain values: code ({code[1]}), which is not "
+                "run; take weights from a source that you trust, saved as a state_dict"
+            ) from error
         raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors and plain values: {error}"
+            f"{path} is truncated, or holds more than tensors and plain values: {_first(error)}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): it is truncated or no checkpoint; "
-            "take an older one, or move it away to start again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({_first(error)}): it is truncated or no checkpoint; "
+        "take an older one, or move it away to start again"
+    )
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).partition("\n")[0]
 
 
 def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -29,6 +29,9 @@ class Command:
 COMMANDS = {
     "train": Command("fastdino.run", "pretrain with DINO (every flag of the paper's main_dino.py)"),
     "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
+    "linear": Command(
+        "fastdino.evals.linear", "linear probe of frozen features (the flags of eval_linear.py)"
+    ),
     "attention": Command(
         "fastdino.evals.attention_images", "draw what a ViT attends to, or measure it against masks"
     ),

@@ -21,7 +21,7 @@ from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
 from fastdino.evals.attention import attention_maps
 from fastdino.evals.attention_pictures import draw_attention
-from fastdino.evals.knn import eval_transform
+from fastdino.evals.features import eval_transform
 from fastdino.models.vit import VisionTransformer
 from fastdino.weights import load_backbone
 

@@ -80,7 +80,7 @@ class Progress:
                 if state is None and iteration == 0:  # of another run: kept, out of the way
                     log.replace(self.output_dir / "log.old.txt")
                 else:
-                    self._drop_log_lines(log, iteration // self.steps_per_epoch)
+                    drop_log_lines(log, iteration // self.steps_per_epoch)
         self._open_board(iteration)
         if self._bar is not None:
             self._bar.close()
@@ -173,17 +173,6 @@ class Progress:
                 f"{math.log(self.prototypes):.2f} nats): the training is collapsing; {todo}"
             )
 
-    def _drop_log_lines(self, log: Path, epoch: int) -> None:
-        kept = []
-        for line in log.read_text().splitlines():
-            try:
-                if json.loads(line)["epoch"] < epoch:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
-                continue
-        with replacing(log) as file:
-            file.write("".join(kept).encode())
-
     def _open_board(self, iteration: int) -> None:
         if self._board is not None:
             self._board.close()
@@ -194,3 +183,16 @@ class Progress:
         folder = self.output_dir / "tensorboard"
         with explained(folder):
             self._board = SummaryWriter(str(folder), purge_step=iteration)
+
+
+def drop_log_lines(log: Path, epoch: int) -> None:
+    """Leaves of a log.txt the lines of the epochs before `epoch`."""
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
+            continue
+    with replacing(log) as file:
+        file.write("".join(kept).encode())

@@ -27,13 +27,14 @@ from fastdino.errors import CheckpointError, ConfigError, NonFiniteError, UserEr
 from fastdino.heap import keep_freed_memory
 from fastdino.progress import Progress
 from fastdino.step import Trainer
+from fastdino.weights import initial_weights
 
 # Returns to the same checkpoint after which a run with --on_nonfinite rollback gives up.
 MAX_ROLLBACKS = 5
 # Within this time a second signal is the first one, passed on by a launcher.
 SAME_SIGNAL_SECONDS = 5.0
 # Settings that say where things are, not what is computed.
-PLACES = ("data_path", "output_dir", "dist_url", "device", "num_workers")
+PLACES = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 # Skipped images named one by one; of more than that the number is said.
 NAMED_AT_ONCE = 10
 
@@ -302,10 +303,25 @@ class Run:
             self.progress.say(
                 f"resumed {self.checkpoint_path} at iteration {self.trainer.iteration}: {where}"
             )
+            if self.config.init_from:
+                self.progress.say("--init_from is passed over: it is for the start of a run")
         else:
+            if self.config.init_from:
+                self._start_from_weights()
             self.progress.restart(0, None)
             if self.config.on_nonfinite == "rollback":
                 self._save()
+
+    def _start_from_weights(self) -> None:
+        config = self.config
+        weights = initial_weights(
+            config.init_from,
+            arch=config.arch,
+            patch_size=config.patch_size,
+            img_size=config.global_crops_size,
+        )
+        self.trainer.start_from(weights)
+        self.progress.say(f"backbone of {config.init_from} in student and teacher; new heads")
 
     def _restore(self) -> None:
         state = checkpoint.load(self.checkpoint_path)

@@ -79,6 +79,16 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         _set_generators(generators[distributed.rank()], trainer.device)
 
 
+def start_from(trainer: Trainer, backbone: dict[str, Tensor]) -> None:
+    """Trainer.start_from(backbone)."""
+    named = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    for network in (trainer.student, trainer.teacher):
+        state = {k: v for k, v in network.state_dict().items() if not k.startswith("backbone.")}
+        state = {**whole(state), **named}
+        check_shapes(network, state, "the backbone to start from")
+        load_module(network, state)
+
+
 def _generators(device: torch.device) -> dict[str, Tensor]:
     """The random generators that stochastic depth draws from, in this process."""
     state = {"cpu": torch.get_rng_state()}

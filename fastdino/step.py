@@ -25,7 +25,7 @@ from fastdino.models.head import MultiCropWrapper
 from fastdino.optim import build_fused_adamw, build_optimizer
 from fastdino.schedules import cosine_schedule
 from fastdino.sharding import check_sharding, gradients_unreduced, shard
-from fastdino.state import restore, state_of
+from fastdino.state import restore, start_from, state_of
 from fastdino.update import FusedUpdate, SeparateUpdate, Update
 
 
@@ -355,6 +355,18 @@ class Trainer:
             another optimizer, or another number of steps an epoch; nothing is taken up then.
         """
         restore(self, state)
+        self._after_load()
+
+    def start_from(self, backbone: dict[str, Tensor]) -> None:
+        """Takes up a backbone's weights in student and teacher, before the first step.
+
+        Args: backbone: of the names and shapes of student.backbone; the heads stay as they are.
+        Raises: CheckpointError: other names or shapes (each is named).
+        """
+        start_from(self, backbone)
+        self._after_load()
+
+    def _after_load(self) -> None:
         if self.graph.on:  # what was recorded reads memory that is no longer ours
             self._call_step = GraphedStep(self._step, self.device)
         self._guard.read()  # what was seen before counts no more

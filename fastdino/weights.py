@@ -1,8 +1,9 @@
-"""From a checkpoint to a backbone for evaluation."""
+"""From a checkpoint to a backbone, for evaluation or to go on with."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,12 @@ from torch import Tensor, nn
 from fastdino import checkpoint
 from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.errors import CheckpointError
+from fastdino.layouts import own_names, vit_of
 from fastdino.models.backbones import build_backbone
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
+
+# What a folder of Hugging Face's holds the weights in, in the order they are looked for.
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,27 @@ def load_backbone(
     patch_size: int | None,
     img_size: int = 224,
 ) -> Backbone:
-    """The backbone of a checkpoint of this project or the paper's code; fresh weights for path "".
+    """The backbone of a checkpoint; fresh weights for path "".
 
     Args:
-        path: a full checkpoint, or a file of one network's or of the backbone's weights alone.
+        path: a file: a full checkpoint of this project or the paper's code, one network's or the
+            backbone's weights alone, as .pth or .safetensors, under the paper's names, timm's
+            (its DINO ViTs) or Hugging Face's (facebook/dino-*). Or a folder of Hugging Face's,
+            with model.safetensors or pytorch_model.bin, and config.json or not.
         checkpoint_key: "teacher" or "student", used where the file has both.
-        arch, patch_size: None: what the checkpoint's `args` say, else vit_small, 16.
+        arch, patch_size: None: what the checkpoint's `args` say, else what the shapes of its
+            tensors say, else vit_small, 16.
         img_size: of fresh weights, in pixels; a checkpoint's is read off its position embedding.
 
     Raises: CheckpointError: no such key, or weights of another network (tensors are named).
     """
-    state: dict[str, Any] = checkpoint.load(Path(path)) if path else {}
+    state = _read(Path(path)) if path else {}
     args = state.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    arch = arch or args.get("arch", "vit_small")
-    patch_size = patch_size or args.get("patch_size", 16)
     weights = _backbone_weights(state, checkpoint_key, path)
+    seen_arch, seen_patch_size = vit_of(weights) or ("vit_small", 16)
+    arch = arch or args.get("arch", seen_arch)
+    patch_size = patch_size or args.get("patch_size", seen_patch_size)
     if "pos_embed" in weights:
         img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)
@@ -56,6 +67,57 @@ def load_backbone(
         check_shapes(module, weights, f"{path} for --arch {arch} --patch_size {patch_size}")
         module.load_state_dict(weights)
     return Backbone(module.eval(), arch, patch_size)
+
+
+def initial_weights(path: str, *, arch: str, patch_size: int, img_size: int) -> dict[str, Tensor]:
+    """The weights that a backbone starts a run from: those of load_backbone, the teacher's.
+
+    A ViT's position embedding is resized to the patch grid of images of img_size px, as the paper
+    resizes it for other sizes.
+
+    Raises: CheckpointError as load_backbone does.
+    """
+    module = load_backbone(path, checkpoint_key="teacher", arch=arch, patch_size=patch_size).module
+    weights: dict[str, Tensor] = module.state_dict()
+    if isinstance(module, VisionTransformer):
+        side = img_size // patch_size
+        weights["pos_embed"] = module.positions((side, side)).detach().clone()
+    return weights
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file, or a folder of Hugging Face's, holds."""
+    if not path.is_dir():
+        return checkpoint.load(path)
+    files = [path / name for name in HF_FILES if (path / name).is_file()]
+    if not files:
+        raise CheckpointError(
+            f"{path} is a folder without {' or '.join(HF_FILES)}: name a checkpoint, or a folder "
+            "of Hugging Face's"
+        )
+    state = checkpoint.load(files[0])
+    _check_hf_config(path / "config.json")
+    return state
+
+
+def _check_hf_config(path: Path) -> None:
+    """Raises CheckpointError where a config.json is of a ViT that is not the paper's."""
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text())
+        shape = {
+            "embed_dim": config["hidden_size"],
+            "depth": config["num_hidden_layers"],
+            "num_heads": config["num_attention_heads"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no config of a ViT ({error!r})") from error
+    if config.get("model_type", "vit") != "vit" or shape not in VIT_ARCHS.values():
+        raise CheckpointError(
+            f"{path} is of a {config.get('model_type')} with {shape}, expected a vit that is one "
+            f"of {', '.join(VIT_ARCHS)}"
+        )
 
 
 def _backbone_weights(state: dict[str, Any], key: str, path: str) -> dict[str, Tensor]:
@@ -69,4 +131,4 @@ def _backbone_weights(state: dict[str, Any], key: str, path: str) -> dict[str, T
         state = state[key]
     state = strip_prefix(state, "module.")
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    return strip_prefix(backbone or state, "backbone.")
+    return own_names(strip_prefix(backbone or state, "backbone."), path)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,8 +122,10 @@ class Bomb:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"student": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match="more than tensors and plain values") as error:
         checkpoint.load(tmp_path / "bomb.pth")
+    assert "code (posix.mkdir), which is not run" in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -129,3 +133,21 @@ def test_the_papers_namespace_of_flags_is_read(tmp_path):
     path = tmp_path / "paper.pth"
     torch.save({"args": argparse.Namespace(arch="vit_small", patch_size=8)}, path)
     assert checkpoint.load(path)["args"].patch_size == 8
+
+
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+def test_the_papers_numpy_scalars_are_read_under_either_name(tmp_path, module):
+    groups = [{"lr": np.float64(0.25), "weight_decay": np.float32(0.5), "params": [0]}]
+    torch.save({"optimizer": {"param_groups": groups}}, tmp_path / "now.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "now.pth") as now,
+        zipfile.ZipFile(tmp_path / "paper.pth", "w") as paper,
+    ):
+        for name in now.namelist():
+            content = now.read(name)
+            if name.endswith("data.pkl"):
+                assert b".multiarray\nscalar" in content
+                content = content.replace(b"numpy._core", module).replace(b"numpy.core", module)
+            paper.writestr(name, content)
+    group = checkpoint.load(tmp_path / "paper.pth")["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)

@@ -18,7 +18,8 @@ from torchvision import transforms
 from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
-from fastdino.evals.knn import eval_transform, extract_features, knn_accuracy
+from fastdino.evals.features import eval_transform, extract_features
+from fastdino.evals.knn import knn_accuracy
 
 CPU = torch.device("cpu")
 SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"

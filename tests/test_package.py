@@ -25,7 +25,7 @@ ROWS = (
     ("fastdino.bench", "fastdino.crop_sheet", "fastdino.evals", "fastdino.info"),
     ("fastdino.run",),
     ("fastdino.progress", "fastdino.weights"),
-    ("fastdino.step",),
+    ("fastdino.layouts", "fastdino.step"),
     ("fastdino.data", "fastdino.models", "fastdino.optim", "fastdino.schedules"),
     ("fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.environment"),
     ("fastdino.errors",),

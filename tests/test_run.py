@@ -470,3 +470,31 @@ def test_a_run_on_shards_is_the_run_on_the_folder(config, tmp_path, pictures, ma
 def test_a_padded_epoch_takes_up_every_image(config, tmp_path, capsys):
     assert train(config(epochs=1, last_batch="pad")) == "finished"
     assert "5 steps an epoch" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, capsys, interrupt):
+    train(config(epochs=1, seed=5, output_dir=str(tmp_path / "before")))
+    path = tmp_path / "before" / "checkpoint.pth"
+    start = checkpoint.load(path)["teacher"]
+    interrupt(1)
+    settings = {"init_from": str(path), "lr": 0.0, "weight_decay": 0.0, "weight_decay_end": 0.0}
+    fresh = Trainer(config(**settings), STEPS).student.state_dict()
+    assert train(config(**settings)) == "interrupted"
+    for key in ("student", "teacher"):  # two steps of lr 0: what the run began with
+        for name, tensor in weights_of(tmp_path / "run")[key].items():
+            wanted = start if name.startswith("backbone.") else fresh
+            torch.testing.assert_close(tensor, wanted[name])
+    assert f"backbone of {path} in student and teacher; new heads" in capsys.readouterr().out
+    path.unlink()  # no longer needed
+    assert train(config(**settings)) == "finished"
+    captured = capsys.readouterr()
+    assert "--init_from is passed over: it is for the start of a run" in captured.out
+    assert "other settings" not in captured.err
+
+
+def test_a_backbone_of_other_shapes_is_named_before_the_first_step(config, tmp_path):
+    train(config(epochs=1, output_dir=str(tmp_path / "before")))
+    path = str(tmp_path / "before" / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight is \(96, 3, 8, 8\), exp"):
+        train(config(init_from=path, patch_size=16))
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()

@@ -7,30 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
-from fastdino.data import scan_images
-from fastdino.data.pil import MEAN, STD, cpu_count
-from fastdino.data.sources import ImageSource
 from fastdino.errors import CheckpointError, ConfigError, DataError
-from fastdino.weights import load_backbone
+from fastdino.evals.features import build_model, eval_transform, extract_features, scan_splits
 
 # Similarities held in memory at once: a chunk of validation images against all training images.
 CHUNK_ELEMENTS = 1 << 25
-UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
 
 
 def knn_accuracy(
@@ -70,80 +60,6 @@ def knn_accuracy(
         k: (100 * top1 / len(val_labels), 100 * top5 / len(val_labels))
         for k, (top1, top5) in correct.items()
     }
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor]):
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image and its label; any image and UNREADABLE where it cannot be decoded."""
-        try:
-            image = self.source.read_rgb(index)
-        except Exception:  # Pillow's plugins raise all kinds on broken files.
-            return self.transform(Image.new("RGB", (1, 1))), UNREADABLE
-        return self.transform(image), int(self.source.labels[index])
-
-
-def eval_transform(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
-    """The paper's: short side to `resize` (bicubic), centre crop, ImageNet mean and std."""
-    return v2.Compose(
-        [
-            v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(crop),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-
-
-@torch.no_grad()
-def extract_features(
-    model: Callable[[Tensor], Tensor],
-    source: ImageSource,
-    transform: Callable[[Image.Image], Tensor],
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    title: str = "",
-) -> tuple[Tensor, Tensor]:
-    """L2-normalised features [N, D] and labels [N] of all images, on the CPU, in order.
-
-    Images that cannot be decoded have no row. In a run of many processes each computes a share,
-    and every one gets the whole.
-    """
-    images: Dataset[tuple[Tensor, int]] = _Images(source, transform)
-    share = range(distributed.rank(), len(source), distributed.world_size())
-    loader = DataLoader(
-        torch.utils.data.Subset(images, share),
-        batch_size=batch_size,
-        num_workers=min(workers, cpu_count()),
-        pin_memory=device.type == "cuda",
-    )
-    features: Tensor | None = None
-    labels = torch.zeros(len(source), dtype=torch.long)
-    done = 0
-    for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
-        rows = share[done : done + len(batch)]
-        out = F.normalize(model(batch.to(device)).float(), dim=1).cpu()
-        if features is None:
-            features = torch.zeros(len(source), out.shape[1])
-        features[rows] = out
-        labels[rows] = batch_labels
-        done += len(batch)
-    if distributed.world_size() > 1:
-        widths = distributed.gather(0 if features is None else features.shape[1])
-        if features is None:  # more processes than images: this one had none
-            features = torch.zeros(len(source), max(widths))
-    assert features is not None
-    features, labels = distributed.total(features), distributed.total(labels)
-    good = labels != UNREADABLE
-    return features[good], labels[good]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -233,44 +149,6 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str
             print(f"{split}: {left_out} unreadable images left out", file=sys.stderr)
         tensors[f"{name}feat"], tensors[f"{name}labels"] = features, labels
     return tensors
-
-
-def build_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The network of the flags, on the device; raises ConfigError where it cannot take --crop."""
-    torch.manual_seed(args.seed)
-    backbone = load_backbone(
-        args.pretrained_weights,
-        checkpoint_key=args.checkpoint_key,
-        arch=args.arch,
-        patch_size=args.patch_size,
-        img_size=args.crop,
-    )
-    try:
-        with torch.no_grad():
-            backbone.module(torch.zeros(1, 3, args.crop, args.crop))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"--arch {backbone.arch} cannot take --crop {args.crop} px images: {error}"
-        ) from error
-    return backbone.module.to(device)
-
-
-def scan_splits(args: argparse.Namespace) -> dict[str, ImageSource]:
-    """The images of train/ and val/; raises DataError where their classes differ."""
-    sources = {
-        # A bad file is left out and counted; only a folder without any image ends the evaluation.
-        split: scan_images(
-            os.path.join(args.data_path, split), max_bad_share=1.0, workers=args.num_workers
-        )
-        for split in ("train", "val")
-    }
-    classes = sources["train"].classes, sources["val"].classes
-    if classes[0] != classes[1]:
-        raise DataError(
-            f"train/ and val/ of {args.data_path} must have the same class folders; "
-            f"only one has {sorted(set(classes[0]) ^ set(classes[1]))[:5]}"
-        )
-    return sources
 
 
 FEATURE_FILES = ("trainfeat", "trainlabels", "testfeat", "testlabels")

@@ -1,0 +1,153 @@
+"""Features of a frozen backbone on disk, one memory-mapped file a pass over the images.
+
+A cache lies in a folder named by everything that its features depend on, so that features of other
+weights, images or settings are never taken for these.
+
+Legend: N images, D channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from fastdino import checkpoint, distributed
+from fastdino.data.pil import cpu_count
+from fastdino.data.sources import ImageSource
+from fastdino.errors import DataError
+
+
+class CachedFeatures(Dataset[tuple[Tensor, int]]):
+    """The features fp32 [D] and the label of each image, read from disk when asked for."""
+
+    def __init__(self, path: Path):
+        self.features: NDArray[np.float32] = np.load(path, mmap_mode="r")
+        self.labels: NDArray[np.int64] = np.load(labels_path(path))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.features[index].copy()), int(self.labels[index])
+
+
+def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -> str:
+    """Names a cache: a hash of the weights, of the images (names, sizes, labels, and each file's
+    size and time of change), and of the settings.
+
+    Raises: DataError: an image has gone since the scan.
+    """
+    digest = hashlib.sha256()
+    digest.update(weights_digest(model).encode())
+    digest.update(source.fingerprint.encode())
+    digest.update(source.labels.tobytes())
+    for path in source.paths if source.in_tars is None else source.in_tars.tars:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path} was there when the images were counted: {error}") from error
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of the names and values of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def cached(
+    path: Path,
+    features: Callable[[Tensor], Tensor],
+    images: Dataset[tuple[Tensor, int]],
+    *,
+    dim: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> CachedFeatures:
+    """The features in `path`, made and written first where there are none.
+
+    In a run of many processes each writes a share, so all must see the folder. A run that is cut
+    off leaves no file that looks whole.
+
+    Args:
+        path: the .npy file; the labels lie beside it.
+        features: [B, 3, H, W] on the device -> [B, dim].
+        images: N images with their labels.
+
+    Raises: CheckpointError: the file cannot be written.
+    """
+    number = len(images)  # type: ignore[arg-type]
+    if not distributed.from_main(path.exists):
+        part = path.with_name(path.name + ".part")
+        distributed.from_main(lambda: _allocate(part, number, dim))
+        _write_share(part, features, images, batch_size, workers, device, path.stem)
+        distributed.gather(None)  # all shares are on the disk
+        distributed.from_main(lambda: _finish(part, path))
+    return CachedFeatures(path)
+
+
+def labels_path(path: Path) -> Path:
+    """Where the labels of a file of features are."""
+    return path.with_name(f"{path.stem}.labels.npy")
+
+
+def _allocate(part: Path, number: int, dim: int) -> None:
+    create = np.lib.format.open_memmap
+    with checkpoint.explained(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        create(labels_path(part), mode="w+", dtype=np.int64, shape=(number,)).flush()
+        create(part, mode="w+", dtype=np.float32, shape=(number, dim)).flush()
+        with open(part, "r+b") as file:
+            # Its blocks too: a full disk is then an error here, not a bus error at a write.
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+
+
+def _write_share(
+    part: Path,
+    features: Callable[[Tensor], Tensor],
+    images: Dataset[tuple[Tensor, int]],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    title: str,
+) -> None:
+    rows = np.load(part, mmap_mode="r+")
+    labels = np.load(labels_path(part), mmap_mode="r+")
+    share = range(distributed.rank(), len(labels), distributed.world_size())
+    loader = DataLoader(
+        Subset(images, share),
+        batch_size=batch_size,
+        num_workers=min(workers, cpu_count()),
+        pin_memory=device.type == "cuda",
+    )
+    done = 0
+    for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
+        places = share[done : done + len(batch)]
+        rows[places] = features(batch.to(device)).float().cpu().numpy()
+        labels[places] = batch_labels.numpy()
+        done += len(batch)
+    rows.flush()
+    labels.flush()
+
+
+def _finish(part: Path, path: Path) -> None:
+    os.replace(labels_path(part), labels_path(path))
+    os.replace(part, path)  # last: a file of features is a whole one

@@ -1,0 +1,388 @@
+"""`fastdino linear`: top-1 and top-5 of a linear classifier on frozen features.
+
+With --cache the backbone sees each image once (or --cache_epochs times) instead of once an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms import v2
+
+from fastdino import checkpoint, distributed
+from fastdino.config import parse_bool
+from fastdino.data.pil import MEAN, STD, cpu_count
+from fastdino.data.sources import ImageSource
+from fastdino.errors import ConfigError, DataError
+from fastdino.evals.feature_cache import cache_key, cached, weights_digest
+from fastdino.evals.features import Images, build_model, eval_transform, scan_splits
+from fastdino.evals.linear_probe import FrozenFeatures, Probe
+from fastdino.progress import drop_log_lines
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+AT_LEAST_ONE = (
+    "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "resize", "crop", "patch_size",
+    "num_labels",
+)  # fmt: skip
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino linear`: the paper's eval_linear.py's, then this project's."""
+    add = parser.add_argument
+    add("--n_last_blocks", type=int, default=4, help="CLS tokens of so many last blocks (4)")
+    about = "add the mean patch token, with --n_last_blocks 1: the paper's ViT-B (false)"
+    add("--avgpool_patchtokens", type=parse_bool, default=False, metavar="BOOL", help=about)
+    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--epochs", type=int, default=100, help="passes over train/ (100)")
+    add("--lr", type=float, default=0.001, help="for a global batch of 256; scaled with it (.001)")
+    add("--batch_size_per_gpu", type=int, default=128, help="images a step of a process (128)")
+    add("--dist_url", default="env://", help="how the processes find each other")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
+    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
+    add("--val_freq", type=int, default=1, help="validate every so many epochs (1)")
+    add("--output_dir", default=".", help="checkpoint.pth.tar, log.txt, linear.json; resumed (.)")
+    add("--num_labels", type=int, help="classes (default: as many as there are)")
+    add("--evaluate", action="store_true", help="validate a trained classifier, train none")
+    add("--linear_weights", help="classifier for --evaluate (default: output_dir's checkpoint)")
+    about = (
+        "keep features on disk (default folder: output_dir/features). Unlike in the paper's "
+        "protocol, all epochs then see the same centre crops, or --cache_epochs augmentations"
+    )
+    add("--cache", nargs="?", const="", metavar="FOLDER", help=about)
+    about = "with --cache: keep N augmented passes, used in turn; 0: one of centre crops (0)"
+    add("--cache_epochs", type=int, default=0, metavar="N", help=about)
+    add("--resize", type=int, default=256, help="short side of validation images (256)")
+    add("--crop", type=int, default=224, help="side of all crops (224)")
+    add("--seed", type=int, default=0, help="of the classifier, the order and the crops (0)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastdino linear`."""
+    _check_flags(args)
+    device = distributed.choose_device(args.device)
+    with distributed.process_group(device, args.dist_url):
+        if args.evaluate:
+            return evaluate(args, device)
+        return train(args, device)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for name in AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    for name in ("num_workers", "cache_epochs", "seed"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    if not 0 < args.lr < float("inf"):
+        raise ConfigError(f"--lr must be a finite number above 0, got {args.lr}")
+    if args.cache_epochs and args.cache is None:
+        raise ConfigError("--cache_epochs is for --cache, which was not given")
+    if args.cache is not None and args.evaluate:
+        raise ConfigError("--cache is for training: leave it out with --evaluate")
+    if args.linear_weights and not args.evaluate:
+        raise ConfigError("--linear_weights is for --evaluate, which was not given")
+
+
+def train(args: argparse.Namespace, device: torch.device) -> int:
+    """Trains a classifier, or goes on with output_dir's, and says how good it is."""
+    output = Path(args.output_dir)
+    if (output / "checkpoint.pth").exists():
+        raise ConfigError(
+            f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
+            "name another"
+        )
+    with checkpoint.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    data = Data.load(args, device, ("train", "val"))
+    probe = data.probe()
+    data.say(
+        f"linear probe on {device}, {distributed.world_size()} process(es): {data.dim} features, "
+        f"{probe.linear.out_features} classes, {len(data.sources['train'])} training images"
+    )
+    path = output / "checkpoint.pth.tar"
+    if distributed.from_main(path.exists):
+        probe.resume(path, data.protocol)
+        data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done")
+    distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
+    passes, val = data.passes() if probe.epoch < args.epochs else ([], None)
+    while probe.epoch < args.epochs:
+        line: dict[str, float] = {"train_lr": probe.lr}
+        images, features = passes[probe.epoch % len(passes)]
+        epoch = probe.epoch
+        line["train_loss"] = probe.train_epoch(data.train_batches(images, epoch), features)
+        line["epoch"] = epoch
+        if epoch % args.val_freq == 0 or probe.epoch == args.epochs:
+            assert val is not None
+            found = probe.validate(data.val_batches(val[0]), val[1])
+            _require_images(found, args)
+            probe.best_acc = max(probe.best_acc, found["acc1"])
+            line |= {f"test_{name}": found[name] for name in ("loss", "acc1", "acc5")}
+            data.say(_accuracies(found, f"epoch {probe.epoch}/{args.epochs}: "))
+        distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
+    if distributed.rank() == 0:
+        _write_results(output, probe, data)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> int:
+    """Says how good a trained classifier is: this command's, or the paper's linear weights."""
+    data = Data.load(args, device, ("val",))
+    path = Path(args.linear_weights or Path(args.output_dir) / "checkpoint.pth.tar")
+    probe = data.probe()
+    probe.load_head(path)
+    found = probe.validate(data.val_batches(data.images("val")), data.features)
+    _require_images(found, args)
+    data.say(_accuracies(found))
+    if distributed.rank() == 0:
+        output = Path(args.output_dir)
+        with checkpoint.explained(output):
+            output.mkdir(parents=True, exist_ok=True)
+            result = {"linear_weights": str(path), **found, **data.protocol}
+            (output / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+class AugmentedImages(Images):
+    """Images whose random crops depend on seed, epoch and place alone: not on who makes them."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        seed: int,
+        epoch: int,
+    ):
+        super().__init__(source, transform)
+        self.seed, self.epoch = seed, epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The image, cropped anew each epoch, and its label."""
+        words = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[0] >> np.uint64(1)))
+            return super().__getitem__(index)
+
+
+def train_transform(crop: int) -> Callable[[Image.Image], Tensor]:
+    """The paper's for the classifier: random resized crop (bilinear), flip, mean and std."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(crop),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the flags name: the frozen features, their width, and the images of the splits.
+
+    protocol: what the features depend on, in plain values, for checkpoint and results.
+    """
+
+    args: argparse.Namespace
+    device: torch.device
+    features: FrozenFeatures
+    dim: int
+    sources: dict[str, ImageSource]
+    protocol: dict[str, Any]
+
+    @classmethod
+    def load(cls, args: argparse.Namespace, device: torch.device, splits: tuple[str, ...]) -> Data:
+        """Builds the network and scans the splits.
+
+        Raises: UserError: weights, flags or folders that cannot be.
+        """
+        model = build_model(args, device)
+        features = FrozenFeatures(
+            model, blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens
+        )
+        dim = features(torch.zeros(1, 3, args.crop, args.crop, device=device)).shape[1]
+        sources = distributed.from_main(lambda: scan_splits(args, splits))
+        if distributed.rank() == 0:
+            for split, source in sources.items():
+                if source.skipped:
+                    print(f"{split}: {len(source.skipped)} images left out", file=sys.stderr)
+        classes = len(sources["val"].classes)
+        if args.num_labels and args.num_labels < classes:
+            raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
+        protocol = {
+            "weights": weights_digest(model),
+            "n_last_blocks": args.n_last_blocks,
+            "avgpool_patchtokens": args.avgpool_patchtokens,
+            "cache_epochs": None if args.cache is None else args.cache_epochs,
+            "crop": args.crop,
+        }
+        return cls(args, device, features, dim, sources, protocol)
+
+    def say(self, text: str) -> None:
+        """Prints a line, in one process."""
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    def probe(self) -> Probe:
+        """A classifier of these features, untrained."""
+        args = self.args
+        batch = args.batch_size_per_gpu * distributed.world_size()
+        return Probe(
+            self.dim,
+            args.num_labels or len(self.sources["val"].classes),
+            lr=args.lr * batch / 256,
+            epochs=args.epochs,
+            seed=args.seed,
+            device=self.device,
+        )
+
+    def images(self, split: str, epoch: int | None = None) -> Images:
+        """A split's images: centre crops, or those of an epoch of training."""
+        args, source = self.args, self.sources[split]
+        if epoch is None:
+            return Images(source, eval_transform(args.resize, args.crop))
+        return AugmentedImages(source, train_transform(args.crop), seed=args.seed, epoch=epoch)
+
+    def passes(self) -> tuple[list[_Pass], _Pass]:
+        """What the epochs of training see, in turn, and what is validated on."""
+        args = self.args
+        if args.cache is None:
+            passes: list[_Pass] = [
+                (self.images("train", epoch), self.features) for epoch in range(args.epochs)
+            ]
+            return passes, (self.images("val"), self.features)
+        epochs = range(args.cache_epochs)
+        names = [f"train-augmented{epoch:04}" for epoch in epochs] or ["train-center"]
+        images = [self.images("train", epoch) for epoch in epochs] or [self.images("train")]
+        number = len(names) * len(self.sources["train"]) + len(self.sources["val"])
+        self.say(
+            f"cache: {number * self.dim * 4 / 1e9:.2f} GB of features in {self._folder()}; "
+            + (
+                f"unlike in the paper's protocol, {len(names)} augmentation(s) are used in turn"
+                if args.cache_epochs
+                else "unlike in the paper's protocol, training sees centre crops"
+            )
+        )
+        kept = [self._cached("train", name, each) for name, each in zip(names, images, strict=True)]
+        return kept, self._cached("val", "val", self.images("val"))
+
+    def _folder(self) -> Path:
+        return Path(self.args.cache or Path(self.args.output_dir) / "features")
+
+    def _cached(self, split: str, name: str, images: Images) -> _Pass:
+        args = self.args
+        settings = {
+            key: getattr(args, key)
+            for key in ("n_last_blocks", "avgpool_patchtokens", "resize", "crop", "seed")
+        }
+        model = self.features.model
+        key = distributed.from_main(lambda: cache_key(model, self.sources[split], settings))
+        path = self._folder() / f"{split}-{key}" / f"{name}.npy"
+        rows = cached(
+            path,
+            self.features,
+            images,
+            dim=self.dim,
+            batch_size=args.batch_size_per_gpu,
+            workers=args.num_workers,
+            device=self.device,
+        )
+        return rows, _as_it_is
+
+    def train_batches(self, images: Dataset[tuple[Tensor, int]], epoch: int) -> Batches:
+        """Shuffled batches of this process; images are repeated until the processes divide them."""
+        sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(
+            images,
+            num_replicas=distributed.world_size(),
+            rank=distributed.rank(),
+            seed=self.args.seed,
+        )
+        sampler.set_epoch(epoch)
+        return self._loader(images, sampler=sampler)
+
+    def val_batches(self, images: Dataset[tuple[Tensor, int]]) -> Batches:
+        """Batches of this process's share, in order."""
+        number = len(images)  # type: ignore[arg-type]
+        share = range(distributed.rank(), number, distributed.world_size())
+        return self._loader(Subset(images, share))
+
+    def _loader(self, images: Dataset[tuple[Tensor, int]], **options: Any) -> Batches:
+        return DataLoader(
+            images,
+            batch_size=self.args.batch_size_per_gpu,
+            num_workers=min(self.args.num_workers, cpu_count()),
+            pin_memory=self.device.type == "cuda",
+            **options,
+        )
+
+
+# Images, or features of them, and what makes the classifier's input of a batch.
+_Pass = tuple[Dataset[tuple[Tensor, int]], Callable[[Tensor], Tensor]]
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
+
+
+def _require_images(found: dict[str, float], args: argparse.Namespace) -> None:
+    if not found["images"]:
+        raise DataError(f"none of the images in val/ of {args.data_path} can be decoded")
+
+
+def _accuracies(found: dict[str, float], start: str = "") -> str:
+    return (
+        f"{start}accuracy on {found['images']:.0f} images: top-1 {found['acc1']:.2f} %, "
+        f"top-5 {found['acc5']:.2f} %"
+    )
+
+
+def _trim_log(log: Path, epoch: int) -> None:
+    """Drops what a run that was cut off has logged beyond its checkpoint."""
+    if log.exists():
+        with checkpoint.explained(log):
+            drop_log_lines(log, epoch)
+
+
+def _end_epoch(
+    output: Path, probe: Probe, protocol: dict[str, Any], line: dict[str, float]
+) -> None:
+    with checkpoint.explained(output / "log.txt"), open(output / "log.txt", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    probe.save(output / "checkpoint.pth.tar", protocol)
+
+
+def _write_results(output: Path, probe: Probe, data: Data) -> None:
+    with checkpoint.explained(output / "linear.json"):
+        lines = (output / "log.txt").read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        result = {
+            "acc1": last.get("test_acc1"),
+            "acc5": last.get("test_acc5"),
+            "best_acc1": probe.best_acc,
+            "epochs": probe.epoch,
+            "classes": probe.linear.out_features,
+            "features": data.dim,
+            **data.protocol,
+        }
+        (output / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
+    data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")

@@ -1,0 +1,416 @@
+"""`fastdino linear`: the classifier's protocol, its features, the cache, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.nn import functional as F
+
+from fastdino import checkpoint, cli
+from fastdino.data import scan_images
+from fastdino.errors import NonFiniteError
+from fastdino.evals import feature_cache
+from fastdino.evals.features import UNREADABLE
+from fastdino.evals.linear import AugmentedImages, train_transform
+from fastdino.evals.linear_probe import FrozenFeatures, Probe
+from fastdino.models.backbones import build_backbone
+from fastdino.models.vit import VisionTransformer
+
+CPU = torch.device("cpu")
+FLAGS = (
+    "--arch vit_nano --patch_size 8 --resize 36 --crop 32 --num_workers 0 --device cpu "
+    "--n_last_blocks 2 --epochs 4 --lr 2 --batch_size_per_gpu 6"
+)
+COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """train/ with 4 pictures a class and val/ with 2; a class is a colour."""
+    root, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
+    for split, n in (("train", 4), ("val", 2)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.clip(rng.normal(colour, 50, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run(few, tmp_path):
+    """Runs `fastdino linear` on `few`, small, into tmp_path/NAME; returns the exit status."""
+
+    def command(name, *words):
+        line = ["linear", "--data_path", str(few), *FLAGS.split()]
+        return cli.main([*line, "--output_dir", str(tmp_path / name), *map(str, words)])
+
+    return command
+
+
+def head_of(folder):
+    return checkpoint.load(folder / "checkpoint.pth.tar")["state_dict"]
+
+
+def assert_same_head(folder, other, **tolerance):
+    ours, theirs = head_of(folder), head_of(other)
+    assert list(ours) == list(theirs) == ["module.linear.weight", "module.linear.bias"]
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **tolerance)
+
+
+def results_of(folder):
+    return json.loads((folder / "linear.json").read_text())
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def identity(features):
+    return features
+
+
+def test_the_classifier_learns_as_the_papers_in_plain_float64():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, 5, generator=rng)
+    y = torch.randint(0, 4, (3, 8), generator=rng)
+    y[1, 3] = UNREADABLE
+    epochs, lr = 3, 0.5
+    probe = Probe(5, 4, lr=lr, epochs=epochs, seed=1, device=CPU)
+    weight, bias = (p.detach().double() for p in (probe.linear.weight, probe.linear.bias))
+    assert 0.005 < weight.std() < 0.015
+    assert not bias.any()
+    speeds = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for epoch in range(epochs):
+        now = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        assert probe.lr == pytest.approx(now)
+        losses = []
+        for features, labels in zip(x.double(), y, strict=True):
+            features, labels = features[labels >= 0], labels[labels >= 0]
+            shares = (features @ weight.T + bias).softmax(1)
+            losses.append(-shares[range(len(labels)), labels].log().mean().item())
+            slope = (shares - F.one_hot(labels, 4)) / len(labels)
+            for parameter, speed, gradient in zip(
+                (weight, bias), speeds, (slope.T @ features, slope.sum(0)), strict=True
+            ):
+                speed.mul_(0.9).add_(gradient)
+                parameter.sub_(now * speed)
+        assert probe.train_epoch(zip(x, y, strict=True), identity) == pytest.approx(
+            np.mean(losses), rel=1e-5
+        )
+    torch.testing.assert_close(probe.linear.weight.double(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(probe.linear.bias.double(), bias, rtol=1e-5, atol=1e-6)
+    assert (probe.epoch, probe.lr) == (3, 0)
+
+
+def test_accuracies_count_the_images_that_could_be_read():
+    probe = Probe(7, 7, lr=1, epochs=1, seed=0, device=CPU)
+    probe.linear.weight.data = torch.eye(7)
+    scores = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]]).repeat(5, 1)
+    labels = torch.tensor([0, 4, 5, UNREADABLE, 1])
+    found = probe.validate([(scores[:3], labels[:3]), (scores[3:], labels[3:])], identity)
+    assert (found["acc1"], found["acc5"], found["images"]) == (25, 75, 4)
+    expected = F.cross_entropy(scores[labels >= 0], labels[labels >= 0]).item()
+    assert found["loss"] == pytest.approx(expected)
+
+
+def test_with_fewer_than_five_classes_top5_is_certain():
+    probe = Probe(3, 3, lr=1, epochs=1, seed=0, device=CPU)
+    assert probe.validate([(torch.randn(6, 3), torch.arange(6) % 3)], identity)["acc5"] == 100
+
+
+def test_a_loss_that_is_not_finite_is_a_mistake():
+    probe = Probe(3, 3, lr=1, epochs=1, seed=0, device=CPU)
+    with pytest.raises(NonFiniteError, match="loss of epoch 1 is nan: lower --lr"):
+        probe.train_epoch([(torch.full((2, 3), math.nan), torch.zeros(2).long())], identity)
+
+
+@pytest.fixture
+def vit():
+    """A small one, and images, and each block's output [2, N, D], normalised, by hooks."""
+    torch.manual_seed(0)
+    model = VisionTransformer(patch_size=8, embed_dim=12, depth=3, num_heads=3, img_size=32).eval()
+    images, seen = torch.randn(2, 3, 32, 32), []
+    hooks = [b.register_forward_hook(lambda *a: seen.append(a[2])) for b in model.blocks]
+    with torch.no_grad():
+        model.cls_only = False
+        model(images)
+        tokens = [model.norm(x).reshape(2, 17, 12) for x in seen]
+    for hook in hooks:
+        hook.remove()
+    return model, images, tokens
+
+
+def test_features_are_the_cls_tokens_of_the_last_blocks(vit):
+    model, images, tokens = vit
+    found = FrozenFeatures(model, blocks=2, avgpool=False)(images)
+    torch.testing.assert_close(found, torch.cat([tokens[1][:, 0], tokens[2][:, 0]], dim=-1))
+    assert not found.requires_grad
+
+
+def test_cls_and_mean_patch_alternate_as_the_papers_weights_expect(vit):
+    model, images, tokens = vit
+    found = FrozenFeatures(model, blocks=1, avgpool=True)(images)
+    cls, mean = tokens[2][:, 0], tokens[2][:, 1:].mean(dim=1)
+    expected = torch.cat((cls.unsqueeze(-1), mean.unsqueeze(-1)), dim=-1).reshape(2, -1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_other_networks_give_their_output():
+    model = torchvision.models.resnet18(weights=None).eval()
+    model.fc = torch.nn.Identity()
+    images = torch.randn(1, 3, 32, 32)
+    features = FrozenFeatures(model, blocks=4, avgpool=False)(images)
+    assert features.shape == (1, 512)
+    torch.testing.assert_close(features, model(images).detach())
+
+
+def test_crops_depend_on_seed_epoch_and_place_alone(few):
+    source = scan_images(few / "train")
+
+    def crop(index, seed=0, epoch=0):
+        return AugmentedImages(source, train_transform(16), seed=seed, epoch=epoch)[index][0]
+
+    assert torch.equal(crop(3), crop(3))
+    assert not torch.equal(crop(3), crop(3, epoch=1))
+    assert not torch.equal(crop(3), crop(3, seed=1))
+    before = torch.get_rng_state()
+    crop(0)
+    assert torch.equal(torch.get_rng_state(), before), "others' draws go on as if none was made"
+
+
+def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
+    assert run("a", "--val_freq", "2") == 0
+    state = checkpoint.load(tmp_path / "a" / "checkpoint.pth.tar")
+    assert {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} <= set(state)
+    assert state["state_dict"]["module.linear.weight"].shape == (3, 2 * 96)
+    lines = log_of(tmp_path / "a")
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert ["test_acc1" in line for line in lines] == [True, False, True, True]
+    peak = 2 * 6 / 256
+    assert [line["train_lr"] for line in lines] == pytest.approx(
+        [peak * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)]
+    )
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    results = results_of(tmp_path / "a")
+    assert results["acc1"] == lines[-1]["test_acc1"] > 50
+    assert results["best_acc1"] == state["best_acc"] >= results["acc1"]
+    captured = capsys.readouterr()
+    assert "epoch 4/4: accuracy on 6 images: top-1" in captured.out
+    assert captured.err == "", "no bar where there is no terminal"
+
+
+def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(run, monkeypatch):
+    seen, get = {}, AugmentedImages.__getitem__
+
+    def noted(self, index):
+        seen.setdefault(self.epoch, []).append(index)
+        return get(self, index)
+
+    monkeypatch.setattr(AugmentedImages, "__getitem__", noted)
+    assert run("a") == 0
+    assert [sorted(order) for order in seen.values()] == [list(range(12))] * 4
+    assert len({tuple(order) for order in seen.values()}) == 4
+
+
+def test_headers_that_cannot_be_read_are_left_out_and_counted(run, few, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    (copy / "train" / "red" / "text.png").write_text("no picture")
+    assert run("a", "--data_path", copy, "--epochs", "1") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "train: 1 images left out\n"
+    assert "192 features, 3 classes, 12 training images" in captured.out
+
+
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+    assert run("whole") == 0
+    with monkeypatch.context() as patch:
+        train_epoch = Probe.train_epoch
+
+        def cut_off(self, *words):
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+            return train_epoch(self, *words)
+
+        patch.setattr(Probe, "train_epoch", cut_off)
+        assert run("cut") == 130
+    with open(tmp_path / "cut" / "log.txt", "a") as log:
+        log.write('{"epoch": 2, "train_loss": 1}\n{"epo')
+    capsys.readouterr()
+    assert run("cut") == 0
+    assert "2 of 4 epochs are done" in capsys.readouterr().out
+    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
+    before = (tmp_path / "cut" / "checkpoint.pth.tar").read_bytes()
+    assert run("cut") == 0
+    assert (tmp_path / "cut" / "checkpoint.pth.tar").read_bytes() == before
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the features that were made and written, in order."""
+    names, write = [], feature_cache._write_share
+
+    def noted(part, *words):
+        names.append(part.name)
+        write(part, *words)
+
+    monkeypatch.setattr(feature_cache, "_write_share", noted)
+    return names
+
+
+def test_as_many_cached_passes_as_epochs_are_the_protocol_itself(run, tmp_path, made, capsys):
+    assert run("plain") == 0
+    assert run("cached", "--cache", "--cache_epochs", "4") == 0
+    assert len(made) == 5
+    assert_same_head(tmp_path / "cached", tmp_path / "plain", rtol=1e-3, atol=1e-5)
+    assert "unlike in the paper's protocol, 4 augmentation(s)" in capsys.readouterr().out
+    assert list((tmp_path / "cached" / "features").glob("train-*/train-augmented0003.npy"))
+
+
+def test_a_cache_is_used_again_and_never_for_other_weights_images_or_settings(
+    run, tmp_path, made, few
+):
+    cache = ["--cache", tmp_path / "cache", "--epochs", "1"]
+    centre = ["train-center.npy.part", "val.npy.part"]
+    assert run("a", *cache) == 0
+    assert made == centre
+    assert run("b", *cache, "--lr", "3") == 0
+    assert made == centre, "found"
+    assert run("c", *cache, "--cache_epochs", "1") == 0
+    assert made[2:] == ["train-augmented0000.npy.part"], "one pass more, beside the others"
+    made.clear()
+    assert run("d", *cache, "--n_last_blocks", "1") == 0
+    assert made == centre
+    made.clear()
+    weights = build_backbone("vit_nano", patch_size=8, img_size=32)[0].state_dict()
+    torch.save(weights, tmp_path / "other.pth")
+    assert run("e", *cache, "--pretrained_weights", tmp_path / "other.pth") == 0
+    assert made == centre
+    made.clear()
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    assert run("f", *cache, "--data_path", copy) == 0
+    made.clear()
+    Image.new("RGB", (48, 40)).save(copy / "train" / "red" / "0.png")  # of the same size in pixels
+    assert run("g", *cache, "--data_path", copy) == 0
+    assert made == centre[:1]
+
+
+def test_a_cache_cut_off_while_it_was_written_is_made_anew(run, tmp_path, made, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("a", "--cache", "--epochs", "1") == 130
+    assert run("a", "--cache", "--epochs", "1") == 0
+    assert made == ["train-center.npy.part"] * 2 + ["val.npy.part"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_broken_images_are_not_counted(run, few, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    for path in (copy / "train" / "red" / "0.png", copy / "val" / "red" / "0.png"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
+    for name, words in (("plain", []), ("cached", ["--cache"])):
+        assert run(name, "--data_path", copy, *words, "--epochs", "1") == 0
+        assert "accuracy on 5 images" in capsys.readouterr().out
+
+
+def test_evaluate_takes_our_classifier_and_the_papers_linear_weights(run, tmp_path, capsys):
+    assert run("a") == 0
+    capsys.readouterr()
+    assert run("a", "--evaluate") == 0
+    assert "accuracy on 6 images: top-1" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a" / "evaluate.json").read_text())
+    assert found["acc1"] == results_of(tmp_path / "a")["acc1"]
+    path = tmp_path / "linearweights.pth"
+    torch.save({"state_dict": head_of(tmp_path / "a"), "best_acc": 77.0}, path)
+    assert run("b", "--evaluate", "--linear_weights", path) == 0
+    assert json.loads((tmp_path / "b" / "evaluate.json").read_text())["acc1"] == found["acc1"]
+
+
+def _linear_one_of_two(rank, port, lines):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    for line in lines:
+        assert cli.main(line) == 0
+
+
+def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
+    assert run("one") == 0
+    line = ["linear", "--data_path", str(few), *FLAGS.split(), "--batch_size_per_gpu", "3"]
+    cached = ["--cache", "--cache_epochs", "4"]
+    lines = [[*line, "--output_dir", str(tmp_path / "two"), *cached]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _linear_one_of_two, (port, lines), nprocs=2, start_method="spawn"
+    )
+    assert_same_head(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-5)
+    assert results_of(tmp_path / "two")["acc1"] == results_of(tmp_path / "one")["acc1"]
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastdino linear: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--lr nan", "--lr must be a finite number above 0, got nan"),
+        ("--cache_epochs 2", "--cache_epochs is for --cache"),
+        ("--cache --evaluate", "--cache is for training"),
+        ("--linear_weights x.pth", "--linear_weights is for --evaluate"),
+        ("--n_last_blocks 7", "--n_last_blocks 7: the network has 6 blocks"),
+        ("--avgpool_patchtokens true", "goes with --n_last_blocks 1, got 2"),
+        ("--num_labels 2", "--num_labels 2: there are 3 classes"),
+        ("--data_path /nowhere", "there is no folder /nowhere/train"),
+        ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
+        ("--evaluate", "there is no file"),
+        ("--output_dir /dev/null/x", "cannot write /dev/null/x"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+    assert run("x", *flags.split()) == 2
+    assert part in error_of(capsys)
+
+
+def test_a_probe_of_other_features_or_another_schedule_is_not_gone_on_with(run, tmp_path, capsys):
+    assert run("a", "--epochs", "1") == 0
+    before = (tmp_path / "a" / "checkpoint.pth.tar").read_bytes()
+    capsys.readouterr()
+    for flags, part in (
+        ("--epochs 2", "epochs 2 (was 1); name another --output_dir"),
+        ("--epochs 1 --n_last_blocks 1", "weight is (3, 192), expected (3, 96); --n_last_blocks"),
+        ("--epochs 1 --seed 3", "is of another probe: weights"),
+        ("--epochs 1 --cache", "cache_epochs 0 (was None)"),
+    ):
+        assert run("a", *flags.split()) == 2
+        assert part in error_of(capsys)
+    assert (tmp_path / "a" / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_the_folder_of_a_pretraining_run_is_refused(run, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint.pth").write_bytes(b"")
+    assert run("a") == 2
+    assert "is of a pretraining run, which has its own log.txt" in error_of(capsys)
