@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import os
 import pickle
 
@@ -81,6 +82,7 @@ def test_boxes_are_taken_where_they_are_wanted(read):
         (Code(os.mkdir, "made"), "posix.mkdir"),
         (Code(eval, "1"), "eval"),
         (Code(np.load, "x"), "numpy.load"),
+        (Code(codecs.encode, "x", "rot13"), "_codecs.encode to rot13"),
     ],
 )
 def test_a_pickle_with_code_is_refused_and_the_code_not_run(
