@@ -39,6 +39,12 @@ COMMANDS = {
     "davis": Command(
         "fastdino.evals.davis", "video segmentation (the flags of eval_video_segmentation.py)"
     ),
+    "retrieval": Command(
+        "fastdino.evals.retrieval", "image retrieval (the flags of eval_image_retrieval.py)"
+    ),
+    "copydays": Command(
+        "fastdino.evals.copydays", "copy detection (the flags of eval_copy_detection.py)"
+    ),
     "crops": Command("fastdino.crop_sheet", "draw a photo's crops, and how their makers differ"),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),

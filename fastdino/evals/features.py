@@ -104,22 +104,31 @@ def extract_features(
     return features[good], labels[good]
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The network of the flags, on the device; raises ConfigError where it cannot take --crop."""
+def build_model(
+    args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
+) -> torch.nn.Module:
+    """The network of the flags, on the device.
+
+    Args:
+        size_flag: which of the flags has the side of the images.
+
+    Raises: ConfigError: it cannot take images of that side.
+    """
     torch.manual_seed(args.seed)
+    side = getattr(args, size_flag)
     backbone = load_backbone(
         args.pretrained_weights,
         checkpoint_key=args.checkpoint_key,
         arch=args.arch,
         patch_size=args.patch_size,
-        img_size=args.crop,
+        img_size=side,
     )
     try:
         with torch.no_grad():
-            backbone.module(torch.zeros(1, 3, args.crop, args.crop))
+            backbone.module(torch.zeros(1, 3, side, side))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"--arch {backbone.arch} cannot take --crop {args.crop} px images: {error}"
+            f"--arch {backbone.arch} cannot take --{size_flag} {side} px images: {error}"
         ) from error
     return backbone.module.to(device)
 

@@ -1,0 +1,155 @@
+"""`fastdino retrieval`: mAP of image retrieval on revisited Oxford and Paris."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from fastdino import checkpoint, distributed
+from fastdino.config import parse_bool
+from fastdino.data.pil import MEAN, STD, cpu_count
+from fastdino.errors import ConfigError
+from fastdino.evals.descriptors import (
+    SCALES,
+    Model,
+    Picture,
+    extract_descriptors,
+    multi_scale,
+    raise_if_bad,
+)
+from fastdino.evals.features import build_model
+from fastdino.evals.ranking import revisited_scores
+from fastdino.evals.retrieval_layout import DATASETS, RetrievalSet, read_set, sizes_of
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino retrieval`: the paper's eval_image_retrieval.py's, then ours."""
+    add = parser.add_argument
+    add("--data_path", default="/path/to/revisited_paris_oxford/", help="folder with <dataset>/")
+    add("--dataset", choices=DATASETS, default="roxford5k", help="which set (roxford5k)")
+    about = "mean of the features at scales 1, .71 and .5 (false)"
+    add("--multiscale", type=parse_bool, default=False, metavar="BOOL", help=about)
+    add("--imsize", type=int, default=224, help="side the images are shrunk to fit (224)")
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--use_cuda", type=parse_bool, default=True, help="compare on the GPU, where there is one")
+    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
+    add("--dist_url", default="env://", help="how the processes find each other")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    about = "cut the queries' boxes out, as the sets' authors do and the paper's code does not"
+    add("--crop_queries", type=parse_bool, default=False, metavar="BOOL", help=f"{about} (false)")
+    about = "images a forward pass, of one size each (16)"
+    add("--batch_size_per_gpu", type=int, default=16, help=about)
+    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
+    add("--output", help="JSON file for the scores")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastdino retrieval`."""
+    check_flags(args)
+    device = distributed.choose_device(args.device)
+    with distributed.process_group(device, args.dist_url):
+        found = distributed.from_main(
+            lambda: read_set(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)
+        )
+        queries, database = compute_features(args, found, device)
+        if distributed.rank() > 0:
+            return 0
+        where = device if args.use_cuda else torch.device("cpu")
+        scores = revisited_scores(queries.to(where), database.to(where), found.relevance)
+    report(args, found, scores)
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError where a number cannot be; `fastdino copydays` has the same ones."""
+    for name in ("imsize", "batch_size_per_gpu"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.num_workers < 0:
+        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
+    if args.patch_size is not None and args.patch_size < 1:
+        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+
+
+def transform_to(size: int) -> Callable[[Image.Image], Tensor]:
+    """The paper's: shrunk to fit into a square (Lanczos), aspect kept; ImageNet mean and std.
+
+    An image that fits already is left as it is.
+    """
+    finish = v2.Compose(
+        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+
+    def transform(image: Image.Image) -> Tensor:
+        image = image.copy()
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+        tensor: Tensor = finish(image)
+        return tensor
+
+    return transform
+
+
+def compute_features(
+    args: argparse.Namespace, found: RetrievalSet, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """L2-normalised features [Q, D] of the queries and [N, D] of the database, on the CPU.
+
+    Raises: DataError: an image cannot be decoded, or is smaller than a patch.
+    """
+    backbone = build_model(args, device, size_flag="imsize")
+    model: Model = multi_scale(backbone) if args.multiscale else backbone
+    patch = getattr(backbone, "patch_size", 1)
+    min_side = round(patch / min(SCALES)) if args.multiscale else patch
+
+    def features_of(pictures: list[Picture], title: str) -> Tensor:
+        workers = min(args.num_workers, cpu_count())
+        features, bad = extract_descriptors(
+            model,
+            pictures,
+            transform_to(args.imsize),
+            min_side=min_side,
+            kinds=distributed.from_main(lambda: sizes_of(pictures, workers)),
+            batch_size=args.batch_size_per_gpu,
+            workers=workers,
+            device=device,
+            title=title,
+        )
+        raise_if_bad(bad)
+        return F.normalize(features, dim=1)
+
+    # Queries first: they are few, and a mistake shows sooner.
+    return features_of(found.queries, "queries"), features_of(found.database, "database")
+
+
+def report(
+    args: argparse.Namespace, found: RetrievalSet, scores: dict[str, dict[str, float | None]]
+) -> None:
+    """Prints the scores, and writes them with what they depend on to --output."""
+    for difficulty, values in scores.items():
+        shown = ", ".join(
+            f"{name}: {'-' if value is None else f'{value:.2f}'}" for name, value in values.items()
+        )
+        print(f"{args.dataset} {difficulty}: {shown}")
+    if args.output:
+        flags = ("dataset", "imsize", "multiscale", "crop_queries", "pretrained_weights")
+        result: dict[str, Any] = {
+            **{name: getattr(args, name) for name in flags},
+            "queries": len(found.queries),
+            "database": len(found.database),
+            **scores,
+        }
+        with checkpoint.explained(Path(args.output)):
+            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")

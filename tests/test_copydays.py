@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import transforms
+
+from fastdino import cli
+from fastdino.evals import copydays
+from fastdino.evals.features import build_model
+
+CPU = torch.device("cpu")
+SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu"
+
+
+def write(path, seed, *, noise=0.0):
+    """A picture of a few random colours, with noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(seed).uniform(100, 150, (3, 4, 3)).repeat(10, 0).repeat(10, 1)
+    pixels = colours + noise * np.random.default_rng([seed, 1]).standard_normal(colours.shape)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path, quality=95)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six originals, nine strong copies, six crops; distractors and whitening images beside."""
+    root = tmp_path / "copydays"
+    for i in range(6):
+        write(root / "original" / f"20{i:02}00.jpg", i)
+        write(root / "crops" / "50" / f"20{i:02}00.jpg", i, noise=60)
+        for j in range(1 + i % 2):
+            write(root / "strong" / f"20{i:02}0{j + 1}.jpg", i, noise=120 + 60 * j)
+    for i in range(5):
+        write(tmp_path / "distractors" / f"{i}.jpg", 100 + i)
+    for i in range(30):
+        write(tmp_path / "whitening" / f"{i}.jpg", 200 + i)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder):
+    def command(*words):
+        line = ["copydays", "--data_path", str(folder / "copydays"), *SMALL.split()]
+        return cli.main([*line, *map(str, words)])
+
+    return command
+
+
+@torch.no_grad()
+def paper_map(folder, *, whiten):
+    """mAP of strong/, image by image, in float64 after the network, as the paper's code has it."""
+    parser = argparse.ArgumentParser()
+    copydays.configure(parser)
+    model = build_model(parser.parse_args(SMALL.split()), CPU, size_flag="imsize")
+    transform = transforms.Compose(
+        [
+            transforms.Resize((24, 24), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+    def features(name):
+        paths = sorted((folder / name).glob("*.jpg"))
+        tokens = [
+            model.get_intermediate_layers(transform(Image.open(p))[None], 1)[0][0].double()
+            for p in paths
+        ]
+        pooled = [(t[1:].clamp(min=1e-6) ** 4).mean(0) ** 0.25 for t in tokens]
+        rows = [torch.cat((t[0], g)) for t, g in zip(tokens, pooled, strict=True)]
+        return torch.stack(rows), [p.name[:4] for p in paths]
+
+    queries, query_names = features("copydays/strong")
+    originals, names = features("copydays/original")
+    database = torch.cat((originals, features("distractors")[0]))
+    if whiten:
+        learned = features("whitening")[0]
+        values, vectors = np.linalg.eigh((learned.T @ learned / len(learned)).numpy())
+        values = np.maximum(values, values.max() * 1e-5)
+        projection = torch.from_numpy(np.diag(values**-0.5) @ vectors.T)
+        queries, database = (
+            (x - learned.mean(0)) @ projection.T for x in (queries, database)
+        )  # fmt: skip
+    similarity = F.normalize(queries, dim=1) @ F.normalize(database, dim=1).T
+    total = 0.0
+    for row, name in zip(similarity.tolist(), query_names, strict=True):
+        order = sorted(range(len(row)), key=lambda i: -row[i])
+        rank = order.index(names.index(name))  # there is one positive
+        total += ((1.0 if rank == 0 else 0.0) + 1 / (rank + 1)) / 2
+    return 100 * total / len(similarity)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_map_is_the_papers(run, folder, tmp_path, capsys, whiten):
+    flags = ["--distractors_path", folder / "distractors", "--output", tmp_path / "out.json"]
+    flags += ["--whitening_path", folder / "whitening"] if whiten else []
+    assert run(*flags) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    blocks = result["blocks"]
+    assert list(blocks) == ["strong", "crops/50", "all"]
+    assert [block["copies"] for block in blocks.values()] == [9, 6, 15]
+    assert blocks["strong"]["mAP"] == pytest.approx(paper_map(folder, whiten=whiten), abs=1e-6)
+    assert blocks["strong"]["mAP"] < 100
+    together = (9 * blocks["strong"]["mAP"] + 6 * blocks["crops/50"]["mAP"]) / 15
+    assert blocks["all"]["mAP"] == pytest.approx(together)
+    assert all(0 < block["micro_AP"] <= 100 for block in blocks.values())
+    extra = {"whitening": 30} if whiten else {}
+    assert result["images"] == {"original": 6, "distractors": 5, **extra}
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith(f"strong: mAP: {blocks['strong']['mAP']:.2f}, micro-AP: ")
+
+
+def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tmp_path, capsys):
+    (folder / "distractors" / "2.jpg").write_text("no picture")
+    flags = ("--distractors_path", folder / "distractors", "--output", tmp_path / "out.json")
+    assert run(*flags) == 0
+    assert capsys.readouterr().err == "distractors: 1 unreadable images left out\n"
+    assert json.loads((tmp_path / "out.json").read_text())["images"]["distractors"] == 4
+    (folder / "copydays" / "strong" / "200001.jpg").write_text("no picture")
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot decode" in error
+    assert "strong/200001.jpg" in error
+
+
+def test_copies_without_an_original_are_named(run, folder, capsys):
+    (folder / "copydays" / "original" / "200300.jpg").unlink()
+    assert run() == 2
+    assert "is a copy of no original: there is no" in capsys.readouterr().err
+
+
+def test_missing_folders_are_named(run, folder, capsys):
+    root = folder / "copydays"
+    for flags, part in (
+        (("--data_path", folder), f"there is no folder {folder}/original"),
+        (("--whitening_path", folder / "none"), f"there is no folder {folder}/none"),
+        (("--distractors_path", root), f"no images in {root}"),
+        (("--imsize", 4), "cannot take --imsize 4 px images"),
+        (("--arch", "resnet18"), "gives no patch tokens; expected one of vit_*"),
+        (("--output", "/nowhere/x.json"), "cannot write /nowhere/x.json"),
+    ):
+        assert run(*flags) == 2, flags
+        assert part in capsys.readouterr().err
+    (root / "strong").rename(folder / "strong")
+    (root / "crops").rename(folder / "crops")
+    assert run() == 2
+    assert "no copies in" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import transforms
+
+from fastdino import cli
+from fastdino.evals import retrieval
+from fastdino.evals.features import build_model
+from fastdino.evals.ranking import revisited_scores
+from fastdino.evals.retrieval_layout import read_set
+
+CPU = torch.device("cpu")
+SMALL = "--arch vit_nano --patch_size 8 --imsize 40 --num_workers 0 --device cpu"
+COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """12 images of three colours in two sizes; what is relevant to the queries, drawn at random."""
+    rng = np.random.default_rng(0)
+    jpg = tmp_path / "rparis6k" / "jpg"
+    jpg.mkdir(parents=True)
+    names = [f"{i}" for i in range(12)]
+    for i, name in enumerate([*names, "q0", "q1", "q2"]):
+        size = (48, 64, 3) if i % 2 else (64, 48, 3)
+        pixels = np.clip(rng.normal(COLOURS[i % 3], 40, size), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(jpg / f"{name}.jpg")
+    marks = []
+    for order in (rng.permutation(12).tolist() for _ in range(3)):
+        marks.append({"easy": order[:2], "hard": order[2:4], "junk": order[4:6]})
+        marks[-1]["bbx"] = [4.0, 4.0, 44.0, 36.0]
+    truth = {"imlist": names, "qimlist": ["q0", "q1", "q2"], "gnd": marks}
+    (tmp_path / "rparis6k" / "gnd_rparis6k.pkl").write_bytes(pickle.dumps(truth))
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder):
+    def command(*words):
+        line = ["retrieval", "--data_path", str(folder), "--dataset", "rparis6k", *SMALL.split()]
+        return cli.main([*line, *map(str, words)])
+
+    return command
+
+
+def expected_scores(folder, *, multiscale, crop):
+    """The paper's evaluation written plainly: image by image."""
+    args = cli_args()
+    model = build_model(args, CPU, size_flag="imsize")
+    finish = transforms.Compose(
+        [
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    found = read_set(folder, "rparis6k", crop_queries=crop)
+
+    def feature(picture):
+        image = Image.open(picture.path).convert("RGB")
+        if picture.box:
+            image = image.crop(picture.box)
+        image.thumbnail((40, 40), Image.LANCZOS)
+        batch = finish(image)[None]
+        scales = [1, 2**-0.5, 0.5] if multiscale else [1]
+        features = [
+            model(F.interpolate(batch, scale_factor=s, mode="bilinear", align_corners=False))
+            for s in scales
+        ]
+        return F.normalize(sum(features) / len(features), dim=1)
+
+    with torch.no_grad():
+        queries, database = (
+            torch.cat([feature(picture) for picture in pictures])
+            for pictures in (found.queries, found.database)
+        )
+    return queries, database, revisited_scores(queries, database, found.relevance)
+
+
+def cli_args():
+    parser = argparse.ArgumentParser()
+    retrieval.configure(parser)
+    return parser.parse_args(SMALL.split())
+
+
+@pytest.mark.parametrize(("multiscale", "crop"), [(False, False), (True, True)])
+def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multiscale, crop):
+    queries, database, scores = expected_scores(folder, multiscale=multiscale, crop=crop)
+    args = cli_args()
+    args.multiscale = multiscale
+    found = read_set(folder, "rparis6k", crop_queries=crop)
+    own_queries, own_database = retrieval.compute_features(args, found, CPU)
+    torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)
+    output = tmp_path / "scores.json"
+    flags = ("--multiscale", multiscale, "--crop_queries", crop, "--output", output)
+    assert run(*flags, "--batch_size_per_gpu", 4) == 0
+    result = json.loads(output.read_text())
+    assert (result["queries"], result["database"], result["multiscale"]) == (3, 12, multiscale)
+    for name, values in scores.items():
+        assert result[name] == pytest.approx(values)
+    captured = capsys.readouterr()
+    assert captured.err == "", "no bar where there is no terminal"
+    medium = scores["medium"]["mAP"]
+    assert f"rparis6k medium: mAP: {medium:.2f}, mP@1: " in captured.out
+    assert 0 < scores["hard"]["mAP"] < 100
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastdino retrieval: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--imsize 0", "--imsize must be at least 1, got 0"),
+        ("--batch_size_per_gpu 0", "--batch_size_per_gpu must be at least 1"),
+        ("--num_workers -1", "--num_workers must be at least 0"),
+        ("--patch_size 0", "--patch_size must be at least 1"),
+        ("--imsize 7", "cannot take --imsize 7 px images"),
+        ("--dataset roxford5k", "there is no ground truth"),
+        ("--imsize 20 --multiscale true", "expected sides of at least 16 px"),
+        ("--output /nowhere/x.json", "cannot write /nowhere/x.json"),
+    ],
+)
+def test_mistakes_are_named(run, capsys, flags, part):
+    assert run(*flags.split()) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_images_missing_broken_and_smaller_than_a_patch_are_named(run, folder, capsys):
+    jpg = folder / "rparis6k" / "jpg"
+    Image.new("RGB", (300, 20)).save(jpg / "3.jpg")
+    assert run() == 2
+    assert "3.jpg is 3 x 40 px when resized" in error_of(capsys)
+    (jpg / "3.jpg").write_text("no picture")
+    assert run() == 2
+    assert "3.jpg" in error_of(capsys)
+    (jpg / "3.jpg").unlink()
+    assert run() == 2
+    assert "1 images of" in error_of(capsys)
+
+
+def _one_of_two(rank, port, line):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    assert cli.main(line) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(run, folder, tmp_path):
+    line = ["retrieval", "--data_path", str(folder), "--dataset", "rparis6k", *SMALL.split()]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _one_of_two,
+        (port, [*line, "--output", str(tmp_path / "two.json")]),
+        nprocs=2,
+        start_method="spawn",
+    )
+    assert run("--output", tmp_path / "one.json") == 0
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
