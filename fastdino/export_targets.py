@@ -239,9 +239,10 @@ def _read_hf(network: Network, path: Path) -> Features:
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file(tensors, path, metadata=metadata)
+    # Not save_file, whose files the owner alone may read.
+    path.write_bytes(save(tensors, metadata))
 
 
 def _write_safetensors(network: Network, path: Path) -> None:

@@ -191,6 +191,14 @@ def test_safetensors_say_what_they_are_of(run, trainer):
     assert load_file(path).keys() == trainer.teacher.backbone.state_dict().keys()
 
 
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_those_who_may_read_other_files_may_read_these(run, tmp_path, to):
+    path, _ = run(to)
+    weights = path / "model.safetensors" if to == "hf" else path
+    (tmp_path / "other").write_text("")
+    assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_another_image_size_has_the_papers_positions(run, weights):
     path, report = run("safetensors", "--image_size", "48")
     assert report["image_size"] == 48
