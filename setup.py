@@ -26,6 +26,13 @@ TRAIN = [
     "tensorboard>=2.16",
     "xformers>=0.0.35; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]
+EXPORT = [
+    *EVAL,
+    "onnx>=1.18",
+    "onnxruntime>=1.22",
+    "onnxscript>=0.5",
+    "transformers>=4.50",
+]
 DEV = [
     "build",
     "hypothesis>=6.100",
@@ -56,10 +63,11 @@ setup(
     extras_require={
         "eval": EVAL,
         "train": TRAIN,
+        "export": EXPORT,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,
         "dev": DEV,
-        "all": TRAIN + DALI_CUDA13 + DEV,
+        "all": TRAIN + EXPORT + DALI_CUDA13 + DEV,
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
     classifiers=[

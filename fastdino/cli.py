@@ -45,6 +45,7 @@ COMMANDS = {
     "copydays": Command(
         "fastdino.evals.copydays", "copy detection (the flags of eval_copy_detection.py)"
     ),
+    "export": Command("fastdino.export", "write a backbone for timm, Hugging Face, ONNX, ..."),
     "crops": Command("fastdino.crop_sheet", "draw a photo's crops, and how their makers differ"),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),

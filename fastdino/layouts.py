@@ -1,4 +1,4 @@
-"""DINO weights under other projects' names: told by the names, brought to this project's.
+"""DINO weights under other projects' names: told by the names, brought to this project's, and back.
 
 This project's names are the paper's (`blocks.0.attn.qkv.weight`), which timm's ViTs have too.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdino.errors import CheckpointError
 from fastdino.models.vit import VIT_ARCHS
 
-# Hugging Face's ViTModel; the names within a block follow `encoder.layer.<N>.`.
+# Hugging Face's ViTModel; the names within a block follow `encoder.layer.<N>.`, ours `blocks.<N>.`.
+# One table: own_names reads it from left to right, hf_names from right to left.
 _HF_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 _HF_IN_BLOCK = {
     "layernorm_before": "norm1",
@@ -29,6 +30,7 @@ _HF_OTHERS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "layernorm": "norm",
 }
+_OWN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 # What stands above the backbone: a classifier, Hugging Face's pooler.
 _HF_ABOVE = ("pooler.", "classifier.")
 _TIMM_ABOVE = ("head.weight", "head.bias")
@@ -80,6 +82,26 @@ def _from_hf(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         else:  # of another model: check_shapes names it
             own[name] = tensor
     return own
+
+
+def hf_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a vit_* as Hugging Face's ViTModel without a pooler names them."""
+    in_block = {own: hf for hf, own in _HF_IN_BLOCK.items()}
+    others = {own: hf for hf, own in _HF_OTHERS.items()}
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        block = _OWN_BLOCK.fullmatch(name)
+        stem, _, kind = name.rpartition(".")
+        if block and block[2] == "attn.qkv":
+            for part, rows in zip(_HF_QKV, tensor.chunk(3), strict=True):
+                named[f"encoder.layer.{block[1]}.{part}.{block[3]}"] = rows.clone()
+        elif block:
+            named[f"encoder.layer.{block[1]}.{in_block[block[2]]}.{block[3]}"] = tensor
+        elif name in others:
+            named[others[name]] = tensor
+        else:
+            named[f"{others[stem]}.{kind}"] = tensor
+    return named
 
 
 def vit_of(state: dict[str, Tensor]) -> tuple[str, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,18 @@ HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone [B, 3, H, W] -> [B, D] in eval mode, and what it was built as."""
+    """A backbone [B, 3, H, W] -> [B, D] in eval mode, what it was built as, and its training.
+
+    Attributes:
+        args: the settings of its training, where the checkpoint has them.
+        epoch: the epochs that were done, where the checkpoint says it.
+    """
 
     module: nn.Module
     arch: str
     patch_size: int
+    args: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
 
 
 def load_backbone(
@@ -66,7 +73,9 @@ def load_backbone(
     if path:
         check_shapes(module, weights, f"{path} for --arch {arch} --patch_size {patch_size}")
         module.load_state_dict(weights)
-    return Backbone(module.eval(), arch, patch_size)
+    epoch = state.get("epoch")
+    epoch = epoch if isinstance(epoch, int) else None
+    return Backbone(module.eval(), arch, patch_size, args, epoch)
 
 
 def initial_weights(path: str, *, arch: str, patch_size: int, img_size: int) -> dict[str, Tensor]:

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("fastdino.__main__", "fastdino.demo"),
     ("fastdino.cli",),
-    ("fastdino.bench", "fastdino.crop_sheet", "fastdino.evals", "fastdino.info"),
+    (
+        "fastdino.bench", "fastdino.crop_sheet", "fastdino.evals", "fastdino.export",
+        "fastdino.info",
+    ),
     ("fastdino.run",),
     ("fastdino.progress", "fastdino.weights"),
     ("fastdino.layouts", "fastdino.step"),
@@ -30,7 +33,7 @@ ROWS = (
     ("fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.environment"),
     ("fastdino.errors",),
     ("fastdino_kernels",),
-)
+)  # fmt: skip
 
 # What a caller of the kernels need not have.
 ABSENT = (

@@ -1,0 +1,110 @@
+"""A model card: what a backbone is, how it is loaded, how it was trained, how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdino import __version__
+from fastdino.errors import ConfigError
+
+# The settings that say how a network was trained; the others, paths among them, say where.
+SETTINGS = (
+    "epochs", "warmup_epochs", "batch_size_per_gpu", "grad_accum", "optimizer", "lr", "min_lr",
+    "weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "out_dim",
+    "norm_last_layer", "use_bn_in_head", "freeze_last_layer", "teacher_temp", "warmup_teacher_temp",
+    "warmup_teacher_temp_epochs", "global_crops_size", "global_crops_scale", "local_crops_number",
+    "local_crops_size", "local_crops_scale", "drop_path_rate", "use_fp16", "seed",
+)  # fmt: skip
+CITATION = """\
+@inproceedings{caron2021emerging,
+  title={Emerging Properties in Self-Supervised Vision Transformers},
+  author={Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J{\\'e}gou, Herv{\\'e} and
+          Mairal, Julien and Bojanowski, Piotr and Joulin, Armand},
+  booktitle={ICCV},
+  year={2021}
+}"""
+
+
+def model_card(
+    *,
+    title: str,
+    library: str | None,
+    facts: dict[str, Any],
+    usage: str,
+    settings: dict[str, Any],
+    epoch: int | None,
+    figures: Sequence[tuple[str, str]],
+) -> str:
+    """A card in Markdown, with the YAML front matter that Hugging Face's hub reads.
+
+    Args:
+        title: the model's name.
+        library: what loads it, by the hub's name; None: none that the hub knows.
+        facts: what it is, in the order of the table.
+        usage: Python that loads it.
+        settings, epoch: of its training, as far as the checkpoint says them.
+        figures: (evaluation, result), from read_figures.
+    """
+    front = ["---", *([f"library_name: {library}"] if library else [])]
+    front += ["pipeline_tag: image-feature-extraction", "tags:"]
+    front += [f"- {tag}" for tag in ("dino", "self-supervised-learning", "vision", "fastdino")]
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# {title}",
+        "The backbone of a network pretrained without labels by DINO "
+        "([Caron et al. 2021](https://arxiv.org/abs/2104.14294)): one feature vector an image. "
+        "It has no classifier.",
+        _table(("", ""), facts.items()),
+        f"## Use\n\n```python\n{usage}\n```\n\nImages are normalised with ImageNet's mean and "
+        "standard deviation.",
+        _training(settings, epoch),
+    ]
+    if figures:
+        parts.append("## Figures\n\n" + _table(("evaluation", "accuracy, %"), figures))
+    parts += [f"## Citation\n\n```bibtex\n{CITATION}\n```", f"Written by fastdino {__version__}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(settings: dict[str, Any], epoch: int | None) -> str:
+    known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    if not known:
+        return "## Training\n\nThe checkpoint does not say how it was trained."
+    lines = ["## Training", ""]
+    if settings.get("data_path"):  # its end: what lies above is of a machine, not of the model
+        lines += [f"Images: `{'/'.join(Path(str(settings['data_path'])).parts[-2:])}`.", ""]
+    if epoch is not None:
+        lines += [f"{epoch} of {known.get('epochs', '?')} epochs were done.", ""]
+    return "\n".join([*lines, _table(("setting", "value"), known.items())])
+
+
+def _table(head: tuple[str, str], rows: Any) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *rows))
+
+
+def read_figures(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """The results in the JSON files of `fastdino knn --output` and `fastdino linear`.
+
+    Raises: ConfigError: a file that cannot be read, or is of neither.
+    """
+    return [row for path in paths for row in _figures_of(Path(path))]
+
+
+def _figures_of(path: Path) -> list[tuple[str, str]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--figures {path} cannot be read as JSON: {error}") from error
+    try:
+        if "acc1" in found:
+            rows = [("linear probe, top-1", found["acc1"]), ("linear probe, top-5", found["acc5"])]
+        else:
+            rows = [(f"{int(k)}-NN, top-1", result["top1"]) for k, result in found.items()]
+        return [(name, f"{float(value):.2f}") for name, value in rows]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--figures {path} has no accuracies ({error!r}): expected a JSON of "
+            "`fastdino knn --output` or `fastdino linear`"
+        ) from error

@@ -1,0 +1,298 @@
+"""`fastdino export`: every form read back by the library that it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastdino import TrainConfig, Trainer, cli, export_targets
+from fastdino.evals.features import eval_transform
+from fastdino.layouts import hf_names, own_names
+from fastdino.weights import initial_weights, load_backbone
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+NAMES = {
+    "timm": "vit.safetensors", "hf": "vit", "safetensors": "vit.safetensors",
+    "onnx": "vit.onnx", "torchscript": "vit.pt",
+}  # fmt: skip
+
+
+def need(to):
+    for name in {"hf": ["transformers"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(to, []):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """A tiny one whose weights are all other than at the beginning, biases among them."""
+    config = TrainConfig(
+        arch="vit_nano", patch_size=8, out_dim=64, global_crops_size=32, local_crops_size=16,
+        device="cpu", warmup_teacher_temp_epochs=0, data_path="/home/someone/flowers/train",
+    )  # fmt: skip
+    trainer = Trainer(config, steps_per_epoch=1)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainer.teacher.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainer.teacher.eval()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def weights(trainer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
+    torch.save({**trainer.state_dict(), "epoch": 3, "args": trainer.config.to_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def run(weights, tmp_path, capsys):
+    """Runs `fastdino export`; returns its output's path and the report."""
+
+    def export(to, *flags, output=None, pretrained=weights):
+        output = output or tmp_path / NAMES[to]
+        words = ["export", "--pretrained_weights", pretrained, "--to", to, "--output", str(output)]
+        status = cli.main([*words, "--report", str(tmp_path / "report.json"), *flags])
+        assert status == 0, capsys.readouterr().err
+        return output, json.loads((tmp_path / "report.json").read_text())
+
+    return export
+
+
+@pytest.fixture
+def refused(weights, tmp_path, capsys):
+    """Runs `fastdino export`, which must refuse; returns what it says."""
+
+    def export(to, *flags, output=None, pretrained=weights):
+        output = str(output or tmp_path / NAMES.get(to, "vit"))
+        words = ["export", "--pretrained_weights", pretrained, "--to", to, "--output", output]
+        assert cli.main([*words, *flags]) == 2
+        return capsys.readouterr().err
+
+    return export
+
+
+@torch.no_grad()
+def expected(trainer, images=IMAGES):
+    return trainer.teacher.backbone(images)
+
+
+def assert_near(got, want):
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors", "torchscript", "hf", "onnx"])
+def test_its_own_library_reads_it_and_the_lines_printed_give_the_same_features(run, trainer, to):
+    need(to)
+    _, report = run(to)
+    readers = {"hf": "transformers", "onnx": "onnxruntime", "torchscript": "torch"}
+    assert report["checked"]["by"] == readers.get(to, to)
+    assert 0 <= report["checked"]["error"] <= 1e-5
+    assert (report["arch"], report["patch_size"], report["image_size"]) == ("vit_nano", 8, 32)
+    scope = {"images": IMAGES.numpy() if to == "onnx" else IMAGES}
+    lines = report["usage"].replace(
+        'processor(image, return_tensors="pt")', '{"pixel_values": images}'
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(lines, scope)
+    assert_near(torch.as_tensor(scope["features"]), expected(trainer))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_timms_models_take_the_weights_strictly(run, trainer, tmp_path, suffix):
+    path, report = run("timm", output=tmp_path / f"vit.{suffix}")
+    state = torch.load(path, weights_only=True) if suffix == "pth" else load_file(path)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", embed_dim=96, depth=6, num_heads=3, patch_size=8, img_size=32,
+        num_classes=0,
+    ).eval()  # fmt: skip
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert_near(model(IMAGES), expected(trainer))
+    assert "timm.create_model('vit_tiny_patch16_224'" in report["usage"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch_size", "image_size", "call"),
+    [
+        ("vit_small", 16, 224, ("vit_small_patch16_224", {"num_classes": 0})),
+        ("vit_base", 8, 224, ("vit_base_patch16_224", {"num_classes": 0, "patch_size": 8})),
+        ("vit_large", 16, 96, ("vit_large_patch16_224", {"num_classes": 0, "img_size": 96})),
+    ],
+)
+def test_timms_call_is_of_the_architecture(arch, patch_size, image_size, call):
+    network = export_targets.Network(torch.nn.Identity(), arch, patch_size, image_size, 0)
+    assert export_targets.timm_call(network) == call
+    assert timm.is_model(call[0])
+
+
+def test_hugging_faces_names_and_back_are_the_same_weights(trainer):
+    state = trainer.teacher.backbone.state_dict()
+    named = hf_names(state)
+    assert "encoder.layer.5.attention.attention.key.bias" in named
+    assert not set(named) & set(state)
+    back = own_names(named, "it")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_hugging_faces_folder_is_read_here_too(run, trainer):
+    folder, _ = run("hf")
+    backbone = load_backbone(str(folder), checkpoint_key="teacher", arch=None, patch_size=None)
+    assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
+    with torch.no_grad():
+        assert torch.equal(backbone.module(IMAGES), expected(trainer))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["image_size"]) == (96, 6, 32)
+
+
+def test_hugging_faces_processor_makes_the_papers_images(run):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = run("hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    pixels = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(2))
+    image = Image.fromarray(pixels.byte().numpy()).resize((70, 70), Image.Resampling.BICUBIC)
+    got = processor(image, return_tensors="pt")["pixel_values"]
+    want = eval_transform(export_targets.resize_of(32), 32)(image)
+    assert got.shape == (1, 3, 32, 32)
+    assert (got[0] - want).abs().max() < 0.05  # two or three of 255 levels: resizes round apart
+
+
+def test_the_card_of_a_folder_and_of_a_file_tells_the_training(run, tmp_path):
+    (tmp_path / "knn.json").write_text('{"20": {"top1": 29.4, "top5": 60.0}}')
+    flags = ("--model_card", "--figures", str(tmp_path / "knn.json"))
+    folder, _ = run("hf", *flags)
+    path, _ = run("safetensors", *flags)
+    for card in (folder / "README.md", path.with_suffix(".md")):
+        text = card.read_text()
+        assert "# DINO vit_nano/8" in text
+        assert "| out_dim | 64 |" in text
+        assert "| 20-NN, top-1 | 29.40 |" in text
+        assert "Images: `flowers/train`" in text
+        assert str(tmp_path) not in text
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+
+
+def test_safetensors_say_what_they_are_of(run, trainer):
+    path, _ = run("safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata == {"format": "pt", "arch": "vit_nano", "patch_size": "8", "image_size": "32"}
+    assert load_file(path).keys() == trainer.teacher.backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_those_who_may_read_other_files_may_read_these(run, tmp_path, to):
+    path, _ = run(to)
+    weights = path / "model.safetensors" if to == "hf" else path
+    (tmp_path / "other").write_text("")
+    assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_another_image_size_has_the_papers_positions(run, weights):
+    path, report = run("safetensors", "--image_size", "48")
+    assert report["image_size"] == 48
+    resized = initial_weights(weights, arch="vit_nano", patch_size=8, img_size=48)
+    assert torch.equal(load_file(path)["pos_embed"], resized["pos_embed"])
+
+
+def test_the_student_is_written_where_it_is_asked_for(run, trainer):
+    path, _ = run("safetensors", "--checkpoint_key", "student")
+    assert torch.equal(load_file(path)["norm.bias"], trainer.student.backbone.norm.bias)
+    assert not torch.equal(load_file(path)["norm.bias"], trainer.teacher.backbone.norm.bias)
+
+
+def test_weights_that_read_back_as_others_are_not_written(monkeypatch, refused, tmp_path):
+    names = export_targets.hf_names
+
+    def swapped(state):
+        return names({**state, "blocks.2.norm1.weight": state["blocks.3.norm1.weight"].clone()})
+
+    need("hf")
+    monkeypatch.setattr(export_targets, "hf_names", swapped)
+    assert "transformers gives other features: off by" in refused("hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_checked_is_said(monkeypatch, run, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else find(name)
+    )
+    _, report = run("hf")
+    assert report["checked"]["by"] is None
+    assert "not checked: transformers is not installed" in capsys.readouterr().out
+
+
+def test_onnx_without_its_packages_is_one_line(monkeypatch, refused):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if "onnx" in name else find(name)
+    )
+    assert refused("onnx") == (
+        "fastdino export: error: --to onnx needs onnx and onnxscript: "
+        'pip install "fastdino[export]"\n'
+    )
+
+
+def test_other_architectures_go_where_they_can(run, refused, tmp_path):
+    backbone = load_backbone("", checkpoint_key="teacher", arch="resnet18", patch_size=None)
+    torch.save(backbone.module.state_dict(), tmp_path / "resnet.pth")
+    source = str(tmp_path / "resnet.pth")
+    for to in ("timm", "hf"):
+        error = refused(to, "--arch", "resnet18", pretrained=source)
+        assert f"--to {to} takes vit_* alone, and this is a resnet18: use --to safetensors" in error
+    flags = ("--arch", "resnet18", "--image_size", "64")
+    for to in ("safetensors", "torchscript"):
+        _, report = run(to, *flags, pretrained=source)
+        assert report["checked"]["error"] <= 1e-5
+        assert "patch_size" not in report
+
+
+def test_bad_flags_are_one_line_each(refused, tmp_path):
+    assert "--to 'torchscrip' is none of timm, hf" in refused("torchscrip")
+    assert "did you mean torchscript?" in refused("torchscrip")
+    assert "ends in .safetensors or .pth, got" in refused("timm", output=tmp_path / "vit.bin")
+    assert "no multiple of the patch size, 8: the nearest is 48" in refused(
+        "safetensors", "--image_size", "50"
+    )
+    assert "--image_size must be at least 1, got 0" in refused("hf", "--image_size", "0")
+    assert "--figures is for a model card" in refused("timm", "--figures", "knn.json")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused("safetensors", output=tmp_path / "file" / "a.safetensors")
+    assert "writes a folder, which" in refused("hf", "--overwrite", output=tmp_path / "file")
+    assert "there is no file" in refused("hf", pretrained=str(tmp_path / "none.pth"))
+
+
+def test_what_is_there_stays_unless_overwritten(run, refused, tmp_path):
+    (tmp_path / "vit.safetensors").write_text("mine")
+    assert "vit.safetensors exists: name another, or give --overwrite" in refused("safetensors")
+    assert (tmp_path / "vit.safetensors").read_text() == "mine"
+    path, _ = run("safetensors", "--overwrite")
+    assert "norm.bias" in load_file(path)
+    path.rename(tmp_path / "other.safetensors")
+    (tmp_path / "vit.md").write_text("mine")
+    assert "vit.md exists" in refused("safetensors", "--model_card")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "other.safetensors", "vit.md", "report.json"
+    }  # fmt: skip
+
+
+def test_a_folder_is_overwritten_file_by_file(run, refused, tmp_path):
+    folder, _ = run("hf")
+    (folder / "notes.txt").write_text("mine")
+    assert "exists" in refused("hf")
+    (folder / "config.json").write_text("old")
+    run("hf", "--overwrite")
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "vit"

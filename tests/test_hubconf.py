@@ -1,0 +1,81 @@
+"""hubconf.py: what torch.hub finds in a checkout, and what it loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdino.errors import CheckpointError
+from fastdino.weights import load_backbone
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(entry, *args, **kwargs):
+    return torch.hub.load(str(ROOT), entry, *args, source="local", **kwargs)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder, empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A ViT-Ti/8 that differs from fresh weights, as one network's file."""
+    module = load_backbone("", checkpoint_key="", arch="vit_tiny", patch_size=8, img_size=32).module
+    module.norm.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+    torch.save({"teacher": module.state_dict()}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth"
+
+
+def test_the_entry_points_are_these_and_no_import():
+    # As torch.hub.list finds them, which takes no local folder.
+    module = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
+    names = [name for name in dir(module) if callable(getattr(module, name)) and name[0] != "_"]
+    assert sorted(names) == ["dino", "dino_vit_base", "dino_vit_small", "dino_vit_tiny"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "dim"), [("dino_vit_tiny", 192), ("dino_vit_small", 384), ("dino_vit_base", 768)]
+)
+def test_an_architecture_without_weights_is_fresh(entry, dim):
+    model = load(entry)
+    assert not model.training
+    assert model.embed_dim == dim
+    assert model.patch_size == 16
+    assert len(model.blocks) == 12
+
+
+@pytest.mark.parametrize("entry", ["dino", "dino_vit_tiny"])
+def test_weights_are_those_of_the_file(weights, entry):
+    flags = {} if entry == "dino" else {"patch_size": 8}
+    model = load(entry, str(weights), **flags)
+    saved = torch.load(weights)["teacher"]
+    assert torch.equal(model.norm.bias, saved["norm.bias"])
+
+
+def test_weights_of_a_url_are_downloaded_once(weights, hub):
+    url = weights.as_uri()
+    bias = load("dino", url).norm.bias
+    assert [path.name.partition("-")[2] for path in hub.rglob("*.pth")] == ["checkpoint.pth"]
+    weights.unlink()
+    assert torch.equal(load("dino", url).norm.bias, bias)
+
+
+def test_weights_that_cannot_be_had_are_named(weights, hub, tmp_path):
+    with pytest.raises(CheckpointError, match="none.pth cannot be downloaded"):
+        load("dino", (tmp_path / "none.pth").as_uri())
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load("dino", str(tmp_path / "none.pth"))
+    with pytest.raises(CheckpointError, match="of another network"):
+        load("dino_vit_small", str(weights), patch_size=8)
+
+
+def test_the_student_can_be_asked_for(weights):
+    with pytest.raises(CheckpointError, match="no network 'student', it has teacher"):
+        load("dino", str(weights), checkpoint_key="student")

@@ -1,0 +1,79 @@
+"""The model card: from a checkpoint's settings and the figures of evaluations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from fastdino.errors import ConfigError
+from fastdino.model_card import model_card, read_figures
+
+SETTINGS = {
+    "epochs": 7, "lr": 0.0005, "out_dim": 64, "dist_url": "tcp://a.machine:1",
+    "data_path": "/home/someone/flowers/train", "output_dir": "/home/someone/runs",
+}  # fmt: skip
+
+
+def card(**changes):
+    parts = {
+        "title": "DINO vit_nano/8",
+        "library": "timm",
+        "facts": {"arch": "vit_nano", "dim": 96},
+        "usage": "model = load()",
+        "settings": SETTINGS,
+        "epoch": 3,
+        "figures": [],
+    }
+    return model_card(**(parts | changes))
+
+
+def front(text):
+    empty, yaml_part, _ = text.split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(yaml_part)
+
+
+def test_the_front_matter_says_what_loads_it():
+    assert front(card())["library_name"] == "timm"
+    assert front(card())["pipeline_tag"] == "image-feature-extraction"
+    assert "library_name" not in front(card(library=None))
+
+
+def test_the_training_is_what_the_checkpoint_says_without_its_machines_paths():
+    text = card()
+    assert "| lr | 0.0005 |" in text
+    assert "3 of 7 epochs were done." in text
+    assert "Images: `flowers/train`." in text
+    assert "someone" not in text
+    assert "machine" not in text
+
+
+def test_bare_weights_have_no_training_to_tell():
+    text = card(settings={}, epoch=None)
+    assert "does not say how it was trained" in text
+    assert "epochs were done" not in text
+
+
+def test_figures_are_those_of_the_files(tmp_path):
+    knn, linear = tmp_path / "knn.json", tmp_path / "linear.json"
+    knn.write_text(json.dumps({"10": {"top1": 68.219, "top5": 90}, "20": {"top1": 68, "top5": 9}}))
+    linear.write_text(json.dumps({"acc1": 71.5, "acc5": 93.25, "best_acc1": 72.0, "epochs": 100}))
+    figures = read_figures([str(knn), str(linear)])
+    assert figures == [
+        ("10-NN, top-1", "68.22"), ("20-NN, top-1", "68.00"),
+        ("linear probe, top-1", "71.50"), ("linear probe, top-5", "93.25"),
+    ]  # fmt: skip
+    assert "| 10-NN, top-1 | 68.22 |" in card(figures=figures)
+    assert "## Figures" not in card()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"J": 3}', '{"acc1": null, "acc5": 2}'])
+def test_a_file_without_accuracies_is_named(tmp_path, content):
+    path = tmp_path / "it.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="it.json (cannot be read|has no accuracies)"):
+        read_figures([str(path)])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_figures([str(tmp_path / "none.json")])
