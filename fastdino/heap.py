@@ -1,8 +1,7 @@
 """Freed memory kept for the next step, on a CPU.
 
 glibc gives large blocks back to the system as they are freed, and every step then pays for fresh,
-zeroed pages (benchmarks/results/README.md says how much). PyTorch's CUDA allocator keeps them by
-itself.
+zeroed pages. PyTorch's CUDA allocator keeps them by itself.
 """
 
 from __future__ import annotations

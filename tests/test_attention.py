@@ -13,16 +13,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals import attention
+from fastdino.evals import attention, features
 from fastdino.evals.attention import (
     attention_maps,
     fit,
     head_statistics,
     jaccard,
     keep_mass,
-    to_input,
     to_pixels,
 )
+from fastdino.evals.features import to_input
 from fastdino.models.attention import token_layout
 from fastdino.models.vit import Attention, VisionTransformer
 
@@ -232,7 +232,7 @@ def test_an_image_smaller_than_a_patch_is_refused():
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224", "xcit_nano_12_p16"])
 def test_networks_without_cls_attention_of_ours_are_refused(arch):
     parser = argparse.ArgumentParser()
-    attention.add_model_flags(parser)
+    features.add_network_flags(parser)
     args = parser.parse_args(["--arch", arch])
     with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
-        attention.load_vit(args, torch.device("cpu"))
+        features.load_vit(args, torch.device("cpu"), lacks=attention.LACKS)

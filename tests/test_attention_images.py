@@ -15,9 +15,9 @@ from fastdino.evals.attention import (
     fit,
     head_statistics,
     keep_mass,
-    to_input,
 )
 from fastdino.evals.attention_pictures import map_picture, mask_picture
+from fastdino.evals.features import to_input
 from fastdino.weights import load_backbone
 
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]

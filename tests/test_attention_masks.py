@@ -13,8 +13,9 @@ from fastdino import cli
 from fastdino.data.shapes import davis_palette, write_shapes
 from fastdino.errors import DataError
 from fastdino.evals import attention_masks
-from fastdino.evals.attention import attention_maps, fit, to_input
+from fastdino.evals.attention import attention_maps, fit
 from fastdino.evals.attention_masks import find_masked, head_scores, read_mask, summary
+from fastdino.evals.features import to_input
 from fastdino.models.backbones import build_backbone
 from fastdino.weights import load_backbone
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdino import cli
 from fastdino.evals import attention_video
-from fastdino.evals.attention import attention_maps, fit, head_statistics, keep_mass, to_input
+from fastdino.evals.attention import attention_maps, fit, head_statistics, keep_mass
 from fastdino.evals.attention_pictures import (
     heads_picture,
     map_picture,
@@ -19,6 +19,7 @@ from fastdino.evals.attention_pictures import (
     overlay_picture,
 )
 from fastdino.evals.attention_video import AVERAGED, VIEWS, draw_frame, output_file
+from fastdino.evals.features import to_input
 from fastdino.evals.video_files import open_frames, video_writer
 from fastdino.weights import load_backbone
 

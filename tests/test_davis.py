@@ -17,6 +17,7 @@ from fastdino.evals import davis
 from fastdino.evals.davis import prepare, working_size
 from fastdino.evals.davis_layout import find_sequences, read_mask
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
+from fastdino.weights import load_backbone
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
 COLOURS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
@@ -109,7 +110,7 @@ def test_masks_are_those_of_one_frame_at_a_time(run, root, tmp_path):
     """Frames one by one, features in float64 by the model itself."""
     assert run("--n_last_frames", 2, "--size_mask_neighborhood", 3, "--topk", 4) == 0
     torch.manual_seed(0)
-    model = davis.load_backbone("", checkpoint_key="teacher", arch="vit_nano", patch_size=8).module
+    model = load_backbone("", checkpoint_key="teacher", arch="vit_nano", patch_size=8).module
     features = []
     for path in sorted((root / "JPEGImages" / "480p" / "two").iterdir()):
         frame = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]

@@ -5,7 +5,6 @@ Legend: B images, H heads, h x w patches, P pixels a patch's side.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from fastdino import checkpoint
-from fastdino.data.pil import MEAN, STD
 from fastdino.errors import ConfigError, DataError
-from fastdino.models.vit import VIT_ARCHS, VisionTransformer
-from fastdino.weights import load_backbone
+from fastdino.models.vit import VisionTransformer
+
+# What networks other than ours lack here (features.load_vit).
+LACKS = "has no attention of a CLS token to show"
 
 
 @torch.no_grad()
@@ -129,50 +129,6 @@ def fit(
             f"{patch_size} px: expected at least one patch; resize to more, or take another model"
         )
     return picture.crop((0, 0, width, height))
-
-
-_to_tensor = v2.Compose(
-    [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-)
-
-
-def to_input(picture: Image.Image) -> Tensor:
-    """RGB -> fp32 [3, height, width], less ImageNet's mean, over its std."""
-    tensor: Tensor = _to_tensor(picture)
-    return tensor
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which network, as in the paper's visualize_attention.py, and where."""
-    add = parser.add_argument
-    add("--arch", help="a vit_* (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
-    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
-
-
-def load_vit(args: argparse.Namespace, device: torch.device) -> tuple[VisionTransformer, str]:
-    """The network of add_model_flags' flags, in eval mode on the device, and its architecture.
-
-    Raises: ConfigError: it is no ViT of ours. CheckpointError: see load_backbone.
-    """
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
-    torch.manual_seed(args.seed)
-    backbone = load_backbone(
-        args.pretrained_weights,
-        checkpoint_key=args.checkpoint_key,
-        arch=args.arch,
-        patch_size=args.patch_size,
-    )
-    if not isinstance(backbone.module, VisionTransformer):
-        raise ConfigError(
-            f"--arch {backbone.arch} has no attention of a CLS token to show: "
-            f"expected one of {', '.join(VIT_ARCHS)}"
-        )
-    return backbone.module.to(device), backbone.arch
 
 
 def check_threshold(threshold: float | None) -> None:

@@ -36,15 +36,13 @@ from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention import (
-    add_model_flags,
+    LACKS,
     attention_maps,
     check_size,
     check_threshold,
     fit,
     head_statistics,
     keep_mass,
-    load_vit,
-    to_input,
     write_json,
 )
 from fastdino.evals.attention_masks import measure
@@ -54,6 +52,7 @@ from fastdino.evals.attention_pictures import (
     mask_picture,
     overlay_picture,
 )
+from fastdino.evals.features import add_network_flags, load_vit, to_input
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def draw_image(
 def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     """The pictures of --image_path, and attention.json beside them; returns how many images."""
     images = find_images(args.image_path)
-    model, arch = load_vit(args, device)
+    model, arch = load_vit(args, device, lacks=LACKS)
     root = Path(args.output_dir)
     records: list[dict[str, Any]] = []
     skipped = images.skipped
@@ -174,7 +173,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino attention`: the paper's visualize_attention.py's, then ours."""
     add = parser.add_argument
-    add_model_flags(parser)
+    add_network_flags(parser, "a vit_*")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image_path", help="an image, or a folder of them, to draw")
     what.add_argument(

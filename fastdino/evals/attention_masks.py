@@ -30,15 +30,15 @@ from fastdino.data.pil import cpu_count
 from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.errors import DataError
 from fastdino.evals.attention import (
+    LACKS,
     attention_maps,
     fit,
     jaccard,
     keep_mass,
-    load_vit,
     pretrained_side,
-    to_input,
     to_pixels,
 )
+from fastdino.evals.features import load_vit, to_input
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
@@ -228,7 +228,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The Jaccard indices of `fastdino attention --data_path`, as jaccard.json has them."""
     found = find_masked(Path(args.data_path), args.split)
     threshold = THRESHOLD if args.threshold is None else args.threshold
-    model, arch = load_vit(args, device)
+    model, arch = load_vit(args, device, lacks=LACKS)
     models = {"trained" if args.pretrained_weights else "untrained": model}
     if args.baseline and args.pretrained_weights:
         models["untrained"] = _untrained_like(model, arch, args.seed, device)

@@ -23,15 +23,13 @@ from fastdino import checkpoint
 from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention import (
-    add_model_flags,
+    LACKS,
     attention_maps,
     check_size,
     check_threshold,
     fit,
     head_statistics,
     keep_mass,
-    load_vit,
-    to_input,
     write_json,
 )
 from fastdino.evals.attention_pictures import (
@@ -41,6 +39,7 @@ from fastdino.evals.attention_pictures import (
     mask_picture,
     overlay_picture,
 )
+from fastdino.evals.features import add_network_flags, load_vit, to_input
 from fastdino.evals.video_files import FORMATS, Frames, open_frames, video_writer
 from fastdino.models.vit import VisionTransformer
 
@@ -143,7 +142,7 @@ def _batches(frames: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino video`: those of the paper's video_generation.py, then ours."""
     add = parser.add_argument
-    add_model_flags(parser)
+    add_network_flags(parser, "a vit_*")
     add("--input_path", required=True, help="a video file, or a folder of frames")
     endings = " ".join(FORMATS)
     add("--output_path", default=".", help=f"a folder, or a file that ends in {endings} (.)")
@@ -181,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--output_path {path} is the input: name another file")
     frames = open_frames(args.input_path)
     device = choose_device(args.device)
-    model, arch = load_vit(args, device)
+    model, arch = load_vit(args, device, lacks=LACKS)
     with checkpoint.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     found = draw_video(

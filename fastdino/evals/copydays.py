@@ -21,7 +21,6 @@ from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
-from fastdino.data.pil import MEAN, STD
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.descriptors import (
     Picture,
@@ -32,7 +31,7 @@ from fastdino.evals.descriptors import (
     raise_if_bad,
     without,
 )
-from fastdino.evals.features import build_model
+from fastdino.evals.features import add_network_flags, add_process_flags, build_model, to_input
 from fastdino.evals.ranking import Places, copydays_map, micro_ap
 from fastdino.evals.retrieval import check_flags
 from fastdino.models.vit import VisionTransformer
@@ -59,23 +58,16 @@ class Block:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino copydays`: the paper's eval_copy_detection.py's, then ours."""
+    add_network_flags(parser, "architecture, a vit_*")
+    add_process_flags(parser)
     add = parser.add_argument
     add("--data_path", default="/path/to/copydays/", help="folder with original/, strong/, ...")
     add("--whitening_path", default="", help="folder of images to learn the whitening from")
     add("--distractors_path", default="", help="folder of images that are nobody's original")
     add("--imsize", type=int, default=320, help="side the images are resized to, square (320)")
     add("--batch_size_per_gpu", type=int, default=16, help="images a forward pass (16)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
     add("--use_cuda", type=parse_bool, default=True, help="compare on the GPU, where there is one")
-    add("--arch", help="architecture, a vit_* (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
-    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
-    add("--dist_url", default="env://", help="how the processes find each other")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
     add("--output", help="JSON file for the scores")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -170,9 +162,7 @@ class Extractor:
         self.transform = v2.Compose(
             [
                 v2.Resize((args.imsize, args.imsize), v2.InterpolationMode.BICUBIC),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
+                to_input,
             ]
         )
 

@@ -33,10 +33,10 @@ from fastdino.evals.davis_layout import (
     write_mask,
 )
 from fastdino.evals.davis_results import Results, describe, describe_total, score
+from fastdino.evals.features import add_network_flags, load_vit
 from fastdino.evals.mask_overlay import draw_sheet, overlay
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.vit import VisionTransformer
-from fastdino.weights import load_backbone
 
 # The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.
 PAPER_STD = (0.228, 0.224, 0.225)
@@ -48,11 +48,8 @@ OVERLAYS = "overlays"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino davis`: the paper's eval_video_segmentation.py's, then ours."""
+    add_network_flags(parser, "architecture, a vit_*")
     add = parser.add_argument
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
-    add("--arch", help="architecture, a vit_* (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
     add("--output_dir", default=".", help="folder for masks, overlays and davis.json (.)")
     add("--data_path", default="/path/to/davis/", help="folder with JPEGImages/480p and the rest")
     add("--n_last_frames", type=int, default=7, help="frames before that labels come from (7)")
@@ -79,8 +76,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="pictures: six frames of a sequence above the truth (sheet), every frame too (all)",
     )
     add("--num_workers", type=int, default=10, help="threads that read frames, at most (10)")
-    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -130,20 +125,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """The network of the flags, on the device; raises ConfigError where it has no patch tokens."""
-    torch.manual_seed(args.seed)
-    backbone = load_backbone(
-        args.pretrained_weights,
-        checkpoint_key=args.checkpoint_key,
-        arch=args.arch,
-        patch_size=args.patch_size,
-    )
-    if not isinstance(backbone.module, VisionTransformer):
-        raise ConfigError(
-            f"--arch {backbone.arch} gives no patch tokens to compare; expected one of vit_*"
-        )
-    if backbone.patch_size > args.size:
-        raise ConfigError(f"--size {args.size} is smaller than a {backbone.patch_size} px patch")
-    return backbone.module.to(device)
+    model, _ = load_vit(args, device, lacks="gives no patch tokens to compare")
+    if model.patch_size > args.size:
+        raise ConfigError(f"--size {args.size} is smaller than a {model.patch_size} px patch")
+    return model
 
 
 def settings_of(

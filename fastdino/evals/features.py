@@ -23,6 +23,7 @@ from fastdino.data import scan_images
 from fastdino.data.pil import MEAN, STD, cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.weights import load_backbone
 
 UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
@@ -46,15 +47,24 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.source.labels[index])
 
 
+_to_tensor = v2.Compose(
+    [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+)
+
+
+def to_input(picture: Image.Image) -> Tensor:
+    """RGB -> fp32 [3, height, width], less ImageNet's mean, over its std."""
+    tensor: Tensor = _to_tensor(picture)
+    return tensor
+
+
 def eval_transform(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
     """The paper's: short side to `resize` (bicubic), centre crop, ImageNet mean and std."""
     return v2.Compose(
         [
             v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC),
             v2.CenterCrop(crop),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
+            to_input,
         ]
     )
 
@@ -102,6 +112,52 @@ def extract_features(
     features, labels = distributed.total(features), distributed.total(labels)
     good = labels != UNREADABLE
     return features[good], labels[good]
+
+
+def add_network_flags(parser: argparse.ArgumentParser, arch: str = "architecture") -> None:
+    """The flags of the paper's evaluations that say which network, and where it computes.
+
+    arch: what --arch may be.
+    """
+    add = parser.add_argument
+    add("--arch", help=f"{arch} (default: what the checkpoint says, else vit_small)")
+    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
+    add("--seed", type=int, default=0, help="of what is drawn, an untrained network's weights (0)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of an evaluation that loads images in workers, in one process or many."""
+    add = parser.add_argument
+    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
+    add("--dist_url", default="env://", help="how the processes find each other")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_vit(
+    args: argparse.Namespace, device: torch.device, *, lacks: str
+) -> tuple[VisionTransformer, str]:
+    """The ViT of add_network_flags' flags, in eval mode on the device, and its architecture.
+
+    Args:
+        lacks: what networks of other kinds do not give, for the message.
+
+    Raises: ConfigError: it is no ViT of ours. CheckpointError: see load_backbone.
+    """
+    if args.patch_size is not None and args.patch_size < 1:
+        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        arch=args.arch,
+        patch_size=args.patch_size,
+    )
+    if not isinstance(backbone.module, VisionTransformer):
+        raise ConfigError(f"--arch {backbone.arch} {lacks}: expected one of {', '.join(VIT_ARCHS)}")
+    return backbone.module.to(device), backbone.arch
 
 
 def build_model(

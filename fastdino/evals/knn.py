@@ -17,7 +17,14 @@ from torch import Tensor
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
 from fastdino.errors import CheckpointError, ConfigError, DataError
-from fastdino.evals.features import build_model, eval_transform, extract_features, scan_splits
+from fastdino.evals.features import (
+    add_network_flags,
+    add_process_flags,
+    build_model,
+    eval_transform,
+    extract_features,
+    scan_splits,
+)
 
 # Similarities held in memory at once: a chunk of validation images against all training images.
 CHUNK_ELEMENTS = 1 << 25
@@ -64,27 +71,20 @@ def knn_accuracy(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino knn`: those of the paper's eval_knn.py, then this project's."""
+    add_network_flags(parser)
+    add_process_flags(parser)
     add = parser.add_argument
     add("--batch_size_per_gpu", type=int, default=128, help="images a forward pass (128)")
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="of the votes (0.07)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
     add("--use_cuda", type=parse_bool, default=True, help="classify on the GPU, where there is one")
-    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
     add("--dump_features", help="folder to save the features in")
     add("--load_features", help="folder to take saved features from")
-    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
-    add("--dist_url", default="env://", help="how the processes find each other")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
     add("--resize", type=int, default=256, help="short side the images are resized to (256)")
     add("--crop", type=int, default=224, help="side of the centre crop (224)")
     add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")
-    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
     add("--output", help="JSON file for the accuracies")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
 
 
 def main(args: argparse.Namespace) -> int:

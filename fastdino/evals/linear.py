@@ -24,11 +24,19 @@ from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
-from fastdino.data.pil import MEAN, STD, cpu_count
+from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.feature_cache import cache_key, cached, weights_digest
-from fastdino.evals.features import Images, build_model, eval_transform, scan_splits
+from fastdino.evals.features import (
+    Images,
+    add_network_flags,
+    add_process_flags,
+    build_model,
+    eval_transform,
+    scan_splits,
+    to_input,
+)
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.progress import drop_log_lines
 
@@ -41,21 +49,16 @@ AT_LEAST_ONE = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino linear`: the paper's eval_linear.py's, then this project's."""
+    add_network_flags(parser)
+    add_process_flags(parser)
     add = parser.add_argument
     add("--n_last_blocks", type=int, default=4, help="CLS tokens of so many last blocks (4)")
     about = "add the mean patch token, with --n_last_blocks 1: the paper's ViT-B (false)"
     add("--avgpool_patchtokens", type=parse_bool, default=False, metavar="BOOL", help=about)
-    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
     add("--epochs", type=int, default=100, help="passes over train/ (100)")
     add("--lr", type=float, default=0.001, help="for a global batch of 256; scaled with it (.001)")
     add("--batch_size_per_gpu", type=int, default=128, help="images a step of a process (128)")
-    add("--dist_url", default="env://", help="how the processes find each other")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
-    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
     add("--val_freq", type=int, default=1, help="validate every so many epochs (1)")
     add("--output_dir", default=".", help="checkpoint.pth.tar, log.txt, linear.json; resumed (.)")
     add("--num_labels", type=int, help="classes (default: as many as there are)")
@@ -70,8 +73,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--cache_epochs", type=int, default=0, metavar="N", help=about)
     add("--resize", type=int, default=256, help="short side of validation images (256)")
     add("--crop", type=int, default=224, help="side of all crops (224)")
-    add("--seed", type=int, default=0, help="of the classifier, the order and the crops (0)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -189,9 +190,7 @@ def train_transform(crop: int) -> Callable[[Image.Image], Tensor]:
         [
             v2.RandomResizedCrop(crop),
             v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
+            to_input,
         ]
     )
 

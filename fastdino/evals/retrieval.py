@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
-from fastdino.data.pil import MEAN, STD, cpu_count
+from fastdino.data.pil import cpu_count
 from fastdino.errors import ConfigError
 from fastdino.evals.descriptors import (
     SCALES,
@@ -26,34 +25,27 @@ from fastdino.evals.descriptors import (
     multi_scale,
     raise_if_bad,
 )
-from fastdino.evals.features import build_model
+from fastdino.evals.features import add_network_flags, add_process_flags, build_model, to_input
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import DATASETS, RetrievalSet, read_set, sizes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino retrieval`: the paper's eval_image_retrieval.py's, then ours."""
+    add_network_flags(parser)
+    add_process_flags(parser)
     add = parser.add_argument
     add("--data_path", default="/path/to/revisited_paris_oxford/", help="folder with <dataset>/")
     add("--dataset", choices=DATASETS, default="roxford5k", help="which set (roxford5k)")
     about = "mean of the features at scales 1, .71 and .5 (false)"
     add("--multiscale", type=parse_bool, default=False, metavar="BOOL", help=about)
     add("--imsize", type=int, default=224, help="side the images are shrunk to fit (224)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
     add("--use_cuda", type=parse_bool, default=True, help="compare on the GPU, where there is one")
-    add("--arch", help="architecture (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
-    add("--num_workers", type=int, default=10, help="data loading workers, at most (10)")
-    add("--dist_url", default="env://", help="how the processes find each other")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     about = "cut the queries' boxes out, as the sets' authors do and the paper's code does not"
     add("--crop_queries", type=parse_bool, default=False, metavar="BOOL", help=f"{about} (false)")
     about = "images a forward pass, of one size each (16)"
     add("--batch_size_per_gpu", type=int, default=16, help=about)
-    add("--seed", type=int, default=0, help="of an untrained network's weights (0)")
     add("--output", help="JSON file for the scores")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -89,15 +81,11 @@ def transform_to(size: int) -> Callable[[Image.Image], Tensor]:
 
     An image that fits already is left as it is.
     """
-    finish = v2.Compose(
-        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    )
 
     def transform(image: Image.Image) -> Tensor:
         image = image.copy()
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        tensor: Tensor = finish(image)
-        return tensor
+        return to_input(image)
 
     return transform
 

@@ -241,10 +241,11 @@ class Report:
         for arm in self.arms:
             record = asdict(arm) | {"gate": {"verdict": str(arm.gate), "green": arm.gate.green}}
             if arm.seconds:
+                times = arm.times(base)
                 record |= {
                     "images_per_second": statistics.median(arm.rates),
                     "quartiles": quartiles(arm.rates),
-                    "times_paper": arm.times(base) and statistics.median(arm.times(base)),
+                    "times_paper": statistics.median(times) if times else None,
                     "mfu": self.utilisation(arm, self.flops.total),
                     "executed_mfu": self.utilisation(arm, arm.executed),
                 }
