@@ -22,6 +22,8 @@ from benchmarks.measure import Thunk, device_sample, host_seconds, peak_bytes
 # The fixture of that name: compete(make_contest, *arguments, variant=name).
 Compete = Callable[..., None]
 
+LONGEST_SLEEP = 0.05  # of the device, while the host queues calls, in seconds
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -145,7 +147,7 @@ def _rounds(
             sample = device_sample([variant.prepare() for _ in range(calls)], device, sleep)
             if sample.queued:
                 break
-            sleep = min(2 * sleep, 0.05)
+            sleep = min(2 * sleep, LONGEST_SLEEP)
         outcome.seconds.append(sample.seconds)
         outcome.queued = outcome.queued and sample.queued
         yield
