@@ -1,8 +1,9 @@
 """adamw_ema_update_ by PyTorch's fused AdamW and multi-tensor operations, on any device.
 
-On a CPU the host may read what it likes: a refused step costs nothing, and a gradient that has to
-be scaled or converted is so SLICE by SLICE, in a buffer that stays in the cache. Elsewhere nothing
-is read: gradients are scaled into memory of their own, and flags select what stays as it was.
+Gradients that have to be scaled are so into memory of their own. (A slice at a time, through a
+buffer that stays in the cache, is slower on a CPU: many small operations wait for its threads.)
+On a CPU the host may read what it likes, and a refused step costs nothing. Elsewhere nothing is
+read, and flags select what stays as it was.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from . import reference
 from .adamw_ema_call import Call, Group, Tensors
 from .dispatch import compute_dtype
 from .ema import torch_ema_
-
-# Elements of the buffer: 1 MiB of fp32.
-SLICE = 1 << 18
 
 
 def update_on_host(call: Call, gaps: Sequence[int]) -> None:
@@ -66,31 +64,14 @@ def _adamw_on_host(
 ) -> None:
     indices = _moving(call.tensors, group)
     steps = _count_steps(call.steps, indices)
-    at_once: list[int] = []
-    gradients: list[Tensor] = []
-    for i, (p, g, m, v) in _quadruples(call.tensors, indices):
-        if factors[i] == 1 and len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1:
-            at_once.append(i)
-            gradients.append(g)
-            continue
-        wide = compute_dtype(p, g, m, v)
-        if i not in gaps and {p.dtype, m.dtype, v.dtype} == {wide}:
-            _adamw_by_slices((p, g, m, v), factors[i], group, steps[i])
-        else:
-            at_once.append(i)
-            gradients.append(g.to(wide) * factors[i])
-    _adamw(call.tensors, at_once, gradients, group, steps, gaps)
-
-
-def _adamw_by_slices(
-    quadruple: tuple[Tensor, Tensor, Tensor, Tensor], factor: float, group: Group, step: Tensor
-) -> None:
-    """The update of one dense parameter, whose gradient is scaled and of any dtype."""
-    p, g, m, v = (x.as_strided((x.numel(),), (1,)).split(SLICE) for x in quadruple)
-    buffer = torch.empty_like(p[0])
-    for p_part, g_part, m_part, v_part in zip(p, g, m, v, strict=True):
-        scaled = buffer[: len(g_part)].copy_(g_part).mul_(factor)
-        _fused(([p_part], [scaled], [m_part], [v_part], [step]), group)
+    quadruples = dict(_quadruples(call.tensors, indices))
+    gradients = {i: g for i, (_, g, _, _) in quadruples.items()}
+    scaled = [i for i in indices if factors[i] != 1]
+    if scaled:
+        wide = [gradients[i].to(compute_dtype(*quadruples[i])) for i in scaled]
+        products = torch._foreach_mul(wide, [factors[i] for i in scaled])
+        gradients.update(zip(scaled, products, strict=True))
+    _adamw(call.tensors, indices, list(gradients.values()), group, steps, gaps)
 
 
 def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None = None) -> None:
