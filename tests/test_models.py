@@ -7,7 +7,7 @@ from torch import nn
 from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionChoice
 from fastdino.models.backbones import build_backbone, build_networks, choose_fast_path
-from fastdino.models.head import DINOHead, MultiCropWrapper
+from fastdino.models.head import DINOHead, MultiCropWrapper, WeightNormLinear
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,51 @@ def test_head_normalises_and_keeps_the_papers_names(float64):
         head.last_layer.weight_v.mul_(7)
         assert logits.abs().max() <= 1  # cosines: neither length counts
         torch.testing.assert_close(head(torch.zeros(1, 8)), head(torch.zeros(1, 8)))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])  # up to 4: the scale goes onto the product
+@pytest.mark.parametrize("train_magnitude", [False, True])
+def test_prototypes_are_weight_normed_for_any_number_of_rows(float64, rows, train_magnitude):
+    layer = WeightNormLinear(4, 7, train_magnitude=train_magnitude)
+    nn.init.uniform_(layer.weight_g, 0.5, 2)
+    x = torch.randn(rows, 4, requires_grad=True)
+    weight = layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
+    gradient = torch.randn(rows, 7)
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    results = [(y, *torch.autograd.grad(y, inputs, gradient)) for y in (layer(x), x @ weight.T)]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_few_rows_keep_no_weight_for_the_backward_pass():
+    layer = WeightNormLinear(4, 700, train_magnitude=False)
+    own = {layer.weight_v.data_ptr(), layer.weight_g.data_ptr()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(3, 4, requires_grad=True))
+    assert sum(kept) == 3 * 4 + 700  # x and the norms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prototypes_under_autocast(dtype):
+    layer = WeightNormLinear(64, 50, train_magnitude=True)
+    x = torch.randn(8, 64, requires_grad=True)
+    gradient = torch.randn(8, 50)
+    inputs = [x, *layer.parameters()]
+    exact = layer(x)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    results = [(z, *torch.autograd.grad(z, inputs, gradient.to(z.dtype))) for z in (y, exact)]
+    for got, want in zip(*results, strict=True):
+        error = (got.float() - want).norm() / want.norm()
+        assert error < 4 * torch.finfo(dtype).eps
 
 
 def test_crops_of_one_size_share_a_pass_and_keep_their_order():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastdino.models.vit import init_linear
@@ -29,13 +31,45 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(initial)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[rows, D] -> [rows, K]."""
         if torch.compiler.is_compiling():
-            # Under autocast one kernel makes it in half precision: 4 K D bytes read, 2 K D written.
-            # The operator below writes 4 K D, which a cast reads to write 2 K D. (The scale could
-            # go onto the product, which is larger than W where there are more rows than columns.)
+            # Under autocast one kernel makes W in half precision: 4 K D bytes read, 2 K D written.
+            # The operator below writes 4 K D, which a cast reads to write 2 K D.
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
+        if x.shape[0] <= x.shape[1]:
+            y: Tensor = _ScaledProduct.apply(x, self.weight_v, self.weight_g)
+            return y
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """WeightNormLinear with no W: the scale goes onto the product, [rows, K] instead of [K, D].
+
+    In fp32 its forward reads 4 K D bytes for the norms and 4 K D for the product, where making W
+    first writes 4 K D more, and keeps them for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
+        ctx.save_for_backward(x, weight_v, weight_g, norm)
+        return F.linear(x, weight_v).mul_((weight_g / norm).T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_v, weight_g, norm = ctx.saved_tensors
+        dx = dv = dg = None
+        if ctx.needs_input_grad[0]:
+            scale = (weight_g / norm).T.to(dy.dtype)
+            dx = ((dy * scale) @ weight_v.to(dy.dtype)).to(x.dtype)
+        if any(ctx.needs_input_grad[1:]):
+            dw = dy.T @ x.to(dy.dtype)  # of W
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(
+                dw.to(weight_v.dtype), weight_v, weight_g, norm, 0
+            )
+        return dx, dv, dg
 
 
 class DINOHead(nn.Module):
