@@ -48,7 +48,7 @@ def test_a_list_without_labels_is_one_class_and_missing_ones_are_a_class(tmp_pat
         ("", "no images in the list .*it holds no path; expected a folder"),
         ("# nothing\n\n", "no images in the list"),
         ("a.jpg\n\nnotes about it\n", "line 3: expected the path of an image .*'notes about it'"),
-        (b"\x89PNG\0\0", "neither a text file nor a tar: expected a folder"),
+        (b"\x89PNG\0\0", "neither a text file nor a tar nor a zip: expected a folder"),
     ],
 )
 def test_what_is_no_list_says_what_was_expected(tmp_path, text, message):
@@ -86,7 +86,7 @@ def test_tars_by_folder_pattern_and_name(shards):
         ("s-{000..003}.tar", "there is no .*s-003.tar"),
         ("t-*.tar", "no file is called .*t-.*expected a folder"),
         ("s-{2..1}.tar", "runs backwards"),
-        ("*", "must name tars, and .*notes.txt is none"),
+        ("*", "must name tars or zips, and .*notes.txt is none"),
         ("gone", "there is no folder .*gone, and no file: expected a folder"),
     ],
 )

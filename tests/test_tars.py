@@ -8,8 +8,9 @@ import tarfile
 
 import pytest
 
-from fastdino.data.find import EXTENSIONS
-from fastdino.data.tars import are_numbered, class_names, expand, index_tar, is_tar
+from fastdino.data.archives import are_numbered, class_names
+from fastdino.data.places import EXTENSIONS
+from fastdino.data.tars import expand, index_tar, is_tar
 from fastdino.errors import DataError
 
 
@@ -21,7 +22,7 @@ def contents(path, found):
     data = path.read_bytes()
     return {
         name: data[offset : offset + length]
-        for name, (offset, length) in zip(found.members, found.parts, strict=True)
+        for name, (offset, length, _) in zip(found.members, found.parts, strict=True)
     }
 
 
@@ -85,7 +86,7 @@ def test_a_tar_that_ends_early_gives_its_whole_images_and_names_the_one_cut_off(
     path = make_tar(tmp_path / "t.tar", {f"{i}.jpg": picture(i, (64, 48)) for i in range(3)})
     whole, data = index(path), path.read_bytes()
     assert whole.note == ""
-    offset, length = whole.parts[2]
+    offset, length, _ = whole.parts[2]
     for end, images in (
         (offset + length // 2, 2),
         (offset - 300, 2),
