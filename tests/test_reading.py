@@ -56,7 +56,7 @@ def file(tmp_path, picture):
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ENOTCONN"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_may_pass_is_tried_again(file, failing, name, times):
-    for read in (read_file, lambda path: read_part(path, 0, file.stat().st_size)):
+    for read in (read_file, lambda path: read_part(path, Part(0, file.stat().st_size))):
         pauses = failing(getattr(errno, name), times)
         assert read(str(file)) == file.read_bytes()
         assert pauses == list(reading.PAUSES[:times])

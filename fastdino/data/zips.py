@@ -82,13 +82,16 @@ def _part(file: BinaryIO, member: zipfile.ZipInfo, length: int) -> tuple[Part, s
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         name = _METHODS.get(member.compress_type, f"method {member.compress_type}")
         return nowhere, f"is compressed by {name}: of zips, Stored and Deflate can be read"
+    wrong = "is not where the zip's list says: the zip is damaged"
+    if member.header_offset < 0:  # what comes first in the file is missing
+        return Part(0, 0), wrong
     # The list does not say how long the header before the bytes is.
     header = os.pread(file.fileno(), _LOCAL.size, member.header_offset)
     if len(header) < _LOCAL.size:
         return nowhere, "is cut off: the zip ends within it"
     signature, name_length, extra_length = _LOCAL.unpack(header)
     if signature != b"PK\3\4":
-        return nowhere, "is not where the zip's list says: the zip is damaged"
+        return nowhere, wrong
     start = member.header_offset + _LOCAL.size + name_length + extra_length
     if start + member.compress_size > length:
         return nowhere, "is cut off: the zip ends within it"
