@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,7 +181,7 @@ def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> No
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        print(f"torchvision:{name} is downloaded to {root}", flush=True)
+        print(f"torchvision:{name} is downloaded to {root}", file=sys.stderr)
         make(part, download=True, **arguments)
         for entry in part.iterdir():
             os.replace(entry, root / entry.name)
@@ -213,7 +214,8 @@ def _path_itself(path: Any) -> str:
 
 
 def _image_files(kind: str, dataset: Any, root: Path) -> Found:
-    samples = [dataset[i] for i in range(len(dataset))]
+    # Sorted: some of torchvision's sets come in the order of the file system.
+    samples = sorted(dataset[i] for i in range(len(dataset)))
     if not samples:
         raise DataError(f"no images in {root}: {kind} has none there")
     base, files = common_base([path for path, _ in samples])
@@ -271,7 +273,7 @@ def _locked(path: Path, place: Place) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            print(f"another process is at work on {path.with_suffix('')}: waiting", flush=True)
+            print(f"waiting for the process that holds {path}", file=sys.stderr)
             fcntl.lockf(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
