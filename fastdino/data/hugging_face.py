@@ -50,8 +50,6 @@ def find_hugging_face(place: Place) -> Found:
     classes = list(getattr(one.features[label], "names", None) or []) if label else []
     files = [str(file["filename"]) for file in one.cache_files]
     kind = f"Hugging Face {place.path}, {split}"
-    if not len(one):
-        raise DataError(f"no images in {place.text}: its split {split} has no rows")
     if not files or getattr(one, "_indices", None) is not None:
         raise DataError(
             f"--data_path {place.text}: its rows do not lie in Arrow files in their order: write "
@@ -105,6 +103,8 @@ def _library() -> Any:
 def _load(library: Any, place: Place) -> dict[str, Any]:
     """The splits of a set, whole."""
     path = os.path.expanduser(place.path)
+    if not path:
+        raise DataError(f"--data_path {place.text} names no set: expected hf:NAME or hf:FOLDER")
     if not os.path.exists(path) and path.startswith(("/", ".", "~")):
         raise DataError(f"--data_path {place.text}: there is no folder {path}")
     options = {"keep_in_memory": False}
@@ -235,7 +235,9 @@ def _rows(
                     parts = _parts(column, start, size)
                     labels = _texts(batch.column(label)) if label else [""] * len(names)
                     yield parts, names, labels
-    except arrow.ArrowInvalid as error:
+    except (arrow.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None):  # of the system, not of what is in the file
+            raise
         raise DataError(f"--data_path: {path} is damaged or cut off: {error}") from error
     except KeyError as error:
         raise DataError(f"--data_path: {path} has no column {error}") from error
@@ -259,7 +261,8 @@ def _parts(column: Any, start: int, size: int) -> NDArray[np.int64]:
     offset = data.address - start
     if not 0 <= offset <= offset + int(bounds[-1]) <= size:
         raise ValueError("is compressed, and images cannot be read from its middle")
-    there = stored.is_valid().to_numpy(zero_copy_only=False)
+    valid = [one.is_valid().to_numpy(zero_copy_only=False) for one in (column, stored)]
+    there = valid[0] & valid[1]  # a row that is none may have a value all the same
     parts[there, 0] = (offset + bounds[:-1])[there]
     parts[there, 1] = np.diff(bounds)[there]
     parts[there, 2] = 0
