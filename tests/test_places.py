@@ -15,7 +15,7 @@ SCHEMES = ("torchvision", "hf")
     [
         ("/data/x", "", "/data/x", {}),
         ("/data/x?split=a", "", "/data/x", {"split": "a"}),
-        ("torchvision:STL10?split=train+unlabeled", "torchvision", "STL10", {"split": "train+unlabeled"}),
+        ("torchvision:STL10?split=a+b", "torchvision", "STL10", {"split": "a+b"}),
         ("hf:u/n?image=a b&label=x=y", "hf", "u/n", {"image": "a b", "label": "x=y"}),
         ("hf:/a/b?root=/c/d", "hf", "/a/b", {"root": "/c/d"}),
         ("train-?.tar", "", "train-?.tar", {}),
