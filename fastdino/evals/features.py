@@ -25,6 +25,7 @@ from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.weights import load_backbone
 
+PATH_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
 
 
