@@ -6,6 +6,7 @@ left out, and held by a test of their own.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from fastdino.data.places import parse
 from fastdino.data.sources import scan_images
 from fastdino.data.torchvision_sets import SETS, default_root, find_torchvision
 from fastdino.errors import DataError
+from fastdino.evals.features import scan_splits
 
 N = 7  # images a split
 
@@ -229,6 +231,10 @@ def test_evaluations_take_train_and_what_is_called_val_or_test(root, picture, un
     train, val = (scan_images("torchvision:CIFAR10", role=role) for role in ("train", "val"))
     assert [len(train), len(val)] == [5 * N, N]
     assert val.kind == "torchvision CIFAR10, test"
+    args = argparse.Namespace(data_path="torchvision:CIFAR10", num_workers=1)
+    splits = scan_splits(args)
+    assert {name: len(one) for name, one in splits.items()} == {"train": 5 * N, "val": N}
+    assert splits["train"].classes == splits["val"].classes
     write_files(root, "DTD", picture)
     for data_path, split in (("torchvision:DTD", "val"), ("torchvision:DTD?val=test", "test")):
         assert scan_images(data_path, role="val").kind == f"torchvision DTD, {split}"
