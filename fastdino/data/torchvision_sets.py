@@ -181,7 +181,7 @@ def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> No
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        print(f"torchvision:{name} is downloaded to {root}", file=sys.stderr)
+        print(f"torchvision:{name}: downloading to {root}", file=sys.stderr)
         make(part, download=True, **arguments)
         for entry in part.iterdir():
             os.replace(entry, root / entry.name)
@@ -197,7 +197,7 @@ def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> No
             why = f"it cannot be downloaded ({text})"
         raise DataError(
             f"torchvision:{name} is not in {root}, and {why}: put {_lies_in(name, arguments)} "
-            f"there as it is distributed, or name its folder by ?root=... or ${ROOT_VARIABLE}"
+            f"there as it is distributed, or name the folder that has it by ?root=... or ${ROOT_VARIABLE}"
         ) from error
 
 
