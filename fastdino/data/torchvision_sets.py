@@ -197,7 +197,8 @@ def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> No
             why = f"it cannot be downloaded ({text})"
         raise DataError(
             f"torchvision:{name} is not in {root}, and {why}: put {_lies_in(name, arguments)} "
-            f"there as it is distributed, or name the folder that has it by ?root=... or ${ROOT_VARIABLE}"
+            "there as it is distributed, or name the folder that has it by ?root=... or "
+            f"${ROOT_VARIABLE}"
         ) from error
 
 
