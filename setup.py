@@ -19,6 +19,12 @@ EVAL = [
     "torchvision>=0.25",
     "tqdm>=4.66",
 ]
+# Sets by name: hf:NAME, and those of torchvision that come as .mat files.
+DATA = [
+    "datasets>=3",
+    "pyarrow>=15",
+    "scipy>=1.11",
+]
 TRAIN = [
     *EVAL,
     "numba>=0.61",
@@ -63,11 +69,12 @@ setup(
     extras_require={
         "eval": EVAL,
         "train": TRAIN,
+        "data": DATA,
         "export": EXPORT,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,
         "dev": DEV,
-        "all": TRAIN + EXPORT + DALI_CUDA13 + DEV,
+        "all": TRAIN + DATA + EXPORT + DALI_CUDA13 + DEV,
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
     classifiers=[

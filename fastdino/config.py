@@ -83,9 +83,10 @@ class TrainConfig:
     # Run
     data_path: str = _flag(
         "/path/to/imagenet/train/",
-        "Images: a folder (one folder a class, or flat), a folder of .tar files (class tars, "
-        "webdataset shards), a .tar, a pattern such as 'train-{000..146}.tar', or a text file with "
-        "a path a line.",
+        "Images: a folder (one folder a class, or flat), a folder of .tar or .zip files (class "
+        "tars, webdataset shards), one of them, a pattern such as 'train-{000..146}.tar', a text "
+        "file with a path a line, DAVIS, YFCC100M with its metadata, torchvision:NAME, hf:NAME or "
+        "hf:FOLDER; '?split=NAME' after it picks a split.",
     )
     output_dir: str = _flag(".", "Where checkpoints and logs go; a run found there is resumed.")
     saveckp_freq: int = _flag(20, "Keep a checkpoint of its own every so many epochs; 0: never.")

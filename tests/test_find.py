@@ -8,7 +8,7 @@ import os
 import pytest
 
 from fastdino.data import reading
-from fastdino.data.find import find, number_labels
+from fastdino.data.find import find
 from fastdino.errors import DataError
 
 
@@ -48,7 +48,7 @@ def test_a_list_without_labels_is_one_class_and_missing_ones_are_a_class(tmp_pat
         ("", "no images in the list .*it holds no path; expected a folder"),
         ("# nothing\n\n", "no images in the list"),
         ("a.jpg\n\nnotes about it\n", "line 3: expected the path of an image .*'notes about it'"),
-        (b"\x89PNG\0\0", "neither a text file nor a tar: expected a folder"),
+        (b"\x89PNG\0\0", "neither a text file nor a tar nor a zip: expected a folder"),
     ],
 )
 def test_what_is_no_list_says_what_was_expected(tmp_path, text, message):
@@ -86,7 +86,7 @@ def test_tars_by_folder_pattern_and_name(shards):
         ("s-{000..003}.tar", "there is no .*s-003.tar"),
         ("t-*.tar", "no file is called .*t-.*expected a folder"),
         ("s-{2..1}.tar", "runs backwards"),
-        ("*", "must name tars, and .*notes.txt is none"),
+        ("*", "must name tars or zips, and .*notes.txt is none"),
         ("gone", "there is no folder .*gone, and no file: expected a folder"),
     ],
 )
@@ -116,10 +116,23 @@ def test_compressed_tars_in_a_folder_are_an_error_that_says_what_to_do(tmp_path)
         find(str(tmp_path))
 
 
-def test_labels_are_numbered():
-    assert number_labels(["b", "a", "b"], "x") == ([1, 0, 1], ["a", "b"])
-    assert number_labels(["10", "9"], "x") == ([1, 0], ["9", "10"])
-    assert number_labels(["", ""], "x") == ([0, 0], ["x"])
+def test_a_split_of_a_folder_is_the_folder_of_that_name(tmp_path, picture):
+    for name in ("train/cat/1.jpg", "val/cat/2.jpg", "test/cat/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(picture())
+    assert find(f"{tmp_path}?split=test").base == str(tmp_path / "test")
+    assert find(str(tmp_path), "val").base == str(tmp_path / "val")
+    assert find(f"{tmp_path}?val=test", "val").base == str(tmp_path / "test")
+    with pytest.raises(DataError, match=r"no folder .*/dev; .* has the folders test, train, val"):
+        find(f"{tmp_path}?split=dev")
+
+
+def test_what_has_no_splits_is_not_evaluated_on(shards):
+    for name, kind in (("s-*.tar", "a pattern"), ("s-000.tar", "an archive")):
+        with pytest.raises(DataError, match=f"is {kind}, which has no splits: expected a folder"):
+            find(str(shards / name), "train")
+        with pytest.raises(DataError, match=f"{kind} has no option 'split'; it takes metadata"):
+            find(f"{shards / name}?split=train")
 
 
 def test_a_folder_that_cannot_be_listed_once_is_listed_again(tmp_path, picture, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from fastdino.data import reading
 from fastdino.data.reading import (
     Header,
+    Part,
     UnusableImageError,
     Window,
     decode_rgb,
@@ -54,7 +56,7 @@ def file(tmp_path, picture):
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ENOTCONN"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_may_pass_is_tried_again(file, failing, name, times):
-    for read in (read_file, lambda path: read_part(path, 0, file.stat().st_size)):
+    for read in (read_file, lambda path: read_part(path, Part(0, file.stat().st_size))):
         pauses = failing(getattr(errno, name), times)
         assert read(str(file)) == file.read_bytes()
         assert pauses == list(reading.PAUSES[:times])
@@ -81,22 +83,38 @@ def test_what_lasts_is_told_at_once(file, failing, number):
 
 def test_a_part_beyond_the_end_is_cut_off(file):
     size = file.stat().st_size
-    assert read_part(str(file), 10, size - 10) == file.read_bytes()[10:]
-    with pytest.raises(UnusableImageError, match="the tar ends within it"):
-        read_part(str(file), 10, size)
+    assert read_part(str(file), Part(10, size - 10)) == file.read_bytes()[10:]
+    with pytest.raises(UnusableImageError, match=f"{file.name} ends within it"):
+        read_part(str(file), Part(10, size))
+
+
+def test_a_part_that_is_deflated_is_inflated_to_the_length_it_had(tmp_path, picture):
+    data = picture(size=(30, 40))
+    deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    deflated = deflater.compress(data) + deflater.flush()
+    path = tmp_path / "part"
+    path.write_bytes(b"x" * 9 + deflated + b"y" * 9)
+    part = Part(9, len(deflated), len(data))
+    assert read_part(str(path), part) == data
+    assert read_header(str(path), part) == Header(40, 30, False)
+    with pytest.raises(UnusableImageError, match=f"is cut off: {len(data)} of {len(data) + 1}"):
+        read_part(str(path), part._replace(inflated=len(data) + 1))
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(UnusableImageError, match="cannot be inflated"):
+        read_part(str(path), part)
 
 
 def test_a_header_is_that_of_the_part(tmp_path, picture):
     first, second = picture(size=(30, 40)), picture(form="PNG", size=(7, 9))
     path = tmp_path / "two"
     path.write_bytes(b"x" * 100 + first + second + b"y" * 100)
-    assert read_header(str(path), (100, len(first))) == Header(40, 30, False)
-    assert read_header(str(path), (100 + len(first), len(second))) == Header(9, 7, False)
-    cut, passing = read_header(str(path), (100, len(first) - 300))
+    assert read_header(str(path), Part(100, len(first))) == Header(40, 30, False)
+    assert read_header(str(path), Part(100 + len(first), len(second))) == Header(9, 7, False)
+    cut, passing = read_header(str(path), Part(100, len(first) - 300))
     assert "truncated" in cut
     assert not passing
-    assert read_header(str(path), (100, 0)) == ("is empty (0 bytes)", False)
-    assert read_header(str(path), (0, 50)) == ("is not an image", False)
+    assert read_header(str(path), Part(100, 0)) == ("is empty (0 bytes)", False)
+    assert read_header(str(path), Part(0, 50)) == ("is not an image", False)
 
 
 def test_a_window_is_a_file_of_its_own(tmp_path):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastdino.data import reading, scan, table
+from fastdino.data import find, reading, scan, table
 from fastdino.data.sources import scan_images
 from fastdino.errors import DataError
 
@@ -41,13 +41,13 @@ def read(monkeypatch):
         names.append(os.path.basename(path))
         return reading.read_header(path, part)
 
-    def index(path, extensions):
+    def index(path):
         names.append(f"index of {os.path.basename(path)}")
-        return real(path, extensions)
+        return real(path)
 
-    real = scan.index_tar
+    real = find._INDEX["tar"]
     monkeypatch.setattr(scan, "read_header", header)
-    monkeypatch.setattr(scan, "index_tar", index)
+    monkeypatch.setitem(find._INDEX, "tar", index)
     return names
 
 
@@ -160,10 +160,10 @@ def test_a_failure_that_may_pass_is_not_remembered(folder, tars, tmp_path, monke
 
 
 def test_a_tar_that_cannot_be_read_is_an_error_that_names_it(tars, monkeypatch):
-    def fails(path, _):
+    def fails(path):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(scan, "index_tar", fails)
+    monkeypatch.setitem(find._INDEX, "tar", fails)
     with pytest.raises(DataError, match=r"c0.tar cannot be read: Permission denied"):
         scan_images(tars)
 

@@ -305,7 +305,7 @@ def test_what_is_broken_in_tars_is_skipped_and_named(tmp_path, make_tar, picture
     make_tar(tmp_path / "1.tar", {"a.jpg": picture(), "b.jpg": b"no image", "c.jpg": b""})
     make_tar(tmp_path / "2.tar", {})
     cut = tmp_path / "0.tar"
-    end = scan_images(tmp_path, max_bad_share=0.5).in_tars.parts[2].sum()
+    end = scan_images(tmp_path, max_bad_share=0.5).in_archives.parts[2].sum()
     cut.write_bytes(cut.read_bytes()[: end - 9])
     source = scan_images(tmp_path, max_bad_share=0.5)
     assert [os.path.relpath(path, tmp_path) for path in source.paths] == [
@@ -328,9 +328,9 @@ def test_what_is_broken_in_tars_is_skipped_and_named(tmp_path, make_tar, picture
 def test_a_tar_cut_after_the_scan_is_a_broken_image(tmp_path, make_tar, picture):
     path = make_tar(tmp_path / "t.tar", {f"{i}.jpg": picture(i) for i in range(2)})
     source = scan_images(path)
-    path.write_bytes(path.read_bytes()[: source.in_tars.parts[1].sum() - 9])
+    path.write_bytes(path.read_bytes()[: source.in_archives.parts[1].sum() - 9])
     assert len(source.read_bytes(0)) > 0
-    with pytest.raises(reading.UnusableImageError, match="the tar ends within it"):
+    with pytest.raises(reading.UnusableImageError, match="t.tar ends within it"):
         source.read_bytes(1)
 
 

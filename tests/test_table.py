@@ -18,7 +18,7 @@ def table():
         stamps=np.arange(6).reshape(3, 2),
         counts=np.array([2, 0, 1]),
         members=["1.jpg", "", "ä.png"],
-        parts=np.arange(6).reshape(3, 2) + 2**40,
+        parts=np.arange(9).reshape(3, 3) + 2**40,
         headers=np.arange(9, dtype=np.int32).reshape(3, 3),
         labels=["", "7", "dog"],
         notes={1: "holds no images"},

@@ -8,8 +8,9 @@ import tarfile
 
 import pytest
 
-from fastdino.data.find import EXTENSIONS
-from fastdino.data.tars import are_numbered, class_names, expand, index_tar, is_tar
+from fastdino.data.archives import class_names
+from fastdino.data.places import EXTENSIONS
+from fastdino.data.tars import expand, index_tar, is_tar
 from fastdino.errors import DataError
 
 
@@ -21,7 +22,7 @@ def contents(path, found):
     data = path.read_bytes()
     return {
         name: data[offset : offset + length]
-        for name, (offset, length) in zip(found.members, found.parts, strict=True)
+        for name, (offset, length, _) in zip(found.members, found.parts, strict=True)
     }
 
 
@@ -85,7 +86,7 @@ def test_a_tar_that_ends_early_gives_its_whole_images_and_names_the_one_cut_off(
     path = make_tar(tmp_path / "t.tar", {f"{i}.jpg": picture(i, (64, 48)) for i in range(3)})
     whole, data = index(path), path.read_bytes()
     assert whole.note == ""
-    offset, length = whole.parts[2]
+    offset, length, _ = whole.parts[2]
     for end, images in (
         (offset + length // 2, 2),
         (offset - 300, 2),
@@ -152,26 +153,3 @@ def test_ranges_are_expanded_in_order_with_their_zeros():
     assert expand("plain") == ["plain"]
     with pytest.raises(DataError, match=r"\{3..1\} runs backwards"):
         expand("{3..1}")
-
-
-@pytest.mark.parametrize(
-    ("names", "numbered"),
-    [
-        (["train-000.tar", "train-001.tar", "train-002.tar"], True),
-        (["d/7.tar", "d/8.tar"], True),
-        (["n01440764.tar", "n01443537.tar"], False),
-        (["cat.tar", "dog.tar"], False),
-        (["a-0.tar", "b-1.tar"], False),
-        (["a-0.tar"], False),
-    ],
-)
-def test_shards_are_told_from_class_tars_by_their_numbers(names, numbered):
-    assert are_numbered(names) is numbered
-
-
-def test_classes_are_tars_or_the_folders_of_an_only_tar():
-    assert class_names(["x/b.tar", "a.tar"], [2, 1], ["1", "z/2", "3"]) == ["b", "b", "a"]
-    assert class_names(["t.tar"], [2], ["cat/1", "dog/deep/2"]) == ["cat", "dog"]
-    assert class_names(["t.tar"], [2], ["train/cat/1", "train/dog/2"]) == ["cat", "dog"]
-    assert class_names(["t.tar"], [2], ["cat/1", "cat/2"]) == ["cat", "cat"]
-    assert class_names(["t.tar"], [2], ["1", "2"]) == ["t", "t"]

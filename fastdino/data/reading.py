@@ -10,6 +10,7 @@ import io
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -65,6 +66,14 @@ class Unusable(NamedTuple):
     passing: bool
 
 
+class Part(NamedTuple):
+    """Where an image lies in a file, in bytes; `inflated`: its own length where it is deflated."""
+
+    offset: int
+    length: int
+    inflated: int = 0
+
+
 class Window(io.RawIOBase):
     """`length` bytes from `offset` on of the open file `descriptor`, as a file of its own."""
 
@@ -117,31 +126,49 @@ def read_file(path: str) -> bytes:
     return retrying(read)
 
 
-def read_part(path: str, offset: int, length: int) -> bytes:
-    """A part of a file; raises OSError as read_file, UnusableImageError where it ends early."""
+def read_part(path: str, part: Part) -> bytes:
+    """The image in a part of a file.
+
+    Raises: OSError: as read_file. UnusableImageError: the file ends early, or is not deflated as
+        its part says.
+    """
 
     def read() -> bytes:
         with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+            file.seek(part.offset)
+            return file.read(part.length)
 
     data = retrying(read)
-    if len(data) < length:
-        raise UnusableImageError("is cut off: the tar ends within it")
-    return data
+    if len(data) < part.length:
+        raise UnusableImageError(f"is cut off: {os.path.basename(path)} ends within it")
+    return _inflate(data, part.inflated) if part.inflated else data
 
 
-def read_header(path: str, part: tuple[int, int] | None = None) -> Header | Unusable:
-    """The header of an image that is a file, or that is `part`, (offset, length), of one.
+def _inflate(data: bytes, length: int) -> bytes:
+    """The `length` bytes that were deflated, without a header, as zips hold them."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = inflater.decompress(data, length)
+    except zlib.error as error:
+        raise UnusableImageError(f"cannot be inflated: {error}") from error
+    if len(inflated) < length:
+        raise UnusableImageError(f"is cut off: {len(inflated)} of {length} bytes")
+    return inflated
+
+
+def read_header(path: str, part: Part | None = None) -> Header | Unusable:
+    """The header of an image that is a file, or that is a part of one.
 
     A JPEG or PNG whose end marker is missing is decoded, to see whether it is whole.
     """
 
     def read() -> Header:
+        if part is not None and part.inflated:
+            return _header(io.BytesIO(read_part(path, part)))
         with open(path, "rb") as file:
             if part is None:
                 return _header(file)
-            with io.BufferedReader(Window(file.fileno(), *part)) as window:
+            with io.BufferedReader(Window(file.fileno(), part.offset, part.length)) as window:
                 return _header(window)
 
     try:

@@ -12,9 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastdino.data.reading import Header, Unusable, quiet_pillow, read_header, reason_of, retrying
+from fastdino.data.archives import ArchiveIndex
+from fastdino.data.places import Found
+from fastdino.data.reading import (
+    Header,
+    Part,
+    Unusable,
+    quiet_pillow,
+    read_header,
+    reason_of,
+    retrying,
+)
 from fastdino.data.table import Table, concatenate
-from fastdino.data.tars import TarIndex, index_tar
 from fastdino.errors import DataError
 
 T = TypeVar("T")
@@ -42,7 +51,7 @@ class Scanner:
             stamps=self._stamps(paths),
             counts=np.ones(len(names), np.int64),
             members=[""] * len(names),
-            parts=np.zeros((len(names), 2), np.int64),
+            parts=np.zeros((len(names), 3), np.int64),
             headers=np.zeros((len(names), 3), np.int32),
             labels=[""] * len(names),
         )
@@ -57,30 +66,34 @@ class Scanner:
                 table.stamps[i] = _UNKNOWN
         return table
 
-    def tars(self, paths: Sequence[str], names: Sequence[str], extensions: Sequence[str]) -> Table:
-        """The table of the images in tars.
+    def archives(self, found: Found) -> Table:
+        """The table of the images in archives, of those that are asked for where some are.
 
-        Raises: DataError: a file is no tar. OSError: it cannot be read.
+        Raises: DataError: a file is no such archive, or cannot be read.
         """
+        assert found.index is not None
+        find, photos, names = found.index, found.photos, found.files
+        paths = [found.path(name) for name in names]
         stamps = self._stamps(paths)
         rows = self._known_rows(names, stamps)
         fresh = np.flatnonzero(rows < 0).tolist()
         self.fresh = len(fresh)
 
-        def index(i: int) -> TarIndex:
+        def index(i: int) -> ArchiveIndex:
             try:
-                return index_tar(paths[i], extensions)
+                one = find(paths[i])
             except OSError as error:
                 raise DataError(f"--data_path: {paths[i]} {reason_of(error)}") from error
+            return one if photos is None else one.taken(photos.among(one.members).tolist())
 
-        indices = self._map(index, fresh, "reading tars", "tars")
+        indices = self._map(index, fresh, f"reading {found.archive}s", f"{found.archive}s")
         tables = {
             i: _of_index(names[i], stamps[i], one) for i, one in zip(fresh, indices, strict=True)
         }
         wanted = [
-            (paths[i], (int(offset), int(length)))
+            (paths[i], Part(*part))
             for i in fresh
-            for row, (offset, length) in enumerate(tables[i].parts)
+            for row, part in enumerate(tables[i].parts.tolist())
             if row not in tables[i].reasons
         ]
         headers = iter(self._headers(wanted))
@@ -124,9 +137,7 @@ class Scanner:
             table.reasons |= {new[i]: r for i, r in self._known.reasons.items() if i in new}
         return np.flatnonzero(rows < 0).tolist()
 
-    def _headers(
-        self, wanted: Sequence[tuple[str, tuple[int, int] | None]]
-    ) -> list[Header | Unusable]:
+    def _headers(self, wanted: Sequence[tuple[str, Part | None]]) -> list[Header | Unusable]:
         with quiet_pillow():
             return self._map_chunks(
                 lambda one: read_header(*one), wanted, "reading image headers", "images"
@@ -167,14 +178,14 @@ class Scanner:
         return results
 
 
-def _of_index(name: str, stamp: NDArray[np.int64], index: TarIndex) -> Table:
+def _of_index(name: str, stamp: NDArray[np.int64], index: ArchiveIndex) -> Table:
     n = len(index.members)
     return Table(
         files=[name],
         stamps=stamp[None].copy(),
         counts=np.array([n], np.int64),
         members=index.members,
-        parts=np.array(index.parts, np.int64).reshape(n, 2),
+        parts=np.array(index.parts, np.int64).reshape(n, 3),
         headers=np.zeros((n, 3), np.int32),
         labels=index.labels,
         notes={0: index.note} if index.note else {},
@@ -183,7 +194,7 @@ def _of_index(name: str, stamp: NDArray[np.int64], index: TarIndex) -> Table:
 
 
 def _fill(table: Table, headers: Iterator[Header | Unusable]) -> None:
-    """Takes a header for each image of a tar that has no reason yet."""
+    """Takes a header for each image of an archive that has no reason yet."""
     rows = [row for row in range(len(table.members)) if row not in table.reasons]
     for row, found in zip(rows, itertools.islice(headers, len(rows)), strict=True):
         if isinstance(found, Header):

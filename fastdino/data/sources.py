@@ -13,24 +13,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data import table as tables
+from fastdino.data.archives import class_names
 from fastdino.data.broken import first_names, raise_if_many_bad
-from fastdino.data.find import EXTENSIONS, Found, find, number_labels
-from fastdino.data.reading import decode_rgb, read_file, read_part
+from fastdino.data.find import find
+from fastdino.data.places import Found, known_labels, number_labels
+from fastdino.data.reading import Part, decode_rgb, read_file, read_part
 from fastdino.data.scan import Scanner
 from fastdino.data.table import Names, Table
-from fastdino.data.tars import class_names
 from fastdino.errors import DataError
 
 
 @dataclass(frozen=True)
-class InTars:
-    """Where images lie in tars: n of them in files of `tars`.
+class InArchives:
+    """Where images lie in archives: n of them in files of `files`.
 
-    tar: [n] int32, places in `tars`. parts: [n, 2] int64, offset and length, bytes.
+    file: [n] int32, places in `files`. parts: [n, 3] int64, reading.Part.
     """
 
-    tars: Names
-    tar: NDArray[np.int32]
+    files: Names
+    file: NDArray[np.int32]
     parts: NDArray[np.int64]
 
 
@@ -38,7 +39,7 @@ class InTars:
 class ImageSource:
     """The images whose header can be read; any one can be read at any time, in any process.
 
-    paths: n names: files, in the order of torchvision's ImageFolder, or "TAR/MEMBER".
+    paths: n names: files, in the order of torchvision's ImageFolder, or "ARCHIVE/MEMBER".
     labels: [n] int64, places in `classes`.
     classes: the first-level folders, sorted (empty ones too), or what the labels or the tars are
         called; a flat folder is one class.
@@ -61,7 +62,7 @@ class ImageSource:
     fingerprint: str = ""
     exif: bool = False
     notes: tuple[str, ...] = ()
-    in_tars: InTars | None = None
+    in_archives: InArchives | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -69,12 +70,13 @@ class ImageSource:
     def read_bytes(self, index: int) -> bytes:
         """The encoded image; what may pass is tried again.
 
-        Raises: OSError: reading keeps failing. UnusableImageError: its tar has become shorter.
+        Raises: OSError: reading keeps failing. UnusableImageError: its archive has changed.
         """
-        if self.in_tars is None:
+        archives = self.in_archives
+        if archives is None:
             return read_file(self.paths[index])
-        offset, length = self.in_tars.parts[index].tolist()
-        return read_part(self.in_tars.tars[int(self.in_tars.tar[index])], offset, length)
+        part = Part(*archives.parts[index].tolist())
+        return read_part(archives.files[int(archives.file[index])], part)
 
     def read_rgb(self, index: int) -> Image.Image:
         """The decoded image; raises what reading and decoding raise."""
@@ -82,15 +84,15 @@ class ImageSource:
 
     def taken(self, indices: NDArray[np.int64]) -> ImageSource:
         """These of the images, [m], in this order; the same one may come several times."""
-        in_tars = self.in_tars
-        if in_tars is not None:
-            in_tars = replace(in_tars, tar=in_tars.tar[indices], parts=in_tars.parts[indices])
+        within = self.in_archives
+        if within is not None:
+            within = replace(within, file=within.file[indices], parts=within.parts[indices])
         return replace(
             self,
             paths=Names([self.paths[i] for i in indices.tolist()]),
             labels=self.labels[indices],
             sizes=self.sizes[indices],
-            in_tars=in_tars,
+            in_archives=within,
             fingerprint="",
         )
 
@@ -102,16 +104,19 @@ def scan_images(
     workers: int = 8,
     exif: bool = False,
     cache: Path | None = None,
+    role: str = "",
 ) -> ImageSource:
     """Finds the images and reads their headers, without decoding them.
 
-    data_path is one of
+    data_path is one of (docs/data.md has them all)
     - a folder with one folder a class (images anywhere below it), or with the images themselves;
     - a text file with the path of an image a line, relative to the file's folder, and a label
       after it or none; lines that begin with # are passed over;
-    - a folder of .tar files, one of them, or a pattern ('train-{000..146}.tar', 'n0*.tar'). Their
-      classes are what .cls or .json members say, in shards; else each tar is one; in an only tar,
-      each folder or tar in it.
+    - a folder of .tar or .zip files, one of them, or a pattern ('train-{000..146}.tar'). Their
+      classes are what .cls or .json members say, in shards; else each archive is one; in an only
+      one, each folder or tar in it. With metadata of YFCC100M, the photos that it names;
+    - DAVIS, a set of torchvision (torchvision:NAME), or of Hugging Face (hf:NAME or hf:FOLDER).
+    Options follow it: ?split=... of what has splits.
 
     A JPEG or PNG whose end marker is missing is decoded, to see whether it is whole. What cannot be
     read is skipped, and so are images beside class folders, which ImageFolder passes over too.
@@ -122,16 +127,19 @@ def scan_images(
         exif: sizes are those of the images turned as their EXIF orientation says.
         cache: file of an earlier scan's verdicts, of which those hold whose file has the same size
             and mtime; written anew where any does not.
+        role: of an evaluation's two splits which one, "train" or "val"; "": what data_path says.
     Raises: DataError: nothing of that kind there, what cannot be read, a compressed tar, no images,
         too many broken ones, more images beside the class folders than in them.
     """
-    found = find(os.fspath(data_path))
+    found = find(os.fspath(data_path), role)
     table, notes = _scan(found, workers, cache)
+    notes = [*found.notes, *_missing(found, table), *notes]
     paths = _paths(found, table)
     skipped = found.skipped | {found.path(table.files[i]): why for i, why in table.notes.items()}
     bad = {paths[i]: reason for i, reason in table.reasons.items()}
     if not len(table.members):
-        raise DataError(f"no images in {data_path}: {first_names(skipped)}")
+        why = first_names(skipped) or "; ".join(notes) or f"{found.kind} has none"
+        raise DataError(f"no images in {data_path}: {why}")
     raise_if_many_bad(bad, len(paths), max_bad_share)
     if len(table.reasons) == len(paths):
         raise DataError(
@@ -152,7 +160,7 @@ def scan_images(
         fingerprint=_fingerprint(table, good),
         exif=exif,
         notes=tuple(notes),
-        in_tars=None if found.labels is not None else _in_tars(found, table, good),
+        in_archives=None if found.labels is not None else _in_archives(found, table, good),
     )
 
 
@@ -167,20 +175,22 @@ def _scan(found: Found, workers: int, cache: Path | None) -> tuple[Table, list[s
         except ValueError as error:
             notes.append(f"{cache} cannot be used ({error}): all images are looked at again")
     if known and any(known.members) != (found.labels is None):
-        known = None  # of images, and these are tars, or the other way round
+        known = None  # of images, and these are archives, or the other way round
+    if known and known.selection != found.selection:
+        known = None  # of what else is in these files
     scanner = Scanner(workers, known)
-    paths = [found.path(file) for file in found.files]
     if found.labels is None:
-        table = scanner.tars(paths, found.files, EXTENSIONS)
+        table = scanner.archives(found)
     else:
-        table = scanner.images(paths, found.files)
+        table = scanner.images([found.path(file) for file in found.files], found.files)
+    table.selection = found.selection
     if cache is None or (known and not scanner.fresh and known.files == table.files):
         return table, notes
     if known:
-        what = "tars" if found.labels is None else "images"
+        what = f"{found.archive}s" if found.labels is None else "images"
         notes.append(
-            f"{cache} is not of these {what} as they are: {scanner.fresh} of {len(paths)} are new "
-            "or changed and were looked at"
+            f"{cache} is not of these {what} as they are: {scanner.fresh} of {len(found.files)} "
+            "are new or changed and were looked at"
         )
     try:
         tables.save(table, cache)
@@ -189,8 +199,17 @@ def _scan(found: Found, workers: int, cache: Path | None) -> tuple[Table, list[s
     return table, notes
 
 
+def _missing(found: Found, table: Table) -> list[str]:
+    """What is to be said of photos that are asked for and are not there."""
+    if found.photos is None:
+        return []
+    names = table.files if found.labels is not None else table.members
+    missing = found.photos.missing(names)
+    return [f"{missing} of the photos that {found.photos.source} names are not here"]
+
+
 def _paths(found: Found, table: Table) -> list[str]:
-    """The name of each image: its path, or its tar's and its own in it."""
+    """The name of each image: its path, or its archive's and its own in it."""
     files = [found.path(file) for file in table.files]
     if found.labels is not None:
         return files
@@ -203,12 +222,17 @@ def _labels(found: Found, table: Table) -> tuple[list[int], list[str], str]:
     if found.labels is not None:
         return found.labels, found.classes, found.kind
     lone = Path(found.base).resolve().name
+    number, archive = len(table.files), found.archive
+    if found.classes and any(table.labels):
+        return *known_labels(table.labels, found.classes), found.kind
+    if found.kind != f"{archive}s":  # a set by its name, which has labels or none
+        return *number_labels(table.labels, lone), f"{found.kind}: {number} {archive}(s)"
     if any(table.labels):
-        return *number_labels(table.labels, lone), f"{len(table.files)} labelled tar shard(s)"
+        return *number_labels(table.labels, lone), f"{number} labelled {archive} shard(s)"
     if found.numbered:
-        return *number_labels(table.labels, lone), f"{len(table.files)} tar shards"
+        return *number_labels(table.labels, lone), f"{number} {archive} shards"
     names = class_names(table.files, table.counts.tolist(), table.members)
-    return *number_labels(names, lone), f"class tars: {len(table.files)} tar(s)"
+    return *number_labels(names, lone), f"class {archive}s: {number} {archive}(s)"
 
 
 def _sizes(table: Table, exif: bool) -> NDArray[np.int32]:
@@ -227,10 +251,10 @@ def _fingerprint(table: Table, good: NDArray[np.bool_]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_tars(found: Found, table: Table, good: NDArray[np.bool_]) -> InTars:
-    return InTars(
-        tars=Names([found.path(file) for file in table.files]),
-        tar=np.repeat(np.arange(len(table.files), dtype=np.int32), table.counts)[good],
+def _in_archives(found: Found, table: Table, good: NDArray[np.bool_]) -> InArchives:
+    return InArchives(
+        files=Names([found.path(file) for file in table.files]),
+        file=np.repeat(np.arange(len(table.files), dtype=np.int32), table.counts)[good],
         parts=table.parts[good],
     )
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastdino.checkpoint import replacing
 
-_FORMAT = "fastdino images 1"
+_FORMAT = "fastdino images 2"
 
 
 class Names(Sequence[str]):
@@ -58,12 +58,13 @@ class Table:
     files: [f] names.
     stamps: [f, 2] int64, bytes and mtime in ns; -1 where reading failed, which may pass.
     counts: [f] int64, images in each file: 1 where it is one itself.
-    notes: file -> what is wrong with it, where it is a tar.
-    members: [n] names within the tar; "" where the file is the image.
-    parts: [n, 2] int64, offset and length in the tar.
+    notes: file -> what is wrong with it, where it is an archive.
+    members: [n] names within the archive; "" where the file is the image.
+    parts: [n, 3] int64, reading.Part: offset, length, inflated; zeros where the file is the image.
     headers: [n, 3] int32, height, width, swapped (reading.Header); zeros where there is a reason.
-    labels: [n] what a .cls or .json beside it in the tar says; "" where none does.
+    labels: [n] what a .cls or .json beside it in the archive says; "" where none does.
     reasons: image -> why it cannot be used.
+    selection: places.Found's.
     """
 
     files: list[str]
@@ -75,12 +76,13 @@ class Table:
     labels: list[str]
     notes: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    selection: str = ""
 
     def check(self) -> None:
         """Raises ValueError where the columns do not belong together."""
         f, n = len(self.files), len(self.members)
         shapes = (self.stamps.shape, self.counts.shape, self.parts.shape, self.headers.shape)
-        if shapes != ((f, 2), (f,), (n, 2), (n, 3)) or len(self.labels) != n:
+        if shapes != ((f, 2), (f,), (n, 3), (n, 3)) or len(self.labels) != n:
             raise ValueError(f"columns of other lengths: {f} files, {n} images, {shapes}")
         if self.counts.sum() != n or (self.counts < 0).any():
             raise ValueError(f"{n} images, and {self.counts.sum()} by the files' counts")
@@ -102,7 +104,7 @@ def concatenate(tables: Sequence[Table]) -> Table:
         stamps=np.concatenate([np.zeros((0, 2), np.int64), *(t.stamps for t in tables)]),
         counts=np.concatenate([np.zeros(0, np.int64), *(t.counts for t in tables)]),
         members=[name for table in tables for name in table.members],
-        parts=np.concatenate([np.zeros((0, 2), np.int64), *(t.parts for t in tables)]),
+        parts=np.concatenate([np.zeros((0, 3), np.int64), *(t.parts for t in tables)]),
         headers=np.concatenate([np.zeros((0, 3), np.int32), *(t.headers for t in tables)]),
         labels=[label for table in tables for label in table.labels],
         notes=notes,
@@ -115,6 +117,7 @@ def save(table: Table, path: Path) -> None:
     about = {
         "format": _FORMAT,
         "pillow": PIL.__version__,  # whose verdict it is
+        "selection": table.selection,
         "notes": list(table.notes.items()),
         "reasons": list(table.reasons.items()),
     }
@@ -152,6 +155,7 @@ def load(path: Path) -> Table:
                 headers=columns["headers"].astype(np.int32, casting="safe"),
                 notes={int(i): str(note) for i, note in about["notes"]},
                 reasons={int(i): str(reason) for i, reason in about["reasons"]},
+                selection=str(about["selection"]),
             )
             table.check()
     except (FileNotFoundError, MemoryError):

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from fastdino.data.find import EXTENSIONS
 from fastdino.data.pil import cpu_count
+from fastdino.data.places import EXTENSIONS
 from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.errors import DataError
 from fastdino.evals.attention import (

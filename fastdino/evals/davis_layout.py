@@ -19,10 +19,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastdino.data.davis_frames import RESOLUTION, sequence_names
 from fastdino.data.shapes import davis_palette
 from fastdino.errors import DataError
 
-RESOLUTION = "480p"
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 VOID = 255
 NUMBERS = ("P", "L", "1")  # modes whose pixels are numbers
@@ -67,22 +67,10 @@ def find_sequences(root: Path, *, split: str = "val", year: str = "auto") -> lis
     lists = [(root / folder / f"{split}.txt", one) for one in years for folder in LISTS[one]]
     for path, found in lists:
         if path.is_file():
-            names = _names(path)
+            names = sequence_names(path)
             return [_sequence(root, name, binary=found == "2016") for name in names]
     tried = ", ".join(str(path) for path, _ in lists)
     raise DataError(f"no list of DAVIS sequences: expected one of {tried}")
-
-
-def _names(path: Path) -> list[str]:
-    """A list's sequences, once each; a line is `name` or `/JPEGImages/480p/name/00000.jpg ...`."""
-    names: dict[str, None] = {}
-    for line in path.read_text().splitlines():
-        if words := line.split():
-            parts = words[0].split("/")
-            names[parts[-2] if len(parts) > 1 else parts[0]] = None
-    if not names:
-        raise DataError(f"{path} names no sequence")
-    return list(names)
 
 
 def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:

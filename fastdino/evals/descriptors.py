@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastdino import distributed
-from fastdino.data.find import EXTENSIONS
 from fastdino.data.pil import cpu_count
+from fastdino.data.places import EXTENSIONS
 from fastdino.errors import DataError
 from fastdino.models.vit import VisionTransformer
 

@@ -53,7 +53,7 @@ def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -
     digest.update(weights_digest(model).encode())
     digest.update(source.fingerprint.encode())
     digest.update(source.labels.tobytes())
-    for path in source.paths if source.in_tars is None else source.in_tars.tars:
+    for path in source.paths if source.in_archives is None else source.in_archives.files:
         try:
             stat = os.stat(path)
         except OSError as error:

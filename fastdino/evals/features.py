@@ -6,7 +6,6 @@ Legend: N images, D channels.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.weights import load_backbone
 
+PATH_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
 
 
@@ -192,12 +192,13 @@ def build_model(
 def scan_splits(
     args: argparse.Namespace, splits: tuple[str, ...] = ("train", "val")
 ) -> dict[str, ImageSource]:
-    """The images of train/ and val/; raises DataError where their classes differ."""
+    """The images of train/ and val/, or of a set's two splits.
+
+    Raises: DataError: their classes differ.
+    """
     sources = {
         # A bad file is left out and counted; only a folder without any image ends the evaluation.
-        split: scan_images(
-            os.path.join(args.data_path, split), max_bad_share=1.0, workers=args.num_workers
-        )
+        split: scan_images(args.data_path, role=split, max_bad_share=1.0, workers=args.num_workers)
         for split in splits
     }
     classes = sources[splits[0]].classes, sources[splits[-1]].classes

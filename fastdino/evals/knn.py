@@ -18,6 +18,7 @@ from fastdino import checkpoint, distributed
 from fastdino.config import parse_bool
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.evals.features import (
+    PATH_HELP,
     add_network_flags,
     add_process_flags,
     build_model,
@@ -80,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--use_cuda", type=parse_bool, default=True, help="classify on the GPU, where there is one")
     add("--dump_features", help="folder to save the features in")
     add("--load_features", help="folder to take saved features from")
-    add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
+    add("--data_path", default="/path/to/imagenet/", help=PATH_HELP)
     add("--resize", type=int, default=256, help="short side the images are resized to (256)")
     add("--crop", type=int, default=224, help="side of the centre crop (224)")
     add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")

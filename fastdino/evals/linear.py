@@ -29,6 +29,7 @@ from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.feature_cache import cache_key, cached, weights_digest
 from fastdino.evals.features import (
+    PATH_HELP,
     Images,
     add_network_flags,
     add_process_flags,
@@ -58,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=100, help="passes over train/ (100)")
     add("--lr", type=float, default=0.001, help="for a global batch of 256; scaled with it (.001)")
     add("--batch_size_per_gpu", type=int, default=128, help="images a step of a process (128)")
-    add("--data_path", default="/path/to/imagenet/", help="folder with train/ and val/")
+    add("--data_path", default="/path/to/imagenet/", help=PATH_HELP)
     add("--val_freq", type=int, default=1, help="validate every so many epochs (1)")
     add("--output_dir", default=".", help="checkpoint.pth.tar, log.txt, linear.json; resumed (.)")
     add("--num_labels", type=int, help="classes (default: as many as there are)")

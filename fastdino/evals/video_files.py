@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino import checkpoint
-from fastdino.data.find import EXTENSIONS
+from fastdino.data.places import EXTENSIONS
 from fastdino.data.reading import (
     Header,
     decode_rgb,

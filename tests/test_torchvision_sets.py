@@ -1,0 +1,401 @@
+"""fastdino.data.torchvision_sets: torchvision's sets in the form in which they are distributed.
+
+The files are made here, so that their checksums are not those of torchvision: checks of these are
+left out, and held by a test of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import struct
+import urllib.error
+
+import numpy as np
+import pytest
+import torchvision
+from torchvision.datasets import cifar, flowers102, mnist, stl10, svhn
+
+from fastdino.data import torchvision_sets
+from fastdino.data.places import parse
+from fastdino.data.sources import scan_images
+from fastdino.data.torchvision_sets import SETS, default_root, find_torchvision
+from fastdino.errors import DataError
+from fastdino.evals.features import scan_splits
+
+N = 7  # images a split
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDINO_DATA", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Files count as whole where they are there."""
+    for module in (cifar, flowers102, mnist, stl10, svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: every download fails as without one."""
+
+    def fails(url, *_, **__):
+        raise urllib.error.URLError("[Errno -2] Name or service not known")
+
+    for module in ("cifar", "dtd", "eurosat", "flowers102", "imagenette", "stl10"):
+        one = getattr(torchvision.datasets, module)
+        monkeypatch.setattr(one, "download_and_extract_archive", fails)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_cifar(root, name="CIFAR10", n=N):
+    kind = getattr(torchvision.datasets, name)
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    labels = "labels" if name == "CIFAR10" else "fine_labels"
+    for seed, (file, _) in enumerate(kind.train_list + kind.test_list):
+        batch = {"data": noise(seed, n, 3072), labels: [(seed + i) % 3 for i in range(n)]}
+        (folder / file).write_bytes(pickle.dumps(batch))
+    names = {kind.meta["key"]: ["airplane", "bird", "cat", "dog"]}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+
+
+def write_stl10(root):
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    for seed, split in enumerate(("train", "test", "unlabeled")):
+        noise(seed, N, 3, 96, 96).tofile(folder / f"{split}_X.bin")
+        (np.arange(N, dtype=np.uint8) % 3 + 1).tofile(folder / f"{split}_y.bin")
+    (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
+
+
+def write_mnist(root, name):
+    folder = root / name / "raw"
+    folder.mkdir(parents=True)
+    for part, magic, data in (
+        ("images-idx3", (0x803, N, 28, 28), noise(1, N, 28, 28)),
+        ("labels-idx1", (0x801, N), np.arange(N, dtype=np.uint8) % 3),
+    ):
+        for split in ("train", "t10k"):
+            header = struct.pack(f">{len(magic)}i", *magic)
+            (folder / f"{split}-{part}-ubyte").write_bytes(header + data.tobytes())
+
+
+def write_svhn(root):
+    savemat = pytest.importorskip("scipy.io").savemat
+    for seed, split in enumerate(("train", "test", "extra")):
+        labels = np.arange(N)[:, None] % 3 + 1
+        savemat(root / f"{split}_32x32.mat", {"X": noise(seed, 32, 32, 3, N), "y": labels})
+
+
+WRITERS = {
+    "CIFAR10": write_cifar,
+    "CIFAR100": lambda root: write_cifar(root, "CIFAR100"),
+    "STL10": write_stl10,
+    "SVHN": write_svhn,
+    **{
+        name: lambda root, n=name: write_mnist(root, n)
+        for name in ("MNIST", "FashionMNIST", "KMNIST")
+    },
+}
+
+
+def write_files(root, name, picture):
+    """A set of files of images, two classes of two; returns its classes."""
+    suffix = {"RenderedSST2": "png", "Imagenette": "JPEG"}.get(name, "jpg")
+    folder, classes = {
+        "Country211": ("country211/{split}/{c}", ["AD", "ZW"]),
+        "DTD": ("dtd/dtd/images/{c}", ["banded", "dotted"]),
+        "EuroSAT": ("eurosat/2750/{c}", ["Forest", "River"]),
+        "FGVCAircraft": ("fgvc-aircraft-2013b/data/images", ["707-320", "A340"]),
+        "Flowers102": ("flowers-102/jpg", ["pink primrose", "hard-leaved pocket orchid"]),
+        "Food101": ("food-101/images/{c}", ["apple_pie", "waffles"]),
+        "Imagenette": ("imagenette2/{split}/{c}", ["n01440764", "n02102040"]),
+        "RenderedSST2": ("rendered-sst2/{folder}/{c}", ["negative", "positive"]),
+        "SUN397": ("SUN397/{c[0]}/{c}", ["abbey", "zoo"]),
+    }[name]
+    files = {}
+    for s, split in enumerate(SETS[name].splits):
+        folder_of = {"val": "valid"}.get(split, split)
+        for c, label in enumerate(classes):
+            for i in range(2):
+                number = 4 * s + 2 * c + i + 1
+                below = root / folder.format(split=split, folder=folder_of, c=label)
+                below.mkdir(parents=True, exist_ok=True)
+                stem = {"SUN397": f"sun_{number}", "Flowers102": f"image_{number:05}"}.get(name)
+                path = below / f"{stem or number}.{suffix}"
+                path.write_bytes(picture(number, form="PNG" if suffix == "png" else "JPEG"))
+                files.setdefault(split, []).append((path, label))
+    write_lists(root, name, files, classes)
+    return ["tench", "English springer"] if name == "Imagenette" else classes
+
+
+def write_lists(root, name, files, classes):
+    """What a set says of its files."""
+    for split, pairs in files.items():
+        if name == "DTD":
+            (root / "dtd/dtd/labels").mkdir(exist_ok=True)
+            lines = [f"{label}/{path.name}" for path, label in pairs]
+            (root / f"dtd/dtd/labels/{split}1.txt").write_text("\n".join(lines))
+        if name == "FGVCAircraft":
+            data = root / "fgvc-aircraft-2013b/data"
+            lines = [f"{path.stem} {label}" for path, label in pairs]
+            (data / f"images_variant_{split}.txt").write_text("\n".join(lines))
+            (data / "variants.txt").write_text("\n".join(classes))
+        if name == "Food101":
+            (root / "food-101/meta").mkdir(exist_ok=True)
+            listed = {c: [f"{c}/{p.stem}" for p, one in pairs if one == c] for c in classes}
+            (root / f"food-101/meta/{split}.json").write_text(json.dumps(listed))
+    if name == "SUN397":
+        lines = "\n".join(f"/{label[0]}/{label}" for label in classes)
+        (root / "SUN397/ClassName.txt").write_text(lines)
+    if name == "Flowers102":
+        savemat = pytest.importorskip("scipy.io").savemat
+        numbers = {s: [int(p.stem[6:]) for p, _ in pairs] for s, pairs in files.items()}
+        labels = [classes.index(label) + 1 for pairs in files.values() for _, label in pairs]
+        savemat(root / "flowers-102/imagelabels.mat", {"labels": [labels]})
+        sets = {"trnid": numbers["train"], "valid": numbers["val"], "tstid": numbers["test"]}
+        savemat(root / "flowers-102/setid.mat", sets)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_arrays_are_written_once_without_loss_and_with_their_labels(root, name, unchecked):
+    WRITERS[name](root)
+    for split, arguments in SETS[name].splits.items():
+        source = scan_images(f"torchvision:{name}?split={split}")
+        theirs = getattr(torchvision.datasets, name)(root, **arguments)
+        assert len(source) == len(theirs)
+        for i, (picture, label) in enumerate(theirs):
+            assert np.array_equal(source.read_rgb(i), np.asarray(picture.convert("RGB")))
+            if label >= 0:
+                expected = theirs.classes[label] if hasattr(theirs, "classes") else str(label)
+                assert source.classes[source.labels[i]] == expected
+    written = sorted(p.name for p in (root / "fastdino").iterdir() if p.suffix == ".tar")
+    assert written == sorted(f"{name}-{split}.tar" for split in SETS[name].splits)
+    assert all(p.suffix in (".tar", ".json", ".lock") for p in (root / "fastdino").iterdir())
+
+
+def test_what_was_written_is_taken_without_the_originals(root, unchecked):
+    write_cifar(root)
+    first = scan_images("torchvision:CIFAR10")
+    for path in (root / "cifar-10-batches-py").iterdir():
+        path.unlink()
+    again = scan_images("torchvision:cifar10?split=train", cache=root / "images.npz")
+    assert first.fingerprint == again.fingerprint
+    assert again.kind == "torchvision CIFAR10, train"
+    assert again.classes == ["airplane", "bird", "cat", "dog"], "in their order, empty ones too"
+
+
+def test_unlabelled_images_are_a_class_of_their_own(root, unchecked):
+    write_stl10(root)
+    alone = scan_images("torchvision:STL10?split=unlabeled")
+    assert (len(alone), len(alone.classes)) == (N, 1)
+    both = scan_images("torchvision:STL10?split=train+unlabeled")
+    assert both.classes == ["airplane", "bird", "car", "unlabelled"]
+    assert both.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] + [3] * N
+
+
+FILE_SETS = [name for name, one in SETS.items() if not one.arrays]
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_sets_of_files_are_read_where_they_lie(root, name, picture, unchecked):
+    classes = write_files(root, name, picture)
+    for s, split in enumerate(SETS[name].splits):
+        source = scan_images(f"torchvision:{name}?split={split}")
+        assert source.in_archives is None
+        numbers = [4 * s + i + 1 for i in range(4)]
+        form = "PNG" if name == "RenderedSST2" else "JPEG"
+        assert sorted(source.read_bytes(i) for i in range(4)) == sorted(
+            picture(n, form=form) for n in numbers
+        )
+        for path, label in zip(source.paths, source.labels, strict=True):
+            assert (int(os.path.basename(path).split(".")[0].split("_")[-1]) - 1) // 2 % 2 == label
+        assert source.classes[:2] == classes
+    assert not (root / "fastdino").exists()
+
+
+def test_evaluations_take_train_and_what_is_called_val_or_test(root, picture, unchecked):
+    write_cifar(root)
+    train, val = (scan_images("torchvision:CIFAR10", role=role) for role in ("train", "val"))
+    assert [len(train), len(val)] == [5 * N, N]
+    assert val.kind == "torchvision CIFAR10, test"
+    args = argparse.Namespace(data_path="torchvision:CIFAR10", num_workers=1)
+    splits = scan_splits(args)
+    assert {name: len(one) for name, one in splits.items()} == {"train": 5 * N, "val": N}
+    assert splits["train"].classes == splits["val"].classes
+    write_files(root, "DTD", picture)
+    for data_path, split in (("torchvision:DTD", "val"), ("torchvision:DTD?val=test", "test")):
+        assert scan_images(data_path, role="val").kind == f"torchvision DTD, {split}"
+
+
+@pytest.mark.parametrize(
+    ("data_path", "message"),
+    [
+        ("torchvision:CIFAR", "there is no set 'CIFAR': did you mean CIFAR10 or CIFAR100"),
+        ("torchvision:", "there is no set '': Known are CIFAR10"),
+        ("torchvision:UCF101", "is a set of videos: expected images"),
+        (
+            "torchvision:STL10?split=tset",
+            "no split 'tset'; its splits are train, unlabeled, train+",
+        ),
+        ("torchvision:CIFAR10?size=160px", "no size '160px'; it has one"),
+        ("torchvision:Imagenette?size=1px", "no size '1px'; it has full, 320px, 160px"),
+        (
+            "torchvision:CIFAR10?folds=1",
+            "no option 'folds'; it takes split, train, val, root, size",
+        ),
+        ("torchvison:CIFAR10", "did you mean torchvision:CIFAR10"),
+    ],
+)
+def test_names_that_there_are_not_are_said_with_those_that_there_are(data_path, message):
+    with pytest.raises(DataError, match=message):
+        scan_images(data_path)
+
+
+@pytest.mark.parametrize(
+    ("data_path", "lies_in"),
+    [
+        ("torchvision:CIFAR10", "cifar-10-batches-py"),
+        ("torchvision:STL10?split=test", "stl10_binary"),
+        ("torchvision:EuroSAT", "eurosat"),
+        ("torchvision:Imagenette?size=160px", "imagenette2-160"),
+    ],
+)
+def test_without_a_network_it_says_what_to_put_where(root, data_path, lies_in, offline):
+    with pytest.raises(DataError) as error:
+        scan_images(data_path)
+    message = str(error.value)
+    assert f"is not in {root}, and it cannot be downloaded" in message
+    assert "Name or service not known" in message
+    assert f"put {lies_in} there" in message
+    assert "\n" not in message
+    assert not list((root / "fastdino").glob("*.part"))
+
+
+def test_a_set_whose_checksums_are_wrong_is_refused(root):
+    write_cifar(root)
+    with pytest.raises(DataError, match=r"cifar-10-batches-py is damaged, .*move it away"):
+        scan_images("torchvision:CIFAR10")
+
+
+def test_a_download_moves_in_when_it_is_complete(root, monkeypatch, unchecked):
+    fails = [True]
+
+    def download(url, folder, **_):
+        write_cifar(folder, n=2)
+        if fails:
+            fails.pop()
+            raise urllib.error.URLError("reset")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+    with pytest.raises(DataError, match="cannot be downloaded .*reset"):
+        scan_images("torchvision:CIFAR10")
+    assert not (root / "cifar-10-batches-py").exists(), "no half of it"
+    assert len(scan_images("torchvision:CIFAR10")) == 10
+    assert (root / "cifar-10-batches-py").exists()
+
+
+def test_a_conversion_that_ends_early_leaves_no_half_set(root, monkeypatch, unchecked):
+    write_cifar(root)
+    real, written = torchvision_sets._add, []
+
+    def fails(archive, name, content):
+        written.append(name)
+        if len(written) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(archive, name, content)
+
+    monkeypatch.setattr(torchvision_sets, "_add", fails)
+    with pytest.raises(DataError, match=r"CIFAR10-train.tar \(No space left.*the disk is full"):
+        scan_images("torchvision:CIFAR10")
+    assert [p.suffix for p in (root / "fastdino").iterdir()] == [".lock"]
+    monkeypatch.setattr(torchvision_sets, "_add", real)
+    assert len(scan_images("torchvision:CIFAR10")) == 5 * N
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_killed_conversion_is_begun_anew(root, unchecked):
+    write_cifar(root)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_killed_while_writing)
+    child.start()
+    child.join()
+    assert child.exitcode == -9
+    assert (root / "fastdino" / "CIFAR10-train.tar.part").exists()
+    assert len(scan_images("torchvision:CIFAR10")) == 5 * N
+    assert not list((root / "fastdino").glob("*.part"))
+
+
+def _killed_while_writing():
+    real = torchvision_sets._add
+
+    def kills(archive, name, content):
+        real(archive, name, content)
+        if name.startswith("0000010"):
+            os.kill(os.getpid(), 9)
+
+    torchvision_sets._add = kills
+    find_torchvision(parse("torchvision:CIFAR10", ["torchvision"]))
+
+
+def test_a_damaged_list_of_classes_says_what_to_remove(root, unchecked):
+    write_cifar(root)
+    scan_images("torchvision:CIFAR10")
+    (root / "fastdino" / "CIFAR10-train.json").write_text("{")
+    with pytest.raises(DataError, match=r"CIFAR10-train.json is damaged .*remove .*train.tar"):
+        scan_images("torchvision:CIFAR10")
+
+
+def test_a_root_that_cannot_be_written_says_so(root, monkeypatch, unchecked):
+    write_cifar(root)
+    (root / "fastdino").write_text("a file where a folder should be")
+    with pytest.raises(DataError, match=r"cannot write .*\?root="):
+        scan_images("torchvision:CIFAR10")
+
+
+def test_an_old_torchvision_and_a_missing_package_are_said(root, monkeypatch):
+    monkeypatch.delattr(torchvision.datasets, "EuroSAT")
+    with pytest.raises(DataError, match=r"torchvision .* has no EuroSAT: pip install -U"):
+        scan_images("torchvision:EuroSAT")
+
+    def no_loader(root, split):
+        raise AssertionError
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", no_loader)
+    with pytest.raises(DataError, match=r"is too old for DTD .*loader"):
+        scan_images("torchvision:DTD")
+
+    def no_scipy(root, split, loader):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", no_scipy)
+    with pytest.raises(DataError, match=r"Flowers102 needs the package scipy: pip install"):
+        scan_images("torchvision:Flowers102")
+
+
+def test_the_root_is_an_option_a_variable_or_a_cache(root, monkeypatch, tmp_path, unchecked):
+    elsewhere = tmp_path / "elsewhere"
+    write_cifar(elsewhere)
+    assert len(scan_images(f"torchvision:CIFAR10?root={elsewhere}")) == 5 * N
+    assert default_root() == root
+    monkeypatch.delenv("FASTDINO_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_root() == tmp_path / "cache" / "fastdino"
+
+
+def test_gray_images_stay_gray_on_disk(root, unchecked):
+    write_mnist(root, "MNIST")
+    source = scan_images("torchvision:MNIST")
+    assert source.paths[0].endswith("0000000.pgm")

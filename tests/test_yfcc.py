@@ -1,0 +1,202 @@
+"""fastdino.data.yfcc: which photos YFCC100M's metadata names, and what of them is there."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import sqlite3
+import zipfile
+from contextlib import closing
+
+import pytest
+
+from fastdino.data import yfcc
+from fastdino.data.sources import scan_images
+from fastdino.data.yfcc import photo_key, read_metadata
+from fastdino.errors import DataError
+
+NUMBERS = [6985418911, 3551599565, 24821, 4121519420, 777]
+VIDEO = 777
+
+
+def address(number):
+    return f"http://farm8.staticflickr.com/7205/{number}_df7747990d.jpg"
+
+
+def key(number):
+    return photo_key(address(number))
+
+
+def place(number):
+    name = key(number)
+    return f"data/images/{name[:3]}/{name[3:6]}/{name}.jpg"
+
+
+def row(number, *, columns):
+    """A row of the first release (23 columns), or of a later one (25)."""
+    values = [f"field {i}" for i in range(23)]
+    values[0], values[14] = str(number), address(number)
+    values[22] = "1" if number == VIDEO else "0"
+    if columns == 25:
+        digest = hashlib.md5(address(number).encode()).hexdigest()
+        values = ["8", values[0], digest, *values[1:]]
+    return "\t".join(values)
+
+
+def write_sqlite(path, columns="photoid integer, title text, downloadurl text, marker integer"):
+    with closing(sqlite3.connect(path)) as base:
+        base.execute(f"create table yfcc100m_dataset ({columns})")
+        names = [column.split()[0] for column in columns.split(", ")]
+        for number in NUMBERS:
+            values = {
+                "photoid": number,
+                "title": "x",
+                "downloadurl": address(number),
+                "marker": int(number == VIDEO),
+            }
+            marks = ", ".join("?" * len(names))
+            base.execute(
+                f"insert into yfcc100m_dataset values ({marks})", [values.get(n) for n in names]
+            )
+        base.commit()
+    return path
+
+
+def write_metadata(folder, kind):
+    path = folder / "yfcc100m_dataset"
+    if kind == "sqlite":
+        return write_sqlite(folder / "yfcc100m_dataset.sql")
+    if kind == "bz2":
+        path = folder / "yfcc100m_dataset.bz2"
+        path.write_bytes(bz2.compress("\n".join(row(n, columns=23) for n in NUMBERS).encode()))
+    elif kind == "subset":
+        lines = [f"{i}\t{n}\t{key(n)}" for i, n in enumerate(NUMBERS) if n != VIDEO]
+        path.write_text("\n".join(lines))
+    elif kind == "numbers":
+        path.write_text("".join(f"{n}\n" for n in NUMBERS if n != VIDEO))
+    elif kind == "header":
+        lines = [f"x\t{int(n == VIDEO)}\t{n}\t{address(n)}" for n in NUMBERS]
+        path.write_text("\n".join(["title\tmarker\tphotoid\tdownloadurl", *lines]))
+    else:
+        path.write_text("\n".join(row(n, columns=int(kind)) for n in NUMBERS) + "\n")
+    return path
+
+
+def test_a_photos_key_is_its_addresss_md5_without_leading_zeros_of_bytes():
+    # Each byte as printf's %x: 0x0a is "a", 0x00 is "0".
+    name = next(
+        f"http://x/{n}" for n in range(99) if hashlib.md5(f"http://x/{n}".encode()).digest()[0] < 16
+    )
+    digest = hashlib.md5(name.encode()).hexdigest()
+    assert photo_key(name) == "".join(f"{int(digest[i : i + 2], 16):x}" for i in range(0, 32, 2))
+    assert len(photo_key(name)) < 32
+
+
+@pytest.mark.parametrize("kind", ["23", "25", "bz2", "sqlite", "header", "subset", "numbers"])
+def test_photos_are_known_by_number_and_key_in_every_form(tmp_path, kind):
+    photos = read_metadata(str(write_metadata(tmp_path, kind)))
+    assert photos.number == 4
+    assert photos.videos == (0 if kind in ("subset", "numbers") else 1)
+    files = [f"a/{n}.jpg" for n in NUMBERS] + ["a/12345.jpg", "a/jpg"]
+    assert photos.among(files).tolist() == [0, 1, 2, 3]
+    assert photos.missing(files) == 0
+    assert photos.missing(files[1:3]) == 2
+    if kind != "numbers":
+        assert photos.among([place(n) for n in NUMBERS]).tolist() == [0, 1, 2, 3]
+        assert photos.missing([place(NUMBERS[0]), f"{NUMBERS[0]}.jpg"]) == 3, "one photo, twice"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a\tb\n", r"begins with \['a', 'b'\], 2 columns by tabs: expected YFCC100M's \(25"),
+        (b"not a number\n", "1 columns by tabs"),
+        (b"", "names no photo"),
+        (row(VIDEO, columns=23).encode(), r"names no photo \(1 videos\)"),
+        (row(24821, columns=23).encode() + b"\n5\t6\n", "line 2: 2 columns, fewer than"),
+        (b"SQLite format 3\0" + b"x" * 5000, "metadata .* cannot be read"),
+    ],
+)
+def test_what_is_no_metadata_says_so(tmp_path, text, message):
+    path = tmp_path / "m"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        read_metadata(str(path))
+
+
+def test_broken_metadata_files_are_errors(tmp_path):
+    path = tmp_path / "m.bz2"
+    path.write_bytes(bz2.compress(row(24821, columns=23).encode() * 9)[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_metadata(str(path))
+    with pytest.raises(DataError, match="cannot be read: .*No such file"):
+        read_metadata(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="has no column photoid; it has title"):
+        read_metadata(str(write_sqlite(tmp_path / "t.sql", "title text, marker integer")))
+    with closing(sqlite3.connect(tmp_path / "two.sql")) as base:
+        for name in "ab":
+            base.execute(f"create table {name} (photoid integer)")
+    with pytest.raises(DataError, match="no table yfcc100m_dataset; it has: a, b"):
+        read_metadata(str(tmp_path / "two.sql"))
+
+
+@pytest.fixture
+def dump(tmp_path, picture):
+    """Folder, zips and tar of the same: three of the photos, a video's frame, and another."""
+    members = {place(n): picture(i) for i, n in enumerate(NUMBERS[:3])}
+    members |= {place(VIDEO): picture(7), "data/images/123/456/123456.jpg": picture(8)}
+    for name, data in members.items():
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "zips").mkdir()
+    for name, data in members.items():
+        with zipfile.ZipFile(tmp_path / "zips" / f"{name[12:15]}.zip", "a") as archive:
+            archive.writestr(name, data)
+    return tmp_path, members
+
+
+@pytest.mark.parametrize("kind", ["folder", "zips", "tar"])
+def test_a_dump_gives_the_photos_that_its_metadata_names(dump, kind, make_tar):
+    root, members = dump
+    metadata = write_metadata(root / "folder", "sqlite")
+    path = root / kind if kind != "tar" else make_tar(root / "t.tar", members)
+    data_path = f"{path}?metadata={metadata}"
+    if kind == "folder":
+        data_path = str(path)  # it lies there under its usual name
+    source = scan_images(data_path)
+    assert {source.read_bytes(i) for i in range(len(source))} == {
+        members[place(n)] for n in NUMBERS[:3]
+    }
+    assert (len(source), len(source.classes), set(source.labels.tolist())) == (3, 1, {0})
+    assert source.kind.startswith("YFCC100M")
+    assert source.notes == (
+        "yfcc100m_dataset.sql names 4 photos (and 1 videos, which are passed over)",
+        "1 of the photos that yfcc100m_dataset.sql names are not here",
+    )
+
+
+def test_other_metadata_is_another_scan_of_the_same_archives(dump, tmp_path):
+    root, _ = dump
+    cache = tmp_path / "images.npz"
+    (root / "some").write_text(f"1\t{NUMBERS[0]}\t{key(NUMBERS[0])}\n")
+    (root / "all").write_text("\n".join(f"1\t{n}\t{key(n)}" for n in NUMBERS))
+    names = ("some", "all", "all")
+    sources = [scan_images(f"{root}/zips?metadata={root / n}", cache=cache) for n in names]
+    assert [len(source) for source in sources] == [1, 4, 4]
+    assert sources[1].fingerprint == sources[2].fingerprint != sources[0].fingerprint
+
+
+def test_no_photo_there_is_an_error_that_says_what_files_are_called(dump):
+    root, _ = dump
+    (root / "m").write_text("1\n2\n")
+    with pytest.raises(DataError, match="none of the 2 photos .* called by a photo's number"):
+        scan_images(f"{root}/folder?metadata={root}/m")
+    with pytest.raises(DataError, match="no images in .*2 of the photos that m names are not here"):
+        scan_images(f"{root}/zips?metadata={root}/m")
+
+
+def test_metadata_is_found_by_its_usual_names(tmp_path):
+    assert yfcc.find_metadata(str(tmp_path)) is None
+    (tmp_path / "yfcc100m_subset_data.tsv.bz2").touch()
+    assert yfcc.find_metadata(str(tmp_path)) == str(tmp_path / "yfcc100m_subset_data.tsv.bz2")
