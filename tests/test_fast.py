@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from fastdino.models.compiled import choose_compile
 from fastdino.models.head import DINOHead
 
 STEPS = 3  # an epoch
+COMPILE = torch.compile
 
 
 @pytest.fixture
@@ -190,6 +192,26 @@ def test_compiled_blocks_compute_the_same(float64, monkeypatch, fast, backend, c
                 losses.append(trainer.train_step(crops).item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert compiled.student.state_dict().keys() == eager.student.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.usefixtures("one_process_group")
+def test_within_ddp_a_block_is_still_compiled_whole(monkeypatch, fast, crops_of):
+    """It would be split where its gradients fill a message, of 1 MB at first."""
+    monkeypatch.setitem(
+        backbones.VIT_ARCHS, "vit_nano", {"embed_dim": 192, "depth": 2, "num_heads": 3}
+    )
+    graphs = []
+    for parallel in (False, True):
+        counter = CompileCounterWithBackend("eager")
+        monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend=counter))
+        torch._dynamo.reset()
+        trainer = Trainer(fast(compile="on"), steps_per_epoch=STEPS)
+        if parallel:
+            trainer._forward_student = torch.nn.parallel.DistributedDataParallel(trainer.student)
+        trainer.train_step(crops_of(trainer.config, 0))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_what_is_compiled_says_why(monkeypatch):
