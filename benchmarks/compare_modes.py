@@ -141,8 +141,8 @@ def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
         "images, order and crops in each run. By",
         f"`python -m benchmarks.compare_modes --write ...`, torch {facts['torch']}, "
         f"{facts['threads']} threads of {facts['processor']}.",
-        f"Distances of loss curves smoothed over {SMOOTH} steps, in nats. bf16 products are taken as "
-        "fp32 products of bf16",
+        f"Distances of loss curves smoothed over {SMOOTH} steps, in nats. Products in bf16 are "
+        "fp32 ones of bf16",
         "numbers, rounded once to bf16.",
         "",
         "| run | last loss | 20-NN top-1, % | mean distance from the first | largest |",
