@@ -297,7 +297,9 @@ class TrainConfig:
 
 # The architectures that --patch_size is for.
 PATCHED_ARCHS = tuple(
-    f"{kind}_{size}" for kind in ("vit", "deit") for size in ("nano", "tiny", "small", "base")
+    f"{kind}_{size}"
+    for kind in ("vit", "deit")
+    for size in ("nano", "tiny", "small", "base", "large")
 )
 _AT_LEAST: dict[float, tuple[str, ...]] = {
     0: (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdino.config import TrainConfig
+from fastdino.errors import UserError
 
 # Eager steps of each kind before it is recorded: they make the optimizer's state, compile what is
 # compiled at its first call, and let libraries take their workspaces.
@@ -77,7 +78,12 @@ class GraphedStep:
         self._graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
 
     def __call__(self, crops: Sequence[Tensor], **flags: bool) -> Outputs:
-        """One step; raises ValueError for crops of other shapes or dtypes than the first call's."""
+        """One step.
+
+        Raises:
+            ValueError: crops of other shapes or dtypes than the first call's.
+            UserError: the step does what cannot be recorded; no other step can follow.
+        """
         self._check(crops)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -100,16 +106,29 @@ class GraphedStep:
             self._eager[kind] += 1
             if self._eager[kind] <= WARM_UPS:
                 return self._step(self._crops, **flags)
-            graph = torch.cuda.CUDAGraph()
+            self._graphs[kind] = self._record(flags)
+        graph, recorded = self._graphs[kind]
+        graph.replay()
+        return recorded
+
+    def _record(self, flags: dict[str, bool]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+        graph = torch.cuda.CUDAGraph()
+        try:
             # Other threads load data meanwhile, and may call what a capture forbids.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 recorded = self._step(self._crops, **flags)
-            self._graphs[kind] = graph, recorded
-        graph, recorded = self._graphs[kind]
-        graph.replay()
-        return recorded
+        except RuntimeError as error:
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            # What was begun leaves PyTorch's random generator unusable: no eager step can follow.
+            why = str(first).partition("\n")[0]
+            raise UserError(
+                f"--cuda_graph true: the step cannot be recorded ({why}); use --cuda_graph false"
+            ) from error
+        return graph, recorded
 
     def _check(self, crops: Sequence[Tensor]) -> None:
         got = [(tuple(crop.shape), crop.dtype) for crop in crops]
@@ -124,3 +143,10 @@ class GraphedStep:
                     f"crop {i} must be {old[0]} of {old[1]}, got {new[0]} of {new[1]}: with "
                     "--cuda_graph every batch has the first one's size"
                 )
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a recording that failed fails too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

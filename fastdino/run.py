@@ -33,6 +33,8 @@ from fastdino.weights import initial_weights
 MAX_ROLLBACKS = 5
 # Within this time a second signal is the first one, passed on by a launcher.
 SAME_SIGNAL_SECONDS = 5.0
+# How often, about, the processes of a run ask each other whether one was told to stop.
+AGREE_SECONDS = 1.0
 # Settings that say where things are, not what is computed.
 PLACES = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 # Skipped images named one by one; of more than that the number is said.
@@ -192,7 +194,7 @@ class Run:
             if trainer.epoch > epoch:
                 break
             every = self.config.saveckp_every_steps
-            stop = signals.agreed()
+            stop = signals.agreed_after_step()
             if stop or (every and trainer.iteration % every == 0):
                 self._save()
             if stop:
@@ -412,6 +414,8 @@ class StopSignals:
         self.received: str | None = None
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._steps, self._next = 0, 1  # since the processes last asked each other; of them to do
+        self._asked_at = time.monotonic()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -422,11 +426,27 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
+    def agreed_after_step(self) -> bool:
+        """As `agreed`, but many processes ask each other about once a second only.
+
+        The answer makes the host wait for all that it has asked of its GPU.
+        """
+        if distributed.world_size() == 1:
+            return self.agreed()
+        self._steps += 1
+        return self._steps >= self._next and self.agreed()
+
     def agreed(self) -> bool:
         """Whether any process of the run was asked to stop; the same answer on every process."""
         if distributed.world_size() == 1:
             return self.received is not None
-        names = [name for name in distributed.gather(self.received) if name]
+        seconds = (time.monotonic() - self._asked_at) / max(self._steps, 1)
+        answers = distributed.gather((self.received, seconds))
+        # All processes must ask again after the same step: they go by the slowest.
+        slowest = max(seconds for _, seconds in answers)
+        self._next = max(1, round(AGREE_SECONDS / max(slowest, 1e-3)))
+        self._steps, self._asked_at = 0, time.monotonic()
+        names = [name for name, _ in answers if name]
         self.received = self.received or (names[0] if names else None)
         return bool(names)
 

@@ -112,8 +112,10 @@ class Trainer:
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
         dtype = self.precision.autocast or torch.get_default_dtype()
-        self.fast_path = choose_fast_path(config, student.backbone, self.device, dtype)
         self.compiled = choose_compile(config.compile, config.mode, self.device)
+        self.fast_path = choose_fast_path(
+            config, student.backbone, self.device, dtype, compiled=self.compiled.on
+        )
         if config.fsdp:
             check_sharding(student)
         self.student = self._place(student)

@@ -159,6 +159,16 @@ def emulated(monkeypatch) -> Iterator[None]:
     attention.token_layout.cache_clear()
 
 
+@pytest.fixture
+def one_process_group(tmp_path) -> Iterator[None]:
+    """torch.distributed of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory) -> Path:
     """A file of vit_nano's weights, patch 8, 32 px; its attention is far from even."""

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, gpu_report, report
+from benchmarks.compare_modes import Bf16Products
 from benchmarks.contest import (
     LONGEST_SLEEP,
     Clock,
@@ -448,3 +450,34 @@ def test_what_the_environment_prints_is_understood():
     assert found["torch"] == torch.__version__
     assert found["device"]
     assert gpu_report.environment_of(run_part(python("broken", "print('no JSON')"))) == {}
+
+
+def test_bf16_products_are_those_of_bf16_but_for_the_order_of_sums():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (20, 12))
+    gradient = torch.randn(20, 12, generator=generator).bfloat16()
+
+    def results():
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        out = torch.nn.functional.linear(*inputs, torch.ones(12, dtype=torch.bfloat16))
+        return [out, *torch.autograd.grad(out, inputs, gradient)]
+
+    with Operands() as operands, Bf16Products():
+        got = results()
+    assert torch.bfloat16 not in operands.dtypes
+    for ours, plain in zip(got, results(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, plain, rtol=2**-7, atol=2**-7)
+
+
+class Operands(TorchDispatchMode):
+    """Keeps the dtypes that matrices are multiplied in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in Bf16Products.PRODUCTS:
+            self.dtypes.add(args[0].dtype)
+        return function(*args, **(kwargs or {}))

@@ -92,6 +92,7 @@ def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
             "--warmup_teacher_temp_epochs 30 is beyond --epochs 10",
         ),
         ({"use_fp16": False, "amp_dtype": "bf16"}, "--use_fp16 false contradicts --amp_dtype bf16"),
+        ({"arch": "vit_large", "patch_size": 112}, "--local_crops_size 96 is smaller than a patch"),
         ({"local_crops_size": 8}, "--local_crops_size 8 is smaller than a patch"),
     ],
 )

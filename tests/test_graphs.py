@@ -9,6 +9,7 @@ import contextlib
 import pytest
 import torch
 
+from fastdino.errors import UserError
 from fastdino.graphs import WARM_UPS, GraphedStep
 
 
@@ -38,8 +39,12 @@ def recorder(monkeypatch):
         assert options["capture_error_mode"] == "thread_local"
         FakeGraph.recording = graph
         recordings.append(graph)
-        yield
-        FakeGraph.recording = None
+        try:
+            yield
+        except RuntimeError as error:  # as CUDA: to end what has failed is an error too
+            raise RuntimeError("operation failed due to a previous error") from error
+        finally:
+            FakeGraph.recording = None
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
@@ -99,3 +104,29 @@ def test_a_batch_of_another_size_is_refused(recorder):
         graphed([torch.zeros(3)], measure=False)
     with pytest.raises(ValueError, match="got \\(2,\\) of torch.float16: with --cuda_graph"):
         graphed([torch.zeros(2, dtype=torch.float16)], measure=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "message"),
+    [
+        (
+            RuntimeError("operation not permitted when stream is capturing\nand more"),
+            UserError,
+            r"cannot be recorded \(operation not .* capturing\); use --cuda_graph false",
+        ),
+        (torch.OutOfMemoryError("2 GiB are not there"), torch.OutOfMemoryError, "2 GiB"),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_says_why(recorder, error, told, message):
+    doubler = Doubler()
+
+    def step(crops, *, measure):
+        if FakeGraph.recording is not None:
+            raise error
+        return doubler(crops, measure=measure)
+
+    graphed = GraphedStep(step, torch.device("cpu"))
+    for _ in range(WARM_UPS):
+        graphed([torch.zeros(2)], measure=False)
+    with pytest.raises(told, match=message):
+        graphed([torch.zeros(2)], measure=False)

@@ -177,11 +177,17 @@ def test_a_fast_path_switches_the_network_over(tiny):
 
 
 def test_other_backbones_go_one_size_at_a_time(tiny):
-    config = tiny(packing="on", attention="xformers")
-    path = choose_fast_path(config, nn.Flatten(), CPU, torch.float32)
+    path = choose_fast_path(tiny(), nn.Flatten(), CPU, torch.float32)
     assert path.attention.name == "none"
     assert not path.packing
     assert "one size at a time" in path.why_packing
+
+
+@pytest.mark.parametrize("asked", [{"packing": "on"}, {"attention": "xformers"}])
+def test_what_other_backbones_cannot_do_is_refused_where_it_is_asked_for(tiny, asked):
+    [(flag, value)] = asked.items()
+    with pytest.raises(ConfigError, match=f"--{flag} {value} is for vit_.* --arch resnet18 goes"):
+        choose_fast_path(tiny(arch="resnet18", **asked), nn.Flatten(), CPU, torch.float32)
 
 
 def test_attention_is_tried_with_the_heads_and_the_crops_of_the_run(tiny, monkeypatch):
@@ -195,5 +201,8 @@ def test_attention_is_tried_with_the_heads_and_the_crops_of_the_run(tiny, monkey
     backbone, _ = build_backbone("vit_nano", patch_size=8)
     for crops in (2, 0):
         config = tiny(local_crops_number=crops, local_crops_size=20)
-        choose_fast_path(config, backbone, CPU, torch.float32)
-    assert tried == [{"head_dim": 32, "tokens": [17, 5]}, {"head_dim": 32, "tokens": [17]}]
+        choose_fast_path(config, backbone, CPU, torch.float32, compiled=crops == 0)
+    assert tried == [
+        {"head_dim": 32, "tokens": [17, 5], "compiled": False},
+        {"head_dim": 32, "tokens": [17], "compiled": True},
+    ]

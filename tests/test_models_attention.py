@@ -218,6 +218,27 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
 
 
 @pytest.mark.usefixtures("cuda")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, as it traces
+def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
+    """What breaks the graph would end the run at its first step."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    tokens = {"head_dim": 16, "tokens": (5, 2)}
+    assert attention_problem("varlen", CUDA, compiled=True, **tokens) is None
+    emulation = varlen.varlen_attn
+
+    def breaking(*args):
+        torch._dynamo.graph_break()
+        return emulation(*args)
+
+    monkeypatch.setattr(varlen, "varlen_attn", breaking)
+    attention.token_layout.cache_clear()
+    assert attention_problem("varlen", CUDA, **tokens) is None
+    problem = attention_problem("varlen", CUDA, compiled=True, **tokens)
+    assert problem.startswith("torch.compile cannot take it (")
+    assert "\n" not in problem
+
+
+@pytest.mark.usefixtures("cuda")
 def test_a_trial_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
     want = torch.rand(3)

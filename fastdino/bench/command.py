@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from fastdino.bench import arms, loaders
 from fastdino.bench.step import arms as step_arms
@@ -15,9 +17,6 @@ from fastdino.errors import ConfigError
 SHARED = (
     "num_workers", "global_crops_size", "local_crops_size", "local_crops_number", "seed", "device",
 )  # fmt: skip
-
-STEP_ONLY = ("arch", "steps", "dino_repo", "scaling", "step_ms", "backward_ms", "threads")
-LOADER_ONLY = ("stages",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +59,8 @@ def main(args: argparse.Namespace) -> int:
 
     Raises: ConfigError: flags of the other one, an --output that cannot be made.
     """
-    for flag in STEP_ONLY if args.loader else LOADER_ONLY:
-        if getattr(args, flag):
+    for flag, default in _flags_of(step if args.loader else loaders).items():
+        if getattr(args, flag) != default:
             raise ConfigError(f"--{flag} {'does not go' if args.loader else 'goes'} with --loader")
     if args.output:  # before anything is measured
         try:
@@ -71,3 +70,10 @@ def main(args: argparse.Namespace) -> int:
                 f"--output {args.output} cannot be made ({error.strerror}): name another folder"
             ) from error
     return loaders.main(args) if args.loader else step.main(args)
+
+
+def _flags_of(part: ModuleType) -> dict[str, Any]:
+    """The flags that are one benchmark's alone, with their defaults."""
+    parser = argparse.ArgumentParser()
+    part.configure(parser)
+    return vars(parser.parse_args([]))

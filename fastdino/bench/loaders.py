@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdino.bench import photos
+from fastdino.bench import photos, telling
 from fastdino.bench.arms import ARMS, GPU_ARMS, Task, start_arm
 from fastdino.bench.isolated import Isolated, WorkerError
 from fastdino.bench.report import Report
@@ -29,7 +27,6 @@ from fastdino.config import TrainConfig, add_arguments
 from fastdino.data import scan_images
 from fastdino.data.sources import ImageSource, cpu_count
 from fastdino.distributed import choose_device
-from fastdino.environment import commit, processor, version
 from fastdino.errors import ConfigError, DataError
 
 # Of a run's settings, those that a loader depends on.
@@ -70,7 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures and reports; the exit status is 1 where an arm failed or did not answer."""
-    _check(args)
+    telling.check_numbers(
+        args, at_least_one=("images", "rounds", "num_workers"), above_zero=("seconds", "timeout")
+    )
     load = os.getloadavg()[0]
     device = choose_device(args.device)
     names = chosen_arms(args.arms, on_gpu=device.type == "cuda")
@@ -107,34 +106,16 @@ def measure(names: list[str], task: Task, args: argparse.Namespace) -> dict[str,
         for name in names
     }
     effort = Effort(args.rounds, args.seconds, limit=args.timeout, step=processors)
-    return take_turns(competitors, effort, _say)
+    return take_turns(competitors, effort, telling.say)
 
 
 def environment(task: Task, load: float) -> dict[str, str]:
     """What the figures were measured on; load: processes that wanted to run before."""
-    found = {
-        "processor": processor(),
-        "cores": f"{cpu_count()}, of which each arm had {task.config.num_workers}",
-        "load average": f"{load:.1f} before",
-        "commit": commit(),
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-    }
+    facts = {"load average": f"{load:.1f} before"}
     if task.on_gpu:
-        found["GPU"] = f"{torch.cuda.get_device_name(task.device)}, CUDA {torch.version.cuda}"
-    versions = {package: version(package) for package in PACKAGES}
-    return found | {name: v for name, v in versions.items() if v != "not installed"}
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for numbers that cannot be; TrainConfig checks its own."""
-    for flag in ("images", "rounds", "num_workers"):
-        value = getattr(args, flag)
-        if value < 1:
-            raise ConfigError(f"--{flag} must be at least 1, got {value}")
-    for flag in ("seconds", "timeout"):
-        value = getattr(args, flag)
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"--{flag} must be a finite number above 0, got {value}")
+        facts["GPU"] = f"{torch.cuda.get_device_name(task.device)}, CUDA {torch.version.cuda}"
+    cores = f"{cpu_count()}, of which each arm had {task.config.num_workers}"
+    return telling.environment(cores, facts, PACKAGES)
 
 
 def _config(args: argparse.Namespace, images: int) -> TrainConfig:
@@ -156,7 +137,7 @@ def _images(args: argparse.Namespace, folder: Path) -> tuple[ImageSource, dict[s
     """The images, and what the report says of them; without --data_path they go to `folder`."""
     kind = photos.ABOUT
     if args.data_path is None:
-        _say(f"generating {args.images} images")
+        telling.say(f"generating {args.images} images")
         photos.write_photos(folder, args.images, args.seed)
     source = scan_images(folder if args.data_path is None else args.data_path)
     if args.data_path is not None:
@@ -177,12 +158,8 @@ def _settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 def _stages(task: Task, args: argparse.Namespace) -> StageTimes | str:
     """The times, or why there are none."""
-    _say("stages, one thread")
+    telling.say("stages, one thread")
     try:
         return time_stages(task, args.rounds, args.timeout + 10 * args.seconds)
     except WorkerError as error:
         return str(error)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdino.bench.arms import ARMS, BASE
 from fastdino.bench.stages import STAGES, StageTimes
+from fastdino.bench.telling import facts_table, table
 from fastdino.bench.timing import Outcome
 
 HOW_TO_READ = """\
@@ -48,19 +49,19 @@ class Report:
             f"{images['number']} images, {images['width']} x {images['height']} px (median), "
             f"{images['mean_bytes'] / 1e3:.0f} KB (mean); {images['kind']}."
         )
-        lines = ["# Loaders", "", "Written by `fastdino bench --loader`.", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in self.environment.items()]
-        lines += ["", about, "", crops, "", HOW_TO_READ, "", *self._table()]
+        lines = ["# Loaders", "", "Written by `fastdino bench --loader`.", ""]
+        lines += [facts_table(self.environment), "", about, "", crops, "", HOW_TO_READ, ""]
+        lines.append(self._table())
         if self.stages is not None:
             lines += ["", "## Stages", "", *self._stage_lines(self.stages)]
         return "\n".join(lines) + "\n"
 
-    def _table(self) -> list[str]:
+    def _table(self) -> str:
         heads = (
             "arm", "images/s", "range", "x paper", "cores used", "CPU ms", "x paper, CPU",
             "crops", "what",
         )  # fmt: skip
-        rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
+        rows: list[tuple[str, ...]] = []
         base = self._base()
         for name, outcome in self.arms.items():
             arm = ARMS[name]
@@ -81,7 +82,7 @@ class Report:
                     arm.what,
                 )
             )
-        return ["| " + " | ".join(row) + " |" for row in rows]
+        return table(heads, rows)
 
     def _base(self) -> Outcome:
         """The paper's loader; one without rounds where it was left out."""
@@ -91,22 +92,21 @@ class Report:
     def _stage_lines(stages: StageTimes | str) -> list[str]:
         if isinstance(stages, str):
             return [f"Not measured: {stages}."]
-        lines = [
-            HOW_TO_READ_STAGES.format(
-                rounds=stages.rounds, images=stages.images, whole=stages.whole
-            ),
-            "",
-            "| stage | Pillow | fused | x | x C | of C |",
-            "|---|---|---|---|---|---|",
-        ]
-        for stage in STAGES:
-            times = _or_dash("{:.1f}", stages.times(stage))
-            of_c = _or_dash("{:.2f}", stages.of_c(stage))
-            lines.append(
-                f"| {stage} | {stages.pillow[stage]:.2f} | {stages.fused[stage]:.2f} | {times} | "
-                f"{stages.recorded_times(stage):.1f} | {of_c} |"
+        how = HOW_TO_READ_STAGES.format(
+            rounds=stages.rounds, images=stages.images, whole=stages.whole
+        )
+        rows = [
+            (
+                stage,
+                f"{stages.pillow[stage]:.2f}",
+                f"{stages.fused[stage]:.2f}",
+                _or_dash("{:.1f}", stages.times(stage)),
+                f"{stages.recorded_times(stage):.1f}",
+                _or_dash("{:.2f}", stages.of_c(stage)),
             )
-        return lines
+            for stage in STAGES
+        ]
+        return [how, "", table(("stage", "Pillow", "fused", "x", "x C", "of C"), rows)]
 
     def as_json(self) -> dict[str, Any]:
         """The same for machines, with every round."""

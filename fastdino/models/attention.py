@@ -47,6 +47,7 @@ def choose_attention(
     *,
     head_dim: int = 64,
     tokens: Sequence[int] = (197, 37),
+    compiled: bool = False,
 ) -> AttentionChoice:
     """Resolves --attention {auto, xformers, varlen, sdpa}.
 
@@ -54,18 +55,23 @@ def choose_attention(
         wanted: the flag's value.
         device, dtype, head_dim: of the queries and keys there will be.
         tokens: lengths of the sequences there will be.
+        compiled: whether it will be a part of compiled blocks.
 
     Raises: ConfigError: what was asked for by name cannot run there.
     """
     problems: dict[str, str] = {}
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        problem = attention_problem(name, device, dtype, head_dim=head_dim, tokens=tokens)
+        problem = attention_problem(
+            name, device, dtype, head_dim=head_dim, tokens=tokens, compiled=compiled
+        )
         if problem is None:
             why = "; ".join(f"no {other}: {problems[other]}" for other in problems)
             asked = "asked for" if wanted != "auto" else f"the first of {', '.join(BACKENDS)}"
             return AttentionChoice(name, why or asked, dtype)
         problems[name] = problem
-    nearest = choose_attention("auto", device, dtype, head_dim=head_dim, tokens=tokens).name
+    nearest = choose_attention(
+        "auto", device, dtype, head_dim=head_dim, tokens=tokens, compiled=compiled
+    ).name
     raise ConfigError(
         f"--attention {wanted} cannot run: {problems[wanted]}; use --attention {nearest}"
     )
@@ -78,11 +84,13 @@ def attention_problem(
     *,
     head_dim: int = 64,
     tokens: Sequence[int] = (197, 37),
+    compiled: bool = False,
 ) -> str | None:
     """Why a backend cannot train there, or None where it can.
 
     It is tried as it will be used: sequences of several lengths packed, forward and backward, with
-    queries of all tokens and of the first of each sequence; the results must be those of sdpa.
+    queries of all tokens and of the first of each sequence, and `compiled` too; the results must be
+    those of sdpa.
     """
     if name == "sdpa":
         return None
@@ -92,20 +100,47 @@ def attention_problem(
         return f"PyTorch {torch.__version__} does not have it"
     if device.type != "cuda":
         return "it has no CPU kernels"
+    problem = _problem_of_trial(name, device, dtype, head_dim, tokens, attend)
+    if problem is None and compiled:
+        # Traced whole, as blocks are; what is made of the trace has no say in it.
+        traced = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
+        with torch._dynamo.config.patch(recompile_limit=64):  # one trial a network and dtype
+            problem = _problem_of_trial(name, device, dtype, head_dim, tokens, traced)
+        problem = problem and f"torch.compile cannot take it ({problem})"
+    return problem
+
+
+def _problem_of_trial(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: Sequence[int],
+    call: Callable[..., Tensor],
+) -> str | None:
     try:
-        return _trial(name, device, dtype, head_dim, tokens)
+        return _trial(name, device, dtype, head_dim, tokens, call)
     except Exception as error:  # whatever it is, it would end the run at its first step
         return _one_line(error)
 
 
 def _trial(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: Sequence[int]
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: Sequence[int],
+    call: Callable[..., Tensor],
 ) -> str | None:
+    """`call` is attend, or something made of it."""
     groups = tuple((2, n) for n in tokens)
     generator = torch.Generator(device).manual_seed(0)
     for first_only in (False, True):
         results = []
-        for backend, precision in ((name, dtype), ("sdpa", torch.float32)):
+        for backend, precision, function in (
+            (name, dtype, call),
+            ("sdpa", torch.float32, attend),
+        ):
             layout = token_layout(groups, device, backend)
             generator.manual_seed(0)
             query, key, value, gradient = (
@@ -117,7 +152,7 @@ def _trial(
             if first_only:
                 query, gradient = layout.first(query), layout.first(gradient)
             inputs = [x.requires_grad_() for x in (query, key, value)]
-            out = attend(query, key, value, layout, first_only=first_only)
+            out = function(query, key, value, layout, first_only=first_only)
             results.append((out, *torch.autograd.grad(out, inputs, gradient)))
         for got, want in zip(*results, strict=True):
             error = (got - want).abs().max().item()

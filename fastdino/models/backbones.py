@@ -112,7 +112,12 @@ class FastPath:
 
 
 def choose_fast_path(
-    config: TrainConfig, backbone: nn.Module, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    backbone: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
 ) -> FastPath:
     """Resolves --attention, --packing and --last_block.
 
@@ -120,10 +125,18 @@ def choose_fast_path(
         config: the run's settings.
         backbone: all three are for vit_* alone; others go one pass a crop size, as they are.
         device, dtype: where it will run, and the dtype of its queries and keys there.
+        compiled: whether its blocks will be.
 
-    Raises: ConfigError: an attention asked for by name that cannot run there.
+    Raises: ConfigError: an attention asked for by name that cannot run there, or for an
+        architecture that has its own.
     """
     if not isinstance(backbone, VisionTransformer):
+        asked = {"attention": config.attention != "auto", "packing": config.packing == "on"}
+        for flag in (name for name, there in asked.items() if there):
+            raise ConfigError(
+                f"--{flag} {getattr(config, flag)} is for vit_* architectures, and --arch "
+                f"{config.arch} goes its own way: leave out --{flag}"
+            )
         return FastPath(
             attention=AttentionChoice("none", "the architecture has its own"),
             packing=False,
@@ -139,6 +152,7 @@ def choose_fast_path(
         dtype,
         head_dim=backbone.head_dim,
         tokens=[1 + (size // backbone.patch_size) ** 2 for size in sizes],
+        compiled=compiled,
     )
     return FastPath(
         attention=attention,

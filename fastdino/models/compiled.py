@@ -58,6 +58,10 @@ def compile_network(network: MultiCropWrapper) -> None:
     # A block is compiled for student and teacher, first and last block, and each size of crops.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, _COMPILATIONS)
+    # Within DistributedDataParallel a graph would be split where a message is full, after 1 MB at
+    # first: in the midst of each block. An autograd.Function, as xformers' is, older PyTorch cannot
+    # split at all. Blocks are small enough for their messages to go while the next ones run.
+    torch._dynamo.config.optimize_ddp = False
     # Not the modules: their hooks, with which FSDP gathers the weights, cannot be compiled.
     if isinstance(network.backbone, VisionTransformer):
         for block in network.backbone.blocks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastdino.bench.step.breakdown import PARTS, Breakdown
 from fastdino.bench.step.flops import ModelFlops, Peak
 from fastdino.bench.step.gate import Verdict
 from fastdino.bench.step.scaling import Scaled, scaling_table
+from fastdino.bench.telling import facts_table, table, wrapped
 
 BASE = "paper"
 HOW_TO_READ = """\
@@ -139,9 +139,12 @@ class Report:
 
     def markdown(self) -> str:
         """The whole as text."""
-        lines = ["# Training step", "", "Written by `fastdino bench`.", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in self.environment.items()]
-        lines += ["", *([f"**{self.problem}**", ""] if self.problem else [])]
+        lines = ["# Training step", "", "Written by `fastdino bench`.", ""]
+        lines += [
+            facts_table(self.environment),
+            "",
+            *([f"**{self.problem}**", ""] if self.problem else []),
+        ]
         lines += [wrapped(self._about()), "", self._table(), "", self._how_to_read(), ""]
         lines += ["## Parts", "", wrapped(HOW_TO_READ_PARTS.format(time=TIME[self.kind])), ""]
         lines += [self._parts_table(), "", "## Gate", "", self._gate_table()]
@@ -263,11 +266,6 @@ class Report:
         }
 
 
-def wrapped(text: str) -> str:
-    """In lines of at most 100 characters."""
-    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
-
-
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
     """The first and the third."""
     if len(values) < 2:
@@ -280,9 +278,3 @@ def _spread(values: Sequence[float]) -> str:
     """The median, and the quartiles."""
     low, high = quartiles(values)
     return f"{statistics.median(values):.2f} ({low:.2f} - {high:.2f})"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,16 +10,14 @@ import argparse
 import contextlib
 import gc
 import itertools
-import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from fastdino.bench import telling
 from fastdino.bench.step.arm import TOLERANCE, Arm, initial_setting, synthetic_crops, vit_sizes
 from fastdino.bench.step.arms import OURS, Entry, choose_arms
 from fastdino.bench.step.breakdown import profile_step, saved_bytes
@@ -32,7 +30,7 @@ from fastdino.data import scan_images
 from fastdino.data.loader import build_loader
 from fastdino.data.sources import cpu_count
 from fastdino.distributed import choose_device
-from fastdino.environment import commit, output_of, processor, version
+from fastdino.environment import output_of
 from fastdino.errors import ConfigError
 from fastdino.heap import keep_freed_memory
 
@@ -169,7 +167,7 @@ class Benchmark:
             if not verdict.green:
                 result.problem = "red: not timed"
             self.results[name] = result
-            _say(f"{name}: {verdict}")
+            telling.say(f"{name}: {verdict}")
             self._free()
 
     def prepare(self, entries: dict[str, Entry]) -> None:
@@ -194,13 +192,15 @@ class Benchmark:
             with self._told(name):
                 once = self._seconds(self.arms[name], 1)
                 steps[name] = self.args.steps or max(1, round(self.args.seconds / once))
-                _say(f"{name}: {self.config.batch_size_per_gpu / once:.3g} images/s at first")
+                telling.say(
+                    f"{name}: {self.config.batch_size_per_gpu / once:.3g} images/s at first"
+                )
         for done in range(self.args.rounds):
             for name in list(self.arms)[:: 1 if done % 2 == 0 else -1]:
                 with self._told(name):
                     seconds = self._seconds(self.arms[name], steps[name])
                     self.results[name].seconds.append(seconds)
-            _say(f"round {done + 1} of {self.args.rounds}")
+            telling.say(f"round {done + 1} of {self.args.rounds}")
 
     def profile(self) -> None:
         """The parts of a step, and the FLOPs that it executes."""
@@ -234,22 +234,16 @@ class Benchmark:
 
     def environment(self) -> dict[str, str]:
         """What the figures are measured on."""
-        found = {
-            "device": "cpu",
-            "processor": processor(),
-            "cores": f"{cpu_count()}, {torch.get_num_threads()} threads",
-            "commit": commit(),
-            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        }
+        device, facts = "cpu", {}
         if self.device.type == "cpu":
-            found["freed memory"] = "kept" if self.args.keep_memory else "as the C library does"
-        if self.device.type == "cuda":
-            found["device"] = torch.cuda.get_device_name(self.device)
-            found["CUDA"] = torch.version.cuda or "unknown"
+            facts["freed memory"] = "kept" if self.args.keep_memory else "as the C library does"
+        else:
+            device = torch.cuda.get_device_name(self.device)
+            facts["CUDA"] = torch.version.cuda or "unknown"
             query = ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
-            found[CLOCKS] = output_of(*query).replace("\n", "; ")
-        versions = {package: version(package) for package in PACKAGES}
-        return found | {name: v for name, v in versions.items() if v != "not installed"}
+            facts[CLOCKS] = output_of(*query).replace("\n", "; ")
+        cores = f"{cpu_count()}, {torch.get_num_threads()} threads"
+        return {"device": device, **telling.environment(cores, facts, PACKAGES)}
 
     def _own(self) -> str | None:
         """The fastest of our arms that was timed."""
@@ -294,7 +288,7 @@ class Benchmark:
             result.problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             result.seconds, result.breakdown = [], None
             self.arms.pop(name, None)
-            _say(f"{name}: {result.problem}")
+            telling.say(f"{name}: {result.problem}")
             self._free()
 
 
@@ -364,14 +358,11 @@ def synchronize(device: torch.device) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ConfigError for numbers that cannot be; TrainConfig checks its own."""
-    for flag in ("rounds", "steps", "threads"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag} must be at least 1, got {value}")
-    for flag in ("seconds", "step_ms", "backward_ms"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{flag} must be a finite number above 0, got {value}")
+    telling.check_numbers(
+        args,
+        at_least_one=("rounds", "steps", "threads"),
+        above_zero=("seconds", "step_ms", "backward_ms"),
+    )
     given = [args.step_ms is not None, args.backward_ms is not None]
     if any(given) and not (all(given) and args.scaling):
         raise ConfigError("--step_ms and --backward_ms go together, and with --scaling")
@@ -380,7 +371,3 @@ def _check(args: argparse.Namespace) -> None:
             f"--backward_ms {args.backward_ms:g} is longer than the step, "
             f"--step_ms {args.step_ms:g}"
         )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastdino.bench.step.paper import plain_network
+from fastdino.bench.telling import table
 from fastdino.config import TrainConfig
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -108,6 +109,5 @@ def buckets(network: nn.Module) -> list[Message]:
 
 def scaling_table(scaled: Sequence[Scaled]) -> str:
     """In Markdown."""
-    lines = ["| GPUs | exposed, ms | efficiency |", "|---|---|---|"]
-    lines += [f"| {s.gpus} | {1e3 * s.exposed:.2f} | {s.efficiency:.1%} |" for s in scaled]
-    return "\n".join(lines)
+    rows = [[f"{s.gpus}", f"{1e3 * s.exposed:.2f}", f"{s.efficiency:.1%}"] for s in scaled]
+    return table(["GPUs", "exposed, ms", "efficiency"], rows)
