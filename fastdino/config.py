@@ -122,6 +122,12 @@ class TrainConfig:
         "torch.compile over blocks and head. auto: in --mode fast on a GPU, where it works.",
         choices=("auto", "on", "off"),
     )
+    recompute: str = _flag(
+        "auto",
+        "The results of a vit_*'s norms and GELU: made again by the backward pass, not kept, in "
+        "little more than half the memory. auto: in --mode fast on a GPU.",
+        choices=("auto", "on", "off"),
+    )
     fsdp: bool = _flag(
         False, "Shard parameters, gradients and moments over the processes, for large networks."
     )

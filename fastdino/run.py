@@ -170,6 +170,8 @@ class Run:
         if config.mode == "fast" or trainer.compiled.on:
             on = "on" if trainer.compiled.on else "off"
             parts.append(f"mode: {config.mode}, compiled blocks {on} ({trainer.compiled.reason})")
+        if path.recompute:
+            parts.append("norms and GELU: recomputed")
         if config.cuda_graph:
             on = "on" if trainer.graph.on else "off"
             parts.append(f"CUDA graph: {on} ({trainer.graph.reason})")

@@ -176,6 +176,24 @@ def test_a_fast_path_switches_the_network_over(tiny):
     assert student.backbone.attention is path.attention
 
 
+@pytest.mark.parametrize(
+    ("mode", "wanted", "device", "recompute"),
+    [
+        ("parity", "auto", "cuda", False),
+        ("fast", "auto", "cuda", True),
+        ("fast", "auto", "cpu", False),
+        ("fast", "off", "cuda", False),
+        ("parity", "on", "cpu", True),
+    ],
+)
+def test_norms_are_recomputed_where_memory_is_scarce(tiny, mode, wanted, device, recompute):
+    config = tiny(attention="sdpa", mode=mode, recompute=wanted)
+    student, _ = build_networks(config)
+    path = choose_fast_path(config, student.backbone, torch.device(device), torch.float32)
+    path.apply_to(student)
+    assert [block.recompute for block in student.backbone.blocks] == [recompute] * 6
+
+
 def test_other_backbones_go_one_size_at_a_time(tiny):
     path = choose_fast_path(tiny(), nn.Flatten(), CPU, torch.float32)
     assert path.attention.name == "none"
@@ -183,7 +201,9 @@ def test_other_backbones_go_one_size_at_a_time(tiny):
     assert "one size at a time" in path.why_packing
 
 
-@pytest.mark.parametrize("asked", [{"packing": "on"}, {"attention": "xformers"}])
+@pytest.mark.parametrize(
+    "asked", [{"packing": "on"}, {"attention": "xformers"}, {"recompute": "on"}]
+)
 def test_what_other_backbones_cannot_do_is_refused_where_it_is_asked_for(tiny, asked):
     [(flag, value)] = asked.items()
     with pytest.raises(ConfigError, match=f"--{flag} {value} is for vit_.* --arch resnet18 goes"):

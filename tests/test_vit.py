@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdino.models.attention import (
     BACKENDS,
@@ -196,6 +197,36 @@ def test_the_last_block_computes_cls_alone():
     rows.clear()
     vit.get_intermediate_layers(groups[0])
     assert rows == [(4 * 17, 24)] * 3
+
+
+@pytest.mark.parametrize("drop_path_rate", [0, 0.3])
+def test_what_is_recomputed_is_not_kept_and_no_product_is(float64, drop_path_rate):
+    kept, products, results = [], [], []
+    vit = make_vit(depth=3, drop_path_rate=drop_path_rate)
+    groups = [torch.randn(4, 3, 32, 32), torch.randn(8, 3, 16, 16)]
+    own = {p.data_ptr() for p in vit.parameters()}
+    for recompute in (False, True):
+        for block in vit.blocks:
+            block.recompute = recompute
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            if tensor.untyped_storage().data_ptr() not in own:
+                storage = tensor.untyped_storage()
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        with FlopCounterMode(display=False) as flops:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = vit(groups)
+            kept.append(sum(saved.values()))
+            results.append((out, *torch.autograd.grad(out.square().sum(), list(vit.parameters()))))
+        products.append(flops.get_total_flops())
+    assert kept[1] < 0.75 * kept[0]
+    assert products[1] == products[0]
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (19, 25), (8, 15)])

@@ -15,7 +15,7 @@ from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionChoice, choose_attention
 from fastdino.models.head import DINOHead, MultiCropWrapper
-from fastdino.models.vit import VIT_ARCHS, VisionTransformer
+from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 
 
 def build_backbone(
@@ -96,12 +96,14 @@ class FastPath:
         packing: whether crops of all sizes go through the backbone as one sequence.
         why_packing: the reason, one phrase for the run's first line.
         cls_only: whether the last block is computed for CLS alone.
+        recompute: whether norms and GELU are computed again by the backward pass.
     """
 
     attention: AttentionChoice
     packing: bool
     why_packing: str
     cls_only: bool
+    recompute: bool
 
     def apply_to(self, network: MultiCropWrapper) -> None:
         """Switches the network over."""
@@ -109,6 +111,9 @@ class FastPath:
         if isinstance(network.backbone, VisionTransformer):
             network.backbone.attention = self.attention
             network.backbone.cls_only = self.cls_only
+            for block in network.backbone.blocks:
+                assert isinstance(block, Block)
+                block.recompute = self.recompute
 
 
 def choose_fast_path(
@@ -119,11 +124,11 @@ def choose_fast_path(
     *,
     compiled: bool = False,
 ) -> FastPath:
-    """Resolves --attention, --packing and --last_block.
+    """Resolves --attention, --packing, --last_block and --recompute.
 
     Args:
         config: the run's settings.
-        backbone: all three are for vit_* alone; others go one pass a crop size, as they are.
+        backbone: all four are for vit_* alone; others go one pass a crop size, as they are.
         device, dtype: where it will run, and the dtype of its queries and keys there.
         compiled: whether its blocks will be.
 
@@ -132,6 +137,7 @@ def choose_fast_path(
     """
     if not isinstance(backbone, VisionTransformer):
         asked = {"attention": config.attention != "auto", "packing": config.packing == "on"}
+        asked["recompute"] = config.recompute == "on"
         for flag in (name for name, there in asked.items() if there):
             raise ConfigError(
                 f"--{flag} {getattr(config, flag)} is for vit_* architectures, and --arch "
@@ -142,6 +148,7 @@ def choose_fast_path(
             packing=False,
             why_packing="the architecture takes one size at a time",
             cls_only=False,
+            recompute=False,
         )
     sizes = [config.global_crops_size, config.local_crops_size]
     if not config.local_crops_number:
@@ -159,6 +166,8 @@ def choose_fast_path(
         packing=config.packing != "off",
         why_packing="one pass for all sizes" if config.packing == "auto" else "asked for",
         cls_only=config.last_block == "cls",
+        recompute=config.recompute == "on"
+        or (config.recompute == "auto" and config.mode == "fast" and device.type == "cuda"),
     )
 
 

@@ -64,7 +64,11 @@ def compile_network(network: MultiCropWrapper) -> None:
     torch._dynamo.config.optimize_ddp = False
     # Not the modules: their hooks, with which FSDP gathers the weights, cannot be compiled.
     if isinstance(network.backbone, VisionTransformer):
-        for block in network.backbone.blocks:
+        blocks = network.backbone.blocks
+        # Else the compiler keeps what a product of the backward pass is to read.
+        recompute = any(block.recompute for block in blocks)
+        torch._functorch.config.ban_recompute_materialized_backward = not recompute
+        for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     head = network.head
     head.forward = torch.compile(head.forward, dynamic=False)  # type: ignore[method-assign]

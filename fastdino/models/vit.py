@@ -7,14 +7,18 @@ Legend: B images, N tokens (1 CLS + patches), H heads, D channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.models.attention import AttentionChoice, TokenLayout, attend, token_layout
 from fastdino.models.drop_path import draw_kept
+
+T = TypeVar("T")
 
 
 class PatchEmbed(nn.Module):
@@ -48,20 +52,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def project(
+        self, x: Tensor, layout: TokenLayout, *, first_only: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> queries, keys, values [T, H, D/H]; with first_only, queries [S, H, D/H]."""
+        if not first_only:
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+            return query, key, value
+        dim = x.shape[-1]
+        weight = self.qkv.weight.split((dim, 2 * dim))
+        bias = self.qkv.bias.split((dim, 2 * dim))
+        query = F.linear(layout.first(x), weight[0], bias[0])
+        pair = F.linear(x, weight[1], bias[1])
+        key, value = pair.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        return query.unflatten(-1, (self.num_heads, -1)), key, value
+
+    def mix(
+        self, qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, *, first_only: bool = False
+    ) -> Tensor:
+        """What project gave -> [T, D]; with first_only [S, D]."""
+        return self.proj(attend(*qkv, layout, first_only=first_only).flatten(1))
+
     def forward(self, x: Tensor, layout: TokenLayout, *, first_only: bool = False) -> Tensor:
         """[T, D] -> [T, D]; with first_only [S, D], of each sequence's first token alone."""
-        if first_only:
-            # Queries of the first tokens, keys and values of all.
-            dim = x.shape[-1]
-            weight = self.qkv.weight.split((dim, 2 * dim))
-            bias = self.qkv.bias.split((dim, 2 * dim))
-            query = F.linear(layout.first(x), weight[0], bias[0])
-            query = query.unflatten(-1, (self.num_heads, -1))
-            pair = F.linear(x, weight[1], bias[1])
-            key, value = pair.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        else:
-            query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        return self.proj(attend(query, key, value, layout, first_only=first_only).flatten(1))
+        return self.mix(
+            self.project(x, layout, first_only=first_only), layout, first_only=first_only
+        )
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention weights themselves: [B, N, D] -> [B, H, N, N]."""
@@ -86,15 +102,25 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
+    def contract(self, hidden: Tensor) -> Tensor:
+        """[T, hidden_dim], of fc1 -> [T, D]."""
+        return self.fc2(F.gelu(hidden))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.contract(self.fc1(x))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block with stochastic depth."""
+    """A pre-norm transformer block with stochastic depth.
+
+    Attributes:
+        recompute: the results of norms and GELU are not kept for the backward pass, but made again
+            there: of 16 D numbers a token 10 D remain. No product is computed twice.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
+        self.recompute = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -117,12 +143,31 @@ class Block(nn.Module):
                 the MLP branch (models/drop_path.py); None: both as they are.
             first_only: the other tokens give keys and values, and are computed no further.
         """
-        branch = self.attn(self.norm1(x), layout, first_only=first_only)
+        # In a compiled graph models/compiled.py has the compiler do it.
+        again = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if again and not first_only:
+            qkv = _keep_input(lambda x: self.attn.project(self.norm1(x), layout), x)
+            branch = self.attn.mix(qkv, layout)
+        else:
+            branch = self.attn(self.norm1(x), layout, first_only=first_only)
         if first_only:
             x = layout.first(x)
         x = x + branch if kept is None else torch.addcmul(x, branch, kept[0])
-        branch = self.mlp(self.norm2(x))
+        if again:
+            hidden = _keep_input(lambda x: self.mlp.fc1(self.norm2(x)), x)
+            branch = _keep_input(self.mlp.contract, hidden)
+        else:
+            branch = self.mlp(self.norm2(x))
         return x + branch if kept is None else torch.addcmul(x, branch, kept[1])
+
+
+def _keep_input(function: Callable[[Tensor], T], x: Tensor) -> T:
+    """function(x), which ends in a product: up to that it is run again by the backward pass.
+
+    (PyTorch stops where it has what the product kept, which is before the product itself.)
+    """
+    result: T = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 class VisionTransformer(nn.Module):

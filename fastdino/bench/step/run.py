@@ -37,8 +37,8 @@ from fastdino.heap import keep_freed_memory
 # Of a run's settings, those that a step depends on.
 SETTINGS = (
     "arch", "patch_size", "out_dim", "batch_size_per_gpu", "global_crops_size", "local_crops_size",
-    "local_crops_number", "drop_path_rate", "use_fp16", "amp_dtype", "num_workers", "seed",
-    "device",
+    "local_crops_number", "drop_path_rate", "use_fp16", "amp_dtype", "recompute", "num_workers",
+    "seed", "device",
 )  # fmt: skip
 DEFAULTS = {
     "cuda": {"arch": "vit_small", "batch_size_per_gpu": 64},
@@ -57,7 +57,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"backbone, a vit_* (default: {DEFAULTS['cuda']['arch']} on a GPU, "
         f"{DEFAULTS['cpu']['arch']} on a CPU)",
     )
-    add_arguments(group, ("patch_size", "out_dim", "drop_path_rate", "use_fp16", "amp_dtype"))
+    names = ("patch_size", "out_dim", "drop_path_rate", "use_fp16", "amp_dtype", "recompute")
+    add_arguments(group, names)
     group.add_argument(
         "--steps", type=int, help="steps of a round of an arm, in place of --seconds"
     )
