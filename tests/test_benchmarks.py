@@ -29,7 +29,7 @@ from benchmarks.contest import (
 )
 from benchmarks.loss_variants import einsum_form, paper_eager
 from benchmarks.measure import device_sample, peak_bytes
-from benchmarks.parts import GRACE, Part, run_part
+from benchmarks.parts import GRACE, Part, Result, run_part
 from benchmarks.shapes import ARCHS, network_shapes
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VisionTransformer
@@ -400,8 +400,8 @@ except KeyboardInterrupt:
 
 def test_all_parts_run_and_the_report_says_which_failed(tmp_path):
     planned = [
-        python("breaks", "print('about to break'); raise SystemExit(3)"),
         python("hangs", "import time; time.sleep(600)", timeout=1),
+        python("breaks", "print('about to break'); raise SystemExit(3)"),
         python("works", "print('12 passed')"),
     ]
     told = gpu_report.Report({"device": "A device"}, reduced=True)
@@ -413,7 +413,21 @@ def test_all_parts_run_and_the_report_says_which_failed(tmp_path):
     assert "| passed | 12 passed |" in text
     assert "These times mean nothing" in text
     parts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["parts"]
-    assert [part["problem"] for part in parts] == ["exit status 3", "stopped after 1 s", ""]
+    assert [part["problem"] for part in parts] == ["stopped after 1 s", "exit status 3", ""]
+
+
+def test_what_a_part_leaves_of_its_time_the_next_may_take(tmp_path, monkeypatch):
+    given = []
+
+    def run(part):
+        given.append(part.timeout)
+        return Result(part.name, {"hangs": part.timeout + GRACE}.get(part.name, 4.0), "", "")
+
+    monkeypatch.setattr(gpu_report, "run_part", run)
+    planned = [python(name, "", timeout=10) for name in ("one", "two", "hangs", "last")]
+    told = gpu_report.Report({}, reduced=False)
+    gpu_report.run_and_report(told, planned, tmp_path, tmp_path)
+    assert given == [10, 16, 22, 10]
 
 
 def test_what_a_bench_writes_joins_the_report(tmp_path):
