@@ -125,7 +125,7 @@ class Trainer:
             self._forward_student = nn.parallel.DistributedDataParallel(
                 self.student,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # no copies between gradients and messages
+                gradient_as_bucket_view=True,  # no copy from the messages back
                 static_graph=config.grad_accum == 1,  # it does not go with no_sync
             )
 
