@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections import defaultdict
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
 from fastdino.evals.knn import knn_accuracy
+from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
 SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"
@@ -327,25 +326,13 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
     assert f"{name} is {tuple(value.shape)}" in error_of(capsys)
 
 
-def _knn_one_of_two(rank, port, line):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
-    assert cli.main(line) == 0
-
-
 def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
     (images / "train" / "red" / "3.png").unlink()  # 11 images: the shares are 6 and 5
     for path in sorted((images / "val").rglob("*.png"))[1:]:
         path.unlink()  # one image: the second process has none
     line = ["knn", "--data_path", str(images), *SMALL.split(), *NANO]
     line += ["--dump_features", str(tmp_path / "two"), "--output", str(tmp_path / "two.json")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _knn_one_of_two, (port, line), nprocs=2, start_method="spawn"
-    )
+    run_commands_in_two(line)
     assert distributed.world_size() == 1
     assert run(*NANO, "--dump_features", tmp_path / "one", "--output", tmp_path / "one.json") == 0
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
