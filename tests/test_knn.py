@@ -18,7 +18,7 @@ from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
 from fastdino.evals.knn import knn_accuracy
-from tests.processes import run_commands_in_two
+from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"
@@ -324,6 +324,30 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
     knn.dump_features(tmp_path, {**good, name: value})
     assert run("--load_features", tmp_path) == 2
     assert f"{name} is {tuple(value.shape)}" in error_of(capsys)
+
+
+def _classify(sets, folder):
+    rows = []
+    split = torch.Tensor.split
+
+    def recording(tensor, size):
+        if tensor.ndim == 2:
+            rows.extend(tensor.tolist())
+        return split(tensor, size)
+
+    torch.Tensor.split = recording
+    with distributed.process_group(CPU, "env://"):
+        found = knn_accuracy(*sets, ks=[5, 20])
+        torch.save({"found": found, "rows": rows}, folder / f"{distributed.rank()}.pth")
+
+
+def test_each_process_classifies_a_share_and_all_get_the_whole(tmp_path):
+    sets = (*clustered(150, 8), *clustered(61, 8, seed=1))
+    run_two(_classify, sets, tmp_path)
+    one, two = (checkpoint.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert one["found"] == two["found"] == knn_accuracy(*sets, ks=[5, 20])
+    assert (len(one["rows"]), len(two["rows"])) == (31, 30)
+    assert sorted(one["rows"] + two["rows"]) == sorted(sets[2].tolist())
 
 
 def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
