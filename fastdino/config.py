@@ -100,9 +100,10 @@ class TrainConfig:
     local_crops_size: int = _flag(96, "Side of a local crop, in pixels.")
     init_from: str = _flag(
         "",
-        "Weights to start the backbone of student and teacher from: a checkpoint (its teacher), "
-        "a .pth or .safetensors of the paper's, timm's or Hugging Face's names, or a folder of the "
-        "latter's. The head starts anew. A run found in output_dir is resumed instead.",
+        "Weights to start the backbone of student and teacher from: a checkpoint (its teacher, or "
+        "its student where it has that alone), a .pth or .safetensors of the paper's, timm's or "
+        "Hugging Face's names, or a folder of the latter's. The head starts anew. A run found in "
+        "output_dir is resumed instead.",
     )
     grad_accum: int = _flag(
         1,

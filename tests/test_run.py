@@ -476,7 +476,9 @@ def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, caps
         for name, tensor in weights_of(tmp_path / "run")[key].items():
             wanted = start if name.startswith("backbone.") else fresh
             torch.testing.assert_close(tensor, wanted[name])
-    assert f"backbone of {path} in student and teacher; new heads" in capsys.readouterr().out
+    assert (
+        f"backbone of {path} (teacher) in student and teacher; new heads" in capsys.readouterr().out
+    )
     path.unlink()  # no longer needed
     assert train(config(**settings)) == "finished"
     captured = capsys.readouterr()
