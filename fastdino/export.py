@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -82,8 +81,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         report = {"to": args.to, "output": str(output), **_facts(network)}
         report |= {"usage": usage, "checked": checked}
-        with checkpoint.explained(Path(args.report)):
-            Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+        checkpoint.write_json(report, Path(args.report))
     return 0
 
 

@@ -160,7 +160,11 @@ def test_a_file_is_its_name_and_a_folder_holds_video(tmp_path):
     ("words", "part"),
     [
         (["--input_path", "missing.mp4"], "--input_path: there is no file or folder missing.mp4"),
-        (["--input_path", "text.mp4"], "text.mp4 cannot be decoded"),
+        (
+            ["--input_path", "text.mp4"],
+            "found when processing input; expected a whole video that FFmpeg reads, or a folder",
+        ),
+        (["--output_path", "out.gif"], "out.gif: expected a folder, or a file that ends in .mp4"),
         (
             ["--input_path", "unequal"],
             "the frames in unequal are of unequal size: 0.png is 10 x 20",

@@ -144,7 +144,7 @@ def test_missing_folders_are_named(run, folder, capsys):
         (("--distractors_path", root), f"no images in {root}"),
         (("--imsize", 4), "cannot take --imsize 4 px images"),
         (("--arch", "resnet18"), "gives no patch tokens; expected one of vit_*"),
-        (("--output", "/nowhere/x.json"), "cannot write /nowhere/x.json"),
+        (("--output", "/dev/null/x.json"), "cannot write /dev/null/x.json"),
     ):
         assert run(*flags) == 2, flags
         assert part in capsys.readouterr().err

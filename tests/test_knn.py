@@ -266,7 +266,7 @@ def test_missing_folders_and_files_are_mistakes(run, tmp_path, capsys):
         (("--data_path", "/nowhere"), "there is no folder /nowhere/train"),
         (("--data_path", tmp_path), f"no images in {tmp_path}/train"),
         (("--load_features", tmp_path), f"there is no file {tmp_path}/trainfeat.pth"),
-        (("--output", "/nowhere/knn.json"), "cannot write /nowhere/knn.json"),
+        (("--output", "/dev/null/knn.json"), "cannot write /dev/null/knn.json"),
         (("--dump_features", "/dev/null/x"), "cannot write /dev/null/x"),
     ):
         status = run("--raw_pixels", *flags)

@@ -132,7 +132,7 @@ def error_of(capsys):
         ("--imsize 7", "cannot take --imsize 7 px images"),
         ("--dataset roxford5k", "there is no ground truth"),
         ("--imsize 20 --multiscale true", "expected sides of at least 16 px"),
-        ("--output /nowhere/x.json", "cannot write /nowhere/x.json"),
+        ("--output /dev/null/x.json", "cannot write /dev/null/x.json"),
     ],
 )
 def test_mistakes_are_named(run, capsys, flags, part):

@@ -43,7 +43,6 @@ from fastdino.evals.attention import (
     fit,
     head_statistics,
     keep_mass,
-    write_json,
 )
 from fastdino.evals.attention_masks import measure
 from fastdino.evals.attention_pictures import (
@@ -166,7 +165,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         "images": records,
         "skipped": skipped,
     }
-    write_json(result, root / "attention.json")
+    checkpoint.write_json(result, root / "attention.json")
     return len(records)
 
 
@@ -217,7 +216,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{root}: pictures of {count} image(s), and attention.json")
         return 0
     result = measure(args, device)
-    write_json(result, root / "jaccard.json")
+    checkpoint.write_json(result, root / "jaccard.json")
     for name in ("trained", "untrained"):
         if name in result:
             print(f"Jaccard of the best head, {name} network: {result[name]['best_head']:.1f} %")

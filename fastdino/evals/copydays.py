@@ -8,7 +8,6 @@ jpegqual/<quality>/, crops/<percent>/      altered by a program, under the origi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,5 +220,4 @@ def report(
             "images": counts,
             "blocks": scores,
         }
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))

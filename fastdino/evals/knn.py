@@ -6,7 +6,6 @@ Legend: N training images, M validation images, D channels, C classes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,8 +122,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
         result = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()}
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))
     return 0
 
 

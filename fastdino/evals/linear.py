@@ -154,11 +154,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        output = Path(args.output_dir)
-        with checkpoint.explained(output):
-            output.mkdir(parents=True, exist_ok=True)
-            result = {"linear_weights": str(path), **found, **data.protocol}
-            (output / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
+        result = {"linear_weights": str(path), **found, **data.protocol}
+        checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
 
@@ -371,17 +368,16 @@ def _end_epoch(
 
 
 def _write_results(output: Path, probe: Probe, data: Data) -> None:
-    with checkpoint.explained(output / "linear.json"):
-        lines = (output / "log.txt").read_text().splitlines()
-        last = json.loads(lines[-1]) if lines else {}
-        result = {
-            "acc1": last.get("test_acc1"),
-            "acc5": last.get("test_acc5"),
-            "best_acc1": probe.best_acc,
-            "epochs": probe.epoch,
-            "classes": probe.linear.out_features,
-            "features": data.dim,
-            **data.protocol,
-        }
-        (output / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = (output / "log.txt").read_text().splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    result = {
+        "acc1": last.get("test_acc1"),
+        "acc5": last.get("test_acc5"),
+        "best_acc1": probe.best_acc,
+        "epochs": probe.epoch,
+        "classes": probe.linear.out_features,
+        "features": data.dim,
+        **data.protocol,
+    }
+    checkpoint.write_json(result, output / "linear.json")
     data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,5 +138,4 @@ def report(
             "database": len(found.database),
             **scores,
         }
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))

@@ -40,6 +40,8 @@ FORMATS = {
     ".avi": ("avi", _H264),
     ".webm": ("webm", ("libvpx-vp9", "libvpx")),
 }
+OTHER_FORMATS = (".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".jpg", ".png")
+EXPECTED = "expected a whole video that FFmpeg reads, or a folder of frames: convert it"
 FOLDER_FPS = 30.0  # frames in a folder say nothing; the paper's video_generation.py takes this
 QUALITY = "18"  # x264's and VP9's constant rate factor: blocks of patches keep their edges
 
@@ -123,7 +125,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _open_video(path: str) -> Frames:
     first = next(_decode(path), None)
     if first is None:
-        raise DataError(f"{path} cannot be decoded: it holds no frame")
+        raise DataError(f"{path} cannot be decoded: it holds no frame; {EXPECTED}")
     with _decoding(path), av.open(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
@@ -138,7 +140,7 @@ def _decode(path: str) -> Iterator[Image.Image]:
     number = 0
     with _decoding(path, lambda: f" at frame {number}"), av.open(path) as container:
         if not container.streams.video:
-            raise DataError(f"{path} cannot be decoded: it has no video in it")
+            raise DataError(f"{path} cannot be decoded: it has no video in it; {EXPECTED}")
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             # Phones film with the sensor as it lies, and note the turn, counterclockwise.
@@ -154,7 +156,7 @@ def _decoding(path: str, where: Callable[[], str] = lambda: "") -> Iterator[None
         yield
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__
-        raise DataError(f"{path} cannot be decoded{where()}: {reason}") from error
+        raise DataError(f"{path} cannot be decoded{where()}: {reason}; {EXPECTED}") from error
 
 
 @contextmanager
