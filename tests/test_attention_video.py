@@ -200,5 +200,5 @@ def test_a_frame_that_breaks_half_way_leaves_no_video(run, folder, tmp_path, mon
     (folder / "5.png").write_bytes(data[:place] + b"\0" * 40 + data[place + 40 :])
     status, _, err = run("--input_path", folder, "--output_path", tmp_path / "out.mp4")
     assert status == 2
-    assert f"the frame {folder}/5.png cannot be" in err
+    assert f"error: {folder}/5.png cannot be" in err
     assert not list(tmp_path.glob("out*"))

@@ -126,7 +126,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
     assert run() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot decode" in error
+    assert "is not an image" in error
     assert "strong/200001.jpg" in error
 
 

@@ -21,14 +21,7 @@ from PIL import Image
 
 from fastdino import checkpoint
 from fastdino.data.find import EXTENSIONS
-from fastdino.data.reading import (
-    Header,
-    decode_rgb,
-    quiet_pillow,
-    read_file,
-    read_header,
-    reason_of,
-)
+from fastdino.data.reading import Header, quiet_pillow, read_header, read_rgb
 from fastdino.errors import DataError
 
 # Ending of a file -> the container's name, and codecs: the first that is there is taken.
@@ -93,7 +86,7 @@ def _open_folder(folder: Path) -> Frames:
         with quiet_pillow():
             header = read_header(str(file))
         if not isinstance(header, Header):
-            raise DataError(f"the frame {file} {header.reason}")
+            raise DataError(f"{file} {header.reason}")
         sizes.append((header.height, header.width))
         if sizes[-1] != sizes[0]:
             raise DataError(
@@ -104,13 +97,8 @@ def _open_folder(folder: Path) -> Frames:
 
     def read() -> Iterator[Image.Image]:
         for file in files:
-            try:
-                with quiet_pillow():
-                    frame = decode_rgb(read_file(str(file)))
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                raise DataError(f"the frame {file} {reason_of(error)}") from error
+            with quiet_pillow():
+                frame = read_rgb(file)
             yield frame
 
     return Frames(str(folder), sizes[0], FOLDER_FPS, len(files), read)
