@@ -335,6 +335,14 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be one of on, off, true, false, 1, 0, got {text!r}")
 
 
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises ConfigError where one of these flags is below `least`; one that is None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting of TrainConfig, and the two that old launchers pass."""
     add_arguments(parser, [field.name for field in dataclasses.fields(TrainConfig)])

@@ -288,7 +288,7 @@ def test_a_split_without_one_good_image_is_a_mistake(run, images, capsys):
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu must be at least 1, got 0"),
         ("--resize 0", "--resize must be at least 1"),
         ("--crop -3", "--crop must be at least 1, got -3"),
-        ("--nb_knn 10 0", "--nb_knn and --temperature must be above 0, got [10, 0]"),
+        ("--nb_knn 10 0", "--nb_knn must be numbers from 1, got [10, 0]"),
         ("--temperature 0", "--temperature must be above 0"),
         ("--temperature nan", "--temperature must be above 0"),
         ("--num_workers -1", "--num_workers must be at least 0, got -1"),

@@ -30,11 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino import checkpoint
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.distributed import choose_device
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import DataError
 from fastdino.evals.attention import (
     LACKS,
     attention_maps,
@@ -205,10 +205,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino attention`."""
     check_threshold(args.threshold)
     check_size("image_size", args.image_size)
-    if args.batch_size_per_gpu < 1:
-        raise ConfigError(f"--batch_size_per_gpu must be at least 1, got {args.batch_size_per_gpu}")
-    if args.num_workers < 0:
-        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
+    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
+    check_at_least(args, 0, "num_workers")
     device = choose_device(args.device)
     root = Path(args.output_dir)
     if args.data_path is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino import checkpoint
+from fastdino.config import check_at_least
 from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention import (
@@ -173,8 +174,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino video`."""
     check_threshold(args.threshold)
     check_size("resize", args.resize)
-    if args.batch_size_per_gpu < 1:
-        raise ConfigError(f"--batch_size_per_gpu must be at least 1, got {args.batch_size_per_gpu}")
+    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
     if args.fps is not None and not 0.1 <= args.fps <= 1000:
         raise ConfigError(f"--fps must be from 0.1 to 1000, got {args.fps}")
     path = output_file(args.output_path, args.video_format)

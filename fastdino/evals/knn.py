@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.evals.features import (
     add_network_flags,
@@ -90,17 +90,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino knn`."""
-    for name in ("batch_size_per_gpu", "resize", "crop"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(args.nb_knn) < 1 or not args.temperature > 0:
-        raise ConfigError(
-            f"--nb_knn and --temperature must be above 0, got {args.nb_knn}, {args.temperature}"
-        )
-    if args.num_workers < 0:
-        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+    check_at_least(args, 1, "batch_size_per_gpu", "resize", "crop", "patch_size")
+    check_at_least(args, 0, "num_workers")
+    if min(args.nb_knn) < 1:
+        raise ConfigError(f"--nb_knn must be numbers from 1, got {args.nb_knn}")
+    if not args.temperature > 0:
+        raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         tensors = load_features(args) if args.load_features else compute_features(args, device)

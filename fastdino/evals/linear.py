@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
@@ -86,13 +86,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for name in AT_LEAST_ONE:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
-    for name in ("num_workers", "cache_epochs", "seed"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    check_at_least(args, 1, *AT_LEAST_ONE)
+    check_at_least(args, 0, "num_workers", "cache_epochs", "seed")
     if not 0 < args.lr < float("inf"):
         raise ConfigError(f"--lr must be a finite number above 0, got {args.lr}")
     if args.cache_epochs and args.cache is None:
