@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import pickle
 import re
@@ -82,8 +83,22 @@ def explained(path: Path) -> Iterator[None]:
             raise
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         todo = "the disk is full: make room" if full else "check the folder and its permissions"
-        kept = "; the last good checkpoint is still there" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path} ({cause}): {todo}{kept}") from error
+        kept = f"; the {path.name} of before is still there" if path.is_file() else ""
+        reason = cause.strerror or str(cause)
+        if cause.filename not in (None, path, str(path)):
+            reason += f": {cause.filename}"
+        raise CheckpointError(f"cannot write {path} ({reason}): {todo}{kept}") from error
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a result, whole or not at all, into a folder that is made where there is none.
+
+    Raises: CheckpointError: it cannot be written.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -144,8 +159,10 @@ def _read(path: Path) -> Any:
                 f"{path} holds more than tensors and plain values: code ({code[1]}), which is not "
                 "run; take weights from a source that you trust, saved as a state_dict"
             ) from error
+        # What torch says of it advises to run what the file holds.
         raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors and plain values: {_first(error)}"
+            f"{path} is truncated or no checkpoint, which torch.save or safetensors writes: take "
+            "an older one, or move it away to start again"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise _unreadable(path, error) from error

@@ -101,9 +101,10 @@ class TrainConfig:
     local_crops_size: int = _flag(96, "Side of a local crop, in pixels.")
     init_from: str = _flag(
         "",
-        "Weights to start the backbone of student and teacher from: a checkpoint (its teacher), "
-        "a .pth or .safetensors of the paper's, timm's or Hugging Face's names, or a folder of the "
-        "latter's. The head starts anew. A run found in output_dir is resumed instead.",
+        "Weights to start the backbone of student and teacher from: a checkpoint (its teacher, or "
+        "its student where it has that alone), a .pth or .safetensors of the paper's, timm's or "
+        "Hugging Face's names, or a folder of the latter's. The head starts anew. A run found in "
+        "output_dir is resumed instead.",
     )
     grad_accum: int = _flag(
         1,
@@ -341,6 +342,14 @@ def parse_bool(text: str) -> bool:
     if text.lower() in ("off", "false", "0"):
         return False
     raise argparse.ArgumentTypeError(f"must be one of on, off, true, false, 1, 0, got {text!r}")
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises ConfigError where one of these flags is below `least`; one that is None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdino import checkpoint
+from fastdino.config import check_at_least
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.export_targets import TARGETS, Network, Target, image_size_of, resize_of
 from fastdino.model_card import model_card, read_figures
@@ -82,8 +82,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         report = {"to": args.to, "output": str(output), **_facts(network)}
         report |= {"usage": usage, "checked": checked}
-        with checkpoint.explained(Path(args.report)):
-            Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+        checkpoint.write_json(report, Path(args.report))
     return 0
 
 
@@ -94,10 +93,7 @@ def _check_flags(args: argparse.Namespace) -> Target:
         meant = f": did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--to {args.to!r} is none of {', '.join(TARGETS)}{meant}")
     target, output = TARGETS[args.to], Path(args.output)
-    for name in ("image_size", "patch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    check_at_least(args, 1, "image_size", "patch_size")
     if target.suffixes and output.suffix not in target.suffixes:
         raise ConfigError(
             f"--to {args.to} writes a file that ends in {' or '.join(target.suffixes)}, "

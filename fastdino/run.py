@@ -318,14 +318,17 @@ class Run:
 
     def _start_from_weights(self) -> None:
         config = self.config
-        weights = initial_weights(
+        weights, key = initial_weights(
             config.init_from,
             arch=config.arch,
             patch_size=config.patch_size,
             img_size=config.global_crops_size,
         )
         self.trainer.start_from(weights)
-        self.progress.say(f"backbone of {config.init_from} in student and teacher; new heads")
+        whose = f" ({key})" if key else ""
+        self.progress.say(
+            f"backbone of {config.init_from}{whose} in student and teacher; new heads"
+        )
 
     def _restore(self) -> None:
         state = checkpoint.load(self.checkpoint_path)

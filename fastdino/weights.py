@@ -29,6 +29,7 @@ class Backbone:
     Attributes:
         args: the settings of its training, where the checkpoint has them.
         epoch: the epochs that were done, where the checkpoint says it.
+        key: "teacher" or "student", where the checkpoint says which it is.
     """
 
     module: nn.Module
@@ -36,12 +37,13 @@ class Backbone:
     patch_size: int
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
+    key: str | None = None
 
 
 def load_backbone(
     path: str,
     *,
-    checkpoint_key: str,
+    checkpoint_key: str | None,
     arch: str | None,
     patch_size: int | None,
     img_size: int = 224,
@@ -53,7 +55,8 @@ def load_backbone(
             backbone's weights alone, as .pth or .safetensors, under the paper's names, timm's
             (its DINO ViTs) or Hugging Face's (facebook/dino-*). Or a folder of Hugging Face's,
             with model.safetensors or pytorch_model.bin, and config.json or not.
-        checkpoint_key: "teacher" or "student", used where the file has both.
+        checkpoint_key: "teacher" or "student", used where the file has either; None: the teacher,
+            or the student where there is no teacher.
         arch, patch_size: None: what the checkpoint's `args` say, else what the shapes of its
             tensors say, else vit_small, 16.
         img_size: of fresh weights, in pixels; a checkpoint's is read off its position embedding.
@@ -63,7 +66,9 @@ def load_backbone(
     state = _read(Path(path)) if path else {}
     args = state.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    weights = _backbone_weights(state, checkpoint_key, path)
+    networks = [name for name in ("teacher", "student") if name in state]
+    key = (checkpoint_key or networks[0]) if networks else None
+    weights = _backbone_weights(state, key, path)
     seen_arch, seen_patch_size = vit_of(weights) or ("vit_small", 16)
     arch = arch or args.get("arch", seen_arch)
     patch_size = patch_size or args.get("patch_size", seen_patch_size)
@@ -75,23 +80,27 @@ def load_backbone(
         module.load_state_dict(weights)
     epoch = state.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None
-    return Backbone(module.eval(), arch, patch_size, args, epoch)
+    return Backbone(module.eval(), arch, patch_size, args, epoch, key)
 
 
-def initial_weights(path: str, *, arch: str, patch_size: int, img_size: int) -> dict[str, Tensor]:
-    """The weights that a backbone starts a run from: those of load_backbone, the teacher's.
+def initial_weights(
+    path: str, *, arch: str, patch_size: int, img_size: int
+) -> tuple[dict[str, Tensor], str | None]:
+    """The weights that a backbone starts a run from, and whose they are.
 
+    The teacher's, or the student's of a file without a teacher; None of a file that says neither.
     A ViT's position embedding is resized to the patch grid of images of img_size px, as the paper
     resizes it for other sizes.
 
     Raises: CheckpointError as load_backbone does.
     """
-    module = load_backbone(path, checkpoint_key="teacher", arch=arch, patch_size=patch_size).module
+    backbone = load_backbone(path, checkpoint_key=None, arch=arch, patch_size=patch_size)
+    module = backbone.module
     weights: dict[str, Tensor] = module.state_dict()
     if isinstance(module, VisionTransformer):
         side = img_size // patch_size
         weights["pos_embed"] = module.positions((side, side)).detach().clone()
-    return weights
+    return weights, backbone.key
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,8 +138,8 @@ def _check_hf_config(path: Path) -> None:
         )
 
 
-def _backbone_weights(state: dict[str, Any], key: str, path: str) -> dict[str, Tensor]:
-    if "student" in state or "teacher" in state:
+def _backbone_weights(state: dict[str, Any], key: str | None, path: str) -> dict[str, Tensor]:
+    if key is not None:
         if not isinstance(state.get(key), dict):
             networks = [name for name in ("student", "teacher") if name in state]
             raise CheckpointError(

@@ -160,7 +160,11 @@ def test_a_file_is_its_name_and_a_folder_holds_video(tmp_path):
     ("words", "part"),
     [
         (["--input_path", "missing.mp4"], "--input_path: there is no file or folder missing.mp4"),
-        (["--input_path", "text.mp4"], "text.mp4 cannot be decoded"),
+        (
+            ["--input_path", "text.mp4"],
+            "found when processing input; expected a whole video that FFmpeg reads, or a folder",
+        ),
+        (["--output_path", "out.gif"], "out.gif: expected a folder, or a file that ends in .mp4"),
         (
             ["--input_path", "unequal"],
             "the frames in unequal are of unequal size: 0.png is 10 x 20",
@@ -196,5 +200,5 @@ def test_a_frame_that_breaks_half_way_leaves_no_video(run, folder, tmp_path, mon
     (folder / "5.png").write_bytes(data[:place] + b"\0" * 40 + data[place + 40 :])
     status, _, err = run("--input_path", folder, "--output_path", tmp_path / "out.mp4")
     assert status == 2
-    assert f"the frame {folder}/5.png cannot be" in err
+    assert f"error: {folder}/5.png cannot be" in err
     assert not list(tmp_path.glob("out*"))

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdino import checkpoint
 from fastdino.errors import CheckpointError, NonFiniteError
@@ -50,7 +53,7 @@ def test_a_full_disk_says_so_and_that_the_last_checkpoint_is_there(tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="disk is full: make room; the last good checkpoint"):
+    with pytest.raises(CheckpointError, match="make room; the checkpoint.pth of before is"):
         checkpoint.save(STATE, path)
     monkeypatch.undo()
     assert checkpoint.load(path)["epoch"] == 3
@@ -151,3 +154,26 @@ def test_the_papers_numpy_scalars_are_read_under_either_name(tmp_path, module):
             paper.writestr(name, content)
     group = checkpoint.load(tmp_path / "paper.pth")["optimizer"]["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
+
+
+def test_a_picture_for_weights_is_told_without_torchs_advice_to_run_it(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(CheckpointError, match="photo.png is truncated or no checkpoint") as found:
+        checkpoint.load(path)
+    assert "weights_only" not in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_result_is_written_whole_into_a_folder_that_is_made(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b" / "found.json"
+    checkpoint.write_json({"k": [1, 2]}, path)
+    assert json.loads(path.read_text()) == {"k": [1, 2]}
+    with pytest.raises(TypeError):
+        checkpoint.write_json({"k": path}, path)
+    assert json.loads(path.read_text()) == {"k": [1, 2]}
+    assert os.listdir(path.parent) == ["found.json"]
+    with pytest.raises(
+        CheckpointError, match=r"cannot write /dev/null/a/x.json \(Not a dir.*: che"
+    ):
+        checkpoint.write_json({}, Path("/dev/null/a/x.json"))

@@ -126,7 +126,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
     assert run() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot decode" in error
+    assert "is not an image" in error
     assert "strong/200001.jpg" in error
 
 
@@ -144,7 +144,7 @@ def test_missing_folders_are_named(run, folder, capsys):
         (("--distractors_path", root), f"no images in {root}"),
         (("--imsize", 4), "cannot take --imsize 4 px images"),
         (("--arch", "resnet18"), "gives no patch tokens; expected one of vit_*"),
-        (("--output", "/nowhere/x.json"), "cannot write /nowhere/x.json"),
+        (("--output", "/dev/null/x.json"), "cannot write /dev/null/x.json"),
     ):
         assert run(*flags) == 2, flags
         assert part in capsys.readouterr().err

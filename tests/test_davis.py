@@ -291,6 +291,7 @@ def test_overlays_show_the_objects_where_they_are(run, root, tmp_path):
     ("change", "numbers"),
     [
         (lambda mask: mask.convert("RGB"), [0, 1, 2]),
+        (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16)), [0, 1, 2]),
         (lambda mask: mask.convert("RGBA"), [0, 1, 2]),
         (lambda mask: Image.fromarray(np.array(mask)), [0, 1, 2]),  # grey numbers
         (lambda mask: Image.fromarray(np.where(np.array(mask) == 2, 255, mask)), [0, 1]),  # void
@@ -374,11 +375,14 @@ def spoil(root, name):
         return "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette"
     if name == "no picture":
         (frames / "00002.jpg").write_text("no picture")
-        return "cannot read"
+        return "00002.jpg is not an image"
+    if name == "large numbers":
+        Image.fromarray(np.full((HEIGHT, WIDTH), 300, np.uint16)).save(folder / "00000.png")
+        return "00000.png holds 300; expected object numbers, or 255 for void"
     assert name == "half a picture"
     whole = (frames / "00002.jpg").read_bytes()
     (frames / "00002.jpg").write_bytes(whole[: len(whole) // 2])
-    return "00002.jpg: image file is truncated"
+    return "00002.jpg cannot be decoded: image file is truncated"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +390,7 @@ def spoil(root, name):
     [
         "no first annotation", "some annotations", "other size", "other mask size", "two frames",
         "no sequence", "empty list", "no list", "no object", "void alone", "other colours",
-        "no picture", "half a picture",
+        "large numbers", "no picture", "half a picture",
     ],
 )  # fmt: skip
 def test_bad_data_is_named(run, root, capsys, name):
@@ -399,9 +403,10 @@ def test_what_can_be_known_is_said_before_the_network_is_built(run, root, capsys
     monkeypatch.setattr(davis, "build_model", None)
     assert run("--size", 20) == 2
     assert "less than 64 px long" in error_of(capsys)
-    part = spoil(root, "no object")
-    assert run() == 2
-    assert part in error_of(capsys)
+    for name in ("no object", "half a picture"):
+        part = spoil(root, name)
+        assert run() == 2
+        assert part in error_of(capsys)
 
 
 @pytest.mark.parametrize(

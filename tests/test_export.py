@@ -202,7 +202,7 @@ def test_those_who_may_read_other_files_may_read_these(run, tmp_path, to):
 def test_another_image_size_has_the_papers_positions(run, weights):
     path, report = run("safetensors", "--image_size", "48")
     assert report["image_size"] == 48
-    resized = initial_weights(weights, arch="vit_nano", patch_size=8, img_size=48)
+    resized, _ = initial_weights(weights, arch="vit_nano", patch_size=8, img_size=48)
     assert torch.equal(load_file(path)["pos_embed"], resized["pos_embed"])
 
 

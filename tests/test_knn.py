@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections import defaultdict
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
 from fastdino.evals.knn import knn_accuracy
+from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"
@@ -267,7 +266,7 @@ def test_missing_folders_and_files_are_mistakes(run, tmp_path, capsys):
         (("--data_path", "/nowhere"), "there is no folder /nowhere/train"),
         (("--data_path", tmp_path), f"no images in {tmp_path}/train"),
         (("--load_features", tmp_path), f"there is no file {tmp_path}/trainfeat.pth"),
-        (("--output", "/nowhere/knn.json"), "cannot write /nowhere/knn.json"),
+        (("--output", "/dev/null/knn.json"), "cannot write /dev/null/knn.json"),
         (("--dump_features", "/dev/null/x"), "cannot write /dev/null/x"),
     ):
         status = run("--raw_pixels", *flags)
@@ -289,7 +288,7 @@ def test_a_split_without_one_good_image_is_a_mistake(run, images, capsys):
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu must be at least 1, got 0"),
         ("--resize 0", "--resize must be at least 1"),
         ("--crop -3", "--crop must be at least 1, got -3"),
-        ("--nb_knn 10 0", "--nb_knn and --temperature must be above 0, got [10, 0]"),
+        ("--nb_knn 10 0", "--nb_knn must be numbers from 1, got [10, 0]"),
         ("--temperature 0", "--temperature must be above 0"),
         ("--temperature nan", "--temperature must be above 0"),
         ("--num_workers -1", "--num_workers must be at least 0, got -1"),
@@ -327,11 +326,28 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
     assert f"{name} is {tuple(value.shape)}" in error_of(capsys)
 
 
-def _knn_one_of_two(rank, port, line):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
-    assert cli.main(line) == 0
+def _classify(sets, folder):
+    rows = []
+    split = torch.Tensor.split
+
+    def recording(tensor, size):
+        if tensor.ndim == 2:
+            rows.extend(tensor.tolist())
+        return split(tensor, size)
+
+    torch.Tensor.split = recording
+    with distributed.process_group(CPU, "env://"):
+        found = knn_accuracy(*sets, ks=[5, 20])
+        torch.save({"found": found, "rows": rows}, folder / f"{distributed.rank()}.pth")
+
+
+def test_each_process_classifies_a_share_and_all_get_the_whole(tmp_path):
+    sets = (*clustered(150, 8), *clustered(61, 8, seed=1))
+    run_two(_classify, sets, tmp_path)
+    one, two = (checkpoint.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert one["found"] == two["found"] == knn_accuracy(*sets, ks=[5, 20])
+    assert (len(one["rows"]), len(two["rows"])) == (31, 30)
+    assert sorted(one["rows"] + two["rows"]) == sorted(sets[2].tolist())
 
 
 def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
@@ -340,12 +356,7 @@ def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
         path.unlink()  # one image: the second process has none
     line = ["knn", "--data_path", str(images), *SMALL.split(), *NANO]
     line += ["--dump_features", str(tmp_path / "two"), "--output", str(tmp_path / "two.json")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _knn_one_of_two, (port, line), nprocs=2, start_method="spawn"
-    )
+    run_commands_in_two(line)
     assert distributed.world_size() == 1
     assert run(*NANO, "--dump_features", tmp_path / "one", "--output", tmp_path / "one.json") == 0
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from fastdino.evals.linear import AugmentedImages, train_transform
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
+from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
 FLAGS = (
@@ -342,25 +341,11 @@ def test_evaluate_takes_our_classifier_and_the_papers_linear_weights(run, tmp_pa
     assert json.loads((tmp_path / "b" / "evaluate.json").read_text())["acc1"] == found["acc1"]
 
 
-def _linear_one_of_two(rank, port, lines):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
-    for line in lines:
-        assert cli.main(line) == 0
-
-
 def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
     assert run("one") == 0
     line = ["linear", "--data_path", str(few), *FLAGS.split(), "--batch_size_per_gpu", "3"]
     cached = ["--cache", "--cache_epochs", "4"]
-    lines = [[*line, "--output_dir", str(tmp_path / "two"), *cached]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _linear_one_of_two, (port, lines), nprocs=2, start_method="spawn"
-    )
+    run_commands_in_two([*line, "--output_dir", str(tmp_path / "two"), *cached])
     assert_same_head(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-5)
     assert results_of(tmp_path / "two")["acc1"] == results_of(tmp_path / "one")["acc1"]
 

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
-import socket
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from fastdino.evals import retrieval
 from fastdino.evals.features import build_model
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import read_set
+from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
 SMALL = "--arch vit_nano --patch_size 8 --imsize 40 --num_workers 0 --device cpu"
@@ -133,7 +132,7 @@ def error_of(capsys):
         ("--imsize 7", "cannot take --imsize 7 px images"),
         ("--dataset roxford5k", "there is no ground truth"),
         ("--imsize 20 --multiscale true", "expected sides of at least 16 px"),
-        ("--output /nowhere/x.json", "cannot write /nowhere/x.json"),
+        ("--output /dev/null/x.json", "cannot write /dev/null/x.json"),
     ],
 )
 def test_mistakes_are_named(run, capsys, flags, part):
@@ -154,24 +153,8 @@ def test_images_missing_broken_and_smaller_than_a_patch_are_named(run, folder, c
     assert "1 images of" in error_of(capsys)
 
 
-def _one_of_two(rank, port, line):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
-    assert cli.main(line) == 0
-
-
-@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(run, folder, tmp_path):
     line = ["retrieval", "--data_path", str(folder), "--dataset", "rparis6k", *SMALL.split()]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _one_of_two,
-        (port, [*line, "--output", str(tmp_path / "two.json")]),
-        nprocs=2,
-        start_method="spawn",
-    )
+    run_commands_in_two([*line, "--output", str(tmp_path / "two.json")])
     assert run("--output", tmp_path / "one.json") == 0
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()

@@ -22,6 +22,7 @@ from fastdino import Trainer, checkpoint, cli, distributed, run
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from fastdino.run import EXIT_INTERRUPTED, MAX_ROLLBACKS, StopSignals, train
+from tests.processes import run_two
 
 STEPS = 4  # an epoch, of the fixture `pictures`
 
@@ -256,10 +257,7 @@ def test_rollback_from_weights_that_are_not_finite_leaves_out_the_last_batch(
     assert weights_of(tmp_path / "run")["left_out"] == [2 * STEPS - 1]
 
 
-def _train_one_of_two(rank, port, settings):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+def _train(settings):
     train(TrainConfig.from_dict(settings))
 
 
@@ -268,10 +266,7 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(config, tmp_pa
     one = config(output_dir=str(tmp_path / "one"), drop_path_rate=0.0)
     train(one)
     two = config(drop_path_rate=0.0, batch_size_per_gpu=2 // grad_accum, grad_accum=grad_accum)
-    port = 20000 + os.getpid() % 20000 + grad_accum
-    torch.multiprocessing.start_processes(
-        _train_one_of_two, (port, two.to_dict()), nprocs=2, start_method="spawn"
-    )
+    run_two(_train, two.to_dict())
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
     ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "one")
     torch.testing.assert_close(
@@ -288,10 +283,7 @@ def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs
         start.mkdir()
     shutil.copy(one / "checkpoint0000.pth", two / "checkpoint.pth")
     sharded = config(**settings, output_dir=str(two), batch_size_per_gpu=1, grad_accum=2, fsdp=True)
-    port = 20000 + os.getpid() % 20000 + 3
-    torch.multiprocessing.start_processes(
-        _train_one_of_two, (port, sharded.to_dict()), nprocs=2, start_method="spawn"
-    )
+    run_two(_train, sharded.to_dict())
     shutil.copy(two / "checkpoint0001.pth", then / "checkpoint.pth")
     train(config(**settings, output_dir=str(then)))
     assert losses_of(two) == pytest.approx(losses_of(one)[1:], rel=2e-4)
@@ -503,7 +495,9 @@ def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, caps
         for name, tensor in weights_of(tmp_path / "run")[key].items():
             wanted = start if name.startswith("backbone.") else fresh
             torch.testing.assert_close(tensor, wanted[name])
-    assert f"backbone of {path} in student and teacher; new heads" in capsys.readouterr().out
+    assert (
+        f"backbone of {path} (teacher) in student and teacher; new heads" in capsys.readouterr().out
+    )
     path.unlink()  # no longer needed
     assert train(config(**settings)) == "finished"
     captured = capsys.readouterr()

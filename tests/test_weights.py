@@ -244,8 +244,19 @@ def test_a_truncated_safetensors_is_named(trainer, tmp_path):
 
 def test_weights_to_start_from_have_the_runs_patch_grid(trainer, save):
     path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
-    same = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
+    same, key = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
+    assert key == "teacher"
     for name, tensor in trainer.teacher.backbone.state_dict().items():
         assert torch.equal(same[name], tensor)
-    larger = initial_weights(path, arch="vit_nano", patch_size=8, img_size=48)["pos_embed"]
-    assert torch.equal(larger, trainer.teacher.backbone.positions((6, 6)))
+    larger, _ = initial_weights(path, arch="vit_nano", patch_size=8, img_size=48)
+    assert torch.equal(larger["pos_embed"], trainer.teacher.backbone.positions((6, 6)))
+
+
+def test_weights_to_start_from_are_the_students_where_there_is_no_teacher(trainer, save):
+    path = save({"student": trainer.state_dict()["student"]})
+    found, key = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
+    assert key == "student"
+    for name, tensor in trainer.student.backbone.state_dict().items():
+        assert torch.equal(found[name], tensor)
+    path = save(trainer.student.backbone.state_dict())
+    assert initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)[1] is None

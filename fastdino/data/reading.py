@@ -13,9 +13,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from PIL import Image, UnidentifiedImageError
+
+from fastdino.errors import DataError
 
 T = TypeVar("T")
 
@@ -33,6 +36,9 @@ PAUSES = (0.1, 0.5, 2.0)
 
 # The last bytes of a whole file, for the formats whose header says nothing about its length.
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+# Modes whose pixels are numbers: a palette's, gray of 8 bits, of 1, of 32, of 16.
+NUMBERS = ("P", "L", "1", "I", "I;16")
 
 _ORIENTATION = 0x0112
 # EXIF orientation -> what turns the picture upright; those from 5 on swap height and width.
@@ -255,3 +261,20 @@ def quiet_pillow() -> Iterator[None]:
 def silence_pillow() -> None:
     """Silences Pillow's warnings (large images, odd metadata), in all threads."""
     warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+
+
+@contextmanager
+def explained_reading(path: str | Path) -> Iterator[None]:
+    """Turns what reading or decoding a file raises into a DataError: its name, and why."""
+    try:
+        yield
+    except (MemoryError, DataError):
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
+        raise DataError(f"{path} {reason_of(error)}") from error
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """The picture of a file as decode_rgb gives it; raises DataError where it cannot be read."""
+    with explained_reading(path):
+        return decode_rgb(read_file(str(path)))

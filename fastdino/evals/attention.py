@@ -5,10 +5,8 @@ Legend: B images, H heads, h x w patches, P pixels a patch's side.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from fastdino import checkpoint
 from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VisionTransformer
 
@@ -145,14 +142,6 @@ def check_size(name: str, size: Sequence[int] | None) -> None:
             f"--{name} must be a height and a width, or the shorter side alone, in pixels from 1; "
             f"got {given}"
         )
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Writes a result, whole or not at all."""
-    with checkpoint.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.replacing(path) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
 
 
 def pretrained_side(model: VisionTransformer) -> int:

@@ -30,11 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino import checkpoint
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.distributed import choose_device
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import DataError
 from fastdino.evals.attention import (
     LACKS,
     attention_maps,
@@ -43,7 +43,6 @@ from fastdino.evals.attention import (
     fit,
     head_statistics,
     keep_mass,
-    write_json,
 )
 from fastdino.evals.attention_masks import measure
 from fastdino.evals.attention_pictures import (
@@ -166,7 +165,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         "images": records,
         "skipped": skipped,
     }
-    write_json(result, root / "attention.json")
+    checkpoint.write_json(result, root / "attention.json")
     return len(records)
 
 
@@ -206,10 +205,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino attention`."""
     check_threshold(args.threshold)
     check_size("image_size", args.image_size)
-    if args.batch_size_per_gpu < 1:
-        raise ConfigError(f"--batch_size_per_gpu must be at least 1, got {args.batch_size_per_gpu}")
-    if args.num_workers < 0:
-        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
+    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
+    check_at_least(args, 0, "num_workers")
     device = choose_device(args.device)
     root = Path(args.output_dir)
     if args.data_path is None:
@@ -217,7 +214,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{root}: pictures of {count} image(s), and attention.json")
         return 0
     result = measure(args, device)
-    write_json(result, root / "jaccard.json")
+    checkpoint.write_json(result, root / "jaccard.json")
     for name in ("trained", "untrained"):
         if name in result:
             print(f"Jaccard of the best head, {name} network: {result[name]['best_head']:.1f} %")

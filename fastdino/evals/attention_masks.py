@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastdino.data.pil import cpu_count
 from fastdino.data.places import EXTENSIONS
-from fastdino.data.reading import decode_rgb, quiet_pillow, read_file, reason_of
+from fastdino.data.reading import NUMBERS, explained_reading, quiet_pillow, read_rgb
 from fastdino.errors import DataError
 from fastdino.evals.attention import (
     LACKS,
@@ -118,21 +118,16 @@ def read_mask(path: Path, void: int | None) -> NDArray[np.uint8]:
 
     Raises: DataError: it cannot be read.
     """
-    try:
-        with quiet_pillow(), Image.open(path) as image:
-            if image.mode in ("1", "L", "P", "I", "I;16"):
-                values = np.asarray(image)
-                unknown = values == void if void is not None else np.zeros(values.shape, bool)
-                inside = values > 0
-            else:
-                colours = np.asarray(image.convert("RGB"))
-                inside = colours.max(axis=2) > 0
-                colour = (-1, -1, -1) if void is None else VOC_VOID_COLOUR
-                unknown = (colours == np.array(colour)).all(axis=2)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-        raise DataError(f"{path} {reason_of(error)}") from error
+    with quiet_pillow(), explained_reading(path), Image.open(path) as image:
+        if image.mode in NUMBERS:
+            values = np.asarray(image)
+            unknown = values == void if void is not None else np.zeros(values.shape, bool)
+            inside = values > 0
+        else:
+            colours = np.asarray(image.convert("RGB"))
+            inside = colours.max(axis=2) > 0
+            colour = (-1, -1, -1) if void is None else VOC_VOID_COLOUR
+            unknown = (colours == np.array(colour)).all(axis=2)
     return np.where(unknown, VOID, np.where(inside, FOREGROUND, BACKGROUND)).astype(np.uint8)
 
 
@@ -157,13 +152,8 @@ class _Pairs(Dataset["_Pair | DataError"]):
 
     def pair(self, index: int) -> _Pair:
         path = self.found.images[index]
-        try:
-            with quiet_pillow():
-                picture = decode_rgb(read_file(str(path)))
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-            raise DataError(f"{path} {reason_of(error)}") from error
+        with quiet_pillow():
+            picture = read_rgb(path)
         mask = Image.fromarray(read_mask(self.found.masks[index], self.found.void))
         if mask.size != picture.size:
             raise DataError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino import checkpoint
+from fastdino.config import check_at_least
 from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention import (
@@ -30,7 +31,6 @@ from fastdino.evals.attention import (
     fit,
     head_statistics,
     keep_mass,
-    write_json,
 )
 from fastdino.evals.attention_pictures import (
     Pixels,
@@ -40,7 +40,7 @@ from fastdino.evals.attention_pictures import (
     overlay_picture,
 )
 from fastdino.evals.features import add_network_flags, load_vit, to_input
-from fastdino.evals.video_files import FORMATS, Frames, open_frames, video_writer
+from fastdino.evals.video_files import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
 from fastdino.models.vit import VisionTransformer
 
 # What a frame of the video shows, side by side in the order of --show.
@@ -140,7 +140,10 @@ def _batches(frames: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino video`: those of the paper's video_generation.py, then ours."""
+    """Adds the flags of `fastdino video`: the paper's (video_generation.py), then ours.
+
+    Not the paper's --video_only, which makes a video of pictures that are there.
+    """
     add = parser.add_argument
     add_network_flags(parser, "a vit_*")
     add("--input_path", required=True, help="a video file, or a folder of frames")
@@ -171,8 +174,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino video`."""
     check_threshold(args.threshold)
     check_size("resize", args.resize)
-    if args.batch_size_per_gpu < 1:
-        raise ConfigError(f"--batch_size_per_gpu must be at least 1, got {args.batch_size_per_gpu}")
+    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
     if args.fps is not None and not 0.1 <= args.fps <= 1000:
         raise ConfigError(f"--fps must be from 0.1 to 1000, got {args.fps}")
     path = output_file(args.output_path, args.video_format)
@@ -196,7 +198,8 @@ def main(args: argparse.Namespace) -> int:
     )
     record = {"input_path": args.input_path, "output_path": str(path), "arch": arch}
     record |= {name: getattr(args, name) for name in ("pretrained_weights", "threshold", "show")}
-    write_json(record | {"patch_size": model.patch_size} | found, path.with_suffix(".json"))
+    record |= {"patch_size": model.patch_size, **found}
+    checkpoint.write_json(record, path.with_suffix(".json"))
     if frames.count not in (None, found["frames"]):
         print(
             f"{args.input_path} announces {frames.count} frames, {found['frames']} were decoded",
@@ -207,7 +210,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def output_file(path: str, video_format: str) -> Path:
-    """The file that --output_path means: itself, or video.<format> in the folder."""
-    if Path(path).suffix.lower() in FORMATS and not os.path.isdir(path):
+    """The file that --output_path means: itself, or video.<format> in the folder.
+
+    Raises: ConfigError: it looks like a file of another format.
+    """
+    suffix = Path(path).suffix.lower()
+    if os.path.isdir(path) or not suffix:
+        return Path(path) / f"video.{video_format}"
+    if suffix in FORMATS:
         return Path(path)
+    if suffix in OTHER_FORMATS:
+        raise ConfigError(
+            f"--output_path {path}: expected a folder, or a file that ends in {' '.join(FORMATS)}"
+        )
     return Path(path) / f"video.{video_format}"

@@ -8,7 +8,6 @@ jpegqual/<quality>/, crops/<percent>/      altered by a program, under the origi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.descriptors import (
     Picture,
@@ -33,7 +32,6 @@ from fastdino.evals.descriptors import (
 )
 from fastdino.evals.features import add_network_flags, add_process_flags, build_model, to_input
 from fastdino.evals.ranking import Places, copydays_map, micro_ap
-from fastdino.evals.retrieval import check_flags
 from fastdino.models.vit import VisionTransformer
 
 ORIGINAL, STRONG = "original", "strong"
@@ -72,7 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino copydays`."""
-    check_flags(args)
+    check_at_least(args, 1, "imsize", "batch_size_per_gpu", "patch_size")
+    check_at_least(args, 0, "num_workers")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         originals, blocks, extra = distributed.from_main(lambda: find_pictures(args))
@@ -221,5 +220,4 @@ def report(
             "images": counts,
             "blocks": scores,
         }
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
+from fastdino.config import check_at_least
 from fastdino.data.pil import MEAN, cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.davis_layout import (
@@ -80,7 +81,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino davis`."""
-    check_flags(args)
+    check_at_least(args, 1, "topk", "bs", "size", "patch_size")
+    check_at_least(args, 0, "n_last_frames", "size_mask_neighborhood", "num_workers")
     device = distributed.choose_device(args.device)
     sequences = find_sequences(Path(args.data_path), split=args.split, year=args.year)
     for sequence in sequences:  # a bad one ends it now, not after an hour
@@ -109,18 +111,6 @@ def main(args: argparse.Namespace) -> int:
     results.finish(sequences)
     print(describe_total(results.total))
     return 0
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises ConfigError where a number cannot be."""
-    for name in ("topk", "bs", "size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("n_last_frames", "size_mask_neighborhood", "num_workers"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:

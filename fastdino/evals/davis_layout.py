@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fastdino.data.davis_frames import RESOLUTION, sequence_names
+from fastdino.data.reading import NUMBERS, Header, explained_reading, read_header, read_rgb
 from fastdino.data.shapes import davis_palette
 from fastdino.errors import DataError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 VOID = 255
-NUMBERS = ("P", "L", "1")  # modes whose pixels are numbers
 LISTS = {
     "2017": ("ImageSets/2017",),
     "2016": (f"ImageSets/{RESOLUTION}", "ImageSets/2016"),
@@ -103,11 +103,10 @@ def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    header = read_header(str(path))
+    if not isinstance(header, Header):
+        raise DataError(f"{path} {header.reason}")
+    return header.height, header.width
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -116,7 +115,7 @@ def _by(size: tuple[int, int]) -> str:
 
 def read_frame(path: Path) -> Tensor:
     """A frame [3, H, W] uint8, RGB; raises DataError where it cannot be decoded."""
-    return torch.from_numpy(_pixels(path)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(read_rgb(path))).permute(2, 0, 1)
 
 
 def read_mask(path: Path, *, binary: bool) -> np.ndarray:
@@ -125,23 +124,17 @@ def read_mask(path: Path, *, binary: bool) -> np.ndarray:
     A palette's colours do not matter, the numbers do. A mask saved as colours is read by DAVIS's
     palette.
 
-    Raises: DataError: unreadable, or a colour that the palette does not have.
+    Raises: DataError: unreadable, a number above 255, or a colour that the palette does not have.
     """
-    pixels = _pixels(path, *NUMBERS)
+    with explained_reading(path), Image.open(path) as image:
+        pixels = np.array(image if image.mode in NUMBERS else image.convert("RGB"))
     if binary:
         return ((pixels if pixels.ndim == 2 else pixels.max(2)) > 0).astype(np.uint8)
+    if pixels.ndim == 2 and pixels.max() > VOID:
+        raise DataError(f"{path} holds {pixels.max()}; expected object numbers, or {VOID} for void")
     mask = pixels.astype(np.uint8) if pixels.ndim == 2 else _numbers_of_colours(pixels, path)
     mask[mask == VOID] = 0
     return mask
-
-
-def _pixels(path: Path, *modes: str) -> np.ndarray:
-    """A picture as it is where its mode is one of `modes`, else as RGB."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image if image.mode in modes else image.convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-        raise DataError(f"cannot decode {path}: {error}") from error
 
 
 def _numbers_of_colours(pixels: np.ndarray, path: Path) -> np.ndarray:

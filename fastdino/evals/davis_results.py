@@ -91,10 +91,7 @@ class Results:
 
     def _write(self) -> None:
         state = {"settings": self.settings, "global": self.total, "sequences": self.sequences}
-        with checkpoint.explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoint.replacing(self.path) as file:
-                file.write((json.dumps(state, indent=2) + "\n").encode())
+        checkpoint.write_json(state, self.path)
 
 
 def describe(sequence: Sequence, entry: dict[str, Any]) -> str:

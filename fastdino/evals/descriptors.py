@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastdino import distributed
 from fastdino.data.pil import cpu_count
 from fastdino.data.places import EXTENSIONS
+from fastdino.data.reading import explained_reading, read_rgb
 from fastdino.errors import DataError
 from fastdino.models.vit import VisionTransformer
 
@@ -138,12 +139,12 @@ class Pictures(Dataset["tuple[int, Tensor | str]"]):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         picture = self.pictures[index]
         try:
-            with Image.open(picture.path) as file:
-                image = file.convert("RGB")
-            if picture.box is not None:
-                image = image.crop(picture.box)
-        except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-            return index, f"cannot decode {picture.path}: {error}"
+            with explained_reading(picture.path):
+                image = read_rgb(picture.path)
+                if picture.box is not None:
+                    image = image.crop(picture.box)  # refused where it is huge
+        except DataError as error:
+            return index, str(error)
         tensor = self.transform(image)
         height, width = tensor.shape[1:]
         if min(height, width) < self.min_side:

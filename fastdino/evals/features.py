@@ -146,8 +146,6 @@ def load_vit(
 
     Raises: ConfigError: it is no ViT of ours. CheckpointError: see load_backbone.
     """
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
     torch.manual_seed(args.seed)
     backbone = load_backbone(
         args.pretrained_weights,

@@ -6,7 +6,6 @@ Legend: N training images, M validation images, D channels, C classes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.evals.features import (
     PATH_HELP,
@@ -42,6 +41,9 @@ def knn_accuracy(
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 accuracy in percent of k-NN, each neighbour's vote exp(cosine / temperature).
 
+    In a run of many processes, which all have the same features, each classifies a share of the
+    validation images, and every one gets the whole's accuracies.
+
     Args:
         train_features [N, D], val_features [M, D]: L2-normalised, one device.
         train_labels [N], val_labels [M]: class numbers from 0.
@@ -50,24 +52,23 @@ def knn_accuracy(
     Returns: k -> (top-1, top-5); with k below 5 the latter is top-k, as in the paper's code.
     """
     classes = int(torch.cat((train_labels, val_labels)).max()) + 1
-    correct = {k: [0, 0] for k in ks}
+    correct = torch.zeros(len(ks), 2, dtype=torch.long)  # at top-1 and top-5
     rows = max(1, CHUNK_ELEMENTS // max(len(train_features), 1))
-    for features, labels in zip(val_features.split(rows), val_labels.split(rows), strict=True):
-        most = min(max(ks), len(train_features))
+    share = slice(distributed.rank(), None, distributed.world_size())
+    chunks = zip(val_features[share].split(rows), val_labels[share].split(rows), strict=True)
+    most = min(max(ks), len(train_features))
+    for features, labels in chunks:
         similarity, neighbours = (features @ train_features.T).topk(most, dim=1)
         neighbour_labels = train_labels[neighbours]
         # Relative to the nearest one's: the same order, and no overflow at low temperatures.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        for k in ks:
+        for i, k in enumerate(ks):
             scores = torch.zeros(len(features), classes, device=votes.device, dtype=votes.dtype)
             scores.scatter_add_(1, neighbour_labels[:, :k], votes[:, :k])
             hits = scores.topk(min(5, k, classes), dim=1).indices == labels[:, None]
-            correct[k][0] += int(hits[:, 0].sum())
-            correct[k][1] += int(hits.sum())
-    return {
-        k: (100 * top1 / len(val_labels), 100 * top5 / len(val_labels))
-        for k, (top1, top5) in correct.items()
-    }
+            correct[i] += torch.stack((hits[:, 0].sum(), hits.sum())).cpu()
+    percent = 100 * distributed.total(correct).double() / len(val_labels)
+    return {k: (top1, top5) for k, (top1, top5) in zip(ks, percent.tolist(), strict=True)}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,24 +91,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino knn`."""
-    for name in ("batch_size_per_gpu", "resize", "crop"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(args.nb_knn) < 1 or not args.temperature > 0:
-        raise ConfigError(
-            f"--nb_knn and --temperature must be above 0, got {args.nb_knn}, {args.temperature}"
-        )
-    if args.num_workers < 0:
-        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
+    check_at_least(args, 1, "batch_size_per_gpu", "resize", "crop", "patch_size")
+    check_at_least(args, 0, "num_workers")
+    if min(args.nb_knn) < 1:
+        raise ConfigError(f"--nb_knn must be numbers from 1, got {args.nb_knn}")
+    if not args.temperature > 0:
+        raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         tensors = load_features(args) if args.load_features else compute_features(args, device)
-        if distributed.rank() > 0:
-            return 0
         if args.dump_features:
-            dump_features(Path(args.dump_features), tensors)
+            distributed.from_main(lambda: dump_features(Path(args.dump_features), tensors))
         if args.use_cuda:
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         accuracy = knn_accuracy(
@@ -118,12 +112,13 @@ def main(args: argparse.Namespace) -> int:
             ks=args.nb_knn,
             temperature=args.temperature,
         )
+        if distributed.rank() > 0:
+            return 0
     for k, (top1, top5) in accuracy.items():
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
         result = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()}
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))
     return 0
 
 

@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
@@ -87,13 +87,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for name in AT_LEAST_ONE:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
-    for name in ("num_workers", "cache_epochs", "seed"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    check_at_least(args, 1, *AT_LEAST_ONE)
+    check_at_least(args, 0, "num_workers", "cache_epochs", "seed")
     if not 0 < args.lr < float("inf"):
         raise ConfigError(f"--lr must be a finite number above 0, got {args.lr}")
     if args.cache_epochs and args.cache is None:
@@ -155,11 +150,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        output = Path(args.output_dir)
-        with checkpoint.explained(output):
-            output.mkdir(parents=True, exist_ok=True)
-            result = {"linear_weights": str(path), **found, **data.protocol}
-            (output / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
+        result = {"linear_weights": str(path), **found, **data.protocol}
+        checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
 
@@ -372,17 +364,16 @@ def _end_epoch(
 
 
 def _write_results(output: Path, probe: Probe, data: Data) -> None:
-    with checkpoint.explained(output / "linear.json"):
-        lines = (output / "log.txt").read_text().splitlines()
-        last = json.loads(lines[-1]) if lines else {}
-        result = {
-            "acc1": last.get("test_acc1"),
-            "acc5": last.get("test_acc5"),
-            "best_acc1": probe.best_acc,
-            "epochs": probe.epoch,
-            "classes": probe.linear.out_features,
-            "features": data.dim,
-            **data.protocol,
-        }
-        (output / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = (output / "log.txt").read_text().splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    result = {
+        "acc1": last.get("test_acc1"),
+        "acc5": last.get("test_acc5"),
+        "best_acc1": probe.best_acc,
+        "epochs": probe.epoch,
+        "classes": probe.linear.out_features,
+        "features": data.dim,
+        **data.protocol,
+    }
+    checkpoint.write_json(result, output / "linear.json")
     data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino import checkpoint, distributed
-from fastdino.config import parse_bool
+from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
-from fastdino.errors import ConfigError
 from fastdino.evals.descriptors import (
     SCALES,
     Model,
@@ -50,7 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino retrieval`."""
-    check_flags(args)
+    check_at_least(args, 1, "imsize", "batch_size_per_gpu", "patch_size")
+    check_at_least(args, 0, "num_workers")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         found = distributed.from_main(
@@ -63,17 +62,6 @@ def main(args: argparse.Namespace) -> int:
         scores = revisited_scores(queries.to(where), database.to(where), found.relevance)
     report(args, found, scores)
     return 0
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises ConfigError where a number cannot be; `fastdino copydays` has the same ones."""
-    for name in ("imsize", "batch_size_per_gpu"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_workers < 0:
-        raise ConfigError(f"--num_workers must be at least 0, got {args.num_workers}")
-    if args.patch_size is not None and args.patch_size < 1:
-        raise ConfigError(f"--patch_size must be at least 1, got {args.patch_size}")
 
 
 def transform_to(size: int) -> Callable[[Image.Image], Tensor]:
@@ -139,5 +127,4 @@ def report(
             "database": len(found.database),
             **scores,
         }
-        with checkpoint.explained(Path(args.output)):
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_json(result, Path(args.output))

@@ -21,14 +21,7 @@ from PIL import Image
 
 from fastdino import checkpoint
 from fastdino.data.places import EXTENSIONS
-from fastdino.data.reading import (
-    Header,
-    decode_rgb,
-    quiet_pillow,
-    read_file,
-    read_header,
-    reason_of,
-)
+from fastdino.data.reading import Header, quiet_pillow, read_header, read_rgb
 from fastdino.errors import DataError
 
 # Ending of a file -> the container's name, and codecs: the first that is there is taken.
@@ -40,6 +33,8 @@ FORMATS = {
     ".avi": ("avi", _H264),
     ".webm": ("webm", ("libvpx-vp9", "libvpx")),
 }
+OTHER_FORMATS = (".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".jpg", ".png")
+EXPECTED = "expected a whole video that FFmpeg reads, or a folder of frames: convert it"
 FOLDER_FPS = 30.0  # frames in a folder say nothing; the paper's video_generation.py takes this
 QUALITY = "18"  # x264's and VP9's constant rate factor: blocks of patches keep their edges
 
@@ -91,7 +86,7 @@ def _open_folder(folder: Path) -> Frames:
         with quiet_pillow():
             header = read_header(str(file))
         if not isinstance(header, Header):
-            raise DataError(f"the frame {file} {header.reason}")
+            raise DataError(f"{file} {header.reason}")
         sizes.append((header.height, header.width))
         if sizes[-1] != sizes[0]:
             raise DataError(
@@ -102,13 +97,8 @@ def _open_folder(folder: Path) -> Frames:
 
     def read() -> Iterator[Image.Image]:
         for file in files:
-            try:
-                with quiet_pillow():
-                    frame = decode_rgb(read_file(str(file)))
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                raise DataError(f"the frame {file} {reason_of(error)}") from error
+            with quiet_pillow():
+                frame = read_rgb(file)
             yield frame
 
     return Frames(str(folder), sizes[0], FOLDER_FPS, len(files), read)
@@ -123,7 +113,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _open_video(path: str) -> Frames:
     first = next(_decode(path), None)
     if first is None:
-        raise DataError(f"{path} cannot be decoded: it holds no frame")
+        raise DataError(f"{path} cannot be decoded: it holds no frame; {EXPECTED}")
     with _decoding(path), av.open(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
@@ -138,7 +128,7 @@ def _decode(path: str) -> Iterator[Image.Image]:
     number = 0
     with _decoding(path, lambda: f" at frame {number}"), av.open(path) as container:
         if not container.streams.video:
-            raise DataError(f"{path} cannot be decoded: it has no video in it")
+            raise DataError(f"{path} cannot be decoded: it has no video in it; {EXPECTED}")
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             # Phones film with the sensor as it lies, and note the turn, counterclockwise.
@@ -154,7 +144,7 @@ def _decoding(path: str, where: Callable[[], str] = lambda: "") -> Iterator[None
         yield
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__
-        raise DataError(f"{path} cannot be decoded{where()}: {reason}") from error
+        raise DataError(f"{path} cannot be decoded{where()}: {reason}; {EXPECTED}") from error
 
 
 @contextmanager
