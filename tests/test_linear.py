@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -255,6 +257,35 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(run, tmp_path, monkeypatch, 
     before = (tmp_path / "cut" / "checkpoint.pth.tar").read_bytes()
     assert run("cut") == 0
     assert (tmp_path / "cut" / "checkpoint.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 8])
+def test_a_signal_ends_it_after_the_step_saved_and_it_goes_on_bit_for_bit(
+    run, tmp_path, monkeypatch, capsys, step
+):
+    batch = ["--batch_size_per_gpu", "3"]  # 4 steps an epoch
+    assert run("whole", *batch) == 0
+    steps = []
+    backward = torch.Tensor.backward
+
+    def signalled(loss):
+        steps.append(loss)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        backward(loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", signalled)
+        assert run("cut", *batch) == 75
+    assert len(steps) == step
+    captured = capsys.readouterr()
+    epochs, left = divmod(step - 1, 4)
+    assert f"stopped by SIGTERM after {epochs} epochs and {3 * (left + 1)} images" in captured.out
+    assert len(log_of(tmp_path / "cut") if epochs else []) == epochs
+    assert run("cut", *batch) == 0
+    assert "images of the next" in capsys.readouterr().out
+    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ import torch
 from fastdino import Trainer, checkpoint, cli, distributed, run
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
-from fastdino.run import EXIT_INTERRUPTED, MAX_ROLLBACKS, StopSignals, train
+from fastdino.run import MAX_ROLLBACKS, train
+from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from tests.processes import run_two
 
 STEPS = 4  # an epoch, of the fixture `pictures`

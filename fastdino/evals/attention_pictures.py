@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdino.evals.mask_overlay import mix
+
 COLORMAP = "inferno"
 # Of a mask: what is left of the image's brightness outside, and how much of the colour is inside.
 DIMMED, TINT = 0.3, 0.45
@@ -46,8 +48,7 @@ def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) ->
 def overlay_picture(pixels: Pixels, map_: Tensor) -> Pixels:
     """The image under one map [h, w]."""
     heat = map_picture(map_, pixels.shape[:2], smooth=True)
-    mixed = (1 - OVERLAY) * pixels.astype(np.float32) + OVERLAY * heat
-    return (mixed + 0.5).astype(np.uint8)
+    return mix(pixels, heat, OVERLAY)
 
 
 def mask_picture(pixels: Pixels, mask: Tensor, head: int = 0) -> Pixels:
@@ -55,11 +56,8 @@ def mask_picture(pixels: Pixels, mask: Tensor, head: int = 0) -> Pixels:
     height, width = pixels.shape[:2]
     inside = F.interpolate(mask.float().cpu()[None, None], size=(height, width))[0, 0].bool()
     colour = 255 * np.array(colormaps["tab10"](head % 10)[:3], np.float32)
-    plain = pixels.astype(np.float32)
-    tinted = (1 - TINT) * plain + TINT * colour
-    dim = DIMMED * plain.mean(axis=2, keepdims=True)
-    chosen = np.where(inside.numpy()[..., None], tinted, dim)
-    return (chosen + 0.5).astype(np.uint8)
+    dim = (DIMMED * pixels.mean(axis=2, keepdims=True)).round().astype(np.uint8)
+    return np.where(inside.numpy()[..., None], mix(pixels, colour, TINT), dim)
 
 
 def heads_picture(maps: Tensor, size: tuple[int, int]) -> Pixels:

@@ -40,6 +40,7 @@ from fastdino.evals.features import (
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.progress import drop_log_lines
+from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 AT_LEAST_ONE = (
@@ -100,7 +101,10 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
-    """Trains a classifier, or goes on with output_dir's, and says how good it is."""
+    """Trains a classifier, or goes on with output_dir's, and says how good it is.
+
+    Returns: 0, or 75 where SIGTERM or SIGINT came: the step was finished and everything saved.
+    """
     output = Path(args.output_dir)
     if (output / "checkpoint.pth").exists():
         raise ConfigError(
@@ -118,26 +122,47 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     path = output / "checkpoint.pth.tar"
     if distributed.from_main(path.exists):
         probe.resume(path, data.protocol)
-        data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done")
+        begun = f", and {probe.seen} images of the next" if probe.seen else ""
+        data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done{begun}")
     distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
-    passes, val = data.passes() if probe.epoch < args.epochs else ([], None)
-    while probe.epoch < args.epochs:
-        line: dict[str, float] = {"train_lr": probe.lr}
-        images, features = passes[probe.epoch % len(passes)]
-        epoch = probe.epoch
-        line["train_loss"] = probe.train_epoch(data.train_batches(images, epoch), features)
-        line["epoch"] = epoch
-        if epoch % args.val_freq == 0 or probe.epoch == args.epochs:
-            assert val is not None
-            found = probe.validate(data.val_batches(val[0]), val[1])
-            _require_images(found, args)
-            probe.best_acc = max(probe.best_acc, found["acc1"])
-            line |= {f"test_{name}": found[name] for name in ("loss", "acc1", "acc5")}
-            data.say(_accuracies(found, f"epoch {probe.epoch}/{args.epochs}: "))
-        distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
+    if probe.epoch < args.epochs:
+        passes, val = data.passes()
+        with StopSignals() as signals:
+            while probe.epoch < args.epochs:
+                line = _run_epoch(data, probe, passes, val, signals)
+                if line is not None:
+                    distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
+                if signals.agreed() and probe.epoch < args.epochs:
+                    distributed.from_main(partial(probe.save, path, data.protocol))
+                    data.say(
+                        f"stopped by {signals.received} after {probe.epoch} epochs and "
+                        f"{probe.seen} images, saved; the same command goes on"
+                    )
+                    return EXIT_INTERRUPTED
     if distributed.rank() == 0:
         _write_results(output, probe, data)
     return 0
+
+
+def _run_epoch(
+    data: Data, probe: Probe, passes: list[_Pass], val: _Pass, signals: StopSignals
+) -> dict[str, float] | None:
+    """Trains for an epoch, or the rest of one, and validates; the log's line, None if stopped."""
+    args, epoch = data.args, probe.epoch
+    line: dict[str, float] = {"train_lr": probe.lr}
+    images, features = passes[epoch % len(passes)]
+    batches = data.train_batches(images, epoch, seen=probe.seen)
+    loss = probe.train_epoch(batches, features, signals.agreed_after_step)
+    if loss is None:
+        return None
+    line |= {"train_loss": loss, "epoch": epoch}
+    if epoch % args.val_freq == 0 or probe.epoch == args.epochs:
+        found = probe.validate(data.val_batches(val[0]), val[1])
+        _require_images(found, args)
+        probe.best_acc = max(probe.best_acc, found["acc1"])
+        line |= {f"test_{name}": found[name] for name in ("loss", "acc1", "acc5")}
+        data.say(_accuracies(found, f"epoch {probe.epoch}/{args.epochs}: "))
+    return line
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> int:
@@ -301,8 +326,11 @@ class Data:
         )
         return rows, _as_it_is
 
-    def train_batches(self, images: Dataset[tuple[Tensor, int]], epoch: int) -> Batches:
-        """Shuffled batches of this process; images are repeated until the processes divide them."""
+    def train_batches(self, images: Dataset[tuple[Tensor, int]], epoch: int, seen: int) -> Batches:
+        """Shuffled batches of this process; images are repeated until the processes divide them.
+
+        seen: images of the epoch that all processes together are done with.
+        """
         sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(
             images,
             num_replicas=distributed.world_size(),
@@ -310,7 +338,8 @@ class Data:
             seed=self.args.seed,
         )
         sampler.set_epoch(epoch)
-        return self._loader(images, sampler=sampler)
+        left = list(sampler)[seen // distributed.world_size() :]
+        return self._loader(images, sampler=left)
 
     def val_batches(self, images: Dataset[tuple[Tensor, int]]) -> Batches:
         """Batches of this process's share, in order."""

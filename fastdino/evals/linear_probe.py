@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class Probe:
         seed: of the weights, normal of std .01; the biases are 0.
 
     Attributes:
-        epoch: epochs done. best_acc: best top-1 so far, percent.
+        epoch: epochs done. losses: of the steps done in the one that was begun. seen: images that
+            these were of, in all processes. best_acc: best top-1 so far, percent.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Probe:
     ):
         self.device, self.epochs = device, epochs
         self.epoch, self.best_acc = 0, 0.0
+        self.losses: list[Tensor] = []
+        self.seen = 0
         self.linear = nn.Linear(dim, classes)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
@@ -96,13 +100,20 @@ class Probe:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train_epoch(
-        self, batches: Iterable[tuple[Tensor, Tensor]], features: Callable[[Tensor], Tensor]
-    ) -> float:
-        """One epoch; returns the mean loss of its steps.
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        features: Callable[[Tensor], Tensor],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """One epoch, or what is left of one; returns the mean loss of its steps.
 
-        Raises: NonFiniteError: that is not finite.
+        Args:
+            batches: those of the epoch's images that were not seen yet.
+            stopped: asked after each step; where it says so, None is returned, and the epoch can be
+                gone on with.
+
+        Raises: NonFiniteError: the loss is not finite.
         """
-        losses = []
         title = f"epoch {self.epoch + 1}/{self.epochs}"
         for batch, labels in tqdm(batches, desc=title, disable=not sys.stderr.isatty()):
             labels = labels.to(self.device)
@@ -116,14 +127,21 @@ class Probe:
                 assert parameter.grad is not None
                 parameter.grad = distributed.mean(parameter.grad)
             self.optimizer.step()
-            losses.append(loss.detach())
-        mean = distributed.mean(torch.stack(losses).mean()).item()
+            self.losses.append(loss.detach())
+            self.seen += len(labels) * distributed.world_size()
+            if stopped():
+                return None
+        mean = distributed.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise NonFiniteError(
                 f"the loss of epoch {self.epoch + 1} is {mean}: lower --lr, or look at the weights"
             )
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # Where a run was stopped after an epoch's last step, the optimizer stepped before it.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.epoch += 1
+        self.losses, self.seen = [], 0
         return mean
 
     @torch.no_grad()
@@ -159,6 +177,8 @@ class Probe:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "best_acc": self.best_acc,
+            "losses": [loss.item() for loss in self.losses],
+            "seen": self.seen,
             "protocol": protocol,
         }
         checkpoint.save(state, path)
@@ -189,6 +209,8 @@ class Probe:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best_acc = int(state["epoch"]), float(state["best_acc"])
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state.get("losses", [])]
+        self.seen = int(state.get("seen", 0))
 
     def load_head(self, path: Path) -> dict[str, Any]:
         """Takes up the classifier of a checkpoint or of the paper's linear weights; returns it all.

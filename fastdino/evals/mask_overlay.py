@@ -1,12 +1,14 @@
-"""Pictures of masks: objects coloured over their frames."""
+"""Colours over pictures: one mixing for all overlays, objects over their frames, sheets of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data.shapes import davis_palette
@@ -16,6 +18,14 @@ _SHARE = 0.5  # of the object's colour; its outline has it whole
 _GAP = 4  # pixels between pictures
 
 
+def mix(
+    pixels: NDArray[np.uint8], colours: NDArray[Any], share: float | NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] with a share, 0 to 1, of other colours in each; these and it broadcast."""
+    plain = pixels.astype(np.float32)
+    return (plain + share * (colours - plain)).round().astype(np.uint8)
+
+
 def overlay(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A frame [H, W, 3] uint8 with the objects of a mask [H, W] uint8 in DAVIS's colours."""
     colours = np.array(davis_palette(), np.float32).reshape(256, 3)[mask]
@@ -23,8 +33,7 @@ def overlay(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     objects = torch.from_numpy(mask == np.unique(mask)[:, None, None])
     outline = boundary(objects).any(0).numpy()
     share[outline & (mask > 0)] = 1
-    mixed = frame + share[..., None] * (colours - frame)
-    return mixed.round().astype(np.uint8)
+    return mix(frame, colours, share[..., None])
 
 
 def draw_sheet(rows: Sequence[Sequence[np.ndarray]], path: Path, *, width: int = 320) -> None:
