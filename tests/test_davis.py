@@ -18,6 +18,7 @@ from fastdino.evals.davis import prepare, working_size
 from fastdino.evals.davis_layout import find_sequences, read_mask
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.weights import load_backbone
+from tests.commands import error_of
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
 COLOURS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
@@ -327,13 +328,6 @@ def test_working_sizes_are_the_papers():
     assert working_size((500, 500), 480) == (480, 448)
     with pytest.raises(ConfigError, match="--size 40 makes frames of 60 x 60 px less than 64 px"):
         working_size((60, 60), 40)
-
-
-def error_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.err.startswith("fastdino davis: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def spoil(root, name):

@@ -18,12 +18,12 @@ from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
 from fastdino.evals.knn import knn_accuracy
+from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 SMALL = "--resize 36 --crop 32 --num_workers 0 --batch_size_per_gpu 5 --nb_knn 1 3 --device cpu"
 NANO = ["--arch", "vit_nano", "--patch_size", "8"]
-COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
 
 
 def clustered(n, classes, *, dim=6, seed=0):
@@ -144,21 +144,9 @@ def test_features_are_normalised_and_in_the_order_of_the_folder(pictures, worker
     assert labels.tolist() == source.labels.tolist() == sorted([0, 1, 2] * 6)
 
 
-def write_pictures(folder, n, colour, rng):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        pixels = np.clip(rng.normal(colour, 50, (40, 48, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
 @pytest.fixture
 def images(tmp_path):
-    """train/ with 4 pictures a class and val/ with 2; a class is a colour."""
-    rng = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        write_pictures(tmp_path / "images" / "train" / name, 4, colour, rng)
-        write_pictures(tmp_path / "images" / "val" / name, 2, colour, rng)
-    return tmp_path / "images"
+    return write_colours(tmp_path / "images")
 
 
 @pytest.fixture
@@ -241,14 +229,6 @@ def test_broken_images_are_left_out_and_counted(run, images, tmp_path, capsys):
     found = dumped(tmp_path / "out")
     assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 3
     assert found["trainfeat.pth"].norm(dim=1).tolist() == pytest.approx([1.0] * 11)
-
-
-def error_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("fastdino knn: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_other_classes_in_val_are_named_before_any_feature_is_made(

@@ -24,6 +24,7 @@ from fastdino.evals.linear import AugmentedImages, train_transform
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
+from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
@@ -31,20 +32,11 @@ FLAGS = (
     "--arch vit_nano --patch_size 8 --resize 36 --crop 32 --num_workers 0 --device cpu "
     "--n_last_blocks 2 --epochs 4 --lr 2 --batch_size_per_gpu 6"
 )
-COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """train/ with 4 pictures a class and val/ with 2; a class is a colour."""
-    root, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
-    for split, n in (("train", 4), ("val", 2)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = np.clip(rng.normal(colour, 50, (40, 48, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+    return write_colours(tmp_path_factory.mktemp("few"))
 
 
 @pytest.fixture
@@ -381,13 +373,6 @@ def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
     assert results_of(tmp_path / "two")["acc1"] == results_of(tmp_path / "one")["acc1"]
 
 
-def error_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.err.startswith("fastdino linear: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
@@ -407,7 +392,7 @@ def error_of(capsys):
 )
 def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
     assert run("x", *flags.split()) == 2
-    assert part in error_of(capsys)
+    assert part in error_of(capsys, printed=True)
 
 
 def test_a_probe_of_other_features_or_another_schedule_is_not_gone_on_with(run, tmp_path, capsys):
@@ -421,7 +406,7 @@ def test_a_probe_of_other_features_or_another_schedule_is_not_gone_on_with(run, 
         ("--epochs 1 --cache", "cache_epochs 0 (was None)"),
     ):
         assert run("a", *flags.split()) == 2
-        assert part in error_of(capsys)
+        assert part in error_of(capsys, printed=True)
     assert (tmp_path / "a" / "checkpoint.pth.tar").read_bytes() == before
 
 
@@ -429,4 +414,4 @@ def test_the_folder_of_a_pretraining_run_is_refused(run, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "checkpoint.pth").write_bytes(b"")
     assert run("a") == 2
-    assert "is of a pretraining run, which has its own log.txt" in error_of(capsys)
+    assert "is of a pretraining run, which has its own log.txt" in error_of(capsys, printed=True)

@@ -16,6 +16,7 @@ from fastdino.evals import retrieval
 from fastdino.evals.features import build_model
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import read_set
+from tests.commands import error_of
 from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
@@ -112,14 +113,6 @@ def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multi
     medium = scores["medium"]["mAP"]
     assert f"rparis6k medium: mAP: {medium:.2f}, mP@1: " in captured.out
     assert 0 < scores["hard"]["mAP"] < 100
-
-
-def error_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("fastdino retrieval: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.mark.parametrize(
