@@ -224,10 +224,24 @@ def _write_hf(network: Network, path: Path) -> None:
     _write_tensors(hf_names(network.tensors()), path / "model.safetensors", {"format": "pt"})
 
 
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Leaves out transformers' bar of the weights' loading, which shows in files of logs too."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _read_hf(network: Network, path: Path) -> Features:
     from transformers import ViTModel
 
-    with _quiet():
+    with _quiet(), _no_bar():
         model, found = ViTModel.from_pretrained(
             path, add_pooling_layer=False, output_loading_info=True
         )
