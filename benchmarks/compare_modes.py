@@ -67,8 +67,7 @@ class Result:
 class Bf16Products(TorchDispatchMode):
     """Products of bf16 matrices as fp32 products of the same numbers, rounded once to bf16.
 
-    This is what a GPU computes, and a CPU too, which without instructions for it takes four times
-    as long as for fp32.
+    This is what a GPU computes, and a CPU too, only slower where it has no instructions for it.
     """
 
     PRODUCTS = frozenset(

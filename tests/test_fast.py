@@ -214,6 +214,24 @@ def test_within_ddp_a_block_is_still_compiled_whole(monkeypatch, fast, crops_of)
     assert graphs[0] == graphs[1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("recompute", ["on", "off"])
+def test_only_blocks_that_recompute_are_compiled_to(monkeypatch, fast, crops_of, recompute):
+    """What else is compiled in the process keeps what it keeps."""
+    seen = []
+
+    def inductor(graph, inputs):
+        seen.append(torch._functorch.config.ban_recompute_materialized_backward)
+        return graph
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor)
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
+    trainer = Trainer(fast(compile="on", recompute=recompute), steps_per_epoch=STEPS)
+    trainer.train_step(crops_of(trainer.config, 0))
+    assert set(seen) == ({False} if recompute == "on" else set())
+    assert torch._functorch.config.ban_recompute_materialized_backward
+
+
 def test_what_is_compiled_says_why(monkeypatch):
     cpu = torch.device("cpu")
     assert not choose_compile("off", "fast", cpu).on

@@ -23,7 +23,7 @@ from fastdino.bench.isolated import Isolated, WorkerError
 from fastdino.bench.report import Report
 from fastdino.bench.stages import StageTimes, time_stages
 from fastdino.bench.timing import Effort, Outcome, take_turns
-from fastdino.config import TrainConfig, add_arguments
+from fastdino.config import TrainConfig, add_arguments, check_at_least
 from fastdino.data import scan_images
 from fastdino.data.sources import ImageSource, cpu_count
 from fastdino.distributed import choose_device
@@ -67,9 +67,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures and reports; the exit status is 1 where an arm failed or did not answer."""
-    telling.check_numbers(
-        args, at_least_one=("images", "rounds", "num_workers"), above_zero=("seconds", "timeout")
-    )
+    check_at_least(args, 1, "images", "rounds", "num_workers")
+    telling.check_above_zero(args, "seconds", "timeout")
     load = os.getloadavg()[0]
     device = choose_device(args.device)
     names = chosen_arms(args.arms, on_gpu=device.type == "cuda")

@@ -50,15 +50,9 @@ def environment(cores: str, facts: Mapping[str, str], packages: Sequence[str]) -
     }
 
 
-def check_numbers(
-    args: argparse.Namespace, *, at_least_one: Sequence[str], above_zero: Sequence[str]
-) -> None:
-    """Raises ConfigError for flags whose numbers cannot be; one that is None was not given."""
-    for flag in at_least_one:
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag} must be at least 1, got {value}")
-    for flag in above_zero:
+def check_above_zero(args: argparse.Namespace, *names: str) -> None:
+    """Raises ConfigError where one of these flags is no finite number above 0; None passes."""
+    for flag in names:
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{flag} must be a finite number above 0, got {value}")

@@ -15,9 +15,15 @@ from fastdino.data.davis_frames import OPTIONS as DAVIS_OPTIONS
 from fastdino.data.davis_frames import find_davis, is_davis
 from fastdino.data.hugging_face import OPTIONS as HUGGING_FACE_OPTIONS
 from fastdino.data.hugging_face import find_hugging_face
-from fastdino.data.places import EXTENSIONS as EXTENSIONS  # others take it from here
-from fastdino.data.places import SPLIT_OPTIONS, Found, Place, common_base, parse
-from fastdino.data.places import number_labels as number_labels
+from fastdino.data.places import (
+    EXTENSIONS,
+    SPLIT_OPTIONS,
+    Found,
+    Place,
+    common_base,
+    number_labels,
+    parse,
+)
 from fastdino.data.reading import read_file, retrying
 from fastdino.data.torchvision_sets import OPTIONS as TORCHVISION_OPTIONS
 from fastdino.data.torchvision_sets import find_torchvision

@@ -100,26 +100,23 @@ def attention_problem(
         return f"PyTorch {torch.__version__} does not have it"
     if device.type != "cuda":
         return "it has no CPU kernels"
-    problem = _problem_of_trial(name, device, dtype, head_dim, tokens, attend)
+    trial = functools.partial(_trial, name, device, dtype, head_dim, tokens)
+    problem = _told(trial, attend)
     if problem is None and compiled:
         # Traced whole, as blocks are; what is made of the trace has no say in it.
         traced = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
         with torch._dynamo.config.patch(recompile_limit=64):  # one trial a network and dtype
-            problem = _problem_of_trial(name, device, dtype, head_dim, tokens, traced)
+            problem = _told(trial, traced)
         problem = problem and f"torch.compile cannot take it ({problem})"
     return problem
 
 
-def _problem_of_trial(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    tokens: Sequence[int],
-    call: Callable[..., Tensor],
+def _told(
+    trial: Callable[[Callable[..., Tensor]], str | None], call: Callable[..., Tensor]
 ) -> str | None:
+    """What a trial of `call` finds wrong; where it ends in an error, that."""
     try:
-        return _trial(name, device, dtype, head_dim, tokens, call)
+        return trial(call)
     except Exception as error:  # whatever it is, it would end the run at its first step
         return _one_line(error)
 

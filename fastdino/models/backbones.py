@@ -136,8 +136,11 @@ def choose_fast_path(
         architecture that has its own.
     """
     if not isinstance(backbone, VisionTransformer):
-        asked = {"attention": config.attention != "auto", "packing": config.packing == "on"}
-        asked["recompute"] = config.recompute == "on"
+        asked = {
+            "attention": config.attention != "auto",
+            "packing": config.packing == "on",
+            "recompute": config.recompute == "on",
+        }
         for flag in (name for name, there in asked.items() if there):
             raise ConfigError(
                 f"--{flag} {getattr(config, flag)} is for vit_* architectures, and --arch "

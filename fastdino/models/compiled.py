@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdino.errors import ConfigError
 from fastdino.models.head import MultiCropWrapper
-from fastdino.models.vit import VisionTransformer
+from fastdino.models.vit import Block, VisionTransformer
 
 _COMPILATIONS = 64  # of one function, beyond which PyTorch would refuse
 
@@ -50,6 +53,17 @@ def compile_problem(device: torch.device) -> str | None:
     return f"a CPU needs a C++ compiler: none of {', '.join(compilers)} is there"
 
 
+def _recomputing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Inductor, for what Block.recompute asks: else it keeps what backward products are to read.
+
+    (Of the head that is the normalised W.) Only while these graphs are compiled: what others in the
+    process keep is theirs to say.
+    """
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs)
+    return compiled
+
+
 def compile_network(network: MultiCropWrapper) -> None:
     """Compiles a vit_* backbone's blocks, which share their compilations, and the head; in place.
 
@@ -63,12 +77,14 @@ def compile_network(network: MultiCropWrapper) -> None:
     # split at all. Blocks are small enough for their messages to go while the next ones run.
     torch._dynamo.config.optimize_ddp = False
     # Not the modules: their hooks, with which FSDP gathers the weights, cannot be compiled.
+    blocks = []
     if isinstance(network.backbone, VisionTransformer):
-        blocks = network.backbone.blocks
-        # Else the compiler keeps what a product of the backward pass is to read.
-        recompute = any(block.recompute for block in blocks)
-        torch._functorch.config.ban_recompute_materialized_backward = not recompute
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        blocks = [block for block in network.backbone.blocks if isinstance(block, Block)]
+    recompute = any(block.recompute for block in blocks)
+    options: dict[str, Any] = {"backend": _recomputing} if recompute else {}
+    for block in blocks:
+        block.forward = torch.compile(  # type: ignore[method-assign]
+            block.forward, fullgraph=True, dynamic=False, **options
+        )
     head = network.head
-    head.forward = torch.compile(head.forward, dynamic=False)  # type: ignore[method-assign]
+    head.forward = torch.compile(head.forward, dynamic=False, **options)  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from fastdino.bench.step.flops import ModelFlops, executed_flops, model_flops, p
 from fastdino.bench.step.gate import Gate
 from fastdino.bench.step.report import ArmResult, Fed, Report, Scaling
 from fastdino.bench.step.scaling import StepTime, messages_of, scale
-from fastdino.config import TrainConfig, add_arguments, parse_bool
+from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.loader import build_loader
 from fastdino.data.sources import cpu_count
@@ -359,11 +359,8 @@ def synchronize(device: torch.device) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ConfigError for numbers that cannot be; TrainConfig checks its own."""
-    telling.check_numbers(
-        args,
-        at_least_one=("rounds", "steps", "threads"),
-        above_zero=("seconds", "step_ms", "backward_ms"),
-    )
+    check_at_least(args, 1, "rounds", "steps", "threads")
+    telling.check_above_zero(args, "seconds", "step_ms", "backward_ms")
     given = [args.step_ms is not None, args.backward_ms is not None]
     if any(given) and not (all(given) and args.scaling):
         raise ConfigError("--step_ms and --backward_ms go together, and with --scaling")
