@@ -4,7 +4,7 @@
 
 All runs see the same images, order and crops: they take their steps in turn, on one loader's
 batches. The third run, parity with other weights, shows how far two trainings are apart that differ
-in nothing but chance. Bf16Products keeps it to a few minutes on two cores.
+in nothing but chance.
 """
 
 from __future__ import annotations
