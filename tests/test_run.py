@@ -13,16 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastdino import Trainer, checkpoint, cli, distributed, run
+from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from fastdino.run import MAX_ROLLBACKS, train
-from fastdino.signals import EXIT_INTERRUPTED, StopSignals
+from fastdino.signals import EXIT_INTERRUPTED
 from tests.processes import run_two
 
 STEPS = 4  # an epoch, of the fixture `pictures`
@@ -374,24 +373,6 @@ def test_the_same_signal_passed_on_by_a_launcher_does_not_kill(config, monkeypat
 
     monkeypatch.setattr(Trainer, "train_step", stopped)
     assert train(config()) == "interrupted"
-
-
-def test_processes_ask_each_other_about_once_a_second_and_after_the_same_step(monkeypatch):
-    """Each time the host waits for its GPU, so not after every step."""
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    asked = []
-
-    def gather(mine):
-        asked.append(mine)
-        return [mine, ("SIGTERM" if len(asked) == 3 else None, 0.1)]  # the other is the slower one
-
-    monkeypatch.setattr(distributed, "gather", gather)
-    signals = StopSignals()
-    stop = [signals.agreed_after_step() for _ in range(21)]
-    assert stop == [False] * 20 + [True]
-    assert asked == [(None, 0.0)] * 3  # after steps 1, 11 and 21
-    assert signals.received == "SIGTERM"
 
 
 def test_srun_without_torchrun_is_refused(config, monkeypatch):
