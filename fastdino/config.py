@@ -103,8 +103,8 @@ class TrainConfig:
         "",
         "Weights to start the backbone of student and teacher from: a checkpoint (its teacher, or "
         "its student where it has that alone), a .pth or .safetensors of the paper's, timm's or "
-        "Hugging Face's names, or a folder of the latter's. The head starts anew. A run found in "
-        "output_dir is resumed instead.",
+        "Hugging Face's names, a folder of the latter's, a URL, or the paper's own by name "
+        "(dino_vits16, ...). The head starts anew. A run found in output_dir is resumed instead.",
     )
     grad_accum: int = _flag(
         1,

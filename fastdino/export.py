@@ -31,7 +31,7 @@ INSTALL = 'pip install "fastdino[export]"'
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino export`."""
     add = parser.add_argument
-    add("--pretrained_weights", required=True, help="checkpoint whose backbone is written")
+    add("--pretrained_weights", required=True, help="file, URL or name of the weights")
     add("--to", required=True, metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
     about = "file to write (timm: .safetensors or .pth), for hf a folder"
     add("--output", required=True, metavar="PATH", help=about)

@@ -17,6 +17,7 @@ from fastdino.errors import CheckpointError
 from fastdino.layouts import own_names, vit_of
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
+from fastdino.released import RELEASED, local_file
 
 # What a folder of Hugging Face's holds the weights in, in the order they are looked for.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -54,7 +55,8 @@ def load_backbone(
         path: a file: a full checkpoint of this project or the paper's code, one network's or the
             backbone's weights alone, as .pth or .safetensors, under the paper's names, timm's
             (its DINO ViTs) or Hugging Face's (facebook/dino-*). Or a folder of Hugging Face's,
-            with model.safetensors or pytorch_model.bin, and config.json or not.
+            with model.safetensors or pytorch_model.bin, and config.json or not. Or the URL of a
+            file, or a name of released.RELEASED.
         checkpoint_key: "teacher" or "student", used where the file has either; None: the teacher,
             or the student where there is no teacher.
         arch, patch_size: None: what the checkpoint's `args` say, else what the shapes of its
@@ -63,13 +65,14 @@ def load_backbone(
 
     Raises: CheckpointError: no such key, or weights of another network (tensors are named).
     """
-    state = _read(Path(path)) if path else {}
+    state = _read(local_file(path)) if path else {}
     args = state.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     networks = [name for name in ("teacher", "student") if name in state]
     key = (checkpoint_key or networks[0]) if networks else None
     weights = _backbone_weights(state, key, path)
-    seen_arch, seen_patch_size = vit_of(weights) or ("vit_small", 16)
+    fallback = RELEASED[path].arch if path in RELEASED else "vit_small"
+    seen_arch, seen_patch_size = vit_of(weights) or (fallback, 16)
     arch = arch or args.get("arch", seen_arch)
     patch_size = patch_size or args.get("patch_size", seen_patch_size)
     if "pos_embed" in weights:

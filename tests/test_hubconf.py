@@ -18,13 +18,6 @@ def load(entry, *args, **kwargs):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """torch.hub's folder, empty."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-@pytest.fixture
 def weights(tmp_path):
     """A ViT-Ti/8 that differs from fresh weights, as one network's file."""
     module = load_backbone("", checkpoint_key="", arch="vit_tiny", patch_size=8, img_size=32).module
@@ -59,17 +52,7 @@ def test_weights_are_those_of_the_file(weights, entry):
     assert torch.equal(model.norm.bias, saved["norm.bias"])
 
 
-def test_weights_of_a_url_are_downloaded_once(weights, hub):
-    url = weights.as_uri()
-    bias = load("dino", url).norm.bias
-    assert [path.name.partition("-")[2] for path in hub.rglob("*.pth")] == ["checkpoint.pth"]
-    weights.unlink()
-    assert torch.equal(load("dino", url).norm.bias, bias)
-
-
-def test_weights_that_cannot_be_had_are_named(weights, hub, tmp_path):
-    with pytest.raises(CheckpointError, match="none.pth cannot be downloaded"):
-        load("dino", (tmp_path / "none.pth").as_uri())
+def test_weights_that_cannot_be_had_are_named(weights, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load("dino", str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match="of another network"):

@@ -122,7 +122,8 @@ def add_network_flags(parser: argparse.ArgumentParser, arch: str = "architecture
     add = parser.add_argument
     add("--arch", help=f"{arch} (default: what the checkpoint says, else vit_small)")
     add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
-    add("--pretrained_weights", default="", help="checkpoint; without it the network is untrained")
+    about = "file, URL or name (dino_vits16, ...); without it the network is untrained"
+    add("--pretrained_weights", default="", help=about)
     add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
     add("--seed", type=int, default=0, help="of what is drawn, an untrained network's weights (0)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")

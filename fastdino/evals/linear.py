@@ -40,6 +40,7 @@ from fastdino.evals.features import (
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.progress import drop_log_lines
+from fastdino.released import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -65,7 +66,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default=".", help="checkpoint.pth.tar, log.txt, linear.json; resumed (.)")
     add("--num_labels", type=int, help="classes (default: as many as there are)")
     add("--evaluate", action="store_true", help="validate a trained classifier, train none")
-    add("--linear_weights", help="classifier for --evaluate (default: output_dir's checkpoint)")
+    about = "classifier for --evaluate, a file or URL (default: output_dir's checkpoint)"
+    add("--linear_weights", help=about)
     about = (
         "keep features on disk (default folder: output_dir/features). Unlike in the paper's "
         "protocol, all epochs then see the same centre crops, or --cache_epochs augmentations"
@@ -168,14 +170,14 @@ def _run_epoch(
 def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     """Says how good a trained classifier is: this command's, or the paper's linear weights."""
     data = Data.load(args, device, ("val",))
-    path = Path(args.linear_weights or Path(args.output_dir) / "checkpoint.pth.tar")
+    path = args.linear_weights or str(Path(args.output_dir) / "checkpoint.pth.tar")
     probe = data.probe()
-    probe.load_head(path)
+    probe.load_head(local_file(path))
     found = probe.validate(data.val_batches(data.images("val")), data.features)
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        result = {"linear_weights": str(path), **found, **data.protocol}
+        result = {"linear_weights": path, **found, **data.protocol}
         checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
