@@ -491,6 +491,25 @@ def test_the_json_has_what_the_table_has(report, tmp_path):
     assert (tmp_path / "new/step.md").read_text(encoding="utf-8") == report.markdown() + "\n"
 
 
+def test_the_parts_of_a_graph_are_not_told(report):
+    graph = result("ours-graph", breakdown=Breakdown(0.02, dict.fromkeys(PARTS, 0.0)))
+    told = dataclasses.replace(report, arms=[graph]).markdown()
+    assert f"| ours-graph |{' - |' * (len(PARTS) + 1)} 20 | - |" in told
+
+
+def test_the_model_of_many_gpus_is_of_an_arm_whose_parts_are_known(config):
+    known = Breakdown(0.2, dict.fromkeys(PARTS, 0.1), backward=0.35)
+    benchmark = run.Benchmark(config, CPU, SimpleNamespace())
+    for name, seconds, parts in (
+        ("ours", 0.3, known), ("ours-fast", 0.2, known), ("ours-graph", 0.1, Breakdown(0.1)),
+    ):  # fmt: skip
+        benchmark.arms[name] = SimpleNamespace()
+        benchmark.results[name] = result(name, seconds=[seconds], breakdown=parts)
+    modelled = benchmark.scaling()
+    assert (modelled.source, modelled.step) == ("arm ours-fast", 0.2)
+    assert modelled.backward == pytest.approx(0.1)
+
+
 def test_images_from_the_disk_and_many_gpus_are_told(report):
     scaled = scaling.scale(StepTime(0.02, 0.01), [Message(10**9, 1.0)], 0, (1, 8))
     told = dataclasses.replace(
@@ -520,7 +539,8 @@ def bench(*words: object) -> int:
 def test_the_command_measures_and_writes(tmp_path, capsys):
     assert bench("--arms", "ours", "--scaling", "--output", tmp_path) == 0
     found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
-    assert [arm["name"] for arm in found["arms"]] == arms.OURS
+    assert [arm["name"] for arm in found["arms"]] == ["ours", "ours-fast"]
+    assert found["missing"] == {"ours-graph": "CUDA graphs are for GPUs"}
     assert all(len(arm["seconds"]) == 2 and arm["memory"] > 0 for arm in found["arms"])
     assert found["settings"]["batch_size_per_gpu"] == 2
     assert found["scaling"]["on_cpu"] is True
@@ -575,8 +595,9 @@ def test_scaling_of_a_given_step_needs_no_measurement(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--arms paper,mine", "--arms mine is not known: expected some of paper, "),
+        ("--arms paper,mine", "--arms mine: expected some of paper, "),
         ("--arms dino", "--arms dino cannot run: no --dino_repo was given"),
+        ("--arms ours,ours-graph", "--arms ours-graph cannot run: CUDA graphs are for GPUs"),
         ("--rounds 0", "--rounds must be at least 1, got 0"),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--seconds nan", "--seconds must be a finite number above 0, got nan"),

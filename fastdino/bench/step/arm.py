@@ -57,6 +57,7 @@ class Arm(abc.ABC):
         loss_tolerance: how far its fp32 loss may be off, relative.
         student, teacher: its networks; the heads are modules called `head`.
         precision: of its forward pass.
+        warm_up: steps that it needs before its time is that of all later ones, beyond a few.
     """
 
     clip: ClassVar[str] = "parameter"
@@ -64,6 +65,7 @@ class Arm(abc.ABC):
     student: nn.Module
     teacher: nn.Module
     precision: Precision
+    warm_up: int = 0
 
     @abc.abstractmethod
     def __init__(self, setting: Setting): ...

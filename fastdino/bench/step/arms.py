@@ -17,6 +17,7 @@ from fastdino.bench.step.compiled import CompiledArm
 from fastdino.bench.step.paper import PaperArm
 from fastdino.bench.step.peers import DinoRepoArm, LightlyArm, lightly_problem
 from fastdino.errors import ConfigError
+from fastdino.graphs import WARM_UPS
 from fastdino.models.compiled import compile_problem
 from fastdino.step import Trainer
 
@@ -36,6 +37,8 @@ class TrainerArm(Arm):
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.precision = self.trainer.precision
+        if self.trainer.graph.on:  # a step that measures the entropy is a graph of its own
+            self.warm_up = config.print_freq * WARM_UPS + 1
 
     def step(self, crops: Sequence[Tensor]) -> Tensor:
         return self.trainer.train_step(crops)
@@ -73,6 +76,11 @@ ARMS = {
     ),
     "ours": Entry("fastdino, --mode parity", partial(TrainerArm, mode="parity")),
     "ours-fast": Entry("fastdino, --mode fast", partial(TrainerArm, mode="fast")),
+    "ours-graph": Entry(
+        "fastdino, --mode fast --cuda_graph true; its gate is a step before the recording",
+        partial(TrainerArm, mode="fast", cuda_graph=True),
+        lambda device, _: None if device.type == "cuda" else "CUDA graphs are for GPUs",
+    ),
     "compiled": Entry(
         "SDPA, compiled blocks, einsum loss, fused AdamW, multi-tensor EMA",
         CompiledArm,
@@ -85,22 +93,27 @@ OURS = [name for name in ARMS if name.startswith("ours")]
 def choose_arms(
     asked: Sequence[str] | None, device: torch.device, dino_repo: Path | None
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The arms to run, in order, and those left out with the reason; "ours" asks for all of ours.
+    """The arms to run, in order, and those left out with the reason.
+
+    Args:
+        asked: names; "ours" asks for all of ours that can run. None: all that can run.
 
     Raises: ConfigError: an arm was asked for by name and is not known, or cannot run here.
     """
-    asked = [name for word in asked or () for name in (OURS if word == "ours" else [word])]
-    for name in asked:
-        if name not in ARMS:
-            raise ConfigError(f"--arms {name} is not known: expected some of {', '.join(ARMS)}")
+    named = set(asked or ())
+    if unknown := named - ARMS.keys():
+        raise ConfigError(
+            f"--arms {', '.join(sorted(unknown))}: expected some of {', '.join(ARMS)}"
+        )
+    wanted = named | set(OURS if "ours" in named else ()) or ARMS.keys()
     chosen, missing = {}, {}
     for name, entry in ARMS.items():
-        if asked and name not in asked:
+        if name not in wanted:
             continue
         problem = entry.problem(device, dino_repo)
         if problem is None:
             chosen[name] = entry
-        elif asked:
+        elif name in named:
             raise ConfigError(f"--arms {name} cannot run: {problem}")
         else:
             missing[name] = problem

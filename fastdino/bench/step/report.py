@@ -32,7 +32,7 @@ LAUNCHES = {
 }
 HOW_TO_READ_PARTS = """\
 Milliseconds of one step under the profiler, which slows it: {time}. Rest: what falls in no part,
-the host's work and waiting."""
+the host's work and waiting. A CUDA graph's kernels are not known apart."""
 TIME = {"cuda": "time on the GPU", "cpu": "time on the CPU"}
 HOW_TO_READ_SCALING = """\
 A model, not a measurement: a step of {step:.4g} ms with a backward pass of {backward:.4g} ms
@@ -222,7 +222,11 @@ class Report:
         for arm in self.arms:
             if arm.breakdown is not None:
                 of = arm.breakdown
-                seconds = [*(of.parts[part] for part in PARTS), of.rest, of.seconds, of.backward]
+                parts = [*(of.parts[part] for part in PARTS), of.rest]
+                if not of.backward:  # a graph's kernels are not known apart
+                    rows.append([arm.name, *["-"] * len(parts), f"{1e3 * of.seconds:.3g}", "-"])
+                    continue
+                seconds = [*parts, of.seconds, of.backward]
                 rows.append([arm.name, *(f"{1e3 * s:.3g}" for s in seconds)])
         return table(["arm", *PARTS, "rest", "step", "backward pass"], rows)
 

@@ -12,7 +12,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -183,7 +183,7 @@ class Benchmark:
                 result.precision = precision_of(arm)
                 result.images = self.config.batch_size_per_gpu
                 result.first_steps += self._seconds(arm, 1)
-                self._seconds(arm, WARM_UP[self.device.type])
+                self._seconds(arm, WARM_UP[self.device.type] + arm.warm_up)
                 result.memory = self._memory(arm, before)
 
     def take_rounds(self) -> None:
@@ -214,7 +214,7 @@ class Benchmark:
 
     def feed(self) -> Fed | None:
         """Our fastest arm on images from the disk."""
-        name = self._own()
+        name = self._fastest(OURS)
         if name is None:
             return None
         seconds = statistics.median(self.results[name].seconds)
@@ -222,14 +222,18 @@ class Benchmark:
         return feed(self.arms[name], name, self.config, self.device, steps, seconds)
 
     def scaling(self) -> Scaling | None:
-        """The model of many GPUs, from our fastest arm."""
-        name = self._own()
+        """The model of many GPUs, from our fastest arm whose backward pass is known."""
+        found = {name: self.results[name].breakdown for name in OURS if name in self.arms}
+        shares = {  # a graph's kernels are not known apart
+            name: parts.backward / sum(parts.parts.values())
+            for name, parts in found.items()
+            if parts is not None and parts.backward
+        }
+        name = self._fastest(list(shares))
         if name is None:
             return None
         step = statistics.median(self.results[name].seconds)
-        parts = self.results[name].breakdown
-        assert parts is not None
-        backward = step * parts.backward / sum(parts.parts.values())
+        backward = step * shares[name]
         on_cpu = self.device.type == "cpu"
         return model_scaling(self.config, StepTime(step, backward), f"arm {name}", on_cpu=on_cpu)
 
@@ -246,9 +250,9 @@ class Benchmark:
         cores = f"{cpu_count()}, {torch.get_num_threads()} threads"
         return {"device": device, **telling.environment(cores, facts, PACKAGES)}
 
-    def _own(self) -> str | None:
-        """The fastest of our arms that was timed."""
-        timed = [name for name in OURS if name in self.arms]
+    def _fastest(self, names: Sequence[str]) -> str | None:
+        """The fastest of these arms, of those that were timed."""
+        timed = [name for name in names if name in self.arms]
         return min(
             timed, key=lambda name: statistics.median(self.results[name].seconds), default=None
         )
