@@ -43,7 +43,7 @@ EXPORT = [
 DEV = [
     "build",
     "hypothesis>=6.100",
-    "lightly>=1.6,<1.7",  # tests/test_compat.py holds its DINOLoss beside ours
+    "lightly>=1.6,<1.7",  # tests/test_compat_lightly.py holds its DINOLoss beside ours
     "mypy>=1.18",
     "pre-commit",
     "pytest>=8",
