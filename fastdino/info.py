@@ -8,6 +8,7 @@ import platform
 
 import torch
 from fastdino_kernels import chosen_impl as chosen_kernels
+from fastdino_kernels.dispatch import triton_problem
 
 import fastdino
 from fastdino.data.loader import (
@@ -44,6 +45,7 @@ def report() -> dict[str, str]:
     facts |= {f"  {name}": _availability(attention_problem(name, device)) for name in BACKENDS}
     facts |= {
         "kernels": chosen_kernels(device),
+        "  triton": _availability(triton_problem(device.type)),
         "crops": f"{crops} ({why_crops})",
         "  fused": _availability(fused_problem(device)),
         "  dali": _availability(dali_problem()),

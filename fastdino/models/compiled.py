@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
 
 from fastdino.errors import ConfigError
@@ -46,7 +47,9 @@ def compile_problem(device: torch.device) -> str | None:
     """Why torch.compile cannot make code for `device`; None where it can."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 7 else f"Triton needs sm_70 or newer, this GPU is sm_{major}{minor}"
+        if major < 7:
+            return f"Triton needs sm_70 or newer, this GPU is sm_{major}{minor}"
+        return triton_problem(device.type)
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if any(shutil.which(compiler) for compiler in compilers):
         return None

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -33,13 +34,22 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _compiler_problem() -> str | None:
+    if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
+        return None
+    return "Triton needs a C compiler: gcc, clang, or what the environment variable CC names"
+
+
 @torch.compiler.assume_constant_result
 def triton_problem(device_type: str) -> str | None:
     """Why Triton's kernels cannot run on tensors of this device type; None where they can."""
     if not _has_triton():
         return "triton is not installed"
-    if device_type == "cuda" or (device_type == "cpu" and _triton_interprets()):
+    if device_type == "cpu" and _triton_interprets():
         return None
+    if device_type == "cuda":
+        return _compiler_problem()
     return f"Triton needs CUDA tensors (or, on a CPU, TRITON_INTERPRET=1), got {device_type}"
 
 
