@@ -261,11 +261,17 @@ def _train(settings):
     train(TrainConfig.from_dict(settings))
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
-def test_two_processes_with_half_the_batch_give_the_losses_of_one(config, tmp_path, grad_accum):
-    one = config(output_dir=str(tmp_path / "one"), drop_path_rate=0.0)
-    train(one)
-    two = config(drop_path_rate=0.0, batch_size_per_gpu=2 // grad_accum, grad_accum=grad_accum)
+@pytest.mark.parametrize(
+    ("grad_accum", "optimizer", "fsdp"),
+    [(1, "adamw", False), (2, "adamw", False), (1, "lars", True)],
+)
+def test_two_processes_with_half_the_batch_give_the_losses_of_one(
+    config, tmp_path, grad_accum, optimizer, fsdp
+):
+    settings = {"drop_path_rate": 0.0, "optimizer": optimizer}
+    train(config(**settings, output_dir=str(tmp_path / "one")))
+    parts = {"batch_size_per_gpu": 2 // grad_accum, "grad_accum": grad_accum, "fsdp": fsdp}
+    two = config(**settings, **parts)
     run_two(_train, two.to_dict())
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
     ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "one")
