@@ -3,15 +3,14 @@
 Legend: S crops of the student, B images, K prototypes.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fastdino_kernels import DINOLoss, reference, teacher_entropy
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.processes import run_two
 
 
 def draw(S, T, B, K, dtype=torch.float32, seed=0):
@@ -164,11 +163,10 @@ def test_modules_mistakes():
     assert torch.equal(loss_fn.center, torch.zeros(1, 7))
 
 
-def distributed_step(rank: int, folder: str) -> None:
+def distributed_step(folder: Path) -> None:
     """One of two processes: two steps on its half of the batch; writes what it then has."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     S, B, K = 4, 6, 9
     loss_fn = DINOLoss(K, S, 0.04, 0.04, 0, 1).double()
     mine = slice(rank * B // 2, (rank + 1) * B // 2)
@@ -177,7 +175,7 @@ def distributed_step(rank: int, folder: str) -> None:
         student, teacher = draw(S, 2, B, K, torch.float64, seed=step)
         student, teacher = (x[:, mine].reshape(-1, K) for x in (student, teacher))
         losses.append(loss_fn(student, teacher, 0).item())
-    torch.save({"losses": losses, "center": loss_fn.center.clone()}, f"{folder}/{rank}.pt")
+    torch.save({"losses": losses, "center": loss_fn.center.clone()}, folder / f"{rank}.pt")
     own_sum = torch.ones(K, dtype=torch.float64)
     loss_fn.update_center(own_sum, 1)
     assert torch.equal(own_sum, torch.ones_like(own_sum)), "update_center changed its argument"
@@ -185,20 +183,7 @@ def distributed_step(rank: int, folder: str) -> None:
 
 
 def test_two_processes_share_one_center(tmp_path):
-    import fastdino_kernels
-
-    packages = str(Path(fastdino_kernels.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
-    # This file as a script, so that it does not matter how pytest imported it.
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_two(distributed_step, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     S, B, K = 4, 6, 9
     paper = PaperLoss(K, [0.04], torch.float64)
@@ -209,7 +194,3 @@ def test_two_processes_share_one_center(tmp_path):
         assert mean == pytest.approx(expected.item(), rel=1e-12)
     assert torch.equal(first["center"], second["center"])
     torch.testing.assert_close(first["center"], paper.center)
-
-
-if __name__ == "__main__":
-    distributed_step(int(sys.argv[1]), sys.argv[2])

@@ -1,13 +1,12 @@
 """Clip and optimizer over DTensors, in two processes, against whole tensors in one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norm_, clip_grad_norms_
+
+from tests.processes import run_two
 
 IMPLS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 
@@ -56,11 +55,10 @@ def run(student, teacher, impl, give):
     return found
 
 
-def of_two(rank: int, folder: str) -> None:
+def of_two(folder: Path) -> None:
     """One of two processes: the same with FSDP2; writes what it then has."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -78,7 +76,7 @@ def of_two(rank: int, folder: str) -> None:
             module[2].weight = torch.nn.Parameter(
                 distribute_tensor(module[2].weight.detach(), hybrid, [Replicate(), Shard(0)])
             )
-        torch.save(run(student, teacher, impl, give), f"{folder}/{impl}{rank}.pt")
+        torch.save(run(student, teacher, impl, give), folder / f"{impl}{rank}.pt")
 
     p = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
     p.grad = DTensor.from_local(torch.ones(3), mesh, [Replicate()])
@@ -98,21 +96,8 @@ def of_two(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> Path:
     """The folder that two processes wrote to."""
-    import fastdino_kernels
-
-    folder = tmp_path_factory.mktemp("sharded")
-    packages = str(Path(fastdino_kernels.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
-    # This file as a script, so that it does not matter how pytest imported it.
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    run_two(of_two, folder)
     return folder
 
 
@@ -124,7 +109,3 @@ def test_shards_come_to_what_whole_tensors_do(impl, outcomes):
     for rank in range(2):
         found = torch.load(outcomes / f"{impl}{rank}.pt")
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
-
-
-if __name__ == "__main__":
-    of_two(int(sys.argv[1]), sys.argv[2])
