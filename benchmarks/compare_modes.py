@@ -39,18 +39,19 @@ CONFIG = TrainConfig(
     out_dim=256,
     use_bn_in_head=True,
     momentum_teacher=0.99,
-    warmup_teacher_temp=0.02,
-    teacher_temp=0.02,
+    warmup_teacher_temp=0.03,
+    teacher_temp=0.03,
     batch_size_per_gpu=32,
     epochs=3,
     warmup_epochs=1,
-    lr=0.008,
+    lr=0.004,
     min_lr=1e-5,
     weight_decay_end=0.1,
     drop_path_rate=0.1,
     num_workers=2,
 )
 IMAGES = 178  # a class: 66 steps an epoch
+VAL_IMAGES = 200  # a class
 SMOOTH = 10  # steps in a moving average
 
 
@@ -179,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shapes = folder / "shapes"
-        write_shapes(shapes, train_per_class=options.images, val_per_class=40, size=96, clips=0)
+        write_shapes(
+            shapes, train_per_class=options.images, val_per_class=VAL_IMAGES, size=96, clips=0
+        )
         config = dataclasses.replace(CONFIG, data_path=str(shapes / "train"))
         runs = {
             "parity, fp32": config,
