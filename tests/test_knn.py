@@ -17,7 +17,7 @@ from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
-from fastdino.evals.knn import knn_accuracy
+from fastdino.evals.knn import knn_accuracy, nearest
 from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
@@ -118,6 +118,52 @@ def test_chunks_change_nothing(monkeypatch, elements):
     whole = knn_accuracy(*sets, ks=[5, 20])
     monkeypatch.setattr(knn, "CHUNK_ELEMENTS", elements)
     assert knn_accuracy(*sets, ks=[5, 20]) == whole
+
+
+@pytest.mark.parametrize("rows", [1, 7, 75, 149, 150])
+def test_slices_of_the_training_features_change_nothing(monkeypatch, rows):
+    sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
+    whole = knn_accuracy(*sets, ks=[5, 20, 500])
+    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * rows)
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 13 * rows)
+    assert knn_accuracy(*sets, ks=[5, 20, 500]) == whole
+
+
+def test_the_nearest_of_all_slices_come_with_their_labels_in_order():
+    train, labels = clustered(150, 8)
+    val, _ = clustered(20, 8, seed=1)
+    slices = zip(train.split(40), labels.split(40), strict=True)
+    best = nearest(slices, val.split(7), 60)
+    similarity, found = (torch.cat(parts) for parts in zip(*best, strict=True))
+    expected, places = (val @ train.T).sort(dim=1, descending=True)
+    torch.testing.assert_close(similarity, expected[:, :60])
+    assert torch.equal(found, labels[places[:, :60]])
+
+
+def test_training_features_stay_where_they_are_but_for_a_slice(monkeypatch):
+    """As from a host to its GPU: what is not on the validation's device is moved slice by slice."""
+    moved, to = [], torch.Tensor.to
+
+    def noted(tensor, device):
+        moved.append(tuple(tensor.shape))
+        return to(tensor, device)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * 100)
+    knn_accuracy(*clustered(150, 8), *clustered(60, 8, seed=1), ks=[5])
+    assert moved == [(100, 6), (100,), (50, 6), (50,)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_training_features_from_the_host(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    train, labels = clustered(5000, 8)
+    val, val_labels = clustered(600, 8, seed=1)
+    expected = knn_accuracy(train, labels, val, val_labels, ks=[5, 200])
+    for elements in (1 << 28, 6 * 700):
+        monkeypatch.setattr(knn, "SLICE_ELEMENTS", elements)
+        assert knn_accuracy(train, labels, val.cuda(), val_labels.cuda(), ks=[5, 200]) == expected
 
 
 def test_images_are_made_as_the_paper_makes_them(pictures):
@@ -307,15 +353,13 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
 
 
 def _classify(sets, folder):
-    rows = []
-    split = torch.Tensor.split
+    rows, nearest = [], knn.nearest
 
-    def recording(tensor, size):
-        if tensor.ndim == 2:
-            rows.extend(tensor.tolist())
-        return split(tensor, size)
+    def recording(slices, chunks, k):
+        rows.extend(torch.cat(chunks).tolist())
+        return nearest(slices, chunks, k)
 
-    torch.Tensor.split = recording
+    knn.nearest = recording
     with distributed.process_group(CPU, "env://"):
         found = knn_accuracy(*sets, ks=[5, 20])
         torch.save({"found": found, "rows": rows}, folder / f"{distributed.rank()}.pth")
