@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 from torch.nn import functional as F
 
-from fastdino import checkpoint, cli
+from fastdino import checkpoint, cli, signals
 from fastdino.data import scan_images
 from fastdino.errors import NonFiniteError
 from fastdino.evals import feature_cache
@@ -25,7 +25,7 @@ from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 from tests.commands import error_of, write_colours
-from tests.processes import run_commands_in_two
+from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 FLAGS = (
@@ -287,7 +287,7 @@ def made(monkeypatch):
 
     def noted(part, *words):
         names.append(part.name)
-        write(part, *words)
+        return write(part, *words)
 
     monkeypatch.setattr(feature_cache, "_write_share", noted)
     return names
@@ -338,6 +338,74 @@ def test_a_cache_cut_off_while_it_was_written_is_made_anew(run, tmp_path, made, 
     assert run("a", "--cache", "--epochs", "1") == 0
     assert made == ["train-center.npy.part"] * 2 + ["val.npy.part"]
     assert not list(tmp_path.rglob("*.part"))
+
+
+CACHED = ["--cache", "--epochs", "1", "--batch_size_per_gpu", "3"]  # batches: 4 of train, 2 of val
+
+
+def signal_at(batch, made):
+    """FrozenFeatures' call that sends SIGTERM in a batch, and notes how many images each has."""
+    call = FrozenFeatures.__call__
+
+    def signalled(self, images):
+        if images.any():  # zeros are for the width alone
+            made.append(len(images))
+            if len(made) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, images)
+
+    return signalled
+
+
+@pytest.mark.parametrize(
+    ("batch", "written", "place"),
+    [(1, 3, "train"), (3, 9, "train"), (4, 15, "val"), (5, 15, "val")],
+)
+def test_a_signal_while_a_cache_is_written_keeps_what_is_done(
+    run, tmp_path, monkeypatch, capsys, batch, written, place
+):
+    assert run("whole", *CACHED) == 0
+    made = []
+    monkeypatch.setattr(FrozenFeatures, "__call__", signal_at(batch, made))
+    assert run("cut", *CACHED) == 75
+    assert "stopped by SIGTERM while features were written, which" in capsys.readouterr().out
+    assert sum(made) == written
+    assert next((tmp_path / "cut").rglob("*.part")).parent.name.startswith(f"{place}-")
+    assert run("cut", *CACHED) == 0
+    assert sum(made) == 12 + 6, "each image once"
+    assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.done")]
+    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rank", "batch", "done"), [(1, 1, 6), (1, 2, 12), (0, 3, None)])
+def test_a_signal_to_one_process_stops_both_and_one_goes_on(
+    run, few, tmp_path, monkeypatch, rank, batch, done
+):
+    """Of 13 images process 0 has 7, in 3 batches, process 1 has 6, in 2: it asks thrice too."""
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    shutil.copy(copy / "train" / "red" / "0.png", copy / "train" / "red" / "9.png")
+    line = ["linear", "--data_path", str(copy), *FLAGS.split(), *CACHED]
+    run_two(_stop_one, [*line, "--output_dir", str(tmp_path / "cut")], rank, batch)
+    kept = [int(path.read_text()) for path in tmp_path.rglob("*.done")]
+    assert kept == ([] if done is None else [done])
+    made = []
+    monkeypatch.setattr(FrozenFeatures, "__call__", signal_at(None, made))
+    assert run("cut", *CACHED, "--data_path", copy) == 0
+    assert sum(made) == (0 if done is None else 13 - done + 6)
+    made.clear()
+    assert run("whole", *CACHED, "--data_path", copy) == 0
+    assert sum(made) == 13 + 6
+    assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
+    ours, theirs = (next((tmp_path / name).rglob("train-center.npy")) for name in ("cut", "whole"))
+    np.testing.assert_allclose(np.load(ours), np.load(theirs), rtol=1e-4, atol=1e-5)
+
+
+def _stop_one(line, rank, batch):
+    signals.AGREE_SECONDS = 0  # they ask each other after each step
+    if os.environ["RANK"] == str(rank):
+        FrozenFeatures.__call__ = signal_at(batch, [])
+    assert cli.main(line) == 75
 
 
 def test_broken_images_are_not_counted(run, few, tmp_path, capsys):

@@ -27,7 +27,7 @@ from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals.feature_cache import cache_key, cached, weights_digest
+from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached, weights_digest
 from fastdino.evals.features import (
     PATH_HELP,
     Images,
@@ -126,10 +126,16 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done{begun}")
     distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
     if probe.epoch < args.epochs:
-        passes, val = data.passes()
         with StopSignals() as signals:
+            passes = data.passes(signals.agreed_after_step)
+            if passes is None:
+                data.say(
+                    f"stopped by {signals.received} while features were written, which are kept; "
+                    "the same command goes on"
+                )
+                return EXIT_INTERRUPTED
             while probe.epoch < args.epochs:
-                line = _run_epoch(data, probe, passes, val, signals)
+                line = _run_epoch(data, probe, *passes, signals)
                 if line is not None:
                     distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
                 if signals.agreed() and probe.epoch < args.epochs:
@@ -280,8 +286,11 @@ class Data:
             return Images(source, eval_transform(args.resize, args.crop))
         return AugmentedImages(source, train_transform(args.crop), seed=args.seed, epoch=epoch)
 
-    def passes(self) -> tuple[list[_Pass], _Pass]:
-        """What the epochs of training see, in turn, and what is validated on."""
+    def passes(self, stopped: Callable[[], bool]) -> tuple[list[_Pass], _Pass] | None:
+        """What the epochs of training see, in turn, and what is validated on.
+
+        None where `stopped` said so while features were written.
+        """
         args = self.args
         if args.cache is None:
             passes: list[_Pass] = [
@@ -300,13 +309,23 @@ class Data:
                 else "unlike in the paper's protocol, training sees centre crops"
             )
         )
-        kept = [self._cached("train", name, each) for name, each in zip(names, images, strict=True)]
-        return kept, self._cached("val", "val", self.images("val"))
+        kept: list[_Pass] = []
+        for split, name, each in (
+            *(("train", *pair) for pair in zip(names, images, strict=True)),
+            ("val", "val", self.images("val")),
+        ):
+            rows = self._cached(split, name, each, stopped)
+            if rows is None:
+                return None
+            kept.append((rows, _as_it_is))
+        return kept[:-1], kept[-1]
 
     def _folder(self) -> Path:
         return Path(self.args.cache or Path(self.args.output_dir) / "features")
 
-    def _cached(self, split: str, name: str, images: Images) -> _Pass:
+    def _cached(
+        self, split: str, name: str, images: Images, stopped: Callable[[], bool]
+    ) -> CachedFeatures | None:
         args = self.args
         settings = {
             key: getattr(args, key)
@@ -315,7 +334,7 @@ class Data:
         model = self.features.model
         key = distributed.from_main(lambda: cache_key(model, self.sources[split], settings))
         path = self._folder() / f"{split}-{key}" / f"{name}.npy"
-        rows = cached(
+        return cached(
             path,
             self.features,
             images,
@@ -323,8 +342,8 @@ class Data:
             batch_size=args.batch_size_per_gpu,
             workers=args.num_workers,
             device=self.device,
+            stopped=stopped,
         )
-        return rows, _as_it_is
 
     def train_batches(self, images: Dataset[tuple[Tensor, int]], epoch: int, seen: int) -> Batches:
         """Shuffled batches of this process; images are repeated until the processes divide them.
