@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import copydays
-from fastdino.evals.features import build_model
+from fastdino.evals.features import build_model, weights_digest
 
 CPU = torch.device("cpu")
 SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu"
@@ -51,12 +51,17 @@ def run(folder):
     return command
 
 
+def network():
+    """The command's, as its seed makes it."""
+    parser = argparse.ArgumentParser()
+    copydays.configure(parser)
+    return build_model(parser.parse_args(SMALL.split()), CPU, size_flag="imsize")
+
+
 @torch.no_grad()
 def paper_map(folder, *, whiten):
     """mAP of strong/, image by image, in float64 after the network, as the paper's code has it."""
-    parser = argparse.ArgumentParser()
-    copydays.configure(parser)
-    model = build_model(parser.parse_args(SMALL.split()), CPU, size_flag="imsize")
+    model = network()
     transform = transforms.Compose(
         [
             transforms.Resize((24, 24), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -110,6 +115,9 @@ def test_map_is_the_papers(run, folder, tmp_path, capsys, whiten):
     assert blocks["all"]["mAP"] == pytest.approx(together)
     assert all(0 < block["micro_AP"] <= 100 for block in blocks.values())
     extra = {"whitening": 30} if whiten else {}
+    settings = result["settings"]
+    assert (settings["imsize"], settings["weights"]) == (24, weights_digest(network()))
+    assert settings["whitening_path"] == (str(folder / "whitening") if whiten else "")
     assert result["images"] == {"original": 6, "distractors": 5, **extra}
     captured = capsys.readouterr()
     assert captured.err == ""

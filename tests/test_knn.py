@@ -209,10 +209,19 @@ def dumped(folder):
     return {path.name: checkpoint.load_tensor(path) for path in folder.iterdir()}
 
 
-def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(run, tmp_path, capsys):
+def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(
+    run, images, tmp_path, capsys
+):
     assert run("--raw_pixels", "--output", tmp_path / "knn.json") == 0
     perfect = {"top1": 100.0, "top5": 100.0}
-    assert json.loads((tmp_path / "knn.json").read_text()) == {"1": perfect, "3": perfect}
+    result = json.loads((tmp_path / "knn.json").read_text())
+    assert (result["1"], result["3"]) == (perfect, perfect)
+    assert result["images"] == {"train": 12, "val": 6}
+    assert result["settings"] == {
+        "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(images),
+        "load_features": None, "raw_pixels": True, "resize": 36, "crop": 32, "temperature": 0.07,
+        "weights": None,
+    }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
         "1-NN classifier result: Top1: 100.00, Top5: 100.00",

@@ -182,7 +182,7 @@ def test_crops_depend_on_seed_epoch_and_place_alone(few):
     assert torch.equal(torch.get_rng_state(), before), "others' draws go on as if none was made"
 
 
-def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
+def test_a_run_learns_and_writes_what_the_papers_writes(run, few, tmp_path, capsys):
     assert run("a", "--val_freq", "2") == 0
     state = checkpoint.load(tmp_path / "a" / "checkpoint.pth.tar")
     assert {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} <= set(state)
@@ -196,6 +196,9 @@ def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
     )
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     results = results_of(tmp_path / "a")
+    settings = results["settings"]
+    assert (settings["data_path"], settings["lr"], settings["crop"]) == (str(few), 2, 32)
+    assert settings["weights"] == state["protocol"]["weights"]
     assert results["acc1"] == lines[-1]["test_acc1"] > 50
     assert results["best_acc1"] == state["best_acc"] >= results["acc1"]
     captured = capsys.readouterr()

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import retrieval
-from fastdino.evals.features import build_model
+from fastdino.evals.features import build_model, weights_digest
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import read_set
 from tests.commands import error_of
@@ -98,14 +98,20 @@ def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multi
     args = cli_args()
     args.multiscale = multiscale
     found = read_set(folder, "rparis6k", crop_queries=crop)
-    own_queries, own_database = retrieval.compute_features(args, found, CPU)
+    backbone = build_model(args, CPU, size_flag="imsize")
+    own_queries, own_database = retrieval.compute_features(args, backbone, found, CPU)
     torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)
     output = tmp_path / "scores.json"
     flags = ("--multiscale", multiscale, "--crop_queries", crop, "--output", output)
     assert run(*flags, "--batch_size_per_gpu", 4) == 0
     result = json.loads(output.read_text())
-    assert (result["queries"], result["database"], result["multiscale"]) == (3, 12, multiscale)
+    assert result["images"] == {"queries": 3, "database": 12}
+    assert result["settings"] == {
+        "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(folder),
+        "dataset": "rparis6k", "imsize": 40, "multiscale": multiscale, "crop_queries": crop,
+        "weights": weights_digest(backbone),
+    }  # fmt: skip
     for name, values in scores.items():
         assert result[name] == pytest.approx(values)
     captured = capsys.readouterr()

@@ -7,7 +7,6 @@ whose settings are the defaults. Scores are those of DAVIS 2017's semi-supervise
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from fastdino.evals.davis_layout import (
     write_mask,
 )
 from fastdino.evals.davis_results import Results, describe, describe_total, score
-from fastdino.evals.features import add_network_flags, add_process_flags, load_vit
+from fastdino.evals.features import add_network_flags, add_process_flags, load_vit, settings_of
 from fastdino.evals.mask_overlay import draw_sheet, overlay
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.vit import VisionTransformer
@@ -89,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         with distributed.together():
             model = build_model(args, device)
         results = distributed.from_main(
-            lambda: Results(Path(args.output_dir) / RESULTS, settings_of(args, model, sequences))
+            lambda: Results(Path(args.output_dir) / RESULTS, davis_settings(args, model, sequences))
         )
         left = distributed.from_main(lambda: what_is_left(results, sequences))
         evaluate(model, left, args, results, device)
@@ -183,23 +182,16 @@ def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransfo
     return model
 
 
-def settings_of(
+def davis_settings(
     args: argparse.Namespace, model: VisionTransformer, sequences: list[Sequence]
 ) -> dict[str, Any]:
-    """What a sequence's masks and scores depend on; the weights by their digest."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    flags = (
-        "pretrained_weights", "checkpoint_key", "n_last_frames", "size_mask_neighborhood", "topk",
-        "size", "split",
-    )  # fmt: skip
+    """What a sequence's masks and scores depend on."""
+    flags = ("n_last_frames", "size_mask_neighborhood", "topk", "size", "split")
     return {
-        **{name: getattr(args, name) for name in flags},
+        **settings_of(args, model, *flags),
         "data_path": str(Path(args.data_path).resolve()),
         "year": "2016" if sequences[0].binary else "2017",
         "patch_size": model.patch_size,
-        "weights_sha256": digest.hexdigest(),
     }
 
 

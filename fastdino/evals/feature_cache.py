@@ -29,6 +29,7 @@ from fastdino import checkpoint, distributed
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import DataError
+from fastdino.evals.features import weights_digest
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):
@@ -62,15 +63,6 @@ def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -
             raise DataError(f"{path} was there when the images were counted: {error}") from error
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A hash of the names and values of a network's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from fastdino.evals.features import (
     eval_transform,
     extract_features,
     scan_splits,
+    settings_of,
 )
 
 # Numbers on the device at once: training features, and similarities of some validation images to
@@ -119,7 +120,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=int, default=256, help="short side the images are resized to (256)")
     add("--crop", type=int, default=224, help="side of the centre crop (224)")
     add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")
-    add("--output", help="JSON file for the accuracies")
+    add("--output", help="JSON file for the accuracies and what they depend on")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -132,7 +133,10 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
-        tensors = load_features(args) if args.load_features else compute_features(args, device)
+        model = None if args.load_features or args.raw_pixels else build_model(args, device)
+        tensors = (
+            load_features(args) if args.load_features else compute_features(args, model, device)
+        )
         if args.dump_features:
             distributed.from_main(lambda: dump_features(Path(args.dump_features), tensors))
         where = device if args.use_cuda else torch.device("cpu")
@@ -149,20 +153,29 @@ def main(args: argparse.Namespace) -> int:
     for k, (top1, top5) in accuracy.items():
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
-        result = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()}
+        flags = ("load_features", "raw_pixels", "resize", "crop", "temperature")
+        result = {
+            "settings": settings_of(args, model, *flags),
+            "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
+            **{str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
+        }
         checkpoint.write_json(result, Path(args.output))
     return 0
 
 
-def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """Features and labels of train/ and val/, under the names of the paper's feature files."""
-    model = torch.nn.Flatten() if args.raw_pixels else build_model(args, device)
+def compute_features(
+    args: argparse.Namespace, model: torch.nn.Module | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Features and labels of train/ and val/, under the names of the paper's feature files.
+
+    model: None for the pixels themselves.
+    """
     # One verdict for all processes, before the features: they take long.
     sources = distributed.from_main(lambda: scan_splits(args))
     tensors = {}
     for (split, source), name in zip(sources.items(), ("train", "test"), strict=True):
         features, labels = extract_features(
-            model,
+            model or torch.nn.Flatten(),
             source,
             eval_transform(args.resize, args.crop),
             batch_size=args.batch_size_per_gpu,

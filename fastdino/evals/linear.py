@@ -27,7 +27,7 @@ from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached, weights_digest
+from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached
 from fastdino.evals.features import (
     PATH_HELP,
     Images,
@@ -36,7 +36,9 @@ from fastdino.evals.features import (
     build_model,
     eval_transform,
     scan_splits,
+    settings_of,
     to_input,
+    weights_digest,
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.progress import drop_log_lines
@@ -181,7 +183,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        result = {"linear_weights": str(path), **found, **data.protocol}
+        result = {"settings": data.settings(), "linear_weights": str(path), **found}
         checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
@@ -260,6 +262,11 @@ class Data:
             "crop": args.crop,
         }
         return cls(args, device, features, dim, sources, protocol)
+
+    def settings(self) -> dict[str, Any]:
+        """What the accuracies depend on, for the results' JSON."""
+        flags = ("lr", "batch_size_per_gpu", "resize", "seed")
+        return settings_of(self.args, self.features.model, *flags) | self.protocol
 
     def say(self, text: str) -> None:
         """Prints a line, in one process."""
@@ -415,13 +422,13 @@ def _write_results(output: Path, probe: Probe, data: Data) -> None:
     lines = (output / "log.txt").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
     result = {
+        "settings": data.settings(),
         "acc1": last.get("test_acc1"),
         "acc5": last.get("test_acc5"),
         "best_acc1": probe.best_acc,
         "epochs": probe.epoch,
         "classes": probe.linear.out_features,
         "features": data.dim,
-        **data.protocol,
     }
     checkpoint.write_json(result, output / "linear.json")
     data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")
