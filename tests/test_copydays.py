@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -13,6 +12,7 @@ from torchvision import transforms
 from fastdino import cli
 from fastdino.evals import copydays
 from fastdino.evals.features import build_model, weights_digest
+from tests.commands import error_of, flags_of
 
 CPU = torch.device("cpu")
 SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu"
@@ -53,9 +53,7 @@ def run(folder):
 
 def network():
     """The command's, as its seed makes it."""
-    parser = argparse.ArgumentParser()
-    copydays.configure(parser)
-    return build_model(parser.parse_args(SMALL.split()), CPU, size_flag="imsize")
+    return build_model(flags_of(copydays, *SMALL.split()), CPU, size_flag="imsize")
 
 
 @torch.no_grad()
@@ -132,8 +130,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
     assert json.loads((tmp_path / "out.json").read_text())["images"]["distractors"] == 4
     (folder / "copydays" / "strong" / "200001.jpg").write_text("no picture")
     assert run() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = error_of(capsys)
     assert "is not an image" in error
     assert "strong/200001.jpg" in error
 
@@ -141,7 +138,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
 def test_copies_without_an_original_are_named(run, folder, capsys):
     (folder / "copydays" / "original" / "200300.jpg").unlink()
     assert run() == 2
-    assert "is a copy of no original: there is no" in capsys.readouterr().err
+    assert "is a copy of no original: there is no" in error_of(capsys)
 
 
 def test_missing_folders_are_named(run, folder, capsys):
@@ -155,8 +152,8 @@ def test_missing_folders_are_named(run, folder, capsys):
         (("--output", "/dev/null/x.json"), "cannot write /dev/null/x.json"),
     ):
         assert run(*flags) == 2, flags
-        assert part in capsys.readouterr().err
+        assert part in error_of(capsys, printed=True)
     (root / "strong").rename(folder / "strong")
     (root / "crops").rename(folder / "crops")
     assert run() == 2
-    assert "no copies in" in capsys.readouterr().err
+    assert "no copies in" in error_of(capsys)

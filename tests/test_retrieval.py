@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 
@@ -16,7 +15,7 @@ from fastdino.evals import retrieval
 from fastdino.evals.features import build_model, weights_digest
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import read_set
-from tests.commands import error_of
+from tests.commands import error_of, flags_of
 from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
@@ -55,7 +54,7 @@ def run(folder):
 
 def expected_scores(folder, *, multiscale, crop):
     """The paper's evaluation written plainly: image by image."""
-    args = cli_args()
+    args = flags_of(retrieval, *SMALL.split())
     model = build_model(args, CPU, size_flag="imsize")
     finish = transforms.Compose(
         [
@@ -86,16 +85,10 @@ def expected_scores(folder, *, multiscale, crop):
     return queries, database, revisited_scores(queries, database, found.relevance)
 
 
-def cli_args():
-    parser = argparse.ArgumentParser()
-    retrieval.configure(parser)
-    return parser.parse_args(SMALL.split())
-
-
 @pytest.mark.parametrize(("multiscale", "crop"), [(False, False), (True, True)])
 def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multiscale, crop):
     queries, database, scores = expected_scores(folder, multiscale=multiscale, crop=crop)
-    args = cli_args()
+    args = flags_of(retrieval, *SMALL.split())
     args.multiscale = multiscale
     found = read_set(folder, "rparis6k", crop_queries=crop)
     backbone = build_model(args, CPU, size_flag="imsize")
