@@ -110,7 +110,9 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Where the block fails in one process, it ends with an error in every one.
+    """Where the block, or a function that this decorates, fails in one process, it ends every one.
+
+    Within it the processes may not wait for each other.
 
     The first that failed raises its own error, the others what they are to say nothing of: the
     same where it is a UserError, else one that names it.

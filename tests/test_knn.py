@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -397,3 +399,16 @@ def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
     assert one["trainfeat.pth"].shape == (11, 96)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mistake_of_the_flags_is_told_by_one_process(images, tmp_path):
+    line = ["knn", "--data_path", str(images), *SMALL.split(), "--arch", "vit_nan"]
+    run_two(_fail, line, tmp_path)
+    told, silent = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
+    assert "did you mean vit_nano" in told
+    assert (told.count("\n"), silent) == (1, "")
+
+
+def _fail(line, folder):
+    with open(folder / f"{os.environ['RANK']}.err", "w") as file, redirect_stderr(file):
+        assert cli.main(line) == 2

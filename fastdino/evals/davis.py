@@ -85,8 +85,7 @@ def main(args: argparse.Namespace) -> int:
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         sequences = distributed.from_main(lambda: checked_sequences(args))
-        with distributed.together():
-            model = build_model(args, device)
+        model = build_model(args, device)
         results = distributed.from_main(
             lambda: Results(Path(args.output_dir) / RESULTS, davis_settings(args, model, sequences))
         )
@@ -174,6 +173,7 @@ def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
     return sequences
 
 
+@distributed.together()
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """The network of the flags, on the device; raises ConfigError where it has no patch tokens."""
     model, _ = load_vit(args, device, lacks="gives no patch tokens to compare")

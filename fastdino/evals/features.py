@@ -160,6 +160,7 @@ def load_vit(
     return backbone.module.to(device), backbone.arch
 
 
+@distributed.together()
 def build_model(
     args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
 ) -> torch.nn.Module:
