@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -353,24 +355,25 @@ def signal_at(batch, made):
     def signalled(self, images):
         if images.any():  # zeros are for the width alone
             made.append(len(images))
-            if len(made) == batch:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if len(made) == batch:  # from another process and to its workers too, as by a launcher
+                group = (os.getpid(), *(child.pid for child in active_children()))
+                subprocess.run(["kill", "-TERM", *map(str, group)], check=True)
         return call(self, images)
 
     return signalled
 
 
 @pytest.mark.parametrize(
-    ("batch", "written", "place"),
-    [(1, 3, "train"), (3, 9, "train"), (4, 15, "val"), (5, 15, "val")],
+    ("batch", "written", "place", "workers"),
+    [(1, 3, "train", 0), (3, 9, "train", 2), (4, 15, "val", 0), (5, 15, "val", 0)],
 )
 def test_a_signal_while_a_cache_is_written_keeps_what_is_done(
-    run, tmp_path, monkeypatch, capsys, batch, written, place
+    run, tmp_path, monkeypatch, capsys, batch, written, place, workers
 ):
     assert run("whole", *CACHED) == 0
     made = []
     monkeypatch.setattr(FrozenFeatures, "__call__", signal_at(batch, made))
-    assert run("cut", *CACHED) == 75
+    assert run("cut", *CACHED, "--num_workers", workers) == 75
     assert "stopped by SIGTERM while features were written, which" in capsys.readouterr().out
     assert sum(made) == written
     assert next((tmp_path / "cut").rglob("*.part")).parent.name.startswith(f"{place}-")

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
+from fastdino.data.workers import SteadyLoader
 from fastdino.errors import DataError
 from fastdino.evals.features import weights_digest
 
@@ -150,7 +151,7 @@ def _write_share(
     labels = np.load(labels_path(part), mmap_mode="r+")
     world = distributed.world_size()
     share = range(done + distributed.rank(), len(labels), world)
-    loader = DataLoader(
+    loader = SteadyLoader(
         Subset(images, share),
         batch_size=batch_size,
         num_workers=min(workers, cpu_count()),

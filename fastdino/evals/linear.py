@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
@@ -26,6 +26,7 @@ from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
+from fastdino.data.workers import SteadyLoader
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached
 from fastdino.evals.features import (
@@ -374,7 +375,7 @@ class Data:
         return self._loader(Subset(images, share))
 
     def _loader(self, images: Dataset[tuple[Tensor, int]], **options: Any) -> Batches:
-        return DataLoader(
+        return SteadyLoader(
             images,
             batch_size=self.args.batch_size_per_gpu,
             num_workers=min(self.args.num_workers, cpu_count()),
