@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return run(args)
     except UserError as error:
-        print(f"fastdino {wanted}: error: {error}", file=sys.stderr)
+        if not error.told_elsewhere:
+            print(f"fastdino {wanted}: error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         install = 'pip install "fastdino[train]"'
         print(f"fastdino {wanted}: error: {error}; {install} brings it", file=sys.stderr)

@@ -108,19 +108,40 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in process 0, in every process; its error is raised in every one."""
+@contextmanager
+def together() -> Iterator[None]:
+    """Where the block, or a function that this decorates, fails in one process, it ends every one.
+
+    Within it the processes may not wait for each other.
+
+    The first that failed raises its own error, the others what they are to say nothing of: the
+    same where it is a UserError, else one that names it.
+    """
     if world_size() == 1:
-        return make()
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        own = raised
+    portable = own if own is None or isinstance(own, UserError) else UserError(repr(own))
+    first = next(((i, error) for i, error in enumerate(gather(portable)) if error), None)
+    if first is None:
+        return
+    number, error = first
+    if number == rank() and own is not None:
+        raise own
+    error.told_elsewhere = True
+    raise error
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in process 0, in every process; its error ends every one."""
     result: list[Any] = [None]
-    error: list[Exception | None] = [None]
-    if rank() == 0:
-        try:
+    with together():
+        if rank() == 0:
             result = [make()]
-        except Exception as raised:
-            error = [raised if isinstance(raised, UserError) else RuntimeError(repr(raised))]
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
-    dist.broadcast_object_list(result, src=0)
+    if world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
     return result[0]

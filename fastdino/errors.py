@@ -2,7 +2,12 @@
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; the message says what was expected, what came, what to do."""
+    """A mistake the user can mend; the message says what was expected, what came, what to do.
+
+    `told_elsewhere`: another process of the run met it, and tells it.
+    """
+
+    told_elsewhere = False
 
 
 class ConfigError(UserError):

@@ -101,7 +101,10 @@ def _figures_of(path: Path) -> list[tuple[str, str]]:
         if "acc1" in found:
             rows = [("linear probe, top-1", found["acc1"]), ("linear probe, top-5", found["acc5"])]
         else:
-            rows = [(f"{int(k)}-NN, top-1", result["top1"]) for k, result in found.items()]
+            ks = [name for name in found if name.isdigit()]
+            rows = [(f"{k}-NN, top-1", found[k]["top1"]) for k in ks]
+        if not rows:
+            raise KeyError("acc1")
         return [(name, f"{float(value):.2f}") for name, value in rows]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

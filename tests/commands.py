@@ -1,9 +1,11 @@
-"""Helps tests of commands: a small set with labels, and the one line that a mistake is told in."""
+"""Helps tests of commands: a small labelled set, flags as parsed, the one line of a mistake."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,13 @@ def write_colours(root: Path) -> Path:
                 pixels = np.clip(rng.normal(colour, 50, (40, 48, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+def flags_of(command: ModuleType, *words: str) -> argparse.Namespace:
+    """The flags of a command's module, as its main takes them."""
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    return parser.parse_args(words)
 
 
 def error_of(capsys, *, printed: bool = False) -> str:

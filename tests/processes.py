@@ -14,7 +14,8 @@ import pytest
 import torch
 
 # What takes long to import: once, by the process that all others are forked off.
-PRELOADED = ["fastdino.cli", "fastdino.run", "fastdino.evals.linear", "fastdino.evals.retrieval"]
+EVALS = ("davis", "linear", "retrieval")
+PRELOADED = ["fastdino.cli", "fastdino.run", *(f"fastdino.evals.{name}" for name in EVALS)]
 
 
 def run_two(function: Callable[..., None], *args: Any) -> None:

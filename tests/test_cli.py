@@ -65,6 +65,17 @@ def test_a_mistake_is_one_line_and_status_2(command, capsys, kind):
     assert captured.out == ""
 
 
+def test_a_mistake_that_another_process_tells_is_status_2_without_a_word(command, capsys):
+    def fail(args):
+        error = DataError("there is no folder /x")
+        error.told_elsewhere = True
+        raise error
+
+    command(fail)
+    assert cli.main(["try"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_defect_keeps_its_traceback(command):
     def fail(args):
         raise ValueError("not the user's")

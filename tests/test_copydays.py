@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -12,7 +11,8 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import copydays
-from fastdino.evals.features import build_model
+from fastdino.evals.features import build_model, weights_digest
+from tests.commands import error_of, flags_of
 
 CPU = torch.device("cpu")
 SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu"
@@ -51,12 +51,15 @@ def run(folder):
     return command
 
 
+def network():
+    """The command's, as its seed makes it."""
+    return build_model(flags_of(copydays, *SMALL.split()), CPU, size_flag="imsize")
+
+
 @torch.no_grad()
 def paper_map(folder, *, whiten):
     """mAP of strong/, image by image, in float64 after the network, as the paper's code has it."""
-    parser = argparse.ArgumentParser()
-    copydays.configure(parser)
-    model = build_model(parser.parse_args(SMALL.split()), CPU, size_flag="imsize")
+    model = network()
     transform = transforms.Compose(
         [
             transforms.Resize((24, 24), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -110,6 +113,9 @@ def test_map_is_the_papers(run, folder, tmp_path, capsys, whiten):
     assert blocks["all"]["mAP"] == pytest.approx(together)
     assert all(0 < block["micro_AP"] <= 100 for block in blocks.values())
     extra = {"whitening": 30} if whiten else {}
+    settings = result["settings"]
+    assert (settings["imsize"], settings["weights"]) == (24, weights_digest(network()))
+    assert settings["whitening_path"] == (str(folder / "whitening") if whiten else "")
     assert result["images"] == {"original": 6, "distractors": 5, **extra}
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -124,8 +130,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
     assert json.loads((tmp_path / "out.json").read_text())["images"]["distractors"] == 4
     (folder / "copydays" / "strong" / "200001.jpg").write_text("no picture")
     assert run() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = error_of(capsys)
     assert "is not an image" in error
     assert "strong/200001.jpg" in error
 
@@ -133,7 +138,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
 def test_copies_without_an_original_are_named(run, folder, capsys):
     (folder / "copydays" / "original" / "200300.jpg").unlink()
     assert run() == 2
-    assert "is a copy of no original: there is no" in capsys.readouterr().err
+    assert "is a copy of no original: there is no" in error_of(capsys)
 
 
 def test_missing_folders_are_named(run, folder, capsys):
@@ -147,8 +152,8 @@ def test_missing_folders_are_named(run, folder, capsys):
         (("--output", "/dev/null/x.json"), "cannot write /dev/null/x.json"),
     ):
         assert run(*flags) == 2, flags
-        assert part in capsys.readouterr().err
+        assert part in error_of(capsys, printed=True)
     (root / "strong").rename(folder / "strong")
     (root / "crops").rename(folder / "crops")
     assert run() == 2
-    assert "no copies in" in capsys.readouterr().err
+    assert "no copies in" in error_of(capsys)

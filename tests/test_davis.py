@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.multiprocessing import ProcessExitedException
 from torch.nn import functional as F
 
 from fastdino import cli
 from fastdino.data.shapes import davis_palette
-from fastdino.errors import ConfigError
+from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import davis
 from fastdino.evals.davis import prepare, working_size
 from fastdino.evals.davis_layout import find_sequences, read_mask
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.weights import load_backbone
 from tests.commands import error_of
+from tests.processes import run_commands_in_two, run_two
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
 COLOURS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
@@ -72,10 +77,16 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def run(root, tmp_path):
+def line(root, tmp_path):
+    """`fastdino davis` on the set, small."""
+    paths = ["--data_path", str(root), "--output_dir", str(tmp_path / "out")]
+    return ["davis", *paths, *SMALL.split()]
+
+
+@pytest.fixture
+def run(line, root):
     def run_command(*flags, data=root):
-        line = ["davis", "--data_path", data, "--output_dir", tmp_path / "out", *SMALL.split()]
-        return cli.main([str(word) for word in (*line, *flags)])
+        return cli.main([*line, "--data_path", str(data), *map(str, flags)])
 
     return run_command
 
@@ -237,6 +248,99 @@ def test_a_run_cut_off_leaves_nothing_of_other_settings_as_done(run, tmp_path, m
             run("--topk", 2)
     results = results_of(tmp_path)
     assert (results["settings"]["topk"], results["sequences"]) == (2, {})
+
+
+def assert_same_results(found, expected):
+    assert found["settings"] == expected["settings"]
+    assert list(found["sequences"]) == list(expected["sequences"])
+    for name, entry in expected["sequences"].items():
+        assert found["sequences"][name]["frames"] == entry["frames"]
+        assert found["sequences"][name]["J"] == pytest.approx(entry["J"], abs=0.5)
+    for measure in ("J", "F"):
+        assert found["global"][measure] == pytest.approx(expected["global"][measure], abs=0.5)
+
+
+@pytest.fixture
+def three(root):
+    """A third sequence: two processes have two of the first round and one of the second."""
+    write_sequence(root, "three", {1: (20, 10, 26)}, frames=5)
+    write_list(root, "2017", ["two", "one", "three"])
+
+
+def test_two_processes_share_the_sequences_and_give_the_results_of_one(three, line, run, tmp_path):
+    run_commands_in_two(line)
+    two = results_of(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "two")
+    assert run() == 0
+    assert_same_results(two, results_of(tmp_path))
+    for name in ("two", "one", "three"):
+        for path in (tmp_path / "out" / name).iterdir():
+            ours = np.array(Image.open(tmp_path / "two" / name / path.name))
+            assert (ours == np.array(Image.open(path))).mean() > 0.999
+    assert len(list((tmp_path / "two" / "overlays").iterdir())) == 3
+
+
+def test_each_sequence_is_followed_by_one_process_the_longest_first(three, line, tmp_path):
+    run_two(_note_what_is_done, line, tmp_path)
+    assert [(tmp_path / f"{rank}.done").read_text() for rank in "01"] == ["two one ", "three "]
+    printed, silent = ((tmp_path / f"{rank}.out").read_text().splitlines() for rank in "01")
+    assert [text.split(":")[0] for text in printed[:3]] == ["two", "three", "one"]
+    assert printed[3].startswith("J&F-Mean")
+    assert silent == []
+
+
+def _note_what_is_done(line, folder):
+    segment, rank = davis.segment, os.environ["RANK"]
+    with open(folder / f"{rank}.done", "w") as notes, open(folder / f"{rank}.out", "w") as out:
+
+        def noted(model, sequence, *words, **options):
+            notes.write(f"{sequence.name} ")
+            return segment(model, sequence, *words, **options)
+
+        davis.segment = noted
+        with redirect_stdout(out):
+            assert cli.main(line) == 0
+
+
+def test_one_process_goes_on_where_two_were_killed(three, line, run, tmp_path, capsys):
+    with pytest.raises(ProcessExitedException):
+        run_two(_killed_in_the_second_round, line)
+    assert run() == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[:2] == ["two: already there", "three: already there"]
+    found = results_of(tmp_path)
+    (tmp_path / "out" / "davis.json").unlink()
+    assert run() == 0
+    assert_same_results(found, results_of(tmp_path))
+
+
+def _killed_in_the_second_round(line):
+    segment = davis.segment
+
+    def kills(model, sequence, *words, **options):
+        if sequence.name == "one":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return segment(model, sequence, *words, **options)
+
+    davis.segment = kills
+    cli.main(line)
+
+
+def test_a_mistake_that_one_process_meets_ends_both_with_one_line(line, tmp_path):
+    run_two(_fail_in_one, line, tmp_path)
+    assert [(tmp_path / name).read_text() for name in "01"] == [
+        "", "fastdino davis: error: the disk is full\n"
+    ]  # fmt: skip
+
+
+def _fail_in_one(line, folder):
+    def fails(*words):
+        if os.environ["RANK"] == "1":
+            raise CheckpointError("the disk is full")
+
+    davis.write_masks = fails
+    with open(folder / os.environ["RANK"], "w") as file, redirect_stderr(file):
+        assert cli.main(line) == 2
 
 
 def test_an_object_that_leaves_the_frame_and_one_that_comes_later(run, root, tmp_path, capsys):

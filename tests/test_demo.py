@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastdino import cli, demo
+from tests.commands import flags_of
 
 
 @pytest.fixture
@@ -27,7 +28,5 @@ def test_a_folder_with_a_space_is_one_word(answer, tmp_path):
 
 def test_the_demo_ends_with_the_first_command_that_fails(answer, tmp_path):
     lines = answer(2)
-    parser = cli.argparse.ArgumentParser()
-    demo.configure(parser)
-    assert demo.main(parser.parse_args(["--output_dir", str(tmp_path)])) == 2
+    assert demo.main(flags_of(demo, "--output_dir", str(tmp_path))) == 2
     assert [line[0] for line in lines] == ["shapes"]

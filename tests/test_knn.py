@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.features import eval_transform, extract_features
-from fastdino.evals.knn import knn_accuracy
+from fastdino.evals.knn import knn_accuracy, nearest
 from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
@@ -120,6 +122,52 @@ def test_chunks_change_nothing(monkeypatch, elements):
     assert knn_accuracy(*sets, ks=[5, 20]) == whole
 
 
+@pytest.mark.parametrize("rows", [1, 7, 75, 149, 150])
+def test_slices_of_the_training_features_change_nothing(monkeypatch, rows):
+    sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
+    whole = knn_accuracy(*sets, ks=[5, 20, 500])
+    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * rows)
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 13 * rows)
+    assert knn_accuracy(*sets, ks=[5, 20, 500]) == whole
+
+
+def test_the_nearest_of_all_slices_come_with_their_labels_in_order():
+    train, labels = clustered(150, 8)
+    val, _ = clustered(20, 8, seed=1)
+    slices = zip(train.split(40), labels.split(40), strict=True)
+    best = nearest(slices, val.split(7), 60)
+    similarity, found = (torch.cat(parts) for parts in zip(*best, strict=True))
+    expected, places = (val @ train.T).sort(dim=1, descending=True)
+    torch.testing.assert_close(similarity, expected[:, :60])
+    assert torch.equal(found, labels[places[:, :60]])
+
+
+def test_training_features_stay_where_they_are_but_for_a_slice(monkeypatch):
+    """As from a host to its GPU: what is not on the validation's device is moved slice by slice."""
+    moved, to = [], torch.Tensor.to
+
+    def noted(tensor, device):
+        moved.append(tuple(tensor.shape))
+        return to(tensor, device)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * 100)
+    knn_accuracy(*clustered(150, 8), *clustered(60, 8, seed=1), ks=[5])
+    assert moved == [(100, 6), (100,), (50, 6), (50,)]
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_training_features_from_the_host(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    train, labels = clustered(5000, 8)
+    val, val_labels = clustered(600, 8, seed=1)
+    expected = knn_accuracy(train, labels, val, val_labels, ks=[5, 200])
+    for elements in (1 << 28, 6 * 700):
+        monkeypatch.setattr(knn, "SLICE_ELEMENTS", elements)
+        assert knn_accuracy(train, labels, val.cuda(), val_labels.cuda(), ks=[5, 200]) == expected
+
+
 def test_images_are_made_as_the_paper_makes_them(pictures):
     theirs = transforms.Compose(
         [
@@ -163,10 +211,19 @@ def dumped(folder):
     return {path.name: checkpoint.load_tensor(path) for path in folder.iterdir()}
 
 
-def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(run, tmp_path, capsys):
+def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(
+    run, images, tmp_path, capsys
+):
     assert run("--raw_pixels", "--output", tmp_path / "knn.json") == 0
     perfect = {"top1": 100.0, "top5": 100.0}
-    assert json.loads((tmp_path / "knn.json").read_text()) == {"1": perfect, "3": perfect}
+    result = json.loads((tmp_path / "knn.json").read_text())
+    assert (result["1"], result["3"]) == (perfect, perfect)
+    assert result["images"] == {"train": 12, "val": 6}
+    assert result["settings"] == {
+        "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(images),
+        "load_features": None, "raw_pixels": True, "resize": 36, "crop": 32, "temperature": 0.07,
+        "weights": None,
+    }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
         "1-NN classifier result: Top1: 100.00, Top5: 100.00",
@@ -307,15 +364,13 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
 
 
 def _classify(sets, folder):
-    rows = []
-    split = torch.Tensor.split
+    rows, nearest = [], knn.nearest
 
-    def recording(tensor, size):
-        if tensor.ndim == 2:
-            rows.extend(tensor.tolist())
-        return split(tensor, size)
+    def recording(slices, chunks, k):
+        rows.extend(torch.cat(chunks).tolist())
+        return nearest(slices, chunks, k)
 
-    torch.Tensor.split = recording
+    knn.nearest = recording
     with distributed.process_group(CPU, "env://"):
         found = knn_accuracy(*sets, ks=[5, 20])
         torch.save({"found": found, "rows": rows}, folder / f"{distributed.rank()}.pth")
@@ -344,3 +399,16 @@ def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
     assert one["trainfeat.pth"].shape == (11, 96)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mistake_of_the_flags_is_told_by_one_process(images, tmp_path):
+    line = ["knn", "--data_path", str(images), *SMALL.split(), "--arch", "vit_nan"]
+    run_two(_fail, line, tmp_path)
+    told, silent = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
+    assert "did you mean vit_nano" in told
+    assert (told.count("\n"), silent) == (1, "")
+
+
+def _fail(line, folder):
+    with open(folder / f"{os.environ['RANK']}.err", "w") as file, redirect_stderr(file):
+        assert cli.main(line) == 2

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torchvision
 from PIL import Image
 from torch.nn import functional as F
 
-from fastdino import checkpoint, cli
+from fastdino import checkpoint, cli, signals
 from fastdino.data import scan_images
 from fastdino.errors import NonFiniteError
 from fastdino.evals import feature_cache
@@ -25,7 +27,7 @@ from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 from tests.commands import error_of, write_colours
-from tests.processes import run_commands_in_two
+from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 FLAGS = (
@@ -182,7 +184,7 @@ def test_crops_depend_on_seed_epoch_and_place_alone(few):
     assert torch.equal(torch.get_rng_state(), before), "others' draws go on as if none was made"
 
 
-def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
+def test_a_run_learns_and_writes_what_the_papers_writes(run, few, tmp_path, capsys):
     assert run("a", "--val_freq", "2") == 0
     state = checkpoint.load(tmp_path / "a" / "checkpoint.pth.tar")
     assert {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} <= set(state)
@@ -196,6 +198,9 @@ def test_a_run_learns_and_writes_what_the_papers_writes(run, tmp_path, capsys):
     )
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     results = results_of(tmp_path / "a")
+    settings = results["settings"]
+    assert (settings["data_path"], settings["lr"], settings["crop"]) == (str(few), 2, 32)
+    assert settings["weights"] == state["protocol"]["weights"]
     assert results["acc1"] == lines[-1]["test_acc1"] > 50
     assert results["best_acc1"] == state["best_acc"] >= results["acc1"]
     captured = capsys.readouterr()
@@ -287,7 +292,7 @@ def made(monkeypatch):
 
     def noted(part, *words):
         names.append(part.name)
-        write(part, *words)
+        return write(part, *words)
 
     monkeypatch.setattr(feature_cache, "_write_share", noted)
     return names
@@ -338,6 +343,75 @@ def test_a_cache_cut_off_while_it_was_written_is_made_anew(run, tmp_path, made, 
     assert run("a", "--cache", "--epochs", "1") == 0
     assert made == ["train-center.npy.part"] * 2 + ["val.npy.part"]
     assert not list(tmp_path.rglob("*.part"))
+
+
+CACHED = ["--cache", "--epochs", "1", "--batch_size_per_gpu", "3"]  # batches: 4 of train, 2 of val
+
+
+def signal_at(batch, made):
+    """FrozenFeatures' call that sends SIGTERM in a batch, and notes how many images each has."""
+    call = FrozenFeatures.__call__
+
+    def signalled(self, images):
+        if images.any():  # zeros are for the width alone
+            made.append(len(images))
+            if len(made) == batch:  # from another process and to its workers too, as by a launcher
+                group = (os.getpid(), *(child.pid for child in active_children()))
+                subprocess.run(["kill", "-TERM", *map(str, group)], check=True)
+        return call(self, images)
+
+    return signalled
+
+
+@pytest.mark.parametrize(
+    ("batch", "written", "place", "workers"),
+    [(1, 3, "train", 0), (3, 9, "train", 2), (4, 15, "val", 0), (5, 15, "val", 0)],
+)
+def test_a_signal_while_a_cache_is_written_keeps_what_is_done(
+    run, tmp_path, monkeypatch, capsys, batch, written, place, workers
+):
+    assert run("whole", *CACHED) == 0
+    made = []
+    monkeypatch.setattr(FrozenFeatures, "__call__", signal_at(batch, made))
+    assert run("cut", *CACHED, "--num_workers", workers) == 75
+    assert "stopped by SIGTERM while features were written, which" in capsys.readouterr().out
+    assert sum(made) == written
+    assert next((tmp_path / "cut").rglob("*.part")).parent.name.startswith(f"{place}-")
+    assert run("cut", *CACHED) == 0
+    assert sum(made) == 12 + 6, "each image once"
+    assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.done")]
+    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rank", "batch", "done"), [(1, 1, 6), (1, 2, 12), (0, 3, None)])
+def test_a_signal_to_one_process_stops_both_and_one_goes_on(
+    run, few, tmp_path, monkeypatch, rank, batch, done
+):
+    """Of 13 images process 0 has 7, in 3 batches, process 1 has 6, in 2: it asks thrice too."""
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    shutil.copy(copy / "train" / "red" / "0.png", copy / "train" / "red" / "9.png")
+    line = ["linear", "--data_path", str(copy), *FLAGS.split(), *CACHED]
+    run_two(_stop_one, [*line, "--output_dir", str(tmp_path / "cut")], rank, batch)
+    kept = [int(path.read_text()) for path in tmp_path.rglob("*.done")]
+    assert kept == ([] if done is None else [done])
+    made = []
+    monkeypatch.setattr(FrozenFeatures, "__call__", signal_at(None, made))
+    assert run("cut", *CACHED, "--data_path", copy) == 0
+    assert sum(made) == (0 if done is None else 13 - done + 6)
+    made.clear()
+    assert run("whole", *CACHED, "--data_path", copy) == 0
+    assert sum(made) == 13 + 6
+    assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
+    ours, theirs = (next((tmp_path / name).rglob("train-center.npy")) for name in ("cut", "whole"))
+    np.testing.assert_allclose(np.load(ours), np.load(theirs), rtol=1e-4, atol=1e-5)
+
+
+def _stop_one(line, rank, batch):
+    signals.AGREE_SECONDS = 0  # they ask each other after each step
+    if os.environ["RANK"] == str(rank):
+        FrozenFeatures.__call__ = signal_at(batch, [])
+    assert cli.main(line) == 75
 
 
 def test_broken_images_are_not_counted(run, few, tmp_path, capsys):

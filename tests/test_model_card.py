@@ -58,7 +58,9 @@ def test_bare_weights_have_no_training_to_tell():
 
 def test_figures_are_those_of_the_files(tmp_path):
     knn, linear = tmp_path / "knn.json", tmp_path / "linear.json"
-    knn.write_text(json.dumps({"10": {"top1": 68.219, "top5": 90}, "20": {"top1": 68, "top5": 9}}))
+    knn.write_text(
+        json.dumps({"settings": {"crop": 224}, "10": {"top1": 68.219}, "20": {"top1": 68}})
+    )
     linear.write_text(json.dumps({"acc1": 71.5, "acc5": 93.25, "best_acc1": 72.0, "epochs": 100}))
     figures = read_figures([str(knn), str(linear)])
     assert figures == [

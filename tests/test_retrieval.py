@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 
@@ -13,10 +12,10 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import retrieval
-from fastdino.evals.features import build_model
+from fastdino.evals.features import build_model, weights_digest
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import read_set
-from tests.commands import error_of
+from tests.commands import error_of, flags_of
 from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
@@ -55,7 +54,7 @@ def run(folder):
 
 def expected_scores(folder, *, multiscale, crop):
     """The paper's evaluation written plainly: image by image."""
-    args = cli_args()
+    args = flags_of(retrieval, *SMALL.split())
     model = build_model(args, CPU, size_flag="imsize")
     finish = transforms.Compose(
         [
@@ -86,26 +85,26 @@ def expected_scores(folder, *, multiscale, crop):
     return queries, database, revisited_scores(queries, database, found.relevance)
 
 
-def cli_args():
-    parser = argparse.ArgumentParser()
-    retrieval.configure(parser)
-    return parser.parse_args(SMALL.split())
-
-
 @pytest.mark.parametrize(("multiscale", "crop"), [(False, False), (True, True)])
 def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multiscale, crop):
     queries, database, scores = expected_scores(folder, multiscale=multiscale, crop=crop)
-    args = cli_args()
+    args = flags_of(retrieval, *SMALL.split())
     args.multiscale = multiscale
     found = read_set(folder, "rparis6k", crop_queries=crop)
-    own_queries, own_database = retrieval.compute_features(args, found, CPU)
+    backbone = build_model(args, CPU, size_flag="imsize")
+    own_queries, own_database = retrieval.compute_features(args, backbone, found, CPU)
     torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)
     output = tmp_path / "scores.json"
     flags = ("--multiscale", multiscale, "--crop_queries", crop, "--output", output)
     assert run(*flags, "--batch_size_per_gpu", 4) == 0
     result = json.loads(output.read_text())
-    assert (result["queries"], result["database"], result["multiscale"]) == (3, 12, multiscale)
+    assert result["images"] == {"queries": 3, "database": 12}
+    assert result["settings"] == {
+        "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(folder),
+        "dataset": "rparis6k", "imsize": 40, "multiscale": multiscale, "crop_queries": crop,
+        "weights": weights_digest(backbone),
+    }  # fmt: skip
     for name, values in scores.items():
         assert result[name] == pytest.approx(values)
     captured = capsys.readouterr()

@@ -1,4 +1,3 @@
-import argparse
 import hashlib
 import inspect
 import json
@@ -10,6 +9,7 @@ from PIL import Image
 
 from fastdino.data import shapes, shapes_drawing
 from fastdino.errors import DataError
+from tests.commands import flags_of
 
 SMALL = {"train_per_class": 2, "val_per_class": 1, "size": 64, "clips": 1, "frames": 5}
 
@@ -210,10 +210,8 @@ def test_objects_of_a_clip_occlude_each_other_half_way_and_none_vanishes(index):
 def test_complete_set_is_left_alone(small_set, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in small_set.rglob("*")}
     shapes.write_shapes(small_set, **SMALL)
-    parser = argparse.ArgumentParser()
-    shapes.configure(parser)
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    assert shapes.main(parser.parse_args([f"--output_dir={small_set}", *flags])) == 0
+    assert shapes.main(flags_of(shapes, f"--output_dir={small_set}", *flags)) == 0
     assert "already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in small_set.rglob("*")} == stamps
 
@@ -283,9 +281,7 @@ def test_workers_out_of_range_are_refused(tmp_path):
 
 
 def test_flags_and_arguments_have_the_same_defaults():
-    parser = argparse.ArgumentParser()
-    shapes.configure(parser)
-    flags = vars(parser.parse_args(["--output_dir", "x"]))
+    flags = vars(flags_of(shapes, "--output_dir", "x"))
     arguments = inspect.signature(shapes.write_shapes).parameters
     for name, value in flags.items():
         if name != "output_dir":
@@ -293,11 +289,9 @@ def test_flags_and_arguments_have_the_same_defaults():
 
 
 def test_main_writes_the_set_and_says_so_in_one_line(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    shapes.configure(parser)
     flags = ["--train_per_class=1", "--val_per_class=1", "--size=32", "--clips=0"]
     flags.append(f"--output_dir={tmp_path / 'new'}")
-    assert shapes.main(parser.parse_args(flags)) == 0
+    assert shapes.main(flags_of(shapes, *flags)) == 0
     out, err = capsys.readouterr()
     assert "12 training and 12 validation images of 32 px" in out
     assert out.count("\n") == 1

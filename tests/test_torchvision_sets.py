@@ -18,6 +18,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torchvision
+from PIL import Image
 from torchvision.datasets import cifar, flowers102, mnist, stl10, svhn
 
 from fastdino.data import torchvision_sets
@@ -50,7 +51,10 @@ def offline(monkeypatch):
     def fails(url, *_, **__):
         raise urllib.error.URLError("[Errno -2] Name or service not known")
 
-    for module in ("cifar", "dtd", "eurosat", "flowers102", "imagenette", "stl10"):
+    for module in (
+        "cifar", "dtd", "eurosat", "flowers102", "imagenette", "inaturalist", "mnist",
+        "oxford_iiit_pet", "stl10",
+    ):  # fmt: skip
         one = getattr(torchvision.datasets, module)
         monkeypatch.setattr(one, "download_and_extract_archive", fails)
 
@@ -80,14 +84,14 @@ def write_stl10(root):
     (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
 
 
-def write_mnist(root, name):
+def write_mnist(root, name, files=("train", "t10k")):
     folder = root / name / "raw"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for part, magic, data in (
         ("images-idx3", (0x803, N, 28, 28), noise(1, N, 28, 28)),
         ("labels-idx1", (0x801, N), np.arange(N, dtype=np.uint8) % 3),
     ):
-        for split in ("train", "t10k"):
+        for split in files:
             header = struct.pack(f">{len(magic)}i", *magic)
             (folder / f"{split}-{part}-ubyte").write_bytes(header + data.tobytes())
 
@@ -99,7 +103,25 @@ def write_svhn(root):
         savemat(root / f"{split}_32x32.mat", {"X": noise(seed, 32, 32, 3, N), "y": labels})
 
 
+def write_pets(root):
+    folder = root / "oxford-iiit-pet"
+    for below in ("images", "annotations"):
+        (folder / below).mkdir(parents=True)
+    for seed, split in enumerate(("trainval", "test")):
+        lines = []
+        for i in range(N):
+            breed = ("Abyssinian", "basset_hound", "Bombay")[i % 3]
+            lines.append(f"{breed}_{N * seed + i} {i % 3 + 1} {1 + (i % 3 == 1)} 1")
+            picture = Image.fromarray(noise(N * seed + i, 20 + i, 30, 3))
+            picture.save(folder / "images" / f"{breed}_{N * seed + i}.jpg")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines))
+
+
 WRITERS = {
+    "OxfordIIITPet": write_pets,
+    "EMNIST": lambda root: write_mnist(
+        root, "EMNIST", [f"emnist-{split}" for split in SETS["EMNIST"].splits]
+    ),
     "CIFAR10": write_cifar,
     "CIFAR100": lambda root: write_cifar(root, "CIFAR100"),
     "STL10": write_stl10,
@@ -122,6 +144,7 @@ def write_files(root, name, picture):
         "Flowers102": ("flowers-102/jpg", ["pink primrose", "hard-leaved pocket orchid"]),
         "Food101": ("food-101/images/{c}", ["apple_pie", "waffles"]),
         "Imagenette": ("imagenette2/{split}/{c}", ["n01440764", "n02102040"]),
+        "INaturalist": ("{split}/{taxon}", ["00000_k_p_c_o_f_g_s", "00001_k_p_c_o_f_g_s"]),
         "RenderedSST2": ("rendered-sst2/{folder}/{c}", ["negative", "positive"]),
         "SUN397": ("SUN397/{c[0]}/{c}", ["abbey", "zoo"]),
     }[name]
@@ -131,14 +154,16 @@ def write_files(root, name, picture):
         for c, label in enumerate(classes):
             for i in range(2):
                 number = 4 * s + 2 * c + i + 1
-                below = root / folder.format(split=split, folder=folder_of, c=label)
+                taxon = label if "2021" in split else f"Plantae/{label[:5]}"
+                below = root / folder.format(split=split, folder=folder_of, c=label, taxon=taxon)
                 below.mkdir(parents=True, exist_ok=True)
                 stem = {"SUN397": f"sun_{number}", "Flowers102": f"image_{number:05}"}.get(name)
                 path = below / f"{stem or number}.{suffix}"
                 path.write_bytes(picture(number, form="PNG" if suffix == "png" else "JPEG"))
                 files.setdefault(split, []).append((path, label))
     write_lists(root, name, files, classes)
-    return ["tench", "English springer"] if name == "Imagenette" else classes
+    named = {"Imagenette": ["tench", "English springer"], "INaturalist": ["0", "1"]}
+    return named.get(name, classes)
 
 
 def write_lists(root, name, files, classes):
@@ -271,6 +296,9 @@ def test_names_that_there_are_not_are_said_with_those_that_there_are(data_path, 
         ("torchvision:STL10?split=test", "stl10_binary"),
         ("torchvision:EuroSAT", "eurosat"),
         ("torchvision:Imagenette?size=160px", "imagenette2-160"),
+        ("torchvision:EMNIST?split=digits-train", "EMNIST/raw"),
+        ("torchvision:INaturalist?split=2021_valid", "2021_valid"),
+        ("torchvision:OxfordIIITPet?split=test", "oxford-iiit-pet"),
     ],
 )
 def test_without_a_network_it_says_what_to_put_where(root, data_path, lies_in, offline):

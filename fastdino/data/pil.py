@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +25,7 @@ from fastdino.data.order import EpochPlan
 from fastdino.data.reading import quiet_pillow, reason_of
 from fastdino.data.sources import ImageSource
 from fastdino.data.sources import cpu_count as cpu_count  # others take it from here
+from fastdino.data.workers import end_workers, init_worker
 from fastdino.errors import DataError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class TorchvisionLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.device(device).type == "cuda",
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
             collate_fn=_collate,
             generator=torch.Generator(),  # an epoch's start then draws nothing from the run's own
         )
@@ -113,11 +113,11 @@ class TorchvisionLoader:
         self._check(run)
         assert self._loader is not None
         if self._at_exit is None:
-            gc.collect()  # See _init_worker: the workers may be forked now.
+            gc.collect()  # See init_worker: the workers may be forked now.
         iterator = iter(self._loader)
         if self._at_exit is None and self._loader.num_workers > 0:
             # Runs before multiprocessing's own hook, which would wait for them for ever.
-            self._at_exit = partial(_end_workers, weakref.ref(iterator), os.getpid())
+            self._at_exit = partial(end_workers, weakref.ref(iterator), os.getpid())
             atexit.register(self._at_exit)
         for crops, skipped in iterator:
             for index, reason in skipped:
@@ -141,29 +141,6 @@ class TorchvisionLoader:
             atexit.unregister(self._at_exit)
             self._at_exit()
             self._at_exit = None
-
-
-def _end_workers(iterator: weakref.ref[Any], owner: int) -> None:
-    """Ends the workers of a DataLoader's iterator, which ignore the SIGTERM that torch sends."""
-    running = iterator()
-    if running is None or os.getpid() != owner:
-        return
-    running._shutdown_workers()
-    for worker in running._workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
-
-
-def _init_worker(_worker: int) -> None:
-    """Leaves signals to the main process, which finishes its step with these workers' crops.
-
-    And keeps a forked worker from freeing what it inherited: a DALI pipeline among it would wait in
-    its destructor, for ever, for threads that a fork leaves behind.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    gc.freeze()
 
 
 class _EpochSampler:

@@ -1,7 +1,8 @@
 """torchvision's sets for image classification, `torchvision:NAME`: found, or downloaded.
 
-Sets that are files of images are read where they lie. Those that are arrays are written once as a
-tar of the pixels, lossless and not compressed, of which any image can be read on its own.
+Sets that are files of images are read where they lie. Those that are arrays, or whose class tells
+no files, are written once as a tar of the pixels, lossless and not compressed, of which any image
+can be read on its own.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ INSTALL = 'pip install -U "fastdino[data]"'
 class Set:
     """A set: what its class takes for each split, and the folder or file that it is on disk.
 
-    arrays: its images are pixels in large files. sizes: of which it comes in several.
+    arrays: its class gives pixels alone. sizes: of which it comes in several.
     """
 
     splits: dict[str, dict[str, Any]]
-    lies_in: str  # with {split} and {size} in it where these have their own
+    lies_in: (
+        str  # with {size}, and {split} or what else its class takes, where these have their own
+    )
     arrays: bool = False
     sizes: tuple[str, ...] = field(default=())
 
@@ -58,9 +61,19 @@ _WHOLE: dict[str, dict[str, Any]] = {"all": {}}
 SETS = {
     "CIFAR10": Set(_BOTH, "cifar-10-batches-py", arrays=True),
     "CIFAR100": Set(_BOTH, "cifar-100-python", arrays=True),
+    "EMNIST": Set(
+        {
+            f"{kind}-{part}": {"split": kind, **which}
+            for kind in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
+            for part, which in _BOTH.items()
+        },
+        "EMNIST/raw",
+        arrays=True,
+    ),
     "FashionMNIST": Set(_BOTH, "FashionMNIST/raw", arrays=True),
     "KMNIST": Set(_BOTH, "KMNIST/raw", arrays=True),
     "MNIST": Set(_BOTH, "MNIST/raw", arrays=True),
+    "OxfordIIITPet": Set(_named("trainval", "test"), "oxford-iiit-pet", arrays=True),
     "STL10": Set(
         _named("train", "unlabeled", "train+unlabeled", "test"), "stl10_binary", arrays=True
     ),
@@ -73,6 +86,13 @@ SETS = {
     "Food101": Set(_named("train", "test"), "food-101"),
     "Imagenette": Set(
         _named("train", "val"), "imagenette2{size}", sizes=("full", "320px", "160px")
+    ),
+    "INaturalist": Set(
+        {
+            name: {"version": name}
+            for name in ("2017", "2018", "2019", "2021_train", "2021_train_mini", "2021_valid")
+        },
+        "{version}",
     ),
     "RenderedSST2": Set(_named("train", "val", "test"), "rendered-sst2"),
     "SUN397": Set(_WHOLE, "SUN397"),
@@ -205,8 +225,7 @@ def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> No
 def _lies_in(name: str, arguments: dict[str, Any]) -> str:
     """What of the root is the set, or of one in files the split."""
     size = arguments.get("size", "full").removesuffix("px")
-    split = arguments.get("split", "")
-    return SETS[name].lies_in.format(split=split, size="" if size == "full" else f"-{size}")
+    return SETS[name].lies_in.format(**arguments | {"size": "" if size == "full" else f"-{size}"})
 
 
 def _path_itself(path: Any) -> str:

@@ -11,6 +11,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,13 @@ from fastdino.evals.descriptors import (
     raise_if_bad,
     without,
 )
-from fastdino.evals.features import add_network_flags, add_process_flags, build_model, to_input
+from fastdino.evals.features import (
+    add_network_flags,
+    add_process_flags,
+    build_model,
+    settings_of,
+    to_input,
+)
 from fastdino.evals.ranking import Places, copydays_map, micro_ap
 from fastdino.models.vit import VisionTransformer
 
@@ -94,7 +101,9 @@ def main(args: argparse.Namespace) -> int:
             F.normalize(database, dim=1).to(where),
             {name: block.positives for name, block in blocks.items()},
         )
-    report(args, scores, {ORIGINAL: len(originals), **{k: len(v) for k, v in sets.items()}})
+    flags = ("imsize", "distractors_path", "whitening_path")
+    counts = {ORIGINAL: len(originals), **{k: len(v) for k, v in sets.items()}}
+    report(args, settings_of(args, extract.network, *flags), scores, counts)
     return 0
 
 
@@ -154,10 +163,10 @@ class Extractor:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        model = build_model(args, device, size_flag="imsize")
-        if not isinstance(model, VisionTransformer):
+        self.network = build_model(args, device, size_flag="imsize")
+        if not isinstance(self.network, VisionTransformer):
             raise ConfigError("the network gives no patch tokens; expected one of vit_*")
-        self.model = cls_and_gem(model)
+        self.model = cls_and_gem(self.network)
         self.transform = v2.Compose(
             [
                 v2.Resize((args.imsize, args.imsize), v2.InterpolationMode.BICUBIC),
@@ -208,16 +217,14 @@ def score(
 
 
 def report(
-    args: argparse.Namespace, scores: dict[str, dict[str, float]], counts: dict[str, int]
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+    counts: dict[str, int],
 ) -> None:
     """Prints the scores, and writes them with what they depend on to --output."""
     for name, values in scores.items():
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
     if args.output:
-        result = {
-            "imsize": args.imsize,
-            "pretrained_weights": args.pretrained_weights,
-            "images": counts,
-            "blocks": scores,
-        }
+        result = {"settings": settings, "images": counts, "blocks": scores}
         checkpoint.write_json(result, Path(args.output))

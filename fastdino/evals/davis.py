@@ -7,7 +7,6 @@ whose settings are the defaults. Scores are those of DAVIS 2017's semi-supervise
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from fastdino.evals.davis_layout import (
     write_mask,
 )
 from fastdino.evals.davis_results import Results, describe, describe_total, score
-from fastdino.evals.features import add_network_flags, load_vit
+from fastdino.evals.features import add_network_flags, add_process_flags, load_vit, settings_of
 from fastdino.evals.mask_overlay import draw_sheet, overlay
 from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.vit import VisionTransformer
@@ -50,6 +49,7 @@ OVERLAYS = "overlays"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino davis`: the paper's eval_video_segmentation.py's, then ours."""
     add_network_flags(parser, "architecture, a vit_*")
+    add_process_flags(parser)
     add = parser.add_argument
     add("--output_dir", default=".", help="folder for masks, overlays and davis.json (.)")
     add("--data_path", default="/path/to/davis/", help="folder with JPEGImages/480p and the rest")
@@ -76,7 +76,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="sheet",
         help="pictures: six frames of a sequence above the truth (sheet), every frame too (all)",
     )
-    add("--num_workers", type=int, default=10, help="threads that read frames, at most (10)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,35 +83,97 @@ def main(args: argparse.Namespace) -> int:
     check_at_least(args, 1, "topk", "bs", "size", "patch_size")
     check_at_least(args, 0, "n_last_frames", "size_mask_neighborhood", "num_workers")
     device = distributed.choose_device(args.device)
-    sequences = find_sequences(Path(args.data_path), split=args.split, year=args.year)
-    for sequence in sequences:  # a bad one ends it now, not after an hour
-        first_mask(sequence)
-        working_size(sequence.size, args.size)
-    model = build_model(args, device)
-    output = Path(args.output_dir)
-    results = Results(output / RESULTS, settings_of(args, model, sequences))
-    total = sum(len(sequence.frames) for sequence in sequences)
-    with tqdm(total=total, unit="frame", disable=not sys.stderr.isatty()) as bar:
-        for sequence in sequences:
-            bar.set_description(sequence.name)
-            if results.has(sequence):
-                bar.update(len(sequence.frames))
-                tqdm.write(f"{sequence.name}: already there", file=sys.stdout)
-                continue
-            masks = segment(model, sequence, args, device=device, bar=bar)
-            truth = read_truth(sequence)
-            with checkpoint.explained(output):
-                write_masks(sequence, masks, output)
-                if args.overlays != "none":
-                    write_overlays(sequence, masks, truth, output, every=args.overlays == "all")
-            scores = None if truth is None else score(masks, truth, device)
-            results.add(sequence, scores)
-            tqdm.write(describe(sequence, results.sequences[sequence.name]), file=sys.stdout)
-    results.finish(sequences)
-    print(describe_total(results.total))
+    with distributed.process_group(device, args.dist_url):
+        sequences = distributed.from_main(lambda: checked_sequences(args))
+        model = build_model(args, device)
+        results = distributed.from_main(
+            lambda: Results(Path(args.output_dir) / RESULTS, davis_settings(args, model, sequences))
+        )
+        left = distributed.from_main(lambda: what_is_left(results, sequences))
+        evaluate(model, left, args, results, device)
+        distributed.from_main(lambda: results.finish(sequences))
+        if distributed.rank() == 0:
+            print(describe_total(results.total))
     return 0
 
 
+def what_is_left(results: Results, sequences: list[Sequence]) -> list[Sequence]:
+    """The sequences that are not done; says which are."""
+    left = []
+    for sequence in sequences:
+        if results.has(sequence):
+            print(f"{sequence.name}: already there")
+        else:
+            left.append(sequence)
+    return left
+
+
+def evaluate(
+    model: VisionTransformer,
+    sequences: list[Sequence],
+    args: argparse.Namespace,
+    results: Results,
+    device: torch.device,
+) -> None:
+    """Follows the objects of all sequences; process 0 takes the scores into its results.
+
+    Of many processes each has one sequence of a round, which ends with the longest of them: they go
+    by falling length, so that those of a round are about equally long.
+    """
+    rank, number = distributed.rank(), distributed.world_size()
+    by_length = sorted(sequences, key=lambda one: len(one.frames), reverse=True)
+    total = sum(len(one.frames) for one in sequences)
+    quiet = rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="frame", disable=quiet) as bar:
+        for first in range(0, len(by_length), number):
+            group = by_length[first : first + number]
+            scores = None
+            with distributed.together():
+                if rank < len(group):
+                    bar.set_description(group[rank].name)
+                    scores = follow(model, group[rank], args, device, bar)
+            found = distributed.gather(scores)
+            with distributed.together():
+                if rank == 0:
+                    for sequence, its in zip(group, found, strict=False):
+                        results.add(sequence, its)
+                        line = describe(sequence, results.sequences[sequence.name])
+                        tqdm.write(line, file=sys.stdout)
+            bar.update(sum(len(one.frames) for one in group[1:]))
+
+
+def follow(
+    model: VisionTransformer,
+    sequence: Sequence,
+    args: argparse.Namespace,
+    device: torch.device,
+    bar: Any,
+) -> dict[str, Any] | None:
+    """Writes a sequence's masks and overlays; its scores, None where it has no truth."""
+    output = Path(args.output_dir)
+    masks = segment(model, sequence, args, device=device, bar=bar)
+    truth = read_truth(sequence)
+    with checkpoint.explained(output):
+        write_masks(sequence, masks, output)
+        if args.overlays != "none":
+            write_overlays(sequence, masks, truth, output, every=args.overlays == "all")
+    return None if truth is None else score(masks, truth, device)
+
+
+def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
+    """The sequences of the flags; a bad one ends it now, not after an hour.
+
+    Raises: DataError: see find_sequences; a first mask without objects. ConfigError: frames of no
+        size that works.
+    """
+    sequences = find_sequences(Path(args.data_path), split=args.split, year=args.year)
+    for sequence in sequences:
+        first_mask(sequence)
+        working_size(sequence.size, args.size)
+    return sequences
+
+
+@distributed.together()
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """The network of the flags, on the device; raises ConfigError where it has no patch tokens."""
     model, _ = load_vit(args, device, lacks="gives no patch tokens to compare")
@@ -121,23 +182,16 @@ def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransfo
     return model
 
 
-def settings_of(
+def davis_settings(
     args: argparse.Namespace, model: VisionTransformer, sequences: list[Sequence]
 ) -> dict[str, Any]:
-    """What a sequence's masks and scores depend on; the weights by their digest."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    flags = (
-        "pretrained_weights", "checkpoint_key", "n_last_frames", "size_mask_neighborhood", "topk",
-        "size", "split",
-    )  # fmt: skip
+    """What a sequence's masks and scores depend on."""
+    flags = ("n_last_frames", "size_mask_neighborhood", "topk", "size", "split")
     return {
-        **{name: getattr(args, name) for name in flags},
+        **settings_of(args, model, *flags),
         "data_path": str(Path(args.data_path).resolve()),
         "year": "2016" if sequences[0].binary else "2017",
         "patch_size": model.patch_size,
-        "weights_sha256": digest.hexdigest(),
     }
 
 
@@ -211,7 +265,7 @@ def segment(
     args: argparse.Namespace,
     *,
     device: torch.device,
-    bar: Any = None,
+    bar: Any,
 ) -> np.ndarray:
     """The masks [T, H, W] uint8 of a sequence: the first as given, the others found."""
     first = first_mask(sequence)
@@ -231,12 +285,10 @@ def segment(
     )
     masks = np.empty((len(sequence.frames), *sequence.size), np.uint8)
     masks[0] = first
-    if bar is not None:
-        bar.update(1)
+    bar.update(1)
     for i, soft in enumerate(soft_labels, start=1):
         masks[i] = numbers[hard_labels(soft, model.patch_size, sequence.size)]
-        if bar is not None:
-            bar.update(1)
+        bar.update(1)
     return masks
 
 

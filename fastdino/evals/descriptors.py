@@ -228,6 +228,7 @@ def extract_descriptors(
     return distributed.total(features), bad
 
 
+@distributed.together()
 def raise_if_bad(bad: dict[int, str]) -> None:
     """Raises DataError, naming the first, where an image that cannot be left out is bad."""
     if bad:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
+from fastdino.data.workers import SteadyLoader
 from fastdino.errors import DataError
+from fastdino.evals.features import weights_digest
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):
@@ -63,15 +67,6 @@ def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -
     return digest.hexdigest()[:16]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of the names and values of a network's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def cached(
     path: Path,
     features: Callable[[Tensor], Tensor],
@@ -81,7 +76,8 @@ def cached(
     batch_size: int,
     workers: int,
     device: torch.device,
-) -> CachedFeatures:
+    stopped: Callable[[], bool] = lambda: False,
+) -> CachedFeatures | None:
     """The features in `path`, made and written first where there are none.
 
     In a run of many processes each writes a share, so all must see the folder. A run that is cut
@@ -91,15 +87,22 @@ def cached(
         path: the .npy file; the labels lie beside it.
         features: [B, 3, H, W] on the device -> [B, dim].
         images: N images with their labels.
+        stopped: asked after each batch, as often in every process; where it says so, None is
+            returned, and the next call goes on after what is written.
 
     Raises: CheckpointError: the file cannot be written.
     """
     number = len(images)  # type: ignore[arg-type]
     if not distributed.from_main(path.exists):
         part = path.with_name(path.name + ".part")
-        distributed.from_main(lambda: _allocate(part, number, dim))
-        _write_share(part, features, images, batch_size, workers, device, path.stem)
+        done = distributed.from_main(lambda: _begin(part, number, dim))
+        done = _write_share(
+            part, features, images, done, batch_size, workers, device, path.stem, stopped
+        )
         distributed.gather(None)  # all shares are on the disk
+        if done < number:
+            distributed.from_main(lambda: checkpoint.write_json(done, _done_path(part)))
+            return None
         distributed.from_main(lambda: _finish(part, path))
     return CachedFeatures(path)
 
@@ -109,45 +112,71 @@ def labels_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.labels.npy")
 
 
-def _allocate(part: Path, number: int, dim: int) -> None:
-    create = np.lib.format.open_memmap
+def _done_path(part: Path) -> Path:
+    """Where it stands how many of the first rows of a file that was stopped are written."""
+    return part.with_suffix(".done")
+
+
+def _begin(part: Path, number: int, dim: int) -> int:
+    """Makes a file to be written, unless one was stopped; returns how many rows are done."""
     with checkpoint.explained(part):
+        if _done_path(part).exists():
+            return int(json.loads(_done_path(part).read_text()))
         part.parent.mkdir(parents=True, exist_ok=True)
+        create = np.lib.format.open_memmap
         create(labels_path(part), mode="w+", dtype=np.int64, shape=(number,)).flush()
         create(part, mode="w+", dtype=np.float32, shape=(number, dim)).flush()
         with open(part, "r+b") as file:
             # Its blocks too: a full disk is then an error here, not a bus error at a write.
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    return 0
 
 
 def _write_share(
     part: Path,
     features: Callable[[Tensor], Tensor],
     images: Dataset[tuple[Tensor, int]],
+    done: int,
     batch_size: int,
     workers: int,
     device: torch.device,
     title: str,
-) -> None:
+    stopped: Callable[[], bool],
+) -> int:
+    """Writes this process's share of the rows after the first `done`.
+
+    Returns: how many of the first rows all processes together are done with.
+    """
     rows = np.load(part, mmap_mode="r+")
     labels = np.load(labels_path(part), mmap_mode="r+")
-    share = range(distributed.rank(), len(labels), distributed.world_size())
-    loader = DataLoader(
+    world = distributed.world_size()
+    share = range(done + distributed.rank(), len(labels), world)
+    loader = SteadyLoader(
         Subset(images, share),
         batch_size=batch_size,
         num_workers=min(workers, cpu_count()),
         pin_memory=device.type == "cuda",
     )
-    done = 0
-    for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
-        places = share[done : done + len(batch)]
-        rows[places] = features(batch.to(device)).float().cpu().numpy()
-        labels[places] = batch_labels.numpy()
-        done += len(batch)
+    # Of every process: one whose share is smaller waits for the others' last batch.
+    steps = math.ceil((len(labels) - done) / world / batch_size)
+    bar = tqdm(loader, desc=title, disable=not sys.stderr.isatty())
+    for step, batch in zip_longest(range(steps), bar):
+        if batch is not None:
+            inputs, batch_labels = batch
+            places = share[step * batch_size : (step + 1) * batch_size]
+            rows[places] = features(inputs.to(device)).float().cpu().numpy()
+            labels[places] = batch_labels.numpy()
+        if stopped():
+            done += (step + 1) * batch_size * world
+            break
+    else:
+        done = len(labels)
     rows.flush()
     labels.flush()
+    return min(done, len(labels))
 
 
 def _finish(part: Path, path: Path) -> None:
     os.replace(labels_path(part), labels_path(path))
+    _done_path(part).unlink(missing_ok=True)
     os.replace(part, path)  # last: a file of features is a whole one

@@ -6,8 +6,10 @@ Legend: N images, D channels.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -159,6 +161,7 @@ def load_vit(
     return backbone.module.to(device), backbone.arch
 
 
+@distributed.together()
 def build_model(
     args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
 ) -> torch.nn.Module:
@@ -186,6 +189,29 @@ def build_model(
             f"--arch {backbone.arch} cannot take --{size_flag} {side} px images: {error}"
         ) from error
     return backbone.module.to(device)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A hash of the names and values of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(
+    args: argparse.Namespace, model: torch.nn.Module | None, *flags: str
+) -> dict[str, Any]:
+    """What an evaluation's figures depend on, for its JSON: flags, and the weights' digest.
+
+    model: None where there is none.
+    """
+    names = ("pretrained_weights", "checkpoint_key", "data_path", *flags)
+    return {
+        **{name: getattr(args, name) for name in names},
+        "weights": None if model is None else weights_digest(model),
+    }
 
 
 def scan_splits(

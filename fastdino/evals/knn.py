@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +24,12 @@ from fastdino.evals.features import (
     eval_transform,
     extract_features,
     scan_splits,
+    settings_of,
 )
 
-# Similarities held in memory at once: a chunk of validation images against all training images.
+# Numbers on the device at once: training features, and similarities of some validation images to
+# these (or votes).
+SLICE_ELEMENTS = 1 << 28
 CHUNK_ELEMENTS = 1 << 25
 
 
@@ -44,31 +47,62 @@ def knn_accuracy(
     In a run of many processes, which all have the same features, each classifies a share of the
     validation images, and every one gets the whole's accuracies.
 
+    Training features that are on another device are moved to the validation's slice by slice. In
+    fp32 that device then holds 1.1 GiB of these and of similarities at most, D numbers a validation
+    image and 3 max(ks) more for each of its share, however many training images there are.
+
+    Of equal similarities topk's choice counts, as in the paper's code: it may depend on the slices.
+
     Args:
-        train_features [N, D], val_features [M, D]: L2-normalised, one device.
-        train_labels [N], val_labels [M]: class numbers from 0.
+        train_features [N, D], val_features [M, D]: L2-normalised.
+        train_labels [N], val_labels [M]: class numbers from 0, each beside its features.
         ks: numbers of neighbours; one above N counts as N.
 
     Returns: k -> (top-1, top-5); with k below 5 the latter is top-k, as in the paper's code.
     """
-    classes = int(torch.cat((train_labels, val_labels)).max()) + 1
+    classes = max(int(train_labels.max()), int(val_labels.max())) + 1
     correct = torch.zeros(len(ks), 2, dtype=torch.long)  # at top-1 and top-5
-    rows = max(1, CHUNK_ELEMENTS // max(len(train_features), 1))
+    size = min(len(train_features), max(1, SLICE_ELEMENTS // train_features.shape[1]))
+    rows = max(1, CHUNK_ELEMENTS // size)
     share = slice(distributed.rank(), None, distributed.world_size())
-    chunks = zip(val_features[share].split(rows), val_labels[share].split(rows), strict=True)
-    most = min(max(ks), len(train_features))
-    for features, labels in chunks:
-        similarity, neighbours = (features @ train_features.T).topk(most, dim=1)
-        neighbour_labels = train_labels[neighbours]
+    slices = zip(train_features.split(size), train_labels.split(size), strict=True)
+    found = nearest(slices, val_features[share].split(rows), max(ks))
+    for (similarity, neighbour_labels), labels in zip(
+        found, val_labels[share].split(rows), strict=True
+    ):
         # Relative to the nearest one's: the same order, and no overflow at low temperatures.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
         for i, k in enumerate(ks):
-            scores = torch.zeros(len(features), classes, device=votes.device, dtype=votes.dtype)
+            scores = torch.zeros(len(votes), classes, device=votes.device, dtype=votes.dtype)
             scores.scatter_add_(1, neighbour_labels[:, :k], votes[:, :k])
             hits = scores.topk(min(5, k, classes), dim=1).indices == labels[:, None]
             correct[i] += torch.stack((hits[:, 0].sum(), hits.sum())).cpu()
     percent = 100 * distributed.total(correct).double() / len(val_labels)
     return {k: (top1, top5) for k, (top1, top5) in zip(ks, percent.tolist(), strict=True)}
+
+
+def nearest(
+    slices: Iterable[tuple[Tensor, Tensor]], chunks: Sequence[Tensor], k: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Similarities and labels [B, k], the nearest first, of the k training images nearest to each.
+
+    Args:
+        slices: training features [n, D] and labels [n]; k counts as all of them where it is more.
+        chunks: validation features [B, D].
+    """
+    best: list[tuple[Tensor, Tensor]] = []
+    for features, labels in slices:
+        features, labels = features.to(chunks[0].device), labels.to(chunks[0].device)
+        for i, chunk in enumerate(chunks):
+            similarity, places = (chunk @ features.T).topk(min(k, len(features)), dim=1)
+            found = similarity, labels[places]
+            if i == len(best):
+                best.append(found)
+                continue
+            similarity, both = (torch.cat(pair, 1) for pair in zip(best[i], found, strict=True))
+            similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best[i] = similarity, both.gather(1, places)
+    return best
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +120,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=int, default=256, help="short side the images are resized to (256)")
     add("--crop", type=int, default=224, help="side of the centre crop (224)")
     add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")
-    add("--output", help="JSON file for the accuracies")
+    add("--output", help="JSON file for the accuracies and what they depend on")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -99,16 +133,18 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
-        tensors = load_features(args) if args.load_features else compute_features(args, device)
+        model = None if args.load_features or args.raw_pixels else build_model(args, device)
+        tensors = (
+            load_features(args) if args.load_features else compute_features(args, model, device)
+        )
         if args.dump_features:
             distributed.from_main(lambda: dump_features(Path(args.dump_features), tensors))
-        if args.use_cuda:
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        where = device if args.use_cuda else torch.device("cpu")
         accuracy = knn_accuracy(
             tensors["trainfeat"],
             tensors["trainlabels"],
-            tensors["testfeat"],
-            tensors["testlabels"],
+            tensors["testfeat"].to(where),
+            tensors["testlabels"].to(where),
             ks=args.nb_knn,
             temperature=args.temperature,
         )
@@ -117,20 +153,29 @@ def main(args: argparse.Namespace) -> int:
     for k, (top1, top5) in accuracy.items():
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
-        result = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()}
+        flags = ("load_features", "raw_pixels", "resize", "crop", "temperature")
+        result = {
+            "settings": settings_of(args, model, *flags),
+            "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
+            **{str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
+        }
         checkpoint.write_json(result, Path(args.output))
     return 0
 
 
-def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """Features and labels of train/ and val/, under the names of the paper's feature files."""
-    model = torch.nn.Flatten() if args.raw_pixels else build_model(args, device)
+def compute_features(
+    args: argparse.Namespace, model: torch.nn.Module | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Features and labels of train/ and val/, under the names of the paper's feature files.
+
+    model: None for the pixels themselves.
+    """
     # One verdict for all processes, before the features: they take long.
     sources = distributed.from_main(lambda: scan_splits(args))
     tensors = {}
     for (split, source), name in zip(sources.items(), ("train", "test"), strict=True):
         features, labels = extract_features(
-            model,
+            model or torch.nn.Flatten(),
             source,
             eval_transform(args.resize, args.crop),
             batch_size=args.batch_size_per_gpu,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
@@ -26,8 +26,9 @@ from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data.pil import cpu_count
 from fastdino.data.sources import ImageSource
+from fastdino.data.workers import SteadyLoader
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals.feature_cache import cache_key, cached, weights_digest
+from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached
 from fastdino.evals.features import (
     PATH_HELP,
     Images,
@@ -36,7 +37,9 @@ from fastdino.evals.features import (
     build_model,
     eval_transform,
     scan_splits,
+    settings_of,
     to_input,
+    weights_digest,
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.progress import drop_log_lines
@@ -128,10 +131,16 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done{begun}")
     distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
     if probe.epoch < args.epochs:
-        passes, val = data.passes()
         with StopSignals() as signals:
+            passes = data.passes(signals.agreed_after_step)
+            if passes is None:
+                data.say(
+                    f"stopped by {signals.received} while features were written, which are kept; "
+                    "the same command goes on"
+                )
+                return EXIT_INTERRUPTED
             while probe.epoch < args.epochs:
-                line = _run_epoch(data, probe, passes, val, signals)
+                line = _run_epoch(data, probe, *passes, signals)
                 if line is not None:
                     distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
                 if signals.agreed() and probe.epoch < args.epochs:
@@ -177,7 +186,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        result = {"linear_weights": path, **found, **data.protocol}
+        result = {"settings": data.settings(), "linear_weights": path, **found}
         checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
@@ -257,6 +266,11 @@ class Data:
         }
         return cls(args, device, features, dim, sources, protocol)
 
+    def settings(self) -> dict[str, Any]:
+        """What the accuracies depend on, for the results' JSON."""
+        flags = ("lr", "batch_size_per_gpu", "resize", "seed")
+        return settings_of(self.args, self.features.model, *flags) | self.protocol
+
     def say(self, text: str) -> None:
         """Prints a line, in one process."""
         if distributed.rank() == 0:
@@ -282,8 +296,11 @@ class Data:
             return Images(source, eval_transform(args.resize, args.crop))
         return AugmentedImages(source, train_transform(args.crop), seed=args.seed, epoch=epoch)
 
-    def passes(self) -> tuple[list[_Pass], _Pass]:
-        """What the epochs of training see, in turn, and what is validated on."""
+    def passes(self, stopped: Callable[[], bool]) -> tuple[list[_Pass], _Pass] | None:
+        """What the epochs of training see, in turn, and what is validated on.
+
+        None where `stopped` said so while features were written.
+        """
         args = self.args
         if args.cache is None:
             passes: list[_Pass] = [
@@ -302,13 +319,23 @@ class Data:
                 else "unlike in the paper's protocol, training sees centre crops"
             )
         )
-        kept = [self._cached("train", name, each) for name, each in zip(names, images, strict=True)]
-        return kept, self._cached("val", "val", self.images("val"))
+        kept: list[_Pass] = []
+        for split, name, each in (
+            *(("train", *pair) for pair in zip(names, images, strict=True)),
+            ("val", "val", self.images("val")),
+        ):
+            rows = self._cached(split, name, each, stopped)
+            if rows is None:
+                return None
+            kept.append((rows, _as_it_is))
+        return kept[:-1], kept[-1]
 
     def _folder(self) -> Path:
         return Path(self.args.cache or Path(self.args.output_dir) / "features")
 
-    def _cached(self, split: str, name: str, images: Images) -> _Pass:
+    def _cached(
+        self, split: str, name: str, images: Images, stopped: Callable[[], bool]
+    ) -> CachedFeatures | None:
         args = self.args
         settings = {
             key: getattr(args, key)
@@ -317,7 +344,7 @@ class Data:
         model = self.features.model
         key = distributed.from_main(lambda: cache_key(model, self.sources[split], settings))
         path = self._folder() / f"{split}-{key}" / f"{name}.npy"
-        rows = cached(
+        return cached(
             path,
             self.features,
             images,
@@ -325,8 +352,8 @@ class Data:
             batch_size=args.batch_size_per_gpu,
             workers=args.num_workers,
             device=self.device,
+            stopped=stopped,
         )
-        return rows, _as_it_is
 
     def train_batches(self, images: Dataset[tuple[Tensor, int]], epoch: int, seen: int) -> Batches:
         """Shuffled batches of this process; images are repeated until the processes divide them.
@@ -350,7 +377,7 @@ class Data:
         return self._loader(Subset(images, share))
 
     def _loader(self, images: Dataset[tuple[Tensor, int]], **options: Any) -> Batches:
-        return DataLoader(
+        return SteadyLoader(
             images,
             batch_size=self.args.batch_size_per_gpu,
             num_workers=min(self.args.num_workers, cpu_count()),
@@ -398,13 +425,13 @@ def _write_results(output: Path, probe: Probe, data: Data) -> None:
     lines = (output / "log.txt").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
     result = {
+        "settings": data.settings(),
         "acc1": last.get("test_acc1"),
         "acc5": last.get("test_acc5"),
         "best_acc1": probe.best_acc,
         "epochs": probe.epoch,
         "classes": probe.linear.out_features,
         "features": data.dim,
-        **data.protocol,
     }
     checkpoint.write_json(result, output / "linear.json")
     data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")

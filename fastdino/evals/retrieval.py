@@ -23,7 +23,13 @@ from fastdino.evals.descriptors import (
     multi_scale,
     raise_if_bad,
 )
-from fastdino.evals.features import add_network_flags, add_process_flags, build_model, to_input
+from fastdino.evals.features import (
+    add_network_flags,
+    add_process_flags,
+    build_model,
+    settings_of,
+    to_input,
+)
 from fastdino.evals.ranking import revisited_scores
 from fastdino.evals.retrieval_layout import DATASETS, RetrievalSet, read_set, sizes_of
 
@@ -55,12 +61,14 @@ def main(args: argparse.Namespace) -> int:
         found = distributed.from_main(
             lambda: read_set(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)
         )
-        queries, database = compute_features(args, found, device)
+        backbone = build_model(args, device, size_flag="imsize")
+        queries, database = compute_features(args, backbone, found, device)
         if distributed.rank() > 0:
             return 0
         where = device if args.use_cuda else torch.device("cpu")
         scores = revisited_scores(queries.to(where), database.to(where), found.relevance)
-    report(args, found, scores)
+    flags = ("dataset", "imsize", "multiscale", "crop_queries")
+    report(args, settings_of(args, backbone, *flags), found, scores)
     return 0
 
 
@@ -79,13 +87,12 @@ def transform_to(size: int) -> Callable[[Image.Image], Tensor]:
 
 
 def compute_features(
-    args: argparse.Namespace, found: RetrievalSet, device: torch.device
+    args: argparse.Namespace, backbone: torch.nn.Module, found: RetrievalSet, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features [Q, D] of the queries and [N, D] of the database, on the CPU.
 
     Raises: DataError: an image cannot be decoded, or is smaller than a patch.
     """
-    backbone = build_model(args, device, size_flag="imsize")
     model: Model = multi_scale(backbone) if args.multiscale else backbone
     patch = getattr(backbone, "patch_size", 1)
     min_side = round(patch / min(SCALES)) if args.multiscale else patch
@@ -111,7 +118,10 @@ def compute_features(
 
 
 def report(
-    args: argparse.Namespace, found: RetrievalSet, scores: dict[str, dict[str, float | None]]
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    found: RetrievalSet,
+    scores: dict[str, dict[str, float | None]],
 ) -> None:
     """Prints the scores, and writes them with what they depend on to --output."""
     for difficulty, values in scores.items():
@@ -120,11 +130,6 @@ def report(
         )
         print(f"{args.dataset} {difficulty}: {shown}")
     if args.output:
-        flags = ("dataset", "imsize", "multiscale", "crop_queries", "pretrained_weights")
-        result: dict[str, Any] = {
-            **{name: getattr(args, name) for name in flags},
-            "queries": len(found.queries),
-            "database": len(found.database),
-            **scores,
-        }
+        counts = {"queries": len(found.queries), "database": len(found.database)}
+        result = {"settings": settings, "images": counts, **scores}
         checkpoint.write_json(result, Path(args.output))

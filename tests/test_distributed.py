@@ -1,0 +1,72 @@
+"""fastdino.distributed: errors that end every process."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from fastdino import distributed
+from fastdino.errors import ConfigError, NonFiniteError, UserError
+from tests.processes import run_two
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("failing", [[], [0], [1], [0, 1]])
+@pytest.mark.parametrize("kind", [NonFiniteError, KeyError])
+def test_an_error_in_one_process_ends_every_one_and_is_told_once(tmp_path, failing, kind):
+    run_two(_fail_together, failing, kind, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    if not failing:
+        assert found == [None, None]
+        return
+    own, other = found[failing[0]], found[1 - failing[0]]
+    assert own == [kind.__name__, f"of {failing[0]}", False]
+    if kind is NonFiniteError:
+        assert other == ["NonFiniteError", f"of {failing[0]}", True]
+    else:
+        assert other == ["UserError", f"KeyError('of {failing[0]}')", True]
+
+
+def _fail_together(failing, kind, folder):
+    rank = int(os.environ["RANK"])
+    found = None
+    with distributed.process_group(CPU, "env://"):
+        try:
+            with distributed.together():
+                if rank in failing:
+                    raise kind(f"of {rank}")
+        except (UserError, KeyError) as error:
+            found = [type(error).__name__, error.args[0], getattr(error, "told_elsewhere", False)]
+        assert distributed.gather(rank) == [0, 1], "they go on in step"
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_what_process_0_makes_or_meets_is_everyones(tmp_path):
+    run_two(_ask_main, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["made by 0, no"] * 2
+
+
+def _ask_main(folder):
+    rank = os.environ["RANK"]
+    with distributed.process_group(CPU, "env://"):
+        made = distributed.from_main(lambda: f"made by {rank}")
+        with pytest.raises(ConfigError, match="^no$") as error:
+            distributed.from_main(_refuse)
+    assert error.value.told_elsewhere == (rank == "1")
+    (folder / rank).write_text(f"{made}, {error.value}")
+
+
+def _refuse():
+    raise ConfigError("no")
+
+
+def test_one_process_has_its_own_errors():
+    with pytest.raises(KeyError), distributed.together():
+        raise KeyError
+    with pytest.raises(ConfigError) as error:
+        distributed.from_main(_refuse)
+    assert not error.value.told_elsewhere
