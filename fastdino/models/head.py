@@ -34,7 +34,8 @@ class WeightNormLinear(nn.Module):
         """[rows, D] -> [rows, K]."""
         if torch.compiler.is_compiling():
             # Under autocast one kernel makes W in half precision: 4 K D bytes read, 2 K D written.
-            # The operator below writes 4 K D, which a cast reads to write 2 K D.
+            # The operator below writes 4 K D, which a cast reads to write 2 K D. (An EMA that wrote
+            # the teacher's W would save the 4 K D: 67 MB a step, 20 us at 3.35 TB/s.)
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
         if x.shape[0] <= x.shape[1]:
