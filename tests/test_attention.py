@@ -24,7 +24,7 @@ from fastdino.evals.attention import (
 )
 from fastdino.evals.features import to_input
 from fastdino.models.attention import token_layout
-from fastdino.models.vit import Attention, VisionTransformer
+from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
 
 
 @pytest.fixture
@@ -236,3 +236,18 @@ def test_networks_without_cls_attention_of_ours_are_refused(arch):
     args = parser.parse_args(["--arch", arch])
     with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
         features.load_vit(args, torch.device("cpu"), lacks=attention.LACKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [([], ("vit_nano", 4)), (["--arch", "vit_tiny", "--patch_size", "16"], ("vit_tiny", 16))],
+)
+def test_without_weights_the_network_is_the_commands_or_the_flags(words, built):
+    parser = argparse.ArgumentParser()
+    features.add_network_flags(parser, default=("vit_nano", 4))
+    parser.add_argument("--crop", type=int, default=16)
+    args = parser.parse_args(words)
+    model, arch = features.load_vit(args, torch.device("cpu"), lacks="")
+    assert (arch, model.patch_size) == built
+    model = features.build_model(args, torch.device("cpu"))
+    assert (model.embed_dim, model.patch_size) == (VIT_ARCHS[arch]["embed_dim"], built[1])

@@ -145,7 +145,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     Not the paper's --video_only, which makes a video of pictures that are there.
     """
     add = parser.add_argument
-    add_network_flags(parser, "a vit_*")
+    add_network_flags(parser, "a vit_*", default=("vit_small", 8))
     add("--input_path", required=True, help="a video file, or a folder of frames")
     endings = " ".join(FORMATS)
     add("--output_path", default=".", help=f"a folder, or a file that ends in {endings} (.)")
