@@ -142,6 +142,13 @@ def test_a_mask_keeps_the_strongest_patches_of_a_share_of_the_mass(share, kept):
         assert mask.flatten().int().tolist() == [kept[i] for i in order]
 
 
+def test_a_patch_at_which_exactly_the_rest_is_held_is_left_out():
+    assert keep_mass(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), 0.5).tolist() == [
+        [False] * 2,
+        [False, True],
+    ]
+
+
 def test_masks_are_the_papers(vit):
     """Its steps: sort, normalise, accumulate, compare with 1 - threshold, put back in place."""
     maps = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
