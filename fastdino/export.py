@@ -136,8 +136,7 @@ def prepare(backbone: Backbone, image_size: int | None) -> Network:
                 f"--image_size {size} is no multiple of the patch size, {patch_size}: "
                 f"the nearest is {max(1, round(size / patch_size)) * patch_size}"
             )
-        side = size // patch_size
-        module.pos_embed = nn.Parameter(module.positions((side, side)), requires_grad=False)
+        module.pos_embed = nn.Parameter(module.positions((size, size)), requires_grad=False)
     try:
         with torch.no_grad():
             dim = module(torch.zeros(1, 3, size, size)).shape[1]

@@ -48,6 +48,7 @@ def load_backbone(
     arch: str | None,
     patch_size: int | None,
     img_size: int = 224,
+    default: tuple[str, int] = ("vit_small", 16),
 ) -> Backbone:
     """The backbone of a checkpoint; fresh weights for path "".
 
@@ -60,8 +61,9 @@ def load_backbone(
         checkpoint_key: "teacher" or "student", used where the file has either; None: the teacher,
             or the student where there is no teacher.
         arch, patch_size: None: what the checkpoint's `args` say, else what the shapes of its
-            tensors say, else vit_small, 16.
+            tensors say, else the default's.
         img_size: of fresh weights, in pixels; a checkpoint's is read off its position embedding.
+        default: architecture and patch size where nothing says them.
 
     Raises: CheckpointError: no such key, or weights of another network (tensors are named).
     """
@@ -71,8 +73,9 @@ def load_backbone(
     networks = [name for name in ("teacher", "student") if name in state]
     key = (checkpoint_key or networks[0]) if networks else None
     weights = _backbone_weights(state, key, path)
-    fallback = RELEASED[path].arch if path in RELEASED else "vit_small"
-    seen_arch, seen_patch_size = vit_of(weights) or (fallback, 16)
+    if path in RELEASED:
+        default = (RELEASED[path].arch, 16)
+    seen_arch, seen_patch_size = vit_of(weights) or default
     arch = arch or args.get("arch", seen_arch)
     patch_size = patch_size or args.get("patch_size", seen_patch_size)
     if "pos_embed" in weights:
@@ -101,8 +104,7 @@ def initial_weights(
     module = backbone.module
     weights: dict[str, Tensor] = module.state_dict()
     if isinstance(module, VisionTransformer):
-        side = img_size // patch_size
-        weights["pos_embed"] = module.positions((side, side)).detach().clone()
+        weights["pos_embed"] = module.positions((img_size, img_size)).detach().clone()
     return weights, backbone.key
 
 

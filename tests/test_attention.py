@@ -24,7 +24,7 @@ from fastdino.evals.attention import (
 )
 from fastdino.evals.features import to_input
 from fastdino.models.attention import token_layout
-from fastdino.models.vit import Attention, VisionTransformer
+from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
 
 
 @pytest.fixture
@@ -142,6 +142,13 @@ def test_a_mask_keeps_the_strongest_patches_of_a_share_of_the_mass(share, kept):
         assert mask.flatten().int().tolist() == [kept[i] for i in order]
 
 
+def test_a_patch_at_which_exactly_the_rest_is_held_is_left_out():
+    assert keep_mass(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), 0.5).tolist() == [
+        [False] * 2,
+        [False, True],
+    ]
+
+
 def test_masks_are_the_papers(vit):
     """Its steps: sort, normalise, accumulate, compare with 1 - threshold, put back in place."""
     maps = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
@@ -236,3 +243,18 @@ def test_networks_without_cls_attention_of_ours_are_refused(arch):
     args = parser.parse_args(["--arch", arch])
     with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
         features.load_vit(args, torch.device("cpu"), lacks=attention.LACKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [([], ("vit_nano", 4)), (["--arch", "vit_tiny", "--patch_size", "16"], ("vit_tiny", 16))],
+)
+def test_without_weights_the_network_is_the_commands_or_the_flags(words, built):
+    parser = argparse.ArgumentParser()
+    features.add_network_flags(parser, default=("vit_nano", 4))
+    parser.add_argument("--crop", type=int, default=16)
+    args = parser.parse_args(words)
+    model, arch = features.load_vit(args, torch.device("cpu"), lacks="")
+    assert (arch, model.patch_size) == built
+    model = features.build_model(args, torch.device("cpu"))
+    assert (model.embed_dim, model.patch_size) == (VIT_ARCHS[arch]["embed_dim"], built[1])

@@ -22,6 +22,7 @@ from fastdino.evals.attention_video import AVERAGED, VIEWS, draw_frame, output_f
 from fastdino.evals.features import to_input
 from fastdino.evals.video_files import open_frames, video_writer
 from fastdino.weights import load_backbone
+from tests.commands import error_of
 
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
 
@@ -122,6 +123,49 @@ def test_a_video_keeps_its_rate_and_is_resized(run, tmp_path):
     video = open_frames(str(out))
     assert (video.size, video.fps) == ((16, 3 * 40), 12.5)
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 3
+
+
+def test_pictures_become_a_video_without_a_network(folder, tmp_path, capsys):
+    words = ["--input_path", folder, "--output_path", tmp_path / "out", "--fps", 12, "--video_only"]
+    assert cli.main(["video", *map(str, words)]) == 0
+    path = tmp_path / "out/video.mp4"
+    assert capsys.readouterr().out == f"{path}: 7 frames, 12 a second\n"
+    video = open_frames(str(path))
+    assert (video.size, video.fps, video.count) == ((34, 50), 12, 7)
+    for number, frame in enumerate(video):
+        original = np.asarray(Image.open(folder / f"{number}.png")).astype(int)
+        assert np.abs(np.asarray(frame)[:33] - original).mean() < 12, "lossy"
+    assert json.loads((tmp_path / "out/video.json").read_text()) == {
+        "input_path": str(folder),
+        "output_path": str(path),
+        "frames": 7,
+        "fps": 12,
+        "size": [33, 50],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["--pretrained_weights", "a.pth", "--arch", "vit_tiny"],
+            "leave out --pretrained_weights, --arch",
+        ),
+        (["--resize", "20"], "without a network: leave out --resize\n"),
+        (["--threshold", "0.5", "--show", "mean"], "leave out --threshold, --show\n"),
+        (["--input_path", "empty"], "no frames in empty: no file there ends in "),
+        (["--input_path", "none"], "--input_path: there is no file or folder none"),
+        (["--input_path", "a.mp4"], "--input_path a.mp4 is a file: name a folder"),
+    ],
+)
+def test_a_mistake_with_video_only_is_one_line(folder, tmp_path, monkeypatch, capsys, words, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.mp4").write_text("")
+    asked = ["--video_only", "--input_path", str(folder), "--output_path", "out.mp4", *words]
+    assert cli.main(["video", *asked]) == 2
+    assert part in error_of(capsys)
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_no_more_than_a_batch_of_frames_is_held(run, folder, tmp_path, monkeypatch):

@@ -121,6 +121,27 @@ def test_every_command_has_help(name, capsys):
     assert f"usage: fastdino {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "arch", "patch_size"),
+    [
+        ("knn", "vit_small", 16),
+        ("linear", "vit_small", 16),
+        ("attention", "vit_small", 8),
+        ("video", "vit_small", 8),
+        ("davis", "vit_small", 16),
+        ("retrieval", "vit_small", 16),
+        ("copydays", "vit_base", 8),
+    ],
+)
+def test_without_weights_the_network_is_that_of_the_papers_script(name, arch, patch_size, capsys):
+    """tests/test_attention.py holds that what the help says is what is built."""
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"(default: what the checkpoint says, else {arch})" in said
+    assert f"(default: what the checkpoint says, else {patch_size})" in said
+
+
 def test_help_does_not_wait_for_torch():
     done = python(
         "-c",

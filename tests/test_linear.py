@@ -161,6 +161,30 @@ def test_cls_and_mean_patch_alternate_as_the_papers_weights_expect(vit):
     torch.testing.assert_close(found, expected)
 
 
+def test_training_images_are_made_as_the_paper_makes_them():
+    """Area .08 to 1, ratio 3/4 to 4/3, bilinear; half of them flipped."""
+    theirs = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.RandomResizedCrop(
+                24,
+                scale=(0.08, 1),
+                ratio=(3 / 4, 4 / 3),
+                interpolation=torchvision.transforms.InterpolationMode.BILINEAR,
+            ),
+            torchvision.transforms.RandomHorizontalFlip(0.5),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for seed in range(20):
+        images = []
+        for transform in (train_transform(24), theirs):
+            torch.manual_seed(seed)
+            images.append(transform(Image.fromarray(pixels)))
+        assert torch.equal(*images)
+
+
 def test_other_networks_give_their_output():
     model = torchvision.models.resnet18(weights=None).eval()
     model.fc = torch.nn.Identity()

@@ -72,9 +72,9 @@ def papers_forward(vit, images):
         return x.div(keep) * mask
 
     x = F.conv2d(images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=8)
-    grid = x.shape[-2:]
     x = x.flatten(2).transpose(1, 2)
-    x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.positions(tuple(grid))
+    positions = vit.positions(tuple(images.shape[-2:]))
+    x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + positions
     for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
         qkv = block.attn.qkv(block.norm1(x))
         query, key, value = qkv.reshape(*x.shape[:2], 3, 3, 8).permute(2, 0, 3, 1, 4)
@@ -244,15 +244,20 @@ def test_an_image_smaller_than_a_patch_is_refused():
 
 def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
     vit = VisionTransformer(patch_size=16, embed_dim=8, depth=1, num_heads=1)
-    assert vit.positions((14, 14)) is vit.pos_embed
+    assert vit.positions((224, 224)) is vit.positions((230, 230)) is vit.pos_embed
     grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 8).permute(0, 3, 1, 2)
     want = nn.functional.interpolate(grid, scale_factor=(6.1 / 14, 9.1 / 14), mode="bicubic")
-    got = vit.positions((6, 9))
+    got = vit.positions((96, 150))
     assert torch.equal(got[:, 1:], want.permute(0, 2, 3, 1).reshape(1, 54, 8))
     assert torch.equal(got[:, :1], vit.pos_embed[:, :1])
     # Without the 0.1 the coordinates are others: the test would pass on a resize by size alone.
     by_size = nn.functional.interpolate(grid, size=(6, 9), mode="bicubic")
     assert not torch.allclose(want, by_size)
+    # Of an image that is not square they are resized to the grid that they have, too.
+    want = nn.functional.interpolate(grid, scale_factor=(14.1 / 14, 14.1 / 14), mode="bicubic")
+    got = vit.positions((224, 230))[:, 1:]
+    assert torch.equal(got, want.permute(0, 2, 3, 1).reshape(1, 196, 8))
+    assert not torch.allclose(got, vit.pos_embed[:, 1:])
 
 
 def test_last_selfattention_is_what_the_last_block_applies(float64):

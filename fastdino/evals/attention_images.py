@@ -10,6 +10,7 @@ For each image it writes the names of the paper's visualize_attention.py, and a 
     heads.png                   all of it on one sheet
 
 A folder's images have a folder each, named as they are. attention.json has it all in figures.
+(The paper's img.png is stretched to its own least and largest value; ours is the image.)
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino attention`: the paper's visualize_attention.py's, then ours."""
     add = parser.add_argument
-    add_network_flags(parser, "a vit_*")
+    add_network_flags(parser, "a vit_*", default=("vit_small", 8))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image_path", help="an image, or a folder of them, to draw")
     what.add_argument(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastdino.evals.mask_overlay import mix
 
-COLORMAP = "inferno"
+COLORMAP = "inferno"  # of the paper's video_generation.py; its visualize_attention.py has viridis
 # Of a mask: what is left of the image's brightness outside, and how much of the colour is inside.
 DIMMED, TINT = 0.3, 0.45
 OVERLAY = 0.6  # the map's share where it is over the image

@@ -2,6 +2,9 @@
 
 Frames come one at a time and go into the file as they are drawn: of a video of any length a batch
 is held. Beside the video lies a JSON file of its name.
+
+Unlike the paper's tool it writes no pictures of frames and maps, and resizes a frame as a picture,
+so that what is seen is what the network saw (there a tensor is resized, without rounding).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from fastdino.evals.attention import (
     head_statistics,
     keep_mass,
 )
+from fastdino.evals.attention_masks import THRESHOLD
 from fastdino.evals.attention_pictures import (
     Pixels,
     heads_picture,
@@ -45,8 +49,11 @@ from fastdino.models.vit import VisionTransformer
 
 # What a frame of the video shows, side by side in the order of --show.
 VIEWS = ("frame", "mean", "overlay", "mask", "heads")
+SHOWN = ("frame", "mean", "mask")
 # Of head_statistics, what the JSON file has the means of over all frames.
 AVERAGED = ("patch_mass", "entropy", "peak_share", "kept_patches")
+# What has no part in --video_only.
+OF_MAPS = ("pretrained_weights", "arch", "patch_size", "resize", "threshold", "show")
 
 
 def draw_frame(
@@ -139,13 +146,22 @@ def _batches(frames: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
         yield batch
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino video`: the paper's (video_generation.py), then ours.
+def join_pictures(frames: Frames, path: Path, *, fps: float) -> dict[str, Any]:
+    """Writes a video of a folder's pictures as they are; returns what the JSON file says of it.
 
-    Not the paper's --video_only, which makes a video of pictures that are there.
+    Raises: DataError: a picture cannot be decoded.
     """
+    bar = tqdm(frames, total=frames.count, unit="frame", disable=not sys.stderr.isatty())
+    with video_writer(path, fps) as write:
+        for frame in bar:
+            write(np.asarray(frame))
+    return {"frames": frames.count, "fps": fps, "size": list(frames.size)}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastdino video`: the paper's (video_generation.py), then ours."""
     add = parser.add_argument
-    add_network_flags(parser, "a vit_*")
+    add_network_flags(parser, "a vit_*", default=("vit_small", 8))
     add("--input_path", required=True, help="a video file, or a folder of frames")
     endings = " ".join(FORMATS)
     add("--output_path", default=".", help=f"a folder, or a file that ends in {endings} (.)")
@@ -158,14 +174,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="height and width that frames are resized to, or their shorter side alone",
     )
-    add("--threshold", type=float, default=0.6, help="the share of the mass that masks keep (0.6)")
+    about = f"the share of the mass that masks keep ({THRESHOLD})"
+    add("--threshold", type=float, help=about)
+    about = (
+        "make a video of the pictures in the folder --input_path as they are: no network, no maps"
+    )
+    add("--video_only", action="store_true", help=about)
     add(
         "--show",
         nargs="+",
         choices=VIEWS,
-        default=["frame", "mean", "mask"],
         help="what a frame shows, side by side; mean: the heads' mean map, which is all that the "
-        "paper's tool shows (frame mean mask)",
+        f"paper's tool shows ({' '.join(SHOWN)})",
     )
     add("--batch_size_per_gpu", type=int, default=4, help="frames a forward pass (4)")
 
@@ -177,28 +197,18 @@ def main(args: argparse.Namespace) -> int:
     check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
     if args.fps is not None and not 0.1 <= args.fps <= 1000:
         raise ConfigError(f"--fps must be from 0.1 to 1000, got {args.fps}")
+    if args.video_only:
+        check_video_only(args)
     path = output_file(args.output_path, args.video_format)
     if os.path.realpath(path) == os.path.realpath(args.input_path):
         raise ConfigError(f"--output_path {path} is the input: name another file")
     frames = open_frames(args.input_path)
-    device = choose_device(args.device)
-    model, arch = load_vit(args, device, lacks=LACKS)
+    fps = args.fps or frames.fps
+    make = join_pictures if args.video_only else _by_network(args)
     with checkpoint.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    found = draw_video(
-        frames,
-        model,
-        path,
-        fps=args.fps or frames.fps,
-        resize=args.resize,
-        views=args.show,
-        threshold=args.threshold,
-        batch_size=args.batch_size_per_gpu,
-        device=device,
-    )
-    record = {"input_path": args.input_path, "output_path": str(path), "arch": arch}
-    record |= {name: getattr(args, name) for name in ("pretrained_weights", "threshold", "show")}
-    record |= {"patch_size": model.patch_size, **found}
+    found = make(frames, path, fps=fps)
+    record = {"input_path": args.input_path, "output_path": str(path), **found}
     checkpoint.write_json(record, path.with_suffix(".json"))
     if frames.count not in (None, found["frames"]):
         print(
@@ -207,6 +217,52 @@ def main(args: argparse.Namespace) -> int:
         )
     print(f"{path}: {found['frames']} frames, {found['fps']:g} a second")
     return 0
+
+
+def _by_network(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    """What makes a video of maps by the network of the flags, called as join_pictures is."""
+    device = choose_device(args.device)
+    model, arch = load_vit(args, device, lacks=LACKS)
+    views = list(args.show or SHOWN)
+    threshold = THRESHOLD if args.threshold is None else args.threshold
+
+    def make(frames: Frames, path: Path, *, fps: float) -> dict[str, Any]:
+        found = draw_video(
+            frames,
+            model,
+            path,
+            fps=fps,
+            resize=args.resize,
+            views=views,
+            threshold=threshold,
+            batch_size=args.batch_size_per_gpu,
+            device=device,
+        )
+        settings = {
+            "arch": arch,
+            "patch_size": model.patch_size,
+            "pretrained_weights": args.pretrained_weights,
+            "threshold": threshold,
+            "show": views,
+        }
+        return {**settings, **found}
+
+    return make
+
+
+def check_video_only(args: argparse.Namespace) -> None:
+    """Raises UserError where --video_only has no folder, or flags that it has no use for."""
+    given = [f"--{name}" for name in OF_MAPS if getattr(args, name) not in (None, "")]
+    if given:
+        raise ConfigError(
+            f"--video_only shows the pictures as they are, without a network: leave out "
+            f"{', '.join(given)}"
+        )
+    if os.path.isfile(args.input_path):
+        raise DataError(
+            f"--video_only makes a video of the pictures in a folder, and --input_path "
+            f"{args.input_path} is a file: name a folder"
+        )
 
 
 def output_file(path: str, video_format: str) -> Path:

@@ -3,6 +3,8 @@
 original/200000.jpg, 200100.jpg, ...       one picture each, the database
 strong/200001.jpg, 200002.jpg, ...         altered by hand; the first four characters say of which
 jpegqual/<quality>/, crops/<percent>/      altered by a program, under the original's name
+
+The paper's script takes original/ for a block of copies too, which are found without fail.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Block:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `fastdino copydays`: the paper's eval_copy_detection.py's, then ours."""
-    add_network_flags(parser, "architecture, a vit_*")
+    add_network_flags(parser, "architecture, a vit_*", default=("vit_base", 8))
     add_process_flags(parser)
     add = parser.add_argument
     add("--data_path", default="/path/to/copydays/", help="folder with original/, strong/, ...")

@@ -223,7 +223,7 @@ def prepare(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Frames [B, 3, H, W] uint8 -> [B, 3, *size] float32, resized and normalised as the paper's.
 
     Its resize is OpenCV's: bilinear between the four nearest pixels, however much smaller, rounded
-    to whole values.
+    to whole values (OpenCV's fixed point may end one level away).
     """
     images = frames.float()
     if images.shape[-2:] != size:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.functional import normalize, to_tensor
 from tqdm import tqdm
 
 from fastdino import distributed
@@ -49,15 +50,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.source.labels[index])
 
 
-_to_tensor = v2.Compose(
-    [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-)
-
-
 def to_input(picture: Image.Image) -> Tensor:
-    """RGB -> fp32 [3, height, width], less ImageNet's mean, over its std."""
-    tensor: Tensor = _to_tensor(picture)
-    return tensor
+    """RGB -> fp32 [3, height, width], less ImageNet's mean, over its std; the paper's to the bit.
+
+    (It divides by 255. torchvision's v2.ToDtype multiplies by 1/255, which rounds otherwise.)
+    """
+    return normalize(to_tensor(picture), MEAN, STD)
 
 
 def eval_transform(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
@@ -116,14 +114,23 @@ def extract_features(
     return features[good], labels[good]
 
 
-def add_network_flags(parser: argparse.ArgumentParser, arch: str = "architecture") -> None:
+def add_network_flags(
+    parser: argparse.ArgumentParser,
+    arch: str = "architecture",
+    *,
+    default: tuple[str, int] = ("vit_small", 16),
+) -> None:
     """The flags of the paper's evaluations that say which network, and where it computes.
 
-    arch: what --arch may be.
+    Args:
+        arch: what --arch may be.
+        default: the paper's script's architecture and patch size; a checkpoint knows its own.
     """
     add = parser.add_argument
-    add("--arch", help=f"{arch} (default: what the checkpoint says, else vit_small)")
-    add("--patch_size", type=int, help="patch size (default: what the checkpoint says, else 16)")
+    parser.set_defaults(default_network=default)
+    says = "default: what the checkpoint says, else"
+    add("--arch", help=f"{arch} ({says} {default[0]})")
+    add("--patch_size", type=int, help=f"patch size ({says} {default[1]})")
     about = "file, URL or name (dino_vits16, ...); without it the network is untrained"
     add("--pretrained_weights", default="", help=about)
     add("--checkpoint_key", default="teacher", help="which network of the checkpoint (teacher)")
@@ -155,6 +162,7 @@ def load_vit(
         checkpoint_key=args.checkpoint_key,
         arch=args.arch,
         patch_size=args.patch_size,
+        default=args.default_network,
     )
     if not isinstance(backbone.module, VisionTransformer):
         raise ConfigError(f"--arch {backbone.arch} {lacks}: expected one of {', '.join(VIT_ARCHS)}")
@@ -180,6 +188,7 @@ def build_model(
         arch=args.arch,
         patch_size=args.patch_size,
         img_size=side,
+        default=args.default_network,
     )
     try:
         with torch.no_grad():

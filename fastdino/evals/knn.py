@@ -58,7 +58,8 @@ def knn_accuracy(
         train_labels [N], val_labels [M]: class numbers from 0, each beside its features.
         ks: numbers of neighbours; one above N counts as N.
 
-    Returns: k -> (top-1, top-5); with k below 5 the latter is top-k, as in the paper's code.
+    Returns: k -> (top-1, top-5); with k below 5 the latter is top-k, as in the paper's code. A
+        class without a vote is not among the five (there, any of 1000 that ties at none may be).
     """
     classes = max(int(train_labels.max()), int(val_labels.max())) + 1
     correct = torch.zeros(len(ks), 2, dtype=torch.long)  # at top-1 and top-5
@@ -75,7 +76,8 @@ def knn_accuracy(
         for i, k in enumerate(ks):
             scores = torch.zeros(len(votes), classes, device=votes.device, dtype=votes.dtype)
             scores.scatter_add_(1, neighbour_labels[:, :k], votes[:, :k])
-            hits = scores.topk(min(5, k, classes), dim=1).indices == labels[:, None]
+            best = scores.topk(min(5, k, classes), dim=1)
+            hits = (best.indices == labels[:, None]) & (best.values > 0)
             correct[i] += torch.stack((hits[:, 0].sum(), hits.sum())).cpu()
     percent = 100 * distributed.total(correct).double() / len(val_labels)
     return {k: (top1, top5) for k, (top1, top5) in zip(ks, percent.tolist(), strict=True)}

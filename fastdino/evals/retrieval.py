@@ -91,7 +91,8 @@ def compute_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features [Q, D] of the queries and [N, D] of the database, on the CPU.
 
-    Raises: DataError: an image cannot be decoded, or is smaller than a patch.
+    Raises: DataError: an image cannot be decoded, or is smaller than a patch. (The paper's script
+        takes what there is of a file that ends early.)
     """
     model: Model = multi_scale(backbone) if args.multiscale else backbone
     patch = getattr(backbone, "patch_size", 1)

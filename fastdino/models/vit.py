@@ -233,8 +233,8 @@ class VisionTransformer(nn.Module):
         """[B, 3, height, width] -> [B, N, D]: patches, CLS, positions."""
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        return torch.cat((cls, patches), dim=1) + self.positions(grid)
+        height, width = images.shape[-2:]
+        return torch.cat((cls, patches), dim=1) + self.positions((height, width))
 
     def _pack(self, groups: Sequence[Tensor]) -> tuple[Tensor, TokenLayout]:
         """Tensors [B, N, D] one after another as [T, D], and where they lie in it."""
@@ -262,13 +262,16 @@ class VisionTransformer(nn.Module):
             kept[-1] = images[-1].unsqueeze(-1)
         return kept
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding, [1, 1 + rows * columns, D], resized bicubically to a patch grid.
+    def positions(self, size: tuple[int, int]) -> Tensor:
+        """The position embedding [1, 1 + rows * columns, D] for images of (height, width) px.
 
+        Resized bicubically to their patch grid; it is taken as it is for square images of its own
+        grid alone, as in the paper's code (224 x 230 px, 14 x 14 patches of 16, are resized to).
         The 0.1 added to each side keeps the scale factor from rounding a patch away.
         """
         side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if grid == (side, side):
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        if grid == (side, side) and size[0] == size[1]:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         resized = F.interpolate(
