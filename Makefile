@@ -45,8 +45,8 @@ bench: install  ## the kernels' benchmarks: tables, and JSON in BENCH (QUICK=1: 
 gates: install  ## compile every kernel ahead of time, with no GPU; the table in benchmarks/results
 	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.compile_gates --write benchmarks/results
 
-gpu-report:  ## on a GPU: tests, benchmarks, one report in benchmarks/results (REDUCED=1: on the CPU)
-	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu_report $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
+gpu-report:  ## on a GPU: tests, benchmarks, one report in benchmarks/results (MORE=1: the second; REDUCED=1: on the CPU)
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:  ## remove the environment and what runs left
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -3,30 +3,37 @@
     python -m benchmarks.compare_modes --write benchmarks/results/cpu
 
 All runs see the same images, order and crops: they take their steps in turn, on one loader's
-batches. The third run, parity with other weights, shows how far two trainings are apart that differ
-in nothing but chance.
+batches. One more, parity with other weights, shows how far two trainings are apart that differ in
+nothing but chance. On a GPU there is also --mode fast with the kernels' PyTorch implementation.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from fastdino_kernels.dispatch import ENVIRONMENT_VARIABLE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.environment import environment
 from fastdino import TrainConfig, Trainer, checkpoint, cli
+from fastdino.bench.step.run import synchronize
+from fastdino.bench.telling import table, wrapped
 from fastdino.data import build_loader, scan_images
 from fastdino.data.shapes import write_shapes
+from fastdino.distributed import choose_device
 from fastdino.errors import UserError
 from fastdino.heap import keep_freed_memory
 
@@ -50,19 +57,32 @@ CONFIG = TrainConfig(
     drop_path_rate=0.1,
     num_workers=2,
 )
+# What of it the command line may say otherwise.
+SETTINGS = ("arch", "batch_size_per_gpu", "epochs", "device")
 IMAGES = 178  # a class: 66 steps an epoch
 VAL_IMAGES = 200  # a class
 SMOOTH = 10  # steps in a moving average
 
 
 @dataclasses.dataclass(frozen=True)
+class Run:
+    """One training. kernels: FASTDINO_KERNELS while it takes its steps."""
+
+    config: TrainConfig
+    kernels: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """One run: its losses in nats, step by step, the k-NN accuracy of its teacher in percent."""
+    """One run: its losses in nats, step by step, the k-NN accuracy of its teacher in percent.
+
+    images_per_second: of its steps, but those of the first epoch.
+    """
 
     name: str
     losses: list[float]
     top1: float
-    seconds: float
+    images_per_second: float
 
 
 class Bf16Products(TorchDispatchMode):
@@ -83,31 +103,51 @@ class Bf16Products(TorchDispatchMode):
         return function(*(tensor.float() for tensor in args), **(kwargs or {})).bfloat16()
 
 
-def train_in_turn(runs: Mapping[str, TrainConfig], data: TrainConfig, folder: Path) -> list[Result]:
+def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> list[Result]:
     """Trains all on the images and crops of `data`, and measures each teacher's 20-NN accuracy.
 
     A run's seed is that of its weights; folder/shapes has the val set.
     """
-    loader = build_loader(data, scan_images(data.data_path))
-    trainers = {name: Trainer(config, loader.steps_per_epoch) for name, config in runs.items()}
+    device = choose_device(data.device)
+    loader = build_loader(data, scan_images(data.data_path), device=device)
+    trainers = {
+        name: Trainer(run.config, loader.steps_per_epoch, device=device)
+        for name, run in runs.items()
+    }
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
     seconds = dict.fromkeys(runs, 0.0)
     for epoch in range(data.epochs):
         for crops in loader.epoch(epoch):
             for name, trainer in trainers.items():
                 torch.manual_seed(trainer.iteration)  # for stochastic depth
+                synchronize(device)
                 started = time.perf_counter()
-                with Bf16Products():
+                with using_kernels(runs[name].kernels), products_of(device):
                     losses[name].append(trainer.train_step(crops))
-                seconds[name] += time.perf_counter() - started
+                synchronize(device)
+                seconds[name] += (time.perf_counter() - started) * (epoch > 0)
     loader.close()
-    results = []
+    timed = (data.epochs - 1) * loader.steps_per_epoch * data.batch_size_per_gpu
+    results: list[Result] = []
     for name, trainer in trainers.items():
-        path = folder / f"{name}.pth"
-        checkpoint.save(trainer.state_dict() | {"args": runs[name].to_dict()}, path)
+        path = folder / f"{len(results)}.pth"
+        checkpoint.save(trainer.state_dict() | {"args": runs[name].config.to_dict()}, path)
         values = [loss.item() for loss in losses[name]]
-        results.append(Result(name, values, accuracy(path, folder), seconds[name]))
+        speed = timed / seconds[name] if timed else 0.0
+        results.append(Result(name, values, accuracy(path, folder), speed))
     return results
+
+
+@contextlib.contextmanager
+def using_kernels(name: str) -> Iterator[None]:
+    """The kernels' implementation, for a while."""
+    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: name}):
+        yield
+
+
+def products_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Bf16Products, where bf16 products take ten times as long as fp32 ones."""
+    return Bf16Products() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def accuracy(path: Path, folder: Path) -> float:
@@ -132,28 +172,31 @@ def distance(one: Result, other: Result) -> tuple[float, float]:
     return statistics.fmean(differences), max(differences)
 
 
-def markdown(results: Sequence[Result], facts: dict[str, str]) -> str:
+def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, str]) -> str:
     base = results[0]
-    lines = [
-        "# --mode fast beside --mode parity",
-        "",
-        f"{len(base.losses)} steps on the shapes set, {CONFIG.arch}/{CONFIG.patch_size}, the same "
-        "images, order and crops in each run. By",
-        f"`python -m benchmarks.compare_modes --write ...`, torch {facts['torch']}, "
-        f"{facts['threads']} threads of {facts['processor']}.",
-        f"Distances of loss curves smoothed over {SMOOTH} steps, in nats. Products in bf16 are "
-        "fp32 ones of bf16",
-        "numbers, rounded once to bf16.",
-        "",
-        "| run | last loss | 20-NN top-1, % | mean distance from the first | largest |",
-        "|---|---|---|---|---|",
-    ]
+    on_cpu = facts["device"] == "cpu"
+    device = f"{facts['threads']} threads of {facts['processor']}" if on_cpu else facts["device"]
+    about = (
+        f"{len(base.losses)} steps on the shapes set, {config.arch}/{config.patch_size}, "
+        f"B = {config.batch_size_per_gpu}, the same images, order and crops in each run. By "
+        f"`python -m benchmarks.compare_modes`, torch {facts['torch']}, {device}. "
+        f"Distances of loss curves smoothed over {SMOOTH} steps, in nats."
+    )
+    if on_cpu:  # where a step in bf16 shows no speed
+        about += " Products in bf16 are fp32 ones of bf16 numbers, rounded once to bf16."
+    heads = ["run", "last loss", "20-NN top-1, %", "mean distance from the first", "largest"]
+    rows = []
     for result in results:
         mean, largest = distance(result, base)
-        lines.append(
-            f"| {result.name} | {smoothed(result.losses)[-1]:.3f} | {result.top1:.1f} "
-            f"| {mean:.4f} | {largest:.4f} |"
+        last = smoothed(result.losses)[-1]
+        rows.append(
+            [result.name, f"{last:.3f}", f"{result.top1:.1f}", f"{mean:.4f}", f"{largest:.4f}"]
         )
+    if not on_cpu:
+        heads.append("images/s")
+        for row, result in zip(rows, results, strict=True):
+            row.append(f"{result.images_per_second:.0f}")
+    lines = ["# --mode fast beside --mode parity", "", wrapped(about), "", table(heads, rows)]
     return "\n".join([*lines, "", "![losses](modes.png)", ""])
 
 
@@ -162,7 +205,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for result, style in zip(results, ("-", "--", ":"), strict=True):
+    for result, style in zip(results, ("-", "--", ":", "-."), strict=False):
         label = f"{result.name}: 20-NN {result.top1:.1f} %"
         axis.plot(smoothed(result.losses), style, label=label, linewidth=1.5)
     axis.set_xlabel("step")
@@ -175,28 +218,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, default=Path("runs/modes"), help="folder")
     parser.add_argument("--images", type=int, default=IMAGES, help="of each class")
+    parser.add_argument("--val_images", type=int, default=VAL_IMAGES, help="of each class")
+    for name in SETTINGS:
+        kind = type(getattr(CONFIG, name))
+        parser.add_argument(f"--{name}", type=kind, default=getattr(CONFIG, name))
     options = parser.parse_args(arguments)
     keep_freed_memory()
+    settings = {name: getattr(options, name) for name in SETTINGS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shapes = folder / "shapes"
-        write_shapes(
-            shapes, train_per_class=options.images, val_per_class=VAL_IMAGES, size=96, clips=0
-        )
-        config = dataclasses.replace(CONFIG, data_path=str(shapes / "train"))
+        numbers = {"train_per_class": options.images, "val_per_class": options.val_images}
+        write_shapes(shapes, **numbers, size=96, clips=0)
+        parity = dataclasses.replace(CONFIG, **settings, data_path=str(shapes / "train"))
+        parity = dataclasses.replace(parity, use_fp16=False)
+        fast = dataclasses.replace(parity, mode="fast", use_fp16=True, amp_dtype="bf16")
         runs = {
-            "parity, fp32": config,
-            "fast, bf16": dataclasses.replace(config, mode="fast", amp_dtype="bf16"),
-            "parity, fp32, other weights": dataclasses.replace(config, seed=1),
+            "parity, fp32": Run(parity),
+            "fast, bf16": Run(fast),
+            "parity, fp32, other weights": Run(dataclasses.replace(parity, seed=1)),
         }
-        results = train_in_turn(runs, config, folder)
+        if choose_device(parity.device).type == "cuda":
+            runs["fast, bf16, kernels by PyTorch"] = Run(fast, "torch")
+        results = train_in_turn(runs, parity, folder)
     options.write.mkdir(parents=True, exist_ok=True)
     facts = environment()
     draw(results, options.write / "modes.png")
-    (options.write / "modes.md").write_text(markdown(results, facts), encoding="utf-8")
+    (options.write / "modes.md").write_text(markdown(results, parity, facts), encoding="utf-8")
     record = {"environment": facts, "runs": [dataclasses.asdict(result) for result in results]}
     (options.write / "modes.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    print(markdown(results, facts))
+    print(markdown(results, parity, facts))
     return 0
 
 

@@ -1,6 +1,8 @@
 """One command for a machine with a GPU: environment, tests on the GPU, benchmarks, one report.
 
-    python3 -m benchmarks.gpu_report [--output FOLDER] [--reduced]
+    python3 -m benchmarks.gpu_report [--more] [--output FOLDER] [--reduced]
+
+With --more a second report: compute-sanitizer, other sizes of the step, a short training.
 
 It needs no network and installs nothing. Each part has a time of its own, and all together stay
 below nine minutes; one that fails or hangs is reported, and the others still run. Without a GPU, or
@@ -13,9 +15,10 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +44,38 @@ BENCHES = {
     ),
     "loaders": ("--loader --batch_size_per_gpu 64 --rounds 2 --seconds 1", 40),
 }
+# Of --more: the same, and what compute-sanitizer and compare_modes are given.
+MORE_BENCHES = {
+    "step vit_small, B = 16": (
+        "--arch vit_small --batch_size_per_gpu 16 --rounds 5 --seconds 0.6 "
+        "--arms paper,lightly,ours-fast,ours-graph",
+        70,
+    ),
+    "step vit_small, B = 128": (
+        "--arch vit_small --batch_size_per_gpu 128 --rounds 3 --seconds 0.6 "
+        "--arms paper,ours-fast,compiled",
+        60,
+    ),
+    "step vit_small, patches of 8": (
+        "--arch vit_small --patch_size 8 --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
+        "--arms paper,ours-fast",
+        70,
+    ),
+}
+SANITIZER = (
+    "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9",
+    "--tool",
+)  # fmt: skip
+SANITIZER_TIME = 60
+TRAINING = ("--arch vit_small --batch_size_per_gpu 64 --images 356 --epochs 10", 120)
+REDUCED_MORE_BENCHES = {
+    "step vit_nano, B = 1": (
+        "--arch vit_nano --batch_size_per_gpu 1 --out_dim 1024 --global_crops_size 64 "
+        "--local_crops_size 32 --rounds 1 --steps 1 --arms paper,ours-fast --device cpu",
+        60,
+    ),
+}
+REDUCED_TRAINING = ("--batch_size_per_gpu 8 --images 2 --epochs 1 --val_images 1 --device cpu", 120)
 # Kernels under the interpreter, which takes long for the largest sizes.
 REDUCED_TESTS = (
     "-k", "triton-cpu and not 4096 and not 6553 and not own_size and not accurate",
@@ -67,6 +102,7 @@ class Report:
 
     environment: dict[str, str]
     reduced: bool
+    name: str = "report"
     results: list[Result] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     benches: list[Path] = field(default_factory=list)  # what `fastdino bench` wrote, without suffix
@@ -82,7 +118,7 @@ class Report:
             verdict = f"**{result.problem}**" if result.problem else "passed"
             last = "" if result is self.results[0] else result.last_line.replace("|", "/")
             lines.append(f"| {result.name} | {result.seconds:.0f} | {verdict} | {last} |")
-        lines += ["", tables(self.rows)]
+        lines += ["", *([tables(self.rows)] if self.rows or not self.benches else [])]
         for written in self.benches:  # one heading lower
             text = written.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub("^#", "##", text, flags=re.MULTILINE), ""]
@@ -93,9 +129,9 @@ class Report:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """report.md and report.json."""
+        """<name>.md and <name>.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
         record = {
             "reduced": self.reduced,
             "environment": self.environment,
@@ -109,7 +145,9 @@ class Report:
                 for written in self.benches
             ],
         }
-        (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{self.name}.json").write_text(
+            json.dumps(record, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def environment_of(result: Result) -> dict[str, str]:
@@ -134,10 +172,31 @@ def plan(raw: Path, *, reduced: bool) -> list[Part]:
         quick = ["--quick"] if reduced else []
         command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
         planned.append(Part(f"benchmark {name}", command, seconds))
-    for name, (flags, seconds) in (REDUCED_BENCHES if reduced else BENCHES).items():
-        command = (sys.executable, "-m", "fastdino", "bench", *flags.split())
-        planned.append(Part(name, (*command, "--output", str(raw / name)), seconds))
-    return planned
+    return planned + _benches(REDUCED_BENCHES if reduced else BENCHES, raw)
+
+
+def plan_more(raw: Path, *, reduced: bool) -> list[Part]:
+    """The parts of --more; `reduced` without compute-sanitizer, which is for GPUs."""
+    small = (sys.executable, "-m", "benchmarks.sanitize")
+    if reduced:
+        planned = [Part("each kernel", ("env", "TRITON_INTERPRET=1", *small), SANITIZER_TIME)]
+    else:
+        planned = [
+            Part(tool, (*SANITIZER, tool, *small), SANITIZER_TIME)
+            for tool in ("memcheck", "racecheck")
+        ]
+    planned += _benches(REDUCED_MORE_BENCHES if reduced else MORE_BENCHES, raw)
+    flags, seconds = REDUCED_TRAINING if reduced else TRAINING
+    command = (sys.executable, "-m", "benchmarks.compare_modes", *flags.split())
+    return [*planned, Part("training", (*command, "--write", str(raw / "training")), seconds)]
+
+
+def _benches(flags_of: Mapping[str, tuple[str, int]], raw: Path) -> list[Part]:
+    command = (sys.executable, "-m", "fastdino", "bench")
+    return [
+        Part(name, (*command, *flags.split(), "--output", str(raw / name)), seconds)
+        for name, (flags, seconds) in flags_of.items()
+    ]
 
 
 def read_whole(raw: Path) -> list[Row]:
@@ -172,12 +231,15 @@ def run_and_report(report: Report, planned: Sequence[Part], raw: Path, folder: P
         report.rows = read_whole(raw)
         report.benches = sorted(file.with_suffix("") for file in raw.glob("*/*.json"))
         report.write(folder)
+        for picture in raw.glob("*/*.png"):
+            shutil.copy(picture, folder)
     return int(any(result.problem for result in report.results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder that gets one named after the device")
+    parser.add_argument("--more", action="store_true", help="the second report")
     parser.add_argument("--reduced", action="store_true", help="small sizes, on the CPU")
     options = parser.parse_args(arguments)
 
@@ -186,12 +248,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = environment_of(first)
     device = environment.get("device", "unknown")
     reduced = options.reduced or device in ("cpu", "unknown")
-    report = Report(environment, reduced, [first])
+    report = Report(environment, reduced, "more" if options.more else "report", [first])
+    make_plan = plan_more if options.more else plan
     default = ROOT / ("runs/gpu-report" if reduced else "benchmarks/results")
     folder = (options.output or default).resolve() / slug(device)
-    with tempfile.TemporaryDirectory() as raw:
-        status = run_and_report(report, plan(Path(raw), reduced=reduced), Path(raw), folder)
-    print(f"\n{report.markdown()}\nWritten to {folder}")
+    with tempfile.TemporaryDirectory() as temporary:
+        raw = Path(temporary)
+        status = run_and_report(report, make_plan(raw, reduced=reduced), raw, folder)
+        print(f"\n{report.markdown()}\nWritten to {folder}")
     return status
 
 

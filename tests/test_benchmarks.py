@@ -15,7 +15,15 @@ import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, gpu_report, report
+from benchmarks import (
+    bench_adamw_ema,
+    bench_clip,
+    bench_dino_loss,
+    bench_ema,
+    gpu_report,
+    report,
+    sanitize,
+)
 from benchmarks.compare_modes import Bf16Products
 from benchmarks.contest import (
     LONGEST_SLEEP,
@@ -442,14 +450,47 @@ def test_what_a_bench_writes_joins_the_report(tmp_path):
     assert record["benches"] == [{"arms": 3}]
 
 
+def test_the_second_report_has_files_of_its_own_and_its_pictures(tmp_path):
+    raw, folder = tmp_path / "raw", tmp_path / "results"
+    (raw / "training").mkdir(parents=True)
+    (raw / "training" / "modes.png").write_bytes(b"a picture")
+    told = gpu_report.Report({}, reduced=False, name="more")
+    gpu_report.run_and_report(told, [python("works", "pass")], raw, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["modes.png", "more.json", "more.md"]
+
+
+def test_the_command_prints_what_a_bench_wrote(tmp_path, monkeypatch, capsys):
+    def planned(raw, *, reduced):
+        assert reduced
+        folder = raw / "bench"
+        folder.mkdir()
+        code = "from pathlib import Path; Path({!r}).write_text({!r})"
+        return [
+            python("table", code.format(f"{folder}/step.md", "# A step\n")),
+            python("record", code.format(f"{folder}/step.json", "0")),
+        ]
+
+    monkeypatch.setattr(gpu_report, "plan_more", planned)
+    assert gpu_report.main(["--more", "--reduced", "--output", str(tmp_path)]) == 0
+    assert "\n## A step\n" in capsys.readouterr().out
+    assert "\n## A step\n" in (tmp_path / "cpu" / "more.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kernels", [sanitize.losses, sanitize.updates, sanitize.crops])
+def test_what_is_sanitized_runs(kernels):
+    for tensor in kernels(torch.bfloat16, torch.device("cpu")):
+        assert tensor.isfinite().all()
+
+
 def test_parts_that_pass_make_a_report_that_passes(tmp_path):
     told = gpu_report.Report({}, reduced=False)
     assert gpu_report.run_and_report(told, [python("works", "pass")], tmp_path, tmp_path) == 0
     assert "mean nothing" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_whole_report_takes_less_than_nine_minutes(tmp_path):
-    times = [part.timeout for part in gpu_report.plan(tmp_path, reduced=False)]
+@pytest.mark.parametrize("plan", [gpu_report.plan, gpu_report.plan_more])
+def test_each_report_takes_less_than_nine_minutes(plan, tmp_path):
+    times = [part.timeout for part in plan(tmp_path, reduced=False)]
     times.append(gpu_report.ENVIRONMENT_TIME)
     assert sum(times) + GRACE * len(times) < 9 * 60
 
