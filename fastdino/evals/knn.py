@@ -197,6 +197,7 @@ def compute_features(
 FEATURE_FILES = ("trainfeat", "trainlabels", "testfeat", "testlabels")
 
 
+@distributed.together()
 def load_features(args: argparse.Namespace) -> dict[str, Tensor]:
     """The feature files of --dump_features, or of the paper's eval_knn.py.
 

@@ -111,13 +111,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     Returns: 0, or 75 where SIGTERM or SIGINT came: the step was finished and everything saved.
     """
     output = Path(args.output_dir)
-    if (output / "checkpoint.pth").exists():
-        raise ConfigError(
-            f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
-            "name another"
-        )
-    with checkpoint.explained(output):
-        output.mkdir(parents=True, exist_ok=True)
+    distributed.from_main(lambda: _make_folder(output))
     data = Data.load(args, device, ("train", "val"))
     probe = data.probe()
     data.say(
@@ -126,7 +120,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     )
     path = output / "checkpoint.pth.tar"
     if distributed.from_main(path.exists):
-        probe.resume(path, data.protocol)
+        with distributed.together():
+            probe.resume(path, data.protocol)
         begun = f", and {probe.seen} images of the next" if probe.seen else ""
         data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done{begun}")
     distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
@@ -181,7 +176,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     data = Data.load(args, device, ("val",))
     path = args.linear_weights or str(Path(args.output_dir) / "checkpoint.pth.tar")
     probe = data.probe()
-    probe.load_head(local_file(path))
+    with distributed.together():
+        probe.load_head(local_file(path))
     found = probe.validate(data.val_batches(data.images("val")), data.features)
     _require_images(found, args)
     data.say(_accuracies(found))
@@ -249,14 +245,11 @@ class Data:
             model, blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens
         )
         dim = features(torch.zeros(1, 3, args.crop, args.crop, device=device)).shape[1]
-        sources = distributed.from_main(lambda: scan_splits(args, splits))
+        sources = distributed.from_main(lambda: _scan(args, splits))
         if distributed.rank() == 0:
             for split, source in sources.items():
                 if source.skipped:
                     print(f"{split}: {len(source.skipped)} images left out", file=sys.stderr)
-        classes = len(sources["val"].classes)
-        if args.num_labels and args.num_labels < classes:
-            raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
         protocol = {
             "weights": weights_digest(model),
             "n_last_blocks": args.n_last_blocks,
@@ -394,6 +387,25 @@ def _as_it_is(features: Tensor) -> Tensor:
     return features
 
 
+def _make_folder(output: Path) -> None:
+    if (output / "checkpoint.pth").exists():
+        raise ConfigError(
+            f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
+            "name another"
+        )
+    with checkpoint.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def _scan(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, ImageSource]:
+    sources = scan_splits(args, splits)
+    classes = len(sources["val"].classes)
+    if args.num_labels and args.num_labels < classes:
+        raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
+    return sources
+
+
+@distributed.together()
 def _require_images(found: dict[str, float], args: argparse.Namespace) -> None:
     if not found["images"]:
         raise DataError(f"none of the images in val/ of {args.data_path} can be decoded")
