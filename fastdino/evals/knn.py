@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     for k, (top1, top5) in accuracy.items():
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
-        flags = ("load_features", "raw_pixels", "resize", "crop", "temperature")
+        flags = ("data_path", "load_features", "raw_pixels", "resize", "crop", "temperature")
         result = {
             "settings": settings_of(args, model, *flags),
             "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},

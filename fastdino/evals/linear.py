@@ -182,7 +182,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        result = {"settings": data.settings(), "linear_weights": path, **found}
+        classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
+        found |= {"images": int(found["images"])}
+        result = {"settings": data.settings() | classifier, **found}
         checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
@@ -259,10 +261,12 @@ class Data:
         }
         return cls(args, device, features, dim, sources, protocol)
 
-    def settings(self) -> dict[str, Any]:
-        """What the accuracies depend on, for the results' JSON."""
-        flags = ("lr", "batch_size_per_gpu", "resize", "seed")
-        return settings_of(self.args, self.features.model, *flags) | self.protocol
+    def settings(self, *flags: str) -> dict[str, Any]:
+        """What the accuracies depend on, for the results' JSON; flags: what they do beside."""
+        return (
+            settings_of(self.args, self.features.model, "data_path", "resize", *flags)
+            | self.protocol
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, in one process."""
@@ -437,7 +441,8 @@ def _write_results(output: Path, probe: Probe, data: Data) -> None:
     lines = (output / "log.txt").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
     result = {
-        "settings": data.settings(),
+        "settings": data.settings("lr", "batch_size_per_gpu", "seed")
+        | {"processes": distributed.world_size()},
         "acc1": last.get("test_acc1"),
         "acc5": last.get("test_acc5"),
         "best_acc1": probe.best_acc,
