@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastdino import distributed
 from fastdino.errors import ConfigError, NonFiniteError, UserError
@@ -105,6 +107,22 @@ def _make_mistakes(lines, folder):
             assert cli.main(line) == 2
         told.append(stderr.getvalue())
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+
+def test_a_total_is_summed_slice_by_slice(tmp_path):
+    run_two(_sum_in_slices, tmp_path)
+    expected = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[expected, 3]] * 2
+
+
+def _sum_in_slices(folder):
+    rank = int(os.environ["RANK"])
+    distributed.SLICE_ELEMENTS = 3
+    with distributed.process_group(CPU, "env://"):
+        values = (rank + 1) * torch.arange(8.0).view(4, 2)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            summed = distributed.total(values)
+        (folder / str(rank)).write_text(json.dumps([summed.tolist(), reduced.call_count]))
 
 
 def test_one_process_has_its_own_errors():
