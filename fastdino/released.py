@@ -29,7 +29,8 @@ class Released:
     arch: str
 
 
-SILENCE = 60  # seconds after which a server that sends nothing is given up
+# Seconds after which a server that sends nothing is given up; of many processes each tries in turn.
+SILENCE = 20
 BASE = "https://dl.fbaipublicfiles.com/dino/"
 # By the names of the entry points in their hubconf.py. Their XCiTs are not among them: these have
 # the names of a third repository's tensors.
