@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdino.errors import ConfigError, UserError
 
 T = TypeVar("T")
+SLICE_ELEMENTS = 1 << 26  # that go over a GPU at once
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -86,13 +87,18 @@ def mean(values: Tensor) -> Tensor:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a CPU tensor over the processes."""
+    """Sums a contiguous CPU tensor over the processes, in place, and returns it.
+
+    A GPU holds a slice of it at a time: features of all images may be more than it has room for.
+    """
     if world_size() == 1:
         return values
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else "cpu"
-    summed = values.to(device)
-    dist.all_reduce(summed)
-    return summed.cpu()
+    for part in values.view(-1).split(SLICE_ELEMENTS):
+        summed = part.to(device)
+        dist.all_reduce(summed)
+        part.copy_(summed)
+    return values
 
 
 def _on_gpu() -> bool:

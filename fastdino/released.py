@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
+import os
+import shutil
 import sys
+import tempfile
+import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import torch
+from tqdm import tqdm
 
 from fastdino.errors import CheckpointError
 
@@ -22,6 +29,8 @@ class Released:
     arch: str
 
 
+# Seconds after which a server that sends nothing is given up; of many processes each tries in turn.
+SILENCE = 20
 BASE = "https://dl.fbaipublicfiles.com/dino/"
 # By the names of the entry points in their hubconf.py. Their XCiTs are not among them: these have
 # the names of a third repository's tensors.
@@ -57,12 +66,46 @@ def _download(url: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = PurePosixPath(urlsplit(url).path).name
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} cannot be downloaded ({error}): name a file instead"
-            ) from error
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{path.name}.lock", "w") as lock:
+            # Of many processes one downloads and the others wait; where a file system has no
+            # locks, each downloads.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _fetch(url, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"{url} cannot be downloaded ({error}): name a file instead"
+        ) from error
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Writes the file of a URL, whole or not at all.
+
+    torch.hub's own function keeps what came of a download that was cut off, and waits for ever for
+    a server that is silent.
+
+    Raises: OSError, ValueError, HTTPException: it cannot be had whole.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "fastdino"})
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+        urllib.request.urlopen(request, timeout=SILENCE) as answer,
+    ):
+        announced = answer.headers.get("Content-Length")
+        size = None if announced is None else int(announced)
+        part = Path(scratch) / path.name
+        quiet = not sys.stderr.isatty()
+        with (
+            open(part, "wb") as file,
+            tqdm.wrapattr(answer, "read", total=size, desc=path.name, disable=quiet) as source,
+        ):
+            shutil.copyfileobj(source, file)
+        if size not in (None, part.stat().st_size):
+            raise OSError(f"{part.stat().st_size} of {size} bytes came")
+        os.replace(part, path)

@@ -309,12 +309,13 @@ class Run:
 
     def _start_from_weights(self) -> None:
         config = self.config
-        weights, key = initial_weights(
-            config.init_from,
-            arch=config.arch,
-            patch_size=config.patch_size,
-            img_size=config.global_crops_size,
-        )
+        with distributed.together():
+            weights, key = initial_weights(
+                config.init_from,
+                arch=config.arch,
+                patch_size=config.patch_size,
+                img_size=config.global_crops_size,
+            )
         self.trainer.start_from(weights)
         whose = f" ({key})" if key else ""
         self.progress.say(

@@ -17,7 +17,7 @@ from fastdino.evals.attention import (
     keep_mass,
 )
 from fastdino.evals.attention_pictures import map_picture, mask_picture
-from fastdino.evals.features import to_input
+from fastdino.evals.features import to_input, weights_digest
 from fastdino.weights import load_backbone
 
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
@@ -78,10 +78,15 @@ def test_one_image_gives_the_papers_files_and_their_figures(run, photo, tmp_path
     result = json.loads((out / "attention.json").read_text())
     (image,) = result.pop("images")
     assert result == {
-        "arch": "vit_nano",
-        "patch_size": 8,
-        "pretrained_weights": str(nano_weights),
-        "threshold": 0.6,
+        "settings": {
+            "pretrained_weights": str(nano_weights),
+            "checkpoint_key": "teacher",
+            "weights": weights_digest(model),
+            "image_size": [33, 50],
+            "threshold": 0.6,
+            "arch": "vit_nano",
+            "patch_size": 8,
+        },
         "skipped": {},
     }
     assert set(image.pop("files")) == expected

@@ -15,7 +15,7 @@ from fastdino.errors import DataError
 from fastdino.evals import attention_masks
 from fastdino.evals.attention import attention_maps, fit
 from fastdino.evals.attention_masks import find_masked, head_scores, read_mask, summary
-from fastdino.evals.features import to_input
+from fastdino.evals.features import to_input, weights_digest
 from fastdino.models.backbones import build_backbone
 from fastdino.weights import load_backbone
 
@@ -85,6 +85,7 @@ def test_the_command_computes_what_the_paper_says(voc, nano_weights, tmp_path, c
     trained = load_backbone(
         str(nano_weights), checkpoint_key="teacher", arch="vit_nano", patch_size=8
     ).module
+    assert result["settings"]["weights"] == weights_digest(trained)
     torch.manual_seed(0)
     untrained = build_backbone("vit_nano", patch_size=8, img_size=32)[0].eval()
     names = ["2007_000001", "2007_000002"]
@@ -102,7 +103,7 @@ def test_the_command_computes_what_the_paper_says(voc, nano_weights, tmp_path, c
         }
     assert result["images"] == len(result["per_image"]) == 2
     assert result["without_foreground"] == ["JPEGImages/2007_000003.jpg"]
-    assert (result["layout"], result["threshold"]) == ("PASCAL VOC", 0.6)
+    assert (result["layout"], result["settings"]["threshold"]) == ("PASCAL VOC", 0.6)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == (
         f"Jaccard of the best head, trained network: {result['trained']['best_head']:.1f} %"

@@ -19,7 +19,7 @@ from fastdino.evals.attention_pictures import (
     overlay_picture,
 )
 from fastdino.evals.attention_video import AVERAGED, VIEWS, draw_frame, output_file
-from fastdino.evals.features import to_input
+from fastdino.evals.features import to_input, weights_digest
 from fastdino.evals.video_files import open_frames, video_writer
 from fastdino.weights import load_backbone
 from tests.commands import error_of
@@ -80,13 +80,18 @@ def test_a_folder_becomes_a_video_of_what_each_frame_attends_to(
         assert found == pytest.approx(dict(zip(AVERAGED, means[head], strict=True)), rel=1e-5)
     assert len(result.pop("heads")) == 3
     assert result == {
-        "input_path": str(folder),
+        "settings": {
+            "input_path": str(folder),
+            "pretrained_weights": str(nano_weights),
+            "checkpoint_key": "teacher",
+            "weights": weights_digest(model),
+            "resize": None,
+            "threshold": 0.6,
+            "show": list(VIEWS),
+            "arch": "vit_nano",
+            "patch_size": 8,
+        },
         "output_path": str(out / "video.mp4"),
-        "arch": "vit_nano",
-        "pretrained_weights": str(nano_weights),
-        "threshold": 0.6,
-        "show": list(VIEWS),
-        "patch_size": 8,
         "frames": 7,
         "frames_announced": 7,
         "fps": 5,
@@ -136,7 +141,7 @@ def test_pictures_become_a_video_without_a_network(folder, tmp_path, capsys):
         original = np.asarray(Image.open(folder / f"{number}.png")).astype(int)
         assert np.abs(np.asarray(frame)[:33] - original).mean() < 12, "lossy"
     assert json.loads((tmp_path / "out/video.json").read_text()) == {
-        "input_path": str(folder),
+        "settings": {"input_path": str(folder)},
         "output_path": str(path),
         "frames": 7,
         "fps": 12,

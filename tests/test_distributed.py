@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastdino import distributed
 from fastdino.errors import ConfigError, NonFiniteError, UserError
-from tests.processes import run_two
+from tests.commands import write_colours
+from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
 
@@ -62,6 +67,62 @@ def _ask_main(folder):
 
 def _refuse():
     raise ConfigError("no")
+
+
+def test_a_mistake_that_every_process_meets_is_told_once(tmp_path):
+    images = write_colours(tmp_path / "images")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").touch()
+    network = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
+    linear = ["linear", *network, "--data_path", str(images), "--crop", "16", "--output_dir"]
+    mistakes = {
+        "no file": [
+            ["knn", *network, "--load_features", str(tmp_path / "none")],
+            [*linear, str(tmp_path / "new"), "--evaluate"],
+            ["train", *network, "--data_path", str(images / "train"), "--init_from", "none",
+             "--output_dir", str(tmp_path / "trained"), "--batch_size_per_gpu", "2",
+             "--out_dim", "16", "--global_crops_size", "16", "--local_crops_size", "8",
+             "--num_workers", "0"],
+        ],
+        "there are 3 classes": [[*linear, str(tmp_path / "new"), "--num_labels", "2"]],
+        "is of a pretraining run": [[*linear, str(tmp_path / "run")]],
+        "of another probe": [[*linear, str(tmp_path / "probe"), "--epochs", "2"]],
+    }  # fmt: skip
+    probe = [*linear, str(tmp_path / "probe"), "--epochs", "1", "--num_workers", "0"]
+    run_commands_in_two(probe)
+    lines = [(line, message) for message, lines in mistakes.items() for line in lines]
+    run_two(_make_mistakes, [line for line, _ in lines], tmp_path)
+    told, silent = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01")
+    for (_, message), text in zip(lines, told, strict=True):
+        assert message in text
+    assert silent == [""] * len(lines)
+
+
+def _make_mistakes(lines, folder):
+    from fastdino import cli
+
+    told = []
+    for line in lines:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            assert cli.main(line) == 2
+        told.append(stderr.getvalue())
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+
+def test_a_total_is_summed_slice_by_slice(tmp_path):
+    run_two(_sum_in_slices, tmp_path)
+    expected = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[expected, 3]] * 2
+
+
+def _sum_in_slices(folder):
+    rank = int(os.environ["RANK"])
+    distributed.SLICE_ELEMENTS = 3
+    with distributed.process_group(CPU, "env://"):
+        values = (rank + 1) * torch.arange(8.0).view(4, 2)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            summed = distributed.total(values)
+        (folder / str(rank)).write_text(json.dumps([summed.tolist(), reduced.call_count]))
 
 
 def test_one_process_has_its_own_errors():

@@ -225,6 +225,7 @@ def test_a_run_learns_and_writes_what_the_papers_writes(run, few, tmp_path, caps
     settings = results["settings"]
     assert (settings["data_path"], settings["lr"], settings["crop"]) == (str(few), 2, 32)
     assert settings["weights"] == state["protocol"]["weights"]
+    assert settings["processes"] == 1
     assert results["acc1"] == lines[-1]["test_acc1"] > 50
     assert results["best_acc1"] == state["best_acc"] >= results["acc1"]
     captured = capsys.readouterr()
@@ -456,10 +457,18 @@ def test_evaluate_takes_our_classifier_and_the_papers_linear_weights(run, tmp_pa
     assert "accuracy on 6 images: top-1" in capsys.readouterr().out
     found = json.loads((tmp_path / "a" / "evaluate.json").read_text())
     assert found["acc1"] == results_of(tmp_path / "a")["acc1"]
+    assert "lr" not in found["settings"]
+    classifier = found["settings"]["classifier"]
     path = tmp_path / "linearweights.pth"
     torch.save({"state_dict": head_of(tmp_path / "a"), "best_acc": 77.0}, path)
     assert run("b", "--evaluate", "--linear_weights", path) == 0
-    assert json.loads((tmp_path / "b" / "evaluate.json").read_text())["acc1"] == found["acc1"]
+    again = json.loads((tmp_path / "b" / "evaluate.json").read_text())
+    assert (again["acc1"], again["settings"]["linear_weights"]) == (found["acc1"], str(path))
+    assert again["settings"]["classifier"] == classifier
+    torch.save({k: 2 * v for k, v in head_of(tmp_path / "a").items()}, path)
+    assert run("b", "--evaluate", "--linear_weights", path) == 0
+    other = json.loads((tmp_path / "b" / "evaluate.json").read_text())
+    assert other["settings"]["classifier"] != classifier
 
 
 def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):

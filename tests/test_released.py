@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -39,6 +43,55 @@ def test_a_url_is_downloaded_once_and_files_of_one_name_are_kept_apart(cache, tm
     (tmp_path / "a" / "checkpoint.pth").unlink()
     assert local_file(urls[0]).read_text() == "a"
     assert {path.name.partition("-")[2] for path in cache.rglob("*.pth")} == {"checkpoint.pth"}
+
+
+@pytest.fixture
+def web():
+    """A web server: its address, and what it was asked for."""
+    asked = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.end_headers()
+            self.wfile.write(b"0123456789"[: 10 if self.path == "/whole.pth" else 5])
+            self.wfile.flush()
+            if self.path == "/silent.pth":
+                over.wait(60)
+
+        def log_message(self, *_):
+            pass
+
+    over = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_download_that_was_cut_off_or_fell_silent_is_not_kept(cache, web, monkeypatch):
+    monkeypatch.setattr(released, "SILENCE", 0.2)
+    address, _ = web
+    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be downloaded \(5 of 10 bytes"):
+        local_file(f"{address}/cut.pth")
+    with pytest.raises(CheckpointError, match=r"silent\.pth cannot be downloaded \(timed out\)"):
+        local_file(f"{address}/silent.pth")
+    assert local_file(f"{address}/whole.pth").read_text() == "0123456789"
+    assert [path.name.partition("-")[2] for path in cache.rglob("*.pth")] == ["whole.pth"]
+
+
+def test_of_those_that_want_a_file_at_once_one_downloads_it(cache, web):
+    address, asked = web
+    with ThreadPoolExecutor(4) as pool:
+        files = set(pool.map(local_file, [f"{address}/whole.pth"] * 4))
+    assert [file.read_text() for file in files] == ["0123456789"]
+    assert asked == ["/whole.pth"]
 
 
 def test_a_path_is_itself_even_where_it_has_a_name_of_the_papers(tmp_path, monkeypatch):

@@ -41,13 +41,12 @@ INSTALL = 'pip install -U "fastdino[data]"'
 class Set:
     """A set: what its class takes for each split, and the folder or file that it is on disk.
 
+    lies_in: with {size}, and {split} or what else its class takes, where these have their own.
     arrays: its class gives pixels alone. sizes: of which it comes in several.
     """
 
     splits: dict[str, dict[str, Any]]
-    lies_in: (
-        str  # with {size}, and {split} or what else its class takes, where these have their own
-    )
+    lies_in: str
     arrays: bool = False
     sizes: tuple[str, ...] = field(default=())
 

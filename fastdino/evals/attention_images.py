@@ -52,7 +52,7 @@ from fastdino.evals.attention_pictures import (
     mask_picture,
     overlay_picture,
 )
-from fastdino.evals.features import add_network_flags, load_vit, to_input
+from fastdino.evals.features import add_network_flags, load_vit, settings_of, to_input
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,8 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     for path, reason in skipped.items():
         print(f"left out: {path} {reason}", file=sys.stderr)
     result = {
-        "arch": arch,
-        "patch_size": model.patch_size,
-        "pretrained_weights": args.pretrained_weights,
-        "threshold": args.threshold,
+        "settings": settings_of(args, model, "image_size", "threshold")
+        | {"arch": arch, "patch_size": model.patch_size},
         "images": records,
         "skipped": skipped,
     }

@@ -38,7 +38,7 @@ from fastdino.evals.attention import (
     pretrained_side,
     to_pixels,
 )
-from fastdino.evals.features import load_vit, to_input
+from fastdino.evals.features import load_vit, settings_of, to_input
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
@@ -237,16 +237,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         raise DataError(f"none of the {len(pairs)} masks of {args.data_path} has any foreground")
     names = [path.relative_to(args.data_path).as_posix() for path in found.images]
     return {
-        "data_path": args.data_path,
+        "settings": settings_of(args, model, "data_path", "split", "image_size")
+        | {"threshold": threshold, "arch": arch, "patch_size": model.patch_size},
         "layout": found.layout,
-        "split": args.split,
         "images": int((~empty).sum()),
         "without_foreground": [name for name, gone in zip(names, empty, strict=True) if gone],
-        "arch": arch,
-        "patch_size": model.patch_size,
-        "pretrained_weights": args.pretrained_weights,
-        "image_size": args.image_size,
-        "threshold": threshold,
         **{name: summary(rows[~empty]) for name, rows in scores.items()},
         "per_image": {
             names[i]: {name: (100 * rows[i]).tolist() for name, rows in scores.items()}

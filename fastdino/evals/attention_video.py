@@ -43,7 +43,7 @@ from fastdino.evals.attention_pictures import (
     mask_picture,
     overlay_picture,
 )
-from fastdino.evals.features import add_network_flags, load_vit, to_input
+from fastdino.evals.features import add_network_flags, load_vit, settings_of, to_input
 from fastdino.evals.video_files import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
 from fastdino.models.vit import VisionTransformer
 
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
     with checkpoint.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     found = make(frames, path, fps=fps)
-    record = {"input_path": args.input_path, "output_path": str(path), **found}
+    record = {"settings": {"input_path": args.input_path}, "output_path": str(path), **found}
     checkpoint.write_json(record, path.with_suffix(".json"))
     if frames.count not in (None, found["frames"]):
         print(
@@ -238,14 +238,9 @@ def _by_network(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
             batch_size=args.batch_size_per_gpu,
             device=device,
         )
-        settings = {
-            "arch": arch,
-            "patch_size": model.patch_size,
-            "pretrained_weights": args.pretrained_weights,
-            "threshold": threshold,
-            "show": views,
-        }
-        return {**settings, **found}
+        settings = settings_of(args, model, "input_path", "resize")
+        settings |= {"arch": arch, "patch_size": model.patch_size}
+        return {"settings": settings | {"threshold": threshold, "show": views}, **found}
 
     return make
 

@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
             F.normalize(database, dim=1).to(where),
             {name: block.positives for name, block in blocks.items()},
         )
-    flags = ("imsize", "distractors_path", "whitening_path")
+    flags = ("data_path", "imsize", "distractors_path", "whitening_path")
     counts = {ORIGINAL: len(originals), **{k: len(v) for k, v in sets.items()}}
     report(args, settings_of(args, extract.network, *flags), scores, counts)
     return 0

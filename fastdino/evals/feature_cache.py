@@ -177,6 +177,7 @@ def _write_share(
 
 
 def _finish(part: Path, path: Path) -> None:
-    os.replace(labels_path(part), labels_path(path))
+    # First: a part without its labels, which a kill leaves, is made anew.
     _done_path(part).unlink(missing_ok=True)
+    os.replace(labels_path(part), labels_path(path))
     os.replace(part, path)  # last: a file of features is a whole one

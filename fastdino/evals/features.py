@@ -216,7 +216,7 @@ def settings_of(
 
     model: None where there is none.
     """
-    names = ("pretrained_weights", "checkpoint_key", "data_path", *flags)
+    names = ("pretrained_weights", "checkpoint_key", *flags)
     return {
         **{name: getattr(args, name) for name in names},
         "weights": None if model is None else weights_digest(model),

@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     for k, (top1, top5) in accuracy.items():
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     if args.output:
-        flags = ("load_features", "raw_pixels", "resize", "crop", "temperature")
+        flags = ("data_path", "load_features", "raw_pixels", "resize", "crop", "temperature")
         result = {
             "settings": settings_of(args, model, *flags),
             "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
@@ -197,6 +197,7 @@ def compute_features(
 FEATURE_FILES = ("trainfeat", "trainlabels", "testfeat", "testlabels")
 
 
+@distributed.together()
 def load_features(args: argparse.Namespace) -> dict[str, Tensor]:
     """The feature files of --dump_features, or of the paper's eval_knn.py.
 

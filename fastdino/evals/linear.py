@@ -111,13 +111,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     Returns: 0, or 75 where SIGTERM or SIGINT came: the step was finished and everything saved.
     """
     output = Path(args.output_dir)
-    if (output / "checkpoint.pth").exists():
-        raise ConfigError(
-            f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
-            "name another"
-        )
-    with checkpoint.explained(output):
-        output.mkdir(parents=True, exist_ok=True)
+    distributed.from_main(lambda: _make_folder(output))
     data = Data.load(args, device, ("train", "val"))
     probe = data.probe()
     data.say(
@@ -126,7 +120,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     )
     path = output / "checkpoint.pth.tar"
     if distributed.from_main(path.exists):
-        probe.resume(path, data.protocol)
+        with distributed.together():
+            probe.resume(path, data.protocol)
         begun = f", and {probe.seen} images of the next" if probe.seen else ""
         data.say(f"resumed {path}: {probe.epoch} of {args.epochs} epochs are done{begun}")
     distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
@@ -181,12 +176,15 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     data = Data.load(args, device, ("val",))
     path = args.linear_weights or str(Path(args.output_dir) / "checkpoint.pth.tar")
     probe = data.probe()
-    probe.load_head(local_file(path))
+    with distributed.together():
+        probe.load_head(local_file(path))
     found = probe.validate(data.val_batches(data.images("val")), data.features)
     _require_images(found, args)
     data.say(_accuracies(found))
     if distributed.rank() == 0:
-        result = {"settings": data.settings(), "linear_weights": path, **found}
+        classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
+        found |= {"images": int(found["images"])}
+        result = {"settings": data.settings() | classifier, **found}
         checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
@@ -249,14 +247,11 @@ class Data:
             model, blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens
         )
         dim = features(torch.zeros(1, 3, args.crop, args.crop, device=device)).shape[1]
-        sources = distributed.from_main(lambda: scan_splits(args, splits))
+        sources = distributed.from_main(lambda: _scan(args, splits))
         if distributed.rank() == 0:
             for split, source in sources.items():
                 if source.skipped:
                     print(f"{split}: {len(source.skipped)} images left out", file=sys.stderr)
-        classes = len(sources["val"].classes)
-        if args.num_labels and args.num_labels < classes:
-            raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
         protocol = {
             "weights": weights_digest(model),
             "n_last_blocks": args.n_last_blocks,
@@ -266,10 +261,12 @@ class Data:
         }
         return cls(args, device, features, dim, sources, protocol)
 
-    def settings(self) -> dict[str, Any]:
-        """What the accuracies depend on, for the results' JSON."""
-        flags = ("lr", "batch_size_per_gpu", "resize", "seed")
-        return settings_of(self.args, self.features.model, *flags) | self.protocol
+    def settings(self, *flags: str) -> dict[str, Any]:
+        """What the accuracies depend on, for the results' JSON; flags: what they do beside."""
+        return (
+            settings_of(self.args, self.features.model, "data_path", "resize", *flags)
+            | self.protocol
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, in one process."""
@@ -394,6 +391,25 @@ def _as_it_is(features: Tensor) -> Tensor:
     return features
 
 
+def _make_folder(output: Path) -> None:
+    if (output / "checkpoint.pth").exists():
+        raise ConfigError(
+            f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
+            "name another"
+        )
+    with checkpoint.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def _scan(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, ImageSource]:
+    sources = scan_splits(args, splits)
+    classes = len(sources["val"].classes)
+    if args.num_labels and args.num_labels < classes:
+        raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")
+    return sources
+
+
+@distributed.together()
 def _require_images(found: dict[str, float], args: argparse.Namespace) -> None:
     if not found["images"]:
         raise DataError(f"none of the images in val/ of {args.data_path} can be decoded")
@@ -425,7 +441,8 @@ def _write_results(output: Path, probe: Probe, data: Data) -> None:
     lines = (output / "log.txt").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
     result = {
-        "settings": data.settings(),
+        "settings": data.settings("lr", "batch_size_per_gpu", "seed")
+        | {"processes": distributed.world_size()},
         "acc1": last.get("test_acc1"),
         "acc5": last.get("test_acc5"),
         "best_acc1": probe.best_acc,

@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
             return 0
         where = device if args.use_cuda else torch.device("cpu")
         scores = revisited_scores(queries.to(where), database.to(where), found.relevance)
-    flags = ("dataset", "imsize", "multiscale", "crop_queries")
+    flags = ("data_path", "dataset", "imsize", "multiscale", "crop_queries")
     report(args, settings_of(args, backbone, *flags), found, scores)
     return 0
 
