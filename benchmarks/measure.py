@@ -84,7 +84,8 @@ def peak_bytes(thunk: Thunk, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    profiled = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    with profiled as profiler:
         thunk()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"

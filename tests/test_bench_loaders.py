@@ -30,6 +30,13 @@ def has(package):
     return importlib.util.find_spec(package) is not None
 
 
+@pytest.mark.parametrize("flags", [{"crops": "dali"}, {"crops": "fused", "decode": "gpu"}])
+def test_an_arm_that_needs_dali_is_skipped_where_there_is_none(flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ModuleNotFoundError, match="nvidia"):  # which isolated.py tells as skipped
+        arms.OwnLoader(None, **flags)
+
+
 def test_the_whole_command_beside_a_loader_that_is_open(pictures, tiny, tmp_path, capsys):
     # Its threads must not keep the workers of others waiting.
     beside = build_loader(tiny(crops="dali" if HAS_DALI else "auto"), scan_images(pictures))

@@ -7,6 +7,7 @@ the run, and returns a Sample. The decoders deliver pictures, not crops.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,9 +93,14 @@ class Delivery:
 
 
 class OwnLoader:
-    """One of our loaders, as a run has it."""
+    """One of our loaders, as a run has it.
+
+    Raises: ModuleNotFoundError: it needs DALI, which is not there.
+    """
 
     def __init__(self, task: Task, crops: str, decode: str = "auto") -> None:
+        if "dali" in crops or decode == "gpu":
+            importlib.import_module("nvidia.dali")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
         self._loader = build_loader(config, task.source.taken(images), device=task.device)

@@ -75,7 +75,8 @@ def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
         return asked
     problem = _triton_problem(tensors)
     if asked == "auto":
-        on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+        # bool() of a tuple is what older PyTorch cannot trace.
+        on_gpu = len(tensors) > 0 and tensors[0].device.type == "cuda"
         return "triton" if on_gpu and problem is None else "torch"
     if problem is not None:
         raise ValueError(f"{source}='triton': {problem}; use 'torch' or 'auto'")
