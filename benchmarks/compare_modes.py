@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -196,8 +197,8 @@ def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, st
         heads.append("images/s")
         for row, result in zip(rows, results, strict=True):
             row.append(f"{result.images_per_second:.0f}")
-    lines = ["# --mode fast beside --mode parity", "", wrapped(about), "", table(heads, rows)]
-    return "\n".join([*lines, "", "![losses](modes.png)", ""])
+    lines = ["# --mode fast beside --mode parity", "", wrapped(about), "", table(heads, rows), ""]
+    return "\n".join(lines)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -243,11 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = train_in_turn(runs, parity, folder)
     options.write.mkdir(parents=True, exist_ok=True)
     facts = environment()
-    draw(results, options.write / "modes.png")
-    (options.write / "modes.md").write_text(markdown(results, parity, facts), encoding="utf-8")
+    text = markdown(results, parity, facts)
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(results, options.write / "modes.png")
+        text += "\n![losses](modes.png)\n"
+    (options.write / "modes.md").write_text(text, encoding="utf-8")
     record = {"environment": facts, "runs": [dataclasses.asdict(result) for result in results]}
     (options.write / "modes.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    print(markdown(results, parity, facts))
+    print(text)
     return 0
 
 

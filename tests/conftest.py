@@ -23,6 +23,23 @@ if TYPE_CHECKING:
 
     from fastdino.data.sources import ImageSource
 
+# Tests of what needs a package that is not there are passed over, not errors: a GPU machine may
+# have torch, triton, timm and pytest alone.
+NEEDED = {
+    "av": ["video_files"],
+    "matplotlib": [
+        "attention_images", "attention_pictures", "attention_video", "crop_differences",
+        "crop_sheet", "demo",
+    ],
+    "numba": ["fused_crops"],
+}  # fmt: skip
+collect_ignore = [
+    f"test_{name}.py"
+    for package, names in NEEDED.items()
+    if importlib.util.find_spec(package) is None
+    for name in names
+]
+
 if not torch.cuda.is_available():
     # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
     # kernels then run on the CPU, line by line.

@@ -13,8 +13,8 @@ from fastdino_kernels import (
     pointer_table,
     reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+from tests.properties import given, settings, st
 
 SHAPES = [(3, 5), (7,), (), (2100,), (0, 4)]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]

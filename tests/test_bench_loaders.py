@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,11 +31,15 @@ def has(package):
     return importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.parametrize("flags", [{"crops": "dali"}, {"crops": "fused", "decode": "gpu"}])
-def test_an_arm_that_needs_dali_is_skipped_where_there_is_none(flags, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ModuleNotFoundError, match="nvidia"):  # which isolated.py tells as skipped
-        arms.OwnLoader(None, **flags)
+@pytest.mark.parametrize(
+    ("package", "crops", "decode"),
+    [("nvidia.dali", "dali", "auto"), ("nvidia.dali", "fused", "gpu"), ("numba", "fused", "auto")],
+)
+def test_an_arm_whose_package_is_missing_is_skipped(package, crops, decode, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    task = SimpleNamespace(on_gpu=False)
+    with pytest.raises(ModuleNotFoundError, match=package):  # which isolated.py tells as skipped
+        arms.OwnLoader(task, crops, decode)
 
 
 def test_the_whole_command_beside_a_loader_that_is_open(pictures, tiny, tmp_path, capsys):

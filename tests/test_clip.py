@@ -6,9 +6,9 @@ import pytest
 import torch
 from fastdino_kernels import clip, clip_grad_norm_, clip_grad_norms_, reference
 from fastdino_kernels.pointer_table import POINTER, ROW, PointerTable
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.properties import given, settings, st
 
 SHAPES = [(3, 5), (7,), (), (64, 32), (2, 3, 4), (0, 3)]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

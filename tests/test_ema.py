@@ -7,9 +7,9 @@ import pytest
 import torch
 from fastdino_kernels import ema, ema_update_, pointer_table, reference
 from fastdino_kernels.pointer_table import ROW, PointerTable
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.properties import given, settings, st
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

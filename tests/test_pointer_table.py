@@ -24,8 +24,8 @@ from fastdino_kernels.pointer_table import (
     plan_for,
     ranges_of,
 )
-from hypothesis import given
-from hypothesis import strategies as st
+
+from tests.properties import given, st
 
 
 @pytest.fixture(autouse=True)

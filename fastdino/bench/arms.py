@@ -95,12 +95,14 @@ class Delivery:
 class OwnLoader:
     """One of our loaders, as a run has it.
 
-    Raises: ModuleNotFoundError: it needs DALI, which is not there.
+    Raises: ModuleNotFoundError: it needs DALI or Numba, which is not there.
     """
 
     def __init__(self, task: Task, crops: str, decode: str = "auto") -> None:
-        if "dali" in crops or decode == "gpu":
+        if crops == "dali" or decode == "gpu":
             importlib.import_module("nvidia.dali")
+        elif crops == "fused" and not task.on_gpu:
+            importlib.import_module("numba")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
         self._loader = build_loader(config, task.source.taken(images), device=task.device)
