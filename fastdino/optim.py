@@ -10,6 +10,8 @@ import torch
 from fastdino_kernels import AdamWEMA
 from torch import Tensor, nn
 
+from fastdino.models.head import MultiCropWrapper
+
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters in two groups: with weight decay, and without (biases and 1-D tensors).
@@ -37,19 +39,24 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_fused_adamw(
-    student: nn.Module, teacher: nn.Module, *, clip_grad: float, skip_nonfinite: bool
+    student: MultiCropWrapper, teacher: MultiCropWrapper, *, clip_grad: float, skip_nonfinite: bool
 ) -> AdamWEMA:
     """AdamW that clips each gradient by its norm and averages the teacher in the same pass.
+
+    The teacher's last layer is written too where it is kept so: head.last_layer.written.
 
     Args:
         clip_grad: the largest norm of a gradient; 0: no clipping.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
     """
+    prototypes, written = student.head.last_layer.weight_v, teacher.head.last_layer.written
     return AdamWEMA(
         parameter_groups(student),
         lr=0.0,
         max_norm=clip_grad or math.inf,
         teacher=dict(zip(student.parameters(), teacher.parameters(), strict=True)),
+        teacher_shadow=None if written is None else {prototypes: written},
+        unit_rows=None if written is None else prototypes,
         skip_nonfinite=skip_nonfinite,
     )
 

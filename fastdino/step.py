@@ -143,6 +143,8 @@ class Trainer:
     def _init_update(self) -> None:
         config = self.config
         if config.mode == "fast" and config.optimizer == "adamw":
+            if self.precision.autocast and config.norm_last_layer and not config.fsdp:
+                self.teacher.head.last_layer.write(self.precision.autocast)
             fused = build_fused_adamw(
                 self.student,
                 self.teacher,

@@ -407,6 +407,36 @@ def test_momenta_of_one_and_zero(target):
     assert all(map(torch.equal, lists.teachers, lists.parameters))
 
 
+UNIT_SHAPES = [(7,), (37, 64), (9, 256), (1, 1024), (5, 1)]
+
+
+@with_reference
+@pytest.mark.parametrize("index", [1, 2, 3, 4])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_teachers_copy_may_have_rows_of_norm_1(index, offset, dtype, target):
+    lists = make(target["device"], UNIT_SHAPES)
+    shape = UNIT_SHAPES[index]
+    storage = torch.full((offset + math.prod(shape),), math.nan, dtype=dtype)
+    lists.teacher_shadows[index] = storage.to(target["device"])[offset:].view(shape)
+    expected = step_by_step(lists)
+    lists.step(target, unit_rows=index)
+    assert_right(lists, expected)
+    own, teacher = lists.teacher_shadows.pop(index), lists.teachers[index].double()
+    rows = teacher / teacher.norm(dim=1, keepdim=True)
+    assert_close([own], [rows])
+    del lists.shadows[index], lists.parameters[index], lists.teachers[index]
+    assert_copies(lists)
+
+
+@with_reference
+def test_rows_of_norm_1_stay_where_a_step_is_left_out(target):
+    lists = make(target["device"], UNIT_SHAPES)
+    before = lists.copies()
+    lists.step(target, unit_rows=2, skip=torch.ones((), device=target["device"]))
+    assert_unchanged(lists, before)
+
+
 # Steps that are left out
 
 
@@ -797,6 +827,8 @@ A, B, C, D, E = (torch.full((2, 3), float(x)) for x in range(5))
             ValueError,
             r"teacher_shadows\[0\] is given: expected teachers\[0\]",
         ),
+        ({}, {"unit_rows": 1}, ValueError, "unit_rows must be the index of a parameter, got 1"),
+        ({}, {"unit_rows": 0}, ValueError, r"expected parameters\[0\] .* got \(2, 3\), strides"),
         ({"steps": torch.zeros(2)}, {}, ValueError, r"steps must have shape \(1,\), got \(2,\)"),
         ({"steps": torch.zeros(1).double()}, {}, ValueError, "steps must be contiguous fp32"),
         ({"steps": torch.zeros(1).to("meta")}, {}, ValueError, "steps is on meta"),

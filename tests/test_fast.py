@@ -116,6 +116,54 @@ def test_neither_does_a_gradient(fast, crops_of):
     assert_unchanged(before, snapshot(trainer))
 
 
+def unit_rows(layer):
+    """W, as the optimizer's pass is to have written it."""
+    return torch.nn.functional.normalize(layer.weight_v.double(), dim=1)
+
+
+def test_in_bf16_the_average_writes_the_teachers_last_layer_too(fast, crops_of):
+    trainer = Trainer(fast(amp_dtype="bf16", freeze_last_layer=0), steps_per_epoch=STEPS)
+    layer = trainer.teacher.head.last_layer
+    address = layer.written.data_ptr()
+    for i in range(2):
+        torch.testing.assert_close(layer.written.double(), unit_rows(layer), rtol=2**-8, atol=1e-9)
+        trainer.train_step(crops_of(trainer.config, i))
+        before = layer.written.clone()
+    poisoned = crops_of(trainer.config, 2)
+    poisoned[0][0, 0, 0, 0] = math.nan
+    trainer.train_step(poisoned)
+    assert torch.equal(layer.written, before)
+    other = Trainer(fast(amp_dtype="bf16", seed=5), steps_per_epoch=STEPS)
+    other.teacher.load_state_dict(trainer.teacher.state_dict())
+    torch.testing.assert_close(other.teacher.head.last_layer.written, before, rtol=2**-7, atol=1e-9)
+    assert layer.written.data_ptr() == address
+    assert "head.last_layer.written" not in trainer.teacher.state_dict()
+    assert trainer.student.head.last_layer.written is None
+
+
+def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(fast):
+    trainer = Trainer(fast(amp_dtype="bf16"), steps_per_epoch=STEPS)
+    head = trainer.teacher.head
+    x = torch.randn(6, head.in_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = head(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            written = head(x)
+            head.last_layer.written.zero_()
+            assert not head(x).any()
+        torch.testing.assert_close(head(x), plain)
+    torch.testing.assert_close(written.float(), plain, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mode": "parity"}, {"norm_last_layer": False}, {"optimizer": "sgd"}]
+)
+def test_else_nothing_is_written(fast, settings):
+    amp_dtype = "bf16" if settings else "auto"
+    trainer = Trainer(fast(amp_dtype=amp_dtype, **settings), steps_per_epoch=STEPS)
+    assert trainer.teacher.head.last_layer.written is None
+
+
 def test_fp16_steps_that_overflow_are_skipped_by_the_scaler(fast, crops_of):
     trainer = Trainer(fast(amp_dtype="fp16"), steps_per_epoch=STEPS)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)

@@ -29,6 +29,7 @@ from .adamw_ema_call import (
     check_hyperparameter,
     check_lengths,
     check_state,
+    check_unit_rows,
     make_group,
 )
 from .adamw_ema_torch import update_by_reference, update_on_device, update_on_host
@@ -70,6 +71,7 @@ def adamw_ema_update_(
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
     refused_steps: Tensor | None = None,
+    unit_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
     """Clip each gradient by its own norm, step AdamW, average the teacher: all in place, at once.
@@ -100,6 +102,8 @@ def adamw_ema_update_(
         momentum: in [0, 1], as in ema_update_; needed where there are teachers.
         shadows, teacher_shadows: copies of parameters and teachers, often in lower precision,
             rewritten in the same pass; n tensors or None.
+        unit_rows: the index of a parameter [K, D], D a power of two up to 1024, whose teacher's
+            copy gets rows of L2 norm 1: what a weight-normed layer multiplies by.
         skip: 0-d; where it is not 0, nothing at all changes, to the bit.
         found_inf: 0-d; where it is not 0, parameters, moments and steps stay, and the teacher is
             averaged: the paper's loss scaling, whose EMA does not wait for the optimizer.
@@ -149,6 +153,7 @@ def adamw_ema_update_(
         found_inf,
         grad_scale,
         refused_steps,
+        unit_rows,
     )
     return update(call, impl)
 
@@ -157,6 +162,7 @@ def update(call: Call, impl: str) -> Tensor | None:
     """adamw_ema_update_ for parameters in any groups, whose numbers are checked; the norms."""
     check_call(call)
     whole = call.tensors
+    check_unit_rows(whole, call.unit_rows)
     parts = _local_parts(whole)
     plan = _plan(parts, impl)
     norms = call.norms

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .clip import check_max_norm
 from .dispatch import check_float_tensor, is_number
-from .pointer_table import Ranges, find_overlap, lies_in, overlaps_itself
+from .pointer_table import Ranges, are_plain, find_overlap, lies_in, overlaps_itself
+
+# What divides a part of the kernel's chunk.
+UNIT_COLUMNS = tuple(1 << i for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Group:
 class Call:
     """All that is updated, and by what. Parameters beyond the last group have no gradient.
 
+    unit_rows: the index of the parameter whose teacher's copy has rows of norm 1, or None.
     steps: fp32 [those in the groups]; norms: [as many], or None where nothing needs them.
     skip, found_inf, grad_scale, refused_steps: 0-d, see adamw_ema_update_.
     A number that is a tensor is on the parameters' device.
@@ -72,6 +76,7 @@ class Call:
     found_inf: Tensor | None
     grad_scale: Tensor | None
     refused_steps: Tensor | None
+    unit_rows: int | None = None
 
 
 def check_hyperparameter(
@@ -170,6 +175,24 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(
             f"{name} is on {tensor.device} but parameters[0] on {device}: expected one device"
         )
+
+
+def check_unit_rows(tensors: Tensors, index: int | None) -> None:
+    """Raises ValueError unless each program of the kernel has whole rows of what is normalised."""
+    if index is None:
+        return
+    if not 0 <= index < len(tensors.parameters):
+        raise ValueError(f"unit_rows must be the index of a parameter, got {index}")
+    p = tensors.parameters[index]
+    columns = p.shape[-1] if p.dim() == 2 else 0
+    if columns not in UNIT_COLUMNS or not p.is_contiguous() or not are_plain([p]):
+        raise ValueError(
+            f"unit_rows: expected parameters[{index}] to be a contiguous tensor [K, D] that is not "
+            f"sharded, D a power of two up to {UNIT_COLUMNS[-1]}, got {tuple(p.shape)}, "
+            f"strides {p.stride()}"
+        )
+    if tensors.teacher_shadows[index] is None:
+        raise ValueError(f"unit_rows is given: expected teacher_shadows[{index}]")
 
 
 def check_lengths(tensors: Tensors) -> None:

@@ -29,7 +29,7 @@ _AS_ADAMW = {
 # What is kept by a pickle or a copy, beside what any optimizer keeps.
 _KEPT = (
     "max_norm", "momentum", "skip_nonfinite", "impl", "norms", "steps", "refused_steps",
-    "_teachers", "_shadows", "_teacher_shadows",
+    "_teachers", "_shadows", "_teacher_shadows", "_unit_rows",
 )  # fmt: skip
 
 
@@ -65,6 +65,8 @@ class AdamWEMA(torch.optim.Optimizer):
         shadow, teacher_shadow: copies of parameters and of teachers, often in lower precision,
             given as teacher is. step() rewrites them; nothing else does, so after loading weights
             copy these too.
+        unit_rows: a parameter [K, D] whose teacher's copy gets rows of L2 norm 1; see
+            adamw_ema_update_.
         skip_nonfinite: a step with a gradient that is not finite changes nothing at all, and is
             counted in refused_steps.
         impl: as in adamw_ema_update_.
@@ -95,6 +97,7 @@ class AdamWEMA(torch.optim.Optimizer):
         momentum: float | Tensor = 0.996,
         shadow: Belonging | None = None,
         teacher_shadow: Belonging | None = None,
+        unit_rows: Tensor | None = None,
         skip_nonfinite: bool = False,
         impl: str = "auto",
     ):
@@ -112,6 +115,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._teachers = _by_parameter("teacher", teacher, parameters)
         self._shadows = _by_parameter("shadow", shadow, parameters)
         self._teacher_shadows = _by_parameter("teacher_shadow", teacher_shadow, parameters)
+        self._unit_rows = unit_rows
         self.norms: Tensor | None = None
         self.steps: Tensor | None = None
         self.refused_steps: Tensor | None = None
@@ -184,7 +188,13 @@ class AdamWEMA(torch.optim.Optimizer):
             overflow if isinstance(overflow, Tensor) else None,
             getattr(self, "grad_scale", None),
             self.refused_steps,
+            self._unit_index(),
         )
+
+    def _unit_index(self) -> int | None:
+        if self._unit_rows is None:
+            return None
+        return next(i for i, p in enumerate(self._arranged) if p is self._unit_rows)
 
     def _tensors(self, parameters: list[Tensor]) -> Tensors:
         """What belongs to the parameters of the groups, and after them to those that follow."""

@@ -35,7 +35,7 @@ def update_on_host(call: Call, gaps: Sequence[int]) -> None:
             group = replace(group, lr=lr, weight_decay=weight_decay)
             _adamw_on_host(call, group, factors, frozenset(gaps))
     if averages:
-        _average(call.tensors, float(call.momentum))
+        _average(call.tensors, float(call.momentum), call.unit_rows)
 
 
 def _decide_on_host(call: Call) -> tuple[bool, bool]:
@@ -96,7 +96,9 @@ def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None
     for group in call.groups:
         indices = [i for i in _moving(call.tensors, group) if i in rows]
         _adamw_on_device(call, group, indices, frozenset(gaps), stays)
-    _average(call.tensors.take(rows), call.momentum, nothing)
+    unit = call.unit_rows
+    unit = None if unit is None or unit not in rows else list(rows).index(unit)
+    _average(call.tensors.take(rows), call.momentum, unit, nothing)
 
 
 def _adamw_on_device(
@@ -217,11 +219,14 @@ def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None =
     )
 
 
-def _copies(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
-    """(copy, what it is a copy of)."""
+def _copies(tensors: Tensors, unit_rows: int | None) -> list[tuple[Tensor, Tensor]]:
+    """(copy, what it is a copy of), but for that of unit_rows."""
+    teacher_shadows = list(tensors.teacher_shadows)
+    if unit_rows is not None:
+        teacher_shadows[unit_rows] = None
     copied = (
         (tensors.shadows, tensors.parameters),
-        (tensors.teacher_shadows, tensors.teachers),
+        (teacher_shadows, tensors.teachers),
     )
     return [
         (copy, source)
@@ -231,16 +236,32 @@ def _copies(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _average(tensors: Tensors, momentum: float | Tensor, nothing: Tensor | None = None) -> None:
+def _write_unit_rows(tensors: Tensors, index: int) -> None:
+    copy, teacher = tensors.teacher_shadows[index], tensors.teachers[index]
+    assert copy is not None
+    assert teacher is not None
+    copy.copy_(reference.unit_rows(teacher.to(compute_dtype(teacher))))
+
+
+def _average(
+    tensors: Tensors,
+    momentum: float | Tensor,
+    unit_rows: int | None,
+    nothing: Tensor | None = None,
+) -> None:
     """The EMA and the copies; all stays as it was where `nothing` is true."""
     averaged = [i for i, t in enumerate(tensors.teachers) if t is not None]
     teachers = [t for t in tensors.teachers if t is not None]
-    copies = _copies(tensors)
+    copies = _copies(tensors, unit_rows)
     written = [*teachers, *(copy for copy, _ in copies)]
+    if unit_rows is not None:
+        written += [t for t in (tensors.teacher_shadows[unit_rows],) if t is not None]
     before = [] if nothing is None else [x.clone() for x in written]
     torch_ema_(teachers, [tensors.parameters[i] for i in averaged], momentum)
     if copies:
         torch._foreach_copy_([copy for copy, _ in copies], [source for _, source in copies])
+    if unit_rows is not None:
+        _write_unit_rows(tensors, unit_rows)
     if nothing is not None and written:
         kept = [torch.where(nothing, b, x) for b, x in zip(before, written, strict=True)]
         torch._foreach_copy_(written, kept)
@@ -269,5 +290,7 @@ def update_by_reference(call: Call) -> None:
         if t is not None:
             wide = compute_dtype(t, p)
             t.copy_(reference.ema_update([t.to(wide)], [p.to(wide)], call.momentum)[0])
-    for copy, source in _copies(tensors):
+    for copy, source in _copies(tensors, call.unit_rows):
         copy.copy_(source)
+    if call.unit_rows is not None:
+        _write_unit_rows(tensors, call.unit_rows)

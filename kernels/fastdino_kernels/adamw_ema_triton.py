@@ -51,6 +51,7 @@ _CODES = [f"{role.upper()}_CODE" for role in (*ROLES, "gradient")]
 PARAMETER, EXP_AVG, EXP_AVG_SQ, TEACHER, SHADOW, TEACHER_SHADOW = map(tl.constexpr, range(6))
 ABSENT = tl.constexpr(pointer_table.ABSENT)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+UNIT_EPS = tl.constexpr(reference.UNIT_EPS)
 
 # What prepare_kernel finds for each parameter: fp32 [n, NUMBERS].
 NUMBERS = tl.constexpr(8)
@@ -166,7 +167,7 @@ def _number(value, tensor):
     return number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unit_rows"])
 def adamw_ema_kernel(
     rows,
     owners,
@@ -176,6 +177,7 @@ def adamw_ema_kernel(
     weight,
     keep,
     momentum,
+    unit_rows,
     PARAMETER_CODE: tl.constexpr,
     GRADIENT_CODE: tl.constexpr,
     EXP_AVG_CODE: tl.constexpr,
@@ -183,12 +185,14 @@ def adamw_ema_kernel(
     TEACHER_CODE: tl.constexpr,
     SHADOW_CODE: tl.constexpr,
     TEACHER_SHADOW_CODE: tl.constexpr,
+    UNIT_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One chunk of one parameter and of all that belongs to it.
 
     The codes are dtype codes, None where no tensor has that role. weight, keep and momentum as in
-    ema_kernel.
+    ema_kernel. unit_rows: the row of the table whose teacher's copy has rows of norm 1, of
+    UNIT_COLUMNS elements, which divide PART; None where there is none.
     """
     choice = ALL
     if decision is not None:
@@ -198,6 +202,9 @@ def adamw_ema_kernel(
         owner, row, start, left = find_chunk(rows, owners, CHUNK)
         gradient_row = gradients + owner * ROW
         number = numbers + owner * NUMBERS
+        unit = False
+        if UNIT_COLUMNS is not None:
+            unit = owner == unit_rows
         together, _ = find_tensor(gradient_row, 0)
         moves = (together != 0) & (choice == ALL)
         for role in tl.static_range(6):
@@ -207,7 +214,7 @@ def adamw_ema_kernel(
             _update(
                 row, gradient_row, number, moves, weight, keep, start, left,
                 PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
-                SHADOW_CODE, TEACHER_SHADOW_CODE, CHUNK, True,
+                SHADOW_CODE, TEACHER_SHADOW_CODE, UNIT_COLUMNS, unit, CHUNK, True,
             )  # fmt: skip
         else:
             part = 0
@@ -215,7 +222,7 @@ def adamw_ema_kernel(
                 _update(
                     row, gradient_row, number, moves, weight, keep, start + part, left - part,
                     PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
-                    SHADOW_CODE, TEACHER_SHADOW_CODE, PART, False,
+                    SHADOW_CODE, TEACHER_SHADOW_CODE, UNIT_COLUMNS, unit, PART, False,
                 )  # fmt: skip
                 part += PART
 
@@ -226,6 +233,7 @@ def _update(
     PARAMETER_CODE: tl.constexpr, GRADIENT_CODE: tl.constexpr,
     EXP_AVG_CODE: tl.constexpr, EXP_AVG_SQ_CODE: tl.constexpr, TEACHER_CODE: tl.constexpr,
     SHADOW_CODE: tl.constexpr, TEACHER_SHADOW_CODE: tl.constexpr,
+    UNIT_COLUMNS: tl.constexpr, unit,
     SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The update of SIZE elements from `start`; the parameter itself only where it `moves`."""
@@ -254,7 +262,19 @@ def _update(
             if TEACHER_SHADOW_CODE is not None:
                 copy, copy_code = find_tensor(row, TEACHER_SHADOW)
                 if copy != 0:
+                    if UNIT_COLUMNS is not None:
+                        if unit:
+                            t = _unit_rows(t, UNIT_COLUMNS, SIZE)
                     store_chunk(t, copy, copy_code, start, left, TEACHER_SHADOW_CODE, SIZE, WHOLE)
+
+
+@triton.jit
+def _unit_rows(t, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+    """[SIZE] values, which are rows of so many, each row by its norm; rows beyond the end are 0."""
+    rows = tl.reshape(t, [SIZE // COLUMNS, COLUMNS])
+    norms = tl.sqrt_rn(tl.sum(rows * rows, axis=1, keep_dims=True))
+    norms = tl.maximum(norms, UNIT_EPS)
+    return tl.reshape(tl.div_rn(rows, tl.broadcast_to(norms, rows.shape)), [SIZE])
 
 
 @triton.jit
@@ -308,6 +328,9 @@ def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -
         if len(table.owners) == 0:
             return decision
         on_device = isinstance(call.momentum, Tensor)
+        unit_columns = None
+        if call.unit_rows is not None:
+            unit_columns = call.tensors.parameters[call.unit_rows].shape[1]
         codes = dict(zip(_CODES, (*table.codes, *gradients.codes), strict=True))
         adamw_ema_kernel[(len(table.owners),)](
             table.rows,
@@ -318,7 +341,9 @@ def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -
             0.0 if on_device else float(1 - call.momentum),
             0.0 if on_device else float(call.momentum),
             call.momentum if on_device else None,
+            call.unit_rows,
             **codes,
+            UNIT_COLUMNS=unit_columns,
             CHUNK=CHUNK,
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS,
@@ -396,6 +421,7 @@ def compile_cases() -> Iterator[CompileCase]:
         {"decision": "*i32", "momentum": "*fp64"},
         {"SHADOW_CODE": BF16, "TEACHER_SHADOW_CODE": BF16, "decision": "*i32", "momentum": "*fp64"},
         {"SHADOW_CODE": FP16, "TEACHER_SHADOW_CODE": FP16},
+        {"TEACHER_SHADOW_CODE": BF16, "decision": "*i32", "unit_rows": "i32"},
         {"TEACHER_CODE": None},
         {"TEACHER_CODE": None, "SHADOW_CODE": BF16},
         dict.fromkeys(_CODES, BF16),
@@ -413,7 +439,9 @@ def _update_case(options: dict[str, Any]) -> CompileCase:
     types = {"rows": "*i64", "owners": "*i64", "gradients": "*i64", "numbers": "*fp32"}
     types |= {"weight": "fp32", "keep": "fp32"}
     constexprs: dict[str, Any] = dict.fromkeys(_CODES, FP32) | {"CHUNK": CHUNK}
-    constexprs |= dict.fromkeys(("SHADOW_CODE", "TEACHER_SHADOW_CODE", "decision", "momentum"))
+    none = ("SHADOW_CODE", "TEACHER_SHADOW_CODE", "decision", "momentum", "unit_rows")
+    constexprs |= dict.fromkeys(none)
+    constexprs["UNIT_COLUMNS"] = 256 if "unit_rows" in options else None
     for name, option in options.items():
         if name in _CODES:
             constexprs[name] = option
@@ -422,7 +450,7 @@ def _update_case(options: dict[str, Any]) -> CompileCase:
             types[name] = option
     names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed", None: "none"}
     words = [names[constexprs[name]] for name in _CODES]
-    words += [f"{name}-{option[1:]}" for name, option in options.items() if name in types]
+    words += [f"{name}-{option.lstrip('*')}" for name, option in options.items() if name in types]
     name = f"adamw-ema-{'-'.join(words)}"
     return _case(name, adamw_ema_kernel, types, constexprs, NUM_WARPS, MAX_REGISTERS)
 

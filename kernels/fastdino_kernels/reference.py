@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CLIP_EPS = 1e-6
+UNIT_EPS = 1e-12
 
 
 def dino_loss(
@@ -120,3 +121,8 @@ def adamw(
     v = beta2 * exp_avg_sq + (1 - beta2) * gradient**2
     update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
     return parameter - lr * weight_decay * parameter - lr * update, m, v
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """[K, D] with each row divided by its L2 norm, or by 1e-12: a weight norm of magnitude 1."""
+    return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(UNIT_EPS)
