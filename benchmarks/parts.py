@@ -53,10 +53,16 @@ def run_part(part: Part, grace: float = GRACE) -> Result:
             stderr=subprocess.STDOUT,
             env=_variables(),
             start_new_session=True,
+            preexec_fn=_take_interrupts,
         )
         problem = _wait(process, part.timeout, grace)
         output.seek(0)
         return Result(part.name, time.perf_counter() - start, problem, output.read())
+
+
+def _take_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float, grace: float) -> str:

@@ -32,13 +32,13 @@ def has(package):
 
 
 @pytest.mark.parametrize(
-    ("package", "crops", "decode"),
-    [("nvidia.dali", "dali", "auto"), ("nvidia.dali", "fused", "gpu"), ("numba", "fused", "auto")],
+    ("module", "crops", "decode"),
+    [("dali", "dali", "auto"), ("dali", "fused", "gpu"), ("fused_pixels", "fused", "auto")],
 )
-def test_an_arm_whose_package_is_missing_is_skipped(package, crops, decode, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_an_arm_whose_package_is_missing_is_skipped(module, crops, decode, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"fastdino.data.{module}", None)
     task = SimpleNamespace(on_gpu=False)
-    with pytest.raises(ModuleNotFoundError, match=package):  # which isolated.py tells as skipped
+    with pytest.raises(ModuleNotFoundError, match=module):  # which isolated.py tells as skipped
         arms.OwnLoader(task, crops, decode)
 
 

@@ -100,9 +100,9 @@ class OwnLoader:
 
     def __init__(self, task: Task, crops: str, decode: str = "auto") -> None:
         if crops == "dali" or decode == "gpu":
-            importlib.import_module("nvidia.dali")
+            importlib.import_module("fastdino.data.dali")
         elif crops == "fused" and not task.on_gpu:
-            importlib.import_module("numba")
+            importlib.import_module("fastdino.data.fused_pixels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
         self._loader = build_loader(config, task.source.taken(images), device=task.device)
