@@ -452,3 +452,20 @@ def test_a_capture_without_state_is_refused():
         torch.zeros(3, device="cuda")  # PyTorch warns of an empty graph
         with pytest.raises(RuntimeError, match="step once.*before capturing"):
             optimizer.step()
+
+
+def test_unit_rows_need_a_copy_to_write_to():
+    p = torch.nn.Parameter(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="unit_rows must be a parameter that has a teacher_shadow"):
+        AdamWEMA([p], teacher=[torch.ones(2, 4)], unit_rows=p)
+
+
+def test_unit_rows_are_still_these_in_a_copy_of_the_optimizer():
+    p = torch.nn.Parameter(torch.full((2, 4), 2.0))
+    made = AdamWEMA(
+        [p], teacher=[p.detach().clone()], teacher_shadow=[torch.zeros(2, 4)], unit_rows=p
+    )
+    parameter, optimizer = copy.deepcopy((p, made))
+    parameter.grad = torch.zeros(2, 4)
+    optimizer.step(momentum=1.0)
+    assert torch.equal(optimizer._teacher_shadows[parameter], torch.full((2, 4), 0.5))

@@ -115,7 +115,10 @@ class AdamWEMA(torch.optim.Optimizer):
         self._teachers = _by_parameter("teacher", teacher, parameters)
         self._shadows = _by_parameter("shadow", shadow, parameters)
         self._teacher_shadows = _by_parameter("teacher_shadow", teacher_shadow, parameters)
+        if unit_rows is not None and unit_rows not in self._teacher_shadows:
+            raise ValueError("unit_rows must be a parameter that has a teacher_shadow")
         self._unit_rows = unit_rows
+        self._unit_index: int | None = None
         self.norms: Tensor | None = None
         self.steps: Tensor | None = None
         self.refused_steps: Tensor | None = None
@@ -188,13 +191,8 @@ class AdamWEMA(torch.optim.Optimizer):
             overflow if isinstance(overflow, Tensor) else None,
             getattr(self, "grad_scale", None),
             self.refused_steps,
-            self._unit_index(),
+            self._unit_index,
         )
-
-    def _unit_index(self) -> int | None:
-        if self._unit_rows is None:
-            return None
-        return next(i for i, p in enumerate(self._arranged) if p is self._unit_rows)
 
     def _tensors(self, parameters: list[Tensor]) -> Tensors:
         """What belongs to the parameters of the groups, and after them to those that follow."""
@@ -229,6 +227,8 @@ class AdamWEMA(torch.optim.Optimizer):
         others = dict.fromkeys(p for some in given for p in some if p not in trained)
         self._arranged = [*parameters, *others]
         self._belonging = [[some.get(p) for p in self._arranged] for some in given]
+        unit = (i for i, p in enumerate(self._arranged) if p is self._unit_rows)
+        self._unit_index = next(unit, None)
 
     def _make_counters(self, parameters: list[Tensor], device: torch.device) -> None:
         """steps, its views, and refused_steps, where they are missing or elsewhere."""

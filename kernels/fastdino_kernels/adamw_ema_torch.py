@@ -220,27 +220,19 @@ def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None =
 
 
 def _copies(tensors: Tensors, unit_rows: int | None) -> list[tuple[Tensor, Tensor]]:
-    """(copy, what it is a copy of), but for that of unit_rows."""
-    teacher_shadows = list(tensors.teacher_shadows)
+    """(copy, what it is a copy of), of teachers as they are now."""
+    sources = list(tensors.teachers)
     if unit_rows is not None:
-        teacher_shadows[unit_rows] = None
-    copied = (
-        (tensors.shadows, tensors.parameters),
-        (teacher_shadows, tensors.teachers),
-    )
+        teacher = sources[unit_rows]
+        assert teacher is not None
+        sources[unit_rows] = reference.unit_rows(teacher.to(compute_dtype(teacher)))
+    copied = ((tensors.shadows, tensors.parameters), (tensors.teacher_shadows, sources))
     return [
         (copy, source)
         for copies, sources in copied
         for copy, source in zip(copies, sources, strict=True)
         if copy is not None and source is not None
     ]
-
-
-def _write_unit_rows(tensors: Tensors, index: int) -> None:
-    copy, teacher = tensors.teacher_shadows[index], tensors.teachers[index]
-    assert copy is not None
-    assert teacher is not None
-    copy.copy_(reference.unit_rows(teacher.to(compute_dtype(teacher))))
 
 
 def _average(
@@ -252,16 +244,13 @@ def _average(
     """The EMA and the copies; all stays as it was where `nothing` is true."""
     averaged = [i for i, t in enumerate(tensors.teachers) if t is not None]
     teachers = [t for t in tensors.teachers if t is not None]
-    copies = _copies(tensors, unit_rows)
-    written = [*teachers, *(copy for copy, _ in copies)]
-    if unit_rows is not None:
-        written += [t for t in (tensors.teacher_shadows[unit_rows],) if t is not None]
+    copies = (*tensors.shadows, *tensors.teacher_shadows)
+    written = [*teachers, *(copy for copy in copies if copy is not None)]
     before = [] if nothing is None else [x.clone() for x in written]
     torch_ema_(teachers, [tensors.parameters[i] for i in averaged], momentum)
-    if copies:
-        torch._foreach_copy_([copy for copy, _ in copies], [source for _, source in copies])
-    if unit_rows is not None:
-        _write_unit_rows(tensors, unit_rows)
+    pairs = _copies(tensors, unit_rows)
+    if pairs:
+        torch._foreach_copy_([copy for copy, _ in pairs], [source for _, source in pairs])
     if nothing is not None and written:
         kept = [torch.where(nothing, b, x) for b, x in zip(before, written, strict=True)]
         torch._foreach_copy_(written, kept)
@@ -292,5 +281,3 @@ def update_by_reference(call: Call) -> None:
             t.copy_(reference.ema_update([t.to(wide)], [p.to(wide)], call.momentum)[0])
     for copy, source in _copies(tensors, call.unit_rows):
         copy.copy_(source)
-    if call.unit_rows is not None:
-        _write_unit_rows(tensors, call.unit_rows)

@@ -105,7 +105,7 @@ def choose_arms(
         raise ConfigError(
             f"--arms {', '.join(sorted(unknown))}: expected some of {', '.join(ARMS)}"
         )
-    wanted = named | set(OURS if "ours" in named else ()) or ARMS.keys()
+    wanted = named.union(OURS if "ours" in named else ()) or ARMS.keys()
     chosen, missing = {}, {}
     for name, entry in ARMS.items():
         if name not in wanted:
