@@ -9,7 +9,7 @@
 # Modules alone are imported: torch.hub lists every class and function it finds as an entry point.
 import torch
 
-import fastdino.weights
+import fastdino.models.weights
 
 dependencies = ["numpy", "safetensors", "timm", "torch", "torchvision"]
 
@@ -31,7 +31,7 @@ def dino(
 
     Raises: CheckpointError: weights that cannot be had, or are of another network.
     """
-    return fastdino.weights.load_backbone(
+    return fastdino.models.weights.load_backbone(
         weights, checkpoint_key=checkpoint_key, arch=arch, patch_size=patch_size
     ).module
 

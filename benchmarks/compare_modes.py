@@ -36,7 +36,7 @@ from fastdino.data import build_loader, scan_images
 from fastdino.data.shapes import write_shapes
 from fastdino.distributed import choose_device
 from fastdino.errors import UserError
-from fastdino.heap import keep_freed_memory
+from fastdino.training.allocator import keep_freed_memory
 
 CONFIG = TrainConfig(
     arch="vit_nano",

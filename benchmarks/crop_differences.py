@@ -29,9 +29,7 @@ from torch import Tensor
 
 from benchmarks.crop_pictures import encode, pictures
 from fastdino import TrainConfig
-from fastdino.data import draw_crops
-from fastdino.data.crops import BLUR_RADIUS, CropParams
-from fastdino.data.executors import (
+from fastdino.augmentation.backends import (
     EXECUTORS,
     Difference,
     Drawn,
@@ -42,8 +40,10 @@ from fastdino.data.executors import (
     multi_crop_impl,
     problem,
 )
-from fastdino.data.pil import make_crop
-from fastdino.data.reading import decode_rgb
+from fastdino.augmentation.params import BLUR_RADIUS, CropParams
+from fastdino.augmentation.pillow import make_crop
+from fastdino.data import draw_crops
+from fastdino.data.image_files import decode_rgb
 from fastdino.distributed import choose_device
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -245,7 +245,7 @@ def operators(images: Sequence[Pixels], drawn: Sequence[Drawn], device: torch.de
 
 def decoding(images: Sequence[Pixels]) -> Row:
     """DALI's decoder on the CPU against Pillow's, in several formats; of whole pictures."""
-    from fastdino.data.dali_decode import DaliDecoder
+    from fastdino.data.dali_decoding import DaliDecoder
 
     decoder, gaps = DaliDecoder(len(FORMATS), 1), []
     for image in images:

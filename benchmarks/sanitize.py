@@ -24,9 +24,9 @@ from fastdino_kernels import (
 )
 from torch import Tensor
 
+from fastdino.augmentation.params import draw_crops
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.config import TrainConfig
-from fastdino.data.crops import draw_crops
-from fastdino.data.pil import MEAN, STD
 from fastdino.distributed import choose_device
 
 # Around the chunks of the multi-tensor kernels; the last one's copy has rows of norm 1.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig as TrainConfig
-    from fastdino.run import train as train
-    from fastdino.step import Trainer as Trainer
+    from fastdino.training.loop import train as train
+    from fastdino.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 __all__ = ["TrainConfig", "Trainer", "train"]
@@ -16,8 +16,8 @@ __all__ = ["TrainConfig", "Trainer", "train"]
 # Imported on first use: `fastdino --help` then needs no torch.
 _HOMES = {
     "TrainConfig": "fastdino.config",
-    "Trainer": "fastdino.step",
-    "train": "fastdino.run",
+    "Trainer": "fastdino.training.trainer",
+    "train": "fastdino.training.loop",
 }
 
 

@@ -27,15 +27,19 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("fastdino.run", "pretrain with DINO (every flag of the paper's main_dino.py)"),
+    "train": Command(
+        "fastdino.training.loop",
+        "pretrain with DINO (takes every flag of the paper's main_dino.py)",
+    ),
     "knn": Command("fastdino.evals.knn", "weighted k-NN accuracy (the flags of eval_knn.py)"),
     "linear": Command(
         "fastdino.evals.linear", "linear probe of frozen features (the flags of eval_linear.py)"
     ),
     "attention": Command(
-        "fastdino.evals.attention_images", "draw what a ViT attends to, or measure it against masks"
+        "fastdino.evals.visualize_attention",
+        "draw attention maps of a ViT, or score them against masks",
     ),
-    "video": Command("fastdino.evals.attention_video", "the attention of a ViT, frame by frame"),
+    "video": Command("fastdino.evals.video", "the attention of a ViT, frame by frame"),
     "davis": Command(
         "fastdino.evals.davis", "video segmentation (the flags of eval_video_segmentation.py)"
     ),
@@ -45,8 +49,12 @@ COMMANDS = {
     "copydays": Command(
         "fastdino.evals.copydays", "copy detection (the flags of eval_copy_detection.py)"
     ),
-    "export": Command("fastdino.export", "write a backbone for timm, Hugging Face, ONNX, ..."),
-    "crops": Command("fastdino.crop_sheet", "draw a photo's crops, and how their makers differ"),
+    "export": Command(
+        "fastdino.export.command", "write a backbone for timm, Hugging Face, ONNX, ..."
+    ),
+    "crops": Command(
+        "fastdino.crop_comparison", "draw a photo's crops and how the backends differ"
+    ),
     "info": Command("fastdino.info", "what this machine has, and what fastdino makes of it"),
     "demo": Command("fastdino.demo", "all of it on a small generated set, in minutes"),
     "bench": Command(

@@ -19,11 +19,11 @@ from PIL import Image
 from fastdino import cli
 from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
-from fastdino.evals.attention import attention_maps
-from fastdino.evals.attention_pictures import draw_attention
+from fastdino.evals.attention_figures import draw_attention
+from fastdino.evals.attention_maps import attention_maps
 from fastdino.evals.features import eval_transform
 from fastdino.models.vit import VisionTransformer
-from fastdino.weights import load_backbone
+from fastdino.models.weights import load_backbone
 
 SHAPES = "--train_per_class 200 --val_per_class 40 --size 96 --clips 0"
 MODEL = "--arch vit_nano --patch_size 8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -48,3 +49,9 @@ def commit() -> str:
     if found != "unknown" and output_of("git", "status", "--porcelain", "-uno"):
         found += ", with changes"
     return found
+
+
+def cpu_count() -> int:
+    """Return the number of processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -21,7 +21,7 @@ from fastdino.models import attention
 if TYPE_CHECKING:
     from fastdino_kernels import CropParams
 
-    from fastdino.data.sources import ImageSource
+    from fastdino.data.image_source import ImageSource
 
 # Tests of what needs a package that is not there are passed over, not errors: a GPU machine may
 # have torch, triton, timm and pytest alone.
@@ -231,7 +231,7 @@ def picture() -> Callable[..., bytes]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> ImageSource:
     """18 JPEGs in 3 classes, each of another size; scanned."""
-    from fastdino.data.sources import scan_images
+    from fastdino.data.image_source import scan_images
     from tests.loaders import photo
 
     root = tmp_path_factory.mktemp("photos")
@@ -266,7 +266,7 @@ def build() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def breakable(tmp_path) -> ImageSource:
     """18 JPEGs of the test's own; scanned."""
-    from fastdino.data.sources import scan_images
+    from fastdino.data.image_source import scan_images
     from tests.loaders import photo
 
     for n in range(18):
@@ -366,7 +366,7 @@ def draw_any_crops() -> Callable[..., CropParams]:
 @pytest.fixture(scope="session")
 def crops_by_pil() -> Callable[..., torch.Tensor]:
     """[B, N, 3, size, size] by Pillow and torchvision, with ImageNet's mean and std."""
-    from fastdino.data.pil import make_crop
+    from fastdino.augmentation.pillow import make_crop
 
     def make(images: list[torch.Tensor], params: CropParams, size: int) -> torch.Tensor:
         pictures = [Image.fromarray(image.cpu().numpy()) for image in images]

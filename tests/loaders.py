@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino.data import fused_loader, pil
-from fastdino.data.crops import draw_crops
+from fastdino.augmentation import pillow
+from fastdino.augmentation.params import draw_crops
+from fastdino.data import loader_fused, loader_torchvision
+from fastdino.data.image_source import scan_images as scan_images
 from fastdino.data.loader import build_loader as build_loader  # run_script's code finds it here
-from fastdino.data.sources import scan_images as scan_images
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
@@ -110,7 +111,7 @@ def break_files(source, names):
 
 def levels(crop, other):
     """Mean absolute difference in levels of 0..255."""
-    std = torch.tensor(pil.STD)[:, None, None] * 255
+    std = torch.tensor(pillow.STD)[:, None, None] * 255
     return ((crop - other) * std).abs().mean().item()
 
 
@@ -134,10 +135,10 @@ def undrawn(monkeypatch, **kept):
     def draw(*args):
         return tuple(plain(params) for params in draw_crops(*args))
 
-    monkeypatch.setattr(pil, "draw_crops", draw)
-    monkeypatch.setattr(fused_loader, "draw_crops", draw)
+    monkeypatch.setattr(loader_torchvision, "draw_crops", draw)
+    monkeypatch.setattr(loader_fused, "draw_crops", draw)
     if HAS_DALI:
-        monkeypatch.setattr("fastdino.data.dali.draw_crops", draw)
+        monkeypatch.setattr("fastdino.data.loader_dali.draw_crops", draw)
 
 
 def run_script(code, *args):

@@ -15,7 +15,11 @@ import torch
 
 # What takes long to import: once, by the process that all others are forked off.
 EVALS = ("davis", "linear", "retrieval")
-PRELOADED = ["fastdino.cli", "fastdino.run", *(f"fastdino.evals.{name}" for name in EVALS)]
+PRELOADED = [
+    "fastdino.cli",
+    "fastdino.training.loop",
+    *(f"fastdino.evals.{name}" for name in EVALS),
+]
 
 
 def run_two(function: Callable[..., None], *args: Any) -> None:

@@ -1,11 +1,17 @@
-"""fastdino.data.archives: the index of what holds many images, and what archives are called."""
+"""Tests of fastdino.data.datasets.archives."""
 
 from __future__ import annotations
 
 import pytest
 
-from fastdino.data.archives import ArchiveIndex, Collector, are_numbered, class_names, is_hidden
-from fastdino.data.reading import Part
+from fastdino.data.datasets.archives import (
+    ArchiveIndex,
+    Collector,
+    are_numbered,
+    class_names,
+    is_hidden,
+)
+from fastdino.data.image_files import Part
 
 
 def test_an_index_of_some_images_has_their_labels_and_reasons():

@@ -1,260 +1,273 @@
-"""Attention in numbers: the maps, the masks of a share of their mass, the Jaccard index."""
+"""fastdino.models.attention: one result whichever backend computes it, and the choice of one."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import math
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.nn import functional as F
 
-from fastdino.errors import ConfigError, DataError
-from fastdino.evals import attention, features
-from fastdino.evals.attention import (
-    attention_maps,
-    fit,
-    head_statistics,
-    jaccard,
-    keep_mass,
-    to_pixels,
+from fastdino.errors import ConfigError
+from fastdino.models import attention
+from fastdino.models.attention import (
+    BACKENDS,
+    AttentionChoice,
+    attend,
+    attention_problem,
+    choose_attention,
+    token_layout,
 )
-from fastdino.evals.features import to_input
-from fastdino.models.attention import token_layout
-from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MIXED = ((2, 5), (3, 2), (1, 1))
+
+
+def plain_attend(query, key, value, groups, first_only):
+    """One sequence after another."""
+    outputs, start = [], 0
+    for i, n in enumerate(n for sequences, n in groups for _ in range(sequences)):
+        keys, values = key[start : start + n], value[start : start + n]
+        queries = query[i : i + 1] if first_only else query[start : start + n]
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / query.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        start += n
+    return torch.cat(outputs)
+
+
+def results(function, groups, first_only, *, device=CPU, dtype=torch.float64, head_dim=8):
+    """What attention gives, and its three gradients, from noise that is the same in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, tokens = sum(s for s, _ in groups), sum(s * n for s, n in groups)
+    rows = sequences if first_only else tokens
+    query, key, value, gradient = (
+        torch.randn(n, 3, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        for n in (rows, tokens, tokens, rows)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    out = function(*inputs)
+    assert out.dtype == dtype
+    return [x.double().cpu() for x in (out, *torch.autograd.grad(out, inputs, gradient))]
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
+@pytest.mark.parametrize("groups", [MIXED, ((4, 3),)], ids=["mixed", "one"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_sequence_attends_to_itself_alone(backend, groups, first_only):
+    layout = token_layout(groups, CPU, backend)
+    got = results(lambda *qkv: attend(*qkv, layout, first_only=first_only), groups, first_only)
+    want = results(lambda *qkv: plain_attend(*qkv, groups, first_only), groups, first_only)
+    for ours, plain in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_gpu_no_backend_is_further_off_than_plain_arithmetic(
+    backend, first_only, dtype, head_dim
+):
+    problem = attention_problem(backend, CUDA, dtype, head_dim=head_dim)
+    if problem is not None:
+        pytest.skip(f"no {backend}: {problem}")
+    groups, options = ((4, 197), (16, 37)), {"device": CUDA, "head_dim": head_dim}
+    layout = token_layout(groups, CUDA, backend)
+
+    def plain(*qkv):
+        return plain_attend(*qkv, groups, first_only)
+
+    got = results(
+        lambda *qkv: attend(*qkv, layout, first_only=first_only),
+        groups,
+        first_only,
+        dtype=dtype,
+        **options,
+    )
+    low = results(plain, groups, first_only, dtype=dtype, **options)
+    exact = results(plain, groups, first_only, **options)
+    rounding = torch.finfo(dtype).eps
+    for ours, theirs, want in zip(got, low, exact, strict=True):
+        allowed = (theirs - want).abs().max() + rounding * want.abs().max()
+        assert (ours - want).abs().max() <= allowed
+
+
+def test_a_layout_says_where_sequences_lie():
+    layout = token_layout(MIXED, CPU, "sdpa")
+    x = torch.arange(17)
+    assert layout.tokens == 17
+    assert layout.first(x).tolist() == [0, 5, 10, 12, 14, 16]
+    assert [part.tolist() for part in layout.split(x)] == [
+        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]],
+        [[10, 11], [12, 13], [14, 15]],
+        [[16]],
+    ]
+    assert all(part.data_ptr() >= x.data_ptr() for part in layout.split(x))
+    spread = layout.spread(torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 0]]))
+    assert spread[0].tolist() == [1] * 5 + [2] * 5 + [3, 3, 4, 4, 5, 5, 6]
+    assert spread[1].tolist() == [0] * 10 + [1] * 4 + [0] * 3
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layout_is_made_once_and_serves_the_backward_pass_too(backend):
+    """Its tensors are saved for the backward pass, which inference tensors cannot be."""
+    groups = ((3, 2), (2, 3))
+    with torch.inference_mode():
+        first = token_layout(groups, CPU, backend)
+    assert token_layout(groups, CPU, backend) is first
+    tensors = [first.first_tokens, *(first.bounds or ())]
+    tensors += [mask.q_seqinfo.seqstart for mask in first.masks or ()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_more_tokens_than_the_kernels_count_are_refused():
+    with pytest.raises(ValueError, match=r"2147483648 tokens in one pass, expected fewer"):
+        token_layout(((2, 2**30),), CPU, "sdpa")
+
+
+def test_auto_on_a_cpu_says_why_not_the_others():
+    choice = choose_attention("auto", CPU)
+    assert choice.name == "sdpa"
+    for backend in ("xformers", "varlen"):
+        problem = attention_problem(backend, CPU)
+        assert problem
+        assert f"no {backend}: {problem}" in choice.reason
+    assert choose_attention("sdpa", CPU) == AttentionChoice("sdpa", "asked for", torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "varlen"])
+def test_what_a_cpu_cannot_do_is_refused_with_the_nearest_that_works(backend):
+    with pytest.raises(ConfigError, match=f"--attention {backend} cannot run: .*; use .* sdpa"):
+        choose_attention(backend, CPU)
 
 
 @pytest.fixture
-def vit():
+def cuda(monkeypatch, emulated) -> None:
+    """Trials for a CUDA device run on this CPU."""
+    real = attention._trial
+    monkeypatch.setattr(attention, "_trial", lambda name, device, *rest: real(name, CPU, *rest))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_auto_on_a_gpu_takes_the_first_that_works(monkeypatch):
+    choice = choose_attention("auto", CUDA)
+    assert choice == AttentionChoice(
+        "xformers", "the first of xformers, varlen, sdpa", torch.float16
+    )
+    assert choose_attention("varlen", CUDA).reason == "asked for"
+
+    def refuse(*args, **options):
+        raise OSError("libcudart.so.12: cannot open\nmore")
+
+    monkeypatch.setattr(attention, "_xformers_ops", refuse)
+    attention.token_layout.cache_clear()
+    choice = choose_attention("auto", CUDA)
+    assert choice.name == "varlen"
+    assert choice.reason == "no xformers: libcudart.so.12: cannot open"
+    with pytest.raises(ConfigError, match=r"xformers cannot run: lib.*; use --attention varlen"):
+        choose_attention("xformers", CUDA)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("limit", ["head_dim", "tokens"])
+def test_a_trial_has_the_head_dimension_and_the_lengths_of_the_run(monkeypatch, limit):
+    ops = pytest.importorskip("xformers.ops")
+    emulation = ops.memory_efficient_attention
+
+    def picky(query, key, value, attn_bias):
+        if query.shape[-1] % 8 or attn_bias.k_seqinfo.max_seqlen > 300:
+            raise NotImplementedError(
+                "No operator found for `memory_efficient_attention_forward` with inputs:\n"
+                "     query       : shape=(1, 108, 2, 4) (torch.float16)\n"
+                "`fa2F` is not supported because:\n    query.shape[-1] % 8 != 0 or too long\n"
+                "`cutlassF` is not supported because:\n    query.shape[-1] % 8 != 0 or too long\n"
+            )
+        return emulation(query, key, value, attn_bias)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", picky)
+    fitting, failing = (
+        ({"head_dim": 16}, {"head_dim": 12})
+        if limit == "head_dim"
+        else ({"tokens": (300, 2)}, {"tokens": (301, 2)})
+    )
+    assert attention_problem("xformers", CUDA, **fitting) is None
+    attention.token_layout.cache_clear()
+    choice = choose_attention("auto", CUDA, **failing)
+    assert choice.name == "varlen"
+    assert choice.reason == "no xformers: query.shape[-1] % 8 != 0 or too long"
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("wrong", ["value", "mask", "nan", "first"])
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    emulation = varlen.varlen_attn
+
+    def broken(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        if wrong == "mask":  # forgets where a sequence ends
+            ends = (torch.tensor([0, cu[-1]], dtype=torch.int32) for cu in (cu_seq_q, cu_seq_k))
+            return emulation(query, key, value, *ends, cu_seq_q[-1], cu_seq_k[-1])
+        out = emulation(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+        if wrong == "first":  # only where a query stands for many keys
+            return out if max_q == max_k else out * 1.5
+        return out * {"value": 1.5, "nan": float("nan")}[wrong]
+
+    monkeypatch.setattr(varlen, "varlen_attn", broken)
+    assert attention_problem("varlen", CUDA).startswith("its result is off by")
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, as it traces
+def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
+    """What breaks the graph would end the run at its first step."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    tokens = {"head_dim": 16, "tokens": (5, 2)}
+    assert attention_problem("varlen", CUDA, compiled=True, **tokens) is None
+    emulation = varlen.varlen_attn
+
+    def breaking(*args):
+        torch._dynamo.graph_break()
+        return emulation(*args)
+
+    monkeypatch.setattr(varlen, "varlen_attn", breaking)
+    attention.token_layout.cache_clear()
+    assert attention_problem("varlen", CUDA, **tokens) is None
+    problem = attention_problem("varlen", CUDA, compiled=True, **tokens)
+    assert problem.startswith("torch.compile cannot take it (")
+    assert "\n" not in problem
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_trial_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
-    model = VisionTransformer(patch_size=8, embed_dim=32, depth=2, num_heads=4, img_size=32)
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn(parameter.shape))
-    return model.eval()
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    choose_attention("auto", CUDA)
+    assert torch.equal(torch.rand(3), want)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_maps_are_what_cls_gives_each_patch(vit, size):
-    images = torch.randn(2, 3, *size)
-    maps = attention_maps(vit, images)
-    rows, columns = size[0] // 8, size[1] // 8
-    assert maps.shape == (2, 4, rows, columns)
-    weights = vit.get_last_selfattention(images)
-    for row in range(rows):
-        for column in range(columns):
-            token = 1 + row * columns + column
-            torch.testing.assert_close(maps[:, :, row, column], weights[:, :, 0, token])
-    torch.testing.assert_close(maps.sum((2, 3)), 1 - weights[:, :, 0, 0])
-    assert not maps.requires_grad
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert attention_problem("xformers", CUDA) == "it is not installed"
+    assert attention_problem("varlen", CUDA) == f"PyTorch {torch.__version__} does not have it"
 
 
-def test_the_last_blocks_weights_are_those_that_its_output_is_made_with(vit):
-    images, block = torch.randn(2, 3, 32, 32), vit.blocks[-1]
-    layout = token_layout(((2, 17),), images.device, "sdpa")
-    tokens = vit.blocks[0](vit.embed(images).flatten(0, 1), layout).unflatten(0, (2, 17))
-    weights = vit.get_last_selfattention(images)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
-    value = block.attn.qkv(block.norm1(tokens))[..., 64:].unflatten(2, (4, 8))
-    mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
-    expected = tokens + block.attn.proj(mixed)
-    expected = expected + block.mlp(block.norm2(expected))
-    torch.testing.assert_close(vit(images), vit.norm(expected)[:, 0])
+def test_a_choice_holds_for_what_it_was_tried_with():
+    choice = AttentionChoice("xformers", "asked for", torch.float16)
+    assert choice.backend_for(CUDA, torch.float16) == "xformers"
+    assert choice.backend_for(torch.device("cuda", 1), torch.float16) == "xformers"
+    assert choice.backend_for(CUDA, torch.float32) == "sdpa"
+    assert choice.backend_for(CPU, torch.float16) == "sdpa"
 
 
-def test_a_map_moves_with_its_patch(vit):
-    """Rows are rows: a patch that draws all attention shows at its place."""
-    images = torch.zeros(1, 3, 24, 40)
-    vit.pos_embed.data.zero_()
-    plain = attention_maps(vit, images)
-    images[:, :, 8:16, 32:40] = torch.randn(3, 8, 8)
-    change = (attention_maps(vit, images) - plain).abs().sum(1)[0]
-    assert divmod(int(change.argmax()), 5) == (1, 4)
-
-
-def plain_maps(model, image):
-    """Caron et al. 2021, figure 1, in float64 and step by step: softmax(q_CLS K^T / sqrt(d)) of the
-    last block, [H, h, w], for an image whose patches are as many as the position embedding's."""
-    p = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    heads, depth = model.blocks[0].attn.num_heads, len(model.blocks)
-
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return centred / spread * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    weight, bias = p["patch_embed.proj.weight"], p["patch_embed.proj.bias"]
-    grid = F.conv2d(image.double()[None], weight, bias, stride=model.patch_size)[0]
-    x = torch.cat((p["cls_token"][0], grid.flatten(1).T)) + p["pos_embed"][0]
-    for i in range(depth):
-        qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
-        q, k, v = qkv.reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        if i == depth - 1:
-            return weights[:, 0, 1:].reshape(heads, *grid.shape[1:])
-        mixed = (weights @ v).transpose(0, 1).reshape(len(x), -1)
-        x = x + linear(mixed, f"blocks.{i}.attn.proj")
-        hidden = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = x + linear(hidden, f"blocks.{i}.mlp.fc2")
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_maps_are_the_papers_in_float64(vit, dtype, tolerance):
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    expected = torch.stack([plain_maps(vit, image) for image in images])
-    maps = attention_maps(vit.to(dtype), images.to(dtype))
-    assert expected.std() > 0.01
-    torch.testing.assert_close(maps.double(), expected, rtol=0, atol=tolerance)
-
-
-def test_maps_take_no_matrix_of_all_pairs_of_tokens(vit, monkeypatch):
-    def refuse(*args):
-        raise AssertionError("the whole [N, N] matrix was made")
-
-    monkeypatch.setattr(Attention, "weights", refuse)
-    attention_maps(vit, torch.randn(1, 3, 32, 32))
-    with pytest.raises(AssertionError, match="whole"):
-        vit.get_last_selfattention(torch.randn(1, 3, 32, 32))
-
-
-@pytest.mark.parametrize(
-    ("share", "kept"),
-    [
-        (0.39, [0, 0, 0, 1]),
-        (0.41, [0, 0, 1, 1]),
-        (0.6, [0, 0, 1, 1]),
-        (0.71, [0, 1, 1, 1]),
-        (1.0, [1, 1, 1, 1]),
-    ],
-)
-def test_a_mask_keeps_the_strongest_patches_of_a_share_of_the_mass(share, kept):
-    values = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    for order in itertools.permutations(range(4)):
-        # In any unit: CLS's own share is left out of the mass.
-        mask = keep_mass(0.37 * values[list(order)].reshape(2, 2), share)
-        assert mask.flatten().int().tolist() == [kept[i] for i in order]
-
-
-def test_a_patch_at_which_exactly_the_rest_is_held_is_left_out():
-    assert keep_mass(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), 0.5).tolist() == [
-        [False] * 2,
-        [False, True],
-    ]
-
-
-def test_masks_are_the_papers(vit):
-    """Its steps: sort, normalise, accumulate, compare with 1 - threshold, put back in place."""
-    maps = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
-    masks = keep_mass(maps, 0.6)
-    for image, head in itertools.product(range(2), range(3)):
-        values = maps[image, head].flatten().tolist()
-        total, held, expected = math.fsum(values), 0.0, [False] * 35
-        for i in sorted(range(35), key=values.__getitem__):
-            held += values[i] / total
-            expected[i] = held > 1 - 0.6
-        assert masks[image, head].flatten().tolist() == expected
-        kept = maps[image, head][masks[image, head]]
-        assert kept.sum() >= 0.6 * total > kept.sum() - kept.min()
-
-
-def test_a_map_of_zeros_keeps_nothing():
-    assert not keep_mass(torch.zeros(2, 3, 3), 0.6).any()
-
-
-def test_to_pixels_gives_each_pixel_its_patchs_value():
-    maps = torch.arange(6.0).reshape(1, 2, 3)
-    pixels = to_pixels(maps, 4)
-    assert pixels.shape == (1, 8, 12)
-    for y, x in itertools.product(range(8), range(12)):
-        assert pixels[0, y, x] == maps[0, y // 4, x // 4]
-
-
-def test_jaccard_on_cases_with_known_answers():
-    truth = torch.zeros(4, 4, dtype=torch.bool)
-    truth[:2] = True  # 8 pixels
-    everywhere = torch.ones(4, 4, dtype=torch.bool)
-    left = torch.zeros(4, 4, dtype=torch.bool)
-    left[:, :2] = True  # 4 of them, and 4 others
-    masks = torch.stack((truth, ~truth, left, everywhere, ~everywhere))
-    expected = [1, 0, 4 / 12, 8 / 16, 0]
-    assert jaccard(masks, truth, everywhere).tolist() == pytest.approx(expected, abs=1e-15)
-    # What lies where pixels do not count, in the lower or in the right half, says nothing.
-    assert jaccard(masks, truth, truth).tolist() == pytest.approx([1, 0, 0.5, 1, 0], abs=1e-15)
-    expected = [1, 0, 4 / 8, 4 / 8, 0]
-    assert jaccard(masks, truth, left).tolist() == pytest.approx(expected, abs=1e-15)
-    assert jaccard(~everywhere, ~everywhere, everywhere).isnan()
-
-
-def test_statistics_of_known_maps():
-    even = torch.full((2, 4), 0.1)
-    point = torch.zeros(2, 4)
-    point[1, 2] = 0.5
-    uniform, peaked = head_statistics(torch.stack((even, point)), 0.6)
-    assert uniform["entropy"] == pytest.approx(math.log(8))
-    assert uniform["patch_mass"] == pytest.approx(0.8)
-    assert uniform["kept_patches"] == 5 / 8
-    assert uniform["peak_share"] == pytest.approx(1 / 8)
-    assert peaked == {
-        "head": 1,
-        "patch_mass": 0.5,
-        "entropy": 0,
-        "peak": [1, 2],
-        "peak_share": 1,
-        "kept_patches": 1 / 8,
-    }
-    assert "kept_patches" not in head_statistics(point[None])[0]
-
-
-@pytest.mark.parametrize(
-    ("size", "fitted"),
-    [(None, (40, 24)), ([33, 50], (48, 32)), ([20], (24, 16)), ([480, 480], (480, 480))],
-)
-def test_an_image_is_cut_to_whole_patches_at_the_right_and_bottom(size, fitted):
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)
-    picture = fit(Image.fromarray(pixels), size, 8)
-    assert picture.size == fitted
-    if size is None:
-        assert np.array_equal(np.asarray(picture), pixels[:24, :40])
-
-
-def test_the_networks_input_is_normalised_as_imagenets():
-    picture = Image.new("RGB", (8, 16), (255, 0, 51))
-    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
-    assert to_input(picture).shape == (3, 16, 8)
-    assert to_input(picture)[:, 3, 5].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(DataError, match=r"7 x 20 px is smaller than a patch of 8 px"):
-        fit(Image.new("RGB", (20, 7)), None, 8)
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224", "xcit_nano_12_p16"])
-def test_networks_without_cls_attention_of_ours_are_refused(arch):
-    parser = argparse.ArgumentParser()
-    features.add_network_flags(parser)
-    args = parser.parse_args(["--arch", arch])
-    with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
-        features.load_vit(args, torch.device("cpu"), lacks=attention.LACKS)
-
-
-@pytest.mark.parametrize(
-    ("words", "built"),
-    [([], ("vit_nano", 4)), (["--arch", "vit_tiny", "--patch_size", "16"], ("vit_tiny", 16))],
-)
-def test_without_weights_the_network_is_the_commands_or_the_flags(words, built):
-    parser = argparse.ArgumentParser()
-    features.add_network_flags(parser, default=("vit_nano", 4))
-    parser.add_argument("--crop", type=int, default=16)
-    args = parser.parse_args(words)
-    model, arch = features.load_vit(args, torch.device("cpu"), lacks="")
-    assert (arch, model.patch_size) == built
-    model = features.build_model(args, torch.device("cpu"))
-    assert (model.embed_dim, model.patch_size) == (VIT_ARCHS[arch]["embed_dim"], built[1])
+def test_what_xformers_has_against_each_kernel_is_one_line():
+    ops = pytest.importorskip("xformers.ops")
+    x = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(NotImplementedError) as refusal:
+        ops.memory_efficient_attention(x, x, x)
+    line = attention._one_line(refusal.value)
+    assert "device=cpu" in line
+    assert "shape=" not in line
+    assert "\n" not in line
+    assert attention._one_line(RuntimeError("")) == "RuntimeError('')"

@@ -33,10 +33,14 @@ def has(package):
 
 @pytest.mark.parametrize(
     ("module", "crops", "decode"),
-    [("dali", "dali", "auto"), ("dali", "fused", "gpu"), ("fused_pixels", "fused", "auto")],
+    [
+        ("data.loader_dali", "dali", "auto"),
+        ("data.loader_dali", "fused", "gpu"),
+        ("augmentation.cpu_kernels", "fused", "auto"),
+    ],
 )
 def test_an_arm_whose_package_is_missing_is_skipped(module, crops, decode, monkeypatch):
-    monkeypatch.setitem(sys.modules, f"fastdino.data.{module}", None)
+    monkeypatch.setitem(sys.modules, f"fastdino.{module}", None)
     task = SimpleNamespace(on_gpu=False)
     with pytest.raises(ModuleNotFoundError, match=module):  # which isolated.py tells as skipped
         arms.OwnLoader(task, crops, decode)

@@ -10,10 +10,10 @@ import torch
 from fastdino_kernels import Crop
 from PIL import Image
 
+from fastdino.augmentation import pillow
+from fastdino.augmentation.params import GRAY_P
 from fastdino.bench import rivals
 from fastdino.bench.photos import photo
-from fastdino.data import pil
-from fastdino.data.crops import GRAY_P
 from tests.loaders import levels
 
 HAS_LIGHTLY = importlib.util.find_spec("lightly") is not None
@@ -58,7 +58,7 @@ def test_crops_with_nothing_left_to_chance_are_the_papers(
         blur_radius=1.5 * blur, solarize=bool(solarize),
     )  # fmt: skip
     for made, size in zip(crops(whole)(image), (32, 32, 16), strict=True):
-        expected = pil.make_crop(image, crop, size)
+        expected = pillow.make_crop(image, crop, size)
         if crops is rivals.paper_crops:
             assert torch.equal(made, expected)
         else:
@@ -72,7 +72,7 @@ def test_crops_turn_gray_as_often_as_the_papers(crops, tiny):
     torch.manual_seed(0)
     transform = crops(tiny(local_crops_number=0, global_crops_size=8))
     flat = Image.new("RGB", (40, 30), (200, 90, 60))
-    std, mean = (torch.tensor(values)[:, None, None] for values in (pil.STD, pil.MEAN))
+    std, mean = (torch.tensor(values)[:, None, None] for values in (pillow.STD, pillow.MEAN))
     made = [crop * std + mean for _ in range(200) for crop in transform(flat)]
     gray = [(crop.amax(0) - crop.amin(0)).max() < 1e-3 for crop in made]
     assert abs(np.mean(gray) - GRAY_P) < 0.06

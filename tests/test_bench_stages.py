@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdino.augmentation.pillow import make_crop
 from fastdino.bench.photos import photo
 from fastdino.bench.stages import RECORDED, STAGES, StageTimes
 from fastdino.data import draw_crops
-from fastdino.data.pil import make_crop
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="Numba is not installed"
@@ -32,9 +32,9 @@ def drawn(tiny):
 
 @needs_numba
 def test_both_ways_make_the_crops_and_book_every_stage(drawn):
+    from fastdino.augmentation.cpu import normalized_levels
+    from fastdino.augmentation.pillow import MEAN, STD
     from fastdino.bench.stage_clock import Laps, by_fused, by_pillow
-    from fastdino.data.fused import normalized_levels
-    from fastdino.data.pil import MEAN, STD
 
     levels = normalized_levels(MEAN, STD, torch.float32, torch.device("cpu"))
     sizes = (32, 16)

@@ -26,7 +26,7 @@ from fastdino.bench.step.report import ArmResult, Fed, Report, Scaling, quartile
 from fastdino.bench.step.scaling import Message, StepTime
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
-from fastdino.models.compiled import compile_problem
+from fastdino.models.compile import compile_problem
 from fastdino.models.vit import VIT_ARCHS
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def checkout(tmp_path):
         "utils": """
             from torch import nn
             from fastdino.bench.step import paper
-            from fastdino.optim import parameter_groups as get_params_groups
+            from fastdino.training.optimizers import parameter_groups as get_params_groups
 
             class MultiCropWrapper(paper.Network):
                 def __init__(self, backbone, head):

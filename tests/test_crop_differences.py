@@ -26,8 +26,8 @@ from benchmarks.crop_differences import (
     whole_crops,
 )
 from benchmarks.crop_pictures import PHOTO, VIVIDNESS, pictures, scene
-from fastdino.data.executors import Difference, levels
-from fastdino.data.reading import decode_rgb
+from fastdino.augmentation.backends import Difference, levels
+from fastdino.data.image_files import decode_rgb
 
 CPU = torch.device("cpu")
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")

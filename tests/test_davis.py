@@ -19,9 +19,9 @@ from fastdino.data.shapes import davis_palette
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import davis
 from fastdino.evals.davis import prepare, working_size
-from fastdino.evals.davis_layout import find_sequences, read_mask
-from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
-from fastdino.weights import load_backbone
+from fastdino.evals.davis_dataset import find_sequences, read_mask
+from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
+from fastdino.models.weights import load_backbone
 from tests.commands import error_of
 from tests.processes import run_commands_in_two, run_two
 

@@ -1,4 +1,4 @@
-"""fastdino.data.davis_frames: DAVIS's frames as images to train on."""
+"""fastdino.data.datasets.davis_frames: DAVIS's frames as images to train on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from fastdino.data.davis_frames import is_davis, sequence_names
-from fastdino.data.sources import scan_images
+from fastdino.data.datasets.davis_frames import is_davis, sequence_names
+from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 
 

@@ -18,7 +18,7 @@ from fastdino.evals.descriptors import (
     multi_scale,
     pictures_in,
 )
-from fastdino.weights import load_backbone
+from fastdino.models.weights import load_backbone
 
 CPU = torch.device("cpu")
 

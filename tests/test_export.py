@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastdino import TrainConfig, Trainer, cli, export_targets
+from fastdino import TrainConfig, Trainer, cli
 from fastdino.evals.features import eval_transform
-from fastdino.layouts import hf_names, own_names
-from fastdino.weights import initial_weights, load_backbone
+from fastdino.export import targets
+from fastdino.models.weight_names import hf_names, own_names
+from fastdino.models.weights import initial_weights, load_backbone
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NAMES = {
@@ -133,8 +134,8 @@ def test_timms_models_take_the_weights_strictly(run, trainer, tmp_path, suffix):
     ],
 )
 def test_timms_call_is_of_the_architecture(arch, patch_size, image_size, call):
-    network = export_targets.Network(torch.nn.Identity(), arch, patch_size, image_size, 0)
-    assert export_targets.timm_call(network) == call
+    network = targets.Network(torch.nn.Identity(), arch, patch_size, image_size, 0)
+    assert targets.timm_call(network) == call
     assert timm.is_model(call[0])
 
 
@@ -165,7 +166,7 @@ def test_hugging_faces_processor_makes_the_papers_images(run):
     pixels = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(2))
     image = Image.fromarray(pixels.byte().numpy()).resize((70, 70), Image.Resampling.BICUBIC)
     got = processor(image, return_tensors="pt")["pixel_values"]
-    want = eval_transform(export_targets.resize_of(32), 32)(image)
+    want = eval_transform(targets.resize_of(32), 32)(image)
     assert got.shape == (1, 3, 32, 32)
     assert (got[0] - want).abs().max() < 0.05  # two or three of 255 levels: resizes round apart
 
@@ -215,13 +216,13 @@ def test_the_student_is_written_where_it_is_asked_for(run, trainer):
 
 
 def test_weights_that_read_back_as_others_are_not_written(monkeypatch, refused, tmp_path):
-    names = export_targets.hf_names
+    names = targets.hf_names
 
     def swapped(state):
         return names({**state, "blocks.2.norm1.weight": state["blocks.3.norm1.weight"].clone()})
 
     need("hf")
-    monkeypatch.setattr(export_targets, "hf_names", swapped)
+    monkeypatch.setattr(targets, "hf_names", swapped)
     assert "transformers gives other features: off by" in refused("hf")
     assert list(tmp_path.iterdir()) == []
 

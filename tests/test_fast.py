@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import Trainer
 from fastdino.errors import ConfigError, NonFiniteError
-from fastdino.graphs import choose_graph
 from fastdino.models import backbones
-from fastdino.models.compiled import choose_compile
+from fastdino.models.compile import choose_compile
 from fastdino.models.head import DINOHead
+from fastdino.training.cuda_graph import choose_graph
 
 STEPS = 3  # an epoch
 COMPILE = torch.compile

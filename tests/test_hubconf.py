@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdino.errors import CheckpointError
-from fastdino.weights import load_backbone
+from fastdino.models.weights import load_backbone
 
 ROOT = Path(__file__).parents[1]
 

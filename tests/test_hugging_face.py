@@ -1,4 +1,4 @@
-"""fastdino.data.hugging_face: sets of the package `datasets`, read where their bytes lie."""
+"""Tests of fastdino.data.datasets.hugging_face."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastdino.data import hugging_face
-from fastdino.data.hugging_face import index_arrow
-from fastdino.data.reading import read_part
-from fastdino.data.sources import scan_images
+from fastdino.data.datasets import hugging_face
+from fastdino.data.datasets.hugging_face import index_arrow
+from fastdino.data.image_files import read_part
+from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 
 datasets = pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fastdino.errors import ConfigError
-from fastdino.model_card import model_card, read_figures
+from fastdino.export.model_card import model_card, read_figures
 
 SETTINGS = {
     "epochs": 7, "lr": 0.0005, "out_dim": 64, "dist_url": "tcp://a.machine:1",

@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import draw_crops
-from fastdino.data.pil import MEAN, STD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"]

@@ -13,8 +13,8 @@ from torchvision import transforms
 from fastdino import cli
 from fastdino.evals import retrieval
 from fastdino.evals.features import build_model, weights_digest
-from fastdino.evals.ranking import revisited_scores
-from fastdino.evals.retrieval_layout import read_set
+from fastdino.evals.ranking_metrics import revisited_scores
+from fastdino.evals.retrieval_dataset import read_set
 from tests.commands import error_of, flags_of
 from tests.processes import run_commands_in_two
 

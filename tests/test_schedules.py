@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdino.schedules import cosine_schedule
+from fastdino.training.schedules import cosine_schedule
 
 
 def plain(base, final, epochs, steps, warmup_epochs=0):

@@ -1,4 +1,4 @@
-"""fastdino.data.tars: where each image lies in a tar, its label, and what is wrong with the tar."""
+"""Tests of fastdino.data.datasets.tars."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import tarfile
 
 import pytest
 
-from fastdino.data.archives import class_names
-from fastdino.data.places import EXTENSIONS
-from fastdino.data.tars import expand, index_tar, is_tar
+from fastdino.data.datasets.archives import class_names
+from fastdino.data.datasets.data_path import EXTENSIONS
+from fastdino.data.datasets.tars import expand, index_tar, is_tar
 from fastdino.errors import DataError
 
 

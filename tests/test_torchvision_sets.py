@@ -1,4 +1,4 @@
-"""fastdino.data.torchvision_sets: torchvision's sets in the form in which they are distributed.
+"""Tests of fastdino.data.datasets.torchvision_sets.
 
 The files are made here, so that their checksums are not those of torchvision: checks of these are
 left out, and held by a test of their own.
@@ -21,10 +21,10 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import cifar, flowers102, mnist, stl10, svhn
 
-from fastdino.data import torchvision_sets
-from fastdino.data.places import parse
-from fastdino.data.sources import scan_images
-from fastdino.data.torchvision_sets import SETS, default_root, find_torchvision
+from fastdino.data.datasets import torchvision_sets
+from fastdino.data.datasets.data_path import parse
+from fastdino.data.datasets.torchvision_sets import SETS, default_root, find_torchvision
+from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 from fastdino.evals.features import scan_splits
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fastdino import Trainer
 from fastdino.errors import CheckpointError, ConfigError
-from fastdino.weights import initial_weights, load_backbone
+from fastdino.models.weights import initial_weights, load_backbone
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""fastdino.data.yfcc: which photos YFCC100M's metadata names, and what of them is there."""
+"""Tests of fastdino.data.datasets.yfcc."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import closing
 
 import pytest
 
-from fastdino.data import yfcc
-from fastdino.data.sources import scan_images
-from fastdino.data.yfcc import photo_key, read_metadata
+from fastdino.data.datasets import yfcc
+from fastdino.data.datasets.yfcc import photo_key, read_metadata
+from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 
 NUMBERS = [6985418911, 3551599565, 24821, 4121519420, 777]

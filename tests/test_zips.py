@@ -1,4 +1,4 @@
-"""fastdino.data.zips: where each image lies in a zip, stored or deflated, and what is refused."""
+"""Tests of fastdino.data.datasets.zips."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import zipfile
 
 import pytest
 
-from fastdino.data.places import EXTENSIONS
-from fastdino.data.reading import UnusableImageError, read_part
-from fastdino.data.sources import scan_images
-from fastdino.data.zips import index_zip, is_zip
+from fastdino.data.datasets.data_path import EXTENSIONS
+from fastdino.data.datasets.zips import index_zip, is_zip
+from fastdino.data.image_files import UnusableImageError, read_part
+from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 
 

@@ -21,6 +21,7 @@ from fastdino_kernels import CropParams, multi_crop
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.bench.isolated import session_cpu_seconds
 from fastdino.bench.rivals import (
     DataLoaderArm,
@@ -32,9 +33,8 @@ from fastdino.bench.rivals import (
 from fastdino.bench.timing import Sample
 from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
-from fastdino.data.pil import MEAN, STD
-from fastdino.data.reading import decode_rgb
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_files import decode_rgb
+from fastdino.data.image_source import ImageSource
 
 # Batches of our loaders' epochs: as good as never does one end within a round.
 _STEPS = 1 << 12
@@ -100,9 +100,9 @@ class OwnLoader:
 
     def __init__(self, task: Task, crops: str, decode: str = "auto") -> None:
         if crops == "dali" or decode == "gpu":
-            importlib.import_module("fastdino.data.dali")
+            importlib.import_module("fastdino.data.loader_dali")
         elif crops == "fused" and not task.on_gpu:
-            importlib.import_module("fastdino.data.fused_pixels")
+            importlib.import_module("fastdino.augmentation.cpu_kernels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
         self._loader = build_loader(config, task.source.taken(images), device=task.device)
@@ -151,7 +151,7 @@ def _pillow(task: Task) -> Maker:
 
 
 def _dali(task: Task) -> Maker:
-    from fastdino.data.dali_decode import DaliDecoder
+    from fastdino.data.dali_decoding import DaliDecoder
 
     decoder = DaliDecoder(task.config.batch_size_per_gpu, task.config.num_workers)
     return Decoding(task, decoder.decode)

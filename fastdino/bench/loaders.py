@@ -25,8 +25,9 @@ from fastdino.bench.stages import StageTimes, time_stages
 from fastdino.bench.timing import Effort, Outcome, take_turns
 from fastdino.config import TrainConfig, add_arguments, check_at_least
 from fastdino.data import scan_images
-from fastdino.data.sources import ImageSource, cpu_count
+from fastdino.data.image_source import ImageSource
 from fastdino.distributed import choose_device
+from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 
 # Of a run's settings, those that a loader depends on.

@@ -13,10 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
+from fastdino.augmentation.params import (
+    BLUR_P,
+    BLUR_RADIUS,
+    FLIP_P,
+    GRAY_P,
+    JITTER,
+    JITTER_P,
+    SOLARIZE_P,
+)
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.config import TrainConfig
-from fastdino.data.crops import BLUR_P, BLUR_RADIUS, FLIP_P, GRAY_P, JITTER, JITTER_P, SOLARIZE_P
-from fastdino.data.pil import MEAN, STD
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_source import ImageSource
 
 # Of a picture, all its crops.
 MultiCrop = Callable[[Image.Image], Sequence[Tensor]]

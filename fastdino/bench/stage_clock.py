@@ -19,14 +19,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from fastdino.augmentation import cpu_kernels
+from fastdino.augmentation.cpu import borrow, crops_into, turn
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.bench.arms import Task
 from fastdino.bench.stages import STAGES, StageTimes
-from fastdino.data import draw_crops, fused_pixels
-from fastdino.data.broken import BadFiles
-from fastdino.data.decode import Decoder, PictureReader
-from fastdino.data.fused import borrow, crops_into, turn
+from fastdino.data import draw_crops
+from fastdino.data.bad_images import BadFiles
+from fastdino.data.decoding import Decoder, PictureReader
 from fastdino.data.loader import choose_decode
-from fastdino.data.pil import MEAN, STD
 
 _IMAGES = 24
 _HUE = 3  # in the numbering of CropParams.jitter_order
@@ -104,7 +105,7 @@ def _by_fused(
 ) -> None:
     size = outs.shape[-1]
     plane = size * size
-    bytes_, ints = fused_pixels.scratch_sizes(height, size)
+    bytes_, ints = cpu_kernels.scratch_sizes(height, size)
     scratch, sums = borrow("bytes", np.uint8, bytes_), borrow("sums", np.int32, ints)
     rest, rgb = scratch[: -3 * plane], scratch[-3 * plane :]
     planes = [rgb[c * plane : (c + 1) * plane] for c in range(3)]
@@ -114,19 +115,19 @@ def _by_fused(
         rows.numpy(), rows.view(torch.float32).numpy(), outs, strict=True
     ):
         flags = int(packed[FLAGS])  # the type for which crops_of_image has compiled them
-        fused_pixels.resize(turned, packed, flags & FLIP, rest, sums, images)
+        cpu_kernels.resize(turned, packed, flags & FLIP, rest, sums, images)
         lap("crop + resize")
         if flags & JITTER:
             for operation in packed[ORDER:FACTOR]:
-                fused_pixels.jitter(operation, floats[FACTOR + operation], *planes)
+                cpu_kernels.jitter(operation, floats[FACTOR + operation], *planes)
                 lap("hue" if operation == _HUE else "other colour")
         if flags & GRAY:
-            fused_pixels.gray(*planes)
+            cpu_kernels.gray(*planes)
         lap("other colour")
         if floats[BLUR] > 0:
-            fused_pixels.blur(images, floats[BLUR], rest, sums)
+            cpu_kernels.blur(images, floats[BLUR], rest, sums)
         lap("blur")
-        fused_pixels.write(rgb.reshape(3, plane), levels, flags & SOLARIZE, out.reshape(3, plane))
+        cpu_kernels.write(rgb.reshape(3, plane), levels, flags & SOLARIZE, out.reshape(3, plane))
         lap("tensor + normalize")
 
 
@@ -139,7 +140,7 @@ class StageClock:
         self._source, self._shown = source, range(min(len(source), _IMAGES))
         decoder: Decoder | None = None
         if choose_decode("auto", "fused", "cpu")[0] == "dali":
-            from fastdino.data.dali_decode import DaliDecoder
+            from fastdino.data.dali_decoding import DaliDecoder
 
             decoder = DaliDecoder(len(self._shown), 1)
         bad = BadFiles(len(source), 1.0, source.broken)

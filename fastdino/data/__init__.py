@@ -9,8 +9,8 @@ images lie in files of many, scan.py reads the headers, reading.py the bytes; ta
 was found, broken.py counts what is broken.
 """
 
-from fastdino.data.crops import draw_crops
+from fastdino.augmentation.params import draw_crops
+from fastdino.data.image_source import scan_images
 from fastdino.data.loader import build_loader
-from fastdino.data.sources import scan_images
 
 __all__ = ["build_loader", "draw_crops", "scan_images"]

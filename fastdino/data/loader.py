@@ -10,7 +10,7 @@ import torch
 from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
 
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_source import ImageSource
 from fastdino.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,12 +62,14 @@ def build_loader(
         "rank": rank, "world_size": world_size, "device": device, "why": why
     }  # fmt: skip
     if name == "fused":
-        fused = importlib.import_module("fastdino.data.fused_loader")
+        fused = importlib.import_module("fastdino.data.loader_fused")
         return fused.FusedLoader(config, source, decode=decode, why_decode=why_decode, **options)
     if name == "dali":
-        return importlib.import_module("fastdino.data.dali").DaliLoader(config, source, **options)
-    pil = importlib.import_module("fastdino.data.pil")
-    return pil.TorchvisionLoader(config, source, **options)
+        return importlib.import_module("fastdino.data.loader_dali").DaliLoader(
+            config, source, **options
+        )
+    chain = importlib.import_module("fastdino.data.loader_torchvision")
+    return chain.TorchvisionLoader(config, source, **options)
 
 
 def choose_crops(asked: str, device: torch.device | str) -> tuple[str, str]:
@@ -133,7 +135,7 @@ def fused_problem(device: torch.device | str) -> str | None:
         problem = triton_problem("cuda")
         return problem and f"no fused crops on CUDA: {problem}"
     try:
-        importlib.import_module("fastdino.data.fused")
+        importlib.import_module("fastdino.augmentation.cpu")
     except Exception as error:  # Whatever a library that does not fit this machine raises.
         if _is_missing(error, "numba"):
             return 'Numba is not installed: pip install "fastdino[train]"'
@@ -144,7 +146,7 @@ def fused_problem(device: torch.device | str) -> str | None:
 def dali_problem(device: torch.device | str = "cpu") -> str | None:
     """Why DALI cannot be used, and how to mend that; None where it can, whatever the device."""
     try:
-        importlib.import_module("fastdino.data.dali")
+        importlib.import_module("fastdino.data.loader_dali")
     except Exception as error:  # Whatever a library that does not fit this machine raises.
         if _is_missing(error, "nvidia"):
             return f"DALI is not installed: {_install()}"
@@ -158,7 +160,7 @@ def dali_decode_problem() -> str | None:
     if problem is not None:
         return problem
     try:
-        found: str | None = importlib.import_module("fastdino.data.dali_decode").cpu_problem()
+        found: str | None = importlib.import_module("fastdino.data.dali_decoding").cpu_problem()
     except Exception as error:  # Whatever a library that does not fit this machine raises.
         return f"DALI does not work here: {_first_line(error)}"
     return found

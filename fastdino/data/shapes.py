@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data import shapes_drawing as drawing
-from fastdino.data.sources import cpu_count
+from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 
 CLASSES = tuple(drawing.FORMS)

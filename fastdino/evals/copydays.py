@@ -40,7 +40,7 @@ from fastdino.evals.features import (
     settings_of,
     to_input,
 )
-from fastdino.evals.ranking import Places, copydays_map, micro_ap
+from fastdino.evals.ranking_metrics import Places, copydays_map, micro_ap
 from fastdino.models.vit import VisionTransformer
 
 ORIGINAL, STRONG = "original", "strong"

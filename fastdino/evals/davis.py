@@ -22,20 +22,21 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
+from fastdino.augmentation.pillow import MEAN
 from fastdino.config import check_at_least
-from fastdino.data.pil import MEAN, cpu_count
+from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals.davis_layout import (
+from fastdino.evals.davis_dataset import (
     Sequence,
     find_sequences,
     read_frame,
     read_mask,
     write_mask,
 )
-from fastdino.evals.davis_results import Results, describe, describe_total, score
+from fastdino.evals.davis_scores import Results, describe, describe_total, score
 from fastdino.evals.features import add_network_flags, add_process_flags, load_vit, settings_of
+from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.evals.mask_overlay import draw_sheet, overlay
-from fastdino.evals.propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.vit import VisionTransformer
 
 # The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
-from fastdino.data.pil import cpu_count
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_source import ImageSource
 from fastdino.data.workers import SteadyLoader
+from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.features import weights_digest
 

@@ -21,12 +21,13 @@ from torchvision.transforms.functional import normalize, to_tensor
 from tqdm import tqdm
 
 from fastdino import distributed
+from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import scan_images
-from fastdino.data.pil import MEAN, STD, cpu_count
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_source import ImageSource
+from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
-from fastdino.weights import load_backbone
+from fastdino.models.weights import load_backbone
 
 PATH_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not

@@ -24,9 +24,9 @@ from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
-from fastdino.data.pil import cpu_count
-from fastdino.data.sources import ImageSource
+from fastdino.data.image_source import ImageSource
 from fastdino.data.workers import SteadyLoader
+from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached
 from fastdino.evals.features import (
@@ -42,9 +42,9 @@ from fastdino.evals.features import (
     weights_digest,
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
-from fastdino.progress import drop_log_lines
-from fastdino.released import local_file
+from fastdino.models.downloads import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
+from fastdino.training.logging import drop_log_lines
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 AT_LEAST_ONE = (

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
-from fastdino.data.pil import cpu_count
+from fastdino.environment import cpu_count
 from fastdino.evals.descriptors import (
     SCALES,
     Model,
@@ -30,8 +30,8 @@ from fastdino.evals.features import (
     settings_of,
     to_input,
 )
-from fastdino.evals.ranking import revisited_scores
-from fastdino.evals.retrieval_layout import DATASETS, RetrievalSet, read_set, sizes_of
+from fastdino.evals.ranking_metrics import revisited_scores
+from fastdino.evals.retrieval_dataset import DATASETS, RetrievalSet, read_set, sizes_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

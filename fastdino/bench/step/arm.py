@@ -18,7 +18,7 @@ from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.backbones import build_networks
 from fastdino.models.vit import VIT_ARCHS
-from fastdino.step import Precision
+from fastdino.training.trainer import Precision
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
 TOLERANCE = 1e-5  # of the gate, relative

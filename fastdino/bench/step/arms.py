@@ -17,9 +17,9 @@ from fastdino.bench.step.compiled import CompiledArm
 from fastdino.bench.step.paper import PaperArm
 from fastdino.bench.step.peers import DinoRepoArm, LightlyArm, lightly_problem
 from fastdino.errors import ConfigError
-from fastdino.graphs import WARM_UPS
-from fastdino.models.compiled import compile_problem
-from fastdino.step import Trainer
+from fastdino.models.compile import compile_problem
+from fastdino.training.cuda_graph import WARM_UPS
+from fastdino.training.trainer import Trainer
 
 # Enough for the schedules to stand still during a benchmark.
 STEPS_PER_EPOCH = 10**6

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from fastdino.bench.step import paper
 from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Setting
 from fastdino.config import TrainConfig
-from fastdino.optim import parameter_groups
-from fastdino.step import Precision
+from fastdino.training.optimizers import parameter_groups
+from fastdino.training.trainer import Precision
 
 BACKEND = "inductor"
 # Its value is an fp32 sum of B*K products of one sign: on a CPU 1.5e-4 off at B*K = 2^19. The

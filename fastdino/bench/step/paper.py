@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Arm, Setting, vit_sizes
 from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
-from fastdino.optim import parameter_groups
-from fastdino.step import choose_precision
+from fastdino.training.optimizers import parameter_groups
+from fastdino.training.trainer import choose_precision
 
 
 class DropPath(nn.Module):

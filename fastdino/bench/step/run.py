@@ -28,11 +28,10 @@ from fastdino.bench.step.scaling import StepTime, messages_of, scale
 from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.loader import build_loader
-from fastdino.data.sources import cpu_count
 from fastdino.distributed import choose_device
-from fastdino.environment import output_of
+from fastdino.environment import cpu_count, output_of
 from fastdino.errors import ConfigError
-from fastdino.heap import keep_freed_memory
+from fastdino.training.allocator import keep_freed_memory
 
 # Of a run's settings, those that a step depends on.
 SETTINGS = (

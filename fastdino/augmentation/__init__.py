@@ -1,0 +1,1 @@
+"""Multi-crop augmentation: sampled parameters and the backends that apply them."""

@@ -1,0 +1,1 @@
+"""Dataset formats: what --data_path can name."""

@@ -1,0 +1,117 @@
+"""What `fastdino davis` found, in figures: scores of a sequence, davis.json, the printed lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdino import checkpoint
+from fastdino.evals.davis_dataset import Sequence
+from fastdino.evals.segmentation_metrics import boundary_accuracy, region_similarity, statistics
+
+
+def score(masks: np.ndarray, truth: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """J and F of each object of the first frame, and their means, in percent.
+
+    The first frame, which is given, and the last are left out, as in the benchmark. In a frame that
+    an object has left J and F are 1 if nothing is taken for it, else 0. Objects that the first
+    frame does not have cannot be followed: they are not scored, and count as background.
+
+    Args:
+        masks, truth: [T, H, W] uint8, T at least 3.
+    """
+    found, true = (torch.from_numpy(stack[1:-1]).to(device) for stack in (masks, truth))
+    objects = {}
+    for number in np.unique(truth[0][truth[0] > 0]).tolist():
+        pair = (found == number, true == number)
+        measures = {"J": region_similarity(*pair), "F": boundary_accuracy(*pair)}
+        objects[str(number)] = {
+            name: {key: 100 * value for key, value in asdict(statistics(values)).items()}
+            for name, values in measures.items()
+        }
+    later = sorted(set(np.unique(truth).tolist()) - set(np.unique(truth[0]).tolist()) - {0})
+    return {**mean_scores(list(objects.values())), "objects": objects, "not_scored": later}
+
+
+def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means of J and F, their recall and decay over objects, and J&F, the mean of both."""
+    means: dict[str, Any] = {
+        name: {key: fmean(one[name][key] for one in scores) for key in scores[0][name]}
+        for name in ("J", "F")
+    }
+    return {"J&F": (means["J"]["mean"] + means["F"]["mean"]) / 2, **means}
+
+
+class Results:
+    """davis.json, written anew after each sequence; one of the same settings is gone on with.
+
+    Attributes:
+        sequences: by name, what `score` returned and the number of frames.
+        total: means over all objects of all sequences; None before `finish`, or without scores.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+        self.sequences: dict[str, Any] = {}
+        self.total: dict[str, Any] | None = None
+        try:
+            old = json.loads(path.read_text())
+            if old["settings"] == settings:
+                self.sequences = dict(old["sequences"])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+            pass
+        self._write()  # from here on masks of other settings are none that are done
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether a sequence is done: it stands here, as it would be scored, with all its masks."""
+        entry = self.sequences.get(sequence.name)
+        if entry is None or ("J&F" in entry) != sequence.is_scored:
+            return False
+        folder = self.path.parent / sequence.name
+        return all((folder / f"{frame.stem}.png").is_file() for frame in sequence.frames)
+
+    def add(self, sequence: Sequence, scores: dict[str, Any] | None) -> None:
+        """Takes in a sequence's scores, and writes."""
+        self.sequences[sequence.name] = {"frames": len(sequence.frames), **(scores or {})}
+        self._write()
+
+    def finish(self, sequences: list[Sequence]) -> None:
+        """Takes the means over the objects of these sequences, and writes."""
+        entries = {sequence.name: self.sequences[sequence.name] for sequence in sequences}
+        objects = [one for entry in entries.values() for one in entry.get("objects", {}).values()]
+        self.sequences = entries
+        self.total = mean_scores(objects) if objects else None
+        self._write()
+
+    def _write(self) -> None:
+        state = {"settings": self.settings, "global": self.total, "sequences": self.sequences}
+        checkpoint.write_json(state, self.path)
+
+
+def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
+    """A sequence's line."""
+    if "J&F" not in entry:
+        return f"{sequence.name}: {entry['frames']} frames, not scored: only the first is annotated"
+    later = entry["not_scored"]
+    note = f"; objects {later} appear after the first frame: not followed" if later else ""
+    return (
+        f"{sequence.name}: J&F {entry['J&F']:.1f}, J {entry['J']['mean']:.1f}, "
+        f"F {entry['F']['mean']:.1f}, {len(entry['objects'])} objects, "
+        f"{entry['frames']} frames{note}"
+    )
+
+
+def describe_total(total: dict[str, Any] | None) -> str:
+    """The last lines: the benchmark's table, in percent."""
+    if total is None:
+        return "no sequence could be scored"
+    rows = [f"J&F-Mean {total['J&F']:.1f}"]
+    for name in ("J", "F"):
+        rows.append("  ".join(f"{name}-{k.title()} {v:.1f}" for k, v in total[name].items()))
+    return "\n".join(rows)

@@ -1,0 +1,1 @@
+"""`fastdino export`: backbones in the formats of other libraries."""

@@ -1,0 +1,1 @@
+"""Pretraining: the loop, the training step and what it is made of."""

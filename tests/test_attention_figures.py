@@ -1,0 +1,117 @@
+"""Pictures of attention: colours, masks, and the sheets."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+from fastdino.evals.attention_figures import (
+    DIMMED,
+    TINT,
+    draw_attention,
+    draw_heads,
+    heads_picture,
+    map_picture,
+    mask_picture,
+    overlay_picture,
+)
+
+
+def colour(value):
+    return [int(c) for c in colormaps["inferno"](float(value), bytes=True)[:3]]
+
+
+def test_a_map_is_coloured_from_its_least_to_its_largest_value_a_block_a_patch():
+    map_ = torch.tensor([[2.0, 3.0, 4.0], [6.0, 5.0, 2.0]]) / 100
+    picture = map_picture(map_, (8, 12))
+    assert (picture.shape, picture.dtype) == ((8, 12, 3), np.uint8)
+    assert picture[0, 0].tolist() == picture[7, 11].tolist() == colour(0)
+    assert picture[4, 3].tolist() == picture[7, 0].tolist() == colour(1)
+    assert np.abs(picture[3, 8].astype(int) - colour(0.5)).max() <= 2
+    blocks = picture.reshape(2, 4, 3, 4, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+
+
+def test_an_even_map_has_one_colour():
+    assert (
+        np.unique(map_picture(torch.full((2, 2), 0.25), (4, 4)).reshape(-1, 3), axis=0).shape[0]
+        == 1
+    )
+
+
+def test_the_overlay_is_the_image_and_the_map():
+    map_ = torch.zeros(4, 4)
+    map_[0, 0] = 1
+    dark, light = (np.full((16, 16, 3), v, np.uint8) for v in (0, 200))
+    over = overlay_picture(dark, map_).astype(int)
+    assert over[0, 0].sum() > over[15, 15].sum() + 100
+    difference = overlay_picture(light, map_).astype(int) - over
+    assert np.abs(difference - 0.4 * 200).max() <= 1
+
+
+def test_a_mask_is_tinted_inside_and_dark_outside():
+    pixels = np.full((8, 8, 3), (50, 100, 150), np.uint8)
+    mask = torch.tensor([[True, False], [False, False]])
+    pictures = [mask_picture(pixels, mask, head) for head in (0, 1)]
+    for picture, head in zip(pictures, (0, 1), strict=True):
+        assert (picture[4:] == round(100 * DIMMED)).all()
+        assert (picture[:4, 4:] == round(100 * DIMMED)).all()
+        inside = (1 - TINT) * pixels[0, 0] + 255 * TINT * np.array(colormaps["tab10"](head)[:3])
+        assert np.abs(picture[:4, :4] - inside).max() <= 0.51
+    assert not np.array_equal(*pictures)
+
+
+def test_heads_are_tiles_row_by_row():
+    maps = torch.zeros(5, 2, 2)
+    maps[4, 1, 1] = 1
+    picture = heads_picture(maps, (20, 31))
+    assert picture.shape == (20, 31, 3)
+    bright = np.argwhere((picture == colour(1)).all(2))
+    assert bright.min(0).tolist() == [15, 15]  # 2 rows of 3 tiles of 10 x 10
+    assert bright.max(0).tolist() == [19, 19]
+    assert heads_picture(maps, (1, 1)).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_contact_sheet_has_a_column_a_map_and_a_row_of_masks(tmp_path, masked):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    sizes = []
+    for count in (3, 5):
+        maps = torch.rand(count, 4, 6)
+        masks = maps > 0.5 if masked else None
+        draw_heads(picture, maps, masks, tmp_path / "heads.png", title="a title")
+        with Image.open(tmp_path / "heads.png") as image:
+            image.load()
+            sizes.append(image.size)
+    assert sizes[1][0] - sizes[0][0] == 2 * 165
+    assert (sizes[0][1] > 250) == masked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_picture_opens_and_has_a_row_for_each_image(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    shapes = {}
+    for rows in (1, 2):
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(rows)
+        ]
+        path = tmp_path / f"{rows}.png"
+        draw_attention(pictures, torch.rand(rows, 3, 4, 4).to(dtype), path, title="a title")
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            image.load()
+            shapes[rows] = image.size
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    assert shapes[1][0] == shapes[2][0]
+    assert shapes[2][1] - shapes[1][1] == math.floor(1.25 * 120)
+
+
+def test_pictures_and_maps_must_be_as_many(tmp_path):
+    with pytest.raises(ValueError, match="zip"):
+        draw_attention([Image.new("RGB", (8, 8))], torch.rand(2, 3, 4, 4), tmp_path / "x.png")

@@ -1,0 +1,143 @@
+"""fastdino.data.loader_dali: crops by DALI's operators, near the paper's."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+
+from fastdino.augmentation import pillow
+from fastdino.data import draw_crops
+from fastdino.data.image_source import scan_images
+from fastdino.data.sampler import EpochPlan
+from tests.loaders import (
+    HAS_DALI,
+    assert_same,
+    levels,
+    make_config,
+    odd_folder,
+    photo,
+    run_script,
+    undrawn,
+)
+
+pytestmark = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_breaks_after_the_scan_does_not_crash_dali(tmp_path, workers):
+    for n in range(192):
+        photo(n, (64, 48)).save(tmp_path / f"{n:03}.jpg")
+    code = """
+source = t.scan_images(sys.argv[1])
+config = t.make_config(crops="dali", batch_size_per_gpu=64, num_workers=int(sys.argv[2]))
+loader = t.build_loader(config, source)
+for index in (5, 6, 100, 191):
+    t.Path(source.paths[index]).write_text("bad")
+print(len(list(loader.epoch(0))), len(loader.skipped))
+loader.close()
+"""
+    done = run_script(code, tmp_path, workers)
+    assert (done.returncode, done.stdout) == (0, "3 4\n"), done.stderr
+
+
+def test_odd_files_are_the_same_pictures_for_dali(tmp_path, build, monkeypatch):
+    odd_folder(tmp_path)
+    (tmp_path / "k" / "huge.png").unlink()
+    undrawn(monkeypatch)
+    source = scan_images(tmp_path)
+    exact, near = (
+        next(iter(build(source, crops=crops, batch_size_per_gpu=17).epoch(0)))
+        for crops in ("torchvision", "dali")
+    )
+    order = build(source, batch_size_per_gpu=17)._plan.batches(0, 0)[0]
+    for b, index in enumerate(order):
+        for n in range(4):
+            assert levels(exact[n][b], near[n][b]) < 0.5, source.paths[index]
+
+
+def test_dali_crops_are_those_of_the_loader(photos, build):
+    dali = importlib.import_module("fastdino.data.loader_dali")
+    batch = next(iter(build(photos, crops="dali").epoch(3)))
+    order = EpochPlan(len(photos), 4, 0, 0, 1).batches(3, 0)[0]
+    images = [np.asarray(photos.read_rgb(index)) for index in order]
+    drawn = draw_crops(make_config(), 3, order, [image.shape[:2] for image in images])
+    ours = dali.dali_crops(images, list(zip(drawn, (48, 24), strict=True)))
+    assert_same([batch], [[crop for crops in ours for crop in crops.unbind(1)]])
+
+
+def test_what_only_pillow_decodes_is_handed_to_dali(photos, build, monkeypatch, tmp_path):
+    dali = importlib.import_module("fastdino.data.loader_dali")
+    undrawn(monkeypatch)
+    for n in range(5):
+        photo(n).save(tmp_path / f"{n}.png")
+    odd = tmp_path / "5.png"
+    photo(9).save(odd, format="GIF")
+    source = scan_images(tmp_path)
+    assert len(source) == 6
+    expected = list(build(source, batch_size_per_gpu=3).epoch(0))
+    loader = build(source, crops="dali", batch_size_per_gpu=3)
+    ours = list(loader.epoch(0))
+    assert isinstance(loader, dali.DaliLoader)
+    assert loader.skipped == {}
+    for batch, other in zip(ours, expected, strict=True):
+        assert all(levels(a, b) < 0.5 for a, b in zip(batch, other, strict=True))
+    assert_same(loader.epoch(0, 1), ours[1:])
+
+
+def both(photos, build, crops=("torchvision", "dali")):
+    sizes = {"global_crops_size": 112, "batch_size_per_gpu": 18}
+    return [next(iter(build(photos, crops=name, **sizes).epoch(0))) for name in crops]
+
+
+@pytest.mark.parametrize(
+    ("kept", "bound"),
+    [
+        ({}, 0.3),
+        ({"flip": None}, 0.3),
+        ({"jitter_factor": (0,)}, 0.8),
+        ({"jitter_factor": (1,)}, 0.8),
+        ({"jitter_factor": (2,)}, 0.8),
+        ({"jitter_factor": (0, 1, 2)}, 2.5),
+        ({"gray": 1}, 0.5),
+        ({"blur_radius": None}, 0.8),
+        ({"blur_radius": 2.0}, 1.6),
+    ],
+    ids=str,
+)
+def test_dali_is_near_pil(photos, build, monkeypatch, kept, bound):
+    undrawn(monkeypatch, **kept)
+    # Pillow's turn by 0 goes through HSV and is lossy; hue is compared on its own.
+    monkeypatch.setattr(pillow, "_JITTER", (*pillow._JITTER[:3], lambda image, _: image))
+    for exact, near in zip(*both(photos, build), strict=True):
+        assert levels(exact, near) < bound
+    if kept:
+        undrawn(monkeypatch)
+        plain = both(photos, build, ["dali"])[0]
+        assert levels(plain[0], near_first(photos, build, monkeypatch, kept)) > 2 * bound
+
+
+def near_first(photos, build, monkeypatch, kept):
+    undrawn(monkeypatch, **kept)
+    return both(photos, build, ["dali"])[0][0]
+
+
+def test_dali_solarizes_the_second_global_crop_as_pil(photos, build, monkeypatch):
+    undrawn(monkeypatch, solarize=1)
+    exact, near = both(photos, build)
+    # Where a level falls on the other side of the threshold, it jumps: rarely.
+    assert levels(exact[1], near[1]) < 0.8
+    undrawn(monkeypatch)
+    assert levels(both(photos, build, ["dali"])[0][1], near[1]) > 20
+
+
+def test_dali_turns_hue_in_the_direction_of_pil(photos, build, monkeypatch):
+    undrawn(monkeypatch, jitter_factor=(3,))
+    exact, near = both(photos, build)
+    turned = pillow._JITTER[3]
+    monkeypatch.setattr(
+        pillow, "_JITTER", (*pillow._JITTER[:3], lambda i, factor: turned(i, -factor))
+    )
+    opposite = both(photos, build, ["torchvision"])[0]
+    assert levels(exact[0], near[0]) < 0.7 * levels(opposite[0], near[0])

@@ -1,0 +1,295 @@
+"""fastdino.data.loader_fused: the paper's crops, exact, whoever decodes and whatever streams do."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from fastdino.augmentation.params import draw_crops
+from fastdino.data import loader_fused
+from fastdino.data.image_source import scan_images
+from fastdino.data.loader import build_loader
+from tests.loaders import (
+    HAS_DALI,
+    assert_same,
+    break_files,
+    levels,
+    make_config,
+    needs_dali,
+    odd_folder,
+    photo,
+    undrawn,
+)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_fused_crops_are_torchvisions_bit_for_bit(tmp_path, build):
+    (odd_folder(tmp_path) / "huge.png").unlink()
+    for n in range(19):
+        photo(n, (100 + n, 75 + 3 * n)).save(tmp_path / "k" / f"{n:02}.jpg", quality=92)
+    source = scan_images(tmp_path)
+    options = {"global_crops_size": 96, "local_crops_size": 40, "local_crops_number": 4}
+    options["batch_size_per_gpu"] = 6
+    exact = build(source, crops="torchvision", **options)
+    ours = [build(source, crops="fused", decode="pillow", num_workers=1, **options)]
+    if HAS_DALI:
+        ours += [
+            build(source, crops="fused", decode="cpu", num_workers=n, **options) for n in (1, 2)
+        ]
+    break_files(source, [(4, "cut"), (9, "gone"), (30, "text")])
+    for epoch, start in ((0, 0), (1, 0), (1, 4)):
+        expected = list(exact.epoch(epoch, start))
+        assert len(expected) == 6 - start
+        for loader in ours:
+            assert_same(loader.epoch(epoch, start), expected)
+    for loader in ours:
+        assert exact.skipped.keys() == loader.skipped.keys()
+        assert len(loader.skipped) == 3
+
+
+@pytest.mark.parametrize("decode", ["pillow", pytest.param("cpu", marks=needs_dali)])
+def test_the_description_says_who_decodes_and_why(photos, build, decode):
+    description = build(photos, crops="fused", decode=decode, num_workers=1).description
+    assert "1 threads (the paper's crops, exact), decoded by" in description
+    said = {"pillow": ["Pillow", "(asked for)"], "cpu": ["DALI", "on CPU (Pillow's pixels)"]}
+    assert all(part in description for part in said[decode])
+
+
+def test_crops_that_cannot_be_are_refused_on_the_gpu_too(ragged_images):
+    image = ragged_images[-1]
+    params, _ = draw_crops(make_config(), 0, [0], [image.shape[:2]])
+    params.left[0, 1] = image.shape[1]
+    with pytest.raises(ValueError, match=r"must lie inside its image.*crop 1 of images\[0\]"):
+        loader_fused._crops([image], params, 8)
+
+
+class Event:
+    """An event of a stream that gets nowhere until someone waits."""
+
+    def __init__(self, log, number):
+        self.log, self.number = log, number
+
+    def query(self):
+        return ("waited for", self.number) in self.log
+
+    def synchronize(self):
+        self.log.append(("waited for", self.number))
+
+
+@pytest.fixture
+def slow_gpu(monkeypatch):
+    """A GPU that is the CPU, and whose events pass only when they are waited for: its log."""
+    log = []
+
+    def record_event():
+        log.append(("recorded", sum(entry[0] == "recorded" for entry in log)))
+        return Event(log, log[-1][1])
+
+    stream = types.SimpleNamespace(record_event=record_event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    empty = torch.empty
+
+    def pageable(*args, pin_memory=False, **options):
+        if pin_memory:
+            log.append(("pinned", args[0]))
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", pageable)
+    monkeypatch.setattr(loader_fused, "_crops", crops_of_one_pixel)
+    return log
+
+
+def crops_of_one_pixel(pictures, params, size):
+    first = torch.stack([picture[0, 0] for picture in pictures])
+    return first[:, None, :, None, None].expand(-1, params.top.shape[1], 3, size, size).float()
+
+
+def make(maker, pictures):
+    shapes = [tuple(picture.shape[:2]) for picture in pictures]
+    params = draw_crops(make_config(), 0, range(len(pictures)), shapes)
+    return maker.make(pictures, list(zip(params, (4, 2), strict=True))).crops
+
+
+def test_pinned_memory_is_used_again_after_its_copy_and_grows_with_room(slow_gpu):
+    maker = loader_fused._OnGpu(torch.device("cpu", 0))
+    rng = np.random.default_rng(0)
+    for height in (30, 31, 33, 32, 40, 44):
+        pictures = [rng.integers(0, 256, (height, 40, 3), dtype=np.uint8) for _ in range(3)]
+        started = len(slow_gpu)
+        crops = make(maker, pictures)
+        assert [tuple(crop.shape) for crop in crops] == [(3, 3, 4, 4)] * 2 + [(3, 3, 2, 2)] * 2
+        for crop in crops:
+            assert torch.equal(crop[:, :, 0, 0], torch.tensor([list(p[0, 0]) for p in pictures]))
+        if started:  # Of a batch's two events, the first is the copy's.
+            events = [number for what, number in slow_gpu[:started] if what == "recorded"]
+            assert slow_gpu[started] == ("waited for", events[-2])
+    sizes = [size for what, size in slow_gpu if what == "pinned"]
+    assert len(sizes) == 2
+    assert sizes[0] >= 3 * 33 * 40 * 3 > 3 * 30 * 40 * 3
+
+
+def test_a_decoders_pictures_are_held_until_their_crops_are_made(slow_gpu):
+    maker = loader_fused._OnGpu(torch.device("cpu", 0))
+    freed, waiting = [], loader_fused._AHEAD + 1
+    for n in range(5):
+        picture = torch.full((6, 5, 3), n, dtype=torch.uint8)
+        weak = torch._C._WeakTensorRef(picture)
+        freed.append(weak.expired)
+        made = make(maker, [picture, np.full((4, 9, 3), 99, np.uint8)])
+        assert made[0][:, 0, 0, 0].tolist() == [n, 99]
+        del picture
+        expected = [i < n + 1 - waiting for i in range(n + 1)]
+        assert [is_freed() for is_freed in freed] == expected
+        waits = [number for what, number in slow_gpu if what == "waited for"]
+        assert all(2 * i + 1 in waits for i in range(n + 1) if expected[i])
+    maker.close()
+    assert all(is_freed() for is_freed in freed)
+    assert slow_gpu[-1] == ("waited for", 9)
+
+
+def on_gpu(test):
+    for mark in (
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+    ):
+        test = mark(test)
+    return test
+
+
+by_each_decoder = pytest.mark.parametrize(
+    "decode",
+    [
+        "pillow",
+        pytest.param("cpu", marks=needs_dali),
+        pytest.param("gpu", marks=needs_dali),
+    ],
+)
+
+
+@pytest.fixture
+def on_cuda():
+    """build_loader for a GPU, closed when the test ends."""
+    built = []
+
+    def build_one(source, **changes):
+        built.append(build_loader(make_config(crops="fused", **changes), source, device="cuda"))
+        return built[-1]
+
+    yield build_one
+    for loader in built:
+        loader.close()
+
+
+@pytest.fixture
+def dawdling(monkeypatch):
+    """Puts a random wait of up to some 2 ms on the loader's stream before it makes crops."""
+    real, rng = loader_fused._crops, random.Random(0)
+
+    def slow(*args):
+        torch.cuda._sleep(rng.randrange(4_000_000))
+        return real(*args)
+
+    monkeypatch.setattr(loader_fused, "_crops", slow)
+
+
+def spoil(rng):
+    """Fills memory that others have just freed, on the current stream and pinned, and frees it."""
+    for _ in range(4):
+        size = rng.choice([1 << 10, 3 * 48 * 48 * 16, 120_000, 1 << 20])
+        torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+        torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(255)
+
+
+def taken(loader, epoch, rng):
+    """An epoch's crops, copied by streams that lag behind, with all memory spoilt in between."""
+    kept = []
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for batch in loader.epoch(epoch):
+        pass_on = rng.choice(streams)
+        pass_on.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(pass_on):
+            torch.cuda._sleep(rng.randrange(2_000_000))
+            for crop in batch:
+                crop.record_stream(pass_on)
+            kept.append([crop.clone() for crop in batch])
+            spoil(rng)
+        with torch.cuda.stream(loader._maker.stream):
+            spoil(rng)
+        del batch, crop
+        if rng.random() < 0.05:
+            torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    return [[crop.cpu() for crop in crops] for crops in kept]
+
+
+@on_gpu
+@by_each_decoder
+def test_hundreds_of_batches_are_right_whatever_streams_and_allocators_do(
+    photos, build, on_cuda, dawdling, monkeypatch, decode
+):
+    if decode == "gpu":  # Its pixels are near; drawn colours would enlarge what they differ by.
+        undrawn(monkeypatch)
+    rng = random.Random(1)
+    exact = build(photos)
+    loader = on_cuda(photos, decode=decode, num_workers=8)
+    for epoch in range(60):  # of 4 batches
+        expected, ours = list(exact.epoch(epoch)), taken(loader, epoch, rng)
+        if decode != "gpu":
+            assert_same(ours, expected)
+            continue
+        for batch, other in zip(ours, expected, strict=True):
+            for crop, near in zip(batch, other, strict=True):
+                assert all(levels(a, b) < 2 for a, b in zip(crop, near, strict=True)), epoch
+    assert loader.skipped == {}
+
+
+@on_gpu
+@by_each_decoder
+def test_batches_are_right_while_the_main_thread_captures_a_graph(
+    photos, build, on_cuda, dawdling, monkeypatch, decode
+):
+    if decode == "gpu":
+        undrawn(monkeypatch)
+    expected = list(build(photos).epoch(0))
+    loader = on_cuda(photos, decode=decode, num_workers=4)
+    static = torch.ones(64, 64, device="cuda") * 1.0
+    for _ in range(10):
+        kept, graphs = [], []
+        for batch in loader.epoch(0):
+            kept.append([crop.clone() for crop in batch])
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = static
+                for _ in range(300):  # milliseconds, in which the loader prepares further batches
+                    out = out * 1.0
+            graphs.append((graph, out))
+        for graph, out in graphs:
+            graph.replay()
+            assert torch.equal(out.cpu(), static.cpu())
+        for batch, other in zip(kept, expected, strict=True):
+            for crop, near in zip(batch, other, strict=True):
+                if decode == "gpu":
+                    assert levels(crop.cpu(), near) < 2
+                else:
+                    assert torch.equal(crop.cpu(), near)
+
+
+@on_gpu
+def test_crops_on_a_gpu_are_torchvisions_with_odd_and_broken_files(tmp_path, build, on_cuda):
+    (odd_folder(tmp_path) / "huge.png").unlink()
+    source = scan_images(tmp_path)
+    exact = build(source, crops="torchvision", batch_size_per_gpu=4)
+    loader = on_cuda(source, batch_size_per_gpu=4, num_workers=2)
+    break_files(source, [(4, "cut"), (9, "gone")])
+    for epoch in range(3):
+        assert_same([[c.cpu() for c in batch] for batch in loader.epoch(epoch)], exact.epoch(epoch))
+    assert exact.skipped.keys() == loader.skipped.keys()

@@ -1,0 +1,205 @@
+"""What a run says: log.txt, the bar, the warnings of a collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+
+from fastdino.training.logging import Progress
+
+STEPS, EPOCHS, K = 4, 3, 64
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(monkeypatch):
+    """Its import takes seconds; a machine without it must do anyway."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+@pytest.fixture
+def progress(tmp_path):
+    """Makes the Progress of a run of 3 epochs of 4 steps of 16 images."""
+    made = []
+
+    def make(**settings):
+        sizes = {"epochs": EPOCHS, "steps_per_epoch": STEPS, "images_per_step": 16}
+        one = Progress(tmp_path, **{**sizes, "prototypes": K, **settings})
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.__exit__(None, None, None)
+
+
+def values_of(iteration):
+    return {"loss": 4.0 + math.sin(iteration), "lr": 1e-3 * iteration, "wd": 0.04}
+
+
+def take(progress, iterations):
+    """Steps as a run with --print_freq 2 takes them, an epoch's line at its end."""
+    for i in iterations:
+        entropy = 3.0 + 0.1 * math.cos(i) if i % 2 == 0 else None
+        progress.step(i, values_of(i), entropy=entropy)
+        if (i + 1) % STEPS == 0:
+            progress.end_epoch(i // STEPS, images_per_second=100.0)
+
+
+def lines_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+
+
+def test_an_epochs_line_has_the_papers_keys_and_the_means(progress, tmp_path):
+    run = progress()
+    run.restart(0, None)
+    take(run, range(2 * STEPS))
+    lines = lines_of(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert list(lines[0])[:3] == ["train_loss", "train_lr", "train_wd"]
+    assert set(lines[0]) - set(list(lines[0])[:3]) == {
+        "train_entropy", "train_kl", "epoch", "images_per_second"}  # fmt: skip
+    for epoch, line in enumerate(lines):
+        steps = range(epoch * STEPS, (epoch + 1) * STEPS)
+        losses = [values_of(i)["loss"] for i in steps]
+        assert line["train_loss"] == pytest.approx(sum(losses) / STEPS)
+        entropies = {i: 3.0 + 0.1 * math.cos(i) for i in steps if i % 2 == 0}
+        assert line["train_entropy"] == pytest.approx(sum(entropies.values()) / 2)
+        kls = [values_of(i)["loss"] - entropy for i, entropy in entropies.items()]
+        assert line["train_kl"] == pytest.approx(sum(kls) / 2)
+
+
+def test_a_resumed_run_drops_the_lines_beyond_it_and_a_half_written_one(progress, tmp_path):
+    whole = [json.dumps({"train_loss": 5.0 - epoch, "epoch": epoch}) for epoch in range(3)]
+    text = "\n".join(whole) + '\n{"train_loss": 1.0, "epo'
+    (tmp_path / "log.txt").write_text(text)
+    progress().restart(2 * STEPS + 1, None)
+    assert (tmp_path / "log.txt").read_text() == "\n".join(whole[:2]) + "\n"
+    run = progress()
+    run.restart(STEPS, None)
+    take(run, range(STEPS, 2 * STEPS))
+    assert [line["epoch"] for line in lines_of(tmp_path)] == [0, 1]
+    assert lines_of(tmp_path)[1]["train_loss"] != 4.0, "the line of the run that goes on"
+
+
+@pytest.mark.parametrize("at", [STEPS + 1, STEPS + 3, 2 * STEPS])
+def test_a_resumed_epochs_means_are_those_of_an_unbroken_one(progress, tmp_path, at):
+    run = progress()
+    run.restart(0, None)
+    take(run, range(EPOCHS * STEPS))
+    whole = (tmp_path / "log.txt").read_text()
+    run.restart(0, None)
+    assert (tmp_path / "log.old.txt").read_text() == whole
+    take(run, range(at))
+    state = json.loads(json.dumps(run.state_dict()))
+    take(run, range(at, at + 1))  # beyond what was saved: it comes again
+    resumed = progress()
+    resumed.restart(at, state)
+    take(resumed, range(at, EPOCHS * STEPS))
+    assert (tmp_path / "log.txt").read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0099, "the teacher puts all its weight on one prototype"),
+        (0.9951, "the teacher is uniform over the prototypes"),
+    ],
+)
+def test_a_collapse_is_warned_of_once_an_epoch(progress, capsys, share, text):
+    run = progress()
+    run.restart(0, None)
+    for i in range(2 * STEPS):
+        run.step(i, values_of(i), entropy=share * math.log(K))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for epoch, warning in enumerate(warnings, start=1):
+        assert warning.startswith(f"warning: epoch {epoch}: {text}")
+        assert f"of {math.log(K):.2f} nats): the training is collapsing" in warning
+        assert "--teacher_temp" in warning
+
+
+@pytest.mark.parametrize("share", [0.0101, 0.5, 0.9949])
+def test_a_healthy_entropy_is_not_warned_of(progress, capsys, share):
+    run = progress()
+    run.restart(0, None)
+    run.step(0, values_of(0), entropy=share * math.log(K))
+    assert capsys.readouterr().err == ""
+
+
+def test_both_collapses_in_one_epoch_are_both_named(progress, capsys):
+    run = progress()
+    run.restart(0, None)
+    for i, entropy in enumerate((0.0, math.log(K), 0.0, math.log(K))):
+        run.step(i, values_of(i), entropy=entropy)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_one_prototype_cannot_collapse(progress, capsys):
+    run = progress(prototypes=1)
+    run.restart(0, None)
+    run.step(0, values_of(0), entropy=0.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(progress, capsys):
+    run = progress()
+    run.restart(0, None)
+    take(run, range(2 * STEPS))
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    first, second = captured.out.splitlines()
+    assert first.startswith(f"epoch 1/{EPOCHS}: loss 4.")
+    assert second.startswith(f"epoch 2/{EPOCHS}: ")
+    for part in ("lr 0.0015", "wd 0.04", "entropy 3.029", "kl 1.4"):
+        assert part in first
+
+
+def test_a_terminal_has_a_bar_and_no_line_an_epoch(progress, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = progress()
+    run.restart(STEPS, None)
+    run.step(STEPS, {"loss": 4.0, "lr": 2e-3, "wd": 0.04}, entropy=3.25)
+    run.say("a line of the run")
+    run.warn("something odd")
+    for i in range(STEPS + 1, 2 * STEPS):
+        run.step(i, values_of(i))
+    run.end_epoch(1)
+    run.__exit__(None, None, None)
+    captured = capsys.readouterr()
+    assert captured.out.strip("\r\n ") == "a line of the run"
+    assert "warning: something odd" in captured.err
+    shown = captured.err.split("\r")
+    with_values = [text for text in shown if "images/s" in text]
+    for part in (f"epoch 2/{EPOCHS}", "loss 4.000, lr 2.00e-03",
+                 f"teacher entropy 3.25/{math.log(K):.2f}", "KL 0.750"):  # fmt: skip
+        assert part in with_values[0]
+    assert any(f"|{2 * STEPS}/{EPOCHS * STEPS} " in text for text in shown)
+
+
+def test_a_process_that_does_not_report_writes_nothing(progress, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (tmp_path / "log.txt").write_text('{"epoch": 7}\n')
+    run = progress(enabled=False)
+    with run:
+        run.restart(0, None)
+        run.say("hello")
+        run.warn("oh")
+        run.step(0, values_of(0), entropy=0.0)
+        take(run, range(1, 2 * STEPS))
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 7}\n'
+
+
+def test_every_process_counts_the_same_steps(progress):
+    """So that state_dict is whole whichever process saves it."""
+    runs = [progress(), progress(enabled=False)]
+    for run in runs:
+        run.restart(0, None)
+        take(run, range(STEPS + 2))
+    assert runs[0].state_dict() == runs[1].state_dict()
+    assert runs[0].state_dict()["counts"] == {"loss": 2, "lr": 2, "wd": 2, "entropy": 1, "kl": 1}

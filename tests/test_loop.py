@@ -1,0 +1,504 @@
+"""Whole runs: what they write, how they stop, how they go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdino import Trainer, checkpoint, cli
+from fastdino.config import TrainConfig
+from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+from fastdino.signals import EXIT_INTERRUPTED
+from fastdino.training.loop import MAX_ROLLBACKS, train
+from tests.processes import run_two
+
+STEPS = 4  # an epoch, of the fixture `pictures`
+
+
+@pytest.fixture
+def config(tiny, pictures, tmp_path):
+    """Makes the config of a run on `pictures`, into tmp_path/run."""
+
+    def make(**overrides):
+        settings = {
+            "data_path": str(pictures),
+            "output_dir": str(tmp_path / "run"),
+            "drop_path_rate": 0.2,
+            "print_freq": 2,
+        }
+        return tiny(**(settings | overrides))
+
+    return make
+
+
+def weights_of(run):
+    return checkpoint.load(run / "checkpoint.pth")
+
+
+def losses_of(run):
+    return [json.loads(line)["train_loss"] for line in (run / "log.txt").read_text().splitlines()]
+
+
+def assert_same_run(run, other):
+    ours, theirs = weights_of(run), weights_of(other)
+    for key in ("student", "teacher", "dino_loss"):
+        for name, tensor in ours[key].items():
+            assert torch.equal(tensor, theirs[key][name]), f"{key} {name}"
+    for index, moments in ours["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, theirs["optimizer"]["state"][index][name])
+    assert losses_of(run) == losses_of(other)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the step of an iteration get a signal while it runs."""
+    step = Trainer.train_step
+
+    def at(iteration, number=signal.SIGTERM):
+        def stopped(self, crops):
+            if self.iteration == iteration:
+                monkeypatch.setattr(Trainer, "train_step", step)
+                os.kill(os.getpid(), number)
+            return step(self, crops)
+
+        monkeypatch.setattr(Trainer, "train_step", stopped)
+
+    return at
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the crops of some iterations NaN: `times` times, or for ever."""
+
+    def at(iterations, times=math.inf):
+        step, left = Trainer.train_step, dict.fromkeys(iterations, times)
+
+        def poisoned(self, crops):
+            if left.get(self.iteration, 0) > 0:
+                left[self.iteration] -= 1
+                crops = [crop * math.nan for crop in crops]
+            return step(self, crops)
+
+        monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+    return at
+
+
+def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp_path, capsys):
+    assert train(config(saveckp_freq=2)) == "finished"
+    run = tmp_path / "run"
+    assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
+            "tensorboard", ".lock", "images.npz"} == set(os.listdir(run))  # fmt: skip
+    state = weights_of(run)
+    assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
+    assert state["epoch"] == 3
+    assert state["args"]["arch"] == "vit_nano"
+    assert "backbone.blocks.0.attn.qkv.weight" in state["student"]
+    assert "head.last_layer.weight_v" in state["teacher"]
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert {"train_loss", "train_lr", "train_wd"} <= set(lines[0])
+    assert lines[0]["train_kl"] > 0
+    saved = json.loads((run / "config.json").read_text())
+    assert TrainConfig.from_dict(saved["config"]) == config(saveckp_freq=2)
+    assert saved["resolved"]["attention"]["name"] == "sdpa"
+    assert (saved["resolved"]["packing"], saved["resolved"]["last_block"]) == (True, "cls")
+    assert any(name.startswith("events") for name in os.listdir(run / "tensorboard"))
+    out = capsys.readouterr().out.splitlines()
+    for part in (
+        "vit_nano on cpu", "attention: sdpa (", "packing: on (", "kernels: torch",
+        "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)", "4 steps an epoch",
+    ):  # fmt: skip
+        assert part in out[0]
+    assert len(out) == 1 + 3  # not a terminal: the headline and a line an epoch
+
+
+def test_a_finished_run_is_left_as_it_is(config, tmp_path):
+    train(config())
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    assert train(config()) == "finished"
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [1, STEPS - 1, STEPS + 2])
+def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, interrupt, at):
+    assert train(config(output_dir=str(tmp_path / "whole"))) == "finished"
+    interrupt(at, signal.SIGINT if at == 1 else signal.SIGTERM)
+    assert train(config()) == "interrupted"
+    assert weights_of(tmp_path / "run")["iteration"] == at + 1
+    assert train(config()) == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupted_command_has_its_own_exit_status(config, tmp_path, interrupt, pictures):
+    interrupt(1)
+    flags = {**config().to_dict(), "data_path": str(pictures)}
+    line = ["train"]
+    for name, value in flags.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    assert cli.main(line) == EXIT_INTERRUPTED == 75
+    assert cli.main(line) == 0
+
+
+def _train_in_child(settings):
+    train(TrainConfig.from_dict(settings))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_path):
+    assert train(config(output_dir=str(tmp_path / "whole"), epochs=4)) == "finished"
+    settings = config(epochs=4, saveckp_every_steps=1).to_dict()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fastdino.training.loop", "fastdino.data.loader_torchvision"])
+    path, moment, kills = tmp_path / "run" / "checkpoint.pth", random.Random(0), 0
+
+    def saved():
+        return path.stat().st_ino if path.exists() else None
+
+    while True:
+        child = server.Process(target=_train_in_child, args=(settings,))
+        child.start()
+        # Two saves at least, so that it gets on; then anywhere in a step or in a save.
+        for _ in range(2):
+            before = saved()
+            while child.is_alive() and saved() == before:
+                time.sleep(0.001)
+        child.join(moment.uniform(0, 0.3))
+        if kills == 5:  # enough: this one may end
+            child.join()
+        if child.exitcode is not None:
+            break
+        child.kill()
+        child.join()
+        kills += 1
+        checkpoint.load(path)
+    assert child.exitcode == 0
+    assert kills >= 2
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_try(config, tmp_path, poison):
+    poison([STEPS + 1])
+    with pytest.raises(NonFiniteError) as error:
+        train(config())
+    for part in ("the loss is nan at iteration 5", "checkpoint.pth", "--lr", "--on_nonfinite"):
+        assert part in str(error.value)
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def test_rollback_goes_back_and_leaves_the_batch_out(config, tmp_path, poison, capsys):
+    poison([STEPS + 1])
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    state = weights_of(tmp_path / "run")
+    assert state["left_out"] == [STEPS + 1]
+    assert state["iteration"] == 3 * STEPS
+    assert len(losses_of(tmp_path / "run")) == 3
+    assert all(map(math.isfinite, losses_of(tmp_path / "run")))
+    assert "back to iteration 4; the batch of iteration 5 will be left out" in (
+        capsys.readouterr().err
+    )
+
+
+def test_rollback_in_the_first_epoch_has_a_checkpoint_to_go_to(config, tmp_path, poison):
+    poison([0])
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    assert weights_of(tmp_path / "run")["left_out"] == [0]
+
+
+def test_rollback_gives_up_where_it_does_not_help(config, poison):
+    poison(range(1, 3 * STEPS))
+    with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} returns"):
+        train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """Makes the weights overflow in the update of an iteration, once."""
+
+    def at(iteration):
+        step, done = Trainer.train_step, []
+
+        def overflowing(self, crops):
+            loss = step(self, crops)
+            if self.iteration == iteration + 1 and not done:
+                done.append(True)
+                next(self.student.parameters()).data.fill_(math.inf)
+            return loss
+
+        monkeypatch.setattr(Trainer, "train_step", overflowing)
+
+    return at
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, overflow):
+    overflow(2 * STEPS - 1)
+    with pytest.raises(NonFiniteError, match=r"student.backbone.* is not finite.*--lr"):
+        train(config())
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def test_rollback_from_weights_that_are_not_finite_leaves_out_the_last_batch(
+    config, tmp_path, overflow
+):
+    overflow(2 * STEPS - 1)
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    assert weights_of(tmp_path / "run")["left_out"] == [2 * STEPS - 1]
+
+
+def _train(settings):
+    train(TrainConfig.from_dict(settings))
+
+
+@pytest.mark.parametrize(
+    ("grad_accum", "optimizer", "fsdp"),
+    [(1, "adamw", False), (2, "adamw", False), (1, "lars", True)],
+)
+def test_two_processes_with_half_the_batch_give_the_losses_of_one(
+    config, tmp_path, grad_accum, optimizer, fsdp
+):
+    settings = {"drop_path_rate": 0.0, "optimizer": optimizer}
+    train(config(**settings, output_dir=str(tmp_path / "one")))
+    parts = {"batch_size_per_gpu": 2 // grad_accum, "grad_accum": grad_accum, "fsdp": fsdp}
+    two = config(**settings, **parts)
+    run_two(_train, two.to_dict())
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-4)
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "one")
+    torch.testing.assert_close(
+        ours["dino_loss"]["center"], theirs["dino_loss"]["center"], rtol=1e-3, atol=1e-4
+    )
+    assert len(ours["generators"]) == 2
+
+
+def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs(config, tmp_path):
+    one, two, then = (tmp_path / name for name in ("one", "two", "then"))
+    settings = {"drop_path_rate": 0.0, "epochs": 3, "saveckp_freq": 1}
+    train(config(**settings, output_dir=str(one)))
+    for start in (two, then):
+        start.mkdir()
+    shutil.copy(one / "checkpoint0000.pth", two / "checkpoint.pth")
+    sharded = config(**settings, output_dir=str(two), batch_size_per_gpu=1, grad_accum=2, fsdp=True)
+    run_two(_train, sharded.to_dict())
+    shutil.copy(two / "checkpoint0001.pth", then / "checkpoint.pth")
+    train(config(**settings, output_dir=str(then)))
+    assert losses_of(two) == pytest.approx(losses_of(one)[1:], rel=2e-4)
+    assert losses_of(then) == pytest.approx(losses_of(one)[2:], rel=2e-4)
+    for key, rows in weights_of(one)["student"].items():
+        torch.testing.assert_close(weights_of(two)["student"][key], rows, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"fsdp": True}, ConfigError, "--fsdp true shards over processes, and there is one"),
+        ({"data_path": "/nowhere"}, DataError, "there is no folder /nowhere"),
+        ({"batch_size_per_gpu": 32}, DataError, "--batch_size_per_gpu"),
+        ({"arch": "vit_smal"}, ConfigError, "did you mean vit_small"),
+        ({"output_dir": "/dev/null/run"}, CheckpointError, "--output_dir /dev/null/run"),
+        ({"attention": "xformers"}, ConfigError, "--attention xformers cannot run"),
+    ],
+)
+def test_mistakes_are_named_before_the_run(config, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        train(config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out_dim": 32}, r"cannot resume .*weight_g is \(64, 1\), expected \(32, 1\)"),
+        ({"arch": "vit_tiny"}, "cannot resume .*weights are of another network"),
+        ({"batch_size_per_gpu": 2}, "4 steps an epoch, this one has 9"),
+    ],
+)
+def test_resuming_with_other_settings_says_which(config, tmp_path, settings, message):
+    train(config(epochs=1))
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(config(epochs=2, **settings))
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+def test_resuming_with_another_optimizer_is_refused_and_another_lr_is_said(
+    config, tmp_path, capsys
+):
+    train(config(epochs=1))
+    with pytest.raises(CheckpointError, match="--optimizer"):
+        train(config(epochs=1, optimizer="sgd"))
+    train(config(epochs=2, lr=0.01))
+    assert "other settings: --epochs 2 (was 1), --lr 0.01 (was 0.05)" in capsys.readouterr().err
+
+
+def test_a_log_of_another_run_is_kept_aside(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").write_text("notes of mine")
+    train(config(epochs=1))
+    assert (run / "log.old.txt").read_text() == "notes of mine"
+    assert len(losses_of(run)) == 1
+
+
+def test_two_runs_in_one_folder_are_refused(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another run is writing there"):
+            train(config())
+        other.communicate(b"\n")
+    assert train(config(epochs=1)) == "finished"
+
+
+def test_the_same_signal_passed_on_by_a_launcher_does_not_kill(config, monkeypatch):
+    step = Trainer.train_step
+
+    def stopped(self, crops):
+        if self.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, crops)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    assert train(config()) == "interrupted"
+
+
+def test_srun_without_torchrun_is_refused(config, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match="torchrun"):
+        train(config())
+
+
+def test_an_unknown_kernel_implementation_is_named(config, monkeypatch):
+    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
+    with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of .*'abacus'"):
+        train(config())
+
+
+def test_the_public_function_is_there_again_and_again():
+    code = (
+        "import fastdino; fastdino.train; import fastdino.training.loop; "
+        "assert callable(fastdino.train)"
+    )
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "kernels"))
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+
+
+def test_a_truncated_checkpoint_is_an_error_and_stays(config, tmp_path):
+    train(config(epochs=1))
+    path = tmp_path / "run" / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        train(config())
+    assert path.stat().st_size == 1000
+
+
+def test_running_out_of_memory_names_the_flags(config, monkeypatch):
+    def full(self, crops):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(UserError, match=r"lower --batch_size_per_gpu \(now 4\).*--grad_accum"):
+        train(config())
+
+
+def test_broken_images_are_skipped_counted_and_named(config, tmp_path, pictures, capsys):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
+        (folder / f"{i}.jpg").write_bytes(path.read_bytes())
+    (folder / "broken.jpg").write_text("not a picture")
+    settings = {"data_path": str(folder.parent), "epochs": 1}
+    train(config(**settings, max_bad_share=0.1))
+    captured = capsys.readouterr()
+    assert "18 images (1 skipped)" in captured.out
+    assert "broken.jpg" in captured.err
+    line = json.loads((tmp_path / "run" / "log.txt").read_text())
+    assert line["skipped_images"] == 1
+    with pytest.raises(DataError, match="max_bad_share"):
+        train(config(**settings, max_bad_share=0.01, output_dir=str(tmp_path / "other")))
+
+
+def test_resuming_with_other_images_is_said(config, tmp_path, pictures, capsys, interrupt):
+    images = tmp_path / "images"
+    shutil.copytree(pictures, images)
+    interrupt(1)
+    assert train(config(data_path=str(images))) == "interrupted"
+    state = weights_of(tmp_path / "run")
+    assert state["images"]["number"] == 18
+    images.rename(tmp_path / "moved")
+    assert train(config(data_path=str(tmp_path / "moved"), epochs=1)) == "finished"
+    assert "other images" not in capsys.readouterr().err
+    (tmp_path / "moved" / "class0" / "00.jpg").rename(tmp_path / "moved" / "class0" / "aa.jpg")
+    assert train(config(data_path=str(tmp_path / "moved"), epochs=2)) == "finished"
+    captured = capsys.readouterr()
+    assert "resuming with other images: 18 with fingerprint" in captured.err
+    assert f"(was 18 with {state['images']['fingerprint']}" in captured.err
+    assert "1 of 18 are new or changed and were looked at" in captured.out
+
+
+def test_a_run_on_shards_is_the_run_on_the_folder(config, tmp_path, pictures, make_tar, interrupt):
+    files = sorted(pictures.rglob("*.jpg"))
+    for n, part in enumerate((files[:7], files[7:])):
+        make_tar(tmp_path / "shards" / f"s-{n}.tar", {p.name: p.read_bytes() for p in part})
+    shards = config(data_path=str(tmp_path / "shards" / "s-{0..1}.tar"), epochs=2)
+    interrupt(STEPS + 1)
+    assert train(shards) == "interrupted"
+    assert train(shards) == "finished"
+    assert train(config(output_dir=str(tmp_path / "folder"), epochs=2)) == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "folder")
+
+
+def test_a_padded_epoch_takes_up_every_image(config, tmp_path, capsys):
+    assert train(config(epochs=1, last_batch="pad")) == "finished"
+    assert "5 steps an epoch" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, capsys, interrupt):
+    train(config(epochs=1, seed=5, output_dir=str(tmp_path / "before")))
+    path = tmp_path / "before" / "checkpoint.pth"
+    start = checkpoint.load(path)["teacher"]
+    interrupt(1)
+    settings = {"init_from": str(path), "lr": 0.0, "weight_decay": 0.0, "weight_decay_end": 0.0}
+    fresh = Trainer(config(**settings), STEPS).student.state_dict()
+    assert train(config(**settings)) == "interrupted"
+    for key in ("student", "teacher"):  # two steps of lr 0: what the run began with
+        for name, tensor in weights_of(tmp_path / "run")[key].items():
+            wanted = start if name.startswith("backbone.") else fresh
+            torch.testing.assert_close(tensor, wanted[name])
+    assert (
+        f"backbone of {path} (teacher) in student and teacher; new heads" in capsys.readouterr().out
+    )
+    path.unlink()  # no longer needed
+    assert train(config(**settings)) == "finished"
+    captured = capsys.readouterr()
+    assert "--init_from is passed over: it is for the start of a run" in captured.out
+    assert "other settings" not in captured.err
+
+
+def test_a_backbone_of_other_shapes_is_named_before_the_first_step(config, tmp_path):
+    train(config(epochs=1, output_dir=str(tmp_path / "before")))
+    path = str(tmp_path / "before" / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight is \(96, 3, 8, 8\), exp"):
+        train(config(init_from=path, patch_size=16))
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()

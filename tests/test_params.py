@@ -1,0 +1,232 @@
+"""fastdino.augmentation.params: what is drawn, from where, and with which distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from fastdino.augmentation import params as crops_module
+from fastdino.augmentation.params import CropParams, draw_crops, philox4x32
+
+ONES = 0xFFFFFFFF
+
+
+def make_config(**changes):
+    values = {
+        "seed": 0,
+        "global_crops_scale": (0.4, 1.0),
+        "local_crops_scale": (0.05, 0.4),
+        "local_crops_number": 8,
+    }
+    return types.SimpleNamespace(**(values | changes))
+
+
+def draw(n, size=(375, 500), epoch=0, **changes):
+    return draw_crops(make_config(**changes), epoch, np.arange(n), np.tile(size, (n, 1)))
+
+
+def assert_equal(one: CropParams, other: CropParams):
+    for field in dataclasses.fields(CropParams):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(a, b), field.name
+
+
+def pick(params: CropParams, rows, columns=slice(None)):
+    fields = dataclasses.fields(CropParams)
+    return CropParams(**{f.name: getattr(params, f.name)[rows][:, columns] for f in fields})
+
+
+def ks(a, b):
+    """Kolmogorov-Smirnov distance of two samples; the bound fails one honest draw in 10^4."""
+    a, b = np.sort(np.asarray(a, float)), np.sort(np.asarray(b, float))
+    points = np.concatenate([a, b])
+    cdf_a = np.searchsorted(a, points, side="right") / len(a)
+    cdf_b = np.searchsorted(b, points, side="right") / len(b)
+    return np.abs(cdf_a - cdf_b).max() / (2.23 * math.sqrt(1 / len(a) + 1 / len(b)))
+
+
+def ks_uniform(a, low, high):
+    grid = np.linspace(low, high, 200_000)
+    assert a.min() >= np.float32(low)
+    assert a.max() <= np.float32(high)
+    return ks(a, grid)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+    assert tuple(philox4x32(np.array(counter, dtype=np.uint64), key)) == words
+    many = philox4x32(np.tile(np.array(counter, dtype=np.uint64), (2, 3, 1)), key)
+    assert (many == np.array(words, dtype=np.uint64)).all()
+
+
+def test_fields_have_the_promised_shapes_and_dtypes():
+    for params, n in zip(draw(3, local_crops_number=5), (2, 5), strict=True):
+        for field in dataclasses.fields(CropParams):
+            tensor = getattr(params, field.name)
+            assert tensor.shape == ((3, n, 4) if "_order" in field.name else tensor.shape)
+            assert tensor.shape[:2] == (3, n)
+        for name in ("top", "left", "height", "width", "jitter_order"):
+            assert getattr(params, name).dtype == torch.int32
+        for name in ("flip", "jitter", "gray", "solarize"):
+            assert getattr(params, name).dtype == torch.bool
+        assert params.jitter_factor.dtype == params.blur_radius.dtype == torch.float32
+        assert params.jitter_factor.shape == (3, n, 4)
+        assert (params.jitter_order.sort(dim=-1).values == torch.arange(4)).all()
+
+
+def test_crops_of_a_sample_depend_on_nothing_else_in_the_batch():
+    ids, sizes = np.array([7, 3, 90_000, 3]), np.array([[60, 80], [375, 500], [9, 9], [375, 500]])
+    together = draw_crops(make_config(), 4, ids, sizes)
+    for row in range(4):
+        alone = draw_crops(make_config(), 4, ids[row : row + 1], sizes[row : row + 1])
+        for one, other in zip(together, alone, strict=True):
+            assert_equal(pick(one, slice(row, row + 1)), other)
+
+
+def test_fewer_local_crops_leave_the_others_as_they_were():
+    many, few = draw(4), draw(4, local_crops_number=3)
+    assert_equal(many[0], few[0])
+    assert_equal(pick(many[1], slice(None), slice(0, 3)), few[1])
+    assert draw(4, local_crops_number=0)[1].top.shape == (4, 0)
+
+
+def test_seed_epoch_sample_and_crop_all_change_the_draws():
+    base = draw(1)
+    others = [draw(1, epoch=1), draw(1, seed=1), draw(1, seed=1 << 32), draw(2)]
+    factors = [base[0].jitter_factor[0, n, 0] for n in range(2)]
+    factors += [base[1].jitter_factor[0, n, 0] for n in range(8)]
+    factors += [params.jitter_factor[-1, 0, 0] for params, _ in others]
+    assert len({float(factor) for factor in factors}) == 14
+    assert_equal(draw(2)[1], draw(2)[1])
+
+
+def test_of_sample_gives_the_rows_of_the_tensors():
+    params = draw(2)[1]
+    crop = params.of_sample(1)[5]
+    assert len(params.of_sample(1)) == 8
+    for field in dataclasses.fields(CropParams):
+        assert getattr(crop, field.name) == getattr(params, field.name)[1, 5].tolist()
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 64), (40, 900)])
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_boxes_follow_torchvisions_random_resized_crop(size, kind):
+    n = 3000
+    scale = {"global": (0.4, 1.0), "local": (0.05, 0.4)}[kind]
+    params = draw(n, size, local_crops_number=1)[kind == "local"]
+    torch.manual_seed(0)
+    image = torch.empty(3, *size)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)]
+    )
+    for column, name in enumerate(("top", "left", "height", "width")):
+        assert ks(getattr(params, name)[:, 0], theirs[:, column]) < 1, name
+    area = params.height[:, 0] * params.width[:, 0]
+    assert ks(area, theirs[:, 2] * theirs[:, 3]) < 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (3, 2), (10_000, 10_000)])
+def test_boxes_lie_inside_any_image(size):
+    for params in draw(200, size):
+        assert (params.height >= 1).all()
+        assert (params.width >= 1).all()
+        assert (params.top >= 0).all()
+        assert (params.left >= 0).all()
+        assert (params.top + params.height <= size[0]).all()
+        assert (params.left + params.width <= size[1]).all()
+
+
+def test_where_no_attempt_fits_the_box_is_torchvisions_central_one():
+    wide, tall = draw(50, (10, 1000), local_crops_number=0), draw(50, (1000, 10))
+    image = torch.empty(3, 10, 1000)
+    expected = RandomResizedCrop.get_params(image, [0.4, 1.0], [3 / 4, 4 / 3])
+    for n, name in enumerate(("top", "left", "height", "width")):
+        assert (getattr(wide[0], name) == expected[n]).all()
+    assert (tall[0].height == 13).all()
+    assert (tall[0].top == 493).all()
+
+
+def test_probabilities_are_the_papers():
+    n = 4000
+    global_params, local_params = draw(n, local_crops_number=2)
+
+    def near(drawn, p):
+        return abs(drawn.float().mean().item() - p) <= 4 * math.sqrt(p * (1 - p) / drawn.numel())
+
+    for params in (global_params, local_params):
+        assert near(params.flip, 0.5)
+        assert near(params.jitter, 0.8)
+        assert near(params.gray, 0.2)
+        both = params.flip & params.gray
+        assert near(both, 0.1), "flip and gray are drawn apart"
+    blurred = global_params.blur_radius > 0
+    assert blurred[:, 0].all()
+    assert near(blurred[:, 1], 0.1)
+    assert near(local_params.blur_radius > 0, 0.5)
+    assert not global_params.solarize[:, 0].any()
+    assert near(global_params.solarize[:, 1], 0.2)
+    assert not local_params.solarize.any()
+
+
+def test_factors_and_radii_are_uniform_over_the_papers_ranges():
+    global_params, local_params = draw(4000, local_crops_number=1)
+    ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
+    for n, (low, high) in enumerate(ranges):
+        assert ks_uniform(local_params.jitter_factor[:, 0, n].numpy(), low, high) < 1
+    assert ks_uniform(global_params.blur_radius[:, 0].numpy(), 0.1, 2.0) < 1
+
+
+def test_every_order_of_the_colour_operations_is_as_likely():
+    orders = draw(6000, local_crops_number=0)[0].jitter_order[:, 0]
+    counts = torch.unique(orders, dim=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(4)
+    chi_square = ((counts - 250) ** 2 / 250).sum().item()
+    assert chi_square < 58  # 23 degrees of freedom: one honest draw in 10^4 is above
+
+
+def test_a_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        crops_module, "philox4x32", lambda *args: calls.append(1) or philox4x32(*args)
+    )
+    draw(500)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "sizes", "says"),
+    [
+        ([1, 2], [[3, 4]], "image_sizes"),
+        ([1], [[3, 4, 5]], "image_sizes"),
+        ([1], [[0, 4]], "1 x 1"),
+        ([2**32], [[3, 4]], "sample_ids"),
+        ([-1], [[3, 4]], "sample_ids"),
+    ],
+)
+def test_ids_and_sizes_that_do_not_fit_are_refused(ids, sizes, says):
+    with pytest.raises(ValueError, match=says):
+        draw_crops(make_config(), 0, ids, sizes)
+
+
+@pytest.mark.parametrize(("epoch", "seed"), [(2**32, 0), (-1, 0), (0, 2**64), (0, -1)])
+def test_what_does_not_fit_the_counter_is_refused(epoch, seed):
+    with pytest.raises(ValueError, match="must be from 0 to 2"):
+        draw_crops(make_config(seed=seed), epoch, [1], [[3, 4]])
+    draw_crops(make_config(seed=2**64 - 1), 2**32 - 1, [2**32 - 1], [[3, 4]])

@@ -1,0 +1,157 @@
+"""fastdino.augmentation.pillow: the paper's chain of crops, bit for bit, and its workers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from fastdino.augmentation import pillow
+from fastdino.augmentation.params import draw_crops
+from fastdino.data import loader_torchvision
+from fastdino.data.image_source import ImageSource
+from tests.loaders import assert_same, break_files, make_config, photo
+
+
+class PaperBlur:
+    """GaussianBlur of the paper's utils.py."""
+
+    def __init__(self, p, radius_min, radius_max):
+        self.prob, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def __call__(self, img):
+        if random.random() > self.prob:
+            return img
+        radius = random.uniform(self.radius_min, self.radius_max)
+        return img.filter(ImageFilter.GaussianBlur(radius=radius))
+
+
+class PaperSolarization:
+    """Solarization of the paper's utils.py."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, img):
+        return ImageOps.solarize(img) if random.random() < self.p else img
+
+
+def paper_chain(crop, size):
+    """The paper's Compose, with probabilities 0 or 1 and get_params answering what was drawn."""
+    resized_crop = transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
+    resized_crop.get_params = lambda *_: (crop.top, crop.left, crop.height, crop.width)
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    jitter.get_params = lambda *_: (torch.tensor(crop.jitter_order), *crop.jitter_factor)
+    return transforms.Compose(
+        [
+            resized_crop,
+            transforms.RandomHorizontalFlip(p=float(crop.flip)),
+            transforms.RandomApply([jitter], p=float(crop.jitter)),
+            transforms.RandomGrayscale(p=float(crop.gray)),
+            PaperBlur(float(crop.blur_radius > 0), crop.blur_radius, crop.blur_radius),
+            PaperSolarization(float(crop.solarize)),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def test_crops_equal_the_papers_chain_bit_for_bit():
+    image = photo(0, (300, 200))
+    drawn = draw_crops(make_config(), 0, np.arange(20), np.tile([200, 300], (20, 1)))
+    kinds = set()
+    for params, size in zip(drawn, (224, 96), strict=True):
+        for crop in itertools.chain.from_iterable(params.of_sample(b) for b in range(20)):
+            ours = pillow.make_crop(image, crop, size)
+            assert ours.shape == (3, size, size)
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours, paper_chain(crop, size)(image)), crop
+            kinds |= {("flip", crop.flip), ("jitter", crop.jitter), ("gray", crop.gray)}
+            kinds |= {("blur", crop.blur_radius > 0), ("solarize", crop.solarize)}
+    assert len(kinds) == 10, "every branch was taken"
+
+
+def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
+    config = make_config()
+    loader = build(photos)
+    batch = next(iter(loader.epoch(3)))
+    ids = loader._plan.batches(3, 0)[0]
+    drawn = draw_crops(config, 3, ids, photos.sizes[ids])
+    for b, index in enumerate(ids):
+        image = Image.open(photos.paths[index]).convert("RGB")
+        crops = drawn[0].of_sample(b) + drawn[1].of_sample(b)
+        for n, (crop, size) in enumerate(zip(crops, (48, 48, 24, 24), strict=True)):
+            assert torch.equal(batch[n][b], pillow.make_crop(image, crop, size))
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_each_image_is_decoded_once(photos, build, monkeypatch):
+    decoded = []
+    real = ImageSource.read_rgb
+    monkeypatch.setattr(ImageSource, "read_rgb", lambda self, i: decoded.append(i) or real(self, i))
+    assert len(list(build(photos).epoch(0))) == 4
+    assert len(decoded) == len(set(decoded)) == 16
+
+
+@pytest.mark.parametrize("last_batch", ["paper", "drop", "pad"])
+def test_an_epoch_is_taken_up_by_another_number_of_processes(photos, build, last_batch):
+    settings = {"last_batch": last_batch, "local_crops_number": 0}
+    whole = list(build(photos, batch_size_per_gpu=12, **settings).epoch(1))
+    assert len(whole) == (2 if last_batch == "pad" else 1)
+    for world in (2, 3):
+        parts = [
+            build(photos, rank, world, batch_size_per_gpu=12 // world, **settings)
+            for rank in range(world)
+        ]
+        for start in range(len(whole)):
+            rests = [list(part.epoch(1, start)) for part in parts]
+            for step, expected in enumerate(whole[start:]):
+                for n in range(2):
+                    merged = torch.stack([rest[step][n] for rest in rests], dim=1).flatten(0, 1)
+                    assert torch.equal(merged, expected[n])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_sigterm_leaves_the_workers_to_their_epoch(photos, build):
+    loader = build(photos, num_workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+    workers = loader._loader._iterator._workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 3
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_can_be_spawned(photos, build):
+    assert (
+        len(pickle.loads(pickle.dumps(loader_torchvision._CropDataset(make_config(), photos))))
+        == 18
+    )
+    loader = build(photos, num_workers=1)
+    loader._loader.multiprocessing_context = "spawn"
+    assert_same(loader.epoch(0), build(photos).epoch(0))
+
+
+def test_a_sample_reports_every_broken_file_it_passed_over(breakable):
+    dataset = loader_torchvision._CropDataset(make_config(), breakable)
+    break_files(breakable, [(17, "text"), (0, "text")])
+    for _ in range(2):  # Known ones too: an epoch left early may have kept the first report.
+        assert [index for index, _ in dataset[0, 17][1]] == [17, 0]
+
+
+def test_torchvision_says_what_it_is(photos, build):
+    description = build(photos, crops="torchvision").description
+    assert "torchvision" in description
+    assert "exact" in description
+    assert "DALI" not in description

@@ -1,0 +1,197 @@
+"""fastdino.data.scanning: headers read in parallel, and what of an earlier scan holds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+
+import pytest
+
+from fastdino.data import image_files, manifest, scanning
+from fastdino.data.datasets import registry
+from fastdino.data.image_source import scan_images
+from fastdino.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    root = tmp_path / "data" / "k"
+    root.mkdir(parents=True)
+    for n in range(5):
+        (root / f"{n}.jpg").write_bytes(picture(n, (20 + n, 10)))
+    (root / "5.jpg").write_text("no image")
+    return root.parent
+
+
+@pytest.fixture
+def tars(tmp_path, picture, make_tar):
+    for n in range(3):
+        members = {f"{i}.jpg": picture(10 * n + i, (20 + n, 10 + i)) for i in range(3)}
+        make_tar(tmp_path / "data" / f"c{n}.tar", members | {"bad.jpg": b"no image"})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of what headers are read of, and of the tars that are indexed."""
+    names = []
+
+    def header(path, part=None):
+        names.append(os.path.basename(path))
+        return image_files.read_header(path, part)
+
+    def index(path):
+        names.append(f"index of {os.path.basename(path)}")
+        return real(path)
+
+    real = registry._INDEX["tar"]
+    monkeypatch.setattr(scanning, "read_header", header)
+    monkeypatch.setitem(registry._INDEX, "tar", index)
+    return names
+
+
+def scanned(root, cache, **options):
+    return scan_images(root, max_bad_share=0.5, cache=cache, **options)
+
+
+def assert_same(one, other):
+    for name in ("paths", "labels", "sizes"):
+        assert list(map(str, getattr(one, name))) == list(map(str, getattr(other, name)))
+    for name in ("skipped", "classes", "broken", "fingerprint", "kind"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_a_second_scan_reads_nothing_and_finds_the_same(kind, request, read, tmp_path):
+    root, cache = request.getfixturevalue(kind), tmp_path / "images.npz"
+    first = scanned(root, cache)
+    assert len(read) == {"folder": 6, "tars": 15}[kind]
+    assert first.notes == ()
+    read.clear()
+    before = cache.read_bytes()
+    second = scanned(root, cache)
+    assert read == []
+    assert second.notes == ()
+    assert cache.read_bytes() == before
+    assert_same(second, first)
+    assert_same(scanned(root, None), first)
+
+
+def test_only_what_changed_is_read_again_and_that_is_said(folder, read, tmp_path, picture):
+    cache = tmp_path / "images.npz"
+    scanned(folder, cache)
+    read.clear()
+    (folder / "k" / "1.jpg").write_bytes(picture(1, (99, 98)))
+    (folder / "k" / "2.jpg").unlink()
+    os.utime(folder / "k" / "3.jpg", ns=(0, 0))
+    (folder / "k" / "0b.jpg").write_bytes(picture())
+    source = scanned(folder, cache)
+    assert sorted(read) == ["0b.jpg", "1.jpg", "3.jpg"]
+    assert "3 of 6 are new or changed" in source.notes[0]
+    assert_same(source, scanned(folder, None))
+    assert scanned(folder, cache).notes == ()
+
+
+def test_only_the_tar_that_changed_is_indexed_again(tars, read, tmp_path, picture, make_tar):
+    cache = tmp_path / "images.npz"
+    scanned(tars, cache)
+    read.clear()
+    make_tar(tars / "c1.tar", {"new.jpg": picture(5, (50, 60))})
+    source = scanned(tars, cache)
+    assert sorted(read) == ["c1.tar", "index of c1.tar"]
+    assert "1 of 3 are new or changed" in source.notes[0]
+    assert_same(source, scanned(tars, None))
+
+
+def test_a_data_set_that_was_moved_is_still_known(folder, read, tmp_path):
+    cache = tmp_path / "images.npz"
+    first = scanned(folder, cache)
+    read.clear()
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = scanned(tmp_path / "elsewhere", cache)
+    assert read == []
+    assert moved.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + b"x" * 100])
+def test_a_damaged_cache_is_said_and_made_again(folder, tmp_path, content):
+    cache = tmp_path / "images.npz"
+    first = scanned(folder, cache)
+    cache.write_bytes(content)
+    again = scanned(folder, cache)
+    assert "images.npz cannot be used (" in again.notes[0]
+    assert_same(again, first)
+    assert scanned(folder, cache).notes == ()
+
+
+def test_the_cache_of_a_folder_does_not_speak_for_tars(folder, tars, tmp_path):
+    cache = tmp_path / "images.npz"
+    scanned(folder / "k", cache)
+    pattern = str(tars / "c*.tar")
+    assert_same(scanned(pattern, cache), scanned(pattern, None))
+    assert_same(scanned(folder / "k", cache), scanned(folder / "k", None))
+    scanned(pattern, cache)
+    (folder / "list.txt").write_text("c0.tar\t1\nk/0.jpg\t2\n")
+    assert scanned(folder / "list.txt", cache).broken == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said(folder, tmp_path):
+    source = scanned(folder, tmp_path / "no" / "images.npz")
+    assert "cannot be written" in source.notes[0]
+    assert len(source) == 5
+
+
+def test_a_failure_that_may_pass_is_not_remembered(folder, tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "PAUSES", ())
+    cache = tmp_path / "images.npz"
+
+    def fails(path, *args):
+        if str(path).endswith("3.jpg"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return open(path, *args)
+
+    monkeypatch.setattr(image_files, "open", fails, raising=False)
+    source = scanned(folder, cache)
+    assert source.broken == 2
+    assert manifest.load(cache).stamps[3].tolist() == [-1, -1]
+    monkeypatch.undo()
+    assert scanned(folder, cache).broken == 1
+
+
+def test_a_tar_that_cannot_be_read_is_an_error_that_names_it(tars, monkeypatch):
+    def fails(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setitem(registry._INDEX, "tar", fails)
+    with pytest.raises(DataError, match=r"c0.tar cannot be read: Permission denied"):
+        scan_images(tars)
+
+
+class Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_bar(tars, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(scanning, "BAR_AFTER", 0.0)
+    scan_images(tars, max_bad_share=0.5)
+    for part in ("reading tars: ", "/3 [", "reading image headers: ", "/12 ["):
+        assert part in sys.stderr.text
+
+
+def test_without_a_terminal_there_is_no_bar(tars, capsys, monkeypatch):
+    monkeypatch.setattr(scanning, "BAR_AFTER", 0.0)
+    scan_images(tars, max_bad_share=0.5)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,388 @@
+"""The step against the recorded trajectory of the paper's code, and against its equations.
+
+`plain_step` transcribes the step from the paper's facts, with nothing of fastdino but the networks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdino import TrainConfig, Trainer
+from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.models.attention import BACKENDS, attention_problem
+from fastdino.training.trainer import choose_precision
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
+
+
+def golden_trainer(**path: Any) -> Trainer:
+    recorded = GOLDEN["config"]
+    names = TrainConfig.__dataclass_fields__
+    settings = {name: value for name, value in recorded.items() if name in names}
+    config = TrainConfig(
+        **settings,
+        batch_size_per_gpu=recorded["batch_size"],
+        drop_path_rate=0.0,
+        **({"use_fp16": False, "device": "cpu"} | path),
+    )
+    trainer = Trainer(config, steps_per_epoch=recorded["iters_per_epoch"])
+    for network in (trainer.student, trainer.teacher):
+        for name, tensor in network.state_dict().items():
+            tensor.copy_(torch.from_numpy(golden_weight(name, tuple(tensor.shape))))
+    return trainer
+
+
+def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("weight_g"):
+        return np.ones(shape)
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    noise = 0.02 * generator.standard_normal(shape)
+    return 1 + noise if "norm" in name and name.endswith("weight") else noise
+
+
+def golden_crops(iteration: int) -> list[torch.Tensor]:
+    recorded = GOLDEN["config"]
+    crops = []
+    for j in range(2 + recorded["local_crops_number"]):
+        size = recorded["global_px"] if j < 2 else recorded["local_px"]
+        generator = np.random.Generator(np.random.PCG64([recorded["seed"], iteration, j]))
+        pixels = generator.standard_normal((recorded["batch_size"], 3, size, size))
+        crops.append(torch.from_numpy(pixels).to(torch.get_default_dtype()))
+    return crops
+
+
+@pytest.mark.parametrize(
+    ("packing", "last_block"),
+    [
+        ("on", "cls"),
+        pytest.param("on", "all", marks=pytest.mark.slow),
+        pytest.param("off", "cls", marks=pytest.mark.slow),
+        pytest.param("off", "all", marks=pytest.mark.slow),
+    ],
+)
+def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
+    trainer = golden_trainer(packing=packing, last_block=last_block)
+    for i, want in enumerate(GOLDEN["steps"]):
+        loss = trainer.train_step(golden_crops(i)).item()
+        group = trainer.optimizer.param_groups[0]
+        got = {
+            "loss": loss,
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "momentum": trainer.momentum_schedule(i),
+            "teacher_temp": float(trainer.loss.teacher_temp_schedule[i // 4]),
+            "center_norm": trainer.loss.center.norm().item(),
+        }
+        assert got == pytest.approx({name: want[name] for name in got}, rel=1e-8), f"step {i}"
+    for name, network in (("student", trainer.student), ("teacher", trainer.teacher)):
+        got = {n: [p.sum().item(), p.norm().item()] for n, p in network.named_parameters()}
+        assert got.keys() == GOLDEN["final"][name].keys()
+        for parameter, values in got.items():
+            want = GOLDEN["final"][name][parameter]
+            assert values == pytest.approx(want, rel=1e-8, abs=1e-9), f"{name} {parameter}"
+    generator = np.random.Generator(np.random.PCG64([GOLDEN["config"]["seed"], 1000000, 0]))
+    probe = torch.from_numpy(generator.standard_normal((2, 3, 224, 224)))
+    features = trainer.teacher.backbone(probe)
+    want = torch.tensor(GOLDEN["probe_feature_first8"])
+    torch.testing.assert_close(features[:, :8], want, rtol=1e-8, atol=1e-10)
+    assert features.norm(dim=1).tolist() == pytest.approx(GOLDEN["probe_feature_norm"], rel=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_on_a_gpu_mixed_precision_stays_near_it(attention, packing):
+    problem = attention_problem(attention, torch.device("cuda"), torch.bfloat16)
+    if problem is not None:
+        pytest.skip(f"no {attention}: {problem}")
+    trainer = golden_trainer(
+        attention=attention, packing=packing, device="cuda", use_fp16=True, amp_dtype="bf16"
+    )
+    for i, want in enumerate(GOLDEN["steps"]):
+        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(want["loss"], rel=2e-2)
+
+
+def test_float32_follows_it_within_rounding():
+    trainer = golden_trainer()
+    for i, want in enumerate(GOLDEN["steps"]):
+        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(want["loss"], rel=1e-4)
+
+
+class PlainDINO:
+    """The paper's loop, one tensor at a time."""
+
+    def __init__(self, config, steps_per_epoch, student, teacher):
+        self.config, self.steps, self.it = config, steps_per_epoch, 0
+        self.student, self.teacher = student, teacher
+        self.center = torch.zeros(1, config.out_dim)
+        self.moments = {}
+
+    def scheduled(self, base, final, warmup=0):
+        total, warmup = self.config.epochs * self.steps, warmup * self.steps
+        ramp = np.linspace(0, base, warmup)
+        i = np.arange(total - warmup)
+        cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
+        return np.concatenate([ramp, cosine])[self.it]
+
+    def step(self, crops):
+        c, epoch = self.config, self.it // self.steps
+        peak = c.lr * c.batch_size_per_gpu * c.grad_accum / 256
+        lr = self.scheduled(peak, c.min_lr, c.warmup_epochs)
+        decay = self.scheduled(c.weight_decay, c.weight_decay_end)
+        momentum = self.scheduled(c.momentum_teacher, 1.0)
+        warm = np.linspace(c.warmup_teacher_temp, c.teacher_temp, c.warmup_teacher_temp_epochs)
+        temp = warm[epoch] if epoch < len(warm) else c.teacher_temp
+        rows = len(crops[0])
+        with torch.no_grad():
+            teacher = self.teacher(crops[:2])
+        student = self.student(crops).chunk(len(crops))
+        targets = F.softmax((teacher - self.center) / temp, -1).chunk(2)
+        terms = [
+            -(targets[q] * F.log_softmax(student[v] / 0.1, -1)).sum(-1).mean()
+            for q in range(2)
+            for v in range(len(crops))
+            if v != q
+        ]
+        loss = sum(terms) / len(terms)
+        self.center = self.center * 0.9 + teacher.sum(0, keepdim=True) / (2 * rows) * 0.1
+        self.student.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                if not p.requires_grad:
+                    continue
+                if c.clip_grad:
+                    p.grad *= min(1.0, c.clip_grad / (p.grad.norm().item() + 1e-6))
+                if epoch < c.freeze_last_layer and "last_layer" in name:
+                    continue
+                exempt = p.ndim == 1 or name.endswith(".bias")
+                getattr(self, c.optimizer)(name, p, lr, 0.0 if exempt else decay)
+            for theirs, ours in zip(
+                self.teacher.parameters(), self.student.parameters(), strict=True
+            ):
+                theirs.copy_(momentum * theirs + (1 - momentum) * ours)
+        self.it += 1
+        return loss.item()
+
+    def adamw(self, name, p, lr, decay):
+        m, v, t = self.moments.get(name, (0, 0, 0))
+        m, v, t = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2, t + 1
+        self.moments[name] = (m, v, t)
+        p -= lr * decay * p
+        p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+    def sgd(self, name, p, lr, decay):
+        mu = 0.9 * self.moments.get(name, 0) + (p.grad + decay * p)
+        self.moments[name] = mu
+        p -= lr * mu
+
+    def lars(self, name, p, lr, decay):
+        g = p.grad
+        if p.ndim != 1:
+            g = g + decay * p
+            if p.norm() > 0 and g.norm() > 0:
+                g = g * (0.001 * p.norm() / g.norm())
+        self.moments[name] = 0.9 * self.moments.get(name, 0) + g
+        p -= lr * self.moments[name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "sgd", "clip_grad": 0.0, "freeze_last_layer": 0},
+        {"optimizer": "lars", "lr": 5.0, "norm_last_layer": False},
+        {"norm_last_layer": False, "freeze_last_layer": 2, "clip_grad": 0.05},
+        {"local_crops_number": 0, "warmup_teacher_temp": 0.02, "warmup_teacher_temp_epochs": 2},
+        {"use_bn_in_head": True, "warmup_epochs": 0, "momentum_teacher": 0.9},
+        {"batch_size_per_gpu": 2, "grad_accum": 2},
+        {"packing": "on", "drop_path_rate": 0.5},
+        {"arch": "xcit_nano_12_p16", "global_crops_size": 48, "local_crops_size": 32},
+    ],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+def test_every_setting_follows_the_equations(float64, tiny, settings, crops_of):
+    """The twin's networks go one pass a crop size, every token through every block."""
+    config = tiny(**settings)
+    trainer = Trainer(config, steps_per_epoch=2)
+    twin = Trainer(dataclasses.replace(config, packing="off", last_block="all"), steps_per_epoch=2)
+    plain = PlainDINO(config, 2, twin.student, twin.teacher)
+    for i in range(6):
+        crops = crops_of(config, i)
+        torch.manual_seed(i)  # for stochastic depth
+        loss = trainer.train_step(crops).item()
+        torch.manual_seed(i)
+        assert loss == pytest.approx(plain.step(crops), rel=1e-9)
+    torch.testing.assert_close(trainer.loss.center, plain.center, rtol=1e-9, atol=1e-12)
+    for ours, theirs in ((trainer.student, plain.student), (trainer.teacher, plain.teacher)):
+        for name, parameter in ours.named_parameters():
+            want = dict(theirs.named_parameters())[name]
+            torch.testing.assert_close(parameter, want, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_while_the_last_layer_is_frozen_it_neither_moves_nor_gathers_moments(tiny, crops_of):
+    trainer = Trainer(tiny(freeze_last_layer=1, epochs=2), steps_per_epoch=2)
+    last = trainer.student.head.last_layer.weight_v
+    before = last.detach().clone()
+    for i in range(2):
+        trainer.train_step(crops_of(trainer.config, i))
+    assert torch.equal(last, before)
+    assert last not in trainer.optimizer.state
+    trainer.train_step(crops_of(trainer.config, 2))
+    assert not torch.equal(last, before)
+
+
+def test_a_state_goes_on_exactly_where_it_was(tiny, crops_of):
+    config = tiny(drop_path_rate=0.3)
+    whole = Trainer(config, steps_per_epoch=2)
+    for i in range(3):
+        whole.train_step(crops_of(config, i))
+    resumed = Trainer(tiny(drop_path_rate=0.3, seed=7), steps_per_epoch=2)
+    state = copy.deepcopy(whole.state_dict())
+    want = [whole.train_step(crops_of(config, i)).item() for i in (3, 4)]
+    resumed.load_state_dict(state)
+    assert [resumed.train_step(crops_of(config, i)).item() for i in (3, 4)] == want
+
+
+def test_a_checkpoint_of_the_paper_is_taken_up(tiny, crops_of):
+    config = tiny()
+    source = Trainer(config, steps_per_epoch=2)
+    for i in range(2):
+        source.train_step(crops_of(config, i))
+    state = source.state_dict()
+    paper = {key: state[key] for key in ("teacher", "optimizer", "dino_loss", "epoch")}
+    paper["student"] = {f"module.{name}": t for name, t in state["student"].items()}
+    trainer = Trainer(config, steps_per_epoch=2)
+    trainer.load_state_dict(paper)
+    assert trainer.iteration == 2
+    crops = crops_of(config, 2)
+    assert trainer.train_step(crops).item() == source.train_step(crops).item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out_dim": 32}, r"head.last_layer.weight_g is \(64, 1\), expected \(32, 1\)"),
+        ({"arch": "vit_tiny"}, "more; --arch"),
+        (
+            {"norm_last_layer": False},
+            r"adamw over 31 \+ 54 parameters, this run's is adamw over 32",
+        ),
+        ({"optimizer": "sgd"}, "optimizer is adamw .*, this run's is sgd"),
+        ({"optimizer": "lars"}, "optimizer is adamw .*, this run's is lars"),
+    ],
+)
+def test_a_checkpoint_of_other_networks_names_the_tensors(tiny, settings, message):
+    state = Trainer(tiny(), steps_per_epoch=2).state_dict()
+    other = Trainer(tiny(**settings), steps_per_epoch=2)
+    with pytest.raises(CheckpointError, match=message):
+        other.load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_batch_size_is_refused(tiny):
+    state = Trainer(tiny(), steps_per_epoch=2).state_dict()
+    with pytest.raises(CheckpointError, match="had 2 steps an epoch, this one has 3"):
+        Trainer(tiny(), steps_per_epoch=3).load_state_dict(state)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tiny, crops_of):
+    trainer = Trainer(tiny(grad_accum=2), steps_per_epoch=2)
+    trainer.train_step(crops_of(trainer.config, 0))
+    before = {n: t.clone() for n, t in trainer.student.state_dict().items()}
+    center = trainer.loss.center.clone()
+    crops = crops_of(trainer.config, 1)
+    crops[0][0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="the loss is nan at iteration 1"):
+        trainer.train_step(crops)
+    assert trainer.iteration == 1
+    assert torch.equal(trainer.loss.center, center)
+    for name, tensor in trainer.student.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert math.isfinite(trainer.train_step(crops_of(trainer.config, 1)).item())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny, crops_of, monkeypatch):
+    trainer = Trainer(tiny(clip_grad=0.0), steps_per_epoch=2)
+    weight = trainer.student.head.mlp[0].weight
+    hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    before, center = weight.detach().clone(), trainer.loss.center.clone()
+    with pytest.raises(NonFiniteError, match="a gradient is not finite at iteration 0") as error:
+        trainer.train_step(crops_of(trainer.config, 0))
+    assert error.value.iteration == trainer.iteration == 0
+    assert torch.equal(weight, before)
+    assert torch.equal(trainer.loss.center, center)
+    hook.remove()
+    assert math.isfinite(trainer.train_step(crops_of(trainer.config, 0)).item())
+
+
+def test_entropy_is_that_of_the_teachers_output(float64, tiny, crops_of):
+    config = tiny(print_freq=2, grad_accum=2)
+    trainer = Trainer(config, steps_per_epoch=3)
+    crops = crops_of(config, 0)
+    logits = trainer.teacher(crops[:2]) / config.teacher_temp
+    want = torch.distributions.Categorical(logits=logits).entropy().mean()
+    trainer.train_step(crops)
+    assert trainer.entropy.item() == pytest.approx(want.item(), rel=1e-10)
+    measured = []
+    for i in range(1, 6):
+        trainer.train_step(crops_of(config, i))
+        measured.append(trainer.entropy is not None)
+    # Every 2 steps, and at the first of each epoch of 3.
+    assert measured == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_single(tiny, amp_dtype, crops_of):
+    single, mixed = (
+        Trainer(tiny(amp_dtype=dtype), steps_per_epoch=3) for dtype in ("auto", amp_dtype)
+    )
+    assert mixed.scaler.is_enabled() == (amp_dtype == "fp16")
+    for i in range(2):  # the first has a learning rate of 0; beyond, a scale too large skips steps
+        crops = crops_of(single.config, i)
+        assert mixed.train_step(crops).item() == pytest.approx(
+            single.train_step(crops).item(), rel=1e-2
+        )
+    assert next(mixed.student.parameters()).dtype == torch.float32
+    assert ("fp16_scaler" in mixed.state_dict()) == (amp_dtype == "fp16")
+
+
+def test_precision_says_why(tiny):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_precision(tiny(), cpu).autocast is None
+    assert choose_precision(tiny(), gpu).autocast is torch.float16
+    assert choose_precision(tiny(use_fp16=False), gpu).autocast is None
+    assert "--use_fp16 false" in choose_precision(tiny(use_fp16=False), gpu).reason
+
+
+@pytest.mark.parametrize(
+    ("crops", "message"),
+    [
+        (lambda crops: crops[:3], "expected 4 crops"),
+        (lambda crops: [*crops[:3], crops[3][:, :1]], r"crop 3 must be \[4, 3, H, W\]"),
+        (lambda crops: [crop[:3] for crop in crops], "a batch of 3 cannot be split"),
+        (lambda crops: [crop[:0] for crop in crops], "a batch of 0 cannot be split"),
+    ],
+)
+def test_crops_that_do_not_fit_are_named(tiny, crops, message, crops_of):
+    trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2), steps_per_epoch=1)
+    with pytest.raises(ValueError, match=message):
+        trainer.train_step(crops(crops_of(trainer.config, 0)))
+
+
+def test_a_step_beyond_the_run_is_an_error(tiny, crops_of):
+    trainer = Trainer(tiny(epochs=1), steps_per_epoch=1)
+    trainer.train_step(crops_of(trainer.config, 0))
+    with pytest.raises(ValueError, match="the run is over"):
+        trainer.train_step(crops_of(trainer.config, 1))

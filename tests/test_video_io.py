@@ -1,0 +1,164 @@
+"""Frames of videos and folders, and videos written."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdino.errors import CheckpointError, DataError
+from fastdino.evals import video_io
+from fastdino.evals.video_io import FORMATS, open_frames, video_writer
+
+
+def frame(number, size=(32, 48)):
+    """Red on the left, and a green bar on the right that wanders down."""
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[:, : size[1] // 2] = (200, 30, 30)
+    pixels[4 * number : 4 * number + 4, size[1] // 2 :] = (10, 200, 10)
+    return pixels
+
+
+def write_video(path, count=7, size=(32, 48), fps=12.5):
+    with video_writer(path, fps) as write:
+        for number in range(count):
+            write(frame(number, size))
+    return path
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_what_is_written_is_read_again(tmp_path, ending):
+    path = write_video(tmp_path / f"video{ending}")
+    frames = open_frames(str(path))
+    assert (frames.size, frames.fps, frames.count) == ((32, 48), 12.5, 7)
+    for _ in range(2):  # and again
+        decoded = list(frames)
+        assert len(decoded) == 7
+        for number, picture in enumerate(decoded):
+            assert picture.mode == "RGB"
+            difference = np.abs(np.asarray(picture).astype(int) - frame(number))
+            assert difference.mean() < 8, "lossy, and with colours of half the resolution"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_odd_sides_become_even_by_their_last_row_and_column(tmp_path):
+    frames = open_frames(str(write_video(tmp_path / "odd.mp4", count=2, size=(31, 45))))
+    assert frames.size == (32, 46)
+    picture = np.asarray(next(iter(frames))).astype(int)
+    assert np.abs(picture[31] - picture[30]).mean() < 8
+
+
+def test_rates_that_are_no_decimals_are_kept(tmp_path):
+    frames = open_frames(str(write_video(tmp_path / "ntsc.mp4", fps=30000 / 1001)))
+    assert Fraction(frames.fps).limit_denominator(1001) == Fraction(30000, 1001)
+
+
+def test_a_phones_video_is_turned_upright(tmp_path):
+    """The track header says: show it a quarter turn clockwise. What was left is then above."""
+    path = write_video(tmp_path / "phone.mp4", count=1)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") - 4 + 48
+    assert struct.unpack_from(">9i", data, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frames = open_frames(str(path))
+    assert frames.size == (48, 32)
+    picture = np.asarray(next(iter(frames))).astype(int)
+    assert picture[4:20, 4:-4, 0].min() > 150
+    assert picture[28:, 4:-4, 0].max() < 100
+
+
+def test_frames_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4", count=7)
+    alive, most = set(), []
+    make = Image.fromarray
+
+    class Kept:
+        def __init__(self, array):
+            self.image = make(array)
+            self.height, self.width = self.image.height, self.image.width
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    monkeypatch.setattr(video_io.Image, "fromarray", Kept)
+    for _ in open_frames(str(path)):
+        pass
+    assert len(most) >= 7
+    assert max(most) <= 3
+
+
+def test_a_folders_frames_come_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 2, 1):
+        Image.new("RGB", (20, 10), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    frames = open_frames(str(tmp_path))
+    assert (frames.size, frames.fps, frames.count) == ((10, 20), 30.0, 3)
+    assert [picture.getpixel((0, 0))[0] for picture in frames] == [1, 2, 10]
+
+
+def test_frames_of_unequal_size_in_a_folder_are_refused(tmp_path):
+    for name, size in (("a.png", (20, 10)), ("b.png", (20, 12))):
+        Image.new("RGB", size).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"a.png is 10 x 20 px, b.png 12 x 20; expected one size"):
+        open_frames(str(tmp_path))
+
+
+def test_a_frame_that_changes_its_size_under_way_is_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 10)).save(tmp_path / name)
+    frames = open_frames(str(tmp_path))
+    Image.new("RGB", (20, 12)).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"frame 1 is 12 x 20 px, those before it 10 x 20"):
+        list(frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("missing.mp4", "there is no file or folder .*missing.mp4"),
+        ("text.mp4", "text.mp4 cannot be decoded.*: Invalid data"),
+        ("empty.mp4", "empty.mp4 cannot be decoded"),
+        ("cut.mp4", "cut.mp4 cannot be decoded"),
+        ("sound.mkv", "sound.mkv cannot be decoded: it has no video"),
+        ("folder", "no frames in .*folder"),
+        ("broken", r"broken.1.png (is|cannot)"),
+    ],
+)
+def test_what_cannot_be_decoded_is_named(tmp_path, name, part):
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    whole = write_video(tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with video_io.av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = video_io.av.AudioFrame(format="s16", layout="stereo", samples=80)
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=part) as raised:
+        open_frames(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_video_that_is_broken_off_leaves_no_file(tmp_path):
+    def break_off():
+        with video_writer(tmp_path / "a.mp4", 10) as write:
+            write(frame(0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot write .*gone.a.mp4"):
+        write_video(tmp_path / "gone/a.mp4")
