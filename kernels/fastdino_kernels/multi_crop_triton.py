@@ -77,12 +77,12 @@ _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = map(tl.constexpr, _tie_words())
 
 @triton.jit
 def _multi_crop_kernel(
-    out, images, params, levels, scratch, crops, size: tl.constexpr, COEFS: tl.constexpr,
+    out, images, packed, levels, scratch, crops, size: tl.constexpr, COEFS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PIXELS: tl.constexpr
 ):  # fmt: skip
     crop = tl.program_id(0).to(tl.int64)
     image = images + (crop // crops) * _IMAGE_COLUMNS
-    param = params + crop * _COLUMNS
+    param = packed + crop * _COLUMNS
     flags = tl.load(param + _FLAGS)
     words = tl.multiple_of(tl.load(image + 4), 16)
     pixels = scratch + tl.multiple_of(tl.load(image + 3), 16) + (crop % crops) * words
@@ -467,7 +467,7 @@ def _tiles(size: int) -> dict[str, int | bool]:
 
 def compile_cases() -> Iterator[CompileCase]:
     """The paper's two sizes, in the dtypes of a training step."""
-    types = {"images": "*i64", "params": "*i32", "scratch": "*i32", "crops": "i32"}
+    types = {"images": "*i64", "packed": "*i32", "scratch": "*i32", "crops": "i32"}
     for dtype in ("bf16", "fp32"):
         for size in (224, 96):
             options = _tiles(size)
