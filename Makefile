@@ -43,10 +43,10 @@ bench: install  ## the kernels' benchmarks: tables, and JSON in BENCH (QUICK=1: 
 	status=$$?; $(BIN)/python -m benchmarks.report $(BENCH)/raw.json --write $(BENCH) && exit $$status
 
 gates: install  ## compile every kernel ahead of time, with no GPU; the table in benchmarks/results
-	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.compile_gates --write benchmarks/results
+	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.gpu.compile_gates --write benchmarks/results
 
 gpu-report:  ## on a GPU: tests, benchmarks, one report in benchmarks/results (MORE=1: the second; REDUCED=1: on the CPU)
-	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:  ## remove the environment and what runs left
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -5,9 +5,6 @@ contest.py          variants of one operation: checked, timed in turn, replayed 
 measure.py          time, peak memory and copy bandwidth, on a GPU and on a CPU
 loss_variants.py    the paper's eager loss and the einsum form; shapes.py: a network's parameters
 report.py           pytest-benchmark's JSON -> a Markdown table
-compile_gates.py    every shipped kernel compiled with no GPU; sass.py reads the machine code
-gpu_report.py       environment, GPU tests, benchmarks: one command, one folder of results
-sanitize.py         each kernel once, for compute-sanitizer
 compare_modes.py    a short training by --mode fast beside one by --mode parity
-tune.py             tries the kernels' configurations on a GPU
+gpu/                compile gates, sanitizer, tuning, GPU report
 """

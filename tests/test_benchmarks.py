@@ -21,9 +21,7 @@ from benchmarks import (
     bench_clip,
     bench_dino_loss,
     bench_ema,
-    gpu_report,
     report,
-    sanitize,
 )
 from benchmarks.compare_modes import Bf16Products
 from benchmarks.contest import (
@@ -36,9 +34,10 @@ from benchmarks.contest import (
     hold,
     replay,
 )
+from benchmarks.gpu import gpu_report, sanitize
+from benchmarks.gpu.subprocesses import GRACE, Part, Result, run_part
 from benchmarks.loss_variants import einsum_form, paper_eager
 from benchmarks.measure import device_sample, peak_bytes
-from benchmarks.parts import GRACE, Part, Result, run_part
 from benchmarks.shapes import ARCHS, network_shapes
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VisionTransformer

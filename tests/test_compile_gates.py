@@ -63,7 +63,7 @@ def compile_cases():
 def run_gates(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT, path)))
-    command = [sys.executable, "-m", "benchmarks.compile_gates", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu.compile_gates", *arguments]
     return subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
@@ -109,7 +109,7 @@ def test_the_gates_refuse_what_would_be_slow_or_inexact(tmp_path):
 
 def test_kernels_that_would_be_interpreted_are_not_compiled(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from benchmarks import compile_gates
+    from benchmarks.gpu import compile_gates
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_gates.run_gates([], [90])

@@ -1,6 +1,6 @@
 """Compiles every shipped kernel ahead of time, with no GPU, and refuses what would be slow on one.
 
-    python -m benchmarks.compile_gates [--arch 80 90 100] [--modules ...] [--write FOLDER]
+    python -m benchmarks.gpu.compile_gates [--arch 80 90 100] [--modules ...] [--write FOLDER]
 
 Every *_triton.py of fastdino_kernels says with compile_cases() what it ships. A case fails where it
 spills, touches local memory, adds floats atomically (the results would differ from run to run),
@@ -27,7 +27,7 @@ from fastdino_kernels.compile_case import CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.sass import MachineCode, read_cubin
+from benchmarks.gpu.sass import MachineCode, read_cubin
 
 ARCHS = (80, 90, 100)
 

@@ -1,7 +1,7 @@
 """One small call of each kernel, of sizes that fill no block: for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \\
-        python3 -m benchmarks.sanitize
+        python3 -m benchmarks.gpu.sanitize
 
 Without the allocator's cache each tensor is an allocation, so that memcheck sees where it ends.
 """

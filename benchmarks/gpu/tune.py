@@ -1,6 +1,6 @@
 """Tries configurations of the kernels and prints the fastest first; for people with a GPU.
 
-    PYTHONPATH=kernels:. python3 -m benchmarks.tune [forward backward ema clip adamw_ema] [--tiny]
+    python3 -m benchmarks.gpu.tune [forward backward ema clip adamw_ema] [--tiny]
 
 What wins is written into the kernels' modules by hand: nothing is tuned at run time. --tiny shows
 that it runs, on a machine without a GPU with TRITON_INTERPRET=1.

@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: environment, tests on the GPU, benchmarks, one report.
 
-    python3 -m benchmarks.gpu_report [--more] [--output FOLDER] [--reduced]
+    python3 -m benchmarks.gpu.gpu_report [--more] [--output FOLDER] [--reduced]
 
 With --more a second report: compute-sanitizer, other sizes of the step, a short training.
 
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.parts import ROOT, Part, Result, run_part
+from benchmarks.gpu.subprocesses import ROOT, Part, Result, run_part
 from benchmarks.report import Row, as_json, read_rows, tables
 
 TAIL = 60  # lines of the output of what failed
@@ -177,7 +177,7 @@ def plan(raw: Path, *, reduced: bool) -> list[Part]:
 
 def plan_more(raw: Path, *, reduced: bool) -> list[Part]:
     """The parts of --more; `reduced` without compute-sanitizer, which is for GPUs."""
-    small = (sys.executable, "-m", "benchmarks.sanitize")
+    small = (sys.executable, "-m", "benchmarks.gpu.sanitize")
     if reduced:
         planned = [Part("each kernel", ("env", "TRITON_INTERPRET=1", *small), SANITIZER_TIME)]
     else:
