@@ -21,7 +21,7 @@ from fastdino.models import attention
 if TYPE_CHECKING:
     from fastdino_kernels import CropParams
 
-    from fastdino.data.image_source import ImageSource
+    from fastdino.data.image_dataset import ImageDataset
 
 # Tests of what needs a package that is not there are passed over, not errors: a GPU machine may
 # have torch, triton, timm and pytest alone.
@@ -229,9 +229,9 @@ def picture() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> ImageSource:
+def photos(tmp_path_factory) -> ImageDataset:
     """18 JPEGs in 3 classes, each of another size; scanned."""
-    from fastdino.data.image_source import scan_images
+    from fastdino.data.image_dataset import scan_images
     from tests.loaders import photo
 
     root = tmp_path_factory.mktemp("photos")
@@ -264,9 +264,9 @@ def build() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def breakable(tmp_path) -> ImageSource:
+def breakable(tmp_path) -> ImageDataset:
     """18 JPEGs of the test's own; scanned."""
-    from fastdino.data.image_source import scan_images
+    from fastdino.data.image_dataset import scan_images
     from tests.loaders import photo
 
     for n in range(18):

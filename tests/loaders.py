@@ -19,7 +19,7 @@ from PIL import Image
 from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_fused, loader_torchvision
-from fastdino.data.image_source import scan_images as scan_images
+from fastdino.data.image_dataset import scan_images as scan_images
 from fastdino.data.loader import build_loader as build_loader  # run_script's code finds it here
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")

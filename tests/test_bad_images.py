@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
 from fastdino.errors import DataError
 
 
 def test_bad_files_give_way_to_the_next_good_one():
-    bad = BadFiles(5, max_bad_share=0.5)
+    bad = BadImages(5, max_bad_share=0.5)
     bad.add(3, "d", "is broken")
     bad.add(4, "e", "is broken")
-    assert [bad.good(i) for i in range(5)] == [0, 1, 2, 0, 0]
+    assert [bad.next_good(i) for i in range(5)] == [0, 1, 2, 0, 0]
     assert bad.skipped == {"d": "is broken", "e": "is broken"}
     with pytest.raises(DataError, match="3 of 5"):
         bad.add(0, "a", "is broken")
 
 
 def test_what_the_scan_found_broken_counts_in_the_run():
-    bad = BadFiles(8, max_bad_share=0.3, broken=2)
+    bad = BadImages(8, max_bad_share=0.3, broken=2)
     bad.add(0, "a", "is broken")
     with pytest.raises(DataError, match="4 of 10"):
         bad.add(1, "b", "is broken")
 
 
 def test_when_all_are_bad_nothing_is_looked_for_forever():
-    bad = BadFiles(2, max_bad_share=1.0)
+    bad = BadImages(2, max_bad_share=1.0)
     bad.add(0, "a", "is broken")
     bad.add(1, "b", "is broken")
     with pytest.raises(DataError, match="none of the 2"):
-        bad.good(0)
+        bad.next_good(0)

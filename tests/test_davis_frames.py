@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fastdino.data.datasets.davis_frames import is_davis, sequence_names
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 
 

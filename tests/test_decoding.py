@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fastdino.data import loader as loader_module
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import PictureReader, is_one_whole_jpeg
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.data.loader import choose_decode
 from fastdino.errors import ConfigError, DataError
 from tests.loaders import needs_dali, odd_folder, photo
@@ -89,11 +89,13 @@ def damaged(count):
 
 
 class Files:
-    """What PictureReader asks of an ImageSource, from memory."""
+    """An in-memory stand-in for ImageDataset."""
 
     def __init__(self, files, exif=False):
         self.files, self.exif = list(files), exif
-        self.paths = [str(n) for n in range(len(self.files))]
+
+    def path(self, index):
+        return str(index)
 
     def read_bytes(self, index):
         return self.files[index]
@@ -132,7 +134,7 @@ def dali_decoder():
 
 def read_all(source, decoder, batch=8):
     """Indices, pictures and what was skipped, of all samples in their order."""
-    bad = BadFiles(len(source.files), 1.0)
+    bad = BadImages(len(source.files), 1.0)
     with ThreadPoolExecutor(2) as pool:
         reader = PictureReader(source, bad, pool, decoder)
         places = range(len(source.files))
@@ -288,7 +290,7 @@ def test_odd_kinds_are_pillows_pictures_from_dali(dali_decoder, tmp_path):
     exact = scan_images(tmp_path)
     for exif in (False, True):
         source = scan_images(tmp_path, exif=exif)
-        bad = BadFiles(len(source), 0.0)
+        bad = BadImages(len(source), 0.0)
         with ThreadPoolExecutor(2) as pool:
             reader = PictureReader(source, bad, pool, dali_decoder(32))
             _, pictures = reader.read(range(len(source)))

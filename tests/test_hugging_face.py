@@ -11,8 +11,8 @@ import pytest
 
 from fastdino.data.datasets import hugging_face
 from fastdino.data.datasets.hugging_face import index_arrow
+from fastdino.data.image_dataset import scan_images
 from fastdino.data.image_files import read_part
-from fastdino.data.image_source import scan_images
 from fastdino.errors import DataError
 
 datasets = pytest.importorskip("datasets")

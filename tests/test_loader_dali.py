@@ -9,7 +9,7 @@ import pytest
 
 from fastdino.augmentation import pillow
 from fastdino.data import draw_crops
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.data.sampler import EpochPlan
 from tests.loaders import (
     HAS_DALI,

@@ -12,7 +12,7 @@ import torch
 
 from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_fused
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.data.loader import build_loader
 from tests.loaders import (
     HAS_DALI,

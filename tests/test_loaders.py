@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from fastdino.data import loader as loader_module
 from fastdino.data import loader_fused, loader_torchvision
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import ConfigError, DataError
 from tests.loaders import (
     all_loaders,

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_torchvision
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from tests.loaders import assert_same, break_files, make_config, photo
 
 
@@ -96,8 +96,13 @@ def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_each_image_is_decoded_once(photos, build, monkeypatch):
     decoded = []
-    real = ImageSource.read_rgb
-    monkeypatch.setattr(ImageSource, "read_rgb", lambda self, i: decoded.append(i) or real(self, i))
+    real = ImageDataset.read_rgb
+
+    def counting(self, i):
+        decoded.append(i)
+        return real(self, i)
+
+    monkeypatch.setattr(ImageDataset, "read_rgb", counting)
     assert len(list(build(photos).epoch(0))) == 4
     assert len(decoded) == len(set(decoded)) == 16
 

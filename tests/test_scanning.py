@@ -11,7 +11,7 @@ import pytest
 
 from fastdino.data import image_files, manifest, scanning
 from fastdino.data.datasets import registry
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 
 

@@ -9,8 +9,8 @@ import tarfile
 import pytest
 
 from fastdino.data.datasets.archives import class_names
-from fastdino.data.datasets.data_path import EXTENSIONS
 from fastdino.data.datasets.tars import expand, index_tar, is_tar
+from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
 
 

@@ -24,7 +24,7 @@ from torchvision.datasets import cifar, flowers102, mnist, stl10, svhn
 from fastdino.data.datasets import torchvision_sets
 from fastdino.data.datasets.data_path import parse
 from fastdino.data.datasets.torchvision_sets import SETS, default_root, find_torchvision
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 from fastdino.evals.features import scan_splits
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastdino.data.datasets import yfcc
 from fastdino.data.datasets.yfcc import photo_key, read_metadata
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 
 NUMBERS = [6985418911, 3551599565, 24821, 4121519420, 777]

@@ -7,10 +7,9 @@ import zipfile
 
 import pytest
 
-from fastdino.data.datasets.data_path import EXTENSIONS
 from fastdino.data.datasets.zips import index_zip, is_zip
-from fastdino.data.image_files import UnusableImageError, read_part
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
+from fastdino.data.image_files import EXTENSIONS, UnusableImageError, read_part
 from fastdino.errors import DataError
 
 

@@ -33,8 +33,8 @@ from fastdino.bench.rivals import (
 from fastdino.bench.timing import Sample
 from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import decode_rgb
-from fastdino.data.image_source import ImageSource
 
 # Batches of our loaders' epochs: as good as never does one end within a round.
 _STEPS = 1 << 12
@@ -44,7 +44,7 @@ _STEPS = 1 << 12
 class Task:
     """The same for every arm: the images, the crops, the batch, the workers, and where they go."""
 
-    source: ImageSource
+    source: ImageDataset
     config: TrainConfig
     device: str
 
@@ -105,7 +105,7 @@ class OwnLoader:
             importlib.import_module("fastdino.augmentation.cpu_kernels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
-        self._loader = build_loader(config, task.source.taken(images), device=task.device)
+        self._loader = build_loader(config, task.source.subset(images), device=task.device)
         self._epoch = 0
 
     def batches(self, number: int) -> Iterator[list[Tensor]]:

@@ -25,7 +25,7 @@ from fastdino.bench.stages import StageTimes, time_stages
 from fastdino.bench.timing import Effort, Outcome, take_turns
 from fastdino.config import TrainConfig, add_arguments, check_at_least
 from fastdino.data import scan_images
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.distributed import choose_device
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
@@ -133,7 +133,7 @@ def _config(args: argparse.Namespace, images: int) -> TrainConfig:
     return config
 
 
-def _images(args: argparse.Namespace, folder: Path) -> tuple[ImageSource, dict[str, Any]]:
+def _images(args: argparse.Namespace, folder: Path) -> tuple[ImageDataset, dict[str, Any]]:
     """The images, and what the report says of them; without --data_path they go to `folder`."""
     kind = photos.ABOUT
     if args.data_path is None:
@@ -143,7 +143,7 @@ def _images(args: argparse.Namespace, folder: Path) -> tuple[ImageSource, dict[s
     if args.data_path is not None:
         kind = source.kind
     count = min(args.images, len(source))
-    source = source.taken(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
+    source = source.subset(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
     height, width = np.median(source.sizes, axis=0).astype(int).tolist()
     size = sum(len(source.read_bytes(i)) for i in range(count)) / count
     about = {"number": count, "width": width, "height": height, "mean_bytes": round(size)}

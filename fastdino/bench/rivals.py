@@ -24,7 +24,7 @@ from fastdino.augmentation.params import (
 )
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.config import TrainConfig
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 
 # Of a picture, all its crops.
 MultiCrop = Callable[[Image.Image], Sequence[Tensor]]
@@ -140,7 +140,7 @@ class DataLoaderArm:
     """Batches of 2 + N crops [B, 3, size, size], made by the worker processes of a DataLoader."""
 
     def __init__(
-        self, crops: MultiCrop, source: ImageSource, config: TrainConfig, *, pin_memory: bool
+        self, crops: MultiCrop, source: ImageDataset, config: TrainConfig, *, pin_memory: bool
     ) -> None:
         self._batches = _Batches(len(source), config.batch_size_per_gpu)
         self._loader: DataLoader[Any] | None = DataLoader(
@@ -163,7 +163,7 @@ class DataLoaderArm:
 
 
 class _Crops(Dataset[Sequence[Tensor]]):
-    def __init__(self, crops: MultiCrop, source: ImageSource) -> None:
+    def __init__(self, crops: MultiCrop, source: ImageDataset) -> None:
         self._crops, self._source = crops, source
 
     def __len__(self) -> int:

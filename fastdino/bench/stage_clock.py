@@ -25,7 +25,7 @@ from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.bench.arms import Task
 from fastdino.bench.stages import STAGES, StageTimes
 from fastdino.data import draw_crops
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import Decoder, PictureReader
 from fastdino.data.loader import choose_decode
 
@@ -143,7 +143,7 @@ class StageClock:
             from fastdino.data.dali_decoding import DaliDecoder
 
             decoder = DaliDecoder(len(self._shown), 1)
-        bad = BadFiles(len(source), 1.0, source.broken)
+        bad = BadImages(len(source), 1.0, source.broken)
         self._reader = PictureReader(source, bad, ThreadPoolExecutor(1), decoder)
 
         sizes = (config.global_crops_size, config.local_crops_size)

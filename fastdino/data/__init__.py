@@ -10,7 +10,7 @@ was found, broken.py counts what is broken.
 """
 
 from fastdino.augmentation.params import draw_crops
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.data.loader import build_loader
 
 __all__ = ["build_loader", "draw_crops", "scan_images"]

@@ -30,7 +30,7 @@ def first_names(bad: dict[str, str]) -> str:
     return named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
 
 
-class BadFiles:
+class BadImages:
     """The files found broken while running, and what takes their place: the next good sample.
 
     `skipped` holds path -> reason, `reasons` sample -> reason. Safe to use from several threads.
@@ -51,7 +51,7 @@ class BadFiles:
         self.reasons[index] = self.skipped[path] = reason
         raise_if_many_bad(self.skipped, self.n, self.max_bad_share, self.broken)
 
-    def good(self, index: int) -> int:
+    def next_good(self, index: int) -> int:
         """The first sample from index on that is not known to be broken; DataError if all are."""
         for candidate in itertools.chain(range(index, self.n), range(index)):
             if candidate not in self.reasons:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import orientation, reason_of, upright
-from fastdino.data.image_source import ImageSource
 
 # uint8 [height, width, 3], RGB: on the CPU an array, on a GPU a tensor.
 Picture = NDArray[np.uint8] | Tensor
@@ -54,7 +54,7 @@ class PictureReader:
     """
 
     def __init__(
-        self, source: ImageSource, bad: BadFiles, pool: Executor, decoder: Decoder | None
+        self, source: ImageDataset, bad: BadImages, pool: Executor, decoder: Decoder | None
     ) -> None:
         self._source, self._bad, self._pool, self._decoder = source, bad, pool, decoder
         self._refused: set[int] = set()  # samples that the decoder has refused: Pillow's
@@ -95,7 +95,7 @@ class PictureReader:
     def _load(self, index: int) -> tuple[int, bytes | Picture]:
         """The first good sample from index on, and its picture; for the decoder, its file."""
         while True:
-            index = self._bad.good(index)
+            index = self._bad.next_good(index)
             try:
                 data = self._source.read_bytes(index)
                 with Image.open(io.BytesIO(data)) as image:
@@ -107,7 +107,7 @@ class PictureReader:
                 raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
-            self._bad.add(index, self._source.paths[index], reason)
+            self._bad.add(index, self._source.path(index), reason)
 
     def _is_for_decoder(self, index: int, image: Image.Image, data: bytes) -> bool:
         if self._decoder is None or index in self._refused:

@@ -22,6 +22,9 @@ from fastdino.errors import DataError
 
 T = TypeVar("T")
 
+# File names of images, as in torchvision.datasets.ImageFolder.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 # What a network file system says while it recovers; other errors last, and are told at once.
 TRANSIENT = {
     getattr(errno, name)

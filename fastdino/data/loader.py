@@ -10,7 +10,7 @@ import torch
 from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
 
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class CropLoader(Protocol):
     """
 
     steps_per_epoch: int
-    source: ImageSource
+    source: ImageDataset
     skipped: dict[str, str]
     """Files found broken while running, with the reason; the scan's are in source.skipped."""
     description: str
@@ -44,7 +44,7 @@ class CropLoader(Protocol):
 
 def build_loader(
     config: TrainConfig,
-    source: ImageSource,
+    source: ImageDataset,
     *,
     rank: int = 0,
     world_size: int = 1,

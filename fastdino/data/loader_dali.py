@@ -35,9 +35,9 @@ from torch.utils.dlpack import from_dlpack
 
 from fastdino.augmentation.params import SOLARIZE_P, CropParams, draw_crops
 from fastdino.augmentation.pillow import MEAN, STD
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import reason_of, silence_pillow, upright
-from fastdino.data.image_source import ImageSource
 from fastdino.data.sampler import EpochPlan
 from fastdino.environment import cpu_count
 
@@ -83,7 +83,7 @@ class DaliLoader:
     def __init__(
         self,
         config: TrainConfig,
-        source: ImageSource,
+        source: ImageDataset,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -96,7 +96,7 @@ class DaliLoader:
             len(source), self._batch_size, config.seed, rank, world_size, config.last_batch
         )
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
+        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
         self._threads = max(1, min(config.num_workers, cpu_count()))
         self._device_id = _device_id(torch.device(device))
@@ -180,14 +180,14 @@ class DaliLoader:
     def _read(self, index: int) -> tuple[int, tuple[int, int], NDArray[np.uint8]]:
         """The first good sample from index on: its place, (height, width), and what to feed."""
         while True:
-            index = self._bad.good(index)
+            index = self._bad.next_good(index)
             try:
                 return index, *self._load(self.source.read_bytes(index))
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
-            self._bad.add(index, self.source.paths[index], reason)
+            self._bad.add(index, self.source.path(index), reason)
 
     def _load(self, data: bytes) -> tuple[tuple[int, int], NDArray[np.uint8]]:
         """(height, width), and the pixels; for a GPU, which decodes again, the file or a PNG."""

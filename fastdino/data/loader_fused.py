@@ -28,10 +28,10 @@ from torch import Tensor
 
 from fastdino.augmentation.params import CropParams, draw_crops
 from fastdino.augmentation.pillow import MEAN, STD
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import Decoder, Picture, PictureReader
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import silence_pillow
-from fastdino.data.image_source import ImageSource
 from fastdino.data.sampler import EpochPlan
 from fastdino.environment import cpu_count
 
@@ -59,7 +59,7 @@ class FusedLoader:
     def __init__(
         self,
         config: TrainConfig,
-        source: ImageSource,
+        source: ImageDataset,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -72,7 +72,7 @@ class FusedLoader:
         batch = config.batch_size_per_gpu * config.grad_accum
         self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size, config.last_batch)
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
+        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
         threads = max(1, min(config.num_workers, cpu_count()))
         self._threads = ThreadPoolExecutor(threads)  # a task for each image

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastdino.augmentation.params import draw_crops
 from fastdino.augmentation.pillow import make_crop
-from fastdino.data.bad_images import BadFiles
+from fastdino.data.bad_images import BadImages
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import quiet_pillow, reason_of
-from fastdino.data.image_source import ImageSource
 from fastdino.data.sampler import EpochPlan
 from fastdino.data.workers import end_workers, init_worker
 from fastdino.environment import cpu_count
@@ -49,7 +49,7 @@ class TorchvisionLoader:
     def __init__(
         self,
         config: TrainConfig,
-        source: ImageSource,
+        source: ImageDataset,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -60,7 +60,7 @@ class TorchvisionLoader:
         self.source = source
         self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size, config.last_batch)
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
+        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
         self.skipped = self._bad.skipped
         workers = min(config.num_workers, cpu_count())
         self._sampler = _EpochSampler(self._plan)
@@ -99,7 +99,7 @@ class TorchvisionLoader:
             atexit.register(self._at_exit)
         for crops, skipped in iterator:
             for index, reason in skipped:
-                self._bad.add(index, self.source.paths[index], reason)
+                self._bad.add(index, self.source.path(index), reason)
             if isinstance(crops, str):
                 raise DataError(crops)
             yield crops
@@ -142,9 +142,9 @@ class _EpochSampler:
 class _CropDataset(Dataset[Any]):
     """(epoch, sample) -> its crops, and the broken samples that it stands in for."""
 
-    def __init__(self, config: TrainConfig, source: ImageSource) -> None:
+    def __init__(self, config: TrainConfig, source: ImageDataset) -> None:
         self._config, self._source = config, source
-        self._bad = BadFiles(len(source), config.max_bad_share, source.broken)
+        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -177,14 +177,14 @@ class _CropDataset(Dataset[Any]):
     def _read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image of the first good sample from index on, and which one that is."""
         while True:
-            index = self._bad.good(index)
+            index = self._bad.next_good(index)
             try:
                 return self._source.read_rgb(index), index
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's plugins raise all kinds on broken files.
                 reason = reason_of(error)
-            self._bad.add(index, self._source.paths[index], reason)
+            self._bad.add(index, self._source.path(index), reason)
 
 
 def _collate(samples: list[_Sample]) -> _Sample:

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from fastdino.data.datasets.data_path import EXTENSIONS
-from fastdino.data.image_files import NUMBERS, explained_reading, quiet_pillow, read_rgb
+from fastdino.data.image_files import EXTENSIONS, NUMBERS, explained_reading, quiet_pillow, read_rgb
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.attention_maps import (

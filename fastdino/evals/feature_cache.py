@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
@@ -47,7 +47,7 @@ class CachedFeatures(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(self.features[index].copy()), int(self.labels[index])
 
 
-def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -> str:
+def cache_key(model: nn.Module, source: ImageDataset, settings: dict[str, Any]) -> str:
     """Names a cache: a hash of the weights, of the images (names, sizes, labels, and each file's
     size and time of change), and of the settings.
 
@@ -57,7 +57,7 @@ def cache_key(model: nn.Module, source: ImageSource, settings: dict[str, Any]) -
     digest.update(weights_digest(model).encode())
     digest.update(source.fingerprint.encode())
     digest.update(source.labels.tobytes())
-    for path in source.paths if source.in_archives is None else source.in_archives.files:
+    for path in source.files:
         try:
             stat = os.stat(path)
         except OSError as error:

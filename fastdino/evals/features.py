@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastdino import distributed
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import scan_images
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
@@ -36,7 +36,7 @@ UNREADABLE = -1  # the label of an image whose header was good and whose pixels 
 class Images(Dataset[tuple[Tensor, int]]):
     """The images of a source, transformed, with their labels."""
 
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, source: ImageDataset, transform: Callable[[Image.Image], Tensor]):
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ def eval_transform(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
 @torch.no_grad()
 def extract_features(
     model: Callable[[Tensor], Tensor],
-    source: ImageSource,
+    source: ImageDataset,
     transform: Callable[[Image.Image], Tensor],
     *,
     batch_size: int,
@@ -226,7 +226,7 @@ def settings_of(
 
 def scan_splits(
     args: argparse.Namespace, splits: tuple[str, ...] = ("train", "val")
-) -> dict[str, ImageSource]:
+) -> dict[str, ImageDataset]:
     """The images of train/ and val/, or of a set's two splits.
 
     Raises: DataError: their classes differ.

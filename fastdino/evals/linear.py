@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
-from fastdino.data.image_source import ImageSource
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
@@ -194,7 +194,7 @@ class AugmentedImages(Images):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageDataset,
         transform: Callable[[Image.Image], Tensor],
         *,
         seed: int,
@@ -233,7 +233,7 @@ class Data:
     device: torch.device
     features: FrozenFeatures
     dim: int
-    sources: dict[str, ImageSource]
+    sources: dict[str, ImageDataset]
     protocol: dict[str, Any]
 
     @classmethod
@@ -401,7 +401,7 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
 
 
-def _scan(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, ImageSource]:
+def _scan(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, ImageDataset]:
     sources = scan_splits(args, splits)
     classes = len(sources["val"].classes)
     if args.num_labels and args.num_labels < classes:

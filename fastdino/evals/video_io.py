@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino import checkpoint
-from fastdino.data.datasets.data_path import EXTENSIONS
-from fastdino.data.image_files import Header, quiet_pillow, read_header, read_rgb
+from fastdino.data.image_files import EXTENSIONS, Header, quiet_pillow, read_header, read_rgb
 from fastdino.errors import DataError
 
 # Ending of a file -> the container's name, and codecs: the first that is there is taken.

@@ -16,8 +16,6 @@ from fastdino.data.datasets.archives import ArchiveIndex
 from fastdino.data.datasets.yfcc import Photos
 from fastdino.errors import DataError
 
-# As torchvision.datasets.ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_OPTIONS = ("split", "train", "val")
 UNLABELLED = "unlabelled"
 # What the splits that evaluations want are called, the first that there is.

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastdino.data.datasets.data_path import EXTENSIONS, SPLIT_OPTIONS, Found, Place
+from fastdino.data.datasets.data_path import SPLIT_OPTIONS, Found, Place
+from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
 
 RESOLUTION = "480p"

@@ -12,7 +12,6 @@ from pathlib import Path
 from fastdino.data.datasets import tars, yfcc, zips
 from fastdino.data.datasets.archives import ArchiveIndex, are_numbered
 from fastdino.data.datasets.data_path import (
-    EXTENSIONS,
     SPLIT_OPTIONS,
     Found,
     Place,
@@ -26,7 +25,7 @@ from fastdino.data.datasets.hugging_face import OPTIONS as HUGGING_FACE_OPTIONS
 from fastdino.data.datasets.hugging_face import find_hugging_face
 from fastdino.data.datasets.torchvision_sets import OPTIONS as TORCHVISION_OPTIONS
 from fastdino.data.datasets.torchvision_sets import find_torchvision
-from fastdino.data.image_files import read_file, retrying
+from fastdino.data.image_files import EXTENSIONS, read_file, retrying
 from fastdino.errors import DataError
 
 EXPECTED = (

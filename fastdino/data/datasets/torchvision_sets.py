@@ -27,8 +27,9 @@ import torchvision
 from tqdm import tqdm
 
 from fastdino.checkpoint import replacing
-from fastdino.data.datasets.data_path import EXTENSIONS, SPLIT_OPTIONS, Found, Place, common_base
+from fastdino.data.datasets.data_path import SPLIT_OPTIONS, Found, Place, common_base
 from fastdino.data.datasets.tars import index_tar
+from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
 
 OPTIONS = (*SPLIT_OPTIONS, "root", "size")

@@ -1,4 +1,4 @@
-"""Tests of fastdino.data.image_source."""
+"""Tests of fastdino.data.image_dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fastdino.data import image_files, scanning
-from fastdino.data.image_source import scan_images
+from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 
 

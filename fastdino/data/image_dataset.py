@@ -36,7 +36,7 @@ class InArchives:
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class ImageDataset:
     """The images whose header can be read; any one can be read at any time, in any process.
 
     paths: n names: files, in the order of torchvision's ImageFolder, or "ARCHIVE/MEMBER".
@@ -67,6 +67,15 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, index: int) -> str:
+        """Return the path of an image, or "ARCHIVE/MEMBER"."""
+        return self.paths[index]
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The paths of all files that hold the images."""
+        return self.paths if self.in_archives is None else self.in_archives.files
+
     def read_bytes(self, index: int) -> bytes:
         """The encoded image; what may pass is tried again.
 
@@ -82,7 +91,7 @@ class ImageSource:
         """The decoded image; raises what reading and decoding raise."""
         return decode_rgb(self.read_bytes(index), exif=self.exif)
 
-    def taken(self, indices: NDArray[np.int64]) -> ImageSource:
+    def subset(self, indices: NDArray[np.int64]) -> ImageDataset:
         """These of the images, [m], in this order; the same one may come several times."""
         within = self.in_archives
         if within is not None:
@@ -105,7 +114,7 @@ def scan_images(
     exif: bool = False,
     cache: Path | None = None,
     role: str = "",
-) -> ImageSource:
+) -> ImageDataset:
     """Finds the images and reads their headers, without decoding them.
 
     data_path is one of (docs/data.md has them all)
@@ -149,7 +158,7 @@ def scan_images(
     good = np.ones(len(paths), bool)
     good[list(table.reasons)] = False
     kept = np.flatnonzero(good).tolist()
-    return ImageSource(
+    return ImageDataset(
         paths=Names([paths[i] for i in kept]),
         labels=np.array(labels, dtype=np.int64)[good],
         classes=classes,
