@@ -1,5 +1,5 @@
-# Two commands do all set-up: `make demo` and `make test`. PYTHON picks the interpreter of the environment.
-# `make gpu-report` sets up nothing: it takes PYTHON as it is, with its torch, triton and pytest.
+# Every target installs what it needs into VENV with the interpreter PYTHON, except gpu-report, which uses
+# PYTHON with the torch, triton and pytest already installed there.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 BENCH ?= runs/bench
 
-.PHONY: install demo test lint types format bench gates gpu-report clean help
+.PHONY: install demo test lint types docs format bench gates gpu-report clean help
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-install: $(VENV)/.installed  ## make the environment: everything, editable
+install: $(VENV)/.installed  ## create the environment: all extras, editable
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +20,10 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
 	touch $@
 
-demo: install  ## pretrain on a small generated image set; k-NN figures and pictures in runs/demo
+demo: install  ## pretrain on a small generated image set; k-NN accuracies and pictures in runs/demo
 	$(BIN)/fastdino demo --output_dir $(DEMO)
 
-test: install  ## run the tests, two at a time, each on one thread
+test: install  ## run all tests in two processes, each with one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 8
 
 lint: install  ## ruff: lint and format
@@ -33,20 +33,23 @@ lint: install  ## ruff: lint and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
-format: install  ## rewrite the files as `make lint` wants them
+docs: install  ## build the documentation site in runs/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+format: install  ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## the kernels' benchmarks: tables, and JSON in BENCH (QUICK=1: small sizes)
+bench: install  ## benchmark the kernels; tables and JSON in BENCH (QUICK=1: small sizes)
 	mkdir -p $(BENCH)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet --benchmark-json=$(BENCH)/raw.json $(if $(QUICK),--quick); \
 	status=$$?; $(BIN)/python -m benchmarks.report $(BENCH)/raw.json --write $(BENCH) && exit $$status
 
-gates: install  ## compile every kernel ahead of time, with no GPU; the table in benchmarks/results
+gates: install  ## compile every kernel ahead of time, without a GPU; table in benchmarks/results
 	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.gpu.compile_gates --write benchmarks/results
 
-gpu-report:  ## on a GPU: tests, benchmarks, one report in benchmarks/results (MORE=1: the second; REDUCED=1: on the CPU)
+gpu-report:  ## on a GPU: tests, benchmarks, a report in benchmarks/results (MORE=1: part two; REDUCED=1: on a CPU)
 	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 
-clean:  ## remove the environment and what runs left
+clean:  ## remove the environment, runs and build outputs
 	rm -rf $(VENV) runs build dist *.egg-info

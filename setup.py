@@ -1,4 +1,4 @@
-"""Two packages: the trainer, and the kernels, which need torch and triton alone."""
+"""Build configuration of two packages: the trainer, and the kernels that need only torch and triton."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ EVAL = [
     "torchvision>=0.25",
     "tqdm>=4.66",
 ]
-# Sets by name: hf:NAME, and those of torchvision that come as .mat files.
+# Datasets by name: hf:NAME, and torchvision's datasets that are distributed as .mat files.
 DATA = [
     "datasets>=3",
     "pyarrow>=15",
@@ -37,13 +37,14 @@ EXPORT = [
     *EVAL,
     "onnx>=1.18",
     "onnxruntime>=1.22",
-    "onnxscript>=0.6",  # the first that torch 2.11 and newer export with
+    "onnxscript>=0.6",  # the oldest that torch 2.11 and newer can export with
     "transformers>=4.50",
 ]
 DEV = [
     "build",
     "hypothesis>=6.100",
-    "lightly>=1.6,<1.7",  # tests/test_compat_lightly.py holds its DINOLoss beside ours
+    "lightly>=1.6,<1.7",  # compared with in tests/test_compat_lightly.py
+    "mkdocs-material>=9.5",
     "mypy>=1.18",
     "pre-commit",
     "pytest>=8",

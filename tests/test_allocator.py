@@ -33,7 +33,7 @@ def main() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
 def test_freed_memory_is_kept():
-    code = "from test_heap import main; main()"
+    code = "from test_allocator import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
