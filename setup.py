@@ -1,4 +1,4 @@
-"""Build configuration of two packages: the trainer, and the kernels that need only torch and triton."""
+"""Build both packages: the trainer, and the kernels that need only torch and triton."""
 
 import re
 from pathlib import Path
