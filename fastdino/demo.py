@@ -21,7 +21,9 @@ from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
 from fastdino.evals.attention_figures import draw_attention
 from fastdino.evals.attention_maps import attention_maps
-from fastdino.evals.features import eval_transform
+from fastdino.evals.transforms import (
+    center_crop,
+)
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import load_backbone
 
@@ -95,7 +97,7 @@ def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
     pictures = [
         source.read_rgb(i).resize((ATTENTION_SIZE,) * 2, Image.Resampling.BICUBIC) for i in firsts
     ]
-    transform = eval_transform(ATTENTION_SIZE, ATTENTION_SIZE)
+    transform = center_crop(ATTENTION_SIZE, ATTENTION_SIZE)
     maps = attention_maps(backbone, torch.stack([transform(picture) for picture in pictures]))
     draw_attention(pictures, maps, path, title="Attention of CLS in the last block, no labels used")
 

@@ -15,7 +15,12 @@ from fastdino.errors import DataError
 from fastdino.evals import attention_jaccard
 from fastdino.evals.attention_jaccard import find_masked, head_scores, read_mask, summary
 from fastdino.evals.attention_maps import attention_maps, fit
-from fastdino.evals.features import to_input, weights_digest
+from fastdino.evals.options import (
+    weights_digest,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.models.backbones import build_backbone
 from fastdino.models.weights import load_backbone
 

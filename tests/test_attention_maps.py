@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastdino.errors import ConfigError, DataError
-from fastdino.evals import features
+from fastdino.evals import options
 from fastdino.evals.attention_maps import (
     LACKS,
     attention_maps,
@@ -23,7 +23,9 @@ from fastdino.evals.attention_maps import (
     keep_mass,
     to_pixels,
 )
-from fastdino.evals.features import to_input
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.models.attention import token_layout
 from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
 
@@ -240,10 +242,10 @@ def test_an_image_smaller_than_a_patch_is_refused():
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224", "xcit_nano_12_p16"])
 def test_networks_without_cls_attention_of_ours_are_refused(arch):
     parser = argparse.ArgumentParser()
-    features.add_network_flags(parser)
+    options.add_network_flags(parser)
     args = parser.parse_args(["--arch", arch])
     with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
-        features.load_vit(args, torch.device("cpu"), lacks=LACKS)
+        options.load_vit(args, torch.device("cpu"), reason=LACKS)
 
 
 @pytest.mark.parametrize(
@@ -252,10 +254,10 @@ def test_networks_without_cls_attention_of_ours_are_refused(arch):
 )
 def test_without_weights_the_network_is_the_commands_or_the_flags(words, built):
     parser = argparse.ArgumentParser()
-    features.add_network_flags(parser, default=("vit_nano", 4))
+    options.add_network_flags(parser, default=("vit_nano", 4))
     parser.add_argument("--crop", type=int, default=16)
     args = parser.parse_args(words)
-    model, arch = features.load_vit(args, torch.device("cpu"), lacks="")
+    model, arch = options.load_vit(args, torch.device("cpu"), reason="")
     assert (arch, model.patch_size) == built
-    model = features.build_model(args, torch.device("cpu"))
+    model = options.load_network(args, torch.device("cpu"))
     assert (model.embed_dim, model.patch_size) == (VIT_ARCHS[arch]["embed_dim"], built[1])

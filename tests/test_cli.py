@@ -134,12 +134,11 @@ def test_every_command_has_help(name, capsys):
     ],
 )
 def test_without_weights_the_network_is_that_of_the_papers_script(name, arch, patch_size, capsys):
-    """tests/test_attention.py holds that what the help says is what is built."""
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"(default: what the checkpoint says, else {arch})" in said
-    assert f"(default: what the checkpoint says, else {patch_size})" in said
+    assert f"(default: from the checkpoint, else {arch})" in said
+    assert f"(default: from the checkpoint, else {patch_size})" in said
 
 
 def test_help_does_not_wait_for_torch():

@@ -11,7 +11,10 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import copydays
-from fastdino.evals.features import build_model, weights_digest
+from fastdino.evals.options import (
+    load_network,
+    weights_digest,
+)
 from tests.commands import error_of, flags_of
 
 CPU = torch.device("cpu")
@@ -53,7 +56,7 @@ def run(folder):
 
 def network():
     """The command's, as its seed makes it."""
-    return build_model(flags_of(copydays, *SMALL.split()), CPU, size_flag="imsize")
+    return load_network(flags_of(copydays, *SMALL.split()), CPU, size_flag="imsize")
 
 
 @torch.no_grad()

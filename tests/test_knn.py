@@ -18,8 +18,13 @@ from torchvision import transforms
 from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
-from fastdino.evals.features import eval_transform, extract_features
+from fastdino.evals.features import (
+    extract_features,
+)
 from fastdino.evals.knn import knn_accuracy, nearest
+from fastdino.evals.transforms import (
+    center_crop,
+)
 from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
@@ -186,12 +191,12 @@ def test_images_are_made_as_the_paper_makes_them(pictures):
         ]
     )
     image = Image.open(next(pictures.rglob("*.jpg")))
-    assert torch.equal(eval_transform(36, 32)(image), theirs(image))
+    assert torch.equal(center_crop(36, 32)(image), theirs(image))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_are_normalised_and_in_the_order_of_the_folder(pictures, workers):
-    source, transform = scan_images(pictures), eval_transform(16, 8)
+    source, transform = scan_images(pictures), center_crop(16, 8)
     features, labels = extract_features(
         torch.nn.Flatten(), source, transform, batch_size=4, workers=workers, device=CPU
     )
@@ -250,7 +255,7 @@ def test_features_are_those_of_the_checkpoints_teacher(run, images, tiny, tmp_pa
     flags = ["--pretrained_weights", path]
     assert run(*flags, "--dump_features", tmp_path / "teacher") == 0
     assert run(*flags, "--checkpoint_key", "student", "--dump_features", tmp_path / "student") == 0
-    source, transform = scan_images(images / "train"), eval_transform(36, 32)
+    source, transform = scan_images(images / "train"), center_crop(36, 32)
     batch = torch.stack([transform(Image.open(path)) for path in source.paths])
     for key, network in (("teacher", trainer.teacher), ("student", trainer.student)):
         found = dumped(tmp_path / key)

@@ -21,9 +21,12 @@ from fastdino import checkpoint, cli, signals
 from fastdino.data import scan_images
 from fastdino.errors import NonFiniteError
 from fastdino.evals import feature_cache
-from fastdino.evals.features import UNREADABLE
-from fastdino.evals.linear import AugmentedImages, train_transform
+from fastdino.evals.features import (
+    UNREADABLE,
+)
+from fastdino.evals.linear import AugmentedImages
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
+from fastdino.evals.transforms import random_crop
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 from tests.commands import error_of, write_colours
@@ -179,7 +182,7 @@ def test_training_images_are_made_as_the_paper_makes_them():
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for seed in range(20):
         images = []
-        for transform in (train_transform(24), theirs):
+        for transform in (random_crop(24), theirs):
             torch.manual_seed(seed)
             images.append(transform(Image.fromarray(pixels)))
         assert torch.equal(*images)
@@ -198,7 +201,7 @@ def test_crops_depend_on_seed_epoch_and_place_alone(few):
     source = scan_images(few / "train")
 
     def crop(index, seed=0, epoch=0):
-        return AugmentedImages(source, train_transform(16), seed=seed, epoch=epoch)[index][0]
+        return AugmentedImages(source, random_crop(16), seed=seed, epoch=epoch)[index][0]
 
     assert torch.equal(crop(3), crop(3))
     assert not torch.equal(crop(3), crop(3, epoch=1))

@@ -12,7 +12,10 @@ from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import retrieval
-from fastdino.evals.features import build_model, weights_digest
+from fastdino.evals.options import (
+    load_network,
+    weights_digest,
+)
 from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import read_set
 from tests.commands import error_of, flags_of
@@ -55,7 +58,7 @@ def run(folder):
 def expected_scores(folder, *, multiscale, crop):
     """The paper's evaluation written plainly: image by image."""
     args = flags_of(retrieval, *SMALL.split())
-    model = build_model(args, CPU, size_flag="imsize")
+    model = load_network(args, CPU, size_flag="imsize")
     finish = transforms.Compose(
         [
             transforms.ToTensor(),
@@ -91,7 +94,7 @@ def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multi
     args = flags_of(retrieval, *SMALL.split())
     args.multiscale = multiscale
     found = read_set(folder, "rparis6k", crop_queries=crop)
-    backbone = build_model(args, CPU, size_flag="imsize")
+    backbone = load_network(args, CPU, size_flag="imsize")
     own_queries, own_database = retrieval.compute_features(args, backbone, found, CPU)
     torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)

@@ -26,7 +26,9 @@ from fastdino.data.datasets.data_path import parse
 from fastdino.data.datasets.torchvision_sets import SETS, default_root, find_torchvision
 from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
-from fastdino.evals.features import scan_splits
+from fastdino.evals.options import (
+    scan_splits,
+)
 
 N = 7  # images a split
 

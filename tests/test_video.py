@@ -18,7 +18,12 @@ from fastdino.evals.attention_figures import (
     overlay_picture,
 )
 from fastdino.evals.attention_maps import attention_maps, fit, head_statistics, keep_mass
-from fastdino.evals.features import to_input, weights_digest
+from fastdino.evals.options import (
+    weights_digest,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.evals.video import AVERAGED, VIEWS, draw_frame, output_file
 from fastdino.evals.video_io import open_frames, video_writer
 from fastdino.models.weights import load_backbone

@@ -17,7 +17,12 @@ from fastdino.evals.attention_maps import (
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.features import to_input, weights_digest
+from fastdino.evals.options import (
+    weights_digest,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.models.weights import load_backbone
 
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]

@@ -37,7 +37,13 @@ from fastdino.evals.attention_maps import (
     pretrained_side,
     to_pixels,
 )
-from fastdino.evals.features import load_vit, settings_of, to_input
+from fastdino.evals.options import (
+    load_vit,
+    settings_of,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
@@ -217,7 +223,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The Jaccard indices of `fastdino attention --data_path`, as jaccard.json has them."""
     found = find_masked(Path(args.data_path), args.split)
     threshold = THRESHOLD if args.threshold is None else args.threshold
-    model, arch = load_vit(args, device, lacks=LACKS)
+    model, arch = load_vit(args, device, reason=LACKS)
     models = {"trained" if args.pretrained_weights else "untrained": model}
     if args.baseline and args.pretrained_weights:
         models["untrained"] = _untrained_like(model, arch, args.seed, device)

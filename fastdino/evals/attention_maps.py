@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VisionTransformer
 
-# What networks other than ours lack here (features.load_vit).
+# What networks other than ours lack here (options.load_vit).
 LACKS = "has no attention of a CLS token to show"
 
 

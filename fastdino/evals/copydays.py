@@ -33,14 +33,16 @@ from fastdino.evals.descriptors import (
     raise_if_bad,
     without,
 )
-from fastdino.evals.features import (
+from fastdino.evals.options import (
     add_network_flags,
     add_process_flags,
-    build_model,
+    load_network,
     settings_of,
-    to_input,
 )
 from fastdino.evals.ranking_metrics import Places, copydays_map, micro_ap
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.models.vit import VisionTransformer
 
 ORIGINAL, STRONG = "original", "strong"
@@ -165,7 +167,7 @@ class Extractor:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.network = build_model(args, device, size_flag="imsize")
+        self.network = load_network(args, device, size_flag="imsize")
         if not isinstance(self.network, VisionTransformer):
             raise ConfigError("the network gives no patch tokens; expected one of vit_*")
         self.model = cls_and_gem(self.network)

@@ -34,9 +34,14 @@ from fastdino.evals.davis_dataset import (
     write_mask,
 )
 from fastdino.evals.davis_scores import Results, describe, describe_total, score
-from fastdino.evals.features import add_network_flags, add_process_flags, load_vit, settings_of
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.evals.mask_overlay import draw_sheet, overlay
+from fastdino.evals.options import (
+    add_network_flags,
+    add_process_flags,
+    load_vit,
+    settings_of,
+)
 from fastdino.models.vit import VisionTransformer
 
 # The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.
@@ -177,7 +182,7 @@ def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
 @distributed.together()
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """The network of the flags, on the device; raises ConfigError where it has no patch tokens."""
-    model, _ = load_vit(args, device, lacks="gives no patch tokens to compare")
+    model, _ = load_vit(args, device, reason="gives no patch tokens to compare")
     if model.patch_size > args.size:
         raise ConfigError(f"--size {args.size} is smaller than a {model.patch_size} px patch")
     return model

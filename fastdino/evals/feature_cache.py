@@ -30,7 +30,9 @@ from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
-from fastdino.evals.features import weights_digest
+from fastdino.evals.options import (
+    weights_digest,
+)
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):

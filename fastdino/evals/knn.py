@@ -17,14 +17,18 @@ from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.evals.features import (
-    PATH_HELP,
+    extract_features,
+)
+from fastdino.evals.options import (
+    SPLITS_HELP,
     add_network_flags,
     add_process_flags,
-    build_model,
-    eval_transform,
-    extract_features,
+    load_network,
     scan_splits,
     settings_of,
+)
+from fastdino.evals.transforms import (
+    center_crop,
 )
 
 # Numbers on the device at once: training features, and similarities of some validation images to
@@ -118,7 +122,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--use_cuda", type=parse_bool, default=True, help="classify on the GPU, where there is one")
     add("--dump_features", help="folder to save the features in")
     add("--load_features", help="folder to take saved features from")
-    add("--data_path", default="/path/to/imagenet/", help=PATH_HELP)
+    add("--data_path", default="/path/to/imagenet/", help=SPLITS_HELP)
     add("--resize", type=int, default=256, help="short side the images are resized to (256)")
     add("--crop", type=int, default=224, help="side of the centre crop (224)")
     add("--raw_pixels", action="store_true", help="classify pixels instead of features: a baseline")
@@ -135,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     device = distributed.choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
-        model = None if args.load_features or args.raw_pixels else build_model(args, device)
+        model = None if args.load_features or args.raw_pixels else load_network(args, device)
         tensors = (
             load_features(args) if args.load_features else compute_features(args, model, device)
         )
@@ -179,7 +183,7 @@ def compute_features(
         features, labels = extract_features(
             model or torch.nn.Flatten(),
             source,
-            eval_transform(args.resize, args.crop),
+            center_crop(args.resize, args.crop),
             batch_size=args.batch_size_per_gpu,
             workers=args.num_workers,
             device=device,

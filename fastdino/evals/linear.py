@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.transforms import v2
 
 from fastdino import checkpoint, distributed
 from fastdino.config import check_at_least, parse_bool
@@ -30,18 +29,19 @@ from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.feature_cache import CachedFeatures, cache_key, cached
 from fastdino.evals.features import (
-    PATH_HELP,
     Images,
-    add_network_flags,
-    add_process_flags,
-    build_model,
-    eval_transform,
-    scan_splits,
-    settings_of,
-    to_input,
-    weights_digest,
 )
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
+from fastdino.evals.options import (
+    SPLITS_HELP,
+    add_network_flags,
+    add_process_flags,
+    load_network,
+    scan_splits,
+    settings_of,
+    weights_digest,
+)
+from fastdino.evals.transforms import center_crop, random_crop
 from fastdino.models.downloads import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.logging import drop_log_lines
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=100, help="passes over train/ (100)")
     add("--lr", type=float, default=0.001, help="for a global batch of 256; scaled with it (.001)")
     add("--batch_size_per_gpu", type=int, default=128, help="images a step of a process (128)")
-    add("--data_path", default="/path/to/imagenet/", help=PATH_HELP)
+    add("--data_path", default="/path/to/imagenet/", help=SPLITS_HELP)
     add("--val_freq", type=int, default=1, help="validate every so many epochs (1)")
     add("--output_dir", default=".", help="checkpoint.pth.tar, log.txt, linear.json; resumed (.)")
     add("--num_labels", type=int, help="classes (default: as many as there are)")
@@ -211,17 +211,6 @@ class AugmentedImages(Images):
             return super().__getitem__(index)
 
 
-def train_transform(crop: int) -> Callable[[Image.Image], Tensor]:
-    """The paper's for the classifier: random resized crop (bilinear), flip, mean and std."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(crop),
-            v2.RandomHorizontalFlip(),
-            to_input,
-        ]
-    )
-
-
 @dataclass(frozen=True)
 class Data:
     """What the flags name: the frozen features, their width, and the images of the splits.
@@ -242,7 +231,7 @@ class Data:
 
         Raises: UserError: weights, flags or folders that cannot be.
         """
-        model = build_model(args, device)
+        model = load_network(args, device)
         features = FrozenFeatures(
             model, blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens
         )
@@ -290,8 +279,8 @@ class Data:
         """A split's images: centre crops, or those of an epoch of training."""
         args, source = self.args, self.sources[split]
         if epoch is None:
-            return Images(source, eval_transform(args.resize, args.crop))
-        return AugmentedImages(source, train_transform(args.crop), seed=args.seed, epoch=epoch)
+            return Images(source, center_crop(args.resize, args.crop))
+        return AugmentedImages(source, random_crop(args.crop), seed=args.seed, epoch=epoch)
 
     def passes(self, stopped: Callable[[], bool]) -> tuple[list[_Pass], _Pass] | None:
         """What the epochs of training see, in turn, and what is validated on.

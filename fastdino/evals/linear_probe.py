@@ -21,7 +21,9 @@ from tqdm import tqdm
 from fastdino import checkpoint, distributed
 from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError
-from fastdino.evals.features import UNREADABLE
+from fastdino.evals.features import (
+    UNREADABLE,
+)
 from fastdino.models.vit import VisionTransformer
 
 # The paper's name of the only module that its checkpoints hold.

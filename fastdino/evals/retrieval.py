@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,15 +21,15 @@ from fastdino.evals.descriptors import (
     multi_scale,
     raise_if_bad,
 )
-from fastdino.evals.features import (
+from fastdino.evals.options import (
     add_network_flags,
     add_process_flags,
-    build_model,
+    load_network,
     settings_of,
-    to_input,
 )
 from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import DATASETS, RetrievalSet, read_set, sizes_of
+from fastdino.evals.transforms import fit_within
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         found = distributed.from_main(
             lambda: read_set(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)
         )
-        backbone = build_model(args, device, size_flag="imsize")
+        backbone = load_network(args, device, size_flag="imsize")
         queries, database = compute_features(args, backbone, found, device)
         if distributed.rank() > 0:
             return 0
@@ -70,20 +68,6 @@ def main(args: argparse.Namespace) -> int:
     flags = ("data_path", "dataset", "imsize", "multiscale", "crop_queries")
     report(args, settings_of(args, backbone, *flags), found, scores)
     return 0
-
-
-def transform_to(size: int) -> Callable[[Image.Image], Tensor]:
-    """The paper's: shrunk to fit into a square (Lanczos), aspect kept; ImageNet mean and std.
-
-    An image that fits already is left as it is.
-    """
-
-    def transform(image: Image.Image) -> Tensor:
-        image = image.copy()
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        return to_input(image)
-
-    return transform
 
 
 def compute_features(
@@ -103,7 +87,7 @@ def compute_features(
         features, bad = extract_descriptors(
             model,
             pictures,
-            transform_to(args.imsize),
+            fit_within(args.imsize),
             min_side=min_side,
             kinds=distributed.from_main(lambda: sizes_of(pictures, workers)),
             batch_size=args.batch_size_per_gpu,

@@ -43,7 +43,14 @@ from fastdino.evals.attention_maps import (
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.features import add_network_flags, load_vit, settings_of, to_input
+from fastdino.evals.options import (
+    add_network_flags,
+    load_vit,
+    settings_of,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
 from fastdino.models.vit import VisionTransformer
 
@@ -222,7 +229,7 @@ def main(args: argparse.Namespace) -> int:
 def _by_network(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """What makes a video of maps by the network of the flags, called as join_pictures is."""
     device = choose_device(args.device)
-    model, arch = load_vit(args, device, lacks=LACKS)
+    model, arch = load_vit(args, device, reason=LACKS)
     views = list(args.show or SHOWN)
     threshold = THRESHOLD if args.threshold is None else args.threshold
 

@@ -52,7 +52,14 @@ from fastdino.evals.attention_maps import (
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.features import add_network_flags, load_vit, settings_of, to_input
+from fastdino.evals.options import (
+    add_network_flags,
+    load_vit,
+    settings_of,
+)
+from fastdino.evals.transforms import (
+    to_input,
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def draw_image(
 def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     """The pictures of --image_path, and attention.json beside them; returns how many images."""
     images = find_images(args.image_path)
-    model, arch = load_vit(args, device, lacks=LACKS)
+    model, arch = load_vit(args, device, reason=LACKS)
     root = Path(args.output_dir)
     records: list[dict[str, Any]] = []
     skipped = images.skipped

@@ -1,0 +1,206 @@
+"""Options shared by the evaluation commands, and the network and datasets that they select."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdino import checkpoint, distributed
+from fastdino.config import check_at_least, parse_bool
+from fastdino.data import scan_images
+from fastdino.data.image_dataset import ImageDataset
+from fastdino.errors import ConfigError, DataError
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
+from fastdino.models.weights import Backbone, load_backbone
+
+SPLITS_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
+DEFAULT = "(default: %(default)s)"
+
+
+def add_network_flags(
+    parser: argparse.ArgumentParser,
+    arch_help: str = "architecture",
+    *,
+    default: tuple[str, int] = ("vit_small", 16),
+) -> None:
+    """Add the flags that select the network and the device.
+
+    Args:
+        arch_help: help text of --arch.
+        default: architecture and patch size of the paper's script, used unless the checkpoint
+            records its own.
+    """
+    parser.set_defaults(default_network=default)
+    add = parser.add_argument_group("network").add_argument
+    recorded = "default: from the checkpoint, else"
+    add("--arch", help=f"{arch_help} ({recorded} {default[0]})")
+    add("--patch_size", type=int, help=f"patch size in pixels ({recorded} {default[1]})")
+    add(
+        "--pretrained_weights",
+        default="",
+        help="checkpoint file, URL, or released name such as dino_vits16 (default: untrained)",
+    )
+    add(
+        "--checkpoint_key",
+        default="teacher",
+        help=f"network to read from a checkpoint: teacher or student {DEFAULT}",
+    )
+    add("--seed", type=int, default=0, help=f"random seed {DEFAULT}")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help=f"device to compute on {DEFAULT}",
+    )
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags for data loading workers and distributed runs; return their group."""
+    group = parser.add_argument_group("data loading and processes")
+    add = group.add_argument
+    add("--num_workers", type=int, default=10, help=f"data loading workers, at most {DEFAULT}")
+    add("--dist_url", default="env://", help=f"rendezvous URL of a distributed run {DEFAULT}")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return group
+
+
+def add_extraction_flags(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add the flags of a command that extracts features, compares them and reports scores."""
+    add = add_process_flags(parser).add_argument
+    add(
+        "--batch_size_per_gpu",
+        type=int,
+        default=batch_size,
+        help=f"images per forward pass {DEFAULT}",
+    )
+    about = f"compare features on the GPU, if there is one {DEFAULT}"
+    add("--use_cuda", type=parse_bool, default=True, metavar="BOOL", help=about)
+    add("--output", metavar="JSON", help="write the scores and settings to this file")
+
+
+def check_extraction_flags(args: argparse.Namespace, *sizes: str) -> None:
+    """Raise ConfigError unless the flags of add_extraction_flags and `sizes` are in range."""
+    check_at_least(args, 1, *sizes, "batch_size_per_gpu", "patch_size")
+    check_at_least(args, 0, "num_workers")
+
+
+def comparison_device(args: argparse.Namespace, device: torch.device) -> torch.device:
+    """Return the device on which to compare features."""
+    return device if args.use_cuda else torch.device("cpu")
+
+
+def write_scores(args: argparse.Namespace, scores: dict[str, Any]) -> None:
+    """Write the scores to the JSON file of --output, if it is given."""
+    if args.output:
+        checkpoint.write_json(scores, Path(args.output))
+
+
+def print_on_main(text: str, *, stderr: bool = False) -> None:
+    """Print a line on rank 0."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def load_vit(
+    args: argparse.Namespace, device: torch.device, *, reason: str
+) -> tuple[VisionTransformer, str]:
+    """Load the ViT of the network flags in eval mode; return it and its architecture.
+
+    Args:
+        reason: why other networks are not supported, for the message: "gives no ...".
+
+    Raises: ConfigError: the network is no vit_*. CheckpointError: see load_backbone.
+    """
+    backbone = _load_backbone(args)
+    if not isinstance(backbone.module, VisionTransformer):
+        raise ConfigError(
+            f"--arch {backbone.arch} {reason}: expected one of {', '.join(VIT_ARCHS)}"
+        )
+    return backbone.module.to(device), backbone.arch
+
+
+@distributed.together()
+def load_network(
+    args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
+) -> torch.nn.Module:
+    """Load the network of the network flags in eval mode.
+
+    Args:
+        size_flag: name of the flag that holds the side of the input images.
+
+    Raises: ConfigError: the network does not accept images of that size.
+    """
+    side = getattr(args, size_flag)
+    backbone = _load_backbone(args, img_size=side)
+    try:
+        with torch.no_grad():
+            backbone.module(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"--arch {backbone.arch} cannot take --{size_flag} {side} px images: {error}"
+        ) from error
+    return backbone.module.to(device)
+
+
+def _load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
+    torch.manual_seed(args.seed)
+    return load_backbone(
+        args.pretrained_weights,
+        checkpoint_key=args.checkpoint_key,
+        arch=args.arch,
+        patch_size=args.patch_size,
+        default=args.default_network,
+        **options,
+    )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return a hash of the names and values of a network's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(
+    args: argparse.Namespace, model: torch.nn.Module | None, *flags: str
+) -> dict[str, Any]:
+    """Return the `settings` of a JSON report: flags that affect the scores, and a weights hash.
+
+    Args:
+        model: None if the scores use no network.
+        flags: names of flags in addition to the weights'.
+    """
+    names = ("pretrained_weights", "checkpoint_key", *flags)
+    return {
+        **{name: getattr(args, name) for name in names},
+        "weights": None if model is None else weights_digest(model),
+    }
+
+
+def scan_splits(
+    args: argparse.Namespace, splits: tuple[str, ...] = ("train", "val")
+) -> dict[str, ImageDataset]:
+    """Scan the training and validation split of --data_path.
+
+    Unreadable images are left out; a split without any readable image is an error.
+
+    Raises: DataError: nothing to read, or the splits have different classes.
+    """
+    sources = {
+        split: scan_images(args.data_path, role=split, max_bad_share=1.0, workers=args.num_workers)
+        for split in splits
+    }
+    first, last = sources[splits[0]].classes, sources[splits[-1]].classes
+    if first != last:
+        raise DataError(
+            f"train/ and val/ of {args.data_path} must have the same class folders; "
+            f"only one has {sorted(set(first) ^ set(last))[:5]}"
+        )
+    return sources
