@@ -1,28 +1,27 @@
-"""Checkpoints on disk: written whole or not at all, read without running code from the file."""
+"""Save, load and validate checkpoints; loading never runs code from the file."""
 
 from __future__ import annotations
 
 import argparse
-import errno
-import json
-import os
 import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.files import atomic_write, explain_write_errors
 
-# What a file may hold beside tensors and plain values: the paper's code saves its flags as a
-# Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, of either of
-# the names that NumPy's versions give them. Making any of these runs no code of the file's.
+# Types allowed in a checkpoint in addition to torch's defaults. The paper's code saves its flags as
+# a Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, whose module
+# has two names depending on the NumPy version. Constructing any of these runs no code of the file.
 _SCALAR = np.float64(0).__reduce__()[0]
 SAFE_TYPES: list[Any] = [
     argparse.Namespace,
@@ -35,81 +34,24 @@ SAFE_TYPES: list[Any] = [
 
 
 def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
-    """Writes `state` to `path`, and the same file to `also`: a kill at any moment leaves either the
-    old file or the new one.
+    """Save `state` to `path`, and a copy to `also`; each write is atomic.
 
     Raises:
         NonFiniteError: a tensor of student, teacher, optimizer or dino_loss is not finite.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     check_finite(state)
-    # `path` last: a run that is killed in between makes both again.
+    # `path` last: a run killed between the two writes resumes from the old one and repeats both.
     first = also or path
-    with explained(first), replacing(first) as file:
+    with explain_write_errors(first), atomic_write(first) as file:
         torch.save(state, file)
     if also is not None:
-        with explained(path), open(also, "rb") as source, replacing(path) as file:
+        with explain_write_errors(path), open(also, "rb") as source, atomic_write(path) as file:
             shutil.copyfileobj(source, file)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` if the block ends well, and is gone if it does not."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns a failed write into a CheckpointError that says what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
-        if cause is None:  # a defect, not the disk
-            raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        todo = "the disk is full: make room" if full else "check the folder and its permissions"
-        kept = f"; the {path.name} of before is still there" if path.is_file() else ""
-        reason = cause.strerror or str(cause)
-        if cause.filename not in (None, path, str(path)):
-            reason += f": {cause.filename}"
-        raise CheckpointError(f"cannot write {path} ({reason}): {todo}{kept}") from error
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes a result, whole or not at all, into a folder that is made where there is none.
-
-    Raises: CheckpointError: it cannot be written.
-    """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch.save hides it behind a RuntimeError of its writer."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def check_finite(state: dict[str, Any]) -> None:
-    """Raises NonFiniteError, naming the tensor, where a checkpoint would be poisoned."""
+    """Raise NonFiniteError with the tensor's name if a weight, moment or center is not finite."""
     for key in ("student", "teacher", "optimizer", "dino_loss"):
         for name, tensor in _tensors(state.get(key), key):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -125,10 +67,10 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU: torch's, or a .safetensors.
+    """Load a torch checkpoint or a .safetensors file onto the CPU.
 
-    Raises: CheckpointError: no such file, truncated, or holding more than tensors and plain values
-        (nothing in the file is run).
+    Raises: CheckpointError: the file is missing, truncated, or contains anything but tensors and
+        plain values.
     """
     state = _read(path)
     if not isinstance(state, dict):
@@ -137,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_tensor(path: Path) -> Tensor:
-    """Reads a file that holds one tensor onto the CPU; raises CheckpointError as load does."""
+    """Load a file that contains a single tensor onto the CPU; raise CheckpointError as load()."""
     value = _read(path)
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a tensor")
@@ -145,60 +87,42 @@ def load_tensor(path: Path) -> Tensor:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals(SAFE_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
+        # torch's own message advises to disable weights_only, so it is not repeated.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise CheckpointError(
-                f"{path} holds more than tensors and plain values: code ({code[1]}), which is not "
-                "run; take weights from a source that you trust, saved as a state_dict"
+                f"{path} contains code ({code[1]}), which is not run: expected only tensors and "
+                "plain values; use weights from a source that you trust, saved as a state_dict"
             ) from error
-        # What torch says of it advises to run what the file holds.
-        raise CheckpointError(
-            f"{path} is truncated or no checkpoint, which torch.save or safetensors writes: take "
-            "an older one, or move it away to start again"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} cannot be read ({_first(error)}): it is truncated or no checkpoint; "
-        "take an older one, or move it away to start again"
-    )
-
-
-def _first(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).partition("\n")[0]
+        reason = "unexpected content"
+        cause: Exception = error
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        cause = error
+    raise CheckpointError(
+        f"{path} cannot be read ({reason}): it is truncated or not a checkpoint written by "
+        "torch.save or safetensors; use an older one, or move it away to start from scratch"
+    ) from cause
 
 
 def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`state` with `prefix` taken off the names that begin with it."""
+    """Return `state` with `prefix` removed from the names that start with it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Raises CheckpointError where `state` does not fit `module`, naming up to three tensors."""
+    """Raise CheckpointError, listing up to three tensors, unless `state` fits `module`.
+
+    Args: what: the start of the message.
+    """
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not expected" for name in state if name not in own]
@@ -210,5 +134,5 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{what}: the weights are of another network: {'; '.join(problems[:3])}{more}"
+            f"{what}: the weights do not match the network: {'; '.join(problems[:3])}{more}"
         )

@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_file(weights, entry):
 def test_weights_that_cannot_be_had_are_named(weights, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load("dino", str(tmp_path / "none.pth"))
-    with pytest.raises(CheckpointError, match="of another network"):
+    with pytest.raises(CheckpointError, match="do not match the network"):
         load("dino_vit_small", str(weights), patch_size=8)
 
 

@@ -318,7 +318,7 @@ def test_mistakes_are_named_before_the_run(config, settings, kind, message):
     ("settings", "message"),
     [
         ({"out_dim": 32}, r"cannot resume .*weight_g is \(64, 1\), expected \(32, 1\)"),
-        ({"arch": "vit_tiny"}, "cannot resume .*weights are of another network"),
+        ({"arch": "vit_tiny"}, "cannot resume .*weights do not match the network"),
         ({"batch_size_per_gpu": 2}, "4 steps an epoch, this one has 9"),
     ],
 )

@@ -116,7 +116,7 @@ def test_another_network_names_the_tensors(trainer, save, flags, problems):
     path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
     with pytest.raises(CheckpointError) as error:
         load(path, **flags)
-    for problem in [path, "weights are of another network", *problems]:
+    for problem in [path, "weights do not match the network", *problems]:
         assert problem in str(error.value)
 
 
@@ -130,7 +130,7 @@ def test_a_network_that_the_file_has_not_is_named_with_those_it_has(trainer, sav
 def test_files_that_are_no_checkpoint_are_mistakes(save, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load(str(tmp_path / "none.pth"))
-    with pytest.raises(CheckpointError, match="of another network"):
+    with pytest.raises(CheckpointError, match="do not match the network"):
         load(save({"model": {"w": torch.zeros(1)}}), arch="vit_nano")
     with pytest.raises(CheckpointError, match="holds a list"):
         load(save([1, 2]))

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from fastdino.checkpoint import replacing
+from fastdino.files import atomic_write
 
 _FORMAT = "fastdino images 2"
 
@@ -121,7 +121,7 @@ def save(table: Table, path: Path) -> None:
         "notes": list(table.notes.items()),
         "reasons": list(table.reasons.items()),
     }
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez_compressed(
             file,
             about=_blob([json.dumps(about)]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.descriptors import (
@@ -43,6 +43,7 @@ from fastdino.evals.ranking_metrics import Places, copydays_map, micro_ap
 from fastdino.evals.transforms import (
     to_input,
 )
+from fastdino.files import write_json
 from fastdino.models.vit import VisionTransformer
 
 ORIGINAL, STRONG = "original", "strong"
@@ -231,4 +232,4 @@ def report(
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
     if args.output:
         result = {"settings": settings, "images": counts, "blocks": scores}
-        checkpoint.write_json(result, Path(args.output))
+        write_json(result, Path(args.output))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.augmentation.pillow import MEAN
 from fastdino.config import check_at_least
 from fastdino.environment import cpu_count
@@ -42,6 +42,7 @@ from fastdino.evals.options import (
     load_vit,
     settings_of,
 )
+from fastdino.files import explain_write_errors
 from fastdino.models.vit import VisionTransformer
 
 # The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.
@@ -159,7 +160,7 @@ def follow(
     output = Path(args.output_dir)
     masks = segment(model, sequence, args, device=device, bar=bar)
     truth = read_truth(sequence)
-    with checkpoint.explained(output):
+    with explain_write_errors(output):
         write_masks(sequence, masks, output)
         if args.overlays != "none":
             write_overlays(sequence, masks, truth, output, every=args.overlays == "all")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdino import checkpoint
 from fastdino.evals.davis_dataset import Sequence
 from fastdino.evals.segmentation_metrics import boundary_accuracy, region_similarity, statistics
+from fastdino.files import write_json
 
 
 def score(masks: np.ndarray, truth: np.ndarray, device: torch.device) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Results:
 
     def _write(self) -> None:
         state = {"settings": self.settings, "global": self.total, "sequences": self.sequences}
-        checkpoint.write_json(state, self.path)
+        write_json(state, self.path)
 
 
 def describe(sequence: Sequence, entry: dict[str, Any]) -> str:

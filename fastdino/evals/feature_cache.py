@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
@@ -33,6 +33,7 @@ from fastdino.errors import DataError
 from fastdino.evals.options import (
     weights_digest,
 )
+from fastdino.files import explain_write_errors, write_json
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):
@@ -103,7 +104,7 @@ def cached(
         )
         distributed.gather(None)  # all shares are on the disk
         if done < number:
-            distributed.from_main(lambda: checkpoint.write_json(done, _done_path(part)))
+            distributed.from_main(lambda: write_json(done, _done_path(part)))
             return None
         distributed.from_main(lambda: _finish(part, path))
     return CachedFeatures(path)
@@ -121,7 +122,7 @@ def _done_path(part: Path) -> Path:
 
 def _begin(part: Path, number: int, dim: int) -> int:
     """Makes a file to be written, unless one was stopped; returns how many rows are done."""
-    with checkpoint.explained(part):
+    with explain_write_errors(part):
         if _done_path(part).exists():
             return int(json.loads(_done_path(part).read_text()))
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from fastdino.evals.options import (
 from fastdino.evals.transforms import (
     center_crop,
 )
+from fastdino.files import atomic_write, explain_write_errors, write_json
 
 # Numbers on the device at once: training features, and similarities of some validation images to
 # these (or votes).
@@ -165,7 +166,7 @@ def main(args: argparse.Namespace) -> int:
             "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
             **{str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
         }
-        checkpoint.write_json(result, Path(args.output))
+        write_json(result, Path(args.output))
     return 0
 
 
@@ -225,8 +226,8 @@ def load_features(args: argparse.Namespace) -> dict[str, Tensor]:
 
 def dump_features(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Writes the four files that the paper's eval_knn.py writes."""
-    with checkpoint.explained(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FEATURE_FILES:
-            with checkpoint.replacing(folder / f"{name}.pth") as file:
+            with atomic_write(folder / f"{name}.pth") as file:
                 torch.save(tensors[name].cpu(), file)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
@@ -42,6 +42,7 @@ from fastdino.evals.options import (
     weights_digest,
 )
 from fastdino.evals.transforms import center_crop, random_crop
+from fastdino.files import explain_write_errors, write_json
 from fastdino.models.downloads import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.logging import drop_log_lines
@@ -185,7 +186,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
         found |= {"images": int(found["images"])}
         result = {"settings": data.settings() | classifier, **found}
-        checkpoint.write_json(result, Path(args.output_dir) / "evaluate.json")
+        write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
 
@@ -386,7 +387,7 @@ def _make_folder(output: Path) -> None:
             f"--output_dir {output} is of a pretraining run, which has its own log.txt: "
             "name another"
         )
-    with checkpoint.explained(output):
+    with explain_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
 
 
@@ -414,14 +415,14 @@ def _accuracies(found: dict[str, float], start: str = "") -> str:
 def _trim_log(log: Path, epoch: int) -> None:
     """Drops what a run that was cut off has logged beyond its checkpoint."""
     if log.exists():
-        with checkpoint.explained(log):
+        with explain_write_errors(log):
             drop_log_lines(log, epoch)
 
 
 def _end_epoch(
     output: Path, probe: Probe, protocol: dict[str, Any], line: dict[str, float]
 ) -> None:
-    with checkpoint.explained(output / "log.txt"), open(output / "log.txt", "a") as file:
+    with explain_write_errors(output / "log.txt"), open(output / "log.txt", "a") as file:
         file.write(json.dumps(line) + "\n")
     probe.save(output / "checkpoint.pth.tar", protocol)
 
@@ -439,5 +440,5 @@ def _write_results(output: Path, probe: Probe, data: Data) -> None:
         "classes": probe.linear.out_features,
         "features": data.dim,
     }
-    checkpoint.write_json(result, output / "linear.json")
+    write_json(result, output / "linear.json")
     data.say(f"best top-1 {probe.best_acc:.2f} %; results in {output / 'linear.json'}")

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import ConfigError, DataError
+from fastdino.files import write_json
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 
@@ -97,7 +98,7 @@ def comparison_device(args: argparse.Namespace, device: torch.device) -> torch.d
 def write_scores(args: argparse.Namespace, scores: dict[str, Any]) -> None:
     """Write the scores to the JSON file of --output, if it is given."""
     if args.output:
-        checkpoint.write_json(scores, Path(args.output))
+        write_json(scores, Path(args.output))
 
 
 def print_on_main(text: str, *, stderr: bool = False) -> None:

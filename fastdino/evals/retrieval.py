@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdino import checkpoint, distributed
+from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.environment import cpu_count
 from fastdino.evals.descriptors import (
@@ -30,6 +30,7 @@ from fastdino.evals.options import (
 from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import DATASETS, RetrievalSet, read_set, sizes_of
 from fastdino.evals.transforms import fit_within
+from fastdino.files import write_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -117,4 +118,4 @@ def report(
     if args.output:
         counts = {"queries": len(found.queries), "database": len(found.database)}
         result = {"settings": settings, "images": counts, **scores}
-        checkpoint.write_json(result, Path(args.output))
+        write_json(result, Path(args.output))

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino import checkpoint
 from fastdino.config import check_at_least
 from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
@@ -52,6 +51,7 @@ from fastdino.evals.transforms import (
     to_input,
 )
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
+from fastdino.files import explain_write_errors, write_json
 from fastdino.models.vit import VisionTransformer
 
 # What a frame of the video shows, side by side in the order of --show.
@@ -212,11 +212,11 @@ def main(args: argparse.Namespace) -> int:
     frames = open_frames(args.input_path)
     fps = args.fps or frames.fps
     make = join_pictures if args.video_only else _by_network(args)
-    with checkpoint.explained(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     found = make(frames, path, fps=fps)
     record = {"settings": {"input_path": args.input_path}, "output_path": str(path), **found}
-    checkpoint.write_json(record, path.with_suffix(".json"))
+    write_json(record, path.with_suffix(".json"))
     if frames.count not in (None, found["frames"]):
         print(
             f"{args.input_path} announces {frames.count} frames, {found['frames']} were decoded",

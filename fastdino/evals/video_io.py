@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino import checkpoint
 from fastdino.data.image_files import EXTENSIONS, Header, quiet_pillow, read_header, read_rgb
 from fastdino.errors import DataError
+from fastdino.files import atomic_write, explain_write_errors
 
 # Ending of a file -> the container's name, and codecs: the first that is there is taken.
 _H264 = ("libx264", "libopenh264", "mpeg4")
@@ -162,8 +162,8 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]
     name, codecs = FORMATS[path.suffix.lower()]
     rate = Fraction(fps).limit_denominator(1001)
     with (
-        checkpoint.explained(path),
-        checkpoint.replacing(path) as file,
+        explain_write_errors(path),
+        atomic_write(path) as file,
         av.open(file, "w", format=name) as container,
     ):
         stream: Any = container.add_stream(_first_codec(codecs), rate=rate)

@@ -30,7 +30,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino import checkpoint
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_files import decode_rgb, quiet_pillow, read_file, reason_of
@@ -60,6 +59,7 @@ from fastdino.evals.options import (
 from fastdino.evals.transforms import (
     to_input,
 )
+from fastdino.files import explain_write_errors, write_json
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         maps = attention_maps(model, to_input(picture)[None].to(device))[0].cpu()
         name = images.names[index]
         title = f"{Path(path).name}: what CLS attends to in the last block of {arch}"
-        with checkpoint.explained(root / name):
+        with explain_write_errors(root / name):
             files = draw_image(picture, maps, root / name, threshold=args.threshold, title=title)
         records.append(
             {
@@ -171,7 +171,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         "images": records,
         "skipped": skipped,
     }
-    checkpoint.write_json(result, root / "attention.json")
+    write_json(result, root / "attention.json")
     return len(records)
 
 
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{root}: pictures of {count} image(s), and attention.json")
         return 0
     result = measure(args, device)
-    checkpoint.write_json(result, root / "jaccard.json")
+    write_json(result, root / "jaccard.json")
     for name in ("trained", "untrained"):
         if name in result:
             print(f"Jaccard of the best head, {name} network: {result[name]['best_head']:.1f} %")

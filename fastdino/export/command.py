@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdino import checkpoint
 from fastdino.config import check_at_least
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.export.model_card import model_card, read_figures
 from fastdino.export.targets import TARGETS, Network, Target, image_size_of, resize_of
+from fastdino.files import explain_write_errors, write_json
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         report = {"to": args.to, "output": str(output), **_facts(network)}
         report |= {"usage": usage, "checked": checked}
-        checkpoint.write_json(report, Path(args.report))
+        write_json(report, Path(args.report))
     return 0
 
 
@@ -159,7 +159,7 @@ def export(network: Network, to: str, output: Path, *, card: str | None) -> dict
     Raises: CheckpointError: it cannot be written, or features differ by more than TOLERANCE.
     """
     target, place = TARGETS[to], output.resolve()
-    with checkpoint.explained(output):
+    with explain_write_errors(output):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as folder:
             made = Path(folder) / place.name

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastdino.checkpoint import explained, replacing
+from fastdino.files import atomic_write, explain_write_errors
 
 # Shares of ln K outside which the teacher's entropy means collapse.
 COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
@@ -76,7 +76,7 @@ class Progress:
             return
         log = self.output_dir / "log.txt"
         if log.exists():
-            with explained(log):
+            with explain_write_errors(log):
                 if state is None and iteration == 0:  # of another run: kept, out of the way
                     log.replace(self.output_dir / "log.old.txt")
                 else:
@@ -96,7 +96,7 @@ class Progress:
     def flush(self) -> None:
         """Brings TensorBoard's events to the disk: a run killed later keeps them."""
         if self._board is not None:
-            with explained(self.output_dir / "tensorboard"):
+            with explain_write_errors(self.output_dir / "tensorboard"):
                 self._board.flush()
 
     def say(self, text: str) -> None:
@@ -134,7 +134,7 @@ class Progress:
         if not self.enabled:
             return
         log = self.output_dir / "log.txt"
-        with explained(log), open(log, "a") as file:
+        with explain_write_errors(log), open(log, "a") as file:
             file.write(json.dumps({**means, "epoch": epoch, **extra}) + "\n")
         if self._bar is not None and self._bar.disable:
             shown = " ".join(f"{k.removeprefix('train_')} {v:.4g}" for k, v in means.items())
@@ -181,7 +181,7 @@ class Progress:
         except ImportError:
             return
         folder = self.output_dir / "tensorboard"
-        with explained(folder):
+        with explain_write_errors(folder):
             self._board = SummaryWriter(str(folder), purge_step=iteration)
 
 
@@ -194,5 +194,5 @@ def drop_log_lines(log: Path, epoch: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
             continue
-    with replacing(log) as file:
+    with atomic_write(log) as file:
         file.write("".join(kept).encode())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from fastdino.files import file_lock, write_json
 from fastdino.models.weights import initial_weights
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -52,8 +50,30 @@ def train(config: TrainConfig) -> Status:
     device = distributed.choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with distributed.process_group(device, config.dist_url):
+    with distributed.process_group(device, config.dist_url), contextlib.ExitStack() as stack:
+        distributed.from_main(lambda: stack.enter_context(claimed(Path(config.output_dir))))
         return Run(config, device).run()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Create an output folder and lock it against other runs during the block.
+
+    Raises: CheckpointError: the folder cannot be written, or another run holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(folder / ".lock", wait=False))
+        except BlockingIOError:
+            raise CheckpointError(
+                f"--output_dir {folder}: another run is writing there; use another folder"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"--output_dir {folder} cannot be written ({error}): use another folder"
+            ) from error
+        yield
 
 
 class StepValues(NamedTuple):
@@ -73,8 +93,6 @@ class Run:
         self.checkpoint_path = self.output_dir / "checkpoint.pth"
         self.is_main = distributed.rank() == 0
         self.kernels = chosen_kernels(device)
-        self._lock: int | None = None
-        distributed.from_main(self._prepare_output)
         # One verdict for all processes: they must agree on which images there are.
         source = distributed.from_main(
             lambda: scan_images(
@@ -110,14 +128,7 @@ class Run:
         self.rollbacks = 0  # to the checkpoint there is now
 
     def run(self) -> Status:
-        """Trains to the end or to a signal."""
-        try:
-            return self._run()
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-
-    def _run(self) -> Status:
+        """Train until the last epoch or a signal."""
         self.progress.say(self.headline())
         for note in self.loader.source.notes:
             self.progress.say(note)
@@ -240,24 +251,6 @@ class Run:
             }
             self.progress.step(step.iteration, values, entropy=entropy)
 
-    def _prepare_output(self) -> None:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            # Locked by this process alone (its workers do not inherit it), free when it ends.
-            self._lock = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CheckpointError(
-                f"--output_dir {self.output_dir} cannot be written ({error}): name one that can"
-            ) from error
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise CheckpointError(
-                f"--output_dir {self.output_dir}: another run is writing there; name another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-
     def _write_config(self) -> None:
         fast = self.trainer.fast_path
         resolved = {
@@ -272,10 +265,10 @@ class Run:
             "fastdino": fastdino.__version__,
             "torch": torch.__version__,
         }
-        text = json.dumps({"config": self.config.to_dict(), "resolved": resolved}, indent=2)
-        path = self.output_dir / "config.json"
-        with checkpoint.explained(path), checkpoint.replacing(path) as file:
-            file.write(text.encode())
+        write_json(
+            {"config": self.config.to_dict(), "resolved": resolved},
+            self.output_dir / "config.json",
+        )
 
     def _save(self, also: Path | None = None) -> None:
         self._tell_steps()

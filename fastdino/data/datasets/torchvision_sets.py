@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,11 @@ from typing import Any
 import torchvision
 from tqdm import tqdm
 
-from fastdino.checkpoint import replacing
 from fastdino.data.datasets.data_path import SPLIT_OPTIONS, Found, Place, common_base
 from fastdino.data.datasets.tars import index_tar
 from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
+from fastdino.files import atomic_write, file_lock
 
 OPTIONS = (*SPLIT_OPTIONS, "root", "size")
 ROOT_VARIABLE = "FASTDINO_DATA"
@@ -254,11 +253,11 @@ def _write(dataset: Any, tar: Path, about: Path, place: Place) -> None:
 
     The tar comes last: where it is, all is.
     """
-    with _explained(tar, place), replacing(tar) as file:
+    with _explained(tar, place), atomic_write(tar) as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
             most = _add_all(archive, dataset, f"writing {tar.name}")
         names = {"classes": _classes(dataset, most + 1), "images": len(dataset)}
-        with replacing(about) as beside:
+        with atomic_write(about) as beside:
             beside.write(json.dumps(names).encode())
 
 
@@ -285,21 +284,12 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @contextmanager
 def _locked(path: Path, place: Place) -> Iterator[None]:
-    """Keeps other processes of this machine, or of its file system, out of the block."""
-    with _explained(path, place):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            print(f"waiting for the process that holds {path}", file=sys.stderr)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
+    """Keep other processes out of the block, waiting for the one that is in it."""
+    with ExitStack() as stack:
+        with _explained(path, place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path, wait=True))
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdino.errors import CheckpointError
+from fastdino.files import atomic_write, explain_write_errors, file_lock, write_json
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space")])
+def test_interrupted_write_keeps_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(_fd):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)), atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disk_error_suggests_freeing_space_and_mentions_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with (
+        pytest.raises(CheckpointError, match="device.*: .*free some space; the previous file is"),
+        explain_write_errors(path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_errors_unrelated_to_the_disk_are_not_converted(tmp_path):
+    with pytest.raises(RuntimeError, match="illegal memory"), explain_write_errors(tmp_path):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_write_json_is_atomic_and_creates_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "result.json"
+    write_json({"k": [1, 2]}, path)
+    with pytest.raises(TypeError):
+        write_json({"k": path}, path)
+    assert json.loads(path.read_text()) == {"k": [1, 2]}
+    assert os.listdir(path.parent) == ["result.json"]
+    with pytest.raises(CheckpointError, match=r"cannot write /dev/null/a/x.json \(Not a dir.*: ch"):
+        write_json({}, Path("/dev/null/a/x.json"))
+
+
+def test_lock_excludes_other_processes_until_released(tmp_path, capfd):
+    code = (
+        "import sys; from pathlib import Path; from fastdino.files import file_lock\n"
+        "with file_lock(Path(sys.argv[1]), wait=True): print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
+            pass
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+        with file_lock(tmp_path / "lock", wait=True):
+            other.wait()
+    with file_lock(tmp_path / "lock", wait=False):
+        pass
