@@ -1,6 +1,7 @@
-"""The gates of ahead-of-time compilation: what ships passes them, and what is slow does not.
+"""The gates of ahead-of-time compilation pass the shipped kernels and refuse slow or inexact ones.
 
-In processes of their own: under the interpreter, which the other tests use, nothing compiles.
+They run in a process of their own: under the interpreter, which the other tests use, nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 BAD_KERNELS = '''
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
-from fastdino_kernels.compile_case import CompileCase
 
 
 @triton.jit
@@ -37,26 +40,18 @@ def rows(x, y, n, BLOCK: tl.constexpr, ATOMIC: tl.constexpr, FUSED: tl.constexpr
         tl.store(y + columns, row * tl.sum(row, 0), mask=columns < n)
 
 
-def case(name, block=1024, atomic=False, divisible=("x", "y", "n"), fused=False):
-    return CompileCase(
-        name=name,
-        kernel=rows,
-        signature={"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr",
-                   "ATOMIC": "constexpr", "FUSED": "constexpr"},
-        constexprs={"BLOCK": block, "ATOMIC": atomic, "FUSED": fused},
-        divisible=divisible,
-        num_warps=1,
-        fp_fusion=False,
-    )
+def call(block=1024, atomic=False, first=0, fused=False):
+    x, y = (torch.zeros(block + 16)[first:] for _ in range(2))
+    rows[(1,)](x, y, block, block, atomic, fused, num_warps=1, enable_fp_fusion=False)
 
 
-def compile_cases():
-    yield case("good")
-    yield case("spilling", block=8192)
-    yield case("narrow", divisible=())
-    yield case("unordered", atomic=True)
-    yield case("greedy", block=4096)
-    yield case("fused", fused=True)
+def kernel_calls():
+    yield "good", call
+    yield "spilling", partial(call, block=8192)
+    yield "narrow", partial(call, first=1)
+    yield "unordered", partial(call, atomic=True)
+    yield "greedy", partial(call, block=4096)
+    yield "fused", partial(call, fused=True)
 '''
 
 
@@ -70,7 +65,7 @@ def run_gates(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess
 
 
 def rows_of(output: str) -> dict[str, str]:
-    """Name of each case -> the last cell of its row."""
+    """Map the name of each case to the last cell of its row."""
     rows = [line.strip("| ").split(" | ") for line in output.splitlines()]
     return {cells[0]: cells[-1] for cells in rows if len(cells) == 10}
 
@@ -83,33 +78,25 @@ slow = pytest.mark.slow
 )
 def test_every_shipped_kernel_passes_the_gates(arch):
     if Version(triton.__version__) < Version("3.7"):
-        pytest.skip("3.6 takes 10 registers more for the loss than its budget")
+        pytest.skip("Triton 3.6 exceeds the loss's budget by 10 registers")
     done = run_gates("--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(list(rows_of(done.stdout).values())[1:]) == {"ok"}
 
 
-def test_the_gates_refuse_what_would_be_slow_or_inexact(tmp_path):
+def test_gates_refuse_slow_and_inexact_kernels(tmp_path):
     (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS, encoding="utf-8")
     done = run_gates(
-        "--arch", "90", "--modules", "bad_kernels", "--write", str(tmp_path), path=tmp_path
+        "--arch", "90", "--calls", "bad_kernels", "--write", str(tmp_path), path=tmp_path
     )
     assert done.returncode == 1, done.stderr
     verdicts = rows_of(done.stdout)
-    assert verdicts["good"] == "ok"
-    assert "spills" in verdicts["spilling"]
-    assert "local memory" in verdicts["spilling"]
-    assert "0 loads of 128 bits" in verdicts["narrow"]
-    assert "0 stores of 128 bits" in verdicts["narrow"]
-    assert "atomic additions of floats" in verdicts["unordered"]
-    assert "registers, the budget is 128" in verdicts["greedy"]
-    assert "fused multiply-adds" in verdicts["fused"]
+    assert verdicts["rows, good"] == "ok"
+    assert "spills" in verdicts["rows, spilling"]
+    assert "local memory" in verdicts["rows, spilling"]
+    assert "0 loads of 128 bits" in verdicts["rows, narrow"]
+    assert "0 stores of 128 bits" in verdicts["rows, narrow"]
+    assert "atomic additions of floats" in verdicts["rows, unordered"]
+    assert "registers, the budget is 128" in verdicts["rows, greedy"]
+    assert "fused multiply-adds" in verdicts["rows, fused"]
     assert rows_of((tmp_path / "compile_gates.md").read_text(encoding="utf-8")) == verdicts
-
-
-def test_kernels_that_would_be_interpreted_are_not_compiled(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from benchmarks.gpu import compile_gates
-
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        compile_gates.run_gates([], [90])

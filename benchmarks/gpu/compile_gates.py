@@ -1,11 +1,11 @@
-"""Compiles every shipped kernel ahead of time, with no GPU, and refuses what would be slow on one.
+"""Compile every kernel ahead of time, without a GPU, and fail for slow or inexact code.
 
-    python -m benchmarks.gpu.compile_gates [--arch 80 90 100] [--modules ...] [--write FOLDER]
+    python -m benchmarks.gpu.compile_gates [--arch 80 90 100] [--calls MODULE] [--write FOLDER]
 
-Every *_triton.py of fastdino_kernels says with compile_cases() what it ships. A case fails where it
-spills, touches local memory, adds floats atomically (the results would differ from run to run),
-exceeds its budget, misses the 128-bit accesses that its budget asks for, or fuses products and sums
-whose separate roundings its results depend on.
+The kernels are those that the calls of kernel_calls.py launch. A kernel fails if it spills, touches
+local memory, adds floats atomically (results would differ from run to run), exceeds its budget, has
+fewer 128-bit accesses than its budget requires, or fuses products and sums whose separate
+rounding its results depend on.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ import argparse
 import fnmatch
 import importlib
 import json
-import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fastdino_kernels
 import triton
-from fastdino_kernels.compile_case import CompileCase
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.gpu.kernel_calls import Calls
+from benchmarks.gpu.recording_driver import Launch, record_launches
 from benchmarks.gpu.sass import MachineCode, read_cubin
 
 ARCHS = (80, 90, 100)
@@ -34,7 +31,7 @@ ARCHS = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Budget:
-    """What a case may use; loads and stores: how many of them are 128 bits wide, at least."""
+    """Limits of one kernel; loads and stores are the least number of 128-bit accesses."""
 
     registers: int = 128
     shared_bytes: int = 16 * 1024
@@ -42,34 +39,34 @@ class Budget:
     stores: int = 1
 
 
-# The first pattern that fits a case's name decides. A row whose length is odd starts anywhere, so
-# nothing of it is wide. The counts are those of one pass over a program's tile: for the loss at
-# least the logits of T + S = 12 crops, for the others 4 vectors a thread of each tensor.
+# The first pattern that matches a case's name decides. A row of odd length may start anywhere, so
+# its accesses are narrow. The counts are those of one pass over a program's tile: for the loss at
+# least the logits of T + S = 12 crops, for the others 4 vectors per thread and tensor.
 BUDGETS: tuple[tuple[str, Budget], ...] = (
-    ("pairwise * K odd*", Budget(registers=168, loads=0, stores=0)),
-    ("pairwise forward*probs*", Budget(loads=2, stores=0)),
-    ("pairwise backward*probs*", Budget(loads=2, stores=1)),
-    ("pairwise forward*", Budget(registers=136, loads=24, stores=4)),
-    ("pairwise backward*", Budget(loads=12, stores=10)),
-    ("pairwise finish*", Budget(registers=64, stores=0)),
-    ("ema-*", Budget(registers=64, loads=4, stores=2)),
-    ("adamw-ema-bf16-*", Budget(registers=80, loads=5, stores=6)),
-    ("adamw-ema-*", Budget(registers=80, loads=8, stores=6)),
-    ("clip-sum-squares-*", Budget(registers=64, loads=4, stores=0)),
-    ("clip-scale-*", Budget(registers=64, loads=4, stores=4)),
-    ("multi_crop *", Budget(loads=2, stores=2)),
-    # These work on a few values, of which none need be wide.
-    ("adamw-prepare-*", Budget(registers=64, loads=0, stores=0)),
-    ("adamw-decide-*", Budget(registers=64, loads=0, stores=0)),
-    ("clip-norms*", Budget(registers=64, loads=0, stores=0)),
-    ("clip-total-norm*", Budget(registers=64, loads=0, stores=0)),
+    ("pairwise_* K odd*", Budget(registers=168, loads=0, stores=0)),
+    ("pairwise_forward_kernel, *probs*", Budget(loads=2, stores=0)),
+    ("pairwise_backward_kernel, *probs*", Budget(loads=2, stores=1)),
+    ("pairwise_forward_kernel, *", Budget(registers=136, loads=24, stores=4)),
+    ("pairwise_backward_kernel, *", Budget(loads=12, stores=10)),
+    ("pairwise_finish_kernel, *", Budget(registers=64, stores=0)),
+    ("ema_kernel, *", Budget(registers=64, loads=4, stores=2)),
+    ("adamw_ema_kernel, all bf16", Budget(registers=80, loads=5, stores=6)),
+    ("adamw_ema_kernel, *", Budget(registers=80, loads=8, stores=6)),
+    ("sum_squares_kernel, *", Budget(registers=64, loads=4, stores=0)),
+    ("scale_kernel, *", Budget(registers=64, loads=4, stores=4)),
+    ("multi_crop_kernel, *", Budget(loads=2, stores=2)),
+    # These work on a few values, so wide accesses do not matter.
+    ("prepare_kernel, *", Budget(registers=64, loads=0, stores=0)),
+    ("decide_kernel, *", Budget(registers=64, loads=0, stores=0)),
+    ("norms_kernel, *", Budget(registers=64, loads=0, stores=0)),
+    ("total_norm_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("*", Budget()),
 )
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One case on one architecture, and why it fails, if it does."""
+    """A kernel compiled for one architecture, and the reasons why it fails (empty if it passes)."""
 
     case: str
     arch: int
@@ -79,30 +76,13 @@ class Compiled:
     problems: tuple[str, ...]
 
 
-def shipped_modules() -> list[str]:
-    """The modules that hold kernels."""
-    files = sorted(Path(fastdino_kernels.__file__).parent.glob("*_triton.py"))
-    return [f"fastdino_kernels.{file.stem}" for file in files]
-
-
-def cases_of(modules: Iterable[str]) -> list[CompileCase]:
-    """What these modules ship; an error where one ships nothing."""
-    cases: list[CompileCase] = []
-    for name in modules:
-        found = list(importlib.import_module(name).compile_cases())
-        if not found:
-            raise RuntimeError(f"{name}.compile_cases() yields nothing")
-        cases += found
-    return cases
-
-
 def budget_of(name: str) -> Budget:
-    """The budget of the case of this name."""
+    """Return the budget of a case."""
     return next(budget for pattern, budget in BUDGETS if fnmatch.fnmatch(name, pattern))
 
 
 def problems_of(code: MachineCode, shared_bytes: int, budget: Budget) -> list[str]:
-    """Why a compiled kernel is not good enough to ship; empty where it is."""
+    """List the ways in which a compiled kernel exceeds its budget."""
     problems = []
     if code.stack:
         problems.append(f"spills {code.stack} bytes a thread")
@@ -122,34 +102,27 @@ def problems_of(code: MachineCode, shared_bytes: int, budget: Budget) -> list[st
     return problems
 
 
-def compile_case(case: CompileCase, arch: int, budget: Budget | None = None) -> Compiled:
-    """Compile one case for one compute capability (90 is sm_90) and hold it to its budget."""
-    names = list(case.signature)
-    source = ASTSource(
-        fn=case.kernel,
-        signature=dict(case.signature),
-        constexprs=dict(case.constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
-    )
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": case.fp_fusion,
-        "maxnreg": case.maxnreg,
-    }
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    code, shared = read_cubin(kernel.asm["cubin"]), kernel.metadata.shared
-    problems = problems_of(code, shared, budget or budget_of(case.name))
-    if code.fused and not case.fp_fusion:
+def check_launch(name: str, launch: Launch, arch: int) -> Compiled:
+    """Compare the machine code of a launch with the budget of its case."""
+    code = read_cubin(launch.binary)
+    problems = problems_of(code, launch.shared_bytes, budget_of(name))
+    if code.fused and not launch.fp_fusion:
         problems.append(f"{code.fused} fused multiply-adds, which round once and not twice")
-    return Compiled(case.name, arch, kernel.metadata.num_warps, shared, code, tuple(problems))
+    return Compiled(name, arch, launch.num_warps, launch.shared_bytes, code, tuple(problems))
 
 
-def run_gates(cases: Iterable[CompileCase], archs: Sequence[int]) -> list[Compiled]:
-    """Every case on every architecture."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels: unset it to compile them")
-    return [compile_case(case, arch) for case in cases for arch in archs]
+def run_gates(calls: Calls, arch: int) -> list[Compiled]:
+    """Check each kernel that the calls launch; code launched by several calls is checked once."""
+    results: dict[bytes, Compiled] = {}
+    with record_launches(arch) as launches:
+        for name, call in calls:
+            launches.clear()
+            call()
+            for launch in launches:
+                if launch.binary not in results:
+                    case = f"{launch.kernel}, {name}"
+                    results[launch.binary] = check_launch(case, launch, arch)
+    return list(results.values())
 
 
 def _widths(counts: dict[int, int]) -> str:
@@ -157,7 +130,7 @@ def _widths(counts: dict[int, int]) -> str:
 
 
 def table(results: Sequence[Compiled]) -> str:
-    """The results as Markdown."""
+    """Format the results as a Markdown table."""
     lines = [
         "| kernel | sm | warps | registers | spilled B | shared B | loads | stores | cubin B | |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -174,13 +147,14 @@ def table(results: Sequence[Compiled]) -> str:
 
 
 def write(results: Sequence[Compiled], folder: Path) -> None:
-    """compile_gates.md and .json."""
+    """Write compile_gates.md and compile_gates.json."""
     versions = f"Triton {triton.__version__}"
     text = (
         "# The kernels, compiled ahead of time\n\n"
-        f"Written by `make gates` with {versions}; no GPU took part. Registers and spills are a\n"
-        "thread's. Loads and stores count the instructions on global memory, by their width in\n"
-        f"bits a thread.\n\n{table(results)}\n"
+        f"Written by `make gates` with {versions}, without a GPU. Each row is a kernel and the\n"
+        "first call that launches it. Registers and spills are per thread. Loads and stores count\n"
+        "the instructions on global memory, by their width in bits per thread.\n\n"
+        f"{table(results)}\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compile_gates.md").write_text(text, encoding="utf-8")
@@ -194,10 +168,16 @@ def write(results: Sequence[Compiled], folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS)
-    parser.add_argument("--modules", nargs="+", help="with compile_cases(); all that are shipped")
+    parser.add_argument(
+        "--calls",
+        default="benchmarks.gpu.kernel_calls",
+        help="module whose kernel_calls() yields the calls (default: %(default)s)",
+    )
     parser.add_argument("--write", type=Path, help="folder for compile_gates.md and .json")
     options = parser.parse_args(arguments)
-    results = run_gates(cases_of(options.modules or shipped_modules()), options.arch)
+    calls = importlib.import_module(options.calls).kernel_calls
+    results = [result for arch in options.arch for result in run_gates(calls(), arch)]
+    results.sort(key=lambda result: result.case.split(",")[0])
     print(table(results))
     if options.write:
         write(results, options.write)

@@ -12,8 +12,6 @@ written: 36, and 2 for each bf16 copy. A parameter that has no gradient: 12, as 
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -22,10 +20,9 @@ from torch import Tensor
 
 from . import pointer_table, reference
 from .adamw_ema_call import Call, Group
-from .compile_case import CompileCase
 from .dispatch import device_guard
 from .ema_triton import blend, ema_weights
-from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .pointer_table import PointerTable
 from .triton_chunk import (
     CODE_MASK,
     CODES,
@@ -410,91 +407,3 @@ def _number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _log2(beta: float) -> float:
     return math.log2(beta) if beta > 0 else -math.inf
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The variants that training runs, and the most general ones."""
-    for options in (
-        {},
-        {"GRADIENT_CODE": BF16},
-        {"GRADIENT_CODE": FP16, "decision": "*i32"},
-        {"decision": "*i32", "momentum": "*fp64"},
-        {"SHADOW_CODE": BF16, "TEACHER_SHADOW_CODE": BF16, "decision": "*i32", "momentum": "*fp64"},
-        {"SHADOW_CODE": FP16, "TEACHER_SHADOW_CODE": FP16},
-        {"TEACHER_SHADOW_CODE": BF16, "decision": "*i32", "unit_rows": "i32"},
-        {"TEACHER_CODE": None},
-        {"TEACHER_CODE": None, "SHADOW_CODE": BF16},
-        dict.fromkeys(_CODES, BF16),
-        dict.fromkeys(_CODES, MIXED) | {"decision": "*i32", "momentum": "*fp64"},
-    ):
-        yield _update_case(options)
-    for number in ("*fp32", "*fp64", None):
-        yield _prepare_case(number)
-    for given in (("skip",), ("refused",), ("skip", "found_inf", "refused")):
-        yield _decide_case(*given)
-
-
-def _update_case(options: dict[str, Any]) -> CompileCase:
-    """The update with the types and dtype codes of `options`, and else all in fp32, no copies."""
-    types = {"rows": "*i64", "owners": "*i64", "gradients": "*i64", "numbers": "*fp32"}
-    types |= {"weight": "fp32", "keep": "fp32"}
-    constexprs: dict[str, Any] = dict.fromkeys(_CODES, FP32) | {"CHUNK": CHUNK}
-    none = ("SHADOW_CODE", "TEACHER_SHADOW_CODE", "decision", "momentum", "unit_rows")
-    constexprs |= dict.fromkeys(none)
-    constexprs["UNIT_COLUMNS"] = 256 if "unit_rows" in options else None
-    for name, option in options.items():
-        if name in _CODES:
-            constexprs[name] = option
-        else:
-            del constexprs[name]
-            types[name] = option
-    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed", None: "none"}
-    words = [names[constexprs[name]] for name in _CODES]
-    words += [f"{name}-{option.lstrip('*')}" for name, option in options.items() if name in types]
-    name = f"adamw-ema-{'-'.join(words)}"
-    return _case(name, adamw_ema_kernel, types, constexprs, NUM_WARPS, MAX_REGISTERS)
-
-
-def _prepare_case(number: str | None) -> CompileCase:
-    """With all that may be given, lr and weight_decay being such tensors; or with nothing of it."""
-    types = dict.fromkeys(("rows", "gradients"), "*i64")
-    types |= dict.fromkeys(("steps", "norms", "grad_scale", "numbers"), "*fp32")
-    types |= {"decision": "*i32", "first": "i32", "count": "i32"}
-    scalars = ("lr", "weight_decay", "weight1", "weight2", "log2_beta1", "log2_beta2", "eps")
-    types |= dict.fromkeys((*scalars, "max_norm"), "fp32")
-    constexprs: dict[str, Any] = {"BLOCK": PARAMETERS}
-    if number is None:
-        optional = ("norms", "grad_scale", "decision", "max_norm")
-        constexprs |= dict.fromkeys((*optional, "lr_tensor", "weight_decay_tensor"))
-    else:
-        types |= {"lr_tensor": number, "weight_decay_tensor": number}
-    return _case(f"adamw-prepare-{(number or '*floats')[1:]}", prepare_kernel, types, constexprs)
-
-
-def _decide_case(*given: str) -> CompileCase:
-    types = {"norms": "*fp32", "count": "i32", "skip": "*u8", "found_inf": "*fp32"}
-    types |= {"refused": "*i64", "decision": "*i32"}
-    constexprs: dict[str, Any] = {"BLOCK": NORMS}
-    constexprs |= {name: None for name in ("skip", "found_inf", "refused") if name not in given}
-    return _case(f"adamw-decide-{'-'.join(given)}", decide_kernel, types, constexprs)
-
-
-def _case(
-    name: str,
-    kernel: Any,
-    types: dict[str, str],
-    constexprs: dict[str, Any],
-    num_warps: int = 4,
-    maxnreg: int | None = None,
-) -> CompileCase:
-    # A 0-d tensor, or the part of another that the step counts may be, can lie anywhere.
-    promised = {"rows", "owners", "gradients", "numbers"}.intersection(kernel.arg_names)
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature={n: "constexpr" if n in constexprs else types[n] for n in kernel.arg_names},
-        constexprs=constexprs,
-        divisible=sorted(promised),
-        num_warps=num_warps,
-        maxnreg=maxnreg,
-    )

@@ -9,8 +9,6 @@ Bytes a parameter, for fp32: 4 for the norms, and 8 more only where the gradient
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -18,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointer_table, reference
-from .compile_case import CompileCase
 from .dispatch import device_guard
-from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .pointer_table import PointerTable
 from .triton_chunk import NUMEL, PART, ROW, find_chunk, find_tensor, load_chunk, store_chunk
 
 # 32 elements a thread: 128 bytes of fp32 loads in flight in each, at 48 registers.
@@ -183,57 +180,4 @@ def _scale(table: PointerTable, factors: Tensor, *, each: bool) -> None:
         DTYPE=table.codes[0],
         CHUNK=CHUNK,
         num_warps=NUM_WARPS,
-    )
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Every variant of the four kernels."""
-    table = {"rows": "*i64", "owners": "*i64"}
-    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed"}
-    for code, name in names.items():
-        shape = {"DTYPE": code, "CHUNK": CHUNK}
-        yield _case(
-            f"clip-sum-squares-{name}", sum_squares_kernel, table | {"partials": "*fp32"}, shape
-        )
-        for each in (True, False):
-            yield _case(
-                f"clip-scale-{'each' if each else 'all'}-{name}",
-                scale_kernel,
-                table | {"factors": "*fp32"},
-                {"EACH": each} | shape,
-            )
-    yield _case(
-        "clip-norms",
-        norms_kernel,
-        {"rows": "*i64", "partials": "*fp32", "norms": "*fp32", "factors": "*fp32"}
-        | {"max_norm": "fp32"},
-        {"CHUNK": CHUNK, "PARTIALS": TENSOR_PARTIALS},
-        TENSOR_WARPS,
-    )
-    yield _case(
-        "clip-total-norm",
-        total_norm_kernel,
-        {"partials": "*fp32", "count": "i32", "norm_out": "*fp32", "factors": "*fp32"}
-        | {"max_norm": "fp32"},
-        {"PARTIALS": TOTAL_PARTIALS},
-        TOTAL_WARPS,
-    )
-
-
-def _case(
-    name: str,
-    kernel: Any,
-    signature: dict[str, str],
-    constexprs: dict[str, Any],
-    num_warps: int = NUM_WARPS,
-) -> CompileCase:
-    # An element of a factor's pair is not aligned: `factors` is not promised to be.
-    promised = {"rows", "owners", "partials", "norms"} & signature.keys()
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=signature | dict.fromkeys(constexprs, "constexpr"),
-        constexprs=constexprs,
-        divisible=sorted(promised),
-        num_warps=num_warps,
     )

@@ -5,15 +5,12 @@ Bytes a parameter: fp32 reads 4 + 4 and writes 4: 12, the floor; a bf16 shadow i
 makes 14, where a cast afterwards would make 18.
 """
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .dispatch import device_guard
-from .pointer_table import BF16, FP16, FP32, MIXED, PointerTable
+from .pointer_table import PointerTable
 from .triton_chunk import PART, find_chunk, find_tensor, load_chunk, store_chunk
 
 # 16 elements a thread: 128 bytes of fp32 loads in flight in each, at 64 registers.
@@ -109,43 +106,5 @@ def launch_ema(table: PointerTable, momentum: float | Tensor) -> None:
             STUDENT=student,
             SHADOW=shadow,
             CHUNK=CHUNK,
-            num_warps=NUM_WARPS,
-        )
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The variants that training runs, and the most general ones."""
-    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", MIXED: "mixed"}
-    variants = [
-        (FP32, FP32, None, None),
-        (FP32, FP32, None, "*fp64"),
-        (FP32, FP32, BF16, None),
-        (FP32, FP32, BF16, "*fp32"),
-        (FP32, FP32, BF16, "*fp64"),
-        (FP32, FP32, FP16, None),
-        (FP32, BF16, None, None),
-        (BF16, BF16, None, None),
-        (FP16, FP16, None, None),
-        (MIXED, MIXED, None, None),
-        (MIXED, MIXED, MIXED, "*fp64"),
-    ]
-    for teacher, student, shadow, momentum in variants:
-        roles = [names[code] for code in (teacher, student, shadow) if code is not None]
-        constexprs = {"TEACHER": teacher, "STUDENT": student, "SHADOW": shadow, "CHUNK": CHUNK}
-        if momentum is None:
-            constexprs["momentum"] = None
-        yield CompileCase(
-            name="-".join(["ema", *roles, *([f"momentum{momentum[1:]}"] if momentum else [])]),
-            kernel=ema_kernel,
-            signature={
-                "rows": "*i64",
-                "owners": "*i64",
-                "weight": "fp32",
-                "keep": "fp32",
-                "momentum": momentum or "constexpr",
-                **dict.fromkeys(("TEACHER", "STUDENT", "SHADOW", "CHUNK"), "constexpr"),
-            },
-            constexprs=constexprs,
-            divisible=["rows", "owners", *(["momentum"] if momentum else [])],
             num_warps=NUM_WARPS,
         )

@@ -25,14 +25,13 @@ holds the coefficients and the strip in phases 1 and 2 and a second [size^2] in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .crop_params import (
     BLUR,
     COLUMNS,
@@ -45,7 +44,7 @@ from .crop_params import (
     ORDER,
     SOLARIZE,
 )
-from .dispatch import _triton_interprets
+from .dispatch import _triton_interprets, device_guard
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
 # Output rows whose input is resized along x at once.
@@ -76,10 +75,11 @@ _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = map(tl.constexpr, _tie_words())
 
 
 @triton.jit
-def _multi_crop_kernel(
+def multi_crop_kernel(
     out, images, packed, levels, scratch, crops, size: tl.constexpr, COEFS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PIXELS: tl.constexpr
 ):  # fmt: skip
+    """Make one crop; see the module's docstring."""
     crop = tl.program_id(0).to(tl.int64)
     image = images + (crop // crops) * _IMAGE_COLUMNS
     param = packed + crop * _COLUMNS
@@ -433,8 +433,8 @@ def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: T
         words += crops * of_crop
     table = torch.tensor(rows, dtype=torch.int64).to(out.device, non_blocking=True)
     scratch = torch.empty(words, dtype=torch.int32, device=out.device)
-    with torch.cuda.device_of(out):
-        _multi_crop_kernel[(len(images) * crops,)](
+    with device_guard(out):
+        multi_crop_kernel[(len(images) * crops,)](
             out, table, packed.contiguous(), levels, scratch, crops, size=size, **_tiles(size)
         )
 
@@ -463,27 +463,3 @@ def _tiles(size: int) -> dict[str, int | bool]:
         "enable_fp_fusion": False,
         "maxnreg": 128,  # else ptxas aims at 64, for the sake of occupancy, and spills a few
     }
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The paper's two sizes, in the dtypes of a training step."""
-    types = {"images": "*i64", "packed": "*i32", "scratch": "*i32", "crops": "i32"}
-    for dtype in ("bf16", "fp32"):
-        for size in (224, 96):
-            options = _tiles(size)
-            constexprs: dict[str, int] = {"size": size}
-            constexprs |= {name: options[name] for name in ("COEFS", "ROWS", "COLS", "PIXELS")}
-            signature = {
-                name: "constexpr" if name in constexprs else types.get(name, f"*{dtype}")
-                for name in _multi_crop_kernel.arg_names
-            }
-            yield CompileCase(
-                name=f"multi_crop {size}, {dtype}",
-                kernel=_multi_crop_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                divisible=[name for name, kind in signature.items() if kind.startswith("*")],
-                num_warps=options["num_warps"],
-                fp_fusion=False,
-                maxnreg=options["maxnreg"],
-            )

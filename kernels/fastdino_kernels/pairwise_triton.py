@@ -22,15 +22,11 @@ chunk: BLOCK prototypes, group: images that one program of the forward pass take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compile_case import CompileCase
 from .dispatch import device_guard, pair_count
 
 # A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
@@ -89,7 +85,7 @@ def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _forward_kernel(
+def pairwise_forward_kernel(
     student,
     teacher,
     center,
@@ -189,7 +185,7 @@ def _merged(maxima, sums, scale, c, mask):
 
 
 @triton.jit(do_not_specialize=["batch", "groups"])
-def _finish_kernel(
+def pairwise_finish_kernel(
     partials,
     column_sums,
     rows,
@@ -281,7 +277,7 @@ def _finish_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "grad_rows_stride_v", "grad_rows_stride_b"])
-def _backward_kernel(
+def pairwise_backward_kernel(
     grad_rows,
     student,
     teacher,
@@ -389,7 +385,7 @@ def forward(
     column_sums = empty(groups, K) if centered and groups > 1 else teacher_sum
     arrived = torch.empty((), dtype=torch.int32, device=student.device)
     with device_guard(student):
-        _forward_kernel[chunks, groups](
+        pairwise_forward_kernel[chunks, groups](
             student,
             teacher,
             center,
@@ -415,7 +411,7 @@ def forward(
             num_warps=FORWARD_WARPS,
         )
         sums_left = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
-        _finish_kernel[(S * B + sums_left,)](
+        pairwise_finish_kernel[(S * B + sums_left,)](
             partials,
             column_sums,
             rows,
@@ -466,7 +462,7 @@ def backward(
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
     rows = min(B, MAX_ROWS_OF_PROGRAMS)
     with device_guard(student):
-        _backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
+        pairwise_backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
             grad_rows,
             student,
             teacher,
@@ -511,76 +507,3 @@ def _power_of_2(n: int) -> int:
 
 def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """The variants that DINO's settings launch (K = 65536, S = 10 and 12), and the general ones."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for S in (10, 12):
-            yield from _compile_cases(f"{dtype} S{S}", dtype, S, T=2, centered=True, even=True)
-    yield from _compile_cases("bf16 S10 K odd", "bf16", 10, T=2, centered=True, even=False)
-    yield from _compile_cases(
-        "bf16 S10 device temperatures", "bf16", 10, T=2, centered=True, even=True, temps="*fp32"
-    )
-    yield from _compile_cases("bf16 rows of probs", "bf16", 1, T=1, centered=False, even=True)
-
-
-def _compile_cases(
-    name: str, dtype: str, S: int, T: int, *, centered: bool, even: bool, temps: str = "fp32"
-) -> Iterator[CompileCase]:
-    flags: dict[str, Any] = {"S": S, "T": T, "CENTERED": centered}
-    flags |= dict.fromkeys(("STUDENT_TEMP_TENSOR", "TEACHER_TEMP_TENSOR"), temps != "fp32")
-    types = {"student": f"*{dtype}", "grad": f"*{dtype}", "arrived": "*i32"}
-    types["teacher"] = f"*{dtype}" if centered else "*fp32"
-    types |= {"scale": "fp32", "pairs": "fp32", "student_temp": temps, "teacher_temp": temps}
-    for argument in _FP32_POINTERS:
-        types[argument] = "*fp32"
-    if not centered:
-        flags |= {"center": None}
-    kernels = (
-        ("forward", _forward_kernel, {"EVEN": even, "BLOCK": FORWARD_BLOCK}, FORWARD_WARPS),
-        (
-            "finish",
-            _finish_kernel,
-            {
-                "IGNORE_DIAGONAL": centered,
-                "CHUNKS": 128,
-                "BLOCK": FINISH_BLOCK,
-                "SUM_GROUPS": SUM_GROUPS,
-                "SUM_COLUMNS": SUM_COLUMNS,
-            },
-            FINISH_WARPS,
-        ),
-        (
-            "backward",
-            _backward_kernel,
-            {
-                "IGNORE_DIAGONAL": centered,
-                "EVEN": even,
-                "BLOCK": BACKWARD_BYTES // (4 if dtype == "fp32" else 2),
-            },
-            BACKWARD_WARPS,
-        ),
-    )
-    for kind, kernel, more, warps in kernels:
-        constexprs = {n: v for n, v in (flags | more).items() if n in kernel.arg_names}
-        signature = {
-            n: "constexpr" if n in constexprs else types.get(n, "i32") for n in kernel.arg_names
-        }
-        pointers = [n for n, kind_of in signature.items() if kind_of.startswith("*")]
-        strides = [n for n in kernel.arg_names if n.startswith(_LONG) and "stride" in n]
-        yield CompileCase(
-            name=f"pairwise {kind}, {name}",
-            kernel=kernel,
-            signature=signature,
-            constexprs=constexprs,
-            divisible=[*pointers, *(["prototypes", *strides] if even else [])],
-            num_warps=warps,
-        )
-
-
-_FP32_POINTERS = (
-    "center", "partials", "column_sums", "center_used", "rows", "stats", "teacher_sum", "loss",
-    "grad_rows",
-)  # fmt: skip
-_LONG = ("student_stride", "teacher_stride", "grad_stride")

@@ -1,0 +1,218 @@
+"""Calls of the public functions that launch every kernel of fastdino_kernels.
+
+They cover the variants that training uses and the most general ones. Sizes are those of training
+where a kernel is compiled for them, and small elsewhere.
+
+Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from fastdino_kernels import (
+    CropParams,
+    adamw_ema_update_,
+    clip_grad_norm_,
+    clip_grad_norms_,
+    dino_loss,
+    ema_update_,
+    multi_crop,
+    soft_cross_entropy,
+)
+from torch import Tensor
+
+Calls = Iterator[tuple[str, Callable[[], object]]]
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
+MIXED = (FP32, BF16)  # one dtype for each of two tensors
+Dtype = torch.dtype | tuple[torch.dtype, torch.dtype]
+
+
+def kernel_calls() -> Calls:
+    """Yield (name, call) for every call."""
+    yield from _loss_calls()
+    yield from _ema_calls()
+    yield from _clip_calls()
+    yield from _adamw_ema_calls()
+    yield from _multi_crop_calls()
+
+
+def _loss_calls() -> Calls:
+    for dtype in (BF16, FP16, FP32):
+        for crops in (10, 12):
+            yield f"{NAMES[dtype]} S{crops}", partial(_dino_loss, dtype, crops)
+    yield "bf16 S10 K odd", partial(_dino_loss, BF16, 10, prototypes=65537)
+    yield (
+        "bf16 S10 device temperatures",
+        partial(_dino_loss, BF16, 10, temp=torch.tensor(0.1)),
+    )
+    yield "bf16 rows of probs", _soft_cross_entropy
+
+
+def _dino_loss(
+    dtype: torch.dtype, crops: int, prototypes: int = 65536, temp: float | Tensor = 0.1
+) -> None:
+    student = torch.zeros(crops, 2, prototypes, dtype=dtype, requires_grad=True)
+    teacher = torch.zeros(2, 2, prototypes, dtype=dtype)
+    loss, _ = dino_loss(
+        student,
+        teacher,
+        torch.zeros(prototypes),
+        student_temp=temp,
+        teacher_temp=temp,
+        impl="triton",
+    )
+    loss.backward()
+
+
+def _soft_cross_entropy() -> None:
+    student = torch.zeros(1, 2, 65536, dtype=BF16, requires_grad=True)
+    probs = torch.zeros(1, 2, 65536)
+    soft_cross_entropy(student, probs, student_temp=0.1, impl="triton").sum().backward()
+
+
+def _ema_calls() -> Calls:
+    variants: Sequence[tuple[Dtype, Dtype, Dtype | None, torch.dtype | None]] = (
+        (FP32, FP32, None, None),
+        (FP32, FP32, None, FP64),
+        (FP32, FP32, BF16, None),
+        (FP32, FP32, BF16, FP32),
+        (FP32, FP32, BF16, FP64),
+        (FP32, FP32, FP16, None),
+        (FP32, BF16, None, None),
+        (BF16, BF16, None, None),
+        (FP16, FP16, None, None),
+        (MIXED, MIXED, None, None),
+        (MIXED, MIXED, MIXED, FP64),
+    )
+    for teacher, student, shadow, momentum in variants:
+        words = [_name(teacher), _name(student)]
+        words += [] if shadow is None else [f"shadow {_name(shadow)}"]
+        words += [] if momentum is None else [f"momentum {_name(momentum)}"]
+        yield " ".join(words), partial(_ema, teacher, student, shadow, momentum)
+
+
+def _ema(
+    teacher: Dtype, student: Dtype, shadow: Dtype | None, momentum: torch.dtype | None
+) -> None:
+    ema_update_(
+        _tensors(teacher),
+        _tensors(student),
+        0.9 if momentum is None else torch.tensor(0.9, dtype=momentum),
+        shadow=None if shadow is None else _tensors(shadow),
+        impl="triton",
+    )
+
+
+def _clip_calls() -> Calls:
+    for dtype in (FP32, BF16, FP16, MIXED):
+        yield f"each {_name(dtype)}", partial(_clip, clip_grad_norms_, dtype)
+        yield f"all {_name(dtype)}", partial(_clip, clip_grad_norm_, dtype)
+
+
+def _clip(clip: Callable[..., Tensor], dtype: Dtype) -> None:
+    parameters = _tensors(dtype)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    clip(parameters, 1.0, impl="triton")
+
+
+def _adamw_ema_calls() -> Calls:
+    """Each call states what differs from fp32 everywhere, with a teacher and without copies."""
+    skip, momentum = torch.tensor(False), torch.tensor(0.9, dtype=FP64)
+    overflow, refused = torch.tensor(0.0), torch.tensor(0)
+    yield "fp32", partial(_adamw_ema)
+    yield "bf16 gradients", partial(_adamw_ema, gradients=BF16)
+    yield "fp16 gradients, skip", partial(_adamw_ema, gradients=FP16, skip=skip)
+    yield "momentum fp64, skip", partial(_adamw_ema, momentum=momentum, skip=skip)
+    yield (
+        "bf16 copies, momentum fp64, skip",
+        partial(_adamw_ema, shadows=BF16, teacher_shadows=BF16, momentum=momentum, skip=skip),
+    )
+    yield "fp16 copies", partial(_adamw_ema, shadows=FP16, teacher_shadows=FP16)
+    yield (
+        "bf16 copy with unit rows, skip",
+        partial(_adamw_ema, teacher_shadows=BF16, unit_rows=1, skip=skip),
+    )
+    yield "no teacher", partial(_adamw_ema, teachers=None)
+    yield "no teacher, bf16 copy", partial(_adamw_ema, teachers=None, shadows=BF16)
+    yield "all bf16", partial(_adamw_ema, BF16, BF16, BF16, BF16, BF16)
+    yield (
+        "all mixed, momentum fp64, skip",
+        partial(_adamw_ema, MIXED, MIXED, MIXED, MIXED, MIXED, momentum=momentum, skip=skip),
+    )
+    for dtype in (FP32, FP64):
+        number = torch.tensor(0.1, dtype=dtype)
+        yield (
+            f"lr and weight_decay {_name(dtype)}, grad_scale, max_norm, skip",
+            partial(
+                _adamw_ema,
+                lr=number,
+                weight_decay=number,
+                grad_scale=torch.tensor(1.0),
+                max_norm=1.0,
+                skip=skip,
+            ),
+        )
+    yield "refused_steps", partial(_adamw_ema, refused_steps=refused)
+    yield (
+        "skip, found_inf, refused_steps",
+        partial(_adamw_ema, skip=skip, found_inf=overflow, refused_steps=refused),
+    )
+
+
+def _adamw_ema(
+    parameters: Dtype = FP32,
+    gradients: Dtype = FP32,
+    teachers: Dtype | None = FP32,
+    shadows: Dtype | None = None,
+    teacher_shadows: Dtype | None = None,
+    momentum: float | Tensor = 0.9,
+    lr: float | Tensor = 1e-3,
+    **options: Any,
+) -> None:
+    copies = {"teachers": teachers, "shadows": shadows, "teacher_shadows": teacher_shadows}
+    adamw_ema_update_(
+        _tensors(parameters),
+        _tensors(gradients),
+        _tensors(parameters),
+        _tensors(parameters),
+        torch.zeros(2),
+        lr=lr,
+        momentum=momentum,
+        **{name: _tensors(dtype) for name, dtype in copies.items() if dtype is not None},
+        **options,
+        impl="triton",
+    )
+
+
+def _multi_crop_calls() -> Calls:
+    for dtype in (BF16, FP32):
+        for size in (224, 96):
+            yield f"{size} {NAMES[dtype]}", partial(_multi_crop, size, dtype)
+
+
+def _multi_crop(size: int, dtype: torch.dtype) -> None:
+    box, off = torch.full((1, 2), 30, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.bool)
+    order = torch.arange(4, dtype=torch.int32).expand(1, 2, 4).contiguous()
+    factor, radius = torch.ones(1, 2, 4), torch.zeros(1, 2)
+    params = CropParams(0 * box, 0 * box, box, box, off, off, order, factor, off, radius, off)
+    image = torch.zeros(37, 50, 3, dtype=torch.uint8)
+    multi_crop(
+        [image], params, size=size, mean=(0, 0, 0), std=(1, 1, 1), dtype=dtype, impl="triton"
+    )
+
+
+def _name(dtype: Dtype) -> str:
+    return NAMES[dtype] if isinstance(dtype, torch.dtype) else "mixed"
+
+
+def _tensors(dtype: Dtype) -> list[Tensor]:
+    """Return two tensors [64, 256], the second of rows that unit_rows can normalise."""
+    dtypes = (dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
+    return [torch.zeros(64, 256, dtype=each) for each in dtypes]
