@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.crop_pictures import encode, pictures
 from fastdino import TrainConfig
 from fastdino.augmentation.backends import (
-    EXECUTORS,
+    BACKENDS,
     Difference,
     Drawn,
     description,
@@ -313,7 +313,7 @@ def report(
     drawn = draw(images, config)
     counts = [params.top.numel() for params, _ in drawn]
     head = ["", "global: max", "mean", "local: max", "mean", ""]
-    versions = [description(name, device) for name in EXECUTORS if problem(name) is None]
+    versions = [description(name, device) for name in BACKENDS if problem(name) is None]
     versions.append(f"torch {torch.__version__}")
     parts = [
         f"Measured by `{command}` with {'; '.join(versions)}: {len(images)} pictures, {counts[0]} "

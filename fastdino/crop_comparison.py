@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.augmentation.backends import (
-    EXECUTORS,
-    ORACLE,
+    BACKENDS,
+    REFERENCE,
     Difference,
     description,
     difference,
@@ -75,7 +75,7 @@ def make_sheet(
     config: TrainConfig,
     *,
     epoch: int = 0,
-    executors: Sequence[str] = EXECUTORS,
+    executors: Sequence[str] = BACKENDS,
     device: torch.device | None = None,
 ) -> Sheet:
     """Makes the crops that picture 0 of a run has in this epoch, by each executor that is here.
@@ -84,7 +84,7 @@ def make_sheet(
         picture: RGB.
         config: of it the seed, and the crops' sizes, scales and number are read.
         epoch: from 0.
-        executors: some of EXECUTORS; the oracle is always one of them.
+        executors: some of BACKENDS; the oracle is always one of them.
         device: for multi_crop and dali.
     Raises: ConfigError: an executor that there is not, crops that no figure can show.
     """
@@ -94,14 +94,14 @@ def make_sheet(
     drawn = draw_crops(config, epoch, [0], [image.shape[:2]])
     pairs = list(zip(drawn, (config.global_crops_size, config.local_crops_size), strict=True))
     absent = {name: reason for name in executors if (reason := problem(name))}
-    here = [name for name in EXECUTORS if name == ORACLE or name in {*executors} - absent.keys()]
+    here = [name for name in BACKENDS if name == REFERENCE or name in {*executors} - absent.keys()]
     # name -> 2 + N crops [3, size, size]
     made = {
         name: [crop for crops in make_crops(name, [image], pairs, device) for crop in crops[0]]
         for name in here
     }
-    oracle = made[ORACLE]
-    others = {name: crops for name, crops in made.items() if name != ORACLE}
+    oracle = made[REFERENCE]
+    others = {name: crops for name, crops in made.items() if name != REFERENCE}
     return Sheet(
         picture=picture,
         drawn=[crop for params in drawn for crop in params.of_sample(0)],
@@ -120,8 +120,8 @@ def make_sheet(
 
 def _check(config: TrainConfig, epoch: int, executors: Sequence[str]) -> None:
     for name in executors:
-        if name not in EXECUTORS:
-            allowed = ", ".join(EXECUTORS)
+        if name not in BACKENDS:
+            allowed = ", ".join(BACKENDS)
             raise ConfigError(f"--executors must be some of {allowed}, got {name!r}")
     if not 0 <= epoch < 1 << 32:
         raise ConfigError(f"--epoch must be from 0 to 2^32 - 1, got {epoch}")
@@ -155,16 +155,16 @@ def sheet_figure(sheet: Sheet, *, words: str = "", amplify: int = AMPLIFY) -> Fi
     _draw_picture(top, sheet, colours, words)
     axes = bottom.subplots(count, columns, squeeze=False)
     for row, (name, crops) in enumerate(sheet.crops.items()):
-        _draw_row(axes[row], f"{name}\n(oracle)" if name == ORACLE else name, crops)
+        _draw_row(axes[row], f"{name}\n(reference)" if name == REFERENCE else name, crops)
     for n, (axis, crop, pixels) in enumerate(
-        zip(axes[0], sheet.drawn, sheet.crops[ORACLE], strict=True)
+        zip(axes[0], sheet.drawn, sheet.crops[REFERENCE], strict=True)
     ):
         kind = "global" if n < 2 else "local"
         text = f"{n}: {kind}, {len(pixels)} px\n{_what_happens(crop)}"
         axis.set_title(text, fontsize=6.5, color=[0.75 * c for c in colours[n][:3]])
     for row, name in enumerate(others, start=len(sheet.crops)):
-        gaps = _gaps(sheet.crops[name], sheet.crops[ORACLE], amplify)
-        _draw_row(axes[row], f"|{name} -\n{ORACLE}|\nx {amplify}", gaps)
+        gaps = _gaps(sheet.crops[name], sheet.crops[REFERENCE], amplify)
+        _draw_row(axes[row], f"|{name} -\n{REFERENCE}|\nx {amplify}", gaps)
         for axis, gap in zip(axes[row], sheet.differences[name], strict=True):
             axis.set_title(str(gap), fontsize=6.5)
     return figure
@@ -245,7 +245,7 @@ def _what_happens(crop: Crop) -> str:
 def summary(sheet: Sheet, device: torch.device) -> str:
     """Lines that say who made the crops, and how far they are from the oracle's."""
     lines = [
-        f"Differences from {ORACLE} ({description(ORACLE, device)}),",
+        f"Differences from {REFERENCE} ({description(REFERENCE, device)}),",
         "in levels of 0..255, over all crops:",
     ]
     for name, overall in sheet.overall.items():
@@ -280,10 +280,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--executors",
         nargs="+",
-        default=EXECUTORS,
+        default=BACKENDS,
         metavar="NAME",
-        help=f"who makes crops beside {ORACLE}, the paper's chain (default: {' '.join(EXECUTORS)}; "
-        "multi_crop is the kernel where Triton runs, TRITON_INTERPRET=1 included, else PyTorch)",
+        help=f"crop backends to compare with {REFERENCE}, the paper's chain (default: "
+        f"{' '.join(BACKENDS)}). multi_crop uses the Triton kernel if Triton runs, "
+        "TRITON_INTERPRET=1 included, else PyTorch",
     )
     add("--epoch", type=int, default=0, help="whose crops (default: 0)")
     add("--amplify", type=int, default=AMPLIFY, help=f"of the differences (default: {AMPLIFY})")

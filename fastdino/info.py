@@ -11,13 +11,9 @@ from fastdino_kernels import chosen_impl as chosen_kernels
 from fastdino_kernels.dispatch import triton_problem
 
 import fastdino
-from fastdino.data.loader import (
-    choose_crops,
-    choose_decode,
-    dali_decode_problem,
-    dali_problem,
-    fused_problem,
-)
+from fastdino.augmentation import dali_problem, fused_problem
+from fastdino.data.decoding import dali_decode_problem
+from fastdino.data.loader import choose_crops, choose_decode
 from fastdino.distributed import choose_device
 from fastdino.environment import processor, version
 from fastdino.models.attention import BACKENDS, attention_problem, choose_attention

@@ -86,7 +86,7 @@ def test_no_local_crops_are_no_crops(name, pictures, tiny):
 
 
 def test_each_is_here_or_says_why_not(monkeypatch):
-    here = [name for name in backends.EXECUTORS if backends.problem(name) is None]
+    here = [name for name in backends.BACKENDS if backends.problem(name) is None]
     assert here[:3] == ["torchvision", "fused", "multi_crop"]
     for name in here:
         assert description(name, CPU).endswith(("on cpu", "in its interpreter"))

@@ -112,7 +112,7 @@ def test_the_figure_shows_the_boxes_the_crops_and_what_was_measured(photo, confi
     assert titles[2].startswith("2: local, 6 px\n")
     assert titles[6:] == ["0", "max 3, mean 0.01", "0"]
     labels = [bottom.axes[row].texts[0].get_text() for row in (0, 3, 6)]
-    assert labels == ["torchvision\n(oracle)", "fused", "|fused -\ntorchvision|\nx 5"]
+    assert labels == ["torchvision\n(reference)", "fused", "|fused -\ntorchvision|\nx 5"]
 
 
 def test_no_two_texts_overlap(photo, tiny):

@@ -58,7 +58,7 @@ def test_odd_files_are_the_same_pictures_for_dali(tmp_path, build, monkeypatch):
 
 
 def test_dali_crops_are_those_of_the_loader(photos, build):
-    dali = importlib.import_module("fastdino.data.loader_dali")
+    dali = importlib.import_module("fastdino.augmentation.dali")
     batch = next(iter(build(photos, crops="dali").epoch(3)))
     order = EpochPlan(len(photos), 4, 0, 0, 1).batches(3, 0)[0]
     images = [np.asarray(photos.read_rgb(index)) for index in order]

@@ -119,7 +119,7 @@ def make(maker, pictures):
 
 
 def test_pinned_memory_is_used_again_after_its_copy_and_grows_with_room(slow_gpu):
-    maker = loader_fused._OnGpu(torch.device("cpu", 0))
+    maker = loader_fused._CudaBackend(torch.device("cpu", 0))
     rng = np.random.default_rng(0)
     for height in (30, 31, 33, 32, 40, 44):
         pictures = [rng.integers(0, 256, (height, 40, 3), dtype=np.uint8) for _ in range(3)]
@@ -137,7 +137,7 @@ def test_pinned_memory_is_used_again_after_its_copy_and_grows_with_room(slow_gpu
 
 
 def test_a_decoders_pictures_are_held_until_their_crops_are_made(slow_gpu):
-    maker = loader_fused._OnGpu(torch.device("cpu", 0))
+    maker = loader_fused._CudaBackend(torch.device("cpu", 0))
     freed, waiting = [], loader_fused._AHEAD + 1
     for n in range(5):
         picture = torch.full((6, 5, 3), n, dtype=torch.uint8)
@@ -222,7 +222,7 @@ def taken(loader, epoch, rng):
                 crop.record_stream(pass_on)
             kept.append([crop.clone() for crop in batch])
             spoil(rng)
-        with torch.cuda.stream(loader._maker.stream):
+        with torch.cuda.stream(loader._backend.stream):
             spoil(rng)
         del batch, crop
         if rng.random() < 0.05:

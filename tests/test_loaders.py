@@ -347,7 +347,7 @@ def test_without_both_auto_takes_torchvision_and_dali_is_an_error(
     photos, build, monkeypatch, cuda, extra
 ):
     missing = ModuleNotFoundError("No module named 'nvidia.dali'")
-    fail_imports(monkeypatch, cpu=NO_NUMBA, loader_dali=missing)
+    fail_imports(monkeypatch, cpu=NO_NUMBA, dali=missing)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     loader = build(photos, crops="auto")
     assert isinstance(loader, loader_torchvision.TorchvisionLoader)
@@ -358,9 +358,7 @@ def test_without_both_auto_takes_torchvision_and_dali_is_an_error(
 
 
 def test_where_dali_does_not_work_auto_says_why(photos, build, monkeypatch):
-    fail_imports(
-        monkeypatch, cpu=NO_NUMBA, loader_dali=RuntimeError("the driver is too old\nand more")
-    )
+    fail_imports(monkeypatch, cpu=NO_NUMBA, dali=RuntimeError("the driver is too old\nand more"))
     loader = build(photos, crops="auto")
     assert "DALI does not work here: the driver is too old)" in loader.description
     with pytest.raises(ConfigError, match="--crops dali: DALI does not work here: the driver"):
@@ -370,7 +368,9 @@ def test_where_dali_does_not_work_auto_says_why(photos, build, monkeypatch):
 def test_a_cuda_run_needs_triton_for_the_fused_crops(monkeypatch):
     monkeypatch.setattr(loader_module, "dali_problem", lambda device: "no DALI")
     assert loader_module.choose_crops("auto", "cuda")[0] == "fused"
-    monkeypatch.setattr(loader_module, "triton_problem", lambda kind: "triton is not installed")
+    monkeypatch.setattr(
+        "fastdino.augmentation.triton_problem", lambda kind: "triton is not installed"
+    )
     assert loader_module.choose_crops("auto", "cuda") == (
         "torchvision",
         "the paper's chain, exact; no fused crops on CUDA: triton is not installed; no DALI",

@@ -1,6 +1,7 @@
-"""All who can make the crops, behind one call, and how far each is from the paper's chain.
+"""Crop backends behind one interface, and their differences from the reference.
 
-For pictures and tables: a run takes the loaders of loader.py, which make the same crops.
+This is for figures and tables. A training run uses the loaders of fastdino.data, which make the
+same crops.
 
 Legend: B images, N crops of one resolution.
 """
@@ -12,32 +13,30 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from fastdino_kernels import multi_crop
 from fastdino_kernels.dispatch import triton_problem
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.augmentation.params import CropParams
 from fastdino.augmentation.pillow import MEAN, STD, make_crop
-from fastdino.data.loader import dali_problem, fused_problem
 
-ORACLE = "torchvision"
-EXECUTORS = (ORACLE, "fused", "multi_crop", "dali")
+REFERENCE = "torchvision"
+BACKENDS = (REFERENCE, "fused", "multi_crop", "dali")
 
 Images = Sequence[NDArray[np.uint8]]  # B decoded images [H, W, 3]
-# What was drawn for crops [B, N] of one resolution, and their side in pixels.
+# Parameters of crops [B, N] of one resolution, and their side in pixels.
 Drawn = tuple[CropParams, int]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far some crops are from the oracle's, in levels of 0..255 over all pixels and channels.
+    """Differences from the reference in levels of 0..255, over all pixels and channels.
 
-    exact: the normalised fp32 values are equal, bit for bit.
+    exact: the normalized fp32 values are equal, bit for bit.
     """
 
     largest: int
@@ -48,38 +47,35 @@ class Difference:
         return f"max {self.largest}, mean {self.mean:.2f}" if self.largest else "0"
 
 
-def difference(crops: Sequence[Tensor], oracle: Sequence[Tensor]) -> Difference:
-    """Of normalised fp32 crops [..., 3, H, W], in groups that may differ in size."""
-    gaps = [
-        (levels(ours).int() - levels(theirs).int()).abs().flatten()
-        for ours, theirs in zip(crops, oracle, strict=True)
-    ]
-    gap = torch.cat(gaps)
-    exact = all(torch.equal(ours, theirs) for ours, theirs in zip(crops, oracle, strict=True))
+def difference(crops: Sequence[Tensor], reference: Sequence[Tensor]) -> Difference:
+    """Compare normalized fp32 crops [..., 3, H, W], in groups that may differ in size."""
+    pairs = list(zip(crops, reference, strict=True))
+    gap = torch.cat([(levels(a).int() - levels(b).int()).abs().flatten() for a, b in pairs])
+    exact = all(torch.equal(a, b) for a, b in pairs)
     return Difference(int(gap.max()), gap.double().mean().item(), exact)
 
 
 def levels(crops: Tensor) -> Tensor:
-    """Normalised crops [..., 3, H, W] as the levels they were before: uint8, 0..255."""
+    """Convert normalized crops [..., 3, H, W] back to uint8 levels, 0..255."""
     mean, std = (torch.tensor(x, device=crops.device)[:, None, None] for x in (MEAN, STD))
     return ((crops * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def problem(name: str) -> str | None:
-    """Why this one of EXECUTORS cannot make crops here; None where it can."""
+    """Return why a backend is unavailable here, or None if it works."""
     if name == "fused":
         return fused_problem("cpu")
     return dali_problem() if name == "dali" else None
 
 
 def description(name: str, device: torch.device) -> str:
-    """With what, and where, this one of EXECUTORS makes crops."""
-    if name == ORACLE:
-        return f"torchvision {torchvision.__version__}, Pillow {PIL.__version__} on cpu"
+    """Describe a backend by its library, version and device."""
+    if name == REFERENCE:
+        return f"torchvision {version('torchvision')}, Pillow {version('pillow')} on cpu"
     if name == "fused":
         return f"Numba {version('numba')} on cpu"
     if name == "dali":
-        from fastdino.data.loader_dali import VERSION
+        from fastdino.augmentation.dali import VERSION
 
         return f"DALI {VERSION} on {device}"
     if multi_crop_impl(device) == "torch":
@@ -89,7 +85,7 @@ def description(name: str, device: torch.device) -> str:
 
 
 def multi_crop_impl(device: torch.device) -> str:
-    """The kernel where it can run, on a CPU in Triton's interpreter; else PyTorch."""
+    """Return "triton" if it can run on the device (on a CPU: interpreted), else "torch"."""
     return "torch" if triton_problem(device.type) else "triton"
 
 
@@ -101,21 +97,23 @@ def make_crops(
     *,
     impl: str | None = None,
 ) -> list[Tensor]:
-    """The crops of B decoded images at each of several sizes, by one of EXECUTORS.
+    """Make the crops of B decoded images at each of several sizes.
 
-    device: for multi_crop and dali; the others work on the CPU.
-    impl: of multi_crop; None: as multi_crop_impl says.
+    Args:
+        name: one of BACKENDS.
+        device: for multi_crop and dali; the others use the CPU.
+        impl: implementation of multi_crop; None: that of multi_crop_impl.
 
-    Returns: for each of crops [B, N, 3, size, size], fp32, normalised, on the CPU.
+    Returns: for each of crops [B, N, 3, size, size], fp32, normalized, on the CPU.
     """
-    if name == ORACLE:
-        return [_by_pil(images, params, size) for params, size in crops]
+    if name == REFERENCE:
+        return [pillow_crops(images, params, size) for params, size in crops]
     if name == "fused":
         from fastdino.augmentation.cpu import fused_crops  # needs Numba
 
         return fused_crops(images, crops, mean=MEAN, std=STD)
     if name == "dali":
-        from fastdino.data.loader_dali import dali_crops
+        from fastdino.augmentation.dali import dali_crops
 
         return [made.cpu() for made in dali_crops(images, crops, device=device)]
     tensors = [torch.tensor(image, device=device) for image in images]
@@ -126,7 +124,8 @@ def make_crops(
     ]
 
 
-def _by_pil(images: Images, params: CropParams, size: int) -> Tensor:
+def pillow_crops(images: Images, params: CropParams, size: int) -> Tensor:
+    """Make the reference crops [B, N, 3, size, size] of B decoded images."""
     made = [
         make_crop(picture, crop, size)
         for b, picture in enumerate(map(Image.fromarray, images))

@@ -1,13 +1,14 @@
-"""What is drawn for the crops of an image: the one definition, for every loader.
+"""Random parameters of the crops, shared by all loaders and backends.
 
-The draws come from a counter-based generator keyed by (seed, epoch, sample id, crop), so they
-depend neither on the batch, the world size or the worker, nor on where a run was resumed.
+A counter-based generator keyed by (seed, epoch, sample id, crop) draws them. They therefore do not
+depend on the batch, the world size, the worker or the step at which a run resumed.
 
 Legend: B samples, N crops of one resolution. Crops 0 and 1 are global; 2, 3, ... are local.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,19 +22,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
-__all__ = ["Crop", "CropParams", "draw_crops", "philox4x32"]
+__all__ = ["Crop", "CropParams", "draw_crops", "philox4x32", "select"]
 
 FLIP_P, JITTER_P, GRAY_P = 0.5, 0.8, 0.2
-# By crop number; every local crop has the last entry.
+# Indexed by crop number; all local crops use the last entry.
 BLUR_P = (1.0, 0.1, 0.5)
 SOLARIZE_P = (0.0, 0.2, 0.0)
 BLUR_RADIUS = (0.1, 2.0)
 RATIO = (3 / 4, 4 / 3)
-# Largest change by brightness, contrast, saturation (factor 1 +- x) and hue (turn of +- x).
+# Largest change of brightness, contrast, saturation (factor 1 +- x) and hue (shift +- x turns).
 JITTER = (0.4, 0.4, 0.2, 0.1)
 
 _ATTEMPTS = 10
-# The uniform numbers of one crop: 4 for each attempt at a box, then these.
+# Layout of one crop's uniform numbers: 4 per attempt to draw a box, then these.
 _FLIP, _JITTER, _ORDER, _FACTOR = 40, 41, slice(42, 46), slice(46, 50)
 _GRAY, _BLUR, _RADIUS, _SOLARIZE, _DRAWS = 50, 51, 52, 53, 56
 
@@ -43,7 +44,7 @@ _SHIFT32 = _U64(32)
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit random words for each counter.
+    """Compute Philox4x32-10 (Salmon et al. 2011): four 32-bit random words per counter.
 
     Args:
         counter: [..., 4] uint64, values below 2^32.
@@ -64,16 +65,19 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 def draw_crops(
     config: TrainConfig, epoch: int, sample_ids: ArrayLike, image_sizes: ArrayLike
 ) -> tuple[CropParams, CropParams]:
-    """Draws the crops of B samples with the paper's distributions.
+    """Draw the crop parameters of B samples from the paper's distributions.
 
     Args:
-        config: seed, global_crops_scale, local_crops_scale and local_crops_number are read.
-        epoch: the same image gets other crops in another epoch.
-        sample_ids: [B] integers, the images' places in the source (not in the batch).
+        config: provides seed, global_crops_scale, local_crops_scale and local_crops_number.
+        epoch: part of the generator's key, so that crops change between epochs.
+        sample_ids: [B] integers, indices into the dataset (not the batch).
         image_sizes: [B, 2] (height, width) of the decoded images, pixels.
-    Returns: the global crops [B, 2] and the local ones [B, local_crops_number].
-    Raises: ValueError: ids and sizes that do not fit together, sizes below 1, an id or an epoch
-        outside [0, 2^32), a seed outside [0, 2^64).
+
+    Returns: parameters of the global crops [B, 2] and the local crops [B, local_crops_number].
+
+    Raises:
+        ValueError: the shapes of ids and sizes disagree, a size is below 1, an id or the epoch is
+            outside [0, 2^32), or the seed is outside [0, 2^64).
     """
     ids = np.asarray(sample_ids)
     sizes = np.asarray(image_sizes, dtype=np.int64)
@@ -96,8 +100,16 @@ def draw_crops(
     )
 
 
+def select(
+    params: CropParams, samples: slice = slice(None), crops: slice = slice(None)
+) -> CropParams:
+    """Return the parameters of some samples and some of their crops."""
+    names = [field.name for field in dataclasses.fields(CropParams)]
+    return CropParams(**{name: getattr(params, name)[samples, crops] for name in names})
+
+
 def _uniform(seed: int, epoch: int, ids: NDArray[np.uint64], crops: int) -> NDArray[np.float64]:
-    """[B, crops, 56] numbers in [0, 1)."""
+    """Return [B, crops, 56] uniform numbers in [0, 1)."""
     counter = np.empty((len(ids), crops, _DRAWS // 4, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(_DRAWS // 4, dtype=np.uint64)
     counter[..., 1] = np.arange(crops, dtype=np.uint64)[:, None]
@@ -140,7 +152,7 @@ def _tensor(values: NDArray[Any], dtype: type) -> Tensor:
 def _boxes(
     u: NDArray[np.float64], sizes: NDArray[np.int64], scale: tuple[float, float]
 ) -> tuple[NDArray[np.int64], ...]:
-    """top, left, height, width [B, N] as torchvision's RandomResizedCrop.get_params draws them."""
+    """Draw top, left, height, width [B, N] as torchvision's RandomResizedCrop.get_params does."""
     u = u.reshape(*u.shape[:2], _ATTEMPTS, 4)
     full_height, full_width = sizes[:, 0, None, None], sizes[:, 1, None, None]
     area = full_height * full_width * (scale[0] + u[..., 0] * (scale[1] - scale[0]))
@@ -160,7 +172,7 @@ def _boxes(
 
 
 def _central_boxes(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-    """top, left, height, width [B, 1] where no attempt fits: as large as the ratio allows."""
+    """Return the fallback boxes [B, 1]: central, as large as the aspect ratio allows."""
     full_height, full_width = sizes[:, 0, None], sizes[:, 1, None]
     ratio = full_width / full_height
     height = np.where(ratio < RATIO[0], np.rint(full_width / RATIO[0]), full_height)

@@ -1,4 +1,4 @@
-"""The paper's crops, exactly: its chain of PIL and torchvision calls."""
+"""The reference backend: the paper's chain of Pillow and torchvision calls."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torchvision.transforms import functional as F
 from fastdino.augmentation.params import Crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# In the numbering of CropParams.jitter_order.
+# Indexed by the operation numbers of CropParams.jitter_order.
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def make_crop(image: Image.Image, params: Crop, size: int) -> Tensor:
-    """One crop of a decoded RGB image: fp32 [3, size, size], less ImageNet's mean, over its std."""
+    """Make one crop of an RGB image: fp32 [3, size, size], normalized by ImageNet's statistics."""
     box = (params.top, params.left, params.height, params.width)
     image = F.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
     if params.flip:

@@ -1,10 +1,10 @@
-"""JPEGs decoded by NVIDIA DALI: on the CPU to Pillow's pixels, on a GPU by nvJPEG to near ones.
+"""JPEGs decoded by NVIDIA DALI: Pillow's pixels on the CPU, nvJPEG's similar ones on a GPU.
 
-A pipeline of one operator is run for each batch, by the thread that prepares it: reading ahead is
-those threads' work, so that the pipeline has nothing to prefetch and no state to resume.
+Each batch runs a one-operator pipeline in the thread that prepares it. Those threads read ahead, so
+the pipeline needs no prefetching and has no state to resume.
 
-`fastdino bench --loader` times it beside Pillow; benchmarks/results/cpu/loader.md has what came of
-it on a CPU.
+`fastdino bench --loader` compares the speed with Pillow; benchmarks/results/cpu/loader.md has the
+results on a CPU.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ import numpy as np
 import nvidia.dali
 import PIL
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastdino.data.decoding import Picture
+from fastdino.augmentation.dali import GPU_DECODER
+
+# uint8 [height, width, 3], RGB: an array on the CPU, a tensor on a GPU.
+Picture = NDArray[np.uint8] | Tensor
 
 
 class DaliDecoder:
-    """A decode.Decoder: of up to `batch_size` JPEGs at once, in `threads` threads.
+    """A decoding.Decoder for up to `batch_size` JPEGs at once, in `threads` threads.
 
-    Pictures are memory of DALI's, handed over without a copy. It is not used again as long as one
-    of them is held: DALI's default executor (exec_dynamic) allocates the outputs of each run anew.
+    Decoded images share DALI's memory without a copy. It is not reused while an image is held:
+    DALI's default executor (exec_dynamic) allocates the outputs of every run anew.
 
     Args:
-        stream: where given, nvJPEG decodes on the stream's device, and the pictures are CUDA
-            tensors for work on it. Whoever drops one has seen that work done: DALI gives memory
-            back in the order of streams of its own.
-        hw_decoder_load: the share of the images that goes to the device's JPEG engine, if it has
-            one, and not to its multiprocessors.
+        stream: decode with nvJPEG on this stream's device, and return CUDA tensors for work on it.
+            Drop an image only after that work: DALI frees memory in the order of its own streams.
+        hw_decoder_load: share of the images decoded by the GPU's JPEG engine, if it has one,
+            instead of its multiprocessors.
+        exif: apply the EXIF orientation.
     """
 
     def __init__(
@@ -47,11 +52,17 @@ class DaliDecoder:
         *,
         stream: torch.cuda.Stream | None = None,
         hw_decoder_load: float = 0.65,
+        exif: bool = False,
     ) -> None:
         self._stream = stream
+        self.name = f"DALI {nvidia.dali.__version__} on CPU"
+        options: dict[str, Any] = {"adjust_orientation": exif}
+        if stream is not None:
+            self.name = f"nvJPEG of DALI {nvidia.dali.__version__} on {stream.device}"
+            options |= GPU_DECODER | {"hw_decoder_load": hw_decoder_load}
         self._build = functools.partial(
             _pipeline,
-            None if stream is None else hw_decoder_load,
+            options,
             batch_size=batch_size,
             num_threads=threads,
             device_id=None if stream is None else stream.device.index,
@@ -61,71 +72,56 @@ class DaliDecoder:
         self._pipeline = self._build()
         self._pipeline.build()
         self._lock = threading.Lock()
-        version = f"DALI {nvidia.dali.__version__}"
-        on_cpu, on_gpu = f"{version} on CPU", f"nvJPEG of {version}"
-        self.name = on_cpu if stream is None else f"{on_gpu} on {stream.device}"
 
     def decode(self, files: Sequence[bytes]) -> list[Picture | None]:
-        """A picture for each file; None for one that DALI refuses, though not for its batch."""
+        """Decode each file; the result of a file that DALI refuses is None."""
         with self._lock:
-            return self._halves(files)
+            return self._decode(files)
 
     def close(self) -> None:
-        """Frees the pipeline; pictures stay good."""
+        """Free the pipeline; decoded images stay valid."""
         with self._lock:
-            self._pipeline = None  # Freed now: in a process forked later its end would hang.
+            self._pipeline = None  # Now: in a process forked later its destructor would hang.
 
-    def _halves(self, files: Sequence[bytes]) -> list[Picture | None]:
-        """One refused file fails a run: then each half of it is run again."""
+    def _decode(self, files: Sequence[bytes]) -> list[Picture | None]:
+        """Decode the files. One refused file fails the run, which is then repeated by halves."""
         try:
             return self._run(files)
         except RuntimeError as error:
             if "CUDA" in str(error).partition("Stacktrace")[0]:
-                raise  # no fault of the files'
+                raise  # The files did not cause this.
             self._pipeline = self._build()  # "Current pipeline object is no longer valid."
         if len(files) == 1:
             return [None]
         middle = len(files) // 2
-        return self._halves(files[:middle]) + self._halves(files[middle:])
+        return self._decode(files[:middle]) + self._decode(files[middle:])
 
     def _run(self, files: Sequence[bytes]) -> list[Picture | None]:
-        # With no stream named, run() returns when the pictures are there, on a GPU too. It could
-        # not return much earlier: which files are refused is known only then.
+        # Without a stream argument, run() returns when the images are complete, on a GPU too. It
+        # could not return much earlier: only then is it known which files are refused.
         (pictures,) = self._pipeline.run(encoded=[np.frombuffer(file, np.uint8) for file in files])
         if self._stream is None:
             return [_array(picture) for picture in pictures]
-        # For this stream, in which DALI would have to make itself waited for.
+        # DLPack orders the images before further work on the current stream.
         with torch.cuda.stream(self._stream):
             return [from_dlpack(picture) for picture in pictures]
 
 
 def _array(picture: Any) -> Picture:
     array = np.asarray(picture)
-    array.flags.writeable = False  # as those of Pillow are, for which Numba compiles
+    array.flags.writeable = False  # as Pillow's arrays: Numba compiles for read-only ones
     return array
 
 
 @pipeline_def
-def _pipeline(hw_decoder_load: float | None) -> Any:
-    """hw_decoder_load: None: on the CPU."""
+def _pipeline(options: dict[str, Any]) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-    # Turned as EXIF says the picture would be another than Pillow's.
-    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if hw_decoder_load is not None:
-        options |= {
-            "device": "mixed",
-            "hw_decoder_load": hw_decoder_load,
-            # As libjpeg upsamples the chroma; here it has to be asked for.
-            "jpeg_fancy_upsampling": True,
-            # Else the threads of all processes of a machine may be tied to the same few cores.
-            "affine": False,
-        }
-    return fn.decoders.image(encoded, **options)
+    return fn.decoders.image(encoded, output_type=types.RGB, **options)
 
 
 @functools.cache
 def cpu_problem() -> str | None:
-    """Why it cannot stand in for Pillow on the CPU; None where a few JPEGs come out the same."""
+    """Return why DALI cannot replace Pillow on the CPU, or None if a few test JPEGs match."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (37, 50, 3), dtype=np.uint8))
     kinds = ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True})
@@ -139,5 +135,8 @@ def cpu_problem() -> str | None:
     decoder.close()
     for file, picture in zip(files, pictures, strict=True):
         if picture is None or not np.array_equal(np.asarray(Image.open(file)), picture):
-            return f"DALI {nvidia.dali.__version__} decodes otherwise than Pillow {PIL.__version__}"
+            return (
+                f"DALI {nvidia.dali.__version__} and Pillow {PIL.__version__} decode JPEGs "
+                "to different pixels"
+            )
     return None

@@ -1,88 +1,126 @@
-"""The pictures of a batch: read, decoded, and stood in for where a file is broken.
+"""Decoded images of a batch; an unreadable file is replaced by the next readable one.
 
-Pillow decodes image by image, in threads; or a decoder takes the JPEGs of a whole batch, as DALI
-does (dali_decode.py), and Pillow all the rest. What counts as broken is in either case what Pillow
-says, so that the samples of a batch do not depend on the decoder: it opens every header, and
-decodes what the decoder refuses.
+Pillow decodes image by image in threads. Alternatively a batch decoder, DALI's in
+dali_decoding.py, decodes the JPEGs and Pillow the rest. Pillow alone decides which files are
+unreadable: it opens every header, and retries each file that the batch decoder refuses. The samples
+of a batch therefore do not depend on the decoder.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fastdino.augmentation import dali_problem, first_line
 from fastdino.data.bad_images import BadImages
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import orientation, reason_of, upright
 
-# uint8 [height, width, 3], RGB: on the CPU an array, on a GPU a tensor.
+T = TypeVar("T")
+# uint8 [height, width, 3], RGB: an array on the CPU, a tensor on a GPU.
 Picture = NDArray[np.uint8] | Tensor
 
-# Those that every decoder makes RGB of in the same way; of CMYK they do not.
+# Modes that every decoder converts to RGB in the same way, unlike CMYK.
 _MODES = ("RGB", "L")
 _END, _SCAN = 0xD9, 0xDA
-# In a scan's data: a marker that is not part of it.
+# A marker that cannot be part of a scan's data.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class Decoder(Protocol):
-    """Decodes many JPEGs at once; called from several threads."""
+    """Decodes batches of JPEGs; called from several threads."""
 
     name: str
 
     def decode(self, files: Sequence[bytes]) -> list[Picture | None]:
-        """A picture for each, not turned as EXIF says; None where the decoder refuses the file."""
+        """Decode each file without applying EXIF; the result of a refused file is None."""
         ...
 
     def close(self) -> None:
-        """Ends its threads; pictures stay good."""
+        """Stop the decoder's threads; decoded images stay valid."""
         ...
 
 
-class PictureReader:
-    """Reads and decodes batches; a broken file gives way to the next good one.
+def dali_decode_problem() -> str | None:
+    """Return why DALI cannot replace Pillow as the decoder on the CPU, or None if it can."""
+    problem = dali_problem()
+    if problem is not None:
+        return problem
+    try:
+        decoding = importlib.import_module("fastdino.data.dali_decoding")
+        mismatch: str | None = decoding.cpu_problem()
+    except Exception as error:  # Libraries that do not fit the machine raise many types.
+        return f"DALI does not work here: {first_line(error)}"
+    return mismatch
 
-    Safe to use from several threads. `decoder`: for the JPEGs; None: Pillow decodes all.
+
+def read_first_good(
+    source: ImageDataset, bad: BadImages, index: int, read: Callable[[int], T]
+) -> tuple[int, T]:
+    """Read the first readable sample from `index` on, recording unreadable ones in `bad`.
+
+    Returns: its index, and the result of read(index).
+
+    Raises: DataError: too many unreadable files, or no readable one.
+    """
+    while True:
+        index = bad.next_good(index)
+        try:
+            return index, read(index)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise many types for broken files.
+            reason = reason_of(error)
+        bad.add(index, source.path(index), reason)
+
+
+class PictureReader:
+    """Reads and decodes the images of batches; safe to use from several threads.
+
+    Args:
+        pool: threads that read and decode.
+        decoder: decodes the JPEGs; None: Pillow decodes them too.
     """
 
     def __init__(
         self, source: ImageDataset, bad: BadImages, pool: Executor, decoder: Decoder | None
     ) -> None:
         self._source, self._bad, self._pool, self._decoder = source, bad, pool, decoder
-        self._refused: set[int] = set()  # samples that the decoder has refused: Pillow's
+        self._refused: set[int] = set()  # samples that the decoder refused: Pillow decodes them
 
     def read(self, batch: Sequence[int]) -> tuple[list[int], list[Picture]]:
-        """The first good sample from each of batch on, and its picture.
+        """Read the first readable sample from each index of the batch on: indices and images.
 
-        Raises: DataError: too many broken files, or no good one.
+        Raises: DataError: too many unreadable files, or no readable one.
         """
-        found: dict[int, tuple[int, Picture]] = {}  # by place in the batch
-        waiting = dict(enumerate(batch))
-        while waiting:
-            loaded = zip(waiting, self._pool.map(self._load, waiting.values()), strict=True)
+        done: dict[int, tuple[int, Picture]] = {}  # keyed by position in the batch
+        pending = dict(enumerate(batch))
+        while pending:
+            loaded = zip(pending, self._pool.map(self._load, pending.values()), strict=True)
             encoded: dict[int, tuple[int, bytes]] = {}
-            for place, (index, data) in loaded:
+            for position, (index, data) in loaded:
                 if isinstance(data, bytes):
-                    encoded[place] = index, data
+                    encoded[position] = index, data
                 else:
-                    found[place] = index, data
-            waiting = {}
-            for place, picture in self._decode(encoded).items():
-                index = encoded[place][0]
+                    done[position] = index, data
+            pending = {}
+            for position, picture in self._decode(encoded).items():
+                index = encoded[position][0]
                 if picture is None:
                     self._refused.add(index)
-                    waiting[place] = index
+                    pending[position] = index
                 else:
-                    found[place] = index, picture
-        indices, pictures = zip(*(found[place] for place in range(len(batch))), strict=True)
+                    done[position] = index, picture
+        indices, pictures = zip(*(done[position] for position in range(len(batch))), strict=True)
         return list(indices), list(pictures)
 
     def _decode(self, encoded: dict[int, tuple[int, bytes]]) -> dict[int, Picture | None]:
@@ -93,21 +131,17 @@ class PictureReader:
         return dict(zip(encoded, pictures, strict=True))
 
     def _load(self, index: int) -> tuple[int, bytes | Picture]:
-        """The first good sample from index on, and its picture; for the decoder, its file."""
-        while True:
-            index = self._bad.next_good(index)
-            try:
-                data = self._source.read_bytes(index)
-                with Image.open(io.BytesIO(data)) as image:
-                    if self._is_for_decoder(index, image, data):
-                        return index, data
-                    exif = self._source.exif
-                    return index, np.asarray(upright(image) if exif else image.convert("RGB"))
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                reason = reason_of(error)
-            self._bad.add(index, self._source.path(index), reason)
+        """Return the first readable sample from index on: its image, or a file for the decoder."""
+
+        def load(index: int) -> bytes | Picture:
+            data = self._source.read_bytes(index)
+            with Image.open(io.BytesIO(data)) as image:
+                if self._is_for_decoder(index, image, data):
+                    return data
+                exif = self._source.exif
+                return np.asarray(upright(image) if exif else image.convert("RGB"))
+
+        return read_first_good(self._source, self._bad, index, load)
 
     def _is_for_decoder(self, index: int, image: Image.Image, data: bytes) -> bool:
         if self._decoder is None or index in self._refused:
@@ -120,21 +154,21 @@ class PictureReader:
 
 
 def is_one_whole_jpeg(data: bytes) -> bool:
-    """Whether these are the segments and scans of one JPEG from the first byte to the last.
+    """Return whether the bytes are the segments and scans of exactly one complete JPEG.
 
-    A marker within a scan is where a file was cut or overwritten. There Pillow reads on and raises,
-    and other users of libjpeg stop at the last line and do not. What passes here can still be
-    broken, but then each of them says the same, or the decoder is the one that refuses.
+    A marker inside a scan shows where a file was cut or overwritten. Pillow raises there, while
+    other users of libjpeg silently stop at the last complete line. A file that passes may still be
+    broken, but then all decoders agree on its pixels or the batch decoder refuses it.
     """
-    place = 2
-    while data[place : place + 1] == b"\xff" and place + 1 < len(data):
-        marker = data[place + 1]
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 1 < len(data):
+        marker = data[position + 1]
         if marker == _END:
-            return place + 2 == len(data)
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            return position + 2 == len(data)
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == _SCAN:
-            after = _MARKER.search(data, place)
-            if after is None:
+            match = _MARKER.search(data, position)
+            if match is None:
                 return False
-            place = after.start()
+            position = match.start()
     return False

@@ -1,45 +1,20 @@
-"""Who makes the crops: the one contract of the loaders, and the choice between them."""
+"""The loader of a training run, chosen by --crops and --decode."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fastdino_kernels.dispatch import triton_problem
-from torch import Tensor
 
+from fastdino.augmentation import dali_problem, fused_problem
+from fastdino.data.decoding import dali_decode_problem
 from fastdino.data.image_dataset import ImageDataset
+from fastdino.data.loader_base import CropLoader
 from fastdino.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
-
-
-class CropLoader(Protocol):
-    """Batches of crops, the same for the same (config, source, rank, world_size, epoch, step).
-
-    B = batch_size_per_gpu * grad_accum; N = local_crops_number.
-    """
-
-    steps_per_epoch: int
-    source: ImageDataset
-    skipped: dict[str, str]
-    """Files found broken while running, with the reason; the scan's are in source.skipped."""
-    description: str
-    """One phrase for the run's first line: which loader it is, and why."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
-        """The batches start_step, start_step + 1, ...: 2 + N tensors [B, 3, size, size], fp32.
-
-        One epoch at a time: starting another ends the one before.
-        """
-        ...
-
-    def close(self) -> None:
-        """Ends the workers."""
-        ...
 
 
 def build_loader(
@@ -50,10 +25,10 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> CropLoader:
-    """The loader that config.crops names; choose_crops and choose_decode say what "auto" is.
+    """Build the loader of config.crops; choose_crops and choose_decode resolve "auto".
 
     Raises:
-        ConfigError: --crops or --decode where it cannot be.
+        ConfigError: --crops or --decode is unavailable.
         DataError: fewer images than a batch.
     """
     name, why = choose_crops(config.crops, device)
@@ -127,55 +102,3 @@ def choose_decode(asked: str, crops: str, device: torch.device | str) -> tuple[s
             f"--decode {asked}: {problem}; --decode pillow works without, and is exact"
         )
     return "pillow", problem
-
-
-def fused_problem(device: torch.device | str) -> str | None:
-    """Why the fused crops cannot be made for a run on this device; None where they can."""
-    if torch.device(device).type == "cuda":
-        problem = triton_problem("cuda")
-        return problem and f"no fused crops on CUDA: {problem}"
-    try:
-        importlib.import_module("fastdino.augmentation.cpu")
-    except Exception as error:  # Whatever a library that does not fit this machine raises.
-        if _is_missing(error, "numba"):
-            return 'Numba is not installed: pip install "fastdino[train]"'
-        return f"Numba does not work here: {_first_line(error)}"
-    return None
-
-
-def dali_problem(device: torch.device | str = "cpu") -> str | None:
-    """Why DALI cannot be used, and how to mend that; None where it can, whatever the device."""
-    try:
-        importlib.import_module("fastdino.data.loader_dali")
-    except Exception as error:  # Whatever a library that does not fit this machine raises.
-        if _is_missing(error, "nvidia"):
-            return f"DALI is not installed: {_install()}"
-        return f"DALI does not work here: {_first_line(error)}"
-    return None
-
-
-def dali_decode_problem() -> str | None:
-    """Why DALI cannot decode in Pillow's place on the CPU; None where it can."""
-    problem = dali_problem()
-    if problem is not None:
-        return problem
-    try:
-        found: str | None = importlib.import_module("fastdino.data.dali_decoding").cpu_problem()
-    except Exception as error:  # Whatever a library that does not fit this machine raises.
-        return f"DALI does not work here: {_first_line(error)}"
-    return found
-
-
-def _is_missing(error: Exception, package: str) -> bool:
-    if not isinstance(error, ModuleNotFoundError):
-        return False
-    return (error.name or package).split(".")[0] == package
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _install() -> str:
-    cuda = (torch.version.cuda or "13").split(".")[0]
-    return f'pip install "fastdino[dali-cuda{"12" if cuda == "12" else "13"}]"'

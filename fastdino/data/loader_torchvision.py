@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import PIL
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastdino.augmentation.params import draw_crops
 from fastdino.augmentation.pillow import make_crop
 from fastdino.data.bad_images import BadImages
+from fastdino.data.decoding import read_first_good
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import quiet_pillow, reason_of
-from fastdino.data.sampler import EpochPlan
+from fastdino.data.image_files import quiet_pillow
+from fastdino.data.loader_base import CropLoader
 from fastdino.data.workers import end_workers, init_worker
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
@@ -30,20 +30,15 @@ from fastdino.errors import DataError
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
-# Crops, and the broken samples (index, reason) that were passed over to get them; in place of the
-# crops, the text of the DataError where there are none.
+# Crops, or the message of a DataError; and the unreadable samples (index, reason) skipped on the
+# way.
 _Sample = tuple[list[Tensor] | str, list[tuple[int, str]]]
 
 
-class TorchvisionLoader:
-    """Crops from torch's DataLoader, bit for bit the paper's for the same draws.
+class TorchvisionLoader(CropLoader):
+    """Crops made by torchvision and Pillow, bit for bit the paper's for the same draws.
 
-    Each image is decoded once. An image that cannot be decoded gives way to the next good one and
-    is named in `skipped`.
-    Batches: 2 + N tensors [B, 3, size, size], fp32, on the CPU (pinned for CUDA).
-    One epoch at a time: starting another ends the one before.
-
-    Raises: DataError: fewer images than a batch; in the run, more than max_bad_share broken ones.
+    Each image is decoded once. Batches are on the CPU (pinned for CUDA).
     """
 
     def __init__(
@@ -56,14 +51,9 @@ class TorchvisionLoader:
         device: torch.device | str = "cpu",
         why: str = "the paper's chain, exact",
     ) -> None:
-        batch = config.batch_size_per_gpu * config.grad_accum
-        self.source = source
-        self._plan = EpochPlan(len(source), batch, config.seed, rank, world_size, config.last_batch)
-        self.steps_per_epoch = self._plan.steps
-        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
-        self.skipped = self._bad.skipped
+        super().__init__(config, source, rank, world_size)
         workers = min(config.num_workers, cpu_count())
-        self._sampler = _EpochSampler(self._plan)
+        self._sampler = _EpochSampler()
         self._loader: DataLoader[Any] | None = DataLoader(
             _CropDataset(config, source),
             batch_sampler=self._sampler,
@@ -72,29 +62,22 @@ class TorchvisionLoader:
             pin_memory=torch.device(device).type == "cuda",
             worker_init_fn=init_worker,
             collate_fn=_collate,
-            generator=torch.Generator(),  # an epoch's start then draws nothing from the run's own
+            generator=torch.Generator(),  # so that the global generator is not advanced
         )
         self._at_exit: Callable[[], None] | None = None
-        self._run = 0
         self.description = (
             f"torchvision {torchvision.__version__} and Pillow {PIL.__version__} on CPU, "
             f"{workers} workers ({why})"
         )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Tensor]]:
-        """The batches from start_step on; raises ValueError for a step that there is not."""
-        self._sampler.start(epoch, start_step)
-        self._run += 1
-        return self._batches(self._run)
-
-    def _batches(self, run: int) -> Iterator[list[Tensor]]:
-        self._check(run)
+    def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         assert self._loader is not None
+        self._sampler.batches = [[(epoch, index) for index in batch] for batch in batches]
         if self._at_exit is None:
-            gc.collect()  # See init_worker: the workers may be forked now.
+            gc.collect()  # The workers may be forked now: see init_worker.
         iterator = iter(self._loader)
         if self._at_exit is None and self._loader.num_workers > 0:
-            # Runs before multiprocessing's own hook, which would wait for them for ever.
+            # Runs before multiprocessing's own hook, which would wait for the workers forever.
             self._at_exit = partial(end_workers, weakref.ref(iterator), os.getpid())
             atexit.register(self._at_exit)
         for crops, skipped in iterator:
@@ -103,17 +86,8 @@ class TorchvisionLoader:
             if isinstance(crops, str):
                 raise DataError(crops)
             yield crops
-            self._check(run)
 
-    def _check(self, run: int) -> None:
-        if self._loader is None:
-            raise RuntimeError("the loader is closed")
-        if run != self._run:
-            raise RuntimeError("another epoch was started on this loader")
-
-    def close(self) -> None:
-        """Ends the workers."""
-        self._run += 1
+    def _shut_down(self) -> None:
         self._loader = None
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
@@ -122,25 +96,20 @@ class TorchvisionLoader:
 
 
 class _EpochSampler:
-    """A batch sampler over (epoch, sample), so that nothing else can decide the crops."""
+    """A batch sampler over (epoch, index), which alone determine the crops."""
 
-    def __init__(self, plan: EpochPlan) -> None:
-        self._plan = plan
-        self._batches: list[list[tuple[int, int]]] = []
-
-    def start(self, epoch: int, start_step: int) -> None:
-        batches = self._plan.batches(epoch, start_step)
-        self._batches = [[(epoch, index) for index in batch] for batch in batches]
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self._batches)
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
 
 class _CropDataset(Dataset[Any]):
-    """(epoch, sample) -> its crops, and the broken samples that it stands in for."""
+    """Maps (epoch, index) to the crops of a sample and the unreadable samples it replaces."""
 
     def __init__(self, config: TrainConfig, source: ImageDataset) -> None:
         self._config, self._source = config, source
@@ -154,42 +123,28 @@ class _CropDataset(Dataset[Any]):
             return self._sample(*key)
 
     def _sample(self, epoch: int, index: int) -> _Sample:
-        known = self._bad.reasons
+        reasons = self._bad.reasons
         try:
-            image, used = self._read(index)
+            used, image = read_first_good(self._source, self._bad, index, self._source.read_rgb)
         except DataError as error:
-            return str(error), list(known.items())
-        # Those it knew before too: the main process may never have got the sample that told it.
-        passed = range(index, used if used >= index else used + len(self))
-        skipped = [(i % len(self), known[i % len(self)]) for i in passed]
-        size = (image.height, image.width)
-        global_params, local_params = draw_crops(self._config, epoch, [used], [size])
+            return str(error), list(reasons.items())
+        # Includes samples already known as unreadable: the main process may not have received the
+        # sample that reported them.
+        replaced = range(index, used if used >= index else used + len(self))
+        skipped = [(i % len(self), reasons[i % len(self)]) for i in replaced]
+        drawn = draw_crops(self._config, epoch, [used], [(image.height, image.width)])
+        sizes = (self._config.global_crops_size, self._config.local_crops_size)
         crops = [
-            make_crop(image, crop, pixels)
-            for params, pixels in (
-                (global_params, self._config.global_crops_size),
-                (local_params, self._config.local_crops_size),
-            )
+            make_crop(image, crop, size)
+            for params, size in zip(drawn, sizes, strict=True)
             for crop in params.of_sample(0)
         ]
         return crops, skipped
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image of the first good sample from index on, and which one that is."""
-        while True:
-            index = self._bad.next_good(index)
-            try:
-                return self._source.read_rgb(index), index
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-                reason = reason_of(error)
-            self._bad.add(index, self._source.path(index), reason)
-
 
 def _collate(samples: list[_Sample]) -> _Sample:
-    """A batch; where there were too many broken files, the text that epoch() then raises."""
-    skipped = [one for _, some in samples for one in some]
+    """Stack the crops of a batch, or return the first DataError's message."""
+    skipped = [sample for _, some in samples for sample in some]
     for crops, _ in samples:
         if isinstance(crops, str):
             return crops, skipped
