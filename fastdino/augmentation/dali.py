@@ -37,7 +37,7 @@ VERSION: str = nvidia.dali.__version__
 SOLARIZED = [n for n, p in enumerate(SOLARIZE_P) if p > 0]
 assert max(SOLARIZED) < 2
 # Options that make fn.decoders.image decode on a GPU.
-GPU_DECODER = {
+GPU_DECODER: dict[str, Any] = {
     "device": "mixed",
     "jpeg_fancy_upsampling": True,  # as libjpeg upsamples the chroma
     "affine": False,  # otherwise all processes of a machine may be pinned to the same few cores
