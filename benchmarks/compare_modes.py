@@ -34,8 +34,8 @@ from fastdino.bench.step.run import synchronize
 from fastdino.bench.telling import table, wrapped
 from fastdino.data import build_loader, scan_images
 from fastdino.data.shapes import write_shapes
-from fastdino.distributed import choose_device
 from fastdino.errors import UserError
+from fastdino.runtime import choose_device, resolve_crops
 from fastdino.training.allocator import keep_freed_memory
 
 CONFIG = TrainConfig(
@@ -110,7 +110,14 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
     A run's seed is that of its weights; folder/shapes has the val set.
     """
     device = choose_device(data.device)
-    loader = build_loader(data, scan_images(data.data_path), device=device)
+    backend, decoder = resolve_crops(data, device)
+    loader = build_loader(
+        data,
+        scan_images(data.data_path),
+        crops=backend.value,
+        decode=decoder.value,
+        device=device,
+    )
     trainers = {
         name: Trainer(run.config, loader.steps_per_epoch, device=device)
         for name, run in runs.items()

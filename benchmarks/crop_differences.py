@@ -44,7 +44,7 @@ from fastdino.augmentation.params import BLUR_RADIUS, CropParams
 from fastdino.augmentation.pillow import make_crop
 from fastdino.data import draw_crops
 from fastdino.data.image_files import decode_rgb
-from fastdino.distributed import choose_device
+from fastdino.runtime import choose_device
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 HUE = 3  # in the numbering of CropParams.jitter_order

@@ -33,8 +33,8 @@ from fastdino.augmentation.params import Crop, draw_crops
 from fastdino.config import TrainConfig, add_arguments
 from fastdino.data.image_files import decode_rgb, quiet_pillow, read_file, reason_of
 from fastdino.data.shapes_drawing import still, to_image
-from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
+from fastdino.runtime import choose_device
 
 # The settings of `fastdino train` that say what the crops are.
 SETTINGS = (

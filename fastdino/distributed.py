@@ -21,26 +21,6 @@ T = TypeVar("T")
 SLICE_ELEMENTS = 1 << 26  # that go over a GPU at once
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Resolves --device {auto, cuda, cpu} for this process, by its LOCAL_RANK.
-
-    Raises: ConfigError: cuda was asked for and there is none, or fewer than processes.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no GPU; `fastdino info` says why")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"process {local_rank} of this machine has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; start as many processes (--nproc_per_node)"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     """Joins the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leaves them."""

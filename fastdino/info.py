@@ -1,4 +1,4 @@
-"""`fastdino info`: what this machine has, which parts fastdino would take on it, and why."""
+"""`fastdino info`: versions, hardware, the choices of a default run and the available backends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import platform
 
 import torch
-from fastdino_kernels import chosen_impl as chosen_kernels
 from fastdino_kernels.dispatch import triton_problem
 
 import fastdino
 from fastdino.augmentation import dali_problem, fused_problem
+from fastdino.config import TrainConfig
 from fastdino.data.decoding import dali_decode_problem
-from fastdino.data.loader import choose_crops, choose_decode
-from fastdino.distributed import choose_device
 from fastdino.environment import processor, version
-from fastdino.models.attention import BACKENDS, attention_problem, choose_attention
+from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
+from fastdino.models.compile import compile_problem
+from fastdino.runtime import resolve_runtime
 
 PACKAGES = (
     "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
@@ -25,11 +25,9 @@ PACKAGES = (
 
 
 def report() -> dict[str, str]:
-    """Facts by name, in the order to show them."""
-    device = choose_device("auto")
-    attention = choose_attention("auto", device)
-    crops, why_crops = choose_crops("auto", device)
-    decode, why_decode = choose_decode("auto", crops, device)
+    """Return the facts by name, in the order to print them."""
+    runtime = resolve_runtime(TrainConfig())
+    device = torch.device(runtime.device.value)
     facts = {
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -37,34 +35,29 @@ def report() -> dict[str, str]:
         "gpu": _gpus(),
     }
     facts |= {name: version(name) for name in PACKAGES}
-    facts["attention"] = f"{attention.name} ({attention.reason})"
-    facts |= {f"  {name}": _availability(attention_problem(name, device)) for name in BACKENDS}
-    facts |= {
-        "kernels": chosen_kernels(device),
-        "  triton": _availability(triton_problem(device.type)),
-        "crops": f"{crops} ({why_crops})",
-        "  fused": _availability(fused_problem(device)),
-        "  dali": _availability(dali_problem()),
-        "  torchvision": "available",
-        "decode": f"{decode} ({why_decode})",
-        "  decode cpu": _availability(dali_decode_problem()),
-        "  decode gpu": _availability(_nvjpeg_problem(device)),
+    problems: dict[str, dict[str, str | None]] = {
+        "attention": {name: attention_problem(name, AttentionInputs(device)) for name in BACKENDS},
+        "kernels": {"triton": triton_problem(device.type), "torch": None},
+        "compile": {"on": compile_problem(device)},
+        "crops": {"fused": fused_problem(device), "torchvision": None, "dali": dali_problem()},
+        "decode": {
+            "cpu": dali_decode_problem(),
+            "gpu": dali_problem() if device.type == "cuda" else "it needs a GPU",
+            "pillow": None,
+        },
     }
+    for name, choice in runtime.choices().items():
+        facts[name] = str(choice)
+        for backend, problem in problems.get(name, {}).items():
+            available = "available" if problem is None else f"not available: {problem}"
+            facts[f"  {name} {backend}"] = available
     return facts
-
-
-def _nvjpeg_problem(device: torch.device) -> str | None:
-    return dali_problem() if device.type == "cuda" else "it needs a GPU"
-
-
-def _availability(problem: str | None) -> str:
-    return "available" if problem is None else f"not available: {problem}"
 
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        return f"none that PyTorch sees (built for {'CUDA ' + built if built else 'CPU only'})"
+        cuda = torch.version.cuda
+        return f"PyTorch sees none (built for {f'CUDA {cuda}' if cuda else 'CPU only'})"
     names = []
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -77,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report."""
+    """Print the report."""
     for name, fact in report().items():
         print(f"{name:20} {fact}")
     return 0

@@ -245,8 +245,7 @@ def photos(tmp_path_factory) -> ImageDataset:
 @pytest.fixture
 def build() -> Iterator[Callable[..., Any]]:
     """build_loader, closed when the test ends."""
-    from fastdino.data.loader import build_loader
-    from tests.loaders import make_config
+    from tests.loaders import build_loader, make_config
 
     built = []
 

@@ -20,7 +20,8 @@ from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_fused, loader_torchvision
 from fastdino.data.image_dataset import scan_images as scan_images
-from fastdino.data.loader import build_loader as build_loader  # run_script's code finds it here
+from fastdino.data.loader import build_loader as build_resolved
+from fastdino.runtime import resolve_crops
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
@@ -47,6 +48,14 @@ def make_config(**changes):
         "hw_decoder_load": 0.65,
     }
     return types.SimpleNamespace(**(values | changes))
+
+
+def build_loader(config, source, device="cpu", **options):
+    """Build the loader that a run of this config has."""
+    crops, decode = resolve_crops(config, device)
+    return build_resolved(
+        config, source, crops=crops.value, decode=decode.value, device=device, **options
+    )
 
 
 def photo(seed, size=(100, 75)):

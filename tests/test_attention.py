@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fastdino.errors import ConfigError
 from fastdino.models import attention
 from fastdino.models.attention import (
     BACKENDS,
-    AttentionChoice,
+    AttentionBackend,
+    AttentionInputs,
     attend,
     attention_problem,
-    choose_attention,
     token_layout,
 )
 
@@ -68,7 +69,7 @@ def test_each_sequence_attends_to_itself_alone(backend, groups, first_only):
 def test_on_a_gpu_no_backend_is_further_off_than_plain_arithmetic(
     backend, first_only, dtype, head_dim
 ):
-    problem = attention_problem(backend, CUDA, dtype, head_dim=head_dim)
+    problem = attention_problem(backend, AttentionInputs(CUDA, dtype, head_dim))
     if problem is not None:
         pytest.skip(f"no {backend}: {problem}")
     groups, options = ((4, 197), (16, 37)), {"device": CUDA, "head_dim": head_dim}
@@ -126,47 +127,15 @@ def test_more_tokens_than_the_kernels_count_are_refused():
         token_layout(((2, 2**30),), CPU, "sdpa")
 
 
-def test_auto_on_a_cpu_says_why_not_the_others():
-    choice = choose_attention("auto", CPU)
-    assert choice.name == "sdpa"
-    for backend in ("xformers", "varlen"):
-        problem = attention_problem(backend, CPU)
-        assert problem
-        assert f"no {backend}: {problem}" in choice.reason
-    assert choose_attention("sdpa", CPU) == AttentionChoice("sdpa", "asked for", torch.float16)
-
-
-@pytest.mark.parametrize("backend", ["xformers", "varlen"])
-def test_what_a_cpu_cannot_do_is_refused_with_the_nearest_that_works(backend):
-    with pytest.raises(ConfigError, match=f"--attention {backend} cannot run: .*; use .* sdpa"):
-        choose_attention(backend, CPU)
-
-
 @pytest.fixture
 def cuda(monkeypatch, emulated) -> None:
     """Trials for a CUDA device run on this CPU."""
-    real = attention._trial
-    monkeypatch.setattr(attention, "_trial", lambda name, device, *rest: real(name, CPU, *rest))
-
-
-@pytest.mark.usefixtures("cuda")
-def test_auto_on_a_gpu_takes_the_first_that_works(monkeypatch):
-    choice = choose_attention("auto", CUDA)
-    assert choice == AttentionChoice(
-        "xformers", "the first of xformers, varlen, sdpa", torch.float16
+    real = attention._compare
+    monkeypatch.setattr(
+        attention,
+        "_compare",
+        lambda name, inputs, function: real(name, replace(inputs, device=CPU), function),
     )
-    assert choose_attention("varlen", CUDA).reason == "asked for"
-
-    def refuse(*args, **options):
-        raise OSError("libcudart.so.12: cannot open\nmore")
-
-    monkeypatch.setattr(attention, "_xformers_ops", refuse)
-    attention.token_layout.cache_clear()
-    choice = choose_attention("auto", CUDA)
-    assert choice.name == "varlen"
-    assert choice.reason == "no xformers: libcudart.so.12: cannot open"
-    with pytest.raises(ConfigError, match=r"xformers cannot run: lib.*; use --attention varlen"):
-        choose_attention("xformers", CUDA)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -191,11 +160,10 @@ def test_a_trial_has_the_head_dimension_and_the_lengths_of_the_run(monkeypatch, 
         if limit == "head_dim"
         else ({"tokens": (300, 2)}, {"tokens": (301, 2)})
     )
-    assert attention_problem("xformers", CUDA, **fitting) is None
+    assert attention_problem("xformers", AttentionInputs(CUDA, **fitting)) is None
     attention.token_layout.cache_clear()
-    choice = choose_attention("auto", CUDA, **failing)
-    assert choice.name == "varlen"
-    assert choice.reason == "no xformers: query.shape[-1] % 8 != 0 or too long"
+    problem = attention_problem("xformers", AttentionInputs(CUDA, **failing))
+    assert problem == "query.shape[-1] % 8 != 0 or too long"
 
 
 @pytest.mark.usefixtures("cuda")
@@ -214,7 +182,7 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
         return out * {"value": 1.5, "nan": float("nan")}[wrong]
 
     monkeypatch.setattr(varlen, "varlen_attn", broken)
-    assert attention_problem("varlen", CUDA).startswith("its result is off by")
+    assert attention_problem("varlen", AttentionInputs(CUDA)).startswith("its result is off by")
 
 
 @pytest.mark.usefixtures("cuda")
@@ -222,8 +190,9 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
 def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
     """What breaks the graph would end the run at its first step."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    tokens = {"head_dim": 16, "tokens": (5, 2)}
-    assert attention_problem("varlen", CUDA, compiled=True, **tokens) is None
+    eager = AttentionInputs(CUDA, head_dim=16, tokens=(5, 2))
+    compiled = replace(eager, compiled=True)
+    assert attention_problem("varlen", compiled) is None
     emulation = varlen.varlen_attn
 
     def breaking(*args):
@@ -232,9 +201,9 @@ def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", breaking)
     attention.token_layout.cache_clear()
-    assert attention_problem("varlen", CUDA, **tokens) is None
-    problem = attention_problem("varlen", CUDA, compiled=True, **tokens)
-    assert problem.startswith("torch.compile cannot take it (")
+    assert attention_problem("varlen", eager) is None
+    problem = attention_problem("varlen", compiled)
+    assert problem.startswith("torch.compile cannot trace it (")
     assert "\n" not in problem
 
 
@@ -243,22 +212,25 @@ def test_a_trial_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
     want = torch.rand(3)
     torch.manual_seed(0)
-    choose_attention("auto", CUDA)
+    assert attention_problem("xformers", AttentionInputs(CUDA)) is None
     assert torch.equal(torch.rand(3), want)
 
 
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    assert attention_problem("xformers", CUDA) == "it is not installed"
-    assert attention_problem("varlen", CUDA) == f"PyTorch {torch.__version__} does not have it"
+    assert attention_problem("xformers", AttentionInputs(CUDA)) == "it is not installed"
+    assert (
+        attention_problem("varlen", AttentionInputs(CUDA))
+        == f"PyTorch {torch.__version__} does not have it"
+    )
 
 
 def test_a_choice_holds_for_what_it_was_tried_with():
-    choice = AttentionChoice("xformers", "asked for", torch.float16)
-    assert choice.backend_for(CUDA, torch.float16) == "xformers"
-    assert choice.backend_for(torch.device("cuda", 1), torch.float16) == "xformers"
-    assert choice.backend_for(CUDA, torch.float32) == "sdpa"
-    assert choice.backend_for(CPU, torch.float16) == "sdpa"
+    choice = AttentionBackend("xformers", torch.float16)
+    assert choice.for_inputs(CUDA, torch.float16) == "xformers"
+    assert choice.for_inputs(torch.device("cuda", 1), torch.float16) == "xformers"
+    assert choice.for_inputs(CUDA, torch.float32) == "sdpa"
+    assert choice.for_inputs(CPU, torch.float16) == "sdpa"
 
 
 def test_what_xformers_has_against_each_kernel_is_one_line():

@@ -16,9 +16,9 @@ from fastdino.bench import arms, loaders
 from fastdino.bench.report import Report
 from fastdino.bench.stages import STAGES, StageTimes
 from fastdino.bench.timing import Outcome, Sample
-from fastdino.data import build_loader, scan_images
+from fastdino.data import scan_images
+from tests.loaders import HAS_DALI, build_loader
 
-HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 TINY = [
     "bench", "--loader", "--images", "8", "--batch_size_per_gpu", "4", "--num_workers", "1",
     "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2",

@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino.data import loader as loader_module
 from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import PictureReader, is_one_whole_jpeg
 from fastdino.data.image_dataset import scan_images
-from fastdino.data.loader import choose_decode
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import DataError
+from fastdino.runtime import choose_decode
 from tests.loaders import needs_dali, odd_folder, photo
 
 
@@ -299,36 +298,6 @@ def test_odd_kinds_are_pillows_pictures_from_dali(dali_decoder, tmp_path):
     assert len(exact) == len(paths) - 1
 
 
-def test_auto_decodes_by_dali_where_it_gives_pillows_pixels(monkeypatch):
-    monkeypatch.setattr(loader_module, "dali_decode_problem", lambda: None)
-    for device in ("cpu", "cuda"):
-        assert choose_decode("auto", "fused", device) == ("dali", "Pillow's pixels")
-        assert choose_decode("cpu", "fused", device)[0] == "dali"
-        assert choose_decode("pillow", "fused", device)[0] == "pillow"
-    monkeypatch.setattr(loader_module, "dali_decode_problem", lambda: "no DALI")
-    assert choose_decode("auto", "fused", "cuda") == ("pillow", "no DALI")
-    with pytest.raises(ConfigError, match="--decode cpu: no DALI; --decode pillow works"):
-        choose_decode("cpu", "fused", "cpu")
-
-
-def test_nvjpeg_is_for_gpus_and_dali(monkeypatch):
-    monkeypatch.setattr(loader_module, "dali_problem", lambda: None)
-    assert choose_decode("gpu", "fused", "cuda:1") == ("nvjpeg", "near Pillow's pixels")
-    with pytest.raises(ConfigError, match="--decode gpu .*needs a GPU.*: --decode cpu works"):
-        choose_decode("gpu", "fused", "cpu")
-    monkeypatch.setattr(loader_module, "dali_problem", lambda: "DALI is not installed: pip")
-    with pytest.raises(ConfigError, match="--decode gpu: DALI is not installed: pip; --decode pil"):
-        choose_decode("gpu", "fused", "cuda")
-
-
-def test_other_crops_decode_by_themselves():
-    assert choose_decode("auto", "torchvision", "cuda")[0] == "pillow"
-    assert choose_decode("auto", "dali", "cpu")[0] == "dali"
-    assert choose_decode("auto", "dali", "cuda")[0] == "nvjpeg"
-    with pytest.raises(ConfigError, match="--decode gpu is for --crops fused.*--crops torchvision"):
-        choose_decode("gpu", "torchvision", "cuda")
-
-
 @needs_dali
 def test_a_dali_whose_pixels_differ_is_not_taken(monkeypatch):
     module = importlib.import_module("fastdino.data.dali_decoding")
@@ -338,11 +307,11 @@ def test_a_dali_whose_pixels_differ_is_not_taken(monkeypatch):
         patch.setattr(
             module.DaliDecoder, "_run", lambda self, files: [p ^ 1 for p in real(self, files)]
         )
-        decoder, why = choose_decode("auto", "fused", "cpu")
+        choice = choose_decode("auto", "fused", "cpu")
     module.cpu_problem.cache_clear()
-    assert decoder == "pillow"
-    assert "to different pixels" in why
-    assert choose_decode("auto", "fused", "cpu")[0] == "dali"
+    assert choice.value == "pillow"
+    assert "to different pixels" in choice.reason
+    assert choose_decode("auto", "fused", "cpu").value == "cpu"
 
 
 @pytest.mark.gpu

@@ -13,11 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import Trainer
-from fastdino.errors import ConfigError, NonFiniteError
+from fastdino.errors import NonFiniteError
 from fastdino.models import backbones
-from fastdino.models.compile import choose_compile
 from fastdino.models.head import DINOHead
-from fastdino.training.cuda_graph import choose_graph
 
 STEPS = 3  # an epoch
 COMPILE = torch.compile
@@ -280,37 +278,6 @@ def test_only_blocks_that_recompute_are_compiled_to(monkeypatch, fast, crops_of,
     assert torch._functorch.config.ban_recompute_materialized_backward
 
 
-def test_what_is_compiled_says_why(monkeypatch):
-    cpu = torch.device("cpu")
-    assert not choose_compile("off", "fast", cpu).on
-    assert choose_compile("auto", "parity", cpu).reason == "--mode parity"
-    assert choose_compile("auto", "fast", cpu).reason == "a CPU gains nothing by it"
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(ConfigError, match=r"--compile on: .*C\+\+.*; use --compile off"):
-        choose_compile("on", "parity", cpu)
-
-
-@pytest.mark.parametrize(
-    ("settings", "device", "scaling", "processes", "reason"),
-    [
-        ({}, "cpu", False, 1, "no CUDA graph on a CPU"),
-        ({"mode": "parity"}, "cuda", False, 1, "--mode parity waits"),
-        ({"optimizer": "lars"}, "cuda", False, 1, "--optimizer lars waits"),
-        ({}, "cuda", True, 1, "--amp_dtype bf16"),
-        ({}, "cuda", False, 2, "several processes"),
-        ({}, "cuda", False, 1, "asked for"),
-        ({"cuda_graph": False}, "cuda", False, 1, "--cuda_graph false"),
-    ],
-)
-def test_a_graph_that_cannot_be_is_left_with_its_reason(
-    fast, settings, device, scaling, processes, reason
-):
-    config = fast(**({"cuda_graph": True} | settings))
-    choice = choose_graph(config, torch.device(device), scaling=scaling, processes=processes)
-    assert reason in choice.reason
-    assert choice.on == (reason == "asked for")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
@@ -323,7 +290,7 @@ def test_a_captured_step_trains_as_an_eager_one(fast, freeze, compiled, crops_of
     }  # fmt: skip
     eager = Trainer(fast(**settings), steps_per_epoch=5)
     graphed = Trainer(fast(**settings, cuda_graph=True), steps_per_epoch=5)
-    assert graphed.graph.on
+    assert graphed.runtime.cuda_graph.on
     for i in range(16):
         crops = crops_of(eager.config, i)
         torch.manual_seed(i)  # a replay must draw what an eager step draws

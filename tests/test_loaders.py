@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastdino.data import loader as loader_module
+from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.data import loader_fused, loader_torchvision
 from fastdino.data.image_dataset import scan_images
 from fastdino.errors import ConfigError, DataError
@@ -307,19 +307,14 @@ def test_a_file_replaced_after_the_scan_is_cropped_at_its_real_size(breakable, b
 def test_auto_takes_the_fused_crops_and_says_so(photos, build):
     loader = build(photos, crops="auto", num_workers=1)
     assert isinstance(loader, loader_fused.FusedLoader)
-    assert "fused, Numba" in loader.description
-    assert "on CPU, 1 threads (the paper's crops, exact)" in loader.description
+    assert loader.description.startswith("Numba ")
+    assert "on CPU, 1 threads" in loader.description
 
 
-@needs_dali
-def test_without_numba_auto_takes_dali_and_fused_is_an_error(photos, build, monkeypatch):
+def test_without_numba_auto_is_torchvision_and_fused_is_an_error(photos, build, monkeypatch):
     fail_imports(monkeypatch, cpu=ModuleNotFoundError("No module named 'numba'", name="numba"))
     loader = build(photos, crops="auto", num_workers=1)
-    assert type(loader).__name__ == "DaliLoader"
-    assert "DALI" in loader.description
-    assert "on CPU, 1 threads" in loader.description
-    assert "--crops torchvision" in loader.description
-    assert "Numba is not installed: pip install" in loader.description
+    assert isinstance(loader, loader_torchvision.TorchvisionLoader)
     with pytest.raises(ConfigError, match=r'--crops fused: Numba is not .*"fastdino\[train\]"'):
         build(photos, crops="fused")
 
@@ -334,49 +329,38 @@ def fail_imports(monkeypatch, **errors):
             raise errors[last]
         return real(name)
 
-    monkeypatch.setattr(loader_module.importlib, "import_module", fails)
-
-
-NO_NUMBA = ImportError("Numba needs another NumPy")
+    monkeypatch.setattr(importlib, "import_module", fails)
 
 
 @pytest.mark.parametrize(
     ("cuda", "extra"), [("12.8", "cuda12"), ("13.2", "cuda13"), (None, "cuda13")]
 )
-def test_without_both_auto_takes_torchvision_and_dali_is_an_error(
+def test_missing_dali_is_an_error_with_the_package_to_install(
     photos, build, monkeypatch, cuda, extra
 ):
     missing = ModuleNotFoundError("No module named 'nvidia.dali'")
-    fail_imports(monkeypatch, cpu=NO_NUMBA, dali=missing)
+    fail_imports(monkeypatch, dali=missing)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    loader = build(photos, crops="auto")
-    assert isinstance(loader, loader_torchvision.TorchvisionLoader)
-    assert "Numba does not work here: Numba needs another NumPy;" in loader.description
-    assert f'DALI is not installed: pip install "fastdino[dali-{extra}]"' in loader.description
     with pytest.raises(ConfigError, match=rf'--crops dali.*pip install "fastdino\[dali-{extra}\]"'):
         build(photos, crops="dali")
 
 
-def test_where_dali_does_not_work_auto_says_why(photos, build, monkeypatch):
-    fail_imports(monkeypatch, cpu=NO_NUMBA, dali=RuntimeError("the driver is too old\nand more"))
-    loader = build(photos, crops="auto")
-    assert "DALI does not work here: the driver is too old)" in loader.description
-    with pytest.raises(ConfigError, match="--crops dali: DALI does not work here: the driver"):
-        build(photos, crops="dali")
+def test_broken_libraries_are_reported_with_the_first_line_of_their_error(monkeypatch):
+    fail_imports(
+        monkeypatch,
+        cpu=ImportError("Numba needs another NumPy"),
+        dali=RuntimeError("the driver is too old\nand more"),
+    )
+    assert fused_problem("cpu").endswith(": Numba needs another NumPy")
+    assert dali_problem().endswith(": the driver is too old")
 
 
-def test_a_cuda_run_needs_triton_for_the_fused_crops(monkeypatch):
-    monkeypatch.setattr(loader_module, "dali_problem", lambda device: "no DALI")
-    assert loader_module.choose_crops("auto", "cuda")[0] == "fused"
+def test_fused_crops_on_cuda_need_triton(monkeypatch):
+    assert fused_problem("cuda:0") is None
     monkeypatch.setattr(
         "fastdino.augmentation.triton_problem", lambda kind: "triton is not installed"
     )
-    assert loader_module.choose_crops("auto", "cuda") == (
-        "torchvision",
-        "the paper's chain, exact; no fused crops on CUDA: triton is not installed; no DALI",
-    )
-    with pytest.raises(ConfigError, match="--crops fused: no fused crops on CUDA: triton is not"):
-        loader_module.choose_crops("fused", "cuda:0")
+    assert "triton is not installed" in fused_problem("cuda:0")
 
 
 def test_the_package_imports_without_dali():

@@ -114,13 +114,13 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
     assert lines[0]["train_kl"] > 0
     saved = json.loads((run / "config.json").read_text())
     assert TrainConfig.from_dict(saved["config"]) == config(saveckp_freq=2)
-    assert saved["resolved"]["attention"]["name"] == "sdpa"
-    assert (saved["resolved"]["packing"], saved["resolved"]["last_block"]) == (True, "cls")
+    assert saved["resolved"]["attention"]["value"] == "sdpa"
+    assert saved["resolved"]["packing"]["value"] == "on"
     assert any(name.startswith("events") for name in os.listdir(run / "tensorboard"))
     out = capsys.readouterr().out.splitlines()
     for part in (
         "vit_nano on cpu", "attention: sdpa (", "packing: on (", "kernels: torch",
-        "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)", "4 steps an epoch",
+        "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)", "4 steps per epoch",
     ):  # fmt: skip
         assert part in out[0]
     assert len(out) == 1 + 3  # not a terminal: the headline and a line an epoch

@@ -5,11 +5,8 @@ import torch
 from torch import nn
 
 from fastdino.errors import ConfigError
-from fastdino.models.attention import AttentionChoice
-from fastdino.models.backbones import build_backbone, build_networks, choose_fast_path
+from fastdino.models.backbones import build_backbone, build_networks
 from fastdino.models.head import DINOHead, MultiCropWrapper, WeightNormLinear
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -148,81 +145,3 @@ def test_crops_of_one_size_share_a_pass_and_keep_their_order():
     out = MultiCropWrapper(Backbone(), head)(crops)
     assert passes == [(4, 3, 8, 8), (6, 3, 4, 4)]
     assert out[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "packing", "reason"),
-    [
-        ("auto", True, "one pass for all sizes"),
-        ("on", True, "asked for"),
-        ("off", False, "asked for"),
-    ],
-)
-def test_crops_are_packed_unless_asked_not_to(tiny, wanted, packing, reason):
-    config = tiny(attention="sdpa", packing=wanted)
-    backbone, _ = build_backbone("vit_nano", patch_size=8)
-    path = choose_fast_path(config, backbone, torch.device("cuda"), torch.float32)
-    assert (path.packing, path.why_packing) == (packing, reason)
-    assert path.attention == AttentionChoice("sdpa", "asked for", torch.float32)
-
-
-def test_a_fast_path_switches_the_network_over(tiny):
-    config = tiny(packing="on", last_block="all")
-    student, _ = build_networks(config)
-    assert (student.packing, student.backbone.cls_only) == (False, True)
-    path = choose_fast_path(config, student.backbone, CPU, torch.float32)
-    path.apply_to(student)
-    assert (student.packing, student.backbone.cls_only) == (True, False)
-    assert student.backbone.attention is path.attention
-
-
-@pytest.mark.parametrize(
-    ("mode", "wanted", "device", "recompute"),
-    [
-        ("parity", "auto", "cuda", False),
-        ("fast", "auto", "cuda", True),
-        ("fast", "auto", "cpu", False),
-        ("fast", "off", "cuda", False),
-        ("parity", "on", "cpu", True),
-    ],
-)
-def test_norms_are_recomputed_where_memory_is_scarce(tiny, mode, wanted, device, recompute):
-    config = tiny(attention="sdpa", mode=mode, recompute=wanted)
-    student, _ = build_networks(config)
-    path = choose_fast_path(config, student.backbone, torch.device(device), torch.float32)
-    path.apply_to(student)
-    assert [block.recompute for block in student.backbone.blocks] == [recompute] * 6
-
-
-def test_other_backbones_go_one_size_at_a_time(tiny):
-    path = choose_fast_path(tiny(), nn.Flatten(), CPU, torch.float32)
-    assert path.attention.name == "none"
-    assert not path.packing
-    assert "one size at a time" in path.why_packing
-
-
-@pytest.mark.parametrize(
-    "asked", [{"packing": "on"}, {"attention": "xformers"}, {"recompute": "on"}]
-)
-def test_what_other_backbones_cannot_do_is_refused_where_it_is_asked_for(tiny, asked):
-    [(flag, value)] = asked.items()
-    with pytest.raises(ConfigError, match=f"--{flag} {value} is for vit_.* --arch resnet18 goes"):
-        choose_fast_path(tiny(arch="resnet18", **asked), nn.Flatten(), CPU, torch.float32)
-
-
-def test_attention_is_tried_with_the_heads_and_the_crops_of_the_run(tiny, monkeypatch):
-    tried = []
-
-    def choose(wanted, device, dtype, **demand):
-        tried.append(demand)
-        return AttentionChoice("sdpa", "")
-
-    monkeypatch.setattr("fastdino.models.backbones.choose_attention", choose)
-    backbone, _ = build_backbone("vit_nano", patch_size=8)
-    for crops in (2, 0):
-        config = tiny(local_crops_number=crops, local_crops_size=20)
-        choose_fast_path(config, backbone, CPU, torch.float32, compiled=crops == 0)
-    assert tried == [
-        {"head_dim": 32, "tokens": [17, 5], "compiled": False},
-        {"head_dim": 32, "tokens": [17], "compiled": True},
-    ]

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from fastdino import TrainConfig, Trainer
 from fastdino.errors import CheckpointError, NonFiniteError
-from fastdino.models.attention import BACKENDS, attention_problem
-from fastdino.training.trainer import choose_precision
+from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
 
@@ -104,7 +103,7 @@ def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_on_a_gpu_mixed_precision_stays_near_it(attention, packing):
-    problem = attention_problem(attention, torch.device("cuda"), torch.bfloat16)
+    problem = attention_problem(attention, AttentionInputs(torch.device("cuda"), torch.bfloat16))
     if problem is not None:
         pytest.skip(f"no {attention}: {problem}")
     trainer = golden_trainer(
@@ -356,14 +355,6 @@ def test_mixed_precision_stays_near_single(tiny, amp_dtype, crops_of):
         )
     assert next(mixed.student.parameters()).dtype == torch.float32
     assert ("fp16_scaler" in mixed.state_dict()) == (amp_dtype == "fp16")
-
-
-def test_precision_says_why(tiny):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_precision(tiny(), cpu).autocast is None
-    assert choose_precision(tiny(), gpu).autocast is torch.float16
-    assert choose_precision(tiny(use_fp16=False), gpu).autocast is None
-    assert "--use_fp16 false" in choose_precision(tiny(use_fp16=False), gpu).reason
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdino.models.attention import (
     BACKENDS,
-    AttentionChoice,
+    AttentionBackend,
+    AttentionInputs,
     attention_problem,
-    choose_attention,
     token_layout,
 )
 from fastdino.models.drop_path import draw_kept
@@ -108,7 +108,7 @@ def test_every_attention_gives_the_same(float64, monkeypatch, backend, cls_only)
     vit, groups = make_vit(drop_path_rate=0.5), crops_by_size()
     vit.cls_only = cls_only
     want = features_and_gradients(vit, lambda: vit(groups))
-    monkeypatch.setattr(AttentionChoice, "backend_for", lambda *args: backend)
+    monkeypatch.setattr(AttentionBackend, "for_inputs", lambda *args: backend)
     got = features_and_gradients(vit, lambda: vit(groups))
     assert_equal_results(got, want, rtol=1e-10, atol=1e-11)
 
@@ -136,13 +136,13 @@ def test_a_network_in_half_precision_stays_in_it():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu_every_attention_gives_the_same(backend, dtype, compiled):
-    problem = attention_problem(backend, CUDA, dtype, head_dim=32, tokens=(17, 7, 2))
+    problem = attention_problem(backend, AttentionInputs(CUDA, dtype, 32, (17, 7, 2)))
     if problem is not None:
         pytest.skip(f"no {backend}: {problem}")
     vit = make_vit(embed_dim=96).to(CUDA)
     groups = [images.to(CUDA) for images in crops_by_size()]
     want = features_and_gradients(vit, lambda: torch.cat([vit(images) for images in groups]))
-    vit.attention = choose_attention(backend, CUDA, dtype, head_dim=vit.head_dim, tokens=(17, 7, 2))
+    vit.attention = AttentionBackend(backend, dtype)
     if compiled:
         for block in vit.blocks:
             block.compile(fullgraph=True)
@@ -163,7 +163,7 @@ def test_on_a_gpu_every_attention_gives_the_same(backend, dtype, compiled):
 )
 def test_blocks_compile_whole_and_once(monkeypatch, backend, compiler):
     """Of student and teacher, packed and not: no break in the graph, nothing compiled again."""
-    monkeypatch.setattr(AttentionChoice, "backend_for", lambda *args: backend)
+    monkeypatch.setattr(AttentionBackend, "for_inputs", lambda *args: backend)
     torch._dynamo.reset()
     vit, groups = make_vit(depth=4, drop_path_rate=0.3), crops_by_size()
 

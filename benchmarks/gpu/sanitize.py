@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdino.augmentation.params import draw_crops
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.config import TrainConfig
-from fastdino.distributed import choose_device
+from fastdino.runtime import choose_device
 
 # Around the chunks of the multi-tensor kernels; the last one's copy has rows of norm 1.
 SHAPES = [(3,), (129, 7), (2049,), (1,), (5000,), (37, 64)]

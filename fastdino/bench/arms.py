@@ -35,6 +35,7 @@ from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import decode_rgb
+from fastdino.runtime import resolve_crops
 
 # Batches of our loaders' epochs: as good as never does one end within a round.
 _STEPS = 1 << 12
@@ -105,7 +106,14 @@ class OwnLoader:
             importlib.import_module("fastdino.augmentation.cpu_kernels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
-        self._loader = build_loader(config, task.source.subset(images), device=task.device)
+        backend, decoder = resolve_crops(config, task.device)
+        self._loader = build_loader(
+            config,
+            task.source.subset(images),
+            crops=backend.value,
+            decode=decoder.value,
+            device=task.device,
+        )
         self._epoch = 0
 
     def batches(self, number: int) -> Iterator[list[Tensor]]:

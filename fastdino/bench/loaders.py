@@ -26,9 +26,9 @@ from fastdino.bench.timing import Effort, Outcome, take_turns
 from fastdino.config import TrainConfig, add_arguments, check_at_least
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.distributed import choose_device
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
+from fastdino.runtime import choose_device
 
 # Of a run's settings, those that a loader depends on.
 SETTINGS = (

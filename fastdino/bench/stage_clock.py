@@ -27,7 +27,7 @@ from fastdino.bench.stages import STAGES, StageTimes
 from fastdino.data import draw_crops
 from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import Decoder, PictureReader
-from fastdino.data.loader import choose_decode
+from fastdino.runtime import choose_decode
 
 _IMAGES = 24
 _HUE = 3  # in the numbering of CropParams.jitter_order
@@ -139,7 +139,7 @@ class StageClock:
         config, source = task.config, task.source
         self._source, self._shown = source, range(min(len(source), _IMAGES))
         decoder: Decoder | None = None
-        if choose_decode("auto", "fused", "cpu")[0] == "dali":
+        if choose_decode("auto", "fused", "cpu").value == "cpu":
             from fastdino.data.dali_decoding import DaliDecoder
 
             decoder = DaliDecoder(len(self._shown), 1)

@@ -54,7 +54,6 @@ class DaliLoader(CropLoader):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        why: str = "near PIL",
     ) -> None:
         super().__init__(config, source, rank, world_size)
         threads = max(1, min(config.num_workers, cpu_count()))
@@ -79,7 +78,7 @@ class DaliLoader(CropLoader):
         self._readers = ThreadPoolExecutor(threads)  # one task per image
         self._preparers = ThreadPoolExecutor(_AHEAD)  # one task per batch
         place = "CPU" if self._device_id is None else f"GPU {self._device_id}"
-        self.description = f"DALI {dali.VERSION} on {place}, {threads} threads ({why})"
+        self.description = f"DALI {dali.VERSION} on {place}, {threads} threads"
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         silence_pillow()  # here, because warning filters are not per thread

@@ -47,9 +47,8 @@ _Drawn = tuple[CropParams, int]
 class FusedLoader(CropLoader):
     """Crops made in one pass over each image, bit for bit the paper's for the same draws.
 
-    Each image is decoded once. `decode` is "pillow", "dali" (on the CPU, the same pixels) or
-    "nvjpeg" (on the GPU, similar pixels: the crops are then exact for these). Batches are on
-    `device`.
+    Each image is decoded once. `decode` is "pillow", "cpu" (DALI, the same pixels) or "gpu"
+    (nvJPEG, similar pixels: the crops are then exact for these). Batches are on `device`.
     """
 
     def __init__(
@@ -60,9 +59,7 @@ class FusedLoader(CropLoader):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        why: str = "exact",
         decode: str = "pillow",
-        why_decode: str = "exact",
     ) -> None:
         super().__init__(config, source, rank, world_size)
         threads = max(1, min(config.num_workers, cpu_count()))
@@ -81,15 +78,12 @@ class FusedLoader(CropLoader):
             self._decoder = DaliDecoder(
                 self._batch_size,
                 threads,
-                stream=self._backend.stream if decode == "nvjpeg" else None,
+                stream=self._backend.stream if decode == "gpu" else None,
                 hw_decoder_load=config.hw_decoder_load,
             )
         self._reader = PictureReader(source, self._bad, self._threads, self._decoder)
         decoder = self._decoder.name if self._decoder else f"Pillow {PIL.__version__}"
-        self.description = (
-            f"fused, {self._backend.name}, {threads} threads ({why}), "
-            f"decoded by {decoder} ({why_decode})"
-        )
+        self.description = f"{self._backend.name}, {threads} threads, decoded by {decoder}"
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         silence_pillow()  # here, because warning filters are not per thread

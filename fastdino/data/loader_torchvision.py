@@ -49,7 +49,6 @@ class TorchvisionLoader(CropLoader):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        why: str = "the paper's chain, exact",
     ) -> None:
         super().__init__(config, source, rank, world_size)
         workers = min(config.num_workers, cpu_count())
@@ -67,7 +66,7 @@ class TorchvisionLoader(CropLoader):
         self._at_exit: Callable[[], None] | None = None
         self.description = (
             f"torchvision {torchvision.__version__} and Pillow {PIL.__version__} on CPU, "
-            f"{workers} workers ({why})"
+            f"{workers} workers"
         )
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:

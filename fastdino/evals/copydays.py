@@ -45,6 +45,7 @@ from fastdino.evals.transforms import (
 )
 from fastdino.files import write_json
 from fastdino.models.vit import VisionTransformer
+from fastdino.runtime import choose_device
 
 ORIGINAL, STRONG = "original", "strong"
 QUALITIES = (3, 5, 8, 10, 15, 20, 30, 50, 75)
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino copydays`."""
     check_at_least(args, 1, "imsize", "batch_size_per_gpu", "patch_size")
     check_at_least(args, 0, "num_workers")
-    device = distributed.choose_device(args.device)
+    device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         originals, blocks, extra = distributed.from_main(lambda: find_pictures(args))
         extract = Extractor(args, device)

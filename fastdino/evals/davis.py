@@ -44,6 +44,7 @@ from fastdino.evals.options import (
 )
 from fastdino.files import explain_write_errors
 from fastdino.models.vit import VisionTransformer
+from fastdino.runtime import choose_device
 
 # The paper's script divides red by .228, where ImageNet's deviation is .229: its figures have it.
 PAPER_STD = (0.228, 0.224, 0.225)
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino davis`."""
     check_at_least(args, 1, "topk", "bs", "size", "patch_size")
     check_at_least(args, 0, "n_last_frames", "size_mask_neighborhood", "num_workers")
-    device = distributed.choose_device(args.device)
+    device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         sequences = distributed.from_main(lambda: checked_sequences(args))
         model = build_model(args, device)

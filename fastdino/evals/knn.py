@@ -31,6 +31,7 @@ from fastdino.evals.transforms import (
     center_crop,
 )
 from fastdino.files import atomic_write, explain_write_errors, write_json
+from fastdino.runtime import choose_device
 
 # Numbers on the device at once: training features, and similarities of some validation images to
 # these (or votes).
@@ -138,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--nb_knn must be numbers from 1, got {args.nb_knn}")
     if not args.temperature > 0:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
-    device = distributed.choose_device(args.device)
+    device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         model = None if args.load_features or args.raw_pixels else load_network(args, device)
         tensors = (

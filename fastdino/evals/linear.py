@@ -44,6 +44,7 @@ from fastdino.evals.options import (
 from fastdino.evals.transforms import center_crop, random_crop
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.downloads import local_file
+from fastdino.runtime import choose_device
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.logging import drop_log_lines
 
@@ -86,7 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `fastdino linear`."""
     _check_flags(args)
-    device = distributed.choose_device(args.device)
+    device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         if args.evaluate:
             return evaluate(args, device)

@@ -31,6 +31,7 @@ from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import DATASETS, RetrievalSet, read_set, sizes_of
 from fastdino.evals.transforms import fit_within
 from fastdino.files import write_json
+from fastdino.runtime import choose_device
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs `fastdino retrieval`."""
     check_at_least(args, 1, "imsize", "batch_size_per_gpu", "patch_size")
     check_at_least(args, 0, "num_workers")
-    device = distributed.choose_device(args.device)
+    device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         found = distributed.from_main(
             lambda: read_set(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino.config import check_at_least
-from fastdino.distributed import choose_device
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention_figures import (
     Pixels,
@@ -53,6 +52,7 @@ from fastdino.evals.transforms import (
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.vit import VisionTransformer
+from fastdino.runtime import choose_device
 
 # What a frame of the video shows, side by side in the order of --show.
 VIEWS = ("frame", "mean", "overlay", "mask", "heads")

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_files import decode_rgb, quiet_pillow, read_file, reason_of
-from fastdino.distributed import choose_device
 from fastdino.errors import DataError
 from fastdino.evals.attention_figures import (
     draw_heads,
@@ -60,6 +59,7 @@ from fastdino.evals.transforms import (
     to_input,
 )
 from fastdino.files import explain_write_errors, write_json
+from fastdino.runtime import choose_device
 
 
 @dataclass(frozen=True)

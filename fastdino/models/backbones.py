@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-from dataclasses import dataclass
 
 import timm
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
-from fastdino.models.attention import AttentionChoice, choose_attention
 from fastdino.models.head import DINOHead, MultiCropWrapper
-from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
+from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 
 
 def build_backbone(
@@ -85,93 +83,6 @@ def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
             width = getattr(model, "head_hidden_size", None) or model.num_features
             return model, int(width)
     raise ConfigError(f"--arch {name}: timm cannot build it without a classifier")
-
-
-@dataclass(frozen=True)
-class FastPath:
-    """How a network computes what it computes; the result is the same but for rounding.
-
-    Attributes:
-        attention: the implementation of attention.
-        packing: whether crops of all sizes go through the backbone as one sequence.
-        why_packing: the reason, one phrase for the run's first line.
-        cls_only: whether the last block is computed for CLS alone.
-        recompute: whether norms and GELU are computed again by the backward pass.
-    """
-
-    attention: AttentionChoice
-    packing: bool
-    why_packing: str
-    cls_only: bool
-    recompute: bool
-
-    def apply_to(self, network: MultiCropWrapper) -> None:
-        """Switches the network over."""
-        network.packing = self.packing
-        if isinstance(network.backbone, VisionTransformer):
-            network.backbone.attention = self.attention
-            network.backbone.cls_only = self.cls_only
-            for block in network.backbone.blocks:
-                assert isinstance(block, Block)
-                block.recompute = self.recompute
-
-
-def choose_fast_path(
-    config: TrainConfig,
-    backbone: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    compiled: bool = False,
-) -> FastPath:
-    """Resolves --attention, --packing, --last_block and --recompute.
-
-    Args:
-        config: the run's settings.
-        backbone: all four are for vit_* alone; others go one pass a crop size, as they are.
-        device, dtype: where it will run, and the dtype of its queries and keys there.
-        compiled: whether its blocks will be.
-
-    Raises: ConfigError: an attention asked for by name that cannot run there, or for an
-        architecture that has its own.
-    """
-    if not isinstance(backbone, VisionTransformer):
-        asked = {
-            "attention": config.attention != "auto",
-            "packing": config.packing == "on",
-            "recompute": config.recompute == "on",
-        }
-        for flag in (name for name, there in asked.items() if there):
-            raise ConfigError(
-                f"--{flag} {getattr(config, flag)} is for vit_* architectures, and --arch "
-                f"{config.arch} goes its own way: leave out --{flag}"
-            )
-        return FastPath(
-            attention=AttentionChoice("none", "the architecture has its own"),
-            packing=False,
-            why_packing="the architecture takes one size at a time",
-            cls_only=False,
-            recompute=False,
-        )
-    sizes = [config.global_crops_size, config.local_crops_size]
-    if not config.local_crops_number:
-        sizes.pop()
-    attention = choose_attention(
-        config.attention,
-        device,
-        dtype,
-        head_dim=backbone.head_dim,
-        tokens=[1 + (size // backbone.patch_size) ** 2 for size in sizes],
-        compiled=compiled,
-    )
-    return FastPath(
-        attention=attention,
-        packing=config.packing != "off",
-        why_packing="one pass for all sizes" if config.packing == "auto" else "asked for",
-        cls_only=config.last_block == "cls",
-        recompute=config.recompute == "on"
-        or (config.recompute == "auto" and config.mode == "fast" and device.type == "cuda"),
-    )
 
 
 def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:

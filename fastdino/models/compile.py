@@ -1,46 +1,20 @@
-"""torch.compile over a network's blocks and head: whether it works here, and doing it."""
+"""torch.compile over the blocks and head of a network."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
 
-from fastdino.errors import ConfigError
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import Block, VisionTransformer
 
 _COMPILATIONS = 64  # of one function, beyond which PyTorch would refuse
-
-
-@dataclass(frozen=True)
-class CompileChoice:
-    """Whether blocks and head are compiled, and why: `reason` is one phrase for the first line."""
-
-    on: bool
-    reason: str
-
-
-def choose_compile(wanted: str, mode: str, device: torch.device) -> CompileChoice:
-    """Resolves --compile {auto, on, off}; raises ConfigError where on cannot be."""
-    if wanted == "off":
-        return CompileChoice(False, "asked for")
-    if wanted == "auto" and mode != "fast":
-        return CompileChoice(False, "--mode parity")
-    if wanted == "auto" and device.type == "cpu":
-        return CompileChoice(False, "a CPU gains nothing by it")
-    problem = compile_problem(device)
-    if problem is None:
-        return CompileChoice(True, "asked for" if wanted == "on" else "--mode fast")
-    if wanted == "on":
-        raise ConfigError(f"--compile on: {problem}; use --compile off")
-    return CompileChoice(False, problem)
 
 
 def compile_problem(device: torch.device) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastdino.models.attention import AttentionChoice, TokenLayout, attend, token_layout
+from fastdino.models.attention import AttentionBackend, TokenLayout, attend, token_layout
 from fastdino.models.drop_path import draw_kept
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.head_dim = embed_dim // num_heads
-        self.attention = AttentionChoice("sdpa", "no other was chosen")
+        self.attention = AttentionBackend("sdpa")
         self.cls_only = True
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -239,7 +239,7 @@ class VisionTransformer(nn.Module):
     def _pack(self, groups: Sequence[Tensor]) -> tuple[Tensor, TokenLayout]:
         """Tensors [B, N, D] one after another as [T, D], and where they lie in it."""
         x = torch.cat([group.flatten(0, 1) for group in groups])
-        backend = self.attention.backend_for(x.device, branch_dtype(x))
+        backend = self.attention.for_inputs(x.device, branch_dtype(x))
         sizes = tuple((group.shape[0], group.shape[1]) for group in groups)
         return x, token_layout(sizes, x.device, backend)
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdino.config import TrainConfig
 from fastdino.errors import UserError
 
 # Eager steps of each kind before it is recorded: they make the optimizer's state, compile what is
@@ -23,40 +21,6 @@ WARM_UPS = 3
 
 Outputs = tuple[Tensor | None, ...]
 _Kind = tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
-class GraphChoice:
-    """Whether the step is a CUDA graph, and why: `reason` is one phrase for the first line."""
-
-    on: bool
-    reason: str
-
-
-def choose_graph(
-    config: TrainConfig, device: torch.device, *, scaling: bool, processes: int
-) -> GraphChoice:
-    """Resolves --cuda_graph: off, with the reason, where a step cannot be recorded.
-
-    Args:
-        scaling: the loss is scaled for fp16.
-        processes: of the run.
-    """
-    if not config.cuda_graph:
-        return GraphChoice(False, "--cuda_graph false")
-    problems = {
-        f"there is no CUDA graph on a {device.type.upper()}": device.type != "cuda",
-        "--mode parity waits for the device in each step, --mode fast does not": (
-            config.mode != "fast"
-        ),
-        f"--optimizer {config.optimizer} waits for the device, adamw does not": (
-            config.optimizer != "adamw"
-        ),
-        "the scale of an fp16 loss is kept by the host: --amp_dtype bf16": scaling,
-        "several processes exchange messages, which are not recorded": processes > 1,
-    }
-    found = [problem for problem, there in problems.items() if there]
-    return GraphChoice(not found, found[0] if found else "asked for")
 
 
 class GraphedStep:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from fastdino_kernels import chosen_impl
 from torch import Tensor
 
 import fastdino
 from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
-from fastdino.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from fastdino.errors import CheckpointError, NonFiniteError, UserError
 from fastdino.files import file_lock, write_json
 from fastdino.models.weights import initial_weights
+from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
 from fastdino.training.logging import Progress
@@ -47,12 +47,12 @@ def train(config: TrainConfig) -> Status:
     Raises: UserError: data, settings or checkpoint that cannot be, a loss that is not finite,
         memory that does not suffice; the message says what to do.
     """
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     with distributed.process_group(device, config.dist_url), contextlib.ExitStack() as stack:
         distributed.from_main(lambda: stack.enter_context(claimed(Path(config.output_dir))))
-        return Run(config, device).run()
+        return Run(config, resolve_runtime(config)).run()
 
 
 @contextlib.contextmanager
@@ -87,12 +87,11 @@ class StepValues(NamedTuple):
 class Run:
     """One process's share of a run."""
 
-    def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
+    def __init__(self, config: TrainConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
         self.output_dir = Path(config.output_dir)
         self.checkpoint_path = self.output_dir / "checkpoint.pth"
         self.is_main = distributed.rank() == 0
-        self.kernels = chosen_kernels(device)
         # One verdict for all processes: they must agree on which images there are.
         source = distributed.from_main(
             lambda: scan_images(
@@ -105,15 +104,19 @@ class Run:
         )
         # Weights are seeded by the Trainer, crops by the loader; this is for stochastic depth.
         torch.manual_seed(config.seed + distributed.rank())
+        assert runtime.crops
+        assert runtime.decode
         self.loader = build_loader(
             config,
             source,
+            crops=runtime.crops.value,
+            decode=runtime.decode.value,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            device=device,
+            device=runtime.device.value,
         )
         with explained_failures(config):
-            self.trainer = Trainer(config, self.loader.steps_per_epoch, device=device)
+            self.trainer = Trainer(config, self.loader.steps_per_epoch, runtime=runtime)
         self.progress = Progress(
             self.output_dir,
             epochs=config.epochs,
@@ -153,30 +156,19 @@ class Run:
 
     def headline(self) -> str:
         """One line: what runs where, and why so."""
-        config, trainer, path = self.config, self.trainer, self.trainer.fast_path
-        where = str(trainer.device)
-        if trainer.device.type == "cuda":
-            where += f" ({torch.cuda.get_device_name(trainer.device)})"
+        where = self.runtime.device.value
+        if self.trainer.device.type == "cuda":
+            where += f" ({torch.cuda.get_device_name(self.trainer.device)})"
         source = self.loader.source
         parts = [
-            f"fastdino {fastdino.__version__}: {config.arch} on {where}",
+            f"fastdino {fastdino.__version__}: {self.config.arch} on {where}",
+            f"--mode {self.config.mode}",
             f"{distributed.world_size()} process(es)",
             f"{len(source)} images ({len(source.skipped)} skipped), {source.kind}",
-            f"{trainer.steps_per_epoch} steps an epoch",
-            f"attention: {path.attention.name} ({path.attention.reason})",
-            f"packing: {'on' if path.packing else 'off'} ({path.why_packing})",
-            f"kernels: {self.kernels}",
-            f"crops: {self.loader.description}",
-            f"precision: {trainer.precision.reason}",
+            f"{self.trainer.steps_per_epoch} steps per epoch",
+            *(f"{name}: {choice}" for name, choice in self.runtime.choices().items()),
+            f"loader: {self.loader.description}",
         ]
-        if config.mode == "fast" or trainer.compiled.on:
-            on = "on" if trainer.compiled.on else "off"
-            parts.append(f"mode: {config.mode}, compiled blocks {on} ({trainer.compiled.reason})")
-        if path.recompute:
-            parts.append("norms and GELU: recomputed")
-        if config.cuda_graph:
-            on = "on" if trainer.graph.on else "off"
-            parts.append(f"CUDA graph: {on} ({trainer.graph.reason})")
         return " | ".join(parts)
 
     def _run_epoch(self, signals: StopSignals) -> Status:
@@ -252,16 +244,10 @@ class Run:
             self.progress.step(step.iteration, values, entropy=entropy)
 
     def _write_config(self) -> None:
-        fast = self.trainer.fast_path
         resolved = {
-            "device": str(self.trainer.device),
+            **self.runtime.to_dict(),
+            "loader": self.loader.description,
             "processes": distributed.world_size(),
-            "attention": {"name": fast.attention.name, "reason": fast.attention.reason},
-            "packing": fast.packing,
-            "last_block": "cls" if fast.cls_only else "all",
-            "precision": self.trainer.precision.reason,
-            "crops": self.loader.description,
-            "kernels": self.kernels,
             "fastdino": fastdino.__version__,
             "torch": torch.__version__,
         }
@@ -413,14 +399,6 @@ def explained_failures(config: TrainConfig) -> Iterator[None]:
             f"raise --grad_accum ({config.grad_accum}) by the same factor, which gives the same "
             f"training; or lower --out_dim (now {config.out_dim}). {error}"
         ) from error
-
-
-def chosen_kernels(device: torch.device) -> str:
-    """The implementation of the kernels; ConfigError where FASTDINO_KERNELS asks for another."""
-    try:
-        return chosen_impl(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from fastdino import distributed
 from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
-from fastdino.models.backbones import build_networks, choose_fast_path
-from fastdino.models.compile import choose_compile, compile_network
+from fastdino.models.backbones import build_networks
+from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
-from fastdino.training.cuda_graph import GraphedStep, choose_graph
+from fastdino.runtime import Runtime, resolve_runtime
+from fastdino.training.cuda_graph import GraphedStep
 from fastdino.training.nonfinite import FiniteGuard
 from fastdino.training.optimizers import build_fused_adamw, build_optimizer
 from fastdino.training.resume import restore, start_from, state_of
@@ -29,34 +29,14 @@ from fastdino.training.sharding import check_sharding, gradients_unreduced, shar
 from fastdino.training.update import FusedUpdate, SeparateUpdate, Update
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Type of the autocast regions (None: no autocast), and why: one phrase for the first line."""
-
-    autocast: torch.dtype | None
-    reason: str
-
-
-def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
-    """Resolves --use_fp16 and --amp_dtype for a device."""
-    if not config.use_fp16:
-        return Precision(None, "fp32 (--use_fp16 false)")
-    if config.amp_dtype == "bf16":
-        return Precision(torch.bfloat16, "bf16 autocast, fp32 weights (asked for)")
-    if config.amp_dtype == "auto" and config.mode == "fast" and device.type == "cuda":
-        return Precision(torch.bfloat16, "bf16 autocast, fp32 weights (--mode fast)")
-    if config.amp_dtype == "fp16" or device.type == "cuda":
-        return Precision(torch.float16, "fp16 autocast with loss scaling, fp32 weights")
-    return Precision(None, "fp32 (fp16 is for GPUs)")
-
-
 class Trainer:
     """The DINO training step with everything it carries from step to step.
 
     Args:
         config: the run's settings.
         steps_per_epoch: optimizer steps an epoch; the schedules depend on it.
-        device: where to compute; default: what config.device says.
+        device: where to compute; default: resolved from config.device.
+        runtime: the resolved `auto` settings; default: resolved here, for this device.
 
     Attributes:
         student, teacher: the networks; state_dict() has the paper's keys (backbone.*, head.*).
@@ -66,20 +46,25 @@ class Trainer:
             config.print_freq steps and at each epoch's first, None after every other step. 0: each
             image falls on one prototype; ln K: on all alike. Near either, the training collapses.
             The same step's loss less this is KL(teacher || student).
-        optimizer, precision, fast_path, compiled, graph: what the config resolved to.
+        runtime: the resolved `auto` settings.
 
     Where torch.distributed is initialised, this is one process of a data-parallel run.
     """
 
     def __init__(
-        self, config: TrainConfig, steps_per_epoch: int, *, device: torch.device | None = None
+        self,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        *,
+        device: torch.device | None = None,
+        runtime: Runtime | None = None,
     ):
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         self.config = config
         self.steps_per_epoch = steps_per_epoch
-        self.device = device or distributed.choose_device(config.device)
-        self.precision = choose_precision(config, self.device)
+        self.runtime = runtime or resolve_runtime(config, device, make_crops=False)
+        self.device = torch.device(self.runtime.device.value)
         self.iteration = 0
         self._verified = 0  # the iterations before it are known to be finite
         self.entropy: Tensor | None = None
@@ -94,13 +79,7 @@ class Trainer:
             inplace_backward=True,  # nothing reads the student's logits after the backward pass
         ).to(self.device)
         self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.precision.autocast is torch.float16
-        )
-        self.graph = choose_graph(
-            config,
-            self.device,
-            scaling=self.scaler.is_enabled(),
-            processes=distributed.world_size(),
+            self.device.type, enabled=self.runtime.autocast is torch.float16
         )
         self._guard = FiniteGuard(self.device)
         self._init_update()
@@ -111,11 +90,6 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
-        dtype = self.precision.autocast or torch.get_default_dtype()
-        self.compiled = choose_compile(config.compile, config.mode, self.device)
-        self.fast_path = choose_fast_path(
-            config, student.backbone, self.device, dtype, compiled=self.compiled.on
-        )
         if config.fsdp:
             check_sharding(student)
         self.student = self._place(student)
@@ -130,11 +104,11 @@ class Trainer:
             )
 
     def _place(self, network: MultiCropWrapper) -> MultiCropWrapper:
-        self.fast_path.apply_to(network)
+        self.runtime.apply_to(network)
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = network.to(self.device)
-        if self.compiled.on:
+        if self.runtime.compile.on:
             compile_network(network)
         if self.config.fsdp:
             shard(network, self.device)
@@ -143,8 +117,8 @@ class Trainer:
     def _init_update(self) -> None:
         config = self.config
         if config.mode == "fast" and config.optimizer == "adamw":
-            if self.precision.autocast and config.norm_last_layer and not config.fsdp:
-                self.teacher.head.last_layer.write(self.precision.autocast)
+            if self.runtime.autocast and config.norm_last_layer and not config.fsdp:
+                self.teacher.head.last_layer.write(self.runtime.autocast)
             fused = build_fused_adamw(
                 self.student,
                 self.teacher,
@@ -153,7 +127,7 @@ class Trainer:
             )
             self.optimizer: torch.optim.Optimizer = fused
             scalars = None
-            if self.graph.on:
+            if self.runtime.cuda_graph.on:
                 scalars = torch.zeros(3, dtype=torch.float64, device=self.device)
             self._update: Update = FusedUpdate(
                 self.student, fused, self.scaler, self._guard, scalars=scalars
@@ -172,7 +146,7 @@ class Trainer:
         # What _step is called by, and the epoch where a graph can see it change.
         self._call_step: Callable[..., tuple[Tensor | None, ...]] = self._step
         self._epoch: Tensor | None = None
-        if self.graph.on:
+        if self.runtime.cuda_graph.on:
             self._call_step = GraphedStep(self._step, self.device)
             self._epoch = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -329,7 +303,7 @@ class Trainer:
         return loss
 
     def _autocast(self) -> torch.autocast:
-        dtype = self.precision.autocast
+        dtype = self.runtime.autocast
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _no_gradient_sync(self) -> contextlib.AbstractContextManager[Any]:
@@ -371,7 +345,7 @@ class Trainer:
         self._after_load()
 
     def _after_load(self) -> None:
-        if self.graph.on:  # what was recorded reads memory that is no longer ours
+        if self.runtime.cuda_graph.on:  # what was recorded reads memory that is no longer ours
             self._call_step = GraphedStep(self._step, self.device)
         self._guard.read()  # what was seen before counts no more
         self._verified = self.iteration

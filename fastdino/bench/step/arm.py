@@ -18,7 +18,6 @@ from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.backbones import build_networks
 from fastdino.models.vit import VIT_ARCHS
-from fastdino.training.trainer import Precision
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
 TOLERANCE = 1e-5  # of the gate, relative
@@ -56,7 +55,7 @@ class Arm(abc.ABC):
         clip: whether each parameter's gradient is clipped by its own norm, or all by that of all.
         loss_tolerance: how far its fp32 loss may be off, relative.
         student, teacher: its networks; the heads are modules called `head`.
-        precision: of its forward pass.
+        precision: of the forward pass: fp32, bf16 or fp16.
         warm_up: steps that it needs before its time is that of all later ones, beyond a few.
     """
 
@@ -64,7 +63,7 @@ class Arm(abc.ABC):
     loss_tolerance: ClassVar[float] = TOLERANCE
     student: nn.Module
     teacher: nn.Module
-    precision: Precision
+    precision: str
     warm_up: int = 0
 
     @abc.abstractmethod

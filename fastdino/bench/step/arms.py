@@ -36,8 +36,8 @@ class TrainerArm(Arm):
         state |= {"student": setting.student, "teacher": setting.teacher}
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
-        self.precision = self.trainer.precision
-        if self.trainer.graph.on:  # a step that measures the entropy is a graph of its own
+        self.precision = self.trainer.runtime.precision.value
+        if self.trainer.runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warm_up = config.print_freq * WARM_UPS + 1
 
     def step(self, crops: Sequence[Tensor]) -> Tensor:

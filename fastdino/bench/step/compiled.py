@@ -19,7 +19,6 @@ from fastdino.bench.step import paper
 from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Setting
 from fastdino.config import TrainConfig
 from fastdino.training.optimizers import parameter_groups
-from fastdino.training.trainer import Precision
 
 BACKEND = "inductor"
 # Its value is an fp32 sum of B*K products of one sign: on a CPU 1.5e-4 off at B*K = 2^19. The
@@ -89,7 +88,7 @@ class CompiledArm(paper.PaperArm):
     def __init__(self, setting: Setting):
         super().__init__(setting)
         bf16 = self.config.use_fp16 and self.device.type == "cuda"
-        self.precision = Precision(torch.bfloat16 if bf16 else None, "bf16" if bf16 else "fp32")
+        self.precision = "bf16" if bf16 else "fp32"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         for network in (self.student, self.teacher):
             for block in network.get_submodule("backbone.blocks").children():

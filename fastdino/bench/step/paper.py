@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from fastdino.bench.step.arm import CENTER_MOMENTUM, STUDENT_TEMP, Arm, Setting, vit_sizes
 from fastdino.config import TrainConfig
 from fastdino.errors import NonFiniteError
+from fastdino.runtime import AUTOCAST_DTYPES, choose_precision
 from fastdino.training.optimizers import parameter_groups
-from fastdino.training.trainer import choose_precision
 
 
 class DropPath(nn.Module):
@@ -221,7 +221,7 @@ class PaperArm(Arm):
 
     def __init__(self, setting: Setting):
         self.config, self.device = setting.config, setting.device
-        self.precision = choose_precision(self.config, self.device)
+        self.precision = choose_precision(self.config, self.device).value
         self.loss: Any
         self.student, self.teacher, self.loss = self.build(setting)
         for network, weights in ((self.student, setting.student), (self.teacher, setting.teacher)):
@@ -235,9 +235,7 @@ class PaperArm(Arm):
         self.loss.center.copy_(setting.center.expand_as(self.loss.center))
         self.loss.to(self.device)
         self.optimizer = self.build_optimizer()
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.precision.autocast is torch.float16
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         for group in self.optimizer.param_groups:
             group["lr"] = setting.lr
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
@@ -274,7 +272,7 @@ class PaperArm(Arm):
         return loss.detach()
 
     def autocast(self) -> torch.autocast:
-        dtype = self.precision.autocast
+        dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:

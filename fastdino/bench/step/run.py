@@ -28,9 +28,9 @@ from fastdino.bench.step.scaling import StepTime, messages_of, scale
 from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.loader import build_loader
-from fastdino.distributed import choose_device
 from fastdino.environment import cpu_count, output_of
 from fastdino.errors import ConfigError
+from fastdino.runtime import choose_device, resolve_crops
 from fastdino.training.allocator import keep_freed_memory
 
 # Of a run's settings, those that a step depends on.
@@ -179,7 +179,7 @@ class Benchmark:
             with self._told(name):
                 before = self._allocated()
                 arm = self.arms[name] = entries[name].build(setting)
-                result.precision = precision_of(arm)
+                result.precision = arm.precision
                 result.images = self.config.batch_size_per_gpu
                 result.first_steps += self._seconds(arm, 1)
                 self._seconds(arm, WARM_UP[self.device.type] + arm.warm_up)
@@ -300,7 +300,14 @@ def feed(
     arm: Arm, name: str, config: TrainConfig, device: torch.device, steps: int, synthetic: float
 ) -> Fed:
     """Some steps on the loader's crops; `synthetic`: seconds of a step with crops in memory."""
-    loader = build_loader(config, scan_images(config.data_path), device=device)
+    backend, decoder = resolve_crops(config, device)
+    loader = build_loader(
+        config,
+        scan_images(config.data_path),
+        crops=backend.value,
+        decode=decoder.value,
+        device=device,
+    )
     waited = 0.0
     try:
         batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
@@ -346,12 +353,6 @@ def flops_of(config: TrainConfig) -> ModelFlops:
         local_number=config.local_crops_number,
         K=config.out_dim,
     )
-
-
-def precision_of(arm: Arm) -> str:
-    """fp32, or the type of the autocast regions."""
-    names = {None: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return names[arm.precision.autocast]
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,351 @@
+"""One place that resolves every `auto` setting of a run, with a reason for each choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fastdino_kernels import chosen_impl
+from fastdino_kernels.dispatch import ENVIRONMENT_VARIABLE, triton_problem
+
+from fastdino import distributed
+from fastdino.augmentation import dali_problem, fused_problem
+from fastdino.config import PATCHED_ARCHS, TrainConfig
+from fastdino.data.decoding import dali_decode_problem
+from fastdino.errors import ConfigError
+from fastdino.models.attention import (
+    BACKENDS,
+    AttentionBackend,
+    AttentionInputs,
+    attention_problem,
+)
+from fastdino.models.compile import compile_problem
+from fastdino.models.head import MultiCropWrapper
+from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+REQUESTED = "requested"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of a setting, spelled as on the command line, and the reason in one phrase."""
+
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+    @property
+    def on(self) -> bool:
+        """True if the value of an on/off setting is "on"."""
+        return self.value == "on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a run computes: one choice per setting; none of them changes the maths.
+
+    Attributes:
+        device: "cpu" or "cuda:<index>".
+        precision: "fp32", or the dtype of the autocast regions: "bf16" or "fp16".
+        compile: torch.compile over blocks and head.
+        attention: backend of softmax attention; "none" if the architecture brings its own.
+        packing: crops of all sizes in one sequence.
+        last_block: tokens that the last block computes, "cls" or "all".
+        recompute: norms and GELU recomputed in the backward pass instead of kept.
+        kernels: implementation of fastdino_kernels: "triton", "torch" or "reference".
+        cuda_graph: the training step replayed as a CUDA graph.
+        crops, decode: crop backend and JPEG decoder; None if the caller makes the crops.
+    """
+
+    device: Choice
+    precision: Choice
+    compile: Choice
+    attention: Choice
+    packing: Choice
+    last_block: Choice
+    recompute: Choice
+    kernels: Choice
+    cuda_graph: Choice
+    crops: Choice | None = None
+    decode: Choice | None = None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the autocast regions; None for fp32."""
+        return AUTOCAST_DTYPES[self.precision.value]
+
+    def choices(self) -> dict[str, Choice]:
+        """Return the choices by name, in the order to print them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: choice for name, choice in values.items() if choice is not None}
+
+    def to_dict(self) -> dict[str, dict[str, str]]:
+        """Return {name: {"value": ..., "reason": ...}} for JSON."""
+        return {name: dataclasses.asdict(choice) for name, choice in self.choices().items()}
+
+    def apply_to(self, network: MultiCropWrapper) -> None:
+        """Set attention, packing, last block and recomputation of a network."""
+        network.packing = self.packing.on
+        if isinstance(network.backbone, VisionTransformer):
+            network.backbone.attention = AttentionBackend(
+                self.attention.value, _attention_dtype(self.precision)
+            )
+            network.backbone.cls_only = self.last_block.value == "cls"
+            for block in network.backbone.blocks:
+                assert isinstance(block, Block)
+                block.recompute = self.recompute.on
+
+
+def resolve_runtime(
+    config: TrainConfig, device: torch.device | None = None, *, make_crops: bool = True
+) -> Runtime:
+    """Resolve every setting of `config` that depends on the machine.
+
+    Args:
+        config: the settings of the run.
+        device: overrides config.device.
+        make_crops: also resolve --crops and --decode; False for a Trainer that is given crops.
+
+    Raises: ConfigError: a setting requested by name is not supported on this machine.
+    """
+    why_device = REQUESTED
+    if device is None:
+        device = choose_device(config.device)
+        if config.device == "auto":
+            why_device = f"PyTorch sees {'a' if device.type == 'cuda' else 'no'} GPU"
+    precision = choose_precision(config, device)
+    compiled = choose_compile(config.compile, config.mode, device)
+    crops, decode = resolve_crops(config, device) if make_crops else (None, None)
+    return Runtime(
+        device=Choice(str(device), why_device),
+        precision=precision,
+        compile=compiled,
+        kernels=choose_kernels(device),
+        cuda_graph=choose_cuda_graph(config, device, precision),
+        crops=crops,
+        decode=decode,
+        **_vit_choices(config, device, precision, compiled),
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Resolve --device {auto, cuda, cpu}; with several GPUs, LOCAL_RANK is the index.
+
+    The GPU becomes PyTorch's current device.
+
+    Raises: ConfigError: --device cuda without a GPU, or more processes than GPUs.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU; `fastdino info` shows the reason")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU, this machine has {count}: start one process per "
+            f"GPU (--nproc_per_node={count})"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> Choice:
+    """Resolve --use_fp16 and --amp_dtype; weights are fp32 in every case."""
+    if not config.use_fp16:
+        return Choice("fp32", "--use_fp16 false")
+    if config.amp_dtype == "bf16":
+        return Choice("bf16", f"autocast, fp32 weights; {REQUESTED}")
+    if config.amp_dtype == "auto" and config.mode == "fast" and device.type == "cuda":
+        return Choice("bf16", "autocast, fp32 weights; --mode fast")
+    if config.amp_dtype == "fp16" or device.type == "cuda":
+        return Choice("fp16", "autocast with loss scaling, fp32 weights")
+    return Choice("fp32", "mixed precision is for GPUs")
+
+
+def _attention_dtype(precision: Choice) -> torch.dtype:
+    """Return the dtype of queries and keys: that of autocast, or of the weights."""
+    return AUTOCAST_DTYPES[precision.value] or torch.get_default_dtype()
+
+
+def choose_compile(wanted: str, mode: str, device: torch.device) -> Choice:
+    """Resolve --compile {auto, on, off}; raise ConfigError if `on` is not supported."""
+    if wanted == "off":
+        return Choice("off", REQUESTED)
+    if wanted == "auto" and mode != "fast":
+        return Choice("off", f"--mode {mode}")
+    if wanted == "auto" and device.type == "cpu":
+        return Choice("off", "no gain on a CPU")
+    problem = compile_problem(device)
+    if problem is None:
+        return Choice("on", REQUESTED if wanted == "on" else "--mode fast")
+    if wanted == "on":
+        raise ConfigError(f"--compile on: {problem}; use --compile off")
+    return Choice("off", problem)
+
+
+def _vit_choices(
+    config: TrainConfig, device: torch.device, precision: Choice, compiled: Choice
+) -> dict[str, Choice]:
+    """Resolve --attention, --packing, --last_block and --recompute, which are for vit_* only."""
+    if config.arch not in PATCHED_ARCHS:
+        for flag in ("attention", "packing", "recompute"):
+            value = getattr(config, flag)
+            if value not in ("auto", "off"):
+                raise ConfigError(
+                    f"--{flag} {value} is for vit_* architectures, not for --arch {config.arch}: "
+                    f"remove --{flag}"
+                )
+        own = "only vit_* architectures have it"
+        return {
+            "attention": Choice("none", "the architecture has its own"),
+            "packing": Choice("off", "the architecture takes one crop size at a time"),
+            "last_block": Choice("all", own),
+            "recompute": Choice("off", own),
+        }
+    sizes = [config.global_crops_size, config.local_crops_size]
+    shape = VIT_ARCHS[config.arch.replace("deit_", "vit_", 1)]
+    inputs = AttentionInputs(
+        device,
+        _attention_dtype(precision),
+        head_dim=shape["embed_dim"] // shape["num_heads"],
+        tokens=tuple(
+            1 + (size // config.patch_size) ** 2
+            for size in sizes[: 2 if config.local_crops_number else 1]
+        ),
+        compiled=compiled.on,
+    )
+    packing = Choice("on", "one pass for all crop sizes")
+    if config.packing != "auto":
+        packing = Choice(config.packing, REQUESTED)
+    last_block = Choice(config.last_block, "the head reads only CLS")
+    if config.last_block == "all":
+        last_block = Choice("all", REQUESTED)
+    recompute = Choice(config.recompute, REQUESTED)
+    if config.recompute == "auto":
+        saves = config.mode == "fast" and device.type == "cuda"
+        where = "a GPU" if device.type == "cuda" else "a CPU"
+        recompute = Choice("on" if saves else "off", f"--mode {config.mode} on {where}")
+    return {
+        "attention": choose_attention(config.attention, inputs),
+        "packing": packing,
+        "last_block": last_block,
+        "recompute": recompute,
+    }
+
+
+def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
+    """Resolve --attention {auto, xformers, varlen, sdpa}: `auto` is the first that works.
+
+    Raises: ConfigError: a backend requested by name does not work; the message names one that does.
+    """
+    problems: dict[str, str] = {}
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        problem = attention_problem(name, inputs)
+        if problem is None:
+            skipped = "; ".join(f"no {other}: {problems[other]}" for other in problems)
+            first = REQUESTED if wanted != "auto" else f"the first of {', '.join(BACKENDS)}"
+            return Choice(name, skipped or first)
+        problems[name] = problem
+    nearest = choose_attention("auto", inputs).value
+    raise ConfigError(
+        f"--attention {wanted} does not work: {problems[wanted]}; use --attention {nearest}"
+    )
+
+
+def choose_kernels(device: torch.device) -> Choice:
+    """Resolve the implementation of fastdino_kernels; raise ConfigError if it is not supported."""
+    try:
+        name = chosen_impl(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto")
+    if requested:
+        return Choice(name, f"{ENVIRONMENT_VARIABLE}={name}")
+    return Choice(name, triton_problem(device.type) or f"the default on {device.type}")
+
+
+def choose_cuda_graph(config: TrainConfig, device: torch.device, precision: Choice) -> Choice:
+    """Resolve --cuda_graph; "off" if a step cannot be recorded."""
+    if not config.cuda_graph:
+        return Choice("off", "--cuda_graph false")
+    problems = {
+        f"a {device.type.upper()} has no CUDA graphs": device.type != "cuda",
+        f"--mode {config.mode} waits for the device in each step, --mode fast does not": (
+            config.mode != "fast"
+        ),
+        f"--optimizer {config.optimizer} waits for the device, adamw does not": (
+            config.optimizer != "adamw"
+        ),
+        "the loss scale of fp16 is kept on the host: use --amp_dtype bf16": (
+            precision.value == "fp16"
+        ),
+        "collectives of several processes are not recorded": distributed.world_size() > 1,
+    }
+    problem = next((text for text, applies in problems.items() if applies), None)
+    return Choice("off", problem) if problem else Choice("on", REQUESTED)
+
+
+def resolve_crops(config: TrainConfig, device: torch.device | str) -> tuple[Choice, Choice]:
+    """Resolve --crops and --decode; raise ConfigError if one is not supported."""
+    crops = choose_crops(config.crops, device)
+    return crops, choose_decode(config.decode, crops.value, device)
+
+
+def choose_crops(wanted: str, device: torch.device | str) -> Choice:
+    """Resolve --crops {auto, fused, dali, torchvision}.
+
+    `auto` is fused if it works here, else torchvision: both make exactly the paper's crops. DALI's
+    are approximate, so only --crops dali selects them.
+
+    Raises: ConfigError: fused or dali requested, and not supported.
+    """
+    exact = "the paper's crops, exact"
+    if wanted == "torchvision":
+        return Choice(wanted, exact)
+    check: Callable[[torch.device | str], str | None] = fused_problem
+    if wanted == "dali":
+        check, exact = dali_problem, "near PIL; --crops fused and --crops torchvision are exact"
+    problem = check(device)
+    if problem is None:
+        return Choice("fused" if wanted == "auto" else wanted, exact)
+    if wanted == "auto":
+        return Choice("torchvision", f"{exact}; {problem}")
+    raise ConfigError(f"--crops {wanted}: {problem}")
+
+
+def choose_decode(wanted: str, crops: str, device: torch.device | str) -> Choice:
+    """Resolve --decode {auto, cpu, pillow, gpu} for a resolved --crops.
+
+    Raises: ConfigError: a decoder that is not supported here or for these crops.
+    """
+    cuda = torch.device(device).type == "cuda"
+    if crops != "fused":
+        if wanted != "auto":
+            raise ConfigError(
+                f"--decode {wanted} is for --crops fused, and --crops {crops} decodes by its own "
+                "decoder: remove --decode"
+            )
+        own = "pillow" if crops == "torchvision" else "gpu" if cuda else "cpu"
+        return Choice(own, f"the decoder of --crops {crops}")
+    if wanted == "pillow":
+        return Choice("pillow", REQUESTED)
+    if wanted == "gpu" and not cuda:
+        raise ConfigError(
+            "--decode gpu (nvJPEG) needs a GPU, and this run is on the CPU: use --decode cpu, "
+            "which is exact"
+        )
+    problem = dali_problem() if wanted == "gpu" else dali_decode_problem()
+    if problem is None and wanted == "gpu":
+        return Choice("gpu", "near Pillow's pixels")
+    if problem is None:
+        return Choice("cpu", "Pillow's pixels, decoded by DALI")
+    if wanted != "auto":
+        raise ConfigError(f"--decode {wanted}: {problem}; use --decode pillow, which is exact")
+    return Choice("pillow", problem)

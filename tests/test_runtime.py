@@ -1,0 +1,292 @@
+"""fastdino.runtime: the resolution of `auto` and the reasons it reports."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastdino import distributed, runtime
+from fastdino.errors import ConfigError
+from fastdino.models.attention import AttentionBackend, AttentionInputs
+from fastdino.models.backbones import build_networks
+from fastdino.runtime import (
+    Choice,
+    choose_attention,
+    choose_compile,
+    choose_crops,
+    choose_cuda_graph,
+    choose_decode,
+    choose_device,
+    choose_kernels,
+    choose_precision,
+    resolve_runtime,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+EXACT = "the paper's crops, exact"
+
+
+@pytest.fixture
+def problems(monkeypatch) -> dict[str, str]:
+    """Backend name -> problem; a backend that is not in the dict works."""
+    reported: dict[str, str] = {}
+    for name in ("fused", "dali", "dali_decode"):
+        monkeypatch.setattr(
+            runtime, f"{name}_problem", lambda *device, name=name: reported.get(name)
+        )
+    monkeypatch.setattr(runtime, "attention_problem", lambda name, _: reported.get(name))
+    monkeypatch.setattr(runtime, "compile_problem", lambda device: reported.get("compile"))
+    return reported
+
+
+def test_runtime_resolves_every_setting_and_serializes(tiny):
+    resolved = resolve_runtime(tiny(device="cpu", crops="auto"))
+    values = {name: choice.value for name, choice in resolved.choices().items()}
+    assert values.pop("decode") in ("cpu", "pillow")
+    assert values == {
+        "device": "cpu", "precision": "fp32", "compile": "off", "attention": "sdpa",
+        "packing": "on", "last_block": "cls", "recompute": "off", "kernels": "torch",
+        "cuda_graph": "off", "crops": "fused",
+    }  # fmt: skip
+    assert all(choice.reason for choice in resolved.choices().values())
+    assert json.loads(json.dumps(resolved.to_dict()))["crops"] == {
+        "value": "fused", "reason": EXACT
+    }  # fmt: skip
+    assert resolved.autocast is None
+
+
+def test_runtime_without_a_loader_resolves_no_crop_backend(tiny, problems):
+    problems["dali"] = "DALI is not installed"
+    with pytest.raises(ConfigError, match="--crops dali: DALI is not installed"):
+        resolve_runtime(tiny(crops="dali"), CPU)
+    resolved = resolve_runtime(tiny(crops="dali"), CPU, make_crops=False)
+    assert resolved.crops is resolved.decode is None
+    assert "crops" not in resolved.choices()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "rank", "device", "reason"),
+    [
+        ("auto", 0, 0, "cpu", "PyTorch sees no GPU"),
+        ("cpu", 2, 0, "cpu", "requested"),
+        ("auto", 2, 1, "cuda:1", "PyTorch sees a GPU"),
+        ("cuda", 1, 0, "cuda:0", "requested"),
+    ],
+)
+def test_device_is_the_gpu_of_the_local_rank(
+    tiny, problems, monkeypatch, wanted, gpus, rank, device, reason
+):
+    current = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(runtime, "choose_kernels", lambda device: Choice("torch", "test"))
+    assert resolve_runtime(tiny(device=wanted)).device == Choice(device, reason)
+    assert current == ([torch.device(device)] if device != "cpu" else [])
+
+
+def test_a_missing_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda: PyTorch sees no GPU"):
+        choose_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"local rank 2 has no GPU, this machine has 2"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "precision", "reason"),
+    [
+        ({}, CPU, "fp32", "mixed precision is for GPUs"),
+        ({}, CUDA, "fp16", "loss scaling"),
+        ({"mode": "fast"}, CUDA, "bf16", "--mode fast"),
+        ({"mode": "fast"}, CPU, "fp32", "for GPUs"),
+        ({"amp_dtype": "bf16"}, CPU, "bf16", "requested"),
+        ({"amp_dtype": "fp16", "mode": "fast"}, CPU, "fp16", "loss scaling"),
+        ({"use_fp16": False}, CUDA, "fp32", "--use_fp16 false"),
+    ],
+)
+def test_precision(tiny, settings, device, precision, reason):
+    choice = choose_precision(tiny(**settings), device)
+    assert choice.value == precision
+    assert reason in choice.reason
+
+
+def test_compile(problems):
+    assert choose_compile("off", "fast", CUDA) == Choice("off", "requested")
+    assert choose_compile("auto", "parity", CUDA) == Choice("off", "--mode parity")
+    assert choose_compile("auto", "fast", CPU) == Choice("off", "no gain on a CPU")
+    assert choose_compile("auto", "fast", CUDA) == Choice("on", "--mode fast")
+    assert choose_compile("on", "parity", CPU) == Choice("on", "requested")
+    problems["compile"] = "no compiler"
+    assert choose_compile("auto", "fast", CUDA) == Choice("off", "no compiler")
+    with pytest.raises(ConfigError, match=r"--compile on: no compiler; use --compile off"):
+        choose_compile("on", "parity", CPU)
+
+
+def test_auto_attention_is_the_first_backend_that_works(problems):
+    inputs = AttentionInputs(CUDA)
+    assert choose_attention("auto", inputs) == Choice(
+        "xformers", "the first of xformers, varlen, sdpa"
+    )
+    assert choose_attention("varlen", inputs) == Choice("varlen", "requested")
+    problems["xformers"] = "it is not installed"
+    assert choose_attention("auto", inputs) == Choice("varlen", "no xformers: it is not installed")
+    with pytest.raises(ConfigError, match=r"xformers does not work: .*; use --attention varlen"):
+        choose_attention("xformers", inputs)
+
+
+def test_auto_attention_on_a_cpu_is_sdpa():
+    choice = choose_attention("auto", AttentionInputs(CPU))
+    assert choice.value == "sdpa"
+    assert "no xformers: " in choice.reason
+    assert "no varlen: " in choice.reason
+
+
+def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypatch):
+    tested = []
+    monkeypatch.setattr(runtime, "compile_problem", lambda device: None)
+    monkeypatch.setattr(runtime, "attention_problem", lambda name, inputs: tested.append(inputs))
+    for local_crops, compiled in ((2, "off"), (0, "on")):
+        config = tiny(
+            arch="deit_nano", patch_size=8, local_crops_number=local_crops, global_crops_size=32,
+            local_crops_size=20, compile=compiled, attention="sdpa", amp_dtype="bf16",
+        )  # fmt: skip
+        resolve_runtime(config, CPU, make_crops=False)
+    assert tested == [
+        AttentionInputs(CPU, torch.bfloat16, head_dim=32, tokens=(17, 5), compiled=False),
+        AttentionInputs(CPU, torch.bfloat16, head_dim=32, tokens=(17,), compiled=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "choice"),
+    [
+        ("auto", Choice("on", "one pass for all crop sizes")),
+        ("on", Choice("on", "requested")),
+        ("off", Choice("off", "requested")),
+    ],
+)
+def test_packing_is_on_unless_switched_off(tiny, wanted, choice):
+    assert resolve_runtime(tiny(packing=wanted), CPU).packing == choice
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted", "device", "recompute"),
+    [
+        ("parity", "auto", CUDA, "off"),
+        ("fast", "auto", CUDA, "on"),
+        ("fast", "auto", CPU, "off"),
+        ("fast", "off", CUDA, "off"),
+        ("parity", "on", CPU, "on"),
+    ],
+)
+def test_norms_are_recomputed_in_fast_mode_on_a_gpu(
+    tiny, problems, monkeypatch, mode, wanted, device, recompute
+):
+    monkeypatch.setattr(runtime, "choose_kernels", lambda device: Choice("torch", "test"))
+    config = tiny(mode=mode, recompute=wanted)
+    assert resolve_runtime(config, device).recompute.value == recompute
+
+
+def test_other_architectures_use_their_own_attention_one_size_at_a_time(tiny):
+    resolved = resolve_runtime(tiny(arch="resnet18"), CPU)
+    assert resolved.attention == Choice("none", "the architecture has its own")
+    assert resolved.packing == Choice("off", "the architecture takes one crop size at a time")
+    assert not resolved.recompute.on
+
+
+@pytest.mark.parametrize(
+    "settings", [{"packing": "on"}, {"attention": "sdpa"}, {"recompute": "on"}]
+)
+def test_vit_settings_are_refused_for_other_architectures(tiny, settings):
+    [(flag, value)] = settings.items()
+    with pytest.raises(ConfigError, match=f"--{flag} {value} is for vit_.* --arch resnet18"):
+        resolve_runtime(tiny(arch="resnet18", **settings), CPU)
+
+
+def test_runtime_configures_the_networks(tiny):
+    config = tiny(packing="on", last_block="all", recompute="on", amp_dtype="bf16")
+    student, _ = build_networks(config)
+    assert (student.packing, student.backbone.cls_only) == (False, True)
+    resolve_runtime(config, CPU).apply_to(student)
+    assert (student.packing, student.backbone.cls_only) == (True, False)
+    assert student.backbone.attention == AttentionBackend("sdpa", torch.bfloat16)
+    assert all(block.recompute for block in student.backbone.blocks)
+
+
+def test_kernels_follow_the_environment_variable(monkeypatch):
+    assert choose_kernels(CPU).value == "torch"
+    monkeypatch.setenv("FASTDINO_KERNELS", "reference")
+    assert choose_kernels(CPU) == Choice("reference", "FASTDINO_KERNELS=reference")
+    monkeypatch.setenv("FASTDINO_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of"):
+        choose_kernels(CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "precision", "processes", "reason"),
+    [
+        ({}, CPU, "bf16", 1, "a CPU has no CUDA graphs"),
+        ({"mode": "parity"}, CUDA, "bf16", 1, "--mode parity waits"),
+        ({"optimizer": "lars"}, CUDA, "bf16", 1, "--optimizer lars waits"),
+        ({}, CUDA, "fp16", 1, "--amp_dtype bf16"),
+        ({}, CUDA, "bf16", 2, "several processes"),
+        ({}, CUDA, "bf16", 1, "requested"),
+        ({"cuda_graph": False}, CUDA, "bf16", 1, "--cuda_graph false"),
+    ],
+)
+def test_cuda_graph_is_off_if_a_step_cannot_be_recorded(
+    tiny, monkeypatch, settings, device, precision, processes, reason
+):
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    config = tiny(**({"cuda_graph": True, "mode": "fast"} | settings))
+    choice = choose_cuda_graph(config, device, Choice(precision, "test"))
+    assert reason in choice.reason
+    assert choice.on == (reason == "requested")
+
+
+def test_auto_crops_are_exact_even_without_the_fused_backend(problems):
+    assert choose_crops("auto", CPU) == Choice("fused", EXACT)
+    assert choose_crops("dali", CPU).value == "dali"
+    problems["fused"] = "Numba is not installed"
+    assert choose_crops("auto", CPU) == Choice("torchvision", f"{EXACT}; Numba is not installed")
+    assert choose_crops("torchvision", CPU) == Choice("torchvision", EXACT)
+    with pytest.raises(ConfigError, match="--crops fused: Numba is not installed"):
+        choose_crops("fused", CPU)
+    problems["dali"] = "DALI is not installed"
+    with pytest.raises(ConfigError, match="--crops dali: DALI is not installed"):
+        choose_crops("dali", CPU)
+
+
+def test_auto_decodes_with_dali_if_its_pixels_are_exact(problems):
+    for device in ("cpu", "cuda"):
+        assert choose_decode("auto", "fused", device).value == "cpu"
+        assert choose_decode("cpu", "fused", device).value == "cpu"
+        assert choose_decode("pillow", "fused", device) == Choice("pillow", "requested")
+    problems["dali_decode"] = "no DALI"
+    assert choose_decode("auto", "fused", "cuda") == Choice("pillow", "no DALI")
+    with pytest.raises(ConfigError, match="--decode cpu: no DALI; use --decode pillow"):
+        choose_decode("cpu", "fused", "cpu")
+
+
+def test_gpu_decoding_needs_a_gpu_and_dali(problems):
+    assert choose_decode("gpu", "fused", "cuda:1") == Choice("gpu", "near Pillow's pixels")
+    with pytest.raises(ConfigError, match="--decode gpu .*needs a GPU.*: use --decode cpu"):
+        choose_decode("gpu", "fused", "cpu")
+    problems["dali"] = "DALI is not installed: pip"
+    with pytest.raises(ConfigError, match="--decode gpu: DALI is not installed: pip; use --decode"):
+        choose_decode("gpu", "fused", "cuda")
+
+
+def test_other_crop_backends_have_their_own_decoder():
+    assert choose_decode("auto", "torchvision", "cuda").value == "pillow"
+    assert choose_decode("auto", "dali", "cpu").value == "cpu"
+    assert choose_decode("auto", "dali", "cuda").value == "gpu"
+    with pytest.raises(ConfigError, match="--decode gpu is for --crops fused.*--crops torchvision"):
+        choose_decode("gpu", "torchvision", "cuda")
