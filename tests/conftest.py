@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 # Tests of what needs a package that is not there are passed over, not errors: a GPU machine may
 # have torch, triton, timm and pytest alone.
 NEEDED = {
-    "av": ["video_files"],
+    "av": ["video", "video_io"],
     "matplotlib": [
-        "attention_images", "attention_pictures", "attention_video", "crop_differences",
-        "crop_sheet", "demo",
+        "attention_figures", "attention_jaccard", "crop_comparison", "crop_differences", "demo",
+        "video", "visualize_attention",
     ],
     "numba": ["fused_crops"],
 }  # fmt: skip
@@ -188,7 +188,7 @@ def one_process_group(tmp_path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory) -> Path:
-    """A file of vit_nano's weights, patch 8, 32 px; its attention is far from even."""
+    """Weights of a vit_nano with patch 8 at 32 px, large enough for uneven attention."""
     from fastdino.models.backbones import build_backbone
 
     generator = torch.Generator().manual_seed(0)
@@ -198,6 +198,30 @@ def nano_weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def nano_model(nano_weights) -> torch.nn.Module:
+    """The network of nano_weights, in eval mode."""
+    from fastdino.models.weights import load_backbone
+
+    return load_backbone(
+        str(nano_weights), checkpoint_key="teacher", arch="vit_nano", patch_size=8
+    ).module
+
+
+@pytest.fixture
+def run_nano(nano_weights, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command with nano_weights on the CPU; returns exit status, stdout and stderr."""
+    from fastdino import cli
+
+    def run(command: str, *words: Any) -> tuple[int, str, str]:
+        network = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
+        network += ["--pretrained_weights", str(nano_weights)]
+        status = cli.main([command, *network, *map(str, words)])
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

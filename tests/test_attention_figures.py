@@ -1,8 +1,6 @@
-"""Pictures of attention: colours, masks, and the sheets."""
+"""Pictures of attention: colours, masks, and the sheet."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -11,10 +9,11 @@ from matplotlib import colormaps
 from PIL import Image
 
 from fastdino.evals.attention_figures import (
+    CELL,
     DIMMED,
+    DPI,
     TINT,
     draw_attention,
-    draw_heads,
     heads_picture,
     map_picture,
     mask_picture,
@@ -26,7 +25,7 @@ def colour(value):
     return [int(c) for c in colormaps["inferno"](float(value), bytes=True)[:3]]
 
 
-def test_a_map_is_coloured_from_its_least_to_its_largest_value_a_block_a_patch():
+def test_map_picture_colours_blocks_from_minimum_to_maximum():
     map_ = torch.tensor([[2.0, 3.0, 4.0], [6.0, 5.0, 2.0]]) / 100
     picture = map_picture(map_, (8, 12))
     assert (picture.shape, picture.dtype) == ((8, 12, 3), np.uint8)
@@ -37,14 +36,12 @@ def test_a_map_is_coloured_from_its_least_to_its_largest_value_a_block_a_patch()
     assert (blocks == blocks[:, :1, :, :1]).all()
 
 
-def test_an_even_map_has_one_colour():
-    assert (
-        np.unique(map_picture(torch.full((2, 2), 0.25), (4, 4)).reshape(-1, 3), axis=0).shape[0]
-        == 1
-    )
+def test_map_picture_of_a_constant_map_has_one_colour():
+    picture = map_picture(torch.full((2, 2), 0.25), (4, 4))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 1
 
 
-def test_the_overlay_is_the_image_and_the_map():
+def test_overlay_mixes_the_image_with_the_map():
     map_ = torch.zeros(4, 4)
     map_[0, 0] = 1
     dark, light = (np.full((16, 16, 3), v, np.uint8) for v in (0, 200))
@@ -54,7 +51,7 @@ def test_the_overlay_is_the_image_and_the_map():
     assert np.abs(difference - 0.4 * 200).max() <= 1
 
 
-def test_a_mask_is_tinted_inside_and_dark_outside():
+def test_mask_picture_is_tinted_inside_and_dark_outside():
     pixels = np.full((8, 8, 3), (50, 100, 150), np.uint8)
     mask = torch.tensor([[True, False], [False, False]])
     pictures = [mask_picture(pixels, mask, head) for head in (0, 1)]
@@ -66,7 +63,7 @@ def test_a_mask_is_tinted_inside_and_dark_outside():
     assert not np.array_equal(*pictures)
 
 
-def test_heads_are_tiles_row_by_row():
+def test_heads_picture_has_tiles_row_by_row():
     maps = torch.zeros(5, 2, 2)
     maps[4, 1, 1] = 1
     picture = heads_picture(maps, (20, 31))
@@ -77,41 +74,27 @@ def test_heads_are_tiles_row_by_row():
     assert heads_picture(maps, (1, 1)).shape == (1, 1, 3)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_contact_sheet_has_a_column_a_map_and_a_row_of_masks(tmp_path, masked):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8))
-    sizes = []
-    for count in (3, 5):
-        maps = torch.rand(count, 4, 6)
-        masks = maps > 0.5 if masked else None
-        draw_heads(picture, maps, masks, tmp_path / "heads.png", title="a title")
-        with Image.open(tmp_path / "heads.png") as image:
-            image.load()
-            sizes.append(image.size)
-    assert sizes[1][0] - sizes[0][0] == 2 * 165
-    assert (sizes[0][1] > 250) == masked
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_picture_opens_and_has_a_row_for_each_image(tmp_path, dtype):
+def test_sheet_has_a_column_per_map_and_a_row_per_picture_and_its_masks(tmp_path, dtype):
     rng = np.random.default_rng(0)
-    shapes = {}
-    for rows in (1, 2):
-        pictures = [
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(rows)
-        ]
-        path = tmp_path / f"{rows}.png"
-        draw_attention(pictures, torch.rand(rows, 3, 4, 4).to(dtype), path, title="a title")
+
+    def draw(rows, heads, threshold=None):
+        pixels = rng.integers(0, 256, (rows, 32, 48, 3), dtype=np.uint8)
+        pictures = [Image.fromarray(image) for image in pixels]
+        path, maps = tmp_path / "sheet.png", torch.rand(rows, heads, 4, 6).to(dtype)
+        draw_attention(pictures, maps, path, threshold=threshold, title="100 $ of 100 $")
         with Image.open(path) as image:
             assert image.format == "PNG"
-            image.load()
-            shapes[rows] = image.size
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-    assert shapes[1][0] == shapes[2][0]
-    assert shapes[2][1] - shapes[1][1] == math.floor(1.25 * 120)
+            return image.size
+
+    width, height = draw(1, 2)
+    column, row = round(CELL * DPI), round(CELL * DPI * 32 / 48)
+    assert draw(1, 4) == (width + 2 * column, height)
+    assert draw(2, 2) == (width, height + row)
+    assert draw(2, 2, threshold=0.6) == (width, height + 3 * row)
 
 
-def test_pictures_and_maps_must_be_as_many(tmp_path):
+def test_sheet_needs_as_many_maps_as_pictures(tmp_path):
     with pytest.raises(ValueError, match="zip"):
         draw_attention([Image.new("RGB", (8, 8))], torch.rand(2, 3, 4, 4), tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""Attention in numbers: the maps, the masks of a share of their mass, the Jaccard index."""
+"""Attention maps against the paper's equations, their masks, and their statistics."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from torch.nn import functional as F
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import options
 from fastdino.evals.attention_maps import (
-    LACKS,
+    NO_CLS_ATTENTION,
     attention_maps,
-    fit,
+    fit_to_patches,
     head_statistics,
-    jaccard,
     keep_mass,
     to_pixels,
 )
-from fastdino.evals.transforms import (
-    to_input,
-)
+from fastdino.evals.transforms import to_input
 from fastdino.models.attention import token_layout
 from fastdino.models.vit import VIT_ARCHS, Attention, VisionTransformer
 
@@ -40,7 +37,7 @@ def vit():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_maps_are_what_cls_gives_each_patch(vit, size):
+def test_maps_are_the_cls_row_of_the_last_attention_matrix(vit, size):
     images = torch.randn(2, 3, *size)
     maps = attention_maps(vit, images)
     rows, columns = size[0] // 8, size[1] // 8
@@ -54,7 +51,7 @@ def test_maps_are_what_cls_gives_each_patch(vit, size):
     assert not maps.requires_grad
 
 
-def test_the_last_blocks_weights_are_those_that_its_output_is_made_with(vit):
+def test_last_attention_matrix_reproduces_the_last_blocks_output(vit):
     images, block = torch.randn(2, 3, 32, 32), vit.blocks[-1]
     layout = token_layout(((2, 17),), images.device, "sdpa")
     tokens = vit.blocks[0](vit.embed(images).flatten(0, 1), layout).unflatten(0, (2, 17))
@@ -67,19 +64,20 @@ def test_the_last_blocks_weights_are_those_that_its_output_is_made_with(vit):
     torch.testing.assert_close(vit(images), vit.norm(expected)[:, 0])
 
 
-def test_a_map_moves_with_its_patch(vit):
-    """Rows are rows: a patch that draws all attention shows at its place."""
+def test_changed_patch_changes_the_map_at_its_row_and_column(vit):
     images = torch.zeros(1, 3, 24, 40)
     vit.pos_embed.data.zero_()
-    plain = attention_maps(vit, images)
+    before = attention_maps(vit, images)
     images[:, :, 8:16, 32:40] = torch.randn(3, 8, 8)
-    change = (attention_maps(vit, images) - plain).abs().sum(1)[0]
+    change = (attention_maps(vit, images) - before).abs().sum(1)[0]
     assert divmod(int(change.argmax()), 5) == (1, 4)
 
 
-def plain_maps(model, image):
-    """Caron et al. 2021, figure 1, in float64 and step by step: softmax(q_CLS K^T / sqrt(d)) of the
-    last block, [H, h, w], for an image whose patches are as many as the position embedding's."""
+def reference_maps(model, image):
+    """Caron et al. 2021, figure 1, in float64: softmax(q_CLS K^T / sqrt(d)) of the last block.
+
+    Returns [H, h, w] for an image with as many patches as the position embedding.
+    """
     p = {name: tensor.double() for name, tensor in model.state_dict().items()}
     heads, depth = model.blocks[0].attn.num_heads, len(model.blocks)
 
@@ -109,21 +107,21 @@ def plain_maps(model, image):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_maps_are_the_papers_in_float64(vit, dtype, tolerance):
+def test_maps_match_the_paper_in_float64(vit, dtype, tolerance):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    expected = torch.stack([plain_maps(vit, image) for image in images])
+    expected = torch.stack([reference_maps(vit, image) for image in images])
     maps = attention_maps(vit.to(dtype), images.to(dtype))
     assert expected.std() > 0.01
     torch.testing.assert_close(maps.double(), expected, rtol=0, atol=tolerance)
 
 
-def test_maps_take_no_matrix_of_all_pairs_of_tokens(vit, monkeypatch):
+def test_maps_need_no_full_attention_matrix(vit, monkeypatch):
     def refuse(*args):
-        raise AssertionError("the whole [N, N] matrix was made")
+        raise AssertionError("full [N, N] matrix")
 
     monkeypatch.setattr(Attention, "weights", refuse)
     attention_maps(vit, torch.randn(1, 3, 32, 32))
-    with pytest.raises(AssertionError, match="whole"):
+    with pytest.raises(AssertionError, match="full"):
         vit.get_last_selfattention(torch.randn(1, 3, 32, 32))
 
 
@@ -137,41 +135,39 @@ def test_maps_take_no_matrix_of_all_pairs_of_tokens(vit, monkeypatch):
         (1.0, [1, 1, 1, 1]),
     ],
 )
-def test_a_mask_keeps_the_strongest_patches_of_a_share_of_the_mass(share, kept):
+def test_mask_keeps_the_strongest_patches(share, kept):
     values = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for order in itertools.permutations(range(4)):
-        # In any unit: CLS's own share is left out of the mass.
+        # Scaled by 0.37: the share is relative to the map's mass.
         mask = keep_mass(0.37 * values[list(order)].reshape(2, 2), share)
         assert mask.flatten().int().tolist() == [kept[i] for i in order]
 
 
-def test_a_patch_at_which_exactly_the_rest_is_held_is_left_out():
-    assert keep_mass(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), 0.5).tolist() == [
-        [False] * 2,
-        [False, True],
-    ]
+def test_mask_drops_patches_that_hold_exactly_the_rest():
+    mask = keep_mass(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), 0.5)
+    assert mask.tolist() == [[False, False], [False, True]]
 
 
-def test_masks_are_the_papers(vit):
-    """Its steps: sort, normalise, accumulate, compare with 1 - threshold, put back in place."""
+def test_masks_match_the_paper():
+    """The paper's steps: sort, normalise, accumulate, compare with 1 - threshold, restore order."""
     maps = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
     masks = keep_mass(maps, 0.6)
     for image, head in itertools.product(range(2), range(3)):
         values = maps[image, head].flatten().tolist()
-        total, held, expected = math.fsum(values), 0.0, [False] * 35
+        total, cumulative, expected = math.fsum(values), 0.0, [False] * 35
         for i in sorted(range(35), key=values.__getitem__):
-            held += values[i] / total
-            expected[i] = held > 1 - 0.6
+            cumulative += values[i] / total
+            expected[i] = cumulative > 1 - 0.6
         assert masks[image, head].flatten().tolist() == expected
         kept = maps[image, head][masks[image, head]]
         assert kept.sum() >= 0.6 * total > kept.sum() - kept.min()
 
 
-def test_a_map_of_zeros_keeps_nothing():
+def test_mask_of_a_zero_map_is_empty():
     assert not keep_mass(torch.zeros(2, 3, 3), 0.6).any()
 
 
-def test_to_pixels_gives_each_pixel_its_patchs_value():
+def test_to_pixels_repeats_each_patchs_value():
     maps = torch.arange(6.0).reshape(1, 2, 3)
     pixels = to_pixels(maps, 4)
     assert pixels.shape == (1, 8, 12)
@@ -179,23 +175,7 @@ def test_to_pixels_gives_each_pixel_its_patchs_value():
         assert pixels[0, y, x] == maps[0, y // 4, x // 4]
 
 
-def test_jaccard_on_cases_with_known_answers():
-    truth = torch.zeros(4, 4, dtype=torch.bool)
-    truth[:2] = True  # 8 pixels
-    everywhere = torch.ones(4, 4, dtype=torch.bool)
-    left = torch.zeros(4, 4, dtype=torch.bool)
-    left[:, :2] = True  # 4 of them, and 4 others
-    masks = torch.stack((truth, ~truth, left, everywhere, ~everywhere))
-    expected = [1, 0, 4 / 12, 8 / 16, 0]
-    assert jaccard(masks, truth, everywhere).tolist() == pytest.approx(expected, abs=1e-15)
-    # What lies where pixels do not count, in the lower or in the right half, says nothing.
-    assert jaccard(masks, truth, truth).tolist() == pytest.approx([1, 0, 0.5, 1, 0], abs=1e-15)
-    expected = [1, 0, 4 / 8, 4 / 8, 0]
-    assert jaccard(masks, truth, left).tolist() == pytest.approx(expected, abs=1e-15)
-    assert jaccard(~everywhere, ~everywhere, everywhere).isnan()
-
-
-def test_statistics_of_known_maps():
+def test_statistics_of_a_uniform_and_a_peaked_map():
     even = torch.full((2, 4), 0.1)
     point = torch.zeros(2, 4)
     point[1, 2] = 0.5
@@ -216,43 +196,43 @@ def test_statistics_of_known_maps():
 
 
 @pytest.mark.parametrize(
-    ("size", "fitted"),
+    ("size", "expected"),
     [(None, (40, 24)), ([33, 50], (48, 32)), ([20], (24, 16)), ([480, 480], (480, 480))],
 )
-def test_an_image_is_cut_to_whole_patches_at_the_right_and_bottom(size, fitted):
+def test_fit_to_patches_crops_at_the_right_and_bottom(size, expected):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)
-    picture = fit(Image.fromarray(pixels), size, 8)
-    assert picture.size == fitted
+    picture = fit_to_patches(Image.fromarray(pixels), size, 8)
+    assert picture.size == expected
     if size is None:
         assert np.array_equal(np.asarray(picture), pixels[:24, :40])
 
 
-def test_the_networks_input_is_normalised_as_imagenets():
+def test_fit_to_patches_rejects_an_image_smaller_than_a_patch():
+    with pytest.raises(DataError, match=r"7 x 20 px is smaller than a patch of 8 px"):
+        fit_to_patches(Image.new("RGB", (20, 7)), None, 8)
+
+
+def test_to_input_normalises_with_imagenets_mean_and_std():
     picture = Image.new("RGB", (8, 16), (255, 0, 51))
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
     assert to_input(picture).shape == (3, 16, 8)
     assert to_input(picture)[:, 3, 5].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(DataError, match=r"7 x 20 px is smaller than a patch of 8 px"):
-        fit(Image.new("RGB", (20, 7)), None, 8)
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224", "xcit_nano_12_p16"])
-def test_networks_without_cls_attention_of_ours_are_refused(arch):
+def test_load_vit_rejects_networks_without_cls_attention(arch):
     parser = argparse.ArgumentParser()
     options.add_network_flags(parser)
     args = parser.parse_args(["--arch", arch])
     with pytest.raises(ConfigError, match=f"--arch {arch} has no attention .* expected .*vit_tiny"):
-        options.load_vit(args, torch.device("cpu"), reason=LACKS)
+        options.load_vit(args, torch.device("cpu"), reason=NO_CLS_ATTENTION)
 
 
 @pytest.mark.parametrize(
     ("words", "built"),
     [([], ("vit_nano", 4)), (["--arch", "vit_tiny", "--patch_size", "16"], ("vit_tiny", 16))],
 )
-def test_without_weights_the_network_is_the_commands_or_the_flags(words, built):
+def test_untrained_network_is_the_commands_default_unless_flags_override_it(words, built):
     parser = argparse.ArgumentParser()
     options.add_network_flags(parser, default=("vit_nano", 4))
     parser.add_argument("--crop", type=int, default=16)

@@ -1,4 +1,4 @@
-"""`fastdino davis`: tiny sets in both layouts, through the command."""
+"""`fastdino davis` on small datasets in both layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEIGHT, WIDTH, FRAMES = 60, 140, 6
 
 
 def labels_at(time, objects):
-    """Squares that move to the right, one below the other."""
+    """Return a mask of squares, one below the other, that move to the right."""
     mask = Image.new("L", (WIDTH, HEIGHT))
     draw = ImageDraw.Draw(mask)
     for number, (left, top, side) in objects.items():
@@ -68,7 +68,7 @@ def write_list(root, folder, lines, split="val"):
 
 @pytest.fixture
 def root(tmp_path):
-    """DAVIS 2017's layout: two objects, and one."""
+    """A dataset in DAVIS 2017's layout: a sequence of two objects, and one of one object."""
     root = tmp_path / "davis"
     write_sequence(root, "two", {1: (8, 6, 20), 2: (30, 34, 22)})
     write_sequence(root, "one", {1: (16, 16, 30)}, frames=4)
@@ -78,7 +78,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def line(root, tmp_path):
-    """`fastdino davis` on the set, small."""
+    """Command line of `fastdino davis` with a small network."""
     paths = ["--data_path", str(root), "--output_dir", str(tmp_path / "out")]
     return ["davis", *paths, *SMALL.split()]
 
@@ -102,7 +102,7 @@ def masks_of(tmp_path, name):
     return masks
 
 
-def test_masks_are_written_in_the_benchmarks_layout(run, root, tmp_path):
+def test_masks_have_the_benchmarks_layout(run, root, tmp_path):
     assert run() == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "davis.json", "one", "overlays", "two"
@@ -118,15 +118,14 @@ def test_masks_are_written_in_the_benchmarks_layout(run, root, tmp_path):
         assert np.array_equal(np.array(masks[0]), np.array(given))
 
 
-def test_masks_are_those_of_one_frame_at_a_time(run, root, tmp_path):
-    """Frames one by one, features in float64 by the model itself."""
+def test_batched_masks_match_frames_computed_one_at_a_time(run, root, tmp_path):
     assert run("--n_last_frames", 2, "--size_mask_neighborhood", 3, "--topk", 4) == 0
     torch.manual_seed(0)
     model = load_backbone("", checkpoint_key="teacher", arch="vit_nano", patch_size=8).module
     features = []
     for path in sorted((root / "JPEGImages" / "480p" / "two").iterdir()):
         frame = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
-        # 140 * 64 / 60 = 149.3, less what is above a multiple of 64
+        # The long side is 140 * 64 / 60 = 149.3, rounded down to a multiple of 64.
         with torch.no_grad():
             tokens = model.get_intermediate_layers(prepare(frame, (64, 128)))[0][0, 1:]
         features.append(tokens.unflatten(0, (8, 16)))
@@ -136,11 +135,11 @@ def test_masks_are_those_of_one_frame_at_a_time(run, root, tmp_path):
     )
     expected = [first, *(hard_labels(one, 8, (HEIGHT, WIDTH)) for one in soft)]
     for mask, wanted in zip(masks_of(tmp_path, "two"), expected, strict=True):
-        assert (np.array(mask) == wanted).mean() > 0.999  # batched products round otherwise
+        assert (np.array(mask) == wanted).mean() > 0.999  # batches round differently
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_the_masks_of_the_cpu(run, tmp_path):
+def test_masks_on_a_gpu_match_the_cpu(run, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     assert run() == 0
@@ -151,7 +150,7 @@ def test_a_gpu_finds_the_masks_of_the_cpu(run, tmp_path):
         assert (np.array(mask) == wanted).mean() > 0.99
 
 
-def test_scores_are_the_means_over_objects(run, tmp_path, capsys):
+def test_scores_are_means_over_objects(run, tmp_path, capsys):
     assert run() == 0
     results = results_of(tmp_path)
     two, one = results["sequences"]["two"], results["sequences"]["one"]
@@ -170,7 +169,7 @@ def test_scores_are_the_means_over_objects(run, tmp_path, capsys):
     assert f"J&F-Mean {total['J&F']:.1f}\nJ-Mean {total['J']['mean']:.1f}  J-Recall" in printed
 
 
-def test_masks_equal_to_the_truth_score_100_and_ends_do_not_count(root):
+def test_true_masks_score_100_and_the_first_and_last_frame_are_ignored(root):
     truth = davis.read_truth(find_sequences(root)[0])
     masks = truth.copy()
     masks[0] = masks[-1] = 0
@@ -182,7 +181,7 @@ def test_masks_equal_to_the_truth_score_100_and_ends_do_not_count(root):
     assert scores["objects"]["2"]["J"] == {"mean": 75, "recall": 75, "decay": -50}
 
 
-def test_a_video_that_stands_still_keeps_its_masks(run, tmp_path, root):
+def test_still_video_keeps_its_masks(run, tmp_path, root):
     still = root / "JPEGImages" / "480p" / "one"
     for path in sorted(still.iterdir())[1:]:
         path.write_bytes((still / "00000.jpg").read_bytes())
@@ -190,21 +189,21 @@ def test_a_video_that_stands_still_keeps_its_masks(run, tmp_path, root):
         mask.write_bytes((mask.parent / "00000.png").read_bytes())
     assert run("--topk", 1) == 0
     assert results_of(tmp_path)["sequences"]["one"]["J"]["mean"] > 80
-    _, *found = (np.array(mask) for mask in masks_of(tmp_path, "one"))
-    assert all(np.array_equal(mask, found[0]) for mask in found)  # each patch is its own nearest
+    _, *masks = (np.array(mask) for mask in masks_of(tmp_path, "one"))
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)  # a patch is nearest to itself
 
 
 def binary_mask(labels):
     return Image.fromarray((labels > 0).astype(np.uint8) * 255)
 
 
-def test_davis_2016(run, tmp_path):
+def test_davis_2016_layout_has_one_object(run, tmp_path):
     root = tmp_path / "davis2016"
     write_sequence(root, "bear", {1: (8, 6, 20), 2: (30, 34, 22)}, to_mask=binary_mask)
     line = "/JPEGImages/480p/bear/0000{0}.jpg /Annotations/480p/bear/0000{0}.png"
     write_list(root, "480p", [line.format(time) for time in range(FRAMES)])
     colours = root / "Annotations" / "480p" / "bear" / "00003.png"
-    Image.open(colours).convert("RGBA").save(colours)  # some of the set's are
+    Image.open(colours).convert("RGBA").save(colours)  # as some masks of DAVIS 2016
     assert run(data=root) == 0
     results = results_of(tmp_path)
     assert results["settings"]["year"] == "2016"
@@ -214,14 +213,14 @@ def test_davis_2016(run, tmp_path):
         assert set(np.unique(np.array(mask))) <= {0, 255}
 
 
-def test_year_2016_on_the_masks_of_2017_joins_their_objects(run, root, tmp_path):
+def test_year_2016_joins_the_objects_of_2017_masks(run, root, tmp_path):
     write_list(root, "2016", ["two"])
     assert run("--year", 2016) == 0
     assert list(results_of(tmp_path)["sequences"]) == ["two"]
     assert set(np.unique(np.array(masks_of(tmp_path, "two")[0]))) == {0, 255}
 
 
-def test_finished_sequences_are_not_computed_again(run, tmp_path, capsys, monkeypatch):
+def test_finished_sequences_are_skipped(run, tmp_path, capsys, monkeypatch):
     assert run() == 0
     before = results_of(tmp_path)
     (tmp_path / "out" / "one" / "00002.png").unlink()
@@ -233,41 +232,41 @@ def test_finished_sequences_are_not_computed_again(run, tmp_path, capsys, monkey
     capsys.readouterr()
     assert run("--bs", 2) == 0
     assert computed == ["one"]
-    assert "two: already there" in capsys.readouterr().out
+    assert "two: already done" in capsys.readouterr().out
     after = results_of(tmp_path)
     assert after["sequences"]["two"] == before["sequences"]["two"]
     assert run("--seed", 1) == 0  # other weights
     assert computed == ["one", "two", "one"]
 
 
-def test_a_run_cut_off_leaves_nothing_of_other_settings_as_done(run, tmp_path, monkeypatch):
+def test_interrupted_run_discards_results_of_other_settings(run, tmp_path, monkeypatch):
     assert run() == 0
     with monkeypatch.context() as patch:
-        patch.setattr(davis, "segment", None)  # called, it fails
+        patch.setattr(davis, "segment", None)  # fails when called
         with pytest.raises(TypeError):
             run("--topk", 2)
     results = results_of(tmp_path)
     assert (results["settings"]["topk"], results["sequences"]) == (2, {})
 
 
-def assert_same_results(found, expected):
-    assert found["settings"] == expected["settings"]
-    assert list(found["sequences"]) == list(expected["sequences"])
+def assert_same_results(results, expected):
+    assert results["settings"] == expected["settings"]
+    assert list(results["sequences"]) == list(expected["sequences"])
     for name, entry in expected["sequences"].items():
-        assert found["sequences"][name]["frames"] == entry["frames"]
-        assert found["sequences"][name]["J"] == pytest.approx(entry["J"], abs=0.5)
+        assert results["sequences"][name]["frames"] == entry["frames"]
+        assert results["sequences"][name]["J"] == pytest.approx(entry["J"], abs=0.5)
     for measure in ("J", "F"):
-        assert found["global"][measure] == pytest.approx(expected["global"][measure], abs=0.5)
+        assert results["global"][measure] == pytest.approx(expected["global"][measure], abs=0.5)
 
 
 @pytest.fixture
 def three(root):
-    """A third sequence: two processes have two of the first round and one of the second."""
+    """Adds a third sequence, so that two ranks need two rounds."""
     write_sequence(root, "three", {1: (20, 10, 26)}, frames=5)
     write_list(root, "2017", ["two", "one", "three"])
 
 
-def test_two_processes_share_the_sequences_and_give_the_results_of_one(three, line, run, tmp_path):
+def test_two_ranks_match_one(three, line, run, tmp_path):
     run_commands_in_two(line)
     two = results_of(tmp_path)
     (tmp_path / "out").rename(tmp_path / "two")
@@ -280,70 +279,70 @@ def test_two_processes_share_the_sequences_and_give_the_results_of_one(three, li
     assert len(list((tmp_path / "two" / "overlays").iterdir())) == 3
 
 
-def test_each_sequence_is_followed_by_one_process_the_longest_first(three, line, tmp_path):
-    run_two(_note_what_is_done, line, tmp_path)
-    assert [(tmp_path / f"{rank}.done").read_text() for rank in "01"] == ["two one ", "three "]
+def test_ranks_share_sequences_longest_first(three, line, tmp_path):
+    run_two(_log_sequences, line, tmp_path)
+    assert [(tmp_path / f"{rank}.log").read_text() for rank in "01"] == ["two one ", "three "]
     printed, silent = ((tmp_path / f"{rank}.out").read_text().splitlines() for rank in "01")
     assert [text.split(":")[0] for text in printed[:3]] == ["two", "three", "one"]
     assert printed[3].startswith("J&F-Mean")
     assert silent == []
 
 
-def _note_what_is_done(line, folder):
+def _log_sequences(line, folder):
     segment, rank = davis.segment, os.environ["RANK"]
-    with open(folder / f"{rank}.done", "w") as notes, open(folder / f"{rank}.out", "w") as out:
+    with open(folder / f"{rank}.log", "w") as log, open(folder / f"{rank}.out", "w") as out:
 
-        def noted(model, sequence, *words, **options):
-            notes.write(f"{sequence.name} ")
+        def logged(model, sequence, *words, **options):
+            log.write(f"{sequence.name} ")
             return segment(model, sequence, *words, **options)
 
-        davis.segment = noted
+        davis.segment = logged
         with redirect_stdout(out):
             assert cli.main(line) == 0
 
 
-def test_one_process_goes_on_where_two_were_killed(three, line, run, tmp_path, capsys):
+def test_one_rank_resumes_a_run_of_two_killed_ranks(three, line, run, tmp_path, capsys):
     with pytest.raises(ProcessExitedException):
-        run_two(_killed_in_the_second_round, line)
+        run_two(_kill_in_second_round, line)
     assert run() == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[:2] == ["two: already there", "three: already there"]
-    found = results_of(tmp_path)
+    assert printed.splitlines()[:2] == ["two: already done", "three: already done"]
+    resumed = results_of(tmp_path)
     (tmp_path / "out" / "davis.json").unlink()
     assert run() == 0
-    assert_same_results(found, results_of(tmp_path))
+    assert_same_results(resumed, results_of(tmp_path))
 
 
-def _killed_in_the_second_round(line):
+def _kill_in_second_round(line):
     segment = davis.segment
 
-    def kills(model, sequence, *words, **options):
+    def kill_or_segment(model, sequence, *words, **options):
         if sequence.name == "one":
             os.kill(os.getpid(), signal.SIGKILL)
         return segment(model, sequence, *words, **options)
 
-    davis.segment = kills
+    davis.segment = kill_or_segment
     cli.main(line)
 
 
-def test_a_mistake_that_one_process_meets_ends_both_with_one_line(line, tmp_path):
-    run_two(_fail_in_one, line, tmp_path)
+def test_error_on_one_rank_ends_both_with_one_line(line, tmp_path):
+    run_two(_fail_on_rank_1, line, tmp_path)
     assert [(tmp_path / name).read_text() for name in "01"] == [
         "", "fastdino davis: error: the disk is full\n"
     ]  # fmt: skip
 
 
-def _fail_in_one(line, folder):
-    def fails(*words):
+def _fail_on_rank_1(line, folder):
+    def fail(*words):
         if os.environ["RANK"] == "1":
             raise CheckpointError("the disk is full")
 
-    davis.write_masks = fails
+    davis.write_masks = fail
     with open(folder / os.environ["RANK"], "w") as file, redirect_stderr(file):
         assert cli.main(line) == 2
 
 
-def test_an_object_that_leaves_the_frame_and_one_that_comes_later(run, root, tmp_path, capsys):
+def test_object_that_leaves_is_scored_and_one_that_appears_is_not(run, root, tmp_path, capsys):
     folder = root / "Annotations" / "480p" / "two"
     for time in range(1, FRAMES):
         labels = np.array(Image.open(folder / f"{time:05d}.png"))
@@ -357,7 +356,7 @@ def test_an_object_that_leaves_the_frame_and_one_that_comes_later(run, root, tmp
     assert "objects [3] appear after the first frame: not followed" in capsys.readouterr().out
 
 
-def test_object_numbers_need_not_be_in_a_row(run, root, tmp_path):
+def test_object_numbers_need_not_be_consecutive(run, root, tmp_path):
     folder = root / "Annotations" / "480p" / "one"
     for path in folder.iterdir():
         palette_mask(np.array(Image.open(path)) * 7).save(path)
@@ -366,7 +365,7 @@ def test_object_numbers_need_not_be_in_a_row(run, root, tmp_path):
     assert set(np.unique(np.array(masks_of(tmp_path, "one")[1]))) == {0, 7}
 
 
-def test_sequences_with_their_first_annotation_alone_are_not_scored(run, root, tmp_path, capsys):
+def test_sequence_with_only_its_first_annotation_is_not_scored(run, root, tmp_path, capsys):
     write_sequence(root, "test", {1: (8, 8, 24)}, annotations=1)
     write_list(root, "2017", ["test"], split="test-dev")
     assert run("--split", "test-dev", "--overlays", "all") == 0
@@ -376,10 +375,10 @@ def test_sequences_with_their_first_annotation_alone_are_not_scored(run, root, t
     assert len(list((tmp_path / "out" / "overlays" / "test").glob("*.jpg"))) == FRAMES
     assert "not scored: only the first is annotated" in capsys.readouterr().out
     assert run("--split", "test-dev") == 0
-    assert "test: already there" in capsys.readouterr().out
+    assert "test: already done" in capsys.readouterr().out
 
 
-def test_overlays_show_the_objects_where_they_are(run, root, tmp_path):
+def test_overlays_tint_and_outline_the_objects(run, root, tmp_path):
     assert run("--overlays", "all") == 0
     sheet = np.array(Image.open(tmp_path / "out" / "overlays" / "one.png"))
     assert sheet.shape == (2 * HEIGHT + 4, 4 * (WIDTH + 4) - 4, 3)
@@ -403,7 +402,7 @@ def test_overlays_show_the_objects_where_they_are(run, root, tmp_path):
         (lambda mask: Image.fromarray(np.array(mask) > 0), [0, 1]),
     ],
 )
-def test_masks_are_read_in_whatever_mode_they_are(root, change, numbers):
+def test_masks_are_read_in_every_image_mode(root, change, numbers):
     path = root / "Annotations" / "480p" / "two" / "00000.png"
     before = np.array(Image.open(path))
     change(Image.open(path)).save(path)
@@ -412,25 +411,25 @@ def test_masks_are_read_in_whatever_mode_they_are(root, change, numbers):
     assert (mask[before == 1] == 1).all()
 
 
-def test_frames_are_normalised_as_the_papers_are():
+def test_frames_are_resized_and_normalised_as_in_the_paper():
     frames = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
     same = prepare(frames, (20, 30))
     for channel, (mean, std) in enumerate(((0.485, 0.228), (0.456, 0.224), (0.406, 0.225))):
         expected = (frames[:, channel] / 255 - mean) / std
         torch.testing.assert_close(same[:, channel], expected)
     smaller = prepare(frames, (7, 11))
-    # Pixel (3, 5) of 7 x 11 lies at row 9.5, column 14.5: among the four in the middle.
+    # Pixel (3, 5) of 7 x 11 is at row 9.5, column 14.5: the mean of the four central pixels.
     middle = (frames[:, :, 9:11, 14:16].float().mean((2, 3)).round() / 255)[:, 0]
     torch.testing.assert_close(smaller[:, 0, 3, 5], (middle - 0.485) / 0.228)
     assert not torch.equal(smaller, F.interpolate(same, (7, 11), mode="bilinear"))
 
 
-def test_working_sizes_are_the_papers():
+def test_working_sizes_match_the_paper():
     assert working_size((480, 854), 480) == (480, 832)
     assert working_size((854, 480), 480) == (832, 480)
     assert working_size((1080, 1920), 480) == (480, 832)
     assert working_size((500, 500), 480) == (480, 448)
-    with pytest.raises(ConfigError, match="--size 40 makes frames of 60 x 60 px less than 64 px"):
+    with pytest.raises(ConfigError, match="--size 40 resizes frames of 60 x 60 px to less"):
         working_size((60, 60), 40)
 
 
@@ -439,23 +438,23 @@ def spoil(root, name):
     frames = root / "JPEGImages" / "480p" / "two"
     if name == "no first annotation":
         (folder / "00000.png").unlink()
-        return "1 annotations are missing, among them"
+        return "1 annotations are missing, e.g. "
     if name == "some annotations":
         (folder / "00003.png").unlink()
-        return "00003.png; expected one of the first frame alone, or one a frame"
+        return "00003.png; expected one of the first frame only, or one of every frame"
     if name == "other size":
         Image.new("RGB", (10, 20)).save(frames / "00004.jpg")
         return "00004.jpg is 20 x 10 px, "
     if name == "other mask size":
         Image.new("L", (10, 20)).save(folder / "00004.png")
-        return "frames and annotations must be of one size"
+        return "00004.png is 20 x 10 px, but "
     if name == "two frames":
         for file in sorted(frames.iterdir())[2:]:
             file.unlink()
-        return "has 2 frames; it takes 3"
+        return "has 2 frames; expected at least 3"
     if name == "no sequence":
         write_list(root, "2017", ["two", "three"])
-        return "sequence three: there is no folder"
+        return "sequence three: folder "
     if name == "empty list":
         write_list(root, "2017", [" ", ""])
         return "names no sequence"
@@ -467,7 +466,7 @@ def spoil(root, name):
         return "marks no object to follow"
     if name == "void alone":
         binary_mask(labels_at(0, {1: (8, 8, 20)})).save(folder / "00000.png")
-        return "255 is void; for masks of 0 and 255 say --year 2016"
+        return "255 is void; for masks of 0 and 255 pass --year 2016"
     if name == "other colours":
         Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).save(folder / "00000.png")
         return "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette"
@@ -476,7 +475,7 @@ def spoil(root, name):
         return "00002.jpg is not an image"
     if name == "large numbers":
         Image.fromarray(np.full((HEIGHT, WIDTH), 300, np.uint16)).save(folder / "00000.png")
-        return "00000.png holds 300; expected object numbers, or 255 for void"
+        return "00000.png has 300; expected object numbers, or 255 for void"
     assert name == "half a picture"
     whole = (frames / "00002.jpg").read_bytes()
     (frames / "00002.jpg").write_bytes(whole[: len(whole) // 2])
@@ -491,16 +490,16 @@ def spoil(root, name):
         "large numbers", "no picture", "half a picture",
     ],
 )  # fmt: skip
-def test_bad_data_is_named(run, root, capsys, name):
+def test_bad_data_is_reported(run, root, capsys, name):
     part = spoil(root, name)
     assert run() == 2
     assert part in error_of(capsys)
 
 
-def test_what_can_be_known_is_said_before_the_network_is_built(run, root, capsys, monkeypatch):
+def test_dataset_is_checked_before_the_network_is_built(run, root, capsys, monkeypatch):
     monkeypatch.setattr(davis, "build_model", None)
     assert run("--size", 20) == 2
-    assert "less than 64 px long" in error_of(capsys)
+    assert "to less than 64 px on the long side" in error_of(capsys)
     for name in ("no object", "half a picture"):
         part = spoil(root, name)
         assert run() == 2
@@ -516,13 +515,13 @@ def test_what_can_be_known_is_said_before_the_network_is_built(run, root, capsys
         ("--size_mask_neighborhood -2", "--size_mask_neighborhood must be at least 0"),
         ("--patch_size 0", "--patch_size must be at least 1"),
         ("--patch_size 65", "--size 64 is smaller than a 65 px patch"),
-        ("--size 20", "--size 20 makes frames of 60 x 140 px less than 64 px long"),
+        ("--size 20", "--size 20 resizes frames of 60 x 140 px to less than 64 px"),
         ("--arch resnet18", "--arch resnet18 gives no patch tokens to compare"),
         ("--year 2016", "no list of DAVIS sequences"),
         ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
         ("--output_dir /dev/null/x", "cannot write /dev/null/x"),
     ],
 )
-def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+def test_invalid_flags_are_reported(run, capsys, flags, part):
     assert run(*flags.split()) == 2
     assert part in error_of(capsys)

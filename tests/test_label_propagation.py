@@ -1,4 +1,4 @@
-"""Label propagation, against the paper's equations written out in loops."""
+"""Label propagation against the paper's equations, evaluated in loops."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from fastdino.evals.label_propagation import (
 )
 
 
-def by_the_paper(query, keys, labels, *, radius, topk, temperature=0.1):
-    """l_q = sum_k a_qk l_k / sum_k a_qk; a_qk = exp(cos(q, k)/tau) of the topk nearest patches k of
-    all frames within the radius, by rows and by columns; patch by patch in float64."""
+def reference_labels(query, keys, labels, *, radius, topk, temperature=0.1):
+    """l_q = sum_k a_qk l_k / sum_k a_qk with a_qk = exp(cos(q, k) / tau), per patch in float64.
+
+    k runs over the topk nearest patches of all frames within the radius, by rows and by columns.
+    """
     height, width, _ = query.shape
     out = torch.zeros(labels.shape[1:], dtype=torch.float64)
     for i in range(height):
@@ -55,25 +57,25 @@ def random_context(frames, height, width, *, classes=3, dim=6, seed=0):
     ("frames", "height", "width", "radius", "topk", "square"),
     [
         (1, 5, 7, 2, 3, 16),
-        (3, 6, 5, 1, 5, 2),  # many squares, their edges inside the picture
+        (3, 6, 5, 1, 5, 2),  # many squares
         (2, 5, 7, 0, 4, 3),  # no limit
-        (2, 3, 4, 9, 50, 16),  # further than the picture, more than there are
-        (2, 4, 4, 1, 50, 3),  # more than are near
+        (2, 3, 4, 9, 50, 16),  # radius above the size, topk above the number of patches
+        (2, 4, 4, 1, 50, 3),  # topk above the number of patches within the radius
         (1, 1, 6, 2, 1, 4),
     ],
 )
-def test_labels_are_the_papers(monkeypatch, frames, height, width, radius, topk, square):
+def test_labels_match_the_paper(monkeypatch, frames, height, width, radius, topk, square):
     monkeypatch.setattr(label_propagation, "_SQUARE", square)
     query, keys, labels = random_context(frames, height, width)
-    expected = by_the_paper(query, keys, labels, radius=radius, topk=topk)
-    found = propagate(query, keys, labels, radius=radius, topk=topk)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found.sum(0), torch.ones(height, width, dtype=torch.float64))
+    expected = reference_labels(query, keys, labels, radius=radius, topk=topk)
+    soft = propagate(query, keys, labels, radius=radius, topk=topk)
+    torch.testing.assert_close(soft, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(soft.sum(0), torch.ones(height, width, dtype=torch.float64))
     single = propagate(query.float(), keys.float(), labels.float(), radius=radius, topk=topk)
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_as_near_as_the_last_of_the_topk_count_too():
+def test_ties_with_the_last_of_the_topk_count():
     query = torch.ones(1, 1, 2) / math.sqrt(2)
     keys = query.expand(4, 1, 1, 2)
     labels = torch.tensor([1.0, 0, 0, 0])[:, None, None, None]
@@ -82,37 +84,37 @@ def test_patches_as_near_as_the_last_of_the_topk_count_too():
 
 def test_low_temperatures_do_not_overflow():
     query, keys, labels = random_context(2, 3, 3)
-    found = propagate(query, keys, labels, radius=0, topk=3, temperature=1e-3)
+    soft = propagate(query, keys, labels, radius=0, topk=3, temperature=1e-3)
     nearest = propagate(query, keys, labels, radius=0, topk=1)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, nearest, rtol=0, atol=0.5)
+    assert soft.isfinite().all()
+    torch.testing.assert_close(soft, nearest, rtol=0, atol=0.5)
 
 
-def test_a_video_takes_labels_from_the_first_frame_and_the_last_few():
+def test_context_is_the_first_frame_and_the_last_few():
     torch.manual_seed(0)
     frames = [torch.randn(4, 5, 6, dtype=torch.float64) for _ in range(6)]
     first = random_context(1, 4, 5)[2][0]
-    found = list(propagate_video(iter(frames), first, n_last_frames=2, radius=2, topk=3))
-    assert len(found) == 5
+    soft = list(propagate_video(iter(frames), first, n_last_frames=2, radius=2, topk=3))
+    assert len(soft) == 5
     known = [first]
     for i in range(1, 6):
         context = [0, *range(max(1, i - 2), i)]
         keys = torch.stack([frames[j] for j in context])
         labels = torch.stack([known[j] for j in context])
-        known.append(by_the_paper(frames[i], keys, labels, radius=2, topk=3))
-        torch.testing.assert_close(found[i - 1], known[i], rtol=1e-9, atol=1e-12)
+        known.append(reference_labels(frames[i], keys, labels, radius=2, topk=3))
+        torch.testing.assert_close(soft[i - 1], known[i], rtol=1e-9, atol=1e-12)
 
 
-def test_without_last_frames_only_the_first_counts():
+def test_context_without_last_frames_is_the_first_frame():
     frames = [torch.randn(3, 3, 4) for _ in range(3)]
     first = torch.rand(2, 3, 3)
-    found = list(propagate_video(iter(frames), first, n_last_frames=0, radius=1, topk=2))
+    soft = list(propagate_video(iter(frames), first, n_last_frames=0, radius=1, topk=2))
     unit = [F.normalize(frame, dim=-1) for frame in frames]
     alone = propagate(unit[2], unit[0][None], first[None], radius=1, topk=2)
-    assert torch.equal(found[1], alone)
+    assert torch.equal(soft[1], alone)
 
 
-def test_a_patchs_first_label_is_one_pixels():
+def test_one_hot_label_of_a_patch_is_that_of_one_pixel():
     labels = np.zeros((8, 12), np.uint8)
     labels[2:6, 5:9] = 2
     patches = one_hot_patches(labels, 4, (4, 6))
@@ -124,8 +126,8 @@ def test_a_patchs_first_label_is_one_pixels():
     assert not patches[[1, 3]].any()
 
 
-def hard_labels_plainly(soft, patch_size, size):
-    """Each label min-max stretched after bilinear upsampling, in numpy float64."""
+def reference_hard_labels(soft, patch_size, size):
+    """Upsample bilinearly, rescale each label to 0..1, take the argmax; numpy float64."""
 
     def axis(n):
         at = np.clip((np.arange(n * patch_size) + 0.5) / patch_size - 0.5, 0, n - 1)
@@ -149,16 +151,16 @@ def hard_labels_plainly(soft, patch_size, size):
 
 
 @pytest.mark.parametrize("size", [(12, 20), (16, 32), (8, 16)])
-def test_masks_are_drawn_as_the_paper_draws_them(size):
+def test_hard_labels_match_the_paper(size):
     torch.manual_seed(1)
     soft = torch.rand(3, 3, 5, dtype=torch.float64) * torch.tensor([1, 0.1, 0.4])[:, None, None]
     mask = hard_labels(soft, 4, size)
     assert mask.dtype == np.uint8
-    assert np.array_equal(mask, hard_labels_plainly(soft, 4, size))
-    assert set(np.unique(mask)) == {0, 1, 2}  # the faint one is not lost
+    assert np.array_equal(mask, reference_hard_labels(soft, 4, size))
+    assert set(np.unique(mask)) == {0, 1, 2}  # the faint label is kept
 
 
-def test_an_object_that_no_patch_has_is_nowhere_and_what_is_everywhere_is_all():
+def test_hard_labels_of_constant_labels():
     soft = torch.zeros(3, 2, 2)
     soft[0] = 1
     assert not hard_labels(soft, 4, (8, 8)).any()

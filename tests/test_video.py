@@ -1,4 +1,4 @@
-"""`fastdino video`: a video of attention, frame by frame, and what is refused."""
+"""`fastdino video`: the video and its JSON file, and error messages."""
 
 from __future__ import annotations
 
@@ -17,31 +17,22 @@ from fastdino.evals.attention_figures import (
     mask_picture,
     overlay_picture,
 )
-from fastdino.evals.attention_maps import attention_maps, fit, head_statistics, keep_mass
-from fastdino.evals.options import (
-    weights_digest,
+from fastdino.evals.attention_maps import (
+    attention_maps,
+    fit_to_patches,
+    head_statistics,
+    keep_mass,
 )
-from fastdino.evals.transforms import (
-    to_input,
-)
-from fastdino.evals.video import AVERAGED, VIEWS, draw_frame, output_file
+from fastdino.evals.options import weights_digest
+from fastdino.evals.transforms import to_input
+from fastdino.evals.video import AVERAGED, PANELS, draw_frame, output_file
 from fastdino.evals.video_io import open_frames, video_writer
-from fastdino.models.weights import load_backbone
 from tests.commands import error_of
-
-NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
 
 
 @pytest.fixture
-def run(nano_weights, capsys):
-    """The status, and what was printed on stdout and stderr, of a command line."""
-
-    def command(*words):
-        model = [*NANO, "--pretrained_weights", nano_weights]
-        status = cli.main(["video", *map(str, [*model, *words])])
-        return status, *capsys.readouterr()
-
-    return command
+def run(run_nano):
+    return lambda *words: run_nano("video", *words)
 
 
 @pytest.fixture
@@ -56,43 +47,37 @@ def folder(tmp_path):
     return path
 
 
-def test_a_folder_becomes_a_video_of_what_each_frame_attends_to(
-    run, folder, tmp_path, nano_weights
-):
+def test_folder_becomes_a_video_of_attention(run, folder, tmp_path, nano_weights, nano_model):
     out = tmp_path / "new/run"
-    words = ["--input_path", folder, "--output_path", out, "--show", *VIEWS]
+    words = ["--input_path", folder, "--output_path", out, "--show", *PANELS]
     status, printed, err = run(*words, "--fps", 5, "--batch_size_per_gpu", 3)
     assert (status, err) == (0, "")
     assert printed == f"{out}/video.mp4: 7 frames, 5 a second\n"
-    video = open_frames(str(out / "video.mp4"))
-    assert (video.size, video.fps, video.count) == ((32, 5 * 48), 5, 7)
+    written = open_frames(str(out / "video.mp4"))
+    assert (written.size, written.fps, written.count) == ((32, 5 * 48), 5, 7)
 
-    model = load_backbone(
-        str(nano_weights), checkpoint_key="teacher", arch="vit_nano", patch_size=8
-    ).module
-    figures = []
-    for drawn, frame in zip(video, open_frames(str(folder)), strict=True):
-        picture = fit(frame, None, 8)
-        maps = attention_maps(model, to_input(picture)[None])[0]
-        expected = draw_frame(picture, maps, VIEWS, 0.6).astype(int)
-        assert np.abs(np.asarray(drawn) - expected).mean() < 12, "lossy"
-        statistics = head_statistics(maps, 0.6)
-        figures.append([[head[name] for name in AVERAGED] for head in statistics])
+    statistics = []
+    for drawn, frame in zip(written, open_frames(str(folder)), strict=True):
+        picture = fit_to_patches(frame, None, 8)
+        maps = attention_maps(nano_model, to_input(picture)[None])[0]
+        expected = draw_frame(picture, maps, PANELS, 0.6).astype(int)
+        assert np.abs(np.asarray(drawn) - expected).mean() < 12, "more than lossy compression"
+        heads = head_statistics(maps, 0.6)
+        statistics.append([[head[name] for name in AVERAGED] for head in heads])
     result = json.loads((out / "video.json").read_text())
-    means = np.mean(figures, axis=0)
-    for head, found in enumerate(result["heads"]):
-        assert found.pop("head") == head
-        assert found == pytest.approx(dict(zip(AVERAGED, means[head], strict=True)), rel=1e-5)
-    assert len(result.pop("heads")) == 3
+    heads = result.pop("heads")
+    assert [head.pop("head") for head in heads] == [0, 1, 2]
+    for head, means in zip(heads, np.mean(statistics, axis=0), strict=True):
+        assert head == pytest.approx(dict(zip(AVERAGED, means, strict=True)), rel=1e-5)
     assert result == {
         "settings": {
             "input_path": str(folder),
             "pretrained_weights": str(nano_weights),
             "checkpoint_key": "teacher",
-            "weights": weights_digest(model),
+            "weights": weights_digest(nano_model),
             "resize": None,
             "threshold": 0.6,
-            "show": list(VIEWS),
+            "show": list(PANELS),
             "arch": "vit_nano",
             "patch_size": 8,
         },
@@ -105,7 +90,7 @@ def test_a_folder_becomes_a_video_of_what_each_frame_attends_to(
     }
 
 
-def test_the_views_of_a_frame_stand_side_by_side_in_the_order_asked_for():
+def test_panels_are_side_by_side_in_the_given_order():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8))
     maps = torch.rand(3, 2, 3)
     pixels, mean = np.asarray(picture), maps.mean(0)
@@ -116,13 +101,13 @@ def test_the_views_of_a_frame_stand_side_by_side_in_the_order_asked_for():
         "mask": mask_picture(pixels, keep_mass(mean, 0.3)),
         "heads": heads_picture(maps, (16, 24)),
     }
-    assert list(expected) == list(VIEWS)
-    for views in (VIEWS, ["mask", "frame"]):
-        drawn = draw_frame(picture, maps, views, 0.3)
-        assert np.array_equal(drawn, np.concatenate([expected[v] for v in views], axis=1))
+    assert list(expected) == list(PANELS)
+    for panels in (PANELS, ["mask", "frame"]):
+        drawn = draw_frame(picture, maps, panels, 0.3)
+        assert np.array_equal(drawn, np.concatenate([expected[p] for p in panels], axis=1))
 
 
-def test_a_video_keeps_its_rate_and_is_resized(run, tmp_path):
+def test_video_keeps_its_frame_rate_and_is_resized(run, tmp_path):
     source = tmp_path / "in.mkv"
     with video_writer(source, 12.5) as write:
         for number in range(3):
@@ -130,21 +115,22 @@ def test_a_video_keeps_its_rate_and_is_resized(run, tmp_path):
     out = tmp_path / "out.webm"
     status, _, err = run("--input_path", source, "--output_path", out, "--resize", 20)
     assert (status, err) == (0, "")
-    video = open_frames(str(out))
-    assert (video.size, video.fps) == ((16, 3 * 40), 12.5)
+    written = open_frames(str(out))
+    assert (written.size, written.fps) == ((16, 3 * 40), 12.5)
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 3
 
 
-def test_pictures_become_a_video_without_a_network(folder, tmp_path, capsys):
+def test_video_only_encodes_images_without_a_network(folder, tmp_path, capsys):
     words = ["--input_path", folder, "--output_path", tmp_path / "out", "--fps", 12, "--video_only"]
     assert cli.main(["video", *map(str, words)]) == 0
     path = tmp_path / "out/video.mp4"
     assert capsys.readouterr().out == f"{path}: 7 frames, 12 a second\n"
-    video = open_frames(str(path))
-    assert (video.size, video.fps, video.count) == ((34, 50), 12, 7)
-    for number, frame in enumerate(video):
+    written = open_frames(str(path))
+    assert (written.size, written.fps, written.count) == ((34, 50), 12, 7)
+    for number, frame in enumerate(written):
         original = np.asarray(Image.open(folder / f"{number}.png")).astype(int)
-        assert np.abs(np.asarray(frame)[:33] - original).mean() < 12, "lossy"
+        difference = np.abs(np.asarray(frame)[:33] - original)
+        assert difference.mean() < 12, "more than lossy compression"
     assert json.loads((tmp_path / "out/video.json").read_text()) == {
         "settings": {"input_path": str(folder)},
         "output_path": str(path),
@@ -158,17 +144,17 @@ def test_pictures_become_a_video_without_a_network(folder, tmp_path, capsys):
     ("words", "part"),
     [
         (
-            ["--pretrained_weights", "a.pth", "--arch", "vit_tiny"],
-            "leave out --pretrained_weights, --arch",
+            ["--pretrained_weights", "a", "--arch", "vit_tiny"],
+            "remove --pretrained_weights, --arch",
         ),
-        (["--resize", "20"], "without a network: leave out --resize\n"),
-        (["--threshold", "0.5", "--show", "mean"], "leave out --threshold, --show\n"),
-        (["--input_path", "empty"], "no frames in empty: no file there ends in "),
-        (["--input_path", "none"], "--input_path: there is no file or folder none"),
-        (["--input_path", "a.mp4"], "--input_path a.mp4 is a file: name a folder"),
+        (["--resize", "20"], "without a network: remove --resize\n"),
+        (["--threshold", "0.5", "--show", "mean"], "remove --threshold, --show\n"),
+        (["--input_path", "empty"], "no frames in empty: no file ends in "),
+        (["--input_path", "none"], "--input_path none: no such file or folder"),
+        (["--input_path", "a.mp4"], "needs a folder of images, but --input_path a.mp4 is a file"),
     ],
 )
-def test_a_mistake_with_video_only_is_one_line(folder, tmp_path, monkeypatch, capsys, words, part):
+def test_error_of_video_only_is_one_line(folder, tmp_path, monkeypatch, capsys, words, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.mp4").write_text("")
@@ -178,7 +164,7 @@ def test_a_mistake_with_video_only_is_one_line(folder, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_no_more_than_a_batch_of_frames_is_held(run, folder, tmp_path, monkeypatch):
+def test_at_most_a_batch_of_frames_is_in_memory(run, folder, tmp_path, monkeypatch):
     ahead, most = 0, 0
 
     def counted(frames, size):
@@ -193,16 +179,16 @@ def test_no_more_than_a_batch_of_frames_is_held(run, folder, tmp_path, monkeypat
         ahead -= 1
         return draw_frame(*args)
 
-    batches = video._batches
-    monkeypatch.setattr(video, "_batches", counted)
+    batches = video.batches
+    monkeypatch.setattr(video, "batches", counted)
     monkeypatch.setattr(video, "draw_frame", drawn)
     words = ["--input_path", folder, "--output_path", tmp_path / "a.mp4"]
     assert run(*words, "--batch_size_per_gpu", 2)[0] == 0
     assert (ahead, most) == (0, 2)
-    assert [len(b) for b in batches(iter(range(5)), 2)] == [2, 2, 1]
+    assert [len(batch) for batch in batches(iter(range(5)), 2)] == [2, 2, 1]
 
 
-def test_a_file_is_its_name_and_a_folder_holds_video(tmp_path):
+def test_output_path_is_a_file_with_a_known_suffix_or_a_folder(tmp_path):
     assert output_file(".", "mkv").name == "video.mkv"
     assert output_file(str(tmp_path / "a.MP4"), "mkv") == tmp_path / "a.MP4"
     assert output_file(str(tmp_path / "v1.2"), "mp4") == tmp_path / "v1.2/video.mp4"
@@ -213,16 +199,13 @@ def test_a_file_is_its_name_and_a_folder_holds_video(tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--input_path", "missing.mp4"], "--input_path: there is no file or folder missing.mp4"),
+        (["--input_path", "missing.mp4"], "--input_path missing.mp4: no such file or folder"),
         (
             ["--input_path", "text.mp4"],
-            "found when processing input; expected a whole video that FFmpeg reads, or a folder",
+            "found when processing input; expected a complete video that FFmpeg can read, or a fol",
         ),
         (["--output_path", "out.gif"], "out.gif: expected a folder, or a file that ends in .mp4"),
-        (
-            ["--input_path", "unequal"],
-            "the frames in unequal are of unequal size: 0.png is 10 x 20",
-        ),
+        (["--input_path", "unequal"], "1.png is 12 x 20 px, but unequal/0.png is 10 x 20 px"),
         (["--resize", "7"], "an image of 7 x 10 px is smaller than a patch of 8 px"),
         (["--resize", "0"], "--resize must be a height and a width"),
         (["--threshold", "0"], "--threshold must be above 0"),
@@ -230,10 +213,10 @@ def test_a_file_is_its_name_and_a_folder_holds_video(tmp_path):
         (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu must be at least 1"),
         (["--arch", "resnet18", "--pretrained_weights", ""], "--arch resnet18 has no attention"),
         (["--output_path", "text.mp4/a.mp4"], "cannot write text.mp4/a.mp4"),
-        (["--input_path", "text.mp4", "--output_path", "text.mp4"], "text.mp4 is the input"),
+        (["--input_path", "text.mp4", "--output_path", "text.mp4"], "text.mp4 is also the input"),
     ],
 )
-def test_a_mistake_is_one_line(run, folder, tmp_path, monkeypatch, words, part):
+def test_error_is_one_line_and_writes_nothing(run, folder, tmp_path, monkeypatch, words, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "unequal").mkdir()
@@ -247,11 +230,11 @@ def test_a_mistake_is_one_line(run, folder, tmp_path, monkeypatch, words, part):
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_a_frame_that_breaks_half_way_leaves_no_video(run, folder, tmp_path, monkeypatch):
-    """The header of the frame is good, its pixels are not."""
+def test_broken_frame_leaves_no_video(run, folder, tmp_path):
+    # The header stays valid; only pixel data is overwritten.
     data = (folder / "5.png").read_bytes()
-    place = data.index(b"IDAT") + 20
-    (folder / "5.png").write_bytes(data[:place] + b"\0" * 40 + data[place + 40 :])
+    start = data.index(b"IDAT") + 20
+    (folder / "5.png").write_bytes(data[:start] + b"\0" * 40 + data[start + 40 :])
     status, _, err = run("--input_path", folder, "--output_path", tmp_path / "out.mp4")
     assert status == 2
     assert f"error: {folder}/5.png cannot be" in err

@@ -1,10 +1,10 @@
-"""How well attention maps find objects: their masks' Jaccard index (Caron et al. 2021, figure 4).
+"""Jaccard index of attention masks against annotated objects (Caron et al. 2021, figure 4).
 
-Each head's map is thresholded to keep a share of its mass (.6 in the paper); the mask is compared
-with the foreground, whichever classes it has, on the pixels that the network saw; the best head of
-each image counts, and images are averaged. The paper sets it beside random weights.
+Each head's map is thresholded to keep a share of its mass (0.6 in the paper). The mask is compared
+with the foreground of any class, on the pixels that the network saw. The score is the best head of
+each image, averaged over images, for trained and for random weights.
 
-Legend: N images, B of a batch, H heads, h x w patches.
+Shapes: N images, B per batch, H heads, h x w patches.
 """
 
 from __future__ import annotations
@@ -25,37 +25,35 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from fastdino.data.image_files import EXTENSIONS, NUMBERS, explained_reading, quiet_pillow, read_rgb
+from fastdino.data.image_files import EXTENSIONS, quiet_pillow, read_rgb
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.attention_maps import (
-    LACKS,
+    NO_CLS_ATTENTION,
     attention_maps,
-    fit,
-    jaccard,
+    fit_to_patches,
     keep_mass,
     pretrained_side,
     to_pixels,
 )
-from fastdino.evals.options import (
-    load_vit,
-    settings_of,
-)
-from fastdino.evals.transforms import (
-    to_input,
-)
+from fastdino.evals.masks import palette_colours, read_mask_pixels
+from fastdino.evals.options import load_vit, settings_of
+from fastdino.evals.segmentation_metrics import jaccard
+from fastdino.evals.transforms import to_input
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
 THRESHOLD = 0.6
 BACKGROUND, FOREGROUND, VOID = 0, 1, 2
-# PASCAL VOC: the index of pixels that do not count, and its colour where a mask is saved as RGB.
-VOC_VOID, VOC_VOID_COLOUR = 255, (224, 224, 192)
+VOC_VOID = 255  # palette index of PASCAL VOC's void pixels
 
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """Images and their masks, by number. void: the value of a mask's pixels that do not count."""
+    """Images and their masks, by index.
+
+    void: value of the mask pixels that do not count; None if all count.
+    """
 
     layout: str
     images: list[Path]
@@ -64,34 +62,34 @@ class MaskedImages:
 
 
 def find_masked(root: Path, split: str) -> MaskedImages:
-    """The images of a split that have masks, in PASCAL VOC's layout or in that of the shapes set.
+    """List the images and masks of a split, in the layout of PASCAL VOC or `fastdino shapes`.
 
-    Raises: DataError: neither layout, no such split, an image without its mask or the reverse.
+    Raises: DataError: unknown layout or split, or an image or mask is missing.
     """
     if (root / "JPEGImages").is_dir():
-        found = _find_voc(root, split)
+        masked = _find_voc(root, split)
     elif (root / "masks" / split).is_dir():
-        found = _find_folders(root, split)
+        masked = _find_class_folders(root, split)
     else:
         raise DataError(
-            f"--data_path {root} has neither JPEGImages/ (PASCAL VOC's layout) nor masks/{split}/ "
-            "(that of `fastdino shapes`); expected one of them, e.g. VOCdevkit/VOC2012"
+            f"--data_path {root} has neither JPEGImages/ (PASCAL VOC) nor masks/{split}/ "
+            "(`fastdino shapes`): pass a folder with one of them, e.g. VOCdevkit/VOC2012"
         )
-    for path in (*found.images, *found.masks):
+    for path in (*masked.images, *masked.masks):
         if not path.is_file():
-            raise DataError(f"{path} is missing: each image of the split needs its mask")
-    return found
+            raise DataError(f"{path} is missing: each image of the split needs a mask")
+    return masked
 
 
 def _find_voc(root: Path, split: str) -> MaskedImages:
-    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     try:
-        names = listed.read_text().split()
+        names = listing.read_text().split()
     except OSError as error:
-        raise DataError(f"{listed} cannot be read: {error.strerror}") from error
+        raise DataError(f"{listing} cannot be read: {error.strerror}") from error
     if not names:
-        raise DataError(f"{listed} names no image")
-    # The two differ in which object a pixel belongs to, not in where objects are.
+        raise DataError(f"{listing} lists no image")
+    # Both folders have the same foreground; only the objects are numbered differently.
     folders = [root / "SegmentationClass", root / "SegmentationObject"]
     masks = next((folder for folder in folders if folder.is_dir()), None)
     if masks is None:
@@ -104,8 +102,8 @@ def _find_voc(root: Path, split: str) -> MaskedImages:
     )
 
 
-def _find_folders(root: Path, split: str) -> MaskedImages:
-    """<split>/<class>/*, with masks/<split>/<class>/*.png."""
+def _find_class_folders(root: Path, split: str) -> MaskedImages:
+    """List <split>/<class>/* with masks/<split>/<class>/*.png."""
     folder = root / split
     images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not images:
@@ -115,63 +113,59 @@ def _find_folders(root: Path, split: str) -> MaskedImages:
     return MaskedImages("class folders", images, masks, None)
 
 
-def read_mask(path: Path, void: int | None) -> NDArray[np.uint8]:
-    """A mask as BACKGROUND, FOREGROUND, VOID, [height, width].
+def read_labels(path: Path, void: int | None) -> NDArray[np.uint8]:
+    """Read a mask [height, width] as BACKGROUND, FOREGROUND and VOID.
 
-    A mask with a palette has its indices read, a gray one its values; one that was saved in
-    colours is foreground where it is not black.
+    Palette indices and grey values other than 0 are foreground. In a mask saved as colours, all
+    but black is foreground, and the colour of VOC_VOID has its value.
 
-    Raises: DataError: it cannot be read.
+    Raises: DataError: the file cannot be read.
     """
-    with quiet_pillow(), explained_reading(path), Image.open(path) as image:
-        if image.mode in NUMBERS:
-            values = np.asarray(image)
-            unknown = values == void if void is not None else np.zeros(values.shape, bool)
-            inside = values > 0
-        else:
-            colours = np.asarray(image.convert("RGB"))
-            inside = colours.max(axis=2) > 0
-            colour = (-1, -1, -1) if void is None else VOC_VOID_COLOUR
-            unknown = (colours == np.array(colour)).all(axis=2)
-    return np.where(unknown, VOID, np.where(inside, FOREGROUND, BACKGROUND)).astype(np.uint8)
+    pixels = read_mask_pixels(path)
+    if pixels.ndim == 3:
+        is_void = (pixels == palette_colours()[VOC_VOID]).all(axis=2)
+        pixels = np.where(is_void, VOC_VOID, pixels.any(axis=2))
+    labels = np.where(pixels > 0, FOREGROUND, BACKGROUND).astype(np.uint8)
+    if void is not None:
+        labels[pixels == void] = VOID
+    return labels
 
 
-# A network's input [3, height, width], and its mask's labels [height, width].
+# A network's input [3, height, width] and its labels [height, width].
 _Pair = tuple[Tensor, Tensor]
 
 
 class _Pairs(Dataset["_Pair | DataError"]):
-    """Pairs, or the error: a worker that raised it would wrap its message in a traceback."""
+    """Inputs with labels. Errors are returned, because DataLoader workers would wrap them."""
 
-    def __init__(self, found: MaskedImages, size: list[int], patch_size: int):
-        self.found, self.size, self.patch_size = found, size, patch_size
+    def __init__(self, masked: MaskedImages, size: list[int], patch_size: int):
+        self.masked, self.size, self.patch_size = masked, size, patch_size
 
     def __len__(self) -> int:
-        return len(self.found.images)
+        return len(self.masked.images)
 
     def __getitem__(self, index: int) -> _Pair | DataError:
         try:
-            return self.pair(index)
+            return self._read(self.masked.images[index], self.masked.masks[index])
         except DataError as error:
             return error
 
-    def pair(self, index: int) -> _Pair:
-        path = self.found.images[index]
+    def _read(self, image_path: Path, mask_path: Path) -> _Pair:
         with quiet_pillow():
-            picture = read_rgb(path)
-        mask = Image.fromarray(read_mask(self.found.masks[index], self.found.void))
-        if mask.size != picture.size:
+            image = read_rgb(image_path)
+        labels = Image.fromarray(read_labels(mask_path, self.masked.void))
+        if labels.size != image.size:
             raise DataError(
-                f"{self.found.masks[index]} is {mask.height} x {mask.width} px, "
-                f"its image {picture.height} x {picture.width}"
+                f"{mask_path} is {labels.height} x {labels.width} px, but its image is "
+                f"{image.height} x {image.width} px: expected one size"
             )
-        picture = fit(picture, self.size, self.patch_size)
-        mask = fit(mask, self.size, self.patch_size, InterpolationMode.NEAREST)
-        return to_input(picture), torch.from_numpy(np.array(mask))
+        image = fit_to_patches(image, self.size, self.patch_size)
+        labels = fit_to_patches(labels, self.size, self.patch_size, InterpolationMode.NEAREST)
+        return to_input(image), torch.from_numpy(np.array(labels))
 
 
 def _batches(pairs: _Pairs, batch_size: int, workers: int) -> Iterator[list[_Pair]]:
-    """The pairs in order, those of a batch of one size; raises the first error."""
+    """Load batches of pairs of one size, in order; raise the first error."""
     loader = DataLoader(
         pairs,
         batch_size=batch_size if len(pairs.size) == 2 else 1,
@@ -188,28 +182,28 @@ def _batches(pairs: _Pairs, batch_size: int, workers: int) -> Iterator[list[_Pai
 def head_scores(
     model: VisionTransformer, images: Tensor, labels: Tensor, threshold: float
 ) -> Tensor:
-    """The Jaccard index of each head's mask, [B, H] float64 on the CPU.
+    """Compute the Jaccard index of each head's mask, [B, H] float64 on the CPU.
 
     Args:
-        model: in eval mode, where the images are.
-        images: [B, 3, height, width], of whole patches.
-        labels: [B, height, width], BACKGROUND, FOREGROUND, VOID.
-        threshold: the share of a map's mass that its mask keeps.
+        model: in eval mode, on the device of the images.
+        images: [B, 3, height, width], whole patches.
+        labels: [B, height, width] of BACKGROUND, FOREGROUND and VOID.
+        threshold: share of a map's mass that its mask keeps.
 
-    Returns: NaN in the row of an image without foreground.
+    Returns: NaN rows for images without foreground.
     """
     masks = to_pixels(keep_mass(attention_maps(model, images), threshold), model.patch_size)
-    rows = []
-    for mask, label in zip(masks, labels.to(images.device), strict=True):
-        truth = label == FOREGROUND
-        scores = jaccard(mask, truth, label != VOID)
-        rows.append(scores if bool(truth.any()) else torch.full_like(scores, torch.nan))
-    return torch.stack(rows).cpu()
+    labels = labels[:, None].to(images.device)
+    truth = labels == FOREGROUND
+    scores = jaccard(masks, truth, labels != VOID)
+    return scores.masked_fill(~truth.any(-1).any(-1), torch.nan).cpu()
 
 
 def summary(scores: Tensor) -> dict[str, Any]:
-    """In percent, of [N, H] without NaN: best_head, the mean over images of each one's best head;
-    heads, each head's mean; fixed_head, the best of these.
+    """Summarise scores [N, H] without NaN, in percent.
+
+    Returns: best_head, the mean over images of each image's best head; heads, the mean of each
+        head; fixed_head, the head with the best mean.
     """
     heads = 100 * scores.mean(0)
     return {
@@ -220,14 +214,14 @@ def summary(scores: Tensor) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The Jaccard indices of `fastdino attention --data_path`, as jaccard.json has them."""
-    found = find_masked(Path(args.data_path), args.split)
+    """Compute the contents of jaccard.json for `fastdino attention --data_path`."""
+    masked = find_masked(Path(args.data_path), args.split)
     threshold = THRESHOLD if args.threshold is None else args.threshold
-    model, arch = load_vit(args, device, reason=LACKS)
+    model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
     models = {"trained" if args.pretrained_weights else "untrained": model}
     if args.baseline and args.pretrained_weights:
         models["untrained"] = _untrained_like(model, arch, args.seed, device)
-    pairs = _Pairs(found, args.image_size, model.patch_size)
+    pairs = _Pairs(masked, args.image_size, model.patch_size)
     parts: dict[str, list[Tensor]] = {name: [] for name in models}
     with tqdm(total=len(pairs), unit="image", disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(pairs, args.batch_size_per_gpu, args.num_workers):
@@ -240,13 +234,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     empty = next(iter(scores.values())).isnan().any(1)
     if bool(empty.all()):
         raise DataError(f"none of the {len(pairs)} masks of {args.data_path} has any foreground")
-    names = [path.relative_to(args.data_path).as_posix() for path in found.images]
+    names = [path.relative_to(args.data_path).as_posix() for path in masked.images]
     return {
         "settings": settings_of(args, model, "data_path", "split", "image_size")
         | {"threshold": threshold, "arch": arch, "patch_size": model.patch_size},
-        "layout": found.layout,
+        "layout": masked.layout,
         "images": int((~empty).sum()),
-        "without_foreground": [name for name, gone in zip(names, empty, strict=True) if gone],
+        "without_foreground": [name for name, skip in zip(names, empty, strict=True) if skip],
         **{name: summary(rows[~empty]) for name, rows in scores.items()},
         "per_image": {
             names[i]: {name: (100 * rows[i]).tolist() for name, rows in scores.items()}
@@ -260,6 +254,6 @@ def _untrained_like(
 ) -> VisionTransformer:
     torch.manual_seed(seed)
     side = pretrained_side(model)
-    fresh, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
-    assert isinstance(fresh, VisionTransformer)
-    return fresh.eval().to(device)
+    untrained, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
+    assert isinstance(untrained, VisionTransformer)
+    return untrained.eval().to(device)

@@ -1,12 +1,12 @@
-"""DAVIS on disk: which sequences there are, their frames, and masks in and out.
+"""DAVIS on disk: its sequences and frames, and reading and writing masks.
 
     JPEGImages/480p/<sequence>/00000.jpg    frames
-    Annotations/480p/<sequence>/00000.png   masks, by the frames' names
-    ImageSets/2017/val.txt                  DAVIS 2017: a sequence's name a line
-    ImageSets/480p/val.txt                  DAVIS 2016: a frame's and a mask's path a line
+    Annotations/480p/<sequence>/00000.png   masks, named as the frames
+    ImageSets/2017/val.txt                  DAVIS 2017: one sequence name per line
+    ImageSets/480p/val.txt                  DAVIS 2016: paths of a frame and its mask per line
 
-DAVIS 2017's masks hold an object's number in each pixel (0 background, 255 void, which counts as
-background); DAVIS 2016's know one object: what is not 0.
+A mask of DAVIS 2017 has an object number per pixel (0 is background; 255 is void and counts as
+background). A mask of DAVIS 2016 has one object: all pixels other than 0.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from fastdino.data.datasets.davis_frames import RESOLUTION, sequence_names
-from fastdino.data.image_files import NUMBERS, Header, explained_reading, read_header, read_rgb
-from fastdino.data.shapes import davis_palette
+from fastdino.data.image_files import read_rgb
 from fastdino.errors import DataError
+from fastdino.evals.frames import common_size, frame_files
+from fastdino.evals.masks import palette_colours, read_mask_pixels
 
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 VOID = 255
 LISTS = {
     "2017": ("ImageSets/2017",),
@@ -34,13 +35,13 @@ LISTS = {
 
 @dataclass(frozen=True)
 class Sequence:
-    """A video: its frames in order, and the annotations there are of them.
+    """A video: its frames in order, and their masks.
 
     Attributes:
         frames: at least 3 files of one size.
-        annotations: of the first frame alone (nothing is scored), or one a frame.
+        annotations: of the first frame only (then the sequence is not scored), or of every frame.
         size: (height, width) of frames and annotations, in pixels.
-        binary: masks know one object, DAVIS 2016.
+        binary: masks of one object, as in DAVIS 2016.
     """
 
     name: str
@@ -55,33 +56,31 @@ class Sequence:
 
 
 def find_sequences(root: Path, *, split: str = "val", year: str = "auto") -> list[Sequence]:
-    """The sequences of a split, in the order of its list, every file's header looked at.
+    """List the sequences of a split in the order of its list, after reading all image headers.
 
     Args:
-        year: "2016", "2017", or "auto": 2017 where it has a list of this split.
+        year: "2016", "2017", or "auto" for 2017 if it has a list of this split.
 
-    Raises: DataError: no list, an empty one, frames or annotations that are missing, unreadable, or
-        not of one size.
+    Raises: DataError: a list, frame or annotation is missing, empty or unreadable, or sizes differ.
     """
     years = ("2017", "2016") if year == "auto" else (year,)
-    lists = [(root / folder / f"{split}.txt", one) for one in years for folder in LISTS[one]]
-    for path, found in lists:
+    lists = [(root / folder / f"{split}.txt", y == "2016") for y in years for folder in LISTS[y]]
+    for path, binary in lists:
         if path.is_file():
-            names = sequence_names(path)
-            return [_sequence(root, name, binary=found == "2016") for name in names]
-    tried = ", ".join(str(path) for path, _ in lists)
-    raise DataError(f"no list of DAVIS sequences: expected one of {tried}")
+            return [_sequence(root, name, binary=binary) for name in sequence_names(path)]
+    candidates = ", ".join(str(path) for path, _ in lists)
+    raise DataError(f"no list of DAVIS sequences: expected one of {candidates}")
 
 
 def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
     folder = root / "JPEGImages" / RESOLUTION / name
     if not folder.is_dir():
-        raise DataError(f"sequence {name}: there is no folder {folder}")
-    frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
+        raise DataError(f"sequence {name}: folder {folder} is missing")
+    frames = frame_files(folder)
     if len(frames) < 3:
         raise DataError(
-            f"sequence {name}: {folder} has {len(frames)} frames; it takes 3, as the first is "
-            "given and the last is not scored"
+            f"sequence {name}: {folder} has {len(frames)} frames; expected at least 3, because "
+            "the first is given and the last is not scored"
         )
     masks = [root / "Annotations" / RESOLUTION / name / f"{path.stem}.png" for path in frames]
     missing = [path for path in masks if not path.is_file()]
@@ -89,61 +88,40 @@ def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
         masks = masks[:1]
     elif missing:
         raise DataError(
-            f"sequence {name}: {len(missing)} annotations are missing, among them {missing[0]}; "
-            "expected one of the first frame alone, or one a frame"
+            f"sequence {name}: {len(missing)} annotations are missing, e.g. {missing[0]}; "
+            "expected one of the first frame only, or one of every frame"
         )
-    size = _size(frames[0])
-    for path in (*frames, *masks):
-        if _size(path) != size:
-            raise DataError(
-                f"sequence {name}: {path} is {_by(_size(path))}, {frames[0]} is {_by(size)}; "
-                "frames and annotations must be of one size"
-            )
-    return Sequence(name, tuple(frames), tuple(masks), size, binary)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    header = read_header(str(path))
-    if not isinstance(header, Header):
-        raise DataError(f"{path} {header.reason}")
-    return header.height, header.width
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]} px"
+    return Sequence(name, tuple(frames), tuple(masks), common_size([*frames, *masks]), binary)
 
 
 def read_frame(path: Path) -> Tensor:
-    """A frame [3, H, W] uint8, RGB; raises DataError where it cannot be decoded."""
+    """Read a frame as [3, H, W] uint8, RGB; raise DataError if it cannot be decoded."""
     return torch.from_numpy(np.array(read_rgb(path))).permute(2, 0, 1)
 
 
-def read_mask(path: Path, *, binary: bool) -> np.ndarray:
-    """A mask [H, W] uint8 of object numbers, 0 the background; void is background.
+def read_mask(path: Path, *, binary: bool) -> NDArray[np.uint8]:
+    """Read a mask [H, W] of object numbers, with 0 for background and void.
 
-    A palette's colours do not matter, the numbers do. A mask saved as colours is read by DAVIS's
-    palette.
+    Only the numbers of a palette image matter, not its colours. A mask saved as RGB is decoded with
+    the palette of DAVIS.
 
-    Raises: DataError: unreadable, a number above 255, or a colour that the palette does not have.
+    Raises: DataError: unreadable file, number above 255, or colour outside the palette.
     """
-    with explained_reading(path), Image.open(path) as image:
-        pixels = np.array(image if image.mode in NUMBERS else image.convert("RGB"))
+    pixels = read_mask_pixels(path)
     if binary:
         return ((pixels if pixels.ndim == 2 else pixels.max(2)) > 0).astype(np.uint8)
     if pixels.ndim == 2 and pixels.max() > VOID:
-        raise DataError(f"{path} holds {pixels.max()}; expected object numbers, or {VOID} for void")
+        raise DataError(f"{path} has {pixels.max()}; expected object numbers, or {VOID} for void")
     mask = pixels.astype(np.uint8) if pixels.ndim == 2 else _numbers_of_colours(pixels, path)
     mask[mask == VOID] = 0
     return mask
 
 
-def _numbers_of_colours(pixels: np.ndarray, path: Path) -> np.ndarray:
-    palette = np.array(davis_palette(), np.int64).reshape(256, 3)
-    wide = pixels.astype(np.int64)
-    wide[wide == 191] = 192  # some writers' shade of it
+def _numbers_of_colours(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
+    pixels = np.where(pixels == 191, 192, pixels)  # some writers round 191.25 down
     numbers = np.full(1 << 24, -1, np.int16)
-    numbers[_packed(palette)] = np.arange(256)
-    mask = numbers[_packed(wide)]
+    numbers[_packed(palette_colours())] = np.arange(256)
+    mask = numbers[_packed(pixels)]
     if (mask < 0).any():
         y, x = np.argwhere(mask < 0)[0]
         raise DataError(
@@ -153,16 +131,16 @@ def _numbers_of_colours(pixels: np.ndarray, path: Path) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
-def _packed(colours: np.ndarray) -> np.ndarray:
-    return colours @ np.array([1 << 16, 1 << 8, 1])
+def _packed(colours: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
-def write_mask(mask: np.ndarray, path: Path, *, binary: bool) -> None:
-    """Writes a mask [H, W] uint8 as the benchmarks want it.
+def write_mask(mask: NDArray[np.uint8], path: Path, *, binary: bool) -> None:
+    """Write a mask [H, W] in the benchmark's format.
 
-    For 2017 that is numbers under DAVIS's palette, for 2016 grey of 0 and 255.
+    2017: object numbers with the palette of DAVIS. 2016: grey values 0 and 255.
     """
     image = Image.fromarray(mask * np.uint8(255) if binary else mask)
     if not binary:
-        image.putpalette(davis_palette())
+        image.putpalette(palette_colours().tobytes())
     image.save(path, format="PNG")

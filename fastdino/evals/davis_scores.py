@@ -1,4 +1,4 @@
-"""What `fastdino davis` found, in figures: scores of a sequence, davis.json, the printed lines."""
+"""Scores of `fastdino davis`: J and F per sequence, davis.json, and the printed lines."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastdino.evals.davis_dataset import Sequence
 from fastdino.evals.segmentation_metrics import boundary_accuracy, region_similarity, statistics
 from fastdino.files import write_json
 
 
-def score(masks: np.ndarray, truth: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """J and F of each object of the first frame, and their means, in percent.
+def score(
+    masks: NDArray[np.uint8], truth: NDArray[np.uint8], device: torch.device
+) -> dict[str, Any]:
+    """Compute J and F of each object of the first frame, and their means, in percent.
 
-    The first frame, which is given, and the last are left out, as in the benchmark. In a frame that
-    an object has left J and F are 1 if nothing is taken for it, else 0. Objects that the first
-    frame does not have cannot be followed: they are not scored, and count as background.
+    As in the benchmark, the first frame (given) and the last are not scored. In a frame without an
+    object, J and F are 1 if the mask is empty and 0 otherwise. Objects that appear after the first
+    frame are not scored, and count as background.
 
     Args:
-        masks, truth: [T, H, W] uint8, T at least 3.
+        masks, truth: [T, H, W], T >= 3.
     """
-    found, true = (torch.from_numpy(stack[1:-1]).to(device) for stack in (masks, truth))
+    predicted, true = (torch.from_numpy(stack[1:-1]).to(device) for stack in (masks, truth))
     objects = {}
     for number in np.unique(truth[0][truth[0] > 0]).tolist():
-        pair = (found == number, true == number)
+        pair = (predicted == number, true == number)
         measures = {"J": region_similarity(*pair), "F": boundary_accuracy(*pair)}
         objects[str(number)] = {
             name: {key: 100 * value for key, value in asdict(statistics(values)).items()}
@@ -40,7 +43,7 @@ def score(masks: np.ndarray, truth: np.ndarray, device: torch.device) -> dict[st
 
 
 def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """The means of J and F, their recall and decay over objects, and J&F, the mean of both."""
+    """Average J and F with their recall and decay over objects; J&F is the mean of both."""
     means: dict[str, Any] = {
         name: {key: fmean(one[name][key] for one in scores) for key in scores[0][name]}
         for name in ("J", "F")
@@ -49,11 +52,12 @@ def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Results:
-    """davis.json, written anew after each sequence; one of the same settings is gone on with.
+    """The contents of davis.json, rewritten after each sequence; a file of equal settings is
+    continued.
 
     Attributes:
-        sequences: by name, what `score` returned and the number of frames.
-        total: means over all objects of all sequences; None before `finish`, or without scores.
+        sequences: name -> the scores of `score`, and the number of frames.
+        total: means over all objects; None before `finish`, or if nothing was scored.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -61,15 +65,15 @@ class Results:
         self.sequences: dict[str, Any] = {}
         self.total: dict[str, Any] | None = None
         try:
-            old = json.loads(path.read_text())
-            if old["settings"] == settings:
-                self.sequences = dict(old["sequences"])
-        except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+            previous = json.loads(path.read_text())
+            if previous["settings"] == settings:
+                self.sequences = dict(previous["sequences"])
+        except (OSError, ValueError, KeyError, TypeError):  # no file, or not of this command
             pass
-        self._write()  # from here on masks of other settings are none that are done
+        self._write()  # now, so that masks of other settings never count as done
 
     def has(self, sequence: Sequence) -> bool:
-        """Whether a sequence is done: it stands here, as it would be scored, with all its masks."""
+        """Return whether a sequence is done: it has all masks, and scores if it is scored."""
         entry = self.sequences.get(sequence.name)
         if entry is None or ("J&F" in entry) != sequence.is_scored:
             return False
@@ -77,12 +81,12 @@ class Results:
         return all((folder / f"{frame.stem}.png").is_file() for frame in sequence.frames)
 
     def add(self, sequence: Sequence, scores: dict[str, Any] | None) -> None:
-        """Takes in a sequence's scores, and writes."""
+        """Add the scores of a sequence, and write the file."""
         self.sequences[sequence.name] = {"frames": len(sequence.frames), **(scores or {})}
         self._write()
 
     def finish(self, sequences: list[Sequence]) -> None:
-        """Takes the means over the objects of these sequences, and writes."""
+        """Average over the objects of these sequences, and write the file."""
         entries = {sequence.name: self.sequences[sequence.name] for sequence in sequences}
         objects = [one for entry in entries.values() for one in entry.get("objects", {}).values()]
         self.sequences = entries
@@ -95,7 +99,7 @@ class Results:
 
 
 def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
-    """A sequence's line."""
+    """Format the scores of a sequence as one line."""
     if "J&F" not in entry:
         return f"{sequence.name}: {entry['frames']} frames, not scored: only the first is annotated"
     later = entry["not_scored"]
@@ -108,7 +112,7 @@ def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
 
 
 def describe_total(total: dict[str, Any] | None) -> str:
-    """The last lines: the benchmark's table, in percent."""
+    """Format the scores over all objects as the benchmark's table, in percent."""
     if total is None:
         return "no sequence could be scored"
     rows = [f"J&F-Mean {total['J&F']:.1f}"]

@@ -1,7 +1,7 @@
-"""Labels of a video's first frame carried to the others by the likeness of patch features.
+"""Label propagation: labels of a video's first frame, carried on by similar patch features.
 
-Source: Jabri et al. 2020; Caron et al. 2021, section 4.2.2, and the authors' code.
-Legend: h x w patches, D channels, C labels (0 is the background), n context frames.
+Sources: Jabri et al. 2020; Caron et al. 2021, section 4.2.2, and the authors' code.
+Shapes: h x w patches, D channels, C labels (0 is background), n context frames.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 TEMPERATURE = 0.1
-# Queries are taken in squares of so many patches: only what lies within the radius of a square is
-# compared with it, (16 + 2 * 12)^2 patches a context frame instead of all 60 x 104.
+# Queries are processed in squares of this many patches per side. Each square is compared only with
+# the patches within the radius: (16 + 2 * 12)^2 per context frame instead of all 60 x 104.
 _SQUARE = 16
 
 
@@ -30,15 +31,15 @@ def propagate_video(
     topk: int,
     temperature: float = TEMPERATURE,
 ) -> Iterator[Tensor]:
-    """The soft labels [C, h, w] of the second frame, the third, and so on.
+    """Yield the soft labels [C, h, w] of the second and each later frame.
 
-    Each frame takes its labels from the first and from up to n_last_frames before it, as they were
-    found. Only these are held in memory.
+    The context of a frame is the first frame and up to n_last_frames before it, with their
+    predicted labels. Only the context is kept in memory.
 
     Args:
-        features: [h, w, D] of every frame, the first included, in order.
-        first_labels: [C, h, w], the first frame's, one-hot; dtype and device of the features.
-        n_last_frames, radius, topk, temperature: as in `propagate`.
+        features: [h, w, D] of every frame including the first, in order.
+        first_labels: [C, h, w], one-hot, with the dtype and device of the features.
+        n_last_frames, radius, topk, temperature: see `propagate`.
     """
     frames = (F.normalize(frame, dim=-1) for frame in features)
     first = next(frames)
@@ -46,9 +47,9 @@ def propagate_video(
     for frame in frames:
         context = [(first, first_labels), *recent]
         keys, labels = (torch.stack(parts) for parts in zip(*context, strict=True))
-        found = propagate(frame, keys, labels, radius=radius, topk=topk, temperature=temperature)
-        recent.append((frame, found))
-        yield found
+        soft = propagate(frame, keys, labels, radius=radius, topk=topk, temperature=temperature)
+        recent.append((frame, soft))
+        yield soft
 
 
 def propagate(
@@ -60,13 +61,16 @@ def propagate(
     topk: int,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """Labels [C, h, w]: of each patch the mean of its nearest patches', by exp(cosine/temperature).
+    """Average the labels of each patch's nearest patches, weighted by exp(cosine / temperature).
 
     Args:
         query: [h, w, D], L2-normalised.
-        keys: [n, h, w, D], likewise; labels: [n, C, h, w], theirs.
-        radius: a patch is compared with those at most so many rows and columns away; 0: with all.
-        topk: how many, over all context frames, count. Those equal to the last of them count too.
+        keys: [n, h, w, D], L2-normalised.
+        labels: [n, C, h, w], of the keys.
+        radius: compare patches at most this many rows and columns apart; 0 for no limit.
+        topk: number of nearest patches over all context frames; ties with the last also count.
+
+    Returns: [C, h, w].
     """
     height, width, _ = query.shape
     reach = radius or max(height, width)
@@ -74,26 +78,26 @@ def propagate(
     out = labels.new_empty(labels.shape[1:])
     for top in range(0, height, _SQUARE):
         for left in range(0, width, _SQUARE):
-            here = slice(top, top + _SQUARE), slice(left, left + _SQUARE)
+            square = slice(top, top + _SQUARE), slice(left, left + _SQUARE)
             near = (
                 slice(max(0, top - reach), top + _SQUARE + reach),
                 slice(max(0, left - reach), left + _SQUARE + reach),
             )
-            row_near = (rows[here[0], None] - rows[None, near[0]]).abs() <= reach
-            column_near = (columns[here[1], None] - columns[None, near[1]]).abs() <= reach
+            row_near = (rows[square[0], None] - rows[None, near[0]]).abs() <= reach
+            column_near = (columns[square[1], None] - columns[None, near[1]]).abs() <= reach
             # [query row, query column, key row, key column] -> [queries, keys of a frame]
             allowed = row_near[:, None, :, None] & column_near[None, :, None, :]
             allowed = allowed.flatten(2).flatten(0, 1)
-            square = query[here]
-            found = _nearest_labels(
-                square.flatten(0, 1),
+            queries = query[square]
+            averages = _nearest_labels(
+                queries.flatten(0, 1),
                 keys[:, near[0], near[1]].flatten(1, 2),
                 labels[:, :, near[0], near[1]].flatten(2),
                 allowed,
                 topk=topk,
                 temperature=temperature,
             )
-            out[:, here[0], here[1]] = found.T.unflatten(1, square.shape[:2])
+            out[:, square[0], square[1]] = averages.T.unflatten(1, queries.shape[:2])
     return out
 
 
@@ -106,33 +110,39 @@ def _nearest_labels(
     topk: int,
     temperature: float,
 ) -> Tensor:
-    """[Q, C] for queries [Q, D], keys [n, S, D], their labels [n, C, S], pairs allowed [Q, S]."""
+    """Average the labels [n, C, S] of keys [n, S, D] for queries [Q, D]: [Q, C].
+
+    allowed: [Q, S], the pairs that are compared.
+    """
     cosine = query @ keys.flatten(0, 1).T
     cosine.masked_fill_(~allowed.repeat(1, len(keys)), -torch.inf)
     best = cosine.topk(min(topk, cosine.shape[1]), dim=1).values
-    # Relative to the nearest one's: the same shares, and no overflow at low temperatures.
+    # Subtracting the maximum keeps the ratios, and avoids overflow at low temperatures.
     weights = ((cosine - best[:, :1]) / temperature).exp_()
     weights.masked_fill_(cosine < best[:, -1:], 0)
     return (weights / weights.sum(1, keepdim=True)) @ labels.transpose(1, 2).flatten(0, 1)
 
 
-def one_hot_patches(labels: np.ndarray, classes: int, grid: tuple[int, int]) -> Tensor:
-    """[C, h, w] float32 of a mask [H, W] uint8 with labels below C: a pixel stands for a patch."""
+def one_hot_patches(mask: NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
+    """One-hot labels [C, h, w] float32 of a mask [H, W] with values below C.
+
+    A patch has the label of the nearest pixel to its centre.
+    """
     height, width = grid
-    small = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    small = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
     patches = torch.from_numpy(np.array(small)).long()
     return F.one_hot(patches, classes).permute(2, 0, 1).float()
 
 
-def hard_labels(soft: Tensor, patch_size: int, size: tuple[int, int]) -> np.ndarray:
-    """A mask [H, W] uint8 of soft labels [C, h, w], as the paper's code draws it.
+def hard_labels(soft: Tensor, patch_size: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Convert soft labels [C, h, w] to a mask [H, W] of `size`, as in the paper's code.
 
-    Bilinear to pixels; each label stretched to 0..1 over the picture, so that a faint object is not
-    lost against the background; the largest; then nearest pixels to `size`, (H, W).
+    Upsamples to pixels bilinearly, rescales each label to 0..1 over the image (so that a faint
+    object is not lost against the background), takes the argmax, then resizes to the nearest pixel.
     """
     pixels = F.interpolate(soft[None], scale_factor=float(patch_size), mode="bilinear")[0]
     low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
-    # A label equal everywhere has nothing to stretch: it is nowhere, or it is all there is.
-    stretched = torch.where(high > low, (pixels - low) / (high - low), (high > 0).to(pixels.dtype))
-    mask = Image.fromarray(stretched.argmax(0).to(torch.uint8).cpu().numpy())
+    # A constant label cannot be rescaled: it is absent if 0, and covers the image otherwise.
+    rescaled = torch.where(high > low, (pixels - low) / (high - low), (high > 0).to(pixels.dtype))
+    mask = Image.fromarray(rescaled.argmax(0).to(torch.uint8).cpu().numpy())
     return np.array(mask.resize((size[1], size[0]), Image.Resampling.NEAREST))

@@ -1,8 +1,8 @@
-"""How well masks follow an object: region similarity J and boundary accuracy F of DAVIS.
+"""Segmentation metrics: the Jaccard index, and J (region) and F (boundary) of DAVIS.
 
-Source: Perazzi et al. 2016, section 5; Pont-Tuset et al. 2017, and the benchmark's own code for
-what the papers leave open: the boundary's pixels, the disk, empty masks, the bins of the decay.
-Legend: T frames of H x W pixels.
+Sources: Perazzi et al. 2016, section 5; Pont-Tuset et al. 2017. Details that the papers leave open
+follow the benchmark's code: boundary pixels, the disk, empty masks, the bins of the decay.
+Shapes: T frames of H x W pixels.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A boundary pixel counts as found within this share of the image's diagonal, rounded up to pixels.
+# Boundary pixels match within this share of the image's diagonal, rounded up to whole pixels.
 BOUNDARY_TOLERANCE = 0.008
 RECALL_THRESHOLD = 0.5
-# Pixels whose boundaries are widened at once: 32 frames of 480p.
-_CHUNK_PIXELS = 1 << 24
+_CHUNK_PIXELS = 1 << 24  # pixels per dilation, about 40 frames of 480p
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one measure over an object's frames.
+    """Mean, recall and decay of one measure over an object's frames.
 
-    The mean, the share of frames above .5, by how much the last quarter is worse than the first.
+    recall: share of frames above 0.5. decay: mean of the first quarter minus mean of the last.
     """
 
     mean: float
@@ -35,7 +34,7 @@ class Statistics:
 
 
 def statistics(values: Tensor) -> Statistics:
-    """Mean, recall and decay of J or F [T], T at least 1; neighbouring quarters share a frame."""
+    """Summarise J or F [T], T >= 1. Neighbouring quarters share a frame."""
     scores = values.double().cpu().numpy()
     # The benchmark counts frames from 1; the 1e-10 makes halves round up.
     edges = np.round(np.linspace(1, len(scores), 5) + 1e-10).astype(int) - 1
@@ -47,15 +46,28 @@ def statistics(values: Tensor) -> Statistics:
     )
 
 
-def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
-    """J, intersection over union [T] float64, of masks [T, H, W] bool; 1 where both are empty.
+def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Intersection over union of masks with the truth.
 
-    Raises: ValueError: masks that are not two equal stacks of booleans.
+    Args:
+        masks, truth: bool [..., H, W], broadcast against each other.
+        valid: bool [..., H, W], the pixels that count; None for all.
+
+    Returns: float64 [...], from 0 to 1; NaN where the union is empty.
+    """
+    both, either = masks & truth, masks | truth
+    if valid is not None:
+        both, either = both & valid, either & valid
+    return both.sum((-2, -1)).double() / either.sum((-2, -1))
+
+
+def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
+    """J, the Jaccard index [T] float64 of masks [T, H, W] bool; 1 where both are empty.
+
+    Raises: ValueError: the masks are not two boolean stacks of one shape.
     """
     _check_masks(masks, truth)
-    intersection = (masks & truth).sum((1, 2)).double()
-    union = (masks | truth).sum((1, 2)).double()
-    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+    return jaccard(masks, truth).nan_to_num(1.0)
 
 
 def boundary_accuracy(
@@ -63,34 +75,34 @@ def boundary_accuracy(
 ) -> Tensor:
     """F = 2 P R / (P + R) [T] float64 of the boundaries of masks [T, H, W] bool.
 
-    P is the share of the masks' boundary pixels within reach of a true one, R of the true ones
-    within reach of one of the masks'. Without any boundary pixel a share is 1: F is 1 where neither
-    mask has a boundary, and 0 where one has.
+    P is the share of the masks' boundary pixels within the tolerance of a true boundary pixel, and
+    R the reverse. The share of no pixels is 1, so F is 1 if neither mask has a boundary and 0 if
+    only one has.
 
     Args:
-        masks, truth: one device.
-        tolerance: the reach, a share of the diagonal.
+        masks, truth: on one device.
+        tolerance: as a share of the diagonal.
 
-    Raises: ValueError: masks that are not two equal stacks of booleans.
+    Raises: ValueError: the masks are not two boolean stacks of one shape.
     """
     _check_masks(masks, truth)
     height, width = masks.shape[1:]
     disk = _disk(math.ceil(tolerance * math.hypot(height, width)), masks.device)
     frames = max(1, _CHUNK_PIXELS // (height * width))
     scores = []
-    for found, true in zip(masks.split(frames), truth.split(frames), strict=True):
-        found, true = boundary(found), boundary(true)
-        precision = _share_within(found, _dilate(true, disk))
-        recall = _share_within(true, _dilate(found, disk))
+    for chunk, true_chunk in zip(masks.split(frames), truth.split(frames), strict=True):
+        predicted, true = boundary(chunk), boundary(true_chunk)
+        precision = _share_within(predicted, _dilate(true, disk))
+        recall = _share_within(true, _dilate(predicted, disk))
         both = precision + recall
         scores.append(torch.where(both > 0, 2 * precision * recall / both.clamp(min=1e-300), 0.0))
     return torch.cat(scores)
 
 
 def boundary(masks: Tensor) -> Tensor:
-    """Pixels [T, H, W] that differ from the one to the right, below, or both; masks are bool.
+    """Mark pixels of bool masks [T, H, W] that differ from the one to the right, below, or both.
 
-    Beyond the picture's edge the mask goes on as it ends: the edge is no boundary.
+    Masks are extended past the edge of the image, so the edge itself is no boundary.
     """
     right = torch.cat((masks[..., 1:], masks[..., -1:]), -1)
     below = torch.cat((masks[..., 1:, :], masks[..., -1:, :]), -2)
@@ -104,10 +116,10 @@ def _disk(radius: int, device: torch.device) -> Tensor:
 
 
 def _dilate(masks: Tensor, disk: Tensor) -> Tensor:
-    """Pixels [T, H, W] that a disk [2r + 1, 2r + 1] around any pixel of the masks reaches."""
+    """Dilate masks [T, H, W] with a disk [2r + 1, 2r + 1]."""
     height = masks.shape[1]
     out = torch.zeros_like(masks)
-    # Row by row of the disk, each a segment of some half-width: a running maximum along x.
+    # Each row of the disk is a segment: dilate along x by its half-width, then shift along y.
     for half, offsets in _rows_by_width(disk).items():
         wide = F.max_pool2d(masks[:, None].float(), (1, 2 * half + 1), 1, (0, half))[:, 0] > 0
         for y in offsets:
@@ -120,21 +132,21 @@ def _dilate(masks: Tensor, disk: Tensor) -> Tensor:
 
 
 def _rows_by_width(disk: Tensor) -> dict[int, list[int]]:
-    """Half-width in pixels -> the rows of a disk that have it, counted from its middle."""
+    """Map each half-width in pixels to the disk's rows of that width, counted from its middle."""
     rows: dict[int, list[int]] = {}
     for row, pixels in enumerate(disk.sum(1).tolist()):
         rows.setdefault(pixels // 2, []).append(row - disk.shape[0] // 2)
     return rows
 
 
-def _share_within(boundaries: Tensor, reach: Tensor) -> Tensor:
+def _share_within(boundaries: Tensor, region: Tensor) -> Tensor:
     count = boundaries.sum((1, 2)).double()
-    return torch.where(count > 0, (boundaries & reach).sum((1, 2)) / count.clamp(min=1), 1.0)
+    return torch.where(count > 0, (boundaries & region).sum((1, 2)) / count.clamp(min=1), 1.0)
 
 
 def _check_masks(masks: Tensor, truth: Tensor) -> None:
     if masks.ndim != 3 or masks.shape != truth.shape or {masks.dtype, truth.dtype} != {torch.bool}:
         raise ValueError(
-            "expected two stacks [T, H, W] of booleans of one shape, got "
+            "expected two boolean stacks [T, H, W] of one shape, got "
             f"{tuple(masks.shape)} {masks.dtype} and {tuple(truth.shape)} {truth.dtype}"
         )

@@ -1,10 +1,10 @@
-"""`fastdino video`: what CLS attends to in each frame of a video, as a video.
+"""`fastdino video`: the CLS attention of each frame of a video, as a video.
 
-Frames come one at a time and go into the file as they are drawn: of a video of any length a batch
-is held. Beside the video lies a JSON file of its name.
+Frames are decoded, drawn and encoded batch by batch, so videos of any length fit in memory. A JSON
+file of the same name has the settings and statistics.
 
-Unlike the paper's tool it writes no pictures of frames and maps, and resizes a frame as a picture,
-so that what is seen is what the network saw (there a tensor is resized, without rounding).
+Unlike the paper's video_generation.py, it writes no image files, and resizes frames as 8-bit
+pictures, so that the video shows the network's input (there a float tensor is resized).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +33,39 @@ from fastdino.evals.attention_figures import (
 )
 from fastdino.evals.attention_jaccard import THRESHOLD
 from fastdino.evals.attention_maps import (
-    LACKS,
+    NO_CLS_ATTENTION,
     attention_maps,
     check_size,
     check_threshold,
-    fit,
+    fit_to_patches,
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.options import (
-    add_network_flags,
-    load_vit,
-    settings_of,
-)
-from fastdino.evals.transforms import (
-    to_input,
-)
+from fastdino.evals.frames import batches
+from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
+from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
 from fastdino.files import explain_write_errors, write_json
-from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
 
-# What a frame of the video shows, side by side in the order of --show.
-VIEWS = ("frame", "mean", "overlay", "mask", "heads")
-SHOWN = ("frame", "mean", "mask")
-# Of head_statistics, what the JSON file has the means of over all frames.
+PANELS = ("frame", "mean", "overlay", "mask", "heads")  # values of --show
+DEFAULT_PANELS = ("frame", "mean", "mask")
+# The statistics of head_statistics that are averaged over frames.
 AVERAGED = ("patch_mass", "entropy", "peak_share", "kept_patches")
-# What has no part in --video_only.
-OF_MAPS = ("pretrained_weights", "arch", "patch_size", "resize", "threshold", "show")
+# The flags that --video_only does not accept.
+NETWORK_FLAGS = ("pretrained_weights", "arch", "patch_size", "resize", "threshold", "show")
 
 
 def draw_frame(
-    picture: Image.Image, maps: Tensor, views: Iterable[str], threshold: float
+    picture: Image.Image, maps: Tensor, panels: Iterable[str], threshold: float
 ) -> Pixels:
-    """The views of one frame side by side, each of its size.
+    """Draw the panels of one frame side by side.
 
     Args:
-        picture: as the network saw it.
+        picture: the network's input.
         maps: [H, h, w] of attention_maps, on the CPU.
-        views: some of VIEWS.
-        threshold: the share of the mean map's mass that the mask keeps.
+        panels: a selection of PANELS.
+        threshold: share of the mean map's mass that the mask keeps.
     """
     pixels = np.asarray(picture)
     size, mean = pixels.shape[:2], maps.mean(0)
@@ -83,122 +76,101 @@ def draw_frame(
         "mask": lambda: mask_picture(pixels, keep_mass(mean, threshold)),
         "heads": lambda: heads_picture(maps, size),
     }
-    return np.concatenate([draw[view]() for view in views], axis=1)
+    return np.concatenate([draw[panel]() for panel in panels], axis=1)
 
 
-def draw_video(
-    frames: Frames,
-    model: VisionTransformer,
-    path: Path,
-    *,
-    fps: float,
-    resize: list[int] | None,
-    views: list[str],
-    threshold: float,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Writes the video; returns what is known of it: see the JSON file.
+class AttentionVideo:
+    """The drawn frames of a video, with each head's statistics averaged over frames.
+
+    Raises: DataError: the frames are smaller than a patch. ConfigError, CheckpointError: see
+        load_vit.
+    """
+
+    def __init__(self, frames: Frames, args: argparse.Namespace):
+        self.device = choose_device(args.device)
+        self.model, self.arch = load_vit(args, self.device, reason=NO_CLS_ATTENTION)
+        self.frames, self.args = frames, args
+        self.panels = list(args.show or DEFAULT_PANELS)
+        self.threshold = THRESHOLD if args.threshold is None else args.threshold
+        self.totals = np.zeros(1)  # [H, len(AVERAGED)] after the first frame
+        # Fit an empty picture to check the size before a file is created.
+        self.size = self._fit(Image.new("RGB", frames.size[::-1])).size[::-1]
+
+    def _fit(self, frame: Image.Image) -> Image.Image:
+        return fit_to_patches(frame, self.args.resize, self.model.patch_size)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        for batch in batches(self.frames, self.args.batch_size_per_gpu):
+            pictures = [self._fit(frame) for frame in batch]
+            images = torch.stack([to_input(picture) for picture in pictures])
+            batch_maps = attention_maps(self.model, images.to(self.device)).cpu()
+            for picture, maps in zip(pictures, batch_maps, strict=True):
+                heads = head_statistics(maps, self.threshold)
+                self.totals = self.totals + [[head[name] for name in AVERAGED] for head in heads]
+                yield draw_frame(picture, maps, self.panels, self.threshold)
+
+    def record(self, count: int) -> dict[str, Any]:
+        """Return the entries of the JSON file that depend on the network, after `count` frames."""
+        patch_size = self.model.patch_size
+        return {
+            "settings": settings_of(self.args, self.model, "input_path", "resize")
+            | {"arch": self.arch, "patch_size": patch_size}
+            | {"threshold": self.threshold, "show": self.panels},
+            "frames_announced": self.frames.count,
+            "size": list(self.size),
+            "grid": [side // patch_size for side in self.size],
+            "heads": [
+                {"head": head} | dict(zip(AVERAGED, row, strict=True))
+                for head, row in enumerate((self.totals / count).tolist())
+            ],
+        }
+
+
+def write_video(drawings: Iterable[Pixels], path: Path, *, fps: float, total: int | None) -> int:
+    """Encode pictures as a video; return their number.
 
     Args:
-        frames: of open_frames.
-        model: in eval mode, on the device.
-        path: ends in one of FORMATS.
-        fps: frames a second of what is written.
-        resize: height and width, or the shorter side, in pixels; None: as they are.
-        views, threshold: see draw_frame.
-        batch_size: frames in a forward pass, and in memory.
+        total: the expected number, for the progress bar.
 
-    Raises: DataError: a frame cannot be decoded, or is smaller than a patch.
+    Raises: CheckpointError: the file cannot be written.
     """
-    # Before a file is made: whether the frames can be cut to patches at all.
-    sample = fit(Image.new("RGB", frames.size[::-1]), resize, model.patch_size)
-    count, totals = 0, np.zeros(1)
-    bar = tqdm(total=frames.count, unit="frame", disable=not sys.stderr.isatty())
-    with bar, video_writer(path, fps) as write:
-        for batch in _batches(frames, batch_size):
-            pictures = [fit(frame, resize, model.patch_size) for frame in batch]
-            images = torch.stack([to_input(picture) for picture in pictures])
-            for picture, maps in zip(
-                pictures, attention_maps(model, images.to(device)).cpu(), strict=True
-            ):
-                write(draw_frame(picture, maps, views, threshold))
-                found = head_statistics(maps, threshold)
-                totals = totals + np.array([[head[name] for name in AVERAGED] for head in found])
-                count += 1
-            bar.update(len(batch))
-    if not count:
-        raise DataError(f"{frames.path} holds no frame")
-    return {
-        "frames": count,
-        "frames_announced": frames.count,
-        "fps": fps,
-        "size": [sample.height, sample.width],
-        "grid": [sample.height // model.patch_size, sample.width // model.patch_size],
-        "heads": [
-            {"head": head} | dict(zip(AVERAGED, row, strict=True))
-            for head, row in enumerate((totals / count).tolist())
-        ],
-    }
-
-
-def _batches(frames: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    batch: list[Image.Image] = []
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def join_pictures(frames: Frames, path: Path, *, fps: float) -> dict[str, Any]:
-    """Writes a video of a folder's pictures as they are; returns what the JSON file says of it.
-
-    Raises: DataError: a picture cannot be decoded.
-    """
-    bar = tqdm(frames, total=frames.count, unit="frame", disable=not sys.stderr.isatty())
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
     with video_writer(path, fps) as write:
-        for frame in bar:
-            write(np.asarray(frame))
-    return {"frames": frames.count, "fps": fps, "size": list(frames.size)}
+        for pixels in tqdm(drawings, total=total, unit="frame", disable=not sys.stderr.isatty()):
+            write(pixels)
+            count += 1
+    return count
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino video`: the paper's (video_generation.py), then ours."""
-    add = parser.add_argument
+    """Add the flags of `fastdino video`: the paper's (video_generation.py), then ours."""
     add_network_flags(parser, "a vit_*", default=("vit_small", 8))
-    add("--input_path", required=True, help="a video file, or a folder of frames")
-    endings = " ".join(FORMATS)
-    add("--output_path", default=".", help=f"a folder, or a file that ends in {endings} (.)")
-    add("--video_format", choices=[e[1:] for e in FORMATS], default="mp4", help="in a folder (mp4)")
-    add("--fps", type=float, help="frames a second (default: the video's own; of a folder, 30)")
-    add(
-        "--resize",
-        type=int,
-        nargs="+",
-        metavar="PX",
-        help="height and width that frames are resized to, or their shorter side alone",
-    )
-    about = f"the share of the mass that masks keep ({THRESHOLD})"
+    add = parser.add_argument
+    add("--input_path", required=True, help="video file, or folder of frames")
+    about = f"output folder, or file ending in {' '.join(FORMATS)} (default: the current folder)"
+    add("--output_path", default=".", help=about)
+    about = f"format of the video in an output folder {DEFAULT}"
+    add("--video_format", choices=[suffix[1:] for suffix in FORMATS], default="mp4", help=about)
+    about = "frames per second (default: as in the input, 30 for a folder)"
+    add("--fps", type=float, help=about)
+    about = "resize frames to this height and width, or shorter side (default: keep the size)"
+    add("--resize", type=int, nargs="+", metavar="PX", help=about)
+    about = f"share of the map's mass that masks keep (default: {THRESHOLD})"
     add("--threshold", type=float, help=about)
-    about = (
-        "make a video of the pictures in the folder --input_path as they are: no network, no maps"
-    )
+    about = "encode the images of a folder as they are, without a network"
     add("--video_only", action="store_true", help=about)
-    add(
-        "--show",
-        nargs="+",
-        choices=VIEWS,
-        help="what a frame shows, side by side; mean: the heads' mean map, which is all that the "
-        f"paper's tool shows ({' '.join(SHOWN)})",
+    about = (
+        "panels side by side; mean is the mean map over heads, which the paper's tool shows "
+        f"(default: {' '.join(DEFAULT_PANELS)})"
     )
-    add("--batch_size_per_gpu", type=int, default=4, help="frames a forward pass (4)")
+    add("--show", nargs="+", choices=PANELS, help=about)
+    add("--batch_size_per_gpu", type=int, default=4, help=f"frames per forward pass {DEFAULT}")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `fastdino video`."""
+    """Run `fastdino video`."""
     check_threshold(args.threshold)
     check_size("resize", args.resize)
     check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
@@ -208,76 +180,52 @@ def main(args: argparse.Namespace) -> int:
         check_video_only(args)
     path = output_file(args.output_path, args.video_format)
     if os.path.realpath(path) == os.path.realpath(args.input_path):
-        raise ConfigError(f"--output_path {path} is the input: name another file")
+        raise ConfigError(f"--output_path {path} is also the input: choose another file")
     frames = open_frames(args.input_path)
     fps = args.fps or frames.fps
-    make = join_pictures if args.video_only else _by_network(args)
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    found = make(frames, path, fps=fps)
-    record = {"settings": {"input_path": args.input_path}, "output_path": str(path), **found}
+    attention = None if args.video_only else AttentionVideo(frames, args)
+    drawings = map(np.asarray, frames) if attention is None else attention
+    count = write_video(drawings, path, fps=fps, total=frames.count)
+    record = {
+        "settings": {"input_path": args.input_path},
+        "output_path": str(path),
+        "frames": count,
+        "fps": fps,
+        "size": list(frames.size),
+    }
+    if attention is not None:
+        record |= attention.record(count)
     write_json(record, path.with_suffix(".json"))
-    if frames.count not in (None, found["frames"]):
+    if frames.count not in (None, count):
         print(
-            f"{args.input_path} announces {frames.count} frames, {found['frames']} were decoded",
+            f"{args.input_path}: the header announces {frames.count} frames, but {count} were "
+            "decoded",
             file=sys.stderr,
         )
-    print(f"{path}: {found['frames']} frames, {found['fps']:g} a second")
+    print(f"{path}: {count} frames, {fps:g} a second")
     return 0
 
 
-def _by_network(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
-    """What makes a video of maps by the network of the flags, called as join_pictures is."""
-    device = choose_device(args.device)
-    model, arch = load_vit(args, device, reason=LACKS)
-    views = list(args.show or SHOWN)
-    threshold = THRESHOLD if args.threshold is None else args.threshold
-
-    def make(frames: Frames, path: Path, *, fps: float) -> dict[str, Any]:
-        found = draw_video(
-            frames,
-            model,
-            path,
-            fps=fps,
-            resize=args.resize,
-            views=views,
-            threshold=threshold,
-            batch_size=args.batch_size_per_gpu,
-            device=device,
-        )
-        settings = settings_of(args, model, "input_path", "resize")
-        settings |= {"arch": arch, "patch_size": model.patch_size}
-        return {"settings": settings | {"threshold": threshold, "show": views}, **found}
-
-    return make
-
-
 def check_video_only(args: argparse.Namespace) -> None:
-    """Raises UserError where --video_only has no folder, or flags that it has no use for."""
-    given = [f"--{name}" for name in OF_MAPS if getattr(args, name) not in (None, "")]
+    """Raise an error if --video_only has a file as input, or flags of the network."""
+    given = [f"--{name}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, "")]
     if given:
-        raise ConfigError(
-            f"--video_only shows the pictures as they are, without a network: leave out "
-            f"{', '.join(given)}"
-        )
+        raise ConfigError(f"--video_only runs without a network: remove {', '.join(given)}")
     if os.path.isfile(args.input_path):
         raise DataError(
-            f"--video_only makes a video of the pictures in a folder, and --input_path "
-            f"{args.input_path} is a file: name a folder"
+            f"--video_only needs a folder of images, but --input_path {args.input_path} is a file"
         )
 
 
 def output_file(path: str, video_format: str) -> Path:
-    """The file that --output_path means: itself, or video.<format> in the folder.
+    """Return the file that --output_path means: itself, or video.<format> in the folder.
 
-    Raises: ConfigError: it looks like a file of another format.
+    Raises: ConfigError: the suffix is of an unsupported format.
     """
     suffix = Path(path).suffix.lower()
-    if os.path.isdir(path) or not suffix:
-        return Path(path) / f"video.{video_format}"
-    if suffix in FORMATS:
+    if suffix in FORMATS and not os.path.isdir(path):
         return Path(path)
-    if suffix in OTHER_FORMATS:
+    if suffix in OTHER_FORMATS and not os.path.isdir(path):
         raise ConfigError(
             f"--output_path {path}: expected a folder, or a file that ends in {' '.join(FORMATS)}"
         )
