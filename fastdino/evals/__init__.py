@@ -1,1 +1,1 @@
-"""The paper's evaluations, one file each."""
+"""Evaluation commands of the paper, one file per command, and the code that they share."""

@@ -1,85 +1,225 @@
-"""What evaluations share: the network, the two splits, the images as tensors, their features.
+"""Features of images by a frozen network, extracted in batches that the ranks share.
 
-Legend: N images, D channels.
+Shapes: B images per batch, N images, D channels.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastdino import distributed
-from fastdino.data.image_dataset import ImageDataset
+from fastdino.data.datasets.data_path import EXTENSIONS
+from fastdino.data.image_files import explained_reading, read_rgb
 from fastdino.environment import cpu_count
+from fastdino.errors import DataError
+from fastdino.evals.options import print_on_main
+from fastdino.evals.transforms import Transform
 
-UNREADABLE = -1  # the label of an image whose header was good and whose pixels are not
+Model = Callable[[Tensor], Tensor]
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """The images of a source, transformed, with their labels."""
+class Images(Protocol):
+    """Images that are read by index."""
 
-    def __init__(self, source: ImageDataset, transform: Callable[[Image.Image], Tensor]):
-        self.source, self.transform = source, transform
+    @property
+    def paths(self) -> Sequence[str | Path]: ...
+
+    def __len__(self) -> int: ...
+
+    def read_rgb(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files; `boxes`, if not empty, has for each the box to cut out, or None."""
+
+    paths: list[Path]
+    boxes: Sequence[Box | None] = ()
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> ImageFiles:
+        """List the images of a folder by name; raise DataError if it has none."""
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder}")
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+        if not paths:
+            raise DataError(f"no images in {folder}: no file name ends in {', '.join(EXTENSIONS)}")
+        return cls(paths)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image and its label; any image and UNREADABLE where it cannot be decoded."""
+    def box(self, index: int) -> Box | None:
+        """Return the box to cut out of an image, or None for the whole image."""
+        return self.boxes[index] if self.boxes else None
+
+    def read_rgb(self, index: int) -> Image.Image:
+        """Decode an image and cut out its box."""
+        image, box = read_rgb(self.paths[index]), self.box(index)
+        return image if box is None else image.crop(box)
+
+    def sizes(self, workers: int) -> list[tuple[int, ...]]:
+        """Read (width, height) of each image or box; () for an unreadable header."""
+
+        def size(index: int) -> tuple[int, ...]:
+            box = self.box(index)
+            if box is not None:
+                return box[2] - box[0], box[3] - box[1]
+            try:
+                with Image.open(self.paths[index]) as image:
+                    return image.size
+            except Exception:  # Pillow raises many types; decoding will report the file.
+                return ()
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            return list(pool.map(size, range(len(self))))
+
+
+class _Inputs(Dataset["tuple[int, Tensor | str]"]):
+    """Images with their index, as tensors [3, H, W], or the reason why one is unusable."""
+
+    def __init__(self, images: Images, transform: Transform, min_side: int):
+        self.images, self.transform, self.min_side = images, transform, min_side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        path = self.images.paths[index]
         try:
-            image = self.source.read_rgb(index)
-        except Exception:  # Pillow's plugins raise all kinds on broken files.
-            return self.transform(Image.new("RGB", (1, 1))), UNREADABLE
-        return self.transform(image), int(self.source.labels[index])
+            with explained_reading(path):
+                image = self.images.read_rgb(index)
+        except DataError as error:
+            return index, str(error)
+        tensor = self.transform(image)
+        height, width = tensor.shape[1:]
+        if min(height, width) < self.min_side:
+            return index, (
+                f"{path} is {height} x {width} px when resized; expected sides of at least "
+                f"{self.min_side} px, one patch at the smallest scale"
+            )
+        return index, tensor
 
 
-@torch.no_grad()
-def extract_features(
-    model: Callable[[Tensor], Tensor],
-    source: ImageDataset,
-    transform: Callable[[Image.Image], Tensor],
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    title: str = "",
-) -> tuple[Tensor, Tensor]:
-    """L2-normalised features [N, D] and labels [N] of all images, on the CPU, in order.
+_Batch = tuple[list[int], "Tensor | None", dict[int, str]]
 
-    Images that cannot be decoded have no row. In a run of many processes each computes a share,
-    and every one gets the whole.
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> _Batch:
+    """Return indices and tensors [B, 3, H, W] of the usable images, and the others' reasons."""
+    usable = {index: item for index, item in items if isinstance(item, Tensor)}
+    reasons = {index: item for index, item in items if isinstance(item, str)}
+    return list(usable), torch.stack(list(usable.values())) if usable else None, reasons
+
+
+def batches_by_size(sizes: Sequence[Hashable], batch_size: int) -> list[list[int]]:
+    """Group indices into batches of at most batch_size, each of images of one size."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    return [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network with the transform of its inputs and the settings of the data loading.
+
+    Attributes:
+        model: [B, 3, H, W] on `device` -> [B, D].
+        workers: data loading workers, at most.
+        min_side: an image is unusable if a side is shorter after the transform, in pixels.
     """
-    images: Dataset[tuple[Tensor, int]] = Images(source, transform)
-    share = range(distributed.rank(), len(source), distributed.world_size())
-    loader = DataLoader(
-        torch.utils.data.Subset(images, share),
-        batch_size=batch_size,
-        num_workers=min(workers, cpu_count()),
-        pin_memory=device.type == "cuda",
-    )
-    features: Tensor | None = None
-    labels = torch.zeros(len(source), dtype=torch.long)
-    done = 0
-    for batch, batch_labels in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
-        rows = share[done : done + len(batch)]
-        out = F.normalize(model(batch.to(device)).float(), dim=1).cpu()
-        if features is None:
-            features = torch.zeros(len(source), out.shape[1])
-        features[rows] = out
-        labels[rows] = batch_labels
-        done += len(batch)
-    if distributed.world_size() > 1:
-        widths = distributed.gather(0 if features is None else features.shape[1])
-        if features is None:  # more processes than images: this one had none
-            features = torch.zeros(len(source), max(widths))
-    assert features is not None
-    features, labels = distributed.total(features), distributed.total(labels)
-    good = labels != UNREADABLE
-    return features[good], labels[good]
+
+    model: Model
+    transform: Transform
+    batch_size: int
+    workers: int
+    device: torch.device
+    min_side: int = 1
+
+    @torch.no_grad()
+    def extract(
+        self, images: Images, title: str, *, sizes: Sequence[Hashable] | None = None
+    ) -> tuple[Tensor, dict[int, str]]:
+        """Return features [N, D] on the CPU, in order, and why images are unusable, by index.
+
+        Rows of unusable images are zero. Each rank computes a share of the batches; every rank
+        gets the whole.
+
+        Args:
+            title: for the progress bar and messages.
+            sizes: images with equal values have one size after the transform; None: all have.
+
+        Raises: DataError: no image is usable.
+        """
+        batches = batches_by_size(sizes or [0] * len(images), self.batch_size)
+        loader: DataLoader[_Batch] = DataLoader(
+            _Inputs(images, self.transform, self.min_side),  # type: ignore[arg-type]
+            batch_sampler=batches[distributed.rank() :: distributed.world_size()],
+            collate_fn=_collate,
+            num_workers=min(self.workers, cpu_count()),
+            pin_memory=self.device.type == "cuda",
+        )
+        features: Tensor | None = None
+        unusable: dict[int, str] = {}
+        for indices, batch, reasons in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
+            unusable |= reasons
+            if batch is None:
+                continue
+            rows = self.model(batch.to(self.device)).float().cpu()
+            if features is None:
+                features = torch.zeros(len(images), rows.shape[1])
+            features[indices] = rows
+        gathered = distributed.gather((0 if features is None else features.shape[1], unusable))
+        unusable = {index: why for _, reasons in gathered for index, why in reasons.items()}
+        width = max(width for width, _ in gathered)
+        with distributed.together():
+            if not width:
+                raise DataError(
+                    f"none of the {len(images)} images of {title} can be used: "
+                    f"{unusable[min(unusable)]}"
+                )
+        if features is None:  # this rank had no batch with a usable image
+            features = torch.zeros(len(images), width)
+        return distributed.total(features), unusable
+
+    def extract_all(
+        self, images: Images, title: str, *, sizes: Sequence[Hashable] | None = None
+    ) -> Tensor:
+        """Return features [N, D] of all images; raise DataError if an image is unusable."""
+        features, unusable = self.extract(images, title, sizes=sizes)
+        with distributed.together():
+            if unusable:
+                more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
+                raise DataError(f"{unusable[min(unusable)]}{more}")
+        return features
+
+    def extract_usable(
+        self, images: Images, title: str, *, skipped: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return features of the usable images and their indices; report how many are left out.
+
+        skipped: images that were left out before, for the report.
+        """
+        features, unusable = self.extract(images, title)
+        if unusable or skipped:
+            count = len(unusable) + skipped
+            print_on_main(f"{title}: {count} unreadable images left out", stderr=True)
+        usable = torch.from_numpy(np.setdiff1d(np.arange(len(features)), list(unusable)))
+        return features[usable], usable

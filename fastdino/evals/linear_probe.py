@@ -1,7 +1,7 @@
-"""A linear classifier on frozen features, trained as the paper trains it.
+"""A linear classifier on frozen features, trained with the paper's protocol.
 
 Source: Caron et al. 2021, section 4.1, and the authors' eval_linear.py.
-Legend: B images, D channels, C classes.
+Shapes: B images per batch, D channels, C classes.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from tqdm import tqdm
 from fastdino import checkpoint, distributed
 from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError
-from fastdino.evals.features import (
-    UNREADABLE,
-)
 from fastdino.models.vit import VisionTransformer
 
-# The paper's name of the only module that its checkpoints hold.
-PREFIX = "module.linear."
+UNREADABLE = -1  # label of an image whose header could be read but whose pixels could not
+PREFIX = "module.linear."  # parameter names in the paper's checkpoints
 
 
 class FrozenFeatures:
-    """[B, 3, H, W] -> [B, dim]: what the paper classifies; no gradient.
+    """The features [B, 3, H, W] -> [B, dim] that the paper classifies, without gradient.
 
-    Of a vit_*: the normalised CLS tokens of the last `blocks` blocks, one after the other; with
-    `avgpool` (one block) CLS and the mean patch, whose channels alternate as in the paper's code.
-    Of other networks: their output.
+    For a vit_*: the normalised CLS tokens of the last `blocks` blocks, concatenated; with `avgpool`
+    CLS and the mean patch token, with alternating channels as in the paper's code. For other
+    networks: their output.
 
-    Raises: ConfigError: more blocks than there are, or avgpool with several.
+    Raises: ConfigError: more blocks than the network has, or avgpool with several blocks.
     """
 
     def __init__(self, model: nn.Module, *, blocks: int, avgpool: bool):
@@ -50,7 +47,7 @@ class FrozenFeatures:
             )
         if avgpool and blocks > 1:
             raise ConfigError(
-                f"--avgpool_patchtokens true goes with --n_last_blocks 1, got {blocks}"
+                f"--avgpool_patchtokens true requires --n_last_blocks 1, got {blocks}"
             )
 
     @torch.no_grad()
@@ -64,17 +61,21 @@ class FrozenFeatures:
 
 
 class Probe:
-    """The classifier with its SGD and its schedule: momentum .9, no decay, lr cosine to 0 an epoch.
+    """The classifier with its optimizer and schedule.
+
+    SGD with momentum 0.9 and no weight decay; the learning rate falls to 0 by a cosine, per epoch.
 
     Args:
         dim, classes: D, C.
-        lr: at the start, as it is used: the paper's scaled by the global batch over 256.
-        epochs: the schedule's length.
-        seed: of the weights, normal of std .01; the biases are 0.
+        lr: initial learning rate, already scaled by the global batch size over 256.
+        epochs: length of the schedule.
+        seed: of the initial weights, normal with std 0.01; biases are 0.
 
     Attributes:
-        epoch: epochs done. losses: of the steps done in the one that was begun. seen: images that
-            these were of, in all processes. best_acc: best top-1 so far, percent.
+        epoch: finished epochs.
+        losses: of the finished steps in the current epoch.
+        seen: images of these steps, over all ranks.
+        best_acc: best top-1 accuracy so far, in percent.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Probe:
 
     @property
     def lr(self) -> float:
-        """The learning rate of this epoch."""
+        """The learning rate of the current epoch."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train_epoch(
@@ -107,52 +108,55 @@ class Probe:
         features: Callable[[Tensor], Tensor],
         stopped: Callable[[], bool] = lambda: False,
     ) -> float | None:
-        """One epoch, or what is left of one; returns the mean loss of its steps.
+        """Train for an epoch, or the rest of one; return the mean loss of its steps.
 
         Args:
-            batches: those of the epoch's images that were not seen yet.
-            stopped: asked after each step; where it says so, None is returned, and the epoch can be
-                gone on with.
+            batches: images of the epoch that were not seen yet, with labels.
+            stopped: called after each step; if it returns True, the epoch is left unfinished and
+                the result is None.
 
-        Raises: NonFiniteError: the loss is not finite.
+        Raises: NonFiniteError: the mean loss is not finite.
         """
         title = f"epoch {self.epoch + 1}/{self.epochs}"
         for batch, labels in tqdm(batches, desc=title, disable=not sys.stderr.isatty()):
-            labels = labels.to(self.device)
-            logits = self.linear(features(batch.to(self.device)))
-            # Over the images that could be read; a batch without any moves nothing of its own.
-            total = F.cross_entropy(logits, labels, ignore_index=UNREADABLE, reduction="sum")
-            loss = total / (labels != UNREADABLE).sum().clamp(min=1)
-            self.optimizer.zero_grad()
-            loss.backward()
-            for parameter in self.linear.parameters():
-                assert parameter.grad is not None
-                parameter.grad = distributed.mean(parameter.grad)
-            self.optimizer.step()
-            self.losses.append(loss.detach())
-            self.seen += len(labels) * distributed.world_size()
+            self._step(features(batch.to(self.device)), labels.to(self.device))
             if stopped():
                 return None
         mean = distributed.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise NonFiniteError(
-                f"the loss of epoch {self.epoch + 1} is {mean}: lower --lr, or look at the weights"
+                f"the loss of epoch {self.epoch + 1} is {mean}: lower --lr, or check the weights"
             )
         with warnings.catch_warnings():
-            # Where a run was stopped after an epoch's last step, the optimizer stepped before it.
+            # After a resume at the end of an epoch, no optimizer step precedes this one.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self.epoch += 1
         self.losses, self.seen = [], 0
         return mean
 
+    def _step(self, features: Tensor, labels: Tensor) -> None:
+        # The mean over readable images; a batch without any has a zero gradient.
+        total = F.cross_entropy(
+            self.linear(features), labels, ignore_index=UNREADABLE, reduction="sum"
+        )
+        loss = total / (labels != UNREADABLE).sum().clamp(min=1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for parameter in self.linear.parameters():
+            assert parameter.grad is not None
+            parameter.grad = distributed.mean(parameter.grad)
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+        self.seen += len(labels) * distributed.world_size()
+
     @torch.no_grad()
     def validate(
         self, batches: Iterable[tuple[Tensor, Tensor]], features: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 in percent, over all processes' images, and their number.
+        """Return loss, acc1 and acc5 (percent) over the readable images of all ranks, and images.
 
-        With fewer than five classes top-5 is top-C.
+        With fewer than five classes top-5 means top-C.
         """
         sums = torch.zeros(4, dtype=torch.float64)
         for batch, labels in tqdm(batches, desc="val", disable=not sys.stderr.isatty()):
@@ -163,16 +167,16 @@ class Probe:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack((loss, hits[:, 0].sum(), hits.sum(), good.sum())).double().cpu()
         loss_sum, top1, top5, number = distributed.total(sums).tolist()
-        number = max(number, 1)
+        divisor = max(number, 1)
         return {
-            "loss": loss_sum / number,
-            "acc1": 100 * top1 / number,
-            "acc5": 100 * top5 / number,
+            "loss": loss_sum / divisor,
+            "acc1": 100 * top1 / divisor,
+            "acc5": 100 * top5 / divisor,
             "images": number,
         }
 
     def save(self, path: Path, protocol: dict[str, Any]) -> None:
-        """Writes the paper's keys, and `protocol`: what the features depend on."""
+        """Write a checkpoint with the paper's keys, and the settings behind the features."""
         state = {
             "epoch": self.epoch,
             "state_dict": {PREFIX + k: v for k, v in self.linear.state_dict().items()},
@@ -186,27 +190,27 @@ class Probe:
         checkpoint.save(state, path)
 
     def resume(self, path: Path, protocol: dict[str, Any]) -> None:
-        """Goes on with what save, or the paper's code, wrote.
+        """Restore a checkpoint of this class or of the paper's code.
 
-        Raises: CheckpointError: it is of another head, of other features or of another schedule.
+        Raises: CheckpointError: its classifier, features or schedule differ from this probe's.
         """
-        state = self.load_head(path)
+        state = self.load_classifier(path)
         for key in ("epoch", "optimizer", "scheduler", "best_acc"):
             if key not in state:
                 raise CheckpointError(
-                    f"{path} has no {key!r}: to classify with it, --evaluate --linear_weights"
+                    f"{path} has no {key!r}, so training cannot resume from it; to classify with "
+                    "it, use --evaluate --linear_weights"
                 )
-        saved = state.get("protocol", protocol)
-        other = [
-            f"{k} {protocol[k]} (was {saved.get(k)})"
-            for k in protocol
-            if protocol[k] != saved.get(k)
+        expected = protocol | {"epochs": self.epochs}
+        saved = state.get("protocol", protocol) | {"epochs": state["scheduler"]["T_max"]}
+        differences = [
+            f"{name} {value} (was {saved.get(name)})"
+            for name, value in expected.items()
+            if value != saved.get(name)
         ]
-        if state["scheduler"]["T_max"] != self.epochs:
-            other.append(f"epochs {self.epochs} (was {state['scheduler']['T_max']})")
-        if other:
+        if differences:
             raise CheckpointError(
-                f"{path} is of another probe: {', '.join(other)}; name another --output_dir"
+                f"{path} is of another probe: {', '.join(differences)}; use another --output_dir"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -214,10 +218,10 @@ class Probe:
         self.losses = [torch.tensor(loss, device=self.device) for loss in state.get("losses", [])]
         self.seen = int(state.get("seen", 0))
 
-    def load_head(self, path: Path) -> dict[str, Any]:
-        """Takes up the classifier of a checkpoint or of the paper's linear weights; returns it all.
+    def load_classifier(self, path: Path) -> dict[str, Any]:
+        """Load the weights of a checkpoint or of the paper's linear weights; return the whole file.
 
-        Raises: CheckpointError: tensors of other shapes are named.
+        Raises: CheckpointError: tensors have other names or shapes.
         """
         state = checkpoint.load(path)
         weights = state.get("state_dict", state)
@@ -226,8 +230,8 @@ class Probe:
             check_shapes(self.linear, weights, str(path))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; --n_last_blocks, --avgpool_patchtokens, --arch and --num_labels must be "
-                "those it was trained with"
+                f"{error}; use the --n_last_blocks, --avgpool_patchtokens, --arch and --num_labels "
+                "that it was trained with"
             ) from error
         self.linear.load_state_dict(weights)
         return state

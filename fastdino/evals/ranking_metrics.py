@@ -1,9 +1,9 @@
-"""How good a ranking is: the revisited Oxford/Paris protocol, Copydays' mAP, micro-AP.
+"""Ranking metrics: the revisited Oxford/Paris protocol, mAP of Copydays, micro-AP.
 
-Sources: Radenovic et al. 2018 (revisited Oxford and Paris); Douze et al. 2009 (Copydays); the
-paper's code. All scores are in percent.
+All scores are in percent. Sources: Radenovic et al. 2018 (revisited Oxford and Paris); Douze et
+al. 2009 (Copydays); the paper's code.
 
-Legend: Q queries, N images of the database, D channels, all features L2-normalised.
+Shapes: Q queries, N database images, D channels; all features are L2-normalised.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Places = NDArray[np.int64]  # of images in the database
+Indices = NDArray[np.int64]  # of database images
 
-# Similarities held in memory at once: a chunk of queries against the whole database.
+# Similarities held in memory at a time: a chunk of queries against the whole database.
 CHUNK_ELEMENTS = 1 << 25
 PRECISION_AT = (1, 5, 10)
 DIFFICULTIES = ("easy", "medium", "hard")
-COPYDAYS_TOP = 20  # the paper's code looks for copies no further down
+COPYDAYS_TOP = 20  # the paper's code searches this many neighbours
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which images of the database show what a query shows; no image stands in two of them."""
+    """Database images that show the object of a query, in three disjoint sets."""
 
-    easy: Places
-    hard: Places
-    junk: Places
+    easy: Indices
+    hard: Indices
+    junk: Indices
 
-    def split(self, difficulty: str) -> tuple[Places, Places]:
-        """The positives of a difficulty, and what is left out of its ranking."""
+    def split(self, difficulty: str) -> tuple[Indices, Indices]:
+        """Return the positives at a difficulty, and the images ignored in its ranking."""
         if difficulty == "easy":
             return self.easy, np.concatenate((self.junk, self.hard))
         if difficulty == "medium":
@@ -42,31 +42,31 @@ class Relevance:
         return self.hard, np.concatenate((self.junk, self.easy))
 
 
-def average_precision(ranks: Places, positives: int) -> float:
-    """The area under precision over recall, by trapezoids, from 0 to 1.
+def average_precision(ranks: Indices, positives: int) -> float:
+    """Return the area under the precision-recall curve, by trapezoids, from 0 to 1.
 
     Args:
-        ranks: [found], of the positives that were found, from 0, rising.
-        positives: how many there are to be found, at least 1.
+        ranks: ranks of the retrieved positives, from 0, rising.
+        positives: number of positives, retrieved or not, at least 1.
     """
-    found = np.arange(len(ranks))
-    before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
-    after = (found + 1) / (ranks + 1)
+    retrieved = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, retrieved / np.maximum(ranks, 1))
+    after = (retrieved + 1) / (ranks + 1)
     return float((before + after).sum() / (2 * positives))
 
 
 def revisited_scores(
     queries: Tensor, database: Tensor, relevance: Sequence[Relevance]
 ) -> dict[str, dict[str, float | None]]:
-    """The mAP and mP@1, 5, 10 of the revisited protocol: difficulty -> score -> percent.
+    """Return mAP and mP@1, 5, 10 of the revisited protocol: difficulty -> score -> percent.
 
-    A query without positives of a difficulty does not count there; None where that is every query.
-    mP@k of a query whose last positive comes before k is its precision there, as the protocol has
-    it.
+    Queries without positives at a difficulty are ignored; if all are, the scores are None. If the
+    last positive of a query ranks before k, mP@k is the precision at that rank, as the protocol
+    defines it.
 
     Args:
         queries [Q, D], database [N, D]: on one device.
-        relevance: of each query.
+        relevance: one per query.
     """
     rows: dict[str, list[list[float]]] = {difficulty: [] for difficulty in DIFFICULTIES}
     remaining = iter(relevance)
@@ -74,9 +74,9 @@ def revisited_scores(
         for order in similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy():
             query = next(remaining)
             for difficulty in DIFFICULTIES:
-                positives, left_out = query.split(difficulty)
+                positives, ignored = query.split(difficulty)
                 if len(positives):
-                    rows[difficulty].append(_scores(order, positives, left_out))
+                    rows[difficulty].append(_scores(order, positives, ignored))
     names = ["mAP", *(f"mP@{k}" for k in PRECISION_AT)]
     return {
         difficulty: dict(zip(names, _mean_percent(scores, len(names)), strict=True))
@@ -84,9 +84,9 @@ def revisited_scores(
     }
 
 
-def _scores(order: Places, positives: Places, left_out: Places) -> list[float]:
-    """Average precision, and precision at each of PRECISION_AT, of one query's ranking."""
-    kept = order[~np.isin(order, left_out)]
+def _scores(order: Indices, positives: Indices, ignored: Indices) -> list[float]:
+    """Return the average precision and precisions at PRECISION_AT of one query's ranking."""
+    kept = order[~np.isin(order, ignored)]
     ranks = np.flatnonzero(np.isin(kept, positives))
     at = [min(int(ranks[-1]) + 1, k) for k in PRECISION_AT]
     return [average_precision(ranks, len(positives)), *(float((ranks < k).sum() / k) for k in at)]
@@ -98,55 +98,56 @@ def _mean_percent(scores: list[list[float]], width: int) -> list[float | None]:
     return [float(value) for value in 100 * np.mean(scores, axis=0)]
 
 
-def copydays_map(queries: Tensor, database: Tensor, positives: Sequence[Places]) -> float:
-    """Mean average precision of the copies' originals among the 20 nearest, in percent.
+def copydays_map(queries: Tensor, database: Tensor, positives: Sequence[Indices]) -> float:
+    """Return the mean average precision of the originals among the 20 nearest images, in percent.
 
     Args:
         queries [Q, D], database [N, D]: on one device.
-        positives: of each query, at least one.
+        positives: at least one index per query.
     """
     total = 0.0
     remaining = iter(positives)
     top = min(COPYDAYS_TOP, len(database))
     for similarity in similarities(queries, database):
-        for nearest in similarity.topk(top, dim=1).indices.cpu().numpy():
+        for neighbours in similarity.topk(top, dim=1).indices.cpu().numpy():
             own = next(remaining)
-            total += average_precision(np.flatnonzero(np.isin(nearest, own)), len(own))
+            total += average_precision(np.flatnonzero(np.isin(neighbours, own)), len(own))
     return 100 * total / len(positives)
 
 
-def micro_ap(queries: Tensor, database: Tensor, positives: Sequence[Places]) -> float:
-    """Average precision of all Q N pairs in one ranking by similarity, in percent.
+def micro_ap(queries: Tensor, database: Tensor, positives: Sequence[Indices]) -> float:
+    """Return the average precision of all Q N pairs ranked together by similarity, in percent.
 
-    It is the mean over the true pairs of the precision at their similarity; pairs of one similarity
-    count as retrieved together. Unlike mAP it wants similarities that compare between queries.
+    This is the mean, over the true pairs, of the precision at their similarity; pairs of equal
+    similarity count as retrieved together. Unlike mAP, it requires similarities that are comparable
+    between queries.
 
     Args:
         queries [Q, D], database [N, D]: on one device.
-        positives: of each query; of all together at least one.
+        positives: indices per query; at least one in total.
     """
-    # Two passes over the chunks instead of a sort of all pairs, which need not fit into memory.
-    scores, first = [], 0
+    # Two passes over the chunks; sorting all pairs may not fit into memory.
+    scores, start = [], 0
     for similarity in similarities(queries, database):
-        own = positives[first : first + len(similarity)]
-        lines = np.repeat(np.arange(len(own)), [len(places) for places in own])
-        scores.append(similarity[torch.from_numpy(lines), torch.from_numpy(np.concatenate(own))])
-        first += len(similarity)
+        own = positives[start : start + len(similarity)]
+        rows = np.repeat(np.arange(len(own)), [len(indices) for indices in own])
+        scores.append(similarity[torch.from_numpy(rows), torch.from_numpy(np.concatenate(own))])
+        start += len(similarity)
     true, _ = torch.cat(scores).sort()
-    # Pairs by how many of the true ones, rising, they are at least as similar as.
+    # counts[i]: pairs at least as similar as exactly i of the true pairs.
     counts = torch.zeros(len(true) + 1, dtype=torch.long, device=true.device)
     for similarity in similarities(queries, database):
         reached = torch.searchsorted(true, similarity.flatten(), right=True)
         counts += reached.bincount(minlength=len(counts))
-    retrieved = counts.flip(0).cumsum(0).flip(0)  # [i]: pairs that reach i true ones or more
-    # A pair at least as similar as true[i] reaches more true ones than lie below true[i].
+    retrieved = counts.flip(0).cumsum(0).flip(0)  # pairs at least as similar as i or more
+    # A pair reaches true[i] if it reaches more true pairs than there are below true[i].
     below = torch.searchsorted(true, true, right=False)
     precision = (len(true) - below) / retrieved[below + 1]
     return 100 * float(precision.double().mean())
 
 
 def similarities(queries: Tensor, database: Tensor) -> Iterator[Tensor]:
-    """[Q, D], [N, D] -> the rows of [Q, N] in order, as many at a time as fit into memory."""
+    """Yield the rows of queries @ database.T, [Q, N], in chunks that fit into memory."""
     rows = max(1, CHUNK_ELEMENTS // max(len(database), 1))
     for chunk in queries.split(rows):
         yield chunk @ database.T
