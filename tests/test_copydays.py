@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import copydays
@@ -15,6 +14,7 @@ from fastdino.evals.options import (
     load_network,
     weights_digest,
 )
+from fastdino.evals.transforms import square
 from tests.commands import error_of, flags_of
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu
 
 
 def write(path, seed, *, noise=0.0):
-    """A picture of a few random colours, with noise."""
+    """Write an image of a few random colours, with noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = np.random.default_rng(seed).uniform(100, 150, (3, 4, 3)).repeat(10, 0).repeat(10, 1)
     pixels = colours + noise * np.random.default_rng([seed, 1]).standard_normal(colours.shape)
@@ -31,7 +31,7 @@ def write(path, seed, *, noise=0.0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six originals, nine strong copies, six crops; distractors and whitening images beside."""
+    """Write six originals, nine strong copies, six crops, distractors and whitening images."""
     root = tmp_path / "copydays"
     for i in range(6):
         write(root / "original" / f"20{i:02}00.jpg", i)
@@ -55,21 +55,14 @@ def run(folder):
 
 
 def network():
-    """The command's, as its seed makes it."""
+    """Return the untrained network of the command."""
     return load_network(flags_of(copydays, *SMALL.split()), CPU, size_flag="imsize")
 
 
 @torch.no_grad()
 def paper_map(folder, *, whiten):
-    """mAP of strong/, image by image, in float64 after the network, as the paper's code has it."""
-    model = network()
-    transform = transforms.Compose(
-        [
-            transforms.Resize((24, 24), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
+    """Compute the mAP of strong/ like the paper's code: image by image, in float64."""
+    model, transform = network(), square(24)
 
     def features(name):
         paths = sorted((folder / name).glob("*.jpg"))
@@ -102,7 +95,7 @@ def paper_map(folder, *, whiten):
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-def test_map_is_the_papers(run, folder, tmp_path, capsys, whiten):
+def test_map_matches_the_papers(run, folder, tmp_path, capsys, whiten):
     flags = ["--distractors_path", folder / "distractors", "--output", tmp_path / "out.json"]
     flags += ["--whitening_path", folder / "whitening"] if whiten else []
     assert run(*flags) == 0
@@ -125,7 +118,9 @@ def test_map_is_the_papers(run, folder, tmp_path, capsys, whiten):
     assert captured.out.startswith(f"strong: mAP: {blocks['strong']['mAP']:.2f}, micro-AP: ")
 
 
-def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tmp_path, capsys):
+def test_a_broken_distractor_is_left_out_and_a_broken_copy_is_an_error(
+    run, folder, tmp_path, capsys
+):
     (folder / "distractors" / "2.jpg").write_text("no picture")
     flags = ("--distractors_path", folder / "distractors", "--output", tmp_path / "out.json")
     assert run(*flags) == 0
@@ -138,13 +133,13 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_named(run, folder, tm
     assert "strong/200001.jpg" in error
 
 
-def test_copies_without_an_original_are_named(run, folder, capsys):
+def test_a_copy_without_its_original_is_an_error(run, folder, capsys):
     (folder / "copydays" / "original" / "200300.jpg").unlink()
     assert run() == 2
-    assert "is a copy of no original: there is no" in error_of(capsys)
+    assert "strong/200301.jpg has no original: there is no" in error_of(capsys)
 
 
-def test_missing_folders_are_named(run, folder, capsys):
+def test_missing_folders_and_unsupported_networks_are_errors(run, folder, capsys):
     root = folder / "copydays"
     for flags, part in (
         (("--data_path", folder), f"there is no folder {folder}/original"),

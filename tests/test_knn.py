@@ -1,5 +1,3 @@
-"""`fastdino knn`: the classifier, the features, the command."""
-
 from __future__ import annotations
 
 import json
@@ -13,14 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchvision import transforms
 
 from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
-from fastdino.evals.features import (
-    extract_features,
-)
 from fastdino.evals.knn import knn_accuracy, nearest
 from fastdino.evals.transforms import (
     center_crop,
@@ -34,7 +28,7 @@ NANO = ["--arch", "vit_nano", "--patch_size", "8"]
 
 
 def clustered(n, classes, *, dim=6, seed=0):
-    """n unit vectors around one centre a class, wide enough for neighbours of other classes."""
+    """Draw n unit vectors around one centre per class, wide enough to mix the classes."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((classes, dim))
     labels = rng.permutation(n) % classes
@@ -43,8 +37,10 @@ def clustered(n, classes, *, dim=6, seed=0):
 
 
 def paper_knn(train, train_labels, val, val_labels, k, temperature):
-    """Caron et al. 2021, appendix on k-NN: class c has the weight sum_i a_i 1[c_i = c],
-    a_i = exp(T_i x / tau), over the k nearest; image by image, in float64."""
+    """Compute the k-NN accuracy of Caron et al. 2021 image by image, in float64.
+
+    Class c has the weight sum_i a_i 1[c_i = c], a_i = exp(T_i x / tau), over the k nearest.
+    """
     top1 = top5 = 0
     for x, label in zip(val.double().tolist(), val_labels.tolist(), strict=True):
         cosines = [math.fsum(map(float.__mul__, t, x)) for t in train.double().tolist()]
@@ -60,22 +56,22 @@ def paper_knn(train, train_labels, val, val_labels, k, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_accuracies_are_the_papers(dtype):
+def test_accuracies_match_the_papers(dtype):
     train, train_labels = clustered(150, 8)
     val, val_labels = clustered(60, 8, seed=1)
     train, val = train.to(dtype), val.to(dtype)
     ks = [1, 30, 60, 149]
-    found = knn_accuracy(train, train_labels, val, val_labels, ks=ks)
+    accuracy = knn_accuracy(train, train_labels, val, val_labels, ks=ks)
     for k in ks:
         expected = paper_knn(train, train_labels, val, val_labels, k, 0.07)
-        assert found[k] == pytest.approx(expected, abs=1e-9)
-    assert 20 < found[30][0] < found[30][1] < 100
-    assert found[1][0] == found[1][1], "one neighbour names one class"
+        assert accuracy[k] == pytest.approx(expected, abs=1e-9)
+    assert 20 < accuracy[30][0] < accuracy[30][1] < 100
+    assert accuracy[1][0] == accuracy[1][1], "one neighbour votes for one class"
 
 
-def test_the_nearer_neighbours_weigh_more():
-    turn = torch.tensor([0.1, 0.9, 1.0, 2.0, 2.2])
-    train = torch.stack((turn.cos(), turn.sin()), dim=1)
+def test_nearer_neighbours_weigh_more():
+    angle = torch.tensor([0.1, 0.9, 1.0, 2.0, 2.2])
+    train = torch.stack((angle.cos(), angle.sin()), dim=1)
     labels = torch.tensor([0, 1, 1, 0, 0])
     val = torch.tensor([[1.0, 0.0]])
     for temperature, winner in ((0.07, 0), (10.0, 1)):
@@ -89,23 +85,22 @@ def test_the_nearer_neighbours_weigh_more():
 def test_a_low_temperature_does_not_overflow():
     train, train_labels = clustered(150, 8)
     val, val_labels = clustered(60, 8, seed=1)
-    found = knn_accuracy(
+    accuracy = knn_accuracy(
         train.float(), train_labels, val.float(), val_labels, ks=[149], temperature=0.005
     )
-    assert found[149] == pytest.approx(
-        paper_knn(train, train_labels, val, val_labels, 149, 0.005), abs=1e-9
-    )
+    expected = paper_knn(train, train_labels, val, val_labels, 149, 0.005)
+    assert accuracy[149] == pytest.approx(expected, abs=1e-9)
 
 
-def test_more_neighbours_than_images_are_all_images():
+def test_more_neighbours_than_images_means_all_images():
     train, train_labels = clustered(20, 6)
     val, val_labels = clustered(15, 6, seed=1)
-    found = knn_accuracy(train, train_labels, val, val_labels, ks=[20, 21, 500])
-    assert found[20] == found[21] == found[500]
+    accuracy = knn_accuracy(train, train_labels, val, val_labels, ks=[20, 21, 500])
+    assert accuracy[20] == accuracy[21] == accuracy[500]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_with_fewer_than_five_classes_top5_is_certain(classes):
+def test_with_fewer_than_five_classes_top5_is_100(classes):
     train, train_labels = clustered(40, classes)
     val, val_labels = clustered(30, classes, seed=1)
     top1, top5 = knn_accuracy(train, train_labels, val, val_labels, ks=[40])[40]
@@ -113,64 +108,58 @@ def test_with_fewer_than_five_classes_top5_is_certain(classes):
     assert top1 == paper_knn(train, train_labels, val, val_labels, 40, 0.07)[0]
 
 
-def test_a_class_that_only_val_has_is_never_right():
+def test_a_class_that_only_val_has_is_never_correct():
     train, train_labels = clustered(40, 7)
     val, _ = clustered(10, 7, seed=1)
     assert knn_accuracy(train, train_labels, val, torch.full((10,), 9), ks=[40])[40] == (0, 0)
 
 
-def test_a_class_without_a_vote_is_not_among_the_five():
+def test_a_class_without_votes_is_not_in_the_top5():
     train = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [-1, 0]])
     labels = torch.tensor([0, 0, 1, 2])
     val = torch.tensor([[1.0, 0]] * 3)
-    found = knn_accuracy(train, labels, val, torch.tensor([0, 1, 2]), ks=[2, 3, 4])
-    assert [top5 for _, top5 in found.values()] == pytest.approx([100 / 3, 200 / 3, 100])
+    accuracy = knn_accuracy(train, labels, val, torch.tensor([0, 1, 2]), ks=[2, 3, 4])
+    assert [top5 for _, top5 in accuracy.values()] == pytest.approx([100 / 3, 200 / 3, 100])
 
 
-@pytest.mark.parametrize("elements", [1, 150 * 7, 150 * 60 - 1])
-def test_chunks_change_nothing(monkeypatch, elements):
-    sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
-    whole = knn_accuracy(*sets, ks=[5, 20])
-    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", elements)
-    assert knn_accuracy(*sets, ks=[5, 20]) == whole
-
-
-@pytest.mark.parametrize("rows", [1, 7, 75, 149, 150])
-def test_slices_of_the_training_features_change_nothing(monkeypatch, rows):
+@pytest.mark.parametrize(
+    ("slice_rows", "chunk_rows"),
+    [(150, 0), (150, 7), (150, 59), (1, 13), (7, 13), (75, 13), (149, 13), (150, 13)],
+)
+def test_slices_and_chunks_do_not_change_the_accuracy(monkeypatch, slice_rows, chunk_rows):
     sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
     whole = knn_accuracy(*sets, ks=[5, 20, 500])
-    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * rows)
-    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 13 * rows)
+    monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * slice_rows)
+    monkeypatch.setattr(knn, "CHUNK_ELEMENTS", chunk_rows * slice_rows)
     assert knn_accuracy(*sets, ks=[5, 20, 500]) == whole
 
 
-def test_the_nearest_of_all_slices_come_with_their_labels_in_order():
+def test_nearest_merges_the_slices_in_order_with_their_labels():
     train, labels = clustered(150, 8)
     val, _ = clustered(20, 8, seed=1)
     slices = zip(train.split(40), labels.split(40), strict=True)
     best = nearest(slices, val.split(7), 60)
-    similarity, found = (torch.cat(parts) for parts in zip(*best, strict=True))
-    expected, places = (val @ train.T).sort(dim=1, descending=True)
+    similarity, neighbour_labels = (torch.cat(parts) for parts in zip(*best, strict=True))
+    expected, indices = (val @ train.T).sort(dim=1, descending=True)
     torch.testing.assert_close(similarity, expected[:, :60])
-    assert torch.equal(found, labels[places[:, :60]])
+    assert torch.equal(neighbour_labels, labels[indices[:, :60]])
 
 
-def test_training_features_stay_where_they_are_but_for_a_slice(monkeypatch):
-    """As from a host to its GPU: what is not on the validation's device is moved slice by slice."""
+def test_training_features_are_moved_to_the_device_slice_by_slice(monkeypatch):
     moved, to = [], torch.Tensor.to
 
-    def noted(tensor, device):
+    def record(tensor, device):
         moved.append(tuple(tensor.shape))
         return to(tensor, device)
 
-    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(torch.Tensor, "to", record)
     monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * 100)
     knn_accuracy(*clustered(150, 8), *clustered(60, 8, seed=1), ks=[5])
     assert moved == [(100, 6), (100,), (50, 6), (50,)]
 
 
 @pytest.mark.gpu
-def test_a_gpu_takes_the_training_features_from_the_host(monkeypatch):
+def test_gpu_reads_training_features_from_the_host(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     train, labels = clustered(5000, 8)
@@ -181,30 +170,6 @@ def test_a_gpu_takes_the_training_features_from_the_host(monkeypatch):
         assert knn_accuracy(train, labels, val.cuda(), val_labels.cuda(), ks=[5, 200]) == expected
 
 
-def test_images_are_made_as_the_paper_makes_them(pictures):
-    theirs = transforms.Compose(
-        [
-            transforms.Resize(36, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    image = Image.open(next(pictures.rglob("*.jpg")))
-    assert torch.equal(center_crop(36, 32)(image), theirs(image))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_features_are_normalised_and_in_the_order_of_the_folder(pictures, workers):
-    source, transform = scan_images(pictures), center_crop(16, 8)
-    features, labels = extract_features(
-        torch.nn.Flatten(), source, transform, batch_size=4, workers=workers, device=CPU
-    )
-    expected = torch.stack([transform(Image.open(path)).flatten() for path in source.paths])
-    torch.testing.assert_close(features, F.normalize(expected, dim=1))
-    assert labels.tolist() == source.labels.tolist() == sorted([0, 1, 2] * 6)
-
-
 @pytest.fixture
 def images(tmp_path):
     return write_colours(tmp_path / "images")
@@ -212,7 +177,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def run(images):
-    """Runs `fastdino knn` on `images`, small, with more flags; returns the exit status."""
+    """Return a function that runs `fastdino knn` on `images` with more flags."""
 
     def command(*words):
         return cli.main(["knn", "--data_path", str(images), *SMALL.split(), *map(str, words)])
@@ -224,9 +189,7 @@ def dumped(folder):
     return {path.name: checkpoint.load_tensor(path) for path in folder.iterdir()}
 
 
-def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(
-    run, images, tmp_path, capsys
-):
+def test_raw_pixels_classify_colours_and_the_json_matches_the_output(run, images, tmp_path, capsys):
     assert run("--raw_pixels", "--output", tmp_path / "knn.json") == 0
     perfect = {"top1": 100.0, "top5": 100.0}
     result = json.loads((tmp_path / "knn.json").read_text())
@@ -242,10 +205,10 @@ def test_raw_pixels_tell_colours_apart_and_the_json_says_what_is_printed(
         "1-NN classifier result: Top1: 100.00, Top5: 100.00",
         "3-NN classifier result: Top1: 100.00, Top5: 100.00",
     ]
-    assert captured.err == "", "no bar where there is no terminal"
+    assert captured.err == "", "no progress bar without a terminal"
 
 
-def test_features_are_those_of_the_checkpoints_teacher(run, images, tiny, tmp_path):
+def test_features_come_from_the_network_of_checkpoint_key(run, images, tiny, tmp_path):
     config = tiny()
     trainer = Trainer(config, steps_per_epoch=1)
     for parameter in trainer.teacher.parameters():
@@ -258,16 +221,16 @@ def test_features_are_those_of_the_checkpoints_teacher(run, images, tiny, tmp_pa
     source, transform = scan_images(images / "train"), center_crop(36, 32)
     batch = torch.stack([transform(Image.open(path)) for path in source.paths])
     for key, network in (("teacher", trainer.teacher), ("student", trainer.student)):
-        found = dumped(tmp_path / key)
+        features = dumped(tmp_path / key)
         with torch.no_grad():
             expected = F.normalize(network.backbone(batch), dim=1)
-        torch.testing.assert_close(found["trainfeat.pth"], expected, rtol=1e-4, atol=1e-5)
-        assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-        assert found["testlabels.pth"].tolist() == [0, 0, 1, 1, 2, 2]
-        assert found["testfeat.pth"].shape == (6, 96)
+        torch.testing.assert_close(features["trainfeat.pth"], expected, rtol=1e-4, atol=1e-5)
+        assert features["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        assert features["testlabels.pth"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert features["testfeat.pth"].shape == (6, 96)
 
 
-def test_dumped_features_give_the_same_accuracies(run, images, tmp_path, capsys):
+def test_loaded_features_give_the_same_accuracies(run, images, tmp_path, capsys):
     features = tmp_path / "a" / "b"
     assert run(*NANO, "--dump_features", features) == 0
     printed = capsys.readouterr().out
@@ -278,7 +241,7 @@ def test_dumped_features_give_the_same_accuracies(run, images, tmp_path, capsys)
     assert capsys.readouterr().out == printed
 
 
-def test_an_untrained_network_is_the_same_for_the_same_seed(run, tmp_path):
+def test_untrained_network_depends_on_the_seed(run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run(*NANO, "--dump_features", tmp_path / name, "--seed", seed) == 0
     a, b, c = (dumped(tmp_path / name)["testfeat.pth"] for name in "abc")
@@ -286,31 +249,29 @@ def test_an_untrained_network_is_the_same_for_the_same_seed(run, tmp_path):
     assert not torch.allclose(a, c)
 
 
-def test_broken_images_are_left_out_and_counted(run, images, tmp_path, capsys):
+def test_unreadable_images_are_left_out_and_counted(run, images, tmp_path, capsys):
     whole = (images / "train" / "red" / "0.png").read_bytes()
     middle = len(whole) // 2
     (images / "train" / "blue" / "text.png").write_text("no picture")
-    # Its header and its end are good: it comes to light where it is decoded.
+    # Valid header and end: only decoding fails.
     (images / "train" / "red" / "0.png").write_bytes(
         whole[:middle] + b"\0" * 64 + whole[middle + 64 :]
     )
     assert run("--raw_pixels", "--dump_features", tmp_path / "out") == 0
     assert capsys.readouterr().err == "train: 2 unreadable images left out\n"
-    found = dumped(tmp_path / "out")
-    assert found["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 3
-    assert found["trainfeat.pth"].norm(dim=1).tolist() == pytest.approx([1.0] * 11)
+    features = dumped(tmp_path / "out")
+    assert features["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert features["trainfeat.pth"].norm(dim=1).tolist() == pytest.approx([1.0] * 11)
 
 
-def test_other_classes_in_val_are_named_before_any_feature_is_made(
-    run, images, capsys, monkeypatch
-):
+def test_different_classes_in_val_are_an_error_before_extraction(run, images, capsys, monkeypatch):
     (images / "val" / "green").rename(images / "val" / "violet")
-    monkeypatch.setattr(knn, "extract_features", None)
+    monkeypatch.setattr(knn, "Extractor", None)
     assert run("--raw_pixels") == 2
     assert "must have the same class folders; only one has ['green', 'violet']" in error_of(capsys)
 
 
-def test_missing_folders_and_files_are_mistakes(run, tmp_path, capsys):
+def test_missing_folders_and_files_are_errors(run, tmp_path, capsys):
     (tmp_path / "train" / "a").mkdir(parents=True)
     for flags, part in (
         (("--data_path", "/nowhere"), "there is no folder /nowhere/train"),
@@ -324,12 +285,12 @@ def test_missing_folders_and_files_are_mistakes(run, tmp_path, capsys):
         assert (status, error.count("\n"), part in error) == (2, 1, True), (flags, error)
 
 
-def test_a_split_without_one_good_image_is_a_mistake(run, images, capsys):
+def test_a_split_without_readable_images_is_an_error(run, images, capsys):
     for path in (images / "val").rglob("*.png"):
         whole = path.read_bytes()
         path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
     assert run("--raw_pixels") == 2
-    assert "none of the 6 images in val/ can be decoded" in error_of(capsys)
+    assert "none of the 6 images of val can be used: " in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +309,7 @@ def test_a_split_without_one_good_image_is_a_mistake(run, images, capsys):
         ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
     ],
 )
-def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+def test_invalid_flags_are_errors(run, capsys, flags, part):
     assert run(*flags.split()) == 2
     assert part in error_of(capsys)
 
@@ -361,7 +322,7 @@ def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
         ("trainfeat", torch.ones(4)),
     ],
 )
-def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, capsys, name, value):
+def test_feature_files_of_different_shapes_are_errors(run, tmp_path, capsys, name, value):
     good = {
         "trainfeat": torch.ones(4, 2),
         "trainlabels": torch.zeros(4, dtype=torch.long),
@@ -379,29 +340,29 @@ def test_feature_files_that_do_not_belong_together_are_named(run, tmp_path, caps
 def _classify(sets, folder):
     rows, nearest = [], knn.nearest
 
-    def recording(slices, chunks, k):
+    def record(slices, chunks, k):
         rows.extend(torch.cat(chunks).tolist())
         return nearest(slices, chunks, k)
 
-    knn.nearest = recording
+    knn.nearest = record
     with distributed.process_group(CPU, "env://"):
-        found = knn_accuracy(*sets, ks=[5, 20])
-        torch.save({"found": found, "rows": rows}, folder / f"{distributed.rank()}.pth")
+        accuracy = knn_accuracy(*sets, ks=[5, 20])
+        torch.save({"accuracy": accuracy, "rows": rows}, folder / f"{distributed.rank()}.pth")
 
 
-def test_each_process_classifies_a_share_and_all_get_the_whole(tmp_path):
+def test_ranks_classify_shares_and_get_the_overall_accuracy(tmp_path):
     sets = (*clustered(150, 8), *clustered(61, 8, seed=1))
     run_two(_classify, sets, tmp_path)
     one, two = (checkpoint.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
-    assert one["found"] == two["found"] == knn_accuracy(*sets, ks=[5, 20])
+    assert one["accuracy"] == two["accuracy"] == knn_accuracy(*sets, ks=[5, 20])
     assert (len(one["rows"]), len(two["rows"])) == (31, 30)
     assert sorted(one["rows"] + two["rows"]) == sorted(sets[2].tolist())
 
 
-def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
-    (images / "train" / "red" / "3.png").unlink()  # 11 images: the shares are 6 and 5
+def test_two_processes_match_one(images, run, tmp_path):
+    (images / "train" / "red" / "3.png").unlink()  # 11 images: 2 batches and 1
     for path in sorted((images / "val").rglob("*.png"))[1:]:
-        path.unlink()  # one image: the second process has none
+        path.unlink()  # one image: the second rank has none
     line = ["knn", "--data_path", str(images), *SMALL.split(), *NANO]
     line += ["--dump_features", str(tmp_path / "two"), "--output", str(tmp_path / "two.json")]
     run_commands_in_two(line)
@@ -414,12 +375,12 @@ def test_two_processes_give_the_accuracies_of_one(images, run, tmp_path):
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mistake_of_the_flags_is_told_by_one_process(images, tmp_path):
+def test_one_rank_reports_an_invalid_flag(images, tmp_path):
     line = ["knn", "--data_path", str(images), *SMALL.split(), "--arch", "vit_nan"]
     run_two(_fail, line, tmp_path)
-    told, silent = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
-    assert "did you mean vit_nano" in told
-    assert (told.count("\n"), silent) == (1, "")
+    first, second = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
+    assert "did you mean vit_nano" in first
+    assert (first.count("\n"), second) == (1, "")
 
 
 def _fail(line, folder):

@@ -1,5 +1,3 @@
-"""`fastdino linear`: the classifier's protocol, its features, the cache, the command."""
-
 from __future__ import annotations
 
 import json
@@ -13,26 +11,19 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
-from torch.nn import functional as F
 
 from fastdino import checkpoint, cli, signals
 from fastdino.data import scan_images
-from fastdino.errors import NonFiniteError
 from fastdino.evals import feature_cache
-from fastdino.evals.features import (
-    UNREADABLE,
-)
-from fastdino.evals.linear import AugmentedImages
+from fastdino.evals.feature_cache import FeatureCache
+from fastdino.evals.linear_data import AugmentedImages
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.evals.transforms import random_crop
 from fastdino.models.backbones import build_backbone
-from fastdino.models.vit import VisionTransformer
 from tests.commands import error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
-CPU = torch.device("cpu")
 FLAGS = (
     "--arch vit_nano --patch_size 8 --resize 36 --crop 32 --num_workers 0 --device cpu "
     "--n_last_blocks 2 --epochs 4 --lr 2 --batch_size_per_gpu 6"
@@ -46,7 +37,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture
 def run(few, tmp_path):
-    """Runs `fastdino linear` on `few`, small, into tmp_path/NAME; returns the exit status."""
+    """Return a function that runs `fastdino linear` on `few` into tmp_path/NAME."""
 
     def command(name, *words):
         line = ["linear", "--data_path", str(few), *FLAGS.split()]
@@ -55,12 +46,12 @@ def run(few, tmp_path):
     return command
 
 
-def head_of(folder):
+def classifier_of(folder):
     return checkpoint.load(folder / "checkpoint.pth.tar")["state_dict"]
 
 
-def assert_same_head(folder, other, **tolerance):
-    ours, theirs = head_of(folder), head_of(other)
+def assert_same_classifier(folder, other, **tolerance):
+    ours, theirs = classifier_of(folder), classifier_of(other)
     assert list(ours) == list(theirs) == ["module.linear.weight", "module.linear.bias"]
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], **tolerance)
@@ -74,130 +65,7 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def identity(features):
-    return features
-
-
-def test_the_classifier_learns_as_the_papers_in_plain_float64():
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 8, 5, generator=rng)
-    y = torch.randint(0, 4, (3, 8), generator=rng)
-    y[1, 3] = UNREADABLE
-    epochs, lr = 3, 0.5
-    probe = Probe(5, 4, lr=lr, epochs=epochs, seed=1, device=CPU)
-    weight, bias = (p.detach().double() for p in (probe.linear.weight, probe.linear.bias))
-    assert 0.005 < weight.std() < 0.015
-    assert not bias.any()
-    speeds = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    for epoch in range(epochs):
-        now = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        assert probe.lr == pytest.approx(now)
-        losses = []
-        for features, labels in zip(x.double(), y, strict=True):
-            features, labels = features[labels >= 0], labels[labels >= 0]
-            shares = (features @ weight.T + bias).softmax(1)
-            losses.append(-shares[range(len(labels)), labels].log().mean().item())
-            slope = (shares - F.one_hot(labels, 4)) / len(labels)
-            for parameter, speed, gradient in zip(
-                (weight, bias), speeds, (slope.T @ features, slope.sum(0)), strict=True
-            ):
-                speed.mul_(0.9).add_(gradient)
-                parameter.sub_(now * speed)
-        assert probe.train_epoch(zip(x, y, strict=True), identity) == pytest.approx(
-            np.mean(losses), rel=1e-5
-        )
-    torch.testing.assert_close(probe.linear.weight.double(), weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(probe.linear.bias.double(), bias, rtol=1e-5, atol=1e-6)
-    assert (probe.epoch, probe.lr) == (3, 0)
-
-
-def test_accuracies_count_the_images_that_could_be_read():
-    probe = Probe(7, 7, lr=1, epochs=1, seed=0, device=CPU)
-    probe.linear.weight.data = torch.eye(7)
-    scores = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]]).repeat(5, 1)
-    labels = torch.tensor([0, 4, 5, UNREADABLE, 1])
-    found = probe.validate([(scores[:3], labels[:3]), (scores[3:], labels[3:])], identity)
-    assert (found["acc1"], found["acc5"], found["images"]) == (25, 75, 4)
-    expected = F.cross_entropy(scores[labels >= 0], labels[labels >= 0]).item()
-    assert found["loss"] == pytest.approx(expected)
-
-
-def test_with_fewer_than_five_classes_top5_is_certain():
-    probe = Probe(3, 3, lr=1, epochs=1, seed=0, device=CPU)
-    assert probe.validate([(torch.randn(6, 3), torch.arange(6) % 3)], identity)["acc5"] == 100
-
-
-def test_a_loss_that_is_not_finite_is_a_mistake():
-    probe = Probe(3, 3, lr=1, epochs=1, seed=0, device=CPU)
-    with pytest.raises(NonFiniteError, match="loss of epoch 1 is nan: lower --lr"):
-        probe.train_epoch([(torch.full((2, 3), math.nan), torch.zeros(2).long())], identity)
-
-
-@pytest.fixture
-def vit():
-    """A small one, and images, and each block's output [2, N, D], normalised, by hooks."""
-    torch.manual_seed(0)
-    model = VisionTransformer(patch_size=8, embed_dim=12, depth=3, num_heads=3, img_size=32).eval()
-    images, seen = torch.randn(2, 3, 32, 32), []
-    hooks = [b.register_forward_hook(lambda *a: seen.append(a[2])) for b in model.blocks]
-    with torch.no_grad():
-        model.cls_only = False
-        model(images)
-        tokens = [model.norm(x).reshape(2, 17, 12) for x in seen]
-    for hook in hooks:
-        hook.remove()
-    return model, images, tokens
-
-
-def test_features_are_the_cls_tokens_of_the_last_blocks(vit):
-    model, images, tokens = vit
-    found = FrozenFeatures(model, blocks=2, avgpool=False)(images)
-    torch.testing.assert_close(found, torch.cat([tokens[1][:, 0], tokens[2][:, 0]], dim=-1))
-    assert not found.requires_grad
-
-
-def test_cls_and_mean_patch_alternate_as_the_papers_weights_expect(vit):
-    model, images, tokens = vit
-    found = FrozenFeatures(model, blocks=1, avgpool=True)(images)
-    cls, mean = tokens[2][:, 0], tokens[2][:, 1:].mean(dim=1)
-    expected = torch.cat((cls.unsqueeze(-1), mean.unsqueeze(-1)), dim=-1).reshape(2, -1)
-    torch.testing.assert_close(found, expected)
-
-
-def test_training_images_are_made_as_the_paper_makes_them():
-    """Area .08 to 1, ratio 3/4 to 4/3, bilinear; half of them flipped."""
-    theirs = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.RandomResizedCrop(
-                24,
-                scale=(0.08, 1),
-                ratio=(3 / 4, 4 / 3),
-                interpolation=torchvision.transforms.InterpolationMode.BILINEAR,
-            ),
-            torchvision.transforms.RandomHorizontalFlip(0.5),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for seed in range(20):
-        images = []
-        for transform in (random_crop(24), theirs):
-            torch.manual_seed(seed)
-            images.append(transform(Image.fromarray(pixels)))
-        assert torch.equal(*images)
-
-
-def test_other_networks_give_their_output():
-    model = torchvision.models.resnet18(weights=None).eval()
-    model.fc = torch.nn.Identity()
-    images = torch.randn(1, 3, 32, 32)
-    features = FrozenFeatures(model, blocks=4, avgpool=False)(images)
-    assert features.shape == (1, 512)
-    torch.testing.assert_close(features, model(images).detach())
-
-
-def test_crops_depend_on_seed_epoch_and_place_alone(few):
+def test_crops_depend_only_on_seed_epoch_and_index(few):
     source = scan_images(few / "train")
 
     def crop(index, seed=0, epoch=0):
@@ -208,10 +76,10 @@ def test_crops_depend_on_seed_epoch_and_place_alone(few):
     assert not torch.equal(crop(3), crop(3, seed=1))
     before = torch.get_rng_state()
     crop(0)
-    assert torch.equal(torch.get_rng_state(), before), "others' draws go on as if none was made"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is untouched"
 
 
-def test_a_run_learns_and_writes_what_the_papers_writes(run, few, tmp_path, capsys):
+def test_a_run_learns_and_writes_the_papers_files(run, few, tmp_path, capsys):
     assert run("a", "--val_freq", "2") == 0
     state = checkpoint.load(tmp_path / "a" / "checkpoint.pth.tar")
     assert {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} <= set(state)
@@ -233,23 +101,23 @@ def test_a_run_learns_and_writes_what_the_papers_writes(run, few, tmp_path, caps
     assert results["best_acc1"] == state["best_acc"] >= results["acc1"]
     captured = capsys.readouterr()
     assert "epoch 4/4: accuracy on 6 images: top-1" in captured.out
-    assert captured.err == "", "no bar where there is no terminal"
+    assert captured.err == "", "no progress bar without a terminal"
 
 
-def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(run, monkeypatch):
+def test_each_epoch_sees_every_image_once_in_a_new_order(run, monkeypatch):
     seen, get = {}, AugmentedImages.__getitem__
 
-    def noted(self, index):
+    def record(self, index):
         seen.setdefault(self.epoch, []).append(index)
         return get(self, index)
 
-    monkeypatch.setattr(AugmentedImages, "__getitem__", noted)
+    monkeypatch.setattr(AugmentedImages, "__getitem__", record)
     assert run("a") == 0
     assert [sorted(order) for order in seen.values()] == [list(range(12))] * 4
     assert len({tuple(order) for order in seen.values()}) == 4
 
 
-def test_headers_that_cannot_be_read_are_left_out_and_counted(run, few, tmp_path, capsys):
+def test_images_with_unreadable_headers_are_left_out_and_counted(run, few, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(few, copy)
     (copy / "train" / "red" / "text.png").write_text("no picture")
@@ -259,24 +127,24 @@ def test_headers_that_cannot_be_read_are_left_out_and_counted(run, few, tmp_path
     assert "192 features, 3 classes, 12 training images" in captured.out
 
 
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+def test_resumed_run_matches_uninterrupted_run(run, tmp_path, monkeypatch, capsys):
     assert run("whole") == 0
     with monkeypatch.context() as patch:
         train_epoch = Probe.train_epoch
 
-        def cut_off(self, *words):
+        def interrupted(self, *words):
             if self.epoch == 2:
                 raise KeyboardInterrupt
             return train_epoch(self, *words)
 
-        patch.setattr(Probe, "train_epoch", cut_off)
+        patch.setattr(Probe, "train_epoch", interrupted)
         assert run("cut") == 130
     with open(tmp_path / "cut" / "log.txt", "a") as log:
         log.write('{"epoch": 2, "train_loss": 1}\n{"epo')
     capsys.readouterr()
     assert run("cut") == 0
     assert "2 of 4 epochs are done" in capsys.readouterr().out
-    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert_same_classifier(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     before = (tmp_path / "cut" / "checkpoint.pth.tar").read_bytes()
@@ -285,10 +153,10 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(run, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 8])
-def test_a_signal_ends_it_after_the_step_saved_and_it_goes_on_bit_for_bit(
+def test_signal_saves_after_the_step_and_the_resumed_run_matches(
     run, tmp_path, monkeypatch, capsys, step
 ):
-    batch = ["--batch_size_per_gpu", "3"]  # 4 steps an epoch
+    batch = ["--batch_size_per_gpu", "3"]  # 4 steps per epoch
     assert run("whole", *batch) == 0
     steps = []
     backward = torch.Tensor.backward
@@ -309,43 +177,41 @@ def test_a_signal_ends_it_after_the_step_saved_and_it_goes_on_bit_for_bit(
     assert len(log_of(tmp_path / "cut") if epochs else []) == epochs
     assert run("cut", *batch) == 0
     assert "images of the next" in capsys.readouterr().out
-    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert_same_classifier(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The names of the features that were made and written, in order."""
-    names, write = [], feature_cache._write_share
+    """Return the names of the feature files that are written, in order."""
+    names, write = [], FeatureCache._write_share
 
-    def noted(part, *words):
+    def record(self, part, *words):
         names.append(part.name)
-        return write(part, *words)
+        return write(self, part, *words)
 
-    monkeypatch.setattr(feature_cache, "_write_share", noted)
+    monkeypatch.setattr(FeatureCache, "_write_share", record)
     return names
 
 
-def test_as_many_cached_passes_as_epochs_are_the_protocol_itself(run, tmp_path, made, capsys):
+def test_as_many_cached_passes_as_epochs_match_the_uncached_run(run, tmp_path, made, capsys):
     assert run("plain") == 0
     assert run("cached", "--cache", "--cache_epochs", "4") == 0
     assert len(made) == 5
-    assert_same_head(tmp_path / "cached", tmp_path / "plain", rtol=1e-3, atol=1e-5)
+    assert_same_classifier(tmp_path / "cached", tmp_path / "plain", rtol=1e-3, atol=1e-5)
     assert "unlike in the paper's protocol, 4 augmentation(s)" in capsys.readouterr().out
     assert list((tmp_path / "cached" / "features").glob("train-*/train-augmented0003.npy"))
 
 
-def test_a_cache_is_used_again_and_never_for_other_weights_images_or_settings(
-    run, tmp_path, made, few
-):
+def test_cache_is_reused_only_for_the_same_weights_images_and_settings(run, tmp_path, made, few):
     cache = ["--cache", tmp_path / "cache", "--epochs", "1"]
     centre = ["train-center.npy.part", "val.npy.part"]
     assert run("a", *cache) == 0
     assert made == centre
     assert run("b", *cache, "--lr", "3") == 0
-    assert made == centre, "found"
+    assert made == centre, "reused"
     assert run("c", *cache, "--cache_epochs", "1") == 0
-    assert made[2:] == ["train-augmented0000.npy.part"], "one pass more, beside the others"
+    assert made[2:] == ["train-augmented0000.npy.part"], "one pass in addition to the others"
     made.clear()
     assert run("d", *cache, "--n_last_blocks", "1") == 0
     assert made == centre
@@ -364,7 +230,7 @@ def test_a_cache_is_used_again_and_never_for_other_weights_images_or_settings(
     assert made == centre[:1]
 
 
-def test_a_cache_cut_off_while_it_was_written_is_made_anew(run, tmp_path, made, monkeypatch):
+def test_cache_interrupted_before_its_end_is_written_again(run, tmp_path, made, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run("a", "--cache", "--epochs", "1") == 130
@@ -377,13 +243,13 @@ CACHED = ["--cache", "--epochs", "1", "--batch_size_per_gpu", "3"]  # batches: 4
 
 
 def signal_at(batch, made):
-    """FrozenFeatures' call that sends SIGTERM in a batch, and notes how many images each has."""
+    """Return a FrozenFeatures.__call__ that records batch sizes and sends SIGTERM in one batch."""
     call = FrozenFeatures.__call__
 
     def signalled(self, images):
-        if images.any():  # zeros are for the width alone
+        if images.any():  # zeros only determine the width
             made.append(len(images))
-            if len(made) == batch:  # from another process and to its workers too, as by a launcher
+            if len(made) == batch:  # to the workers too, like a launcher
                 group = (os.getpid(), *(child.pid for child in active_children()))
                 subprocess.run(["kill", "-TERM", *map(str, group)], check=True)
         return call(self, images)
@@ -395,7 +261,7 @@ def signal_at(batch, made):
     ("batch", "written", "place", "workers"),
     [(1, 3, "train", 0), (3, 9, "train", 2), (4, 15, "val", 0), (5, 15, "val", 0)],
 )
-def test_a_signal_while_a_cache_is_written_keeps_what_is_done(
+def test_signal_while_a_cache_is_written_keeps_the_finished_rows(
     run, tmp_path, monkeypatch, capsys, batch, written, place, workers
 ):
     assert run("whole", *CACHED) == 0
@@ -406,16 +272,16 @@ def test_a_signal_while_a_cache_is_written_keeps_what_is_done(
     assert sum(made) == written
     assert next((tmp_path / "cut").rglob("*.part")).parent.name.startswith(f"{place}-")
     assert run("cut", *CACHED) == 0
-    assert sum(made) == 12 + 6, "each image once"
+    assert sum(made) == 12 + 6, "each image is processed once"
     assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.done")]
-    assert_same_head(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert_same_classifier(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("rank", "batch", "done"), [(1, 1, 6), (1, 2, 12), (0, 3, None)])
-def test_a_signal_to_one_process_stops_both_and_one_goes_on(
+def test_signal_to_one_of_two_ranks_stops_both_and_one_process_resumes(
     run, few, tmp_path, monkeypatch, rank, batch, done
 ):
-    """Of 13 images process 0 has 7, in 3 batches, process 1 has 6, in 2: it asks thrice too."""
+    """Rank 0 has 7 of the 13 images in 3 batches; rank 1 has 6 in 2, but also checks 3 times."""
     copy = tmp_path / "copy"
     shutil.copytree(few, copy)
     shutil.copy(copy / "train" / "red" / "0.png", copy / "train" / "red" / "9.png")
@@ -436,13 +302,13 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(
 
 
 def _stop_one(line, rank, batch):
-    signals.AGREE_SECONDS = 0  # they ask each other after each step
+    signals.AGREE_SECONDS = 0  # agree after each step
     if os.environ["RANK"] == str(rank):
         FrozenFeatures.__call__ = signal_at(batch, [])
     assert cli.main(line) == 75
 
 
-def test_broken_images_are_not_counted(run, few, tmp_path, capsys):
+def test_unreadable_images_are_not_counted(run, few, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(few, copy)
     for path in (copy / "train" / "red" / "0.png", copy / "val" / "red" / "0.png"):
@@ -451,35 +317,40 @@ def test_broken_images_are_not_counted(run, few, tmp_path, capsys):
     for name, words in (("plain", []), ("cached", ["--cache"])):
         assert run(name, "--data_path", copy, *words, "--epochs", "1") == 0
         assert "accuracy on 5 images" in capsys.readouterr().out
+    for path in (copy / "val").rglob("*.png"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
+    assert run("none", "--data_path", copy, "--epochs", "1") == 2
+    assert "none of the images in val/" in error_of(capsys, printed=True)
 
 
-def test_evaluate_takes_our_classifier_and_the_papers_linear_weights(run, tmp_path, capsys):
+def test_evaluate_accepts_our_classifier_and_the_papers_linear_weights(run, tmp_path, capsys):
     assert run("a") == 0
     capsys.readouterr()
     assert run("a", "--evaluate") == 0
     assert "accuracy on 6 images: top-1" in capsys.readouterr().out
-    found = json.loads((tmp_path / "a" / "evaluate.json").read_text())
-    assert found["acc1"] == results_of(tmp_path / "a")["acc1"]
-    assert "lr" not in found["settings"]
-    classifier = found["settings"]["classifier"]
+    scores = json.loads((tmp_path / "a" / "evaluate.json").read_text())
+    assert scores["acc1"] == results_of(tmp_path / "a")["acc1"]
+    assert "lr" not in scores["settings"]
+    classifier = scores["settings"]["classifier"]
     path = tmp_path / "linearweights.pth"
-    torch.save({"state_dict": head_of(tmp_path / "a"), "best_acc": 77.0}, path)
+    torch.save({"state_dict": classifier_of(tmp_path / "a"), "best_acc": 77.0}, path)
     assert run("b", "--evaluate", "--linear_weights", path) == 0
     again = json.loads((tmp_path / "b" / "evaluate.json").read_text())
-    assert (again["acc1"], again["settings"]["linear_weights"]) == (found["acc1"], str(path))
+    assert (again["acc1"], again["settings"]["linear_weights"]) == (scores["acc1"], str(path))
     assert again["settings"]["classifier"] == classifier
-    torch.save({k: 2 * v for k, v in head_of(tmp_path / "a").items()}, path)
+    torch.save({k: 2 * v for k, v in classifier_of(tmp_path / "a").items()}, path)
     assert run("b", "--evaluate", "--linear_weights", path) == 0
     other = json.loads((tmp_path / "b" / "evaluate.json").read_text())
     assert other["settings"]["classifier"] != classifier
 
 
-def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
+def test_two_processes_with_half_the_batch_match_one(run, few, tmp_path):
     assert run("one") == 0
     line = ["linear", "--data_path", str(few), *FLAGS.split(), "--batch_size_per_gpu", "3"]
     cached = ["--cache", "--cache_epochs", "4"]
     run_commands_in_two([*line, "--output_dir", str(tmp_path / "two"), *cached])
-    assert_same_head(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-5)
+    assert_same_classifier(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=1e-5)
     assert results_of(tmp_path / "two")["acc1"] == results_of(tmp_path / "one")["acc1"]
 
 
@@ -488,11 +359,11 @@ def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
     [
         ("--epochs 0", "--epochs must be at least 1, got 0"),
         ("--lr nan", "--lr must be a finite number above 0, got nan"),
-        ("--cache_epochs 2", "--cache_epochs is for --cache"),
-        ("--cache --evaluate", "--cache is for training"),
-        ("--linear_weights x.pth", "--linear_weights is for --evaluate"),
+        ("--cache_epochs 2", "--cache_epochs requires --cache"),
+        ("--cache --evaluate", "--cache is only for training"),
+        ("--linear_weights x.pth", "--linear_weights requires --evaluate"),
         ("--n_last_blocks 7", "--n_last_blocks 7: the network has 6 blocks"),
-        ("--avgpool_patchtokens true", "goes with --n_last_blocks 1, got 2"),
+        ("--avgpool_patchtokens true", "requires --n_last_blocks 1, got 2"),
         ("--num_labels 2", "--num_labels 2: there are 3 classes"),
         ("--data_path /nowhere", "there is no folder /nowhere/train"),
         ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
@@ -500,18 +371,21 @@ def test_two_processes_with_half_the_batch_are_one(run, few, tmp_path):
         ("--output_dir /dev/null/x", "cannot write /dev/null/x"),
     ],
 )
-def test_flags_that_cannot_be_are_named(run, capsys, flags, part):
+def test_invalid_flags_are_errors(run, capsys, flags, part):
     assert run("x", *flags.split()) == 2
     assert part in error_of(capsys, printed=True)
 
 
-def test_a_probe_of_other_features_or_another_schedule_is_not_gone_on_with(run, tmp_path, capsys):
+def test_a_probe_of_other_features_or_another_schedule_does_not_resume(run, tmp_path, capsys):
     assert run("a", "--epochs", "1") == 0
     before = (tmp_path / "a" / "checkpoint.pth.tar").read_bytes()
     capsys.readouterr()
     for flags, part in (
-        ("--epochs 2", "epochs 2 (was 1); name another --output_dir"),
-        ("--epochs 1 --n_last_blocks 1", "weight is (3, 192), expected (3, 96); --n_last_blocks"),
+        ("--epochs 2", "epochs 2 (was 1); use another --output_dir"),
+        (
+            "--epochs 1 --n_last_blocks 1",
+            "weight is (3, 192), expected (3, 96); use the --n_last_blocks",
+        ),
         ("--epochs 1 --seed 3", "is of another probe: weights"),
         ("--epochs 1 --cache", "cache_epochs 0 (was None)"),
     ):
@@ -520,8 +394,8 @@ def test_a_probe_of_other_features_or_another_schedule_is_not_gone_on_with(run, 
     assert (tmp_path / "a" / "checkpoint.pth.tar").read_bytes() == before
 
 
-def test_the_folder_of_a_pretraining_run_is_refused(run, tmp_path, capsys):
+def test_output_folder_of_a_pretraining_run_is_refused(run, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "checkpoint.pth").write_bytes(b"")
     assert run("a") == 2
-    assert "is of a pretraining run, which has its own log.txt" in error_of(capsys, printed=True)
+    assert "holds a pretraining run with its own log.txt" in error_of(capsys, printed=True)

@@ -15,7 +15,7 @@ from fastdino.evals.ranking_metrics import (
 )
 
 
-def places(*values):
+def indices(*values):
     return np.array(values, np.int64)
 
 
@@ -24,8 +24,8 @@ def unit(*shape, seed):
     return F.normalize(torch.from_numpy(rng.standard_normal(shape)), dim=1)
 
 
-def asking(similarity):
-    """Queries and a database whose similarities are these numbers, [Q, N]."""
+def with_similarities(similarity):
+    """Return queries and a database with these similarities, [Q, N]."""
     return torch.tensor(similarity, dtype=torch.float64), torch.eye(len(similarity[0])).double()
 
 
@@ -40,29 +40,32 @@ def asking(similarity):
         ((), 2, 0.0),
     ],
 )
-def test_average_precision_is_the_area_under_trapezoids(ranks, positives, area):
-    assert average_precision(places(*ranks), positives) == pytest.approx(area, abs=1e-15)
+def test_average_precision_is_the_trapezoid_area(ranks, positives, area):
+    assert average_precision(indices(*ranks), positives) == pytest.approx(area, abs=1e-15)
 
 
-def protocol(similarity, positives, left_out, ks=(1, 5, 10)):
-    """One query of the revisited protocol, word for word: walk down the ranking, pass over what is
-    left out; at each positive add a trapezoid between the precisions before and after it."""
-    area, seen, found, last, hits_at = 0.0, 0, 0, 0, []
-    for place in sorted(range(len(similarity)), key=lambda i: -similarity[i]):
-        if place in left_out:
+def protocol(similarity, positives, ignored, ks=(1, 5, 10)):
+    """Score one query of the revisited protocol by walking down its ranking.
+
+    Skips ignored images; at each positive adds the trapezoid between the precisions before and
+    after it.
+    """
+    area, seen, hits, last, hits_at = 0.0, 0, 0, 0, []
+    for index in sorted(range(len(similarity)), key=lambda i: -similarity[i]):
+        if index in ignored:
             continue
-        before = found / seen if seen else 1.0
+        before = hits / seen if seen else 1.0
         seen += 1
-        if place in positives:
-            found += 1
+        if index in positives:
+            hits += 1
             last = seen
             hits_at.append(seen)
-            area += (before + found / seen) / 2 / len(positives)
+            area += (before + hits / seen) / 2 / len(positives)
     at = [min(last, k) for k in ks]
     return [area, *(sum(hit <= k for hit in hits_at) / k for k in at)]
 
 
-def test_scores_are_the_revisited_protocols():
+def test_scores_match_the_revisited_protocol():
     queries, database = unit(9, 5, seed=0), unit(60, 5, seed=1)
     rng = np.random.default_rng(2)
     relevance, expected = [], {"easy": [], "medium": [], "hard": []}
@@ -76,37 +79,37 @@ def test_scores_are_the_revisited_protocols():
             if ok:
                 expected[name].append(protocol(row, ok, out))
     assert len(expected["easy"]) == 8, "the first query has no easy positive"
-    found = revisited_scores(queries, database, relevance)
+    scores = revisited_scores(queries, database, relevance)
     for name, rows in expected.items():
-        assert list(found[name]) == ["mAP", "mP@1", "mP@5", "mP@10"]
-        assert list(found[name].values()) == pytest.approx(100 * np.mean(rows, axis=0), abs=1e-9)
-    assert 5 < found["medium"]["mAP"] < 95
+        assert list(scores[name]) == ["mAP", "mP@1", "mP@5", "mP@10"]
+        assert list(scores[name].values()) == pytest.approx(100 * np.mean(rows, axis=0), abs=1e-9)
+    assert 5 < scores["medium"]["mAP"] < 95
 
 
-def test_junk_does_not_stand_in_the_way():
+def test_junk_is_ignored_in_the_ranking():
     # The ranking is junk, easy, other, hard.
-    queries, database = asking([[0.9, 0.8, 0.7, 0.6]])
-    found = revisited_scores(queries, database, [Relevance(places(1), places(3), places(0))])
-    assert found["easy"]["mAP"] == 100
-    assert found["hard"]["mAP"] == pytest.approx(100 * (0 + 1 / 2) / 2)
-    assert found["medium"]["mAP"] == pytest.approx(100 * (1 + (1 / 2 + 2 / 3) / 2) / 2)
-    assert found["hard"]["mP@1"] == 0
-    assert found["hard"]["mP@10"] == 50, "of the two up to the last positive"
+    queries, database = with_similarities([[0.9, 0.8, 0.7, 0.6]])
+    scores = revisited_scores(queries, database, [Relevance(indices(1), indices(3), indices(0))])
+    assert scores["easy"]["mAP"] == 100
+    assert scores["hard"]["mAP"] == pytest.approx(100 * (0 + 1 / 2) / 2)
+    assert scores["medium"]["mAP"] == pytest.approx(100 * (1 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert scores["hard"]["mP@1"] == 0
+    assert scores["hard"]["mP@10"] == 50, "one of two images up to the last positive"
 
 
-def test_without_any_positive_there_is_no_score():
-    queries, database = asking([[0.9, 0.8]])
-    found = revisited_scores(queries, database, [Relevance(places(0), places(), places())])
-    assert found["easy"]["mAP"] == 100
-    assert set(found["hard"].values()) == {None}
+def test_without_positives_scores_are_none():
+    queries, database = with_similarities([[0.9, 0.8]])
+    scores = revisited_scores(queries, database, [Relevance(indices(0), indices(), indices())])
+    assert scores["easy"]["mAP"] == 100
+    assert set(scores["hard"].values()) == {None}
 
 
-def test_copies_are_looked_for_among_the_twenty_nearest():
+def test_copydays_map_searches_the_20_nearest():
     row = np.linspace(0.9, 0.1, 30).tolist()
-    queries, database = asking([row, row])
-    found = copydays_map(queries, database, [places(0), places(19)])
-    assert found == pytest.approx(100 * (1 + (0 + 1 / 20) / 2) / 2)
-    assert copydays_map(queries, database, [places(20), places(29)]) == 0
+    queries, database = with_similarities([row, row])
+    score = copydays_map(queries, database, [indices(0), indices(19)])
+    assert score == pytest.approx(100 * (1 + (0 + 1 / 20) / 2) / 2)
+    assert copydays_map(queries, database, [indices(20), indices(29)]) == 0
 
 
 def plain_micro_ap(similarity, positives):
@@ -122,13 +125,13 @@ def plain_micro_ap(similarity, positives):
 
 def test_micro_ap_ranks_all_pairs_together():
     # By similarity: true, false, true, false.
-    queries, database = asking([[0.9, 0.1], [0.8, 0.5]])
-    found = micro_ap(queries, database, [places(0), places(1)])
-    assert found == pytest.approx(100 * (1 + 2 / 3) / 2)
-    assert copydays_map(queries, database, [places(0), places(1)]) == pytest.approx(100 * 5 / 8)
+    queries, database = with_similarities([[0.9, 0.1], [0.8, 0.5]])
+    score = micro_ap(queries, database, [indices(0), indices(1)])
+    assert score == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert copydays_map(queries, database, [indices(0), indices(1)]) == pytest.approx(100 * 5 / 8)
 
 
-def test_micro_ap_of_random_pairs_and_of_equal_ones():
+def test_micro_ap_matches_the_plain_one_with_and_without_ties():
     queries, database = unit(13, 4, seed=3), unit(40, 4, seed=4)
     rng = np.random.default_rng(5)
     positives = [rng.permutation(40)[: 1 + i % 3] for i in range(13)]
@@ -136,14 +139,14 @@ def test_micro_ap_of_random_pairs_and_of_equal_ones():
     assert micro_ap(queries, database, positives) == pytest.approx(expected, abs=1e-5)
     rounded = ((queries @ database.T) * 4).round().tolist()
     expected = plain_micro_ap(rounded, [set(p) for p in positives])
-    assert micro_ap(*asking(rounded), positives) == pytest.approx(expected, abs=1e-5)
+    assert micro_ap(*with_similarities(rounded), positives) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("elements", [1, 40 * 4, 40 * 12 + 1])
-def test_chunks_change_nothing(monkeypatch, elements):
+def test_chunks_do_not_change_the_scores(monkeypatch, elements):
     queries, database = unit(13, 4, seed=3), unit(40, 4, seed=4)
-    own = [places(i, i + 13) for i in range(13)]
-    relevance = [Relevance(p, places(39), places()) for p in own]
+    own = [indices(i, i + 13) for i in range(13)]
+    relevance = [Relevance(p, indices(39), indices()) for p in own]
 
     def all_scores():
         return (

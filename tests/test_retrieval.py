@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchvision import transforms
 
 from fastdino import cli
 from fastdino.evals import retrieval
@@ -17,7 +16,8 @@ from fastdino.evals.options import (
     weights_digest,
 )
 from fastdino.evals.ranking_metrics import revisited_scores
-from fastdino.evals.retrieval_dataset import read_set
+from fastdino.evals.retrieval_dataset import read_dataset
+from fastdino.evals.transforms import to_input
 from tests.commands import error_of, flags_of
 from tests.processes import run_commands_in_two
 
@@ -28,7 +28,7 @@ COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 images of three colours in two sizes; what is relevant to the queries, drawn at random."""
+    """Write 12 images of three colours in two sizes, and three queries with random relevance."""
     rng = np.random.default_rng(0)
     jpg = tmp_path / "rparis6k" / "jpg"
     jpg.mkdir(parents=True)
@@ -56,23 +56,17 @@ def run(folder):
 
 
 def expected_scores(folder, *, multiscale, crop):
-    """The paper's evaluation written plainly: image by image."""
+    """Compute features and scores like the paper's script, image by image."""
     args = flags_of(retrieval, *SMALL.split())
     model = load_network(args, CPU, size_flag="imsize")
-    finish = transforms.Compose(
-        [
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    found = read_set(folder, "rparis6k", crop_queries=crop)
+    dataset = read_dataset(folder, "rparis6k", crop_queries=crop)
 
-    def feature(picture):
-        image = Image.open(picture.path).convert("RGB")
-        if picture.box:
-            image = image.crop(picture.box)
+    def feature(images, index):
+        image = Image.open(images.paths[index]).convert("RGB")
+        if images.box(index):
+            image = image.crop(images.box(index))
         image.thumbnail((40, 40), Image.LANCZOS)
-        batch = finish(image)[None]
+        batch = to_input(image)[None]
         scales = [1, 2**-0.5, 0.5] if multiscale else [1]
         features = [
             model(F.interpolate(batch, scale_factor=s, mode="bilinear", align_corners=False))
@@ -82,20 +76,21 @@ def expected_scores(folder, *, multiscale, crop):
 
     with torch.no_grad():
         queries, database = (
-            torch.cat([feature(picture) for picture in pictures])
-            for pictures in (found.queries, found.database)
+            torch.cat([feature(images, index) for index in range(len(images))])
+            for images in (dataset.queries, dataset.database)
         )
-    return queries, database, revisited_scores(queries, database, found.relevance)
+    return queries, database, revisited_scores(queries, database, dataset.relevance)
 
 
 @pytest.mark.parametrize(("multiscale", "crop"), [(False, False), (True, True)])
-def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multiscale, crop):
+def test_features_and_scores_match_the_papers(run, folder, tmp_path, capsys, multiscale, crop):
     queries, database, scores = expected_scores(folder, multiscale=multiscale, crop=crop)
     args = flags_of(retrieval, *SMALL.split())
     args.multiscale = multiscale
-    found = read_set(folder, "rparis6k", crop_queries=crop)
-    backbone = load_network(args, CPU, size_flag="imsize")
-    own_queries, own_database = retrieval.compute_features(args, backbone, found, CPU)
+    dataset = read_dataset(folder, "rparis6k", crop_queries=crop)
+    network = load_network(args, CPU, size_flag="imsize")
+    extractor = retrieval.build_extractor(args, network, CPU)
+    own_queries, own_database = retrieval.compute_features(extractor, dataset)
     torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)
     output = tmp_path / "scores.json"
@@ -106,12 +101,12 @@ def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multi
     assert result["settings"] == {
         "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(folder),
         "dataset": "rparis6k", "imsize": 40, "multiscale": multiscale, "crop_queries": crop,
-        "weights": weights_digest(backbone),
+        "weights": weights_digest(network),
     }  # fmt: skip
     for name, values in scores.items():
         assert result[name] == pytest.approx(values)
     captured = capsys.readouterr()
-    assert captured.err == "", "no bar where there is no terminal"
+    assert captured.err == "", "no progress bar without a terminal"
     medium = scores["medium"]["mAP"]
     assert f"rparis6k medium: mAP: {medium:.2f}, mP@1: " in captured.out
     assert 0 < scores["hard"]["mAP"] < 100
@@ -130,12 +125,12 @@ def test_features_and_scores_are_the_papers(run, folder, tmp_path, capsys, multi
         ("--output /dev/null/x.json", "cannot write /dev/null/x.json"),
     ],
 )
-def test_mistakes_are_named(run, capsys, flags, part):
+def test_invalid_flags_are_errors(run, capsys, flags, part):
     assert run(*flags.split()) == 2
     assert part in capsys.readouterr().err
 
 
-def test_images_missing_broken_and_smaller_than_a_patch_are_named(run, folder, capsys):
+def test_missing_broken_and_too_small_images_are_errors(run, folder, capsys):
     jpg = folder / "rparis6k" / "jpg"
     Image.new("RGB", (300, 20)).save(jpg / "3.jpg")
     assert run() == 2
@@ -148,7 +143,7 @@ def test_images_missing_broken_and_smaller_than_a_patch_are_named(run, folder, c
     assert "1 images of" in error_of(capsys)
 
 
-def test_two_processes_give_the_scores_of_one(run, folder, tmp_path):
+def test_two_processes_match_one(run, folder, tmp_path):
     line = ["retrieval", "--data_path", str(folder), "--dataset", "rparis6k", *SMALL.split()]
     run_commands_in_two([*line, "--output", str(tmp_path / "two.json")])
     assert run("--output", tmp_path / "one.json") == 0

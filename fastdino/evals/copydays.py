@@ -86,7 +86,9 @@ def main(args: argparse.Namespace) -> int:
             cls_and_gem(network), square(args.imsize), batch_size, workers, device
         )
         # Queries first: an unreadable one is an error, an unreadable distractor is not.
-        queries = {name: extractor.extract_all(block.images, name) for name, block in blocks.items()}
+        queries = {
+            name: extractor.extract_all(block.images, name) for name, block in blocks.items()
+        }
         database = extractor.extract_all(originals, ORIGINAL)
         extra = {name: extractor.extract_usable(images, name)[0] for name, images in extras.items()}
         if distributed.rank() > 0:
@@ -105,7 +107,9 @@ def main(args: argparse.Namespace) -> int:
         )
     for name, values in scores.items():
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
-    settings = settings_of(args, network, "data_path", "imsize", "distractors_path", "whitening_path")
+    settings = settings_of(
+        args, network, "data_path", "imsize", "distractors_path", "whitening_path"
+    )
     counts = {ORIGINAL: len(originals), **{name: len(rows) for name, rows in extra.items()}}
     write_scores(args, {"settings": settings, "images": counts, "blocks": scores})
     return 0

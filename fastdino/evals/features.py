@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastdino import distributed
-from fastdino.data.datasets.data_path import EXTENSIONS
-from fastdino.data.image_files import explained_reading, read_rgb
+from fastdino.data.image_files import EXTENSIONS, explained_reading, read_rgb
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import print_on_main

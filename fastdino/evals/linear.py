@@ -196,7 +196,7 @@ def _trim_log(log: Path, epoch: int) -> None:
 def _run_epoch(
     data: ProbeData, probe: Probe, train: list[Inputs], val: Inputs, signals: StopSignals
 ) -> dict[str, float] | None:
-    """Train for an epoch, or the rest of one, and validate; return the log line, None if stopped."""
+    """Finish an epoch and validate; return the log line, or None if stopped before the end."""
     args, epoch = data.args, probe.epoch
     line: dict[str, float] = {"train_lr": probe.lr}
     samples, features = train[epoch % len(train)]

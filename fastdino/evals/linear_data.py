@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -29,7 +30,6 @@ from fastdino.evals.options import (
     weights_digest,
 )
 from fastdino.evals.transforms import Transform, center_crop, random_crop
-from PIL import Image
 
 Labelled = Dataset[tuple[Tensor, int]]
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -70,7 +70,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_extractor(args: argparse.Namespace, network: nn.Module, device: torch.device) -> Extractor:
+def build_extractor(
+    args: argparse.Namespace, network: nn.Module, device: torch.device
+) -> Extractor:
     """Return the extractor of the flags; images smaller than a patch are unusable."""
     patch = getattr(network, "patch_size", 1)
     return Extractor(

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from fastdino import distributed
+from fastdino.data import scan_images
+from fastdino.errors import DataError
+from fastdino.evals.features import Extractor, ImageFiles, batches_by_size
+from fastdino.evals.transforms import center_crop
+
+SIZES = [0, 1, 0, 1, 0]  # of the images in `folder`: three batches of two or fewer
+
+
+def mean_colour(images):
+    return images.mean((2, 3))
+
+
+def extractor(**settings):
+    transform = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32)])
+    defaults = {"model": mean_colour, "transform": transform, "batch_size": 2, "workers": 0}
+    return Extractor(**({**defaults, "device": torch.device("cpu")} | settings))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (8 + 4 * (i % 2), 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_batches_hold_one_size_and_each_index_once():
+    assert batches_by_size(["a", "b", "a", "a", "b"], 2) == [[0, 2], [3], [1, 4]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_come_in_the_order_of_the_files(folder, pictures, workers):
+    images = ImageFiles.in_folder(folder)
+    features, unusable = extractor(workers=workers).extract(images, "", sizes=SIZES)
+    assert features[:, 0].tolist() == [0, 50, 100, 150, 200]
+    assert unusable == {}
+    dataset, transform = scan_images(pictures), center_crop(16, 8)
+    flat = extractor(model=torch.nn.Flatten(), transform=transform, batch_size=4, workers=workers)
+    expected = torch.stack([transform(Image.open(path)).flatten() for path in dataset.paths])
+    torch.testing.assert_close(flat.extract_all(dataset, ""), expected)
+
+
+def test_shares_of_the_ranks_add_up_to_the_whole(folder, monkeypatch):
+    (folder / "1.png").write_text("no picture")
+    images = ImageFiles.in_folder(folder)
+    whole, whole_unusable = extractor().extract(images, "", sizes=SIZES)
+    monkeypatch.setattr(distributed, "total", lambda values: values)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    gathered, shares = [], []
+    monkeypatch.setattr(
+        distributed, "gather", lambda own: own and (gathered.append(own) or [own, (3, {})])
+    )
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "together", torch.no_grad)
+        shares.append(extractor().extract(images, "", sizes=SIZES)[0])
+    torch.testing.assert_close(sum(shares), whole)
+    assert [int((share[:, 0] > 0).sum()) for share in shares] == [1, 1, 1, 0]
+    assert [width for width, _ in gathered] == [3, 3, 3, 0], "the last rank has no batch"
+    assert {index for _, bad in gathered for index in bad} == set(whole_unusable) == {1}
+
+
+def test_boxes_are_cut_out(folder):
+    image = Image.new("RGB", (10, 10), "black")
+    image.paste((100, 0, 0), (2, 3, 6, 9))
+    image.save(folder / "box.png")
+    images = ImageFiles([folder / "box.png"] * 2, [(2, 3, 6, 9), None])
+    assert images.sizes(2) == [(4, 6), (10, 10)]
+    features = extractor().extract_all(images, "", sizes=images.sizes(2))
+    assert features[:, 0].tolist() == pytest.approx([100, 24])
+
+
+def test_unusable_images_have_a_reason_and_no_features(folder, capsys):
+    (folder / "1.png").write_text("no picture")
+    images = ImageFiles.in_folder(folder)
+    for min_side in (1, 8):
+        features, unusable = extractor(min_side=min_side).extract(images, "", sizes=SIZES)
+        assert list(unusable) == [1]
+        assert "1.png is not an image" in unusable[1]
+        assert features[:, 0].tolist() == [0, 0, 100, 150, 200]
+    with pytest.raises(DataError, match=r"1\.png is not an image$"):
+        extractor().extract_all(images, "", sizes=SIZES)
+    (folder / "3.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"1\.png is not an image \(and 1 more\)"):
+        extractor().extract_all(images, "", sizes=SIZES)
+    features, usable = extractor().extract_usable(images, "folder", skipped=3)
+    assert usable.tolist() == [0, 2, 4]
+    assert features[:, 0].tolist() == [0, 100, 200]
+    assert capsys.readouterr().err == "folder: 5 unreadable images left out\n"
+    with pytest.raises(DataError, match=r"none of the 5 images .* 8 x 8 px .* at least 9 px"):
+        extractor(min_side=9).extract(images, "", sizes=SIZES)
+
+
+def test_folders_without_images_are_errors(tmp_path):
+    with pytest.raises(DataError, match="there is no folder"):
+        ImageFiles.in_folder(tmp_path / "none")
+    with pytest.raises(DataError, match="no images in"):
+        ImageFiles.in_folder(tmp_path)
