@@ -31,6 +31,7 @@ from fastdino.evals.options import (
     add_network_flags,
     check_extraction_flags,
     comparison_device,
+    join_ranks,
     load_network,
     settings_of,
     write_scores,
@@ -75,8 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino copydays`."""
     check_extraction_flags(args, "imsize")
-    device = distributed.choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with join_ranks(args) as device:
         originals, blocks, extras = distributed.from_main(lambda: find_images(args))
         network = load_network(args, device, size_flag="imsize")
         if not isinstance(network, VisionTransformer):

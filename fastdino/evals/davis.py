@@ -41,12 +41,12 @@ from fastdino.evals.options import (
     DEFAULT,
     add_network_flags,
     add_process_flags,
+    join_ranks,
     load_vit,
     settings_of,
 )
 from fastdino.files import explain_write_errors
 from fastdino.models.vit import VisionTransformer
-from fastdino.runtime import choose_device
 
 # The paper's script divides red by 0.228 instead of ImageNet's 0.229; its figures depend on it.
 PAPER_STD = (0.228, 0.224, 0.225)
@@ -83,8 +83,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `fastdino davis`."""
     check_at_least(args, 1, "topk", "bs", "size", "patch_size")
     check_at_least(args, 0, "n_last_frames", "size_mask_neighborhood", "num_workers")
-    device = choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with join_ranks(args) as device:
         sequences = distributed.from_main(lambda: checked_sequences(args))
         model = build_model(args, device)
         path = Path(args.output_dir) / "davis.json"

@@ -24,6 +24,7 @@ from fastdino.evals.options import (
     add_network_flags,
     check_extraction_flags,
     comparison_device,
+    join_ranks,
     load_network,
     scan_splits,
     settings_of,
@@ -146,8 +147,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--nb_knn must be numbers from 1, got {args.nb_knn}")
     if not args.temperature > 0:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
-    device = distributed.choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with join_ranks(args) as device:
         model = None if args.load_features or args.raw_pixels else load_network(args, device)
         tensors = (
             load_features(args.load_features)

@@ -23,12 +23,12 @@ from fastdino.evals.options import (
     SPLITS_HELP,
     add_network_flags,
     add_process_flags,
+    join_ranks,
     print_on_main,
     weights_digest,
 )
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.downloads import local_file
-from fastdino.runtime import choose_device
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.logging import drop_log_lines
 
@@ -78,8 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino linear`."""
     _check_flags(args)
-    device = choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with join_ranks(args) as device:
         return evaluate(args, device) if args.evaluate else train(args, device)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fastdino.errors import ConfigError, DataError
 from fastdino.files import write_json
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
+from fastdino.runtime import choose_device
 
 SPLITS_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 DEFAULT = "(default: %(default)s)"
@@ -99,6 +102,14 @@ def write_scores(args: argparse.Namespace, scores: dict[str, Any]) -> None:
     """Write the scores to the JSON file of --output, if it is given."""
     if args.output:
         write_json(scores, Path(args.output))
+
+
+@contextmanager
+def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if any; yield the device of this rank."""
+    device = choose_device(args.device)
+    with distributed.process_group(device, args.dist_url):
+        yield device
 
 
 def print_on_main(text: str, *, stderr: bool = False) -> None:

@@ -20,6 +20,7 @@ from fastdino.evals.options import (
     add_network_flags,
     check_extraction_flags,
     comparison_device,
+    join_ranks,
     load_network,
     settings_of,
     write_scores,
@@ -46,8 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino retrieval`."""
     check_extraction_flags(args, "imsize")
-    device = distributed.choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with join_ranks(args) as device:
         dataset = distributed.from_main(
             lambda: read_dataset(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)
         )
