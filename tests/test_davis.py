@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -433,77 +434,63 @@ def test_working_sizes_match_the_paper():
         working_size((60, 60), 40)
 
 
-def spoil(root, name):
-    folder = root / "Annotations" / "480p" / "two"
-    frames = root / "JPEGImages" / "480p" / "two"
-    if name == "no first annotation":
-        (folder / "00000.png").unlink()
-        return "1 annotations are missing, e.g. "
-    if name == "some annotations":
-        (folder / "00003.png").unlink()
-        return "00003.png; expected one of the first frame only, or one of every frame"
-    if name == "other size":
-        Image.new("RGB", (10, 20)).save(frames / "00004.jpg")
-        return "00004.jpg is 20 x 10 px, "
-    if name == "other mask size":
-        Image.new("L", (10, 20)).save(folder / "00004.png")
-        return "00004.png is 20 x 10 px, but "
-    if name == "two frames":
-        for file in sorted(frames.iterdir())[2:]:
-            file.unlink()
-        return "has 2 frames; expected at least 3"
-    if name == "no sequence":
-        write_list(root, "2017", ["two", "three"])
-        return "sequence three: folder "
-    if name == "empty list":
-        write_list(root, "2017", [" ", ""])
-        return "names no sequence"
-    if name == "no list":
-        (root / "ImageSets" / "2017" / "val.txt").unlink()
-        return "no list of DAVIS sequences: expected one of"
-    if name == "no object":
-        Image.new("L", (WIDTH, HEIGHT)).save(folder / "00000.png")
-        return "marks no object to follow"
-    if name == "void alone":
-        binary_mask(labels_at(0, {1: (8, 8, 20)})).save(folder / "00000.png")
-        return "255 is void; for masks of 0 and 255 pass --year 2016"
-    if name == "other colours":
-        Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).save(folder / "00000.png")
-        return "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette"
-    if name == "no picture":
-        (frames / "00002.jpg").write_text("no picture")
-        return "00002.jpg is not an image"
-    if name == "large numbers":
-        Image.fromarray(np.full((HEIGHT, WIDTH), 300, np.uint16)).save(folder / "00000.png")
-        return "00000.png has 300; expected object numbers, or 255 for void"
-    assert name == "half a picture"
-    whole = (frames / "00002.jpg").read_bytes()
-    (frames / "00002.jpg").write_bytes(whole[: len(whole) // 2])
-    return "00002.jpg cannot be decoded: image file is truncated"
+def save(pixels, path):
+    Image.fromarray(pixels).save(path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+SIZE = (HEIGHT, WIDTH)
+WHITE = np.full((20, 10), 255, np.uint8)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("damage", "part"),  # damage: of the folders with the frames and masks of the sequence "two"
     [
-        "no first annotation", "some annotations", "other size", "other mask size", "two frames",
-        "no sequence", "empty list", "no list", "no object", "void alone", "other colours",
-        "large numbers", "no picture", "half a picture",
+        (lambda f, m: (m / "00000.png").unlink(), "1 annotations are missing, e.g. "),
+        (lambda f, m: (m / "00003.png").unlink(), "00003.png; expected one of the first frame "),
+        (lambda f, m: save(WHITE, f / "00004.jpg"), "00004.jpg is 20 x 10 px, but"),
+        (lambda f, m: save(WHITE, m / "00004.png"), "00004.png is 20 x 10 px, but"),
+        (lambda f, m: [p.unlink() for p in sorted(f.iterdir())[2:]], "has 2 frames; expected at l"),
+        (lambda f, m: shutil.rmtree(f), "sequence two: folder "),
+        (lambda f, m: save(np.zeros(SIZE, np.uint8), m / "00000.png"), "marks no object to follow"),
+        (lambda f, m: save(np.full(SIZE, 255, np.uint8), m / "00000.png"), "pass --year 2016)"),
+        (
+            lambda f, m: save(np.full((*SIZE, 3), (1, 2, 3), np.uint8), m / "00000.png"),
+            "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette",
+        ),
+        (
+            lambda f, m: save(np.full(SIZE, 300, np.uint16), m / "00000.png"),
+            "00000.png has 300; expected object numbers, or 255 for void",
+        ),
+        (lambda f, m: (f / "00002.jpg").write_text("no image"), "00002.jpg is not an image"),
+        (lambda f, m: truncate(f / "00002.jpg"), "00002.jpg cannot be decoded: image file is tr"),
     ],
-)  # fmt: skip
-def test_bad_data_is_reported(run, root, capsys, name):
-    part = spoil(root, name)
+)
+def test_bad_data_is_reported_before_the_network_is_built(
+    run, root, capsys, monkeypatch, damage, part
+):
+    monkeypatch.setattr(davis, "build_model", None)
+    damage(root / "JPEGImages/480p/two", root / "Annotations/480p/two")
     assert run() == 2
     assert part in error_of(capsys)
 
 
-def test_dataset_is_checked_before_the_network_is_built(run, root, capsys, monkeypatch):
+def test_small_size_is_reported_before_the_network_is_built(run, capsys, monkeypatch):
     monkeypatch.setattr(davis, "build_model", None)
     assert run("--size", 20) == 2
-    assert "to less than 64 px on the long side" in error_of(capsys)
-    for name in ("no object", "half a picture"):
-        part = spoil(root, name)
-        assert run() == 2
-        assert part in error_of(capsys)
+    assert "--size 20 resizes frames of 60 x 140 px to less than 64 px" in error_of(capsys)
+
+
+def test_missing_and_empty_lists_are_reported(run, root, capsys):
+    write_list(root, "2017", [" ", ""])
+    assert run() == 2
+    assert "names no sequence" in error_of(capsys)
+    (root / "ImageSets/2017/val.txt").unlink()
+    assert run() == 2
+    assert "no list of DAVIS sequences: expected one of" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +502,6 @@ def test_dataset_is_checked_before_the_network_is_built(run, root, capsys, monke
         ("--size_mask_neighborhood -2", "--size_mask_neighborhood must be at least 0"),
         ("--patch_size 0", "--patch_size must be at least 1"),
         ("--patch_size 65", "--size 64 is smaller than a 65 px patch"),
-        ("--size 20", "--size 20 resizes frames of 60 x 140 px to less than 64 px"),
         ("--arch resnet18", "--arch resnet18 gives no patch tokens to compare"),
         ("--year 2016", "no list of DAVIS sequences"),
         ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),

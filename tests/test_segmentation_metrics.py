@@ -142,23 +142,26 @@ def test_edge_of_the_image_is_no_boundary():
     ]
 
 
-def test_decay_is_the_first_quarter_minus_the_last():
+def test_statistics_of_falling_scores():
     falling = statistics(torch.linspace(1, 0, 101))
-    assert falling.mean == pytest.approx(0.5)
-    assert falling.recall == pytest.approx(50 / 101)  # strictly above 0.5
-    assert falling.decay == pytest.approx(0.75)
-    # Frames 1..10: the edges of the quarters, 1, 3.25, 5.5, 7.75, 10, round to 1, 3, 6, 8, 10.
-    ten = statistics(torch.arange(10.0))
-    assert ten.decay == pytest.approx((0 + 1 + 2) / 3 - (7 + 8 + 9) / 3)
-    # Frames 1..7: the edges 2.5 and 5.5 both round up.
-    assert statistics(torch.arange(7.0) ** 2).decay == pytest.approx(
-        (0 + 1 + 4) / 3 - (25 + 36) / 2
-    )
-    assert statistics(torch.tensor([0.7], dtype=torch.float64)).decay == 0
+    assert falling["mean"] == pytest.approx(0.5)
+    assert falling["recall"] == pytest.approx(50 / 101)  # strictly above 0.5
+    assert falling["decay"] == pytest.approx(0.75)
 
 
-def test_decay_of_more_than_255_frames():
-    assert statistics(torch.linspace(1, 0, 401)).decay == pytest.approx(0.75)
+@pytest.mark.parametrize(
+    ("scores", "decay"),
+    [
+        # Frames 1..10: the edges of the quarters, 1, 3.25, 5.5, 7.75, 10, round to 1, 3, 6, 8, 10.
+        (torch.arange(10.0), (0 + 1 + 2) / 3 - (7 + 8 + 9) / 3),
+        # Frames 1..7: the edges 2.5 and 5.5 both round up.
+        (torch.arange(7.0) ** 2, (0 + 1 + 4) / 3 - (25 + 36) / 2),
+        (torch.tensor([0.7], dtype=torch.float64), 0),
+        (torch.linspace(1, 0, 401), 0.75),  # more frames than fit in a byte
+    ],
+)
+def test_decay_is_the_first_quarter_minus_the_last(scores, decay):
+    assert statistics(scores)["decay"] == pytest.approx(decay)
 
 
 @pytest.mark.parametrize("truth", [EMPTY[0], EMPTY.int(), EMPTY[:, :5]])

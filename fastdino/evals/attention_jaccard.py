@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from fastdino.data.image_files import EXTENSIONS, quiet_pillow, read_rgb
-from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.attention_maps import (
     NO_CLS_ATTENTION,
@@ -36,6 +33,7 @@ from fastdino.evals.attention_maps import (
     pretrained_side,
     to_pixels,
 )
+from fastdino.evals.batching import load_batches
 from fastdino.evals.masks import palette_colours, read_mask_pixels
 from fastdino.evals.options import load_vit, settings_of
 from fastdino.evals.segmentation_metrics import jaccard
@@ -131,52 +129,22 @@ def read_labels(path: Path, void: int | None) -> NDArray[np.uint8]:
     return labels
 
 
-# A network's input [3, height, width] and its labels [height, width].
-_Pair = tuple[Tensor, Tensor]
+def load_pair(
+    image_path: Path, mask_path: Path, void: int | None, size: list[int], patch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Read an image as network input [3, height, width], and its labels [height, width].
 
-
-class _Pairs(Dataset["_Pair | DataError"]):
-    """Inputs with labels. Errors are returned, because DataLoader workers would wrap them."""
-
-    def __init__(self, masked: MaskedImages, size: list[int], patch_size: int):
-        self.masked, self.size, self.patch_size = masked, size, patch_size
-
-    def __len__(self) -> int:
-        return len(self.masked.images)
-
-    def __getitem__(self, index: int) -> _Pair | DataError:
-        try:
-            return self._read(self.masked.images[index], self.masked.masks[index])
-        except DataError as error:
-            return error
-
-    def _read(self, image_path: Path, mask_path: Path) -> _Pair:
-        with quiet_pillow():
-            image = read_rgb(image_path)
-        labels = Image.fromarray(read_labels(mask_path, self.masked.void))
-        if labels.size != image.size:
-            raise DataError(
-                f"{mask_path} is {labels.height} x {labels.width} px, but its image is "
-                f"{image.height} x {image.width} px: expected one size"
-            )
-        image = fit_to_patches(image, self.size, self.patch_size)
-        labels = fit_to_patches(labels, self.size, self.patch_size, InterpolationMode.NEAREST)
-        return to_input(image), torch.from_numpy(np.array(labels))
-
-
-def _batches(pairs: _Pairs, batch_size: int, workers: int) -> Iterator[list[_Pair]]:
-    """Load batches of pairs of one size, in order; raise the first error."""
-    loader = DataLoader(
-        pairs,
-        batch_size=batch_size if len(pairs.size) == 2 else 1,
-        num_workers=min(workers, cpu_count()),
-        collate_fn=list,
-    )
-    for batch in loader:
-        for pair in batch:
-            if isinstance(pair, DataError):
-                raise pair
-        yield batch
+    Raises: DataError: a file cannot be read, or the sizes differ.
+    """
+    image, labels = read_rgb(image_path), Image.fromarray(read_labels(mask_path, void))
+    if labels.size != image.size:
+        raise DataError(
+            f"{mask_path} is {labels.height} x {labels.width} px, but its image is "
+            f"{image.height} x {image.width} px: expected one size"
+        )
+    image = fit_to_patches(image, size, patch_size)
+    labels = fit_to_patches(labels, size, patch_size, InterpolationMode.NEAREST)
+    return to_input(image), torch.from_numpy(np.array(labels))
 
 
 def head_scores(
@@ -221,19 +189,25 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     models = {"trained" if args.pretrained_weights else "untrained": model}
     if args.baseline and args.pretrained_weights:
         models["untrained"] = _untrained_like(model, arch, args.seed, device)
-    pairs = _Pairs(masked, args.image_size, model.patch_size)
     parts: dict[str, list[Tensor]] = {name: [] for name in models}
-    with tqdm(total=len(pairs), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for batch in _batches(pairs, args.batch_size_per_gpu, args.num_workers):
-            images = torch.stack([image for image, _ in batch]).to(device)
-            labels = torch.stack([label for _, label in batch])
+
+    def load(paths: tuple[Path, Path]) -> tuple[Tensor, Tensor]:
+        return load_pair(*paths, masked.void, args.image_size, model.patch_size)
+
+    paths = list(zip(masked.images, masked.masks, strict=True))
+    # The shorter side alone leaves images of different sizes: one per batch.
+    batch_size = args.batch_size_per_gpu if len(args.image_size) == 2 else 1
+    bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty())
+    with bar, quiet_pillow():
+        for batch in load_batches(load, paths, batch_size, args.num_workers):
+            images, labels = (torch.stack(tensors) for tensors in zip(*batch, strict=True))
             for name, network in models.items():
-                parts[name].append(head_scores(network, images, labels, threshold))
+                parts[name].append(head_scores(network, images.to(device), labels, threshold))
             bar.update(len(batch))
     scores = {name: torch.cat(rows) for name, rows in parts.items()}
     empty = next(iter(scores.values())).isnan().any(1)
     if bool(empty.all()):
-        raise DataError(f"none of the {len(pairs)} masks of {args.data_path} has any foreground")
+        raise DataError(f"none of the {len(paths)} masks of {args.data_path} has any foreground")
     names = [path.relative_to(args.data_path).as_posix() for path in masked.images]
     return {
         "settings": settings_of(args, model, "data_path", "split", "image_size")

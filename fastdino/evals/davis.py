@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from tqdm import tqdm
 from fastdino import distributed
 from fastdino.augmentation.pillow import MEAN
 from fastdino.config import check_at_least
-from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
+from fastdino.evals.batching import batches, load_batches
 from fastdino.evals.davis_dataset import (
     Sequence,
     find_sequences,
@@ -34,7 +33,6 @@ from fastdino.evals.davis_dataset import (
     write_mask,
 )
 from fastdino.evals.davis_scores import Results, describe, describe_total, score
-from fastdino.evals.frames import batches
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.evals.masks import draw_sheet, overlay
 from fastdino.evals.options import (
@@ -56,17 +54,23 @@ SHEET_FRAMES = 6
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino davis`: the paper's eval_video_segmentation.py's, then ours."""
-    add_network_flags(parser, "architecture, a vit_*")
+    add_network_flags(parser, "architecture: a vit_*")
     add = parser.add_argument_group("data").add_argument
     about = "folder with JPEGImages/480p, Annotations/480p and ImageSets"
     add("--data_path", default="/path/to/davis/", help=about)
     about = f"list of ImageSets: val, train or test-dev {DEFAULT}"
     add("--split", default="val", help=about)
-    about = "masks of several objects (2017) or of one (2016); auto: by the available list"
+    about = (
+        "masks of several objects (2017), of one (2016), or by the list in ImageSets (auto) "
+        f"{DEFAULT}"
+    )
     add("--year", choices=("auto", "2016", "2017"), default="auto", help=about)
     about = "folder for masks, overlays and davis.json (default: the current folder)"
     add("--output_dir", default=".", help=about)
-    about = "pictures: none, six frames per sequence above the truth (sheet), or every frame too"
+    about = (
+        "frames under their masks: none, a sheet of six per sequence above the annotations, or "
+        f"also every frame (all) {DEFAULT}"
+    )
     add("--overlays", choices=("none", "sheet", "all"), default="sheet", help=about)
     add = parser.add_argument_group("label propagation").add_argument
     add("--size", type=int, default=480, help=f"short side of resized frames in px {DEFAULT}")
@@ -242,20 +246,12 @@ def patch_features(
     workers: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Yield the last block's patch tokens [h, w, D] of each frame, resized to `size`, in order.
-
-    Threads decode the next batch during each forward pass.
-    """
+    """Yield the last block's patch tokens [h, w, D] of each frame, resized to `size`, in order."""
     grid = (size[0] // model.patch_size, size[1] // model.patch_size)
-    with ThreadPoolExecutor(max(1, min(workers, cpu_count()))) as pool:
-        paths = batches(sequence.frames, batch_size)
-        pending = [pool.submit(read_frame, path) for path in next(paths)]
-        while pending:
-            frames = torch.stack([future.result() for future in pending])
-            pending = [pool.submit(read_frame, path) for path in next(paths, [])]
-            images = prepare(frames.to(device), size)
-            tokens = model.get_intermediate_layers(images, 1)[0]
-            yield from tokens[:, 1:].unflatten(1, grid)
+    for frames in load_batches(read_frame, sequence.frames, batch_size, workers):
+        images = prepare(torch.stack(frames).to(device), size)
+        tokens = model.get_intermediate_layers(images, 1)[0]
+        yield from tokens[:, 1:].unflatten(1, grid)
 
 
 @torch.no_grad()

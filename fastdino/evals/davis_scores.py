@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,7 +34,7 @@ def score(
         pair = (predicted == number, true == number)
         measures = {"J": region_similarity(*pair), "F": boundary_accuracy(*pair)}
         objects[str(number)] = {
-            name: {key: 100 * value for key, value in asdict(statistics(values)).items()}
+            name: {key: 100 * value for key, value in statistics(values).items()}
             for name, values in measures.items()
         }
     later = sorted(set(np.unique(truth).tolist()) - set(np.unique(truth[0]).tolist()) - {0})

@@ -1,17 +1,13 @@
-"""Video frames that are image files in a folder, and batches of frames."""
+"""Video frames that are image files in a folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from fastdino.data.image_files import EXTENSIONS, Header, quiet_pillow, read_header
 from fastdino.errors import DataError
-
-T = TypeVar("T")
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -45,10 +41,3 @@ def common_size(files: Iterable[Path]) -> tuple[int, int]:
             )
     assert first is not None
     return first[1]
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Split items into lists of `size`, the last one possibly shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -8,7 +8,6 @@ Shapes: T frames of H x W pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,29 +20,21 @@ RECALL_THRESHOLD = 0.5
 _CHUNK_PIXELS = 1 << 24  # pixels per dilation, about 40 frames of 480p
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean, recall and decay of one measure over an object's frames.
+def statistics(values: Tensor) -> dict[str, float]:
+    """Summarise J or F over an object's frames [T], T >= 1.
 
-    recall: share of frames above 0.5. decay: mean of the first quarter minus mean of the last.
+    Returns: mean; recall, the share of frames above 0.5; decay, the mean of the first quarter
+        minus the mean of the last. Neighbouring quarters share a frame.
     """
-
-    mean: float
-    recall: float
-    decay: float
-
-
-def statistics(values: Tensor) -> Statistics:
-    """Summarise J or F [T], T >= 1. Neighbouring quarters share a frame."""
     scores = values.double().cpu().numpy()
     # The benchmark counts frames from 1; the 1e-10 makes halves round up.
     edges = np.round(np.linspace(1, len(scores), 5) + 1e-10).astype(int) - 1
     first, last = scores[: edges[1] + 1], scores[edges[3] :]
-    return Statistics(
-        mean=float(scores.mean()),
-        recall=float((scores > RECALL_THRESHOLD).mean()),
-        decay=float(first.mean() - last.mean()),
-    )
+    return {
+        "mean": float(scores.mean()),
+        "recall": float((scores > RECALL_THRESHOLD).mean()),
+        "decay": float(first.mean() - last.mean()),
+    }
 
 
 def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:

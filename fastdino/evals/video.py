@@ -41,7 +41,7 @@ from fastdino.evals.attention_maps import (
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.frames import batches
+from fastdino.evals.batching import batches
 from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
@@ -146,7 +146,7 @@ def write_video(drawings: Iterable[Pixels], path: Path, *, fps: float, total: in
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino video`: the paper's (video_generation.py), then ours."""
-    add_network_flags(parser, "a vit_*", default=("vit_small", 8))
+    add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
     add = parser.add_argument
     add("--input_path", required=True, help="video file, or folder of frames")
     about = f"output folder, or file ending in {' '.join(FORMATS)} (default: the current folder)"

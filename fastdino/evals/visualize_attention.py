@@ -19,8 +19,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from tqdm import tqdm
 
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
-from fastdino.data.image_files import decode_rgb, quiet_pillow, read_file, reason_of
+from fastdino.data.image_dataset import ImageDataset
+from fastdino.data.image_files import quiet_pillow, reason_of
 from fastdino.errors import DataError
 from fastdino.evals.attention_figures import (
     draw_attention,
@@ -56,36 +56,24 @@ from fastdino.files import explain_write_errors, write_json
 from fastdino.runtime import choose_device
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Images by index, and the output folder of each, relative to --output_dir.
+def find_images(path: str) -> tuple[ImageDataset, list[str]]:
+    """List an image file, or the images that pretraining finds in a folder.
 
-    skipped: path of an unreadable image -> reason.
-    """
-
-    paths: list[str]
-    folders: list[str]
-    read: Callable[[int], Image.Image]
-    skipped: dict[str, str]
-
-
-def find_images(path: str) -> _Images:
-    """List an image file, or the images of a folder or archive as in pretraining.
+    Returns: the images, and the output folder of each, relative to --output_dir.
 
     Raises: DataError: the path does not exist, or has no image.
     """
-    if os.path.isdir(path):
-        # Unreadable images are skipped and reported; only a folder without any image is an error.
-        source = scan_images(path, max_bad_share=1.0)
-        paths = list(source.paths)
-        names = [os.path.relpath(p, path) for p in paths]
-        stems = [os.path.splitext(name)[0] for name in names]
-        counts = Counter(stems)
-        folders = [s if counts[s] == 1 else n for s, n in zip(stems, names, strict=True)]
-        return _Images(paths, folders, source.read_rgb, dict(source.skipped))
-    if not os.path.exists(path):
+    if os.path.isfile(path):
+        sizes, labels = np.zeros((1, 2), np.int32), np.zeros(1, np.int64)  # not used
+        return ImageDataset([path], labels, [""], sizes, skipped={}), [""]
+    if not os.path.isdir(path):
         raise DataError(f"--image_path {path}: no such file or folder")
-    return _Images([path], [""], lambda _: decode_rgb(read_file(path)), {})
+    # Unreadable images are skipped and reported; only a folder without any image is an error.
+    images = scan_images(path, max_bad_share=1.0)
+    names = [os.path.relpath(p, path) for p in images.paths]
+    stems = [os.path.splitext(name)[0] for name in names]
+    counts = Counter(stems)
+    return images, [s if counts[s] == 1 else n for s, n in zip(stems, names, strict=True)]
 
 
 def draw_image(
@@ -120,28 +108,29 @@ def draw_image(
     return ["img.png", *drawings, sheet.name]
 
 
-def _read_images(images: _Images) -> Iterator[tuple[str, str, Image.Image]]:
-    """Yield path, output folder and pixels of each readable image; add the others to `skipped`."""
-    bar = tqdm(images.paths, unit="image", disable=len(images.paths) < 2 or not sys.stderr.isatty())
+def _read_images(images: ImageDataset) -> Iterator[tuple[int, Image.Image]]:
+    """Decode the images with their index; add unreadable ones to images.skipped."""
+    bar = tqdm(images.paths, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
     for index, path in enumerate(bar):
         try:
             with quiet_pillow():
-                picture = images.read(index)
+                image = images.read_rgb(index)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's plugins raise all kinds on broken files.
             images.skipped[path] = reason_of(error)
             continue
-        yield path, images.folders[index], picture
+        yield index, image
 
 
 def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     """Draw the images of --image_path and write attention.json; return the number of images."""
-    images = find_images(args.image_path)
+    images, folders = find_images(args.image_path)
     model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
     root = Path(args.output_dir)
     records: list[dict[str, Any]] = []
-    for path, folder, image in _read_images(images):
+    for index, image in _read_images(images):
+        path, folder = images.paths[index], folders[index]
         picture = fit_to_patches(image, args.image_size, model.patch_size)
         maps = attention_maps(model, to_input(picture)[None].to(device))[0].cpu()
         title = f"{Path(path).name}: CLS attention in the last block of {arch}"
@@ -173,7 +162,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino attention`: the paper's visualize_attention.py's, then ours."""
-    add_network_flags(parser, "a vit_*", default=("vit_small", 8))
+    add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
     add = parser.add_argument
     add(
         "--image_size",
