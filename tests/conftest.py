@@ -212,7 +212,7 @@ def nano_model(nano_weights) -> torch.nn.Module:
 
 @pytest.fixture
 def run_nano(nano_weights, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command with nano_weights on the CPU; returns exit status, stdout and stderr."""
+    """A function that runs a command on nano_weights; returns exit status, stdout and stderr."""
     from fastdino import cli
 
     def run(command: str, *words: Any) -> tuple[int, str, str]:

@@ -24,7 +24,7 @@ MODEL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_wo
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the command without weights; returns the exit status."""
+    """A function that runs the command without weights and returns the exit status."""
 
     def command(root, *words):
         paths = ["--data_path", str(root), "--output_dir", str(tmp_path / "out")]

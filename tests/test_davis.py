@@ -262,7 +262,7 @@ def assert_same_results(results, expected):
 
 @pytest.fixture
 def three(root):
-    """Adds a third sequence, so that two ranks need two rounds."""
+    """A third sequence in the dataset, so that two ranks need two rounds."""
     write_sequence(root, "three", {1: (20, 10, 26)}, frames=5)
     write_list(root, "2017", ["two", "one", "three"])
 

@@ -326,7 +326,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sdist(built) -> set[str]:
-    """Paths in the sdist, relative to its top folder."""
+    """The files of the sdist, relative to its top folder."""
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         return {name.partition("/")[2] for name in archive.getnames()}
 

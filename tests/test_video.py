@@ -151,7 +151,7 @@ def test_video_only_encodes_images_without_a_network(folder, tmp_path, capsys):
         (["--threshold", "0.5", "--show", "mean"], "remove --threshold, --show\n"),
         (["--input_path", "empty"], "no frames in empty: no file ends in "),
         (["--input_path", "none"], "--input_path none: no such file or folder"),
-        (["--input_path", "a.mp4"], "needs a folder of images, but --input_path a.mp4 is a file"),
+        (["--input_path", "a.mp4"], "--input_path a.mp4: --video_only needs a folder of images"),
     ],
 )
 def test_error_of_video_only_is_one_line(folder, tmp_path, monkeypatch, capsys, words, part):

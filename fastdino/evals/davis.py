@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
             lambda: Results(path, davis_settings(args, model, sequences))
         )
         remaining = distributed.from_main(lambda: remaining_sequences(results, sequences))
-        evaluate(model, remaining, args, results, device)
+        evaluate(model, remaining, args, results)
         distributed.from_main(lambda: results.finish(sequences))
         if distributed.rank() == 0:
             print(describe_total(results.total))
@@ -118,7 +118,6 @@ def evaluate(
     sequences: list[Sequence],
     args: argparse.Namespace,
     results: Results,
-    device: torch.device,
 ) -> None:
     """Follow the objects of all sequences; rank 0 adds the scores to its results.
 
@@ -135,7 +134,7 @@ def evaluate(
             with distributed.together():
                 if rank < len(group):
                     bar.set_description(group[rank].name)
-                    scores = follow(model, group[rank], args, device, bar)
+                    scores = follow(model, group[rank], args, bar)
             gathered = distributed.gather(scores)
             with distributed.together():
                 if rank == 0:
@@ -147,22 +146,18 @@ def evaluate(
 
 
 def follow(
-    model: VisionTransformer,
-    sequence: Sequence,
-    args: argparse.Namespace,
-    device: torch.device,
-    bar: Any,
+    model: VisionTransformer, sequence: Sequence, args: argparse.Namespace, bar: Any
 ) -> dict[str, Any] | None:
     """Write the masks and overlays of a sequence; return its scores, None without annotations."""
     output = Path(args.output_dir)
-    masks = segment(model, sequence, args, device=device, bar=bar)
+    masks = segment(model, sequence, args, bar)
     truth = read_truth(sequence)
     with explain_write_errors(output):
         write_masks(sequence, masks, output)
         if args.overlays != "none":
             stacks = [masks] if truth is None else [masks, truth]
             write_overlays(sequence, stacks, output / "overlays", every=args.overlays == "all")
-    return None if truth is None else score(masks, truth, device)
+    return None if truth is None else score(masks, truth, model.pos_embed.device)
 
 
 def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
@@ -238,43 +233,29 @@ def prepare(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def patch_features(
-    model: VisionTransformer,
-    sequence: Sequence,
-    size: tuple[int, int],
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
+    model: VisionTransformer, sequence: Sequence, size: tuple[int, int], args: argparse.Namespace
 ) -> Iterator[Tensor]:
     """Yield the last block's patch tokens [h, w, D] of each frame, resized to `size`, in order."""
     grid = (size[0] // model.patch_size, size[1] // model.patch_size)
-    for frames in load_batches(read_frame, sequence.frames, batch_size, workers):
-        images = prepare(torch.stack(frames).to(device), size)
+    for frames in load_batches(read_frame, sequence.frames, args.bs, args.num_workers):
+        images = prepare(torch.stack(frames).to(model.pos_embed.device), size)
         tokens = model.get_intermediate_layers(images, 1)[0]
         yield from tokens[:, 1:].unflatten(1, grid)
 
 
 @torch.no_grad()
 def segment(
-    model: VisionTransformer,
-    sequence: Sequence,
-    args: argparse.Namespace,
-    *,
-    device: torch.device,
-    bar: Any,
+    model: VisionTransformer, sequence: Sequence, args: argparse.Namespace, bar: Any
 ) -> NDArray[np.uint8]:
     """Return the masks [T, H, W] of a sequence: the given first one, and the predicted others."""
     first = first_mask(sequence)
     numbers = np.unique(np.append(first, np.uint8(0)))  # of the background and the objects
     size = working_size(sequence.size, args.size)
-    features = patch_features(
-        model, sequence, size, batch_size=args.bs, workers=args.num_workers, device=device
-    )
     grid = (size[0] // model.patch_size, size[1] // model.patch_size)
     labels = np.searchsorted(numbers, first).astype(np.uint8)
     soft_labels = propagate_video(
-        features,
-        one_hot_patches(labels, len(numbers), grid).to(device),
+        patch_features(model, sequence, size, args),
+        one_hot_patches(labels, len(numbers), grid).to(model.pos_embed.device),
         n_last_frames=args.n_last_frames,
         radius=args.size_mask_neighborhood,
         topk=args.topk,

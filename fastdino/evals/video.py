@@ -207,13 +207,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_video_only(args: argparse.Namespace) -> None:
-    """Raise an error if --video_only has a file as input, or flags of the network."""
+    """Raise an error if --video_only is combined with network flags or with a video file."""
     given = [f"--{name}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, "")]
     if given:
         raise ConfigError(f"--video_only runs without a network: remove {', '.join(given)}")
     if os.path.isfile(args.input_path):
         raise DataError(
-            f"--video_only needs a folder of images, but --input_path {args.input_path} is a file"
+            f"--input_path {args.input_path}: --video_only needs a folder of images, not a file"
         )
 
 
