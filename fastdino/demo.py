@@ -1,7 +1,6 @@
-"""`fastdino demo`: the whole of DINO on a small generated image set, in minutes, on any machine.
+"""`fastdino demo`: generate images, pretrain and evaluate on any machine, in minutes.
 
-Runs the project's own commands one after the other, showing each, and ends with a table of k-NN
-accuracies and two pictures.
+Prints and runs fastdino commands, and ends with k-NN accuracies, attention maps and a loss curve.
 """
 
 from __future__ import annotations
@@ -36,16 +35,17 @@ TRAIN = (
     "--batch_size_per_gpu 32 --epochs 11 --warmup_epochs 1 --lr 0.008 --min_lr 1e-5 "
     "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
-ATTENTION_SIZE = 96  # px: twice the training's, for finer maps
+ATTENTION_SIZE = 96  # px; twice the training size, for finer maps
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino demo`."""
-    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes")
+    """Add the flags of `fastdino demo`."""
+    about = "folder for images, checkpoints and results (default: %(default)s)"
+    parser.add_argument("--output_dir", default="runs/demo", help=about)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the demo; a demo that was cut off goes on where it was."""
+    """Run the demo, resuming one that was interrupted."""
     started = time.monotonic()
     root = Path(args.output_dir)
     images, checkpoint = root / "shapes", root / "checkpoint.pth"
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(command: str, *words: str | Path) -> int:
-    """Runs a fastdino command in this process, after printing it; returns its exit status."""
+    """Print a fastdino command, run it in this process, and return its exit code."""
     quoted = (shlex.quote(str(word)) if isinstance(word, Path) else word for word in words)
     line = f"{command} {' '.join(quoted)}"
     print(f"\n$ fastdino {line}", flush=True)
@@ -79,7 +79,7 @@ def run(command: str, *words: str | Path) -> int:
 
 
 def knn(root: Path, images: Path, *words: str | Path) -> float:
-    """Top-1 accuracy in percent of `fastdino knn`."""
+    """Run `fastdino knn` and return the top-1 accuracy in percent."""
     output = root / "knn.json"
     if run("knn", f"{KNN} --data_path", images, "--output", output, *words):
         raise SystemExit(cli.EXIT_MISTAKE)
@@ -87,7 +87,7 @@ def knn(root: Path, images: Path, *words: str | Path) -> float:
 
 
 def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
-    """Attention maps of one image of each of six classes."""
+    """Draw attention maps for one image from each of six classes."""
     backbone = load_backbone(
         str(checkpoint), checkpoint_key="teacher", arch=None, patch_size=None
     ).module
@@ -103,7 +103,7 @@ def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
 
 
 def draw_loss(log: Path, path: Path) -> None:
-    """The loss and its two parts over the epochs of a log.txt."""
+    """Plot the loss and its two parts over the epochs of a log.txt."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
     figure = Figure(figsize=(6, 3.5), layout="constrained")

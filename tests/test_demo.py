@@ -1,5 +1,3 @@
-"""`fastdino demo`: how it hands its work to the other commands."""
-
 from __future__ import annotations
 
 import pytest
@@ -9,8 +7,8 @@ from tests.commands import flags_of
 
 
 @pytest.fixture
-def answer(monkeypatch):
-    """Makes every command end with a status; returns the list of the command lines."""
+def fake_commands(monkeypatch):
+    """Return a function that makes every command exit with a status and records the calls."""
 
     def put(status):
         lines = []
@@ -20,13 +18,13 @@ def answer(monkeypatch):
     return put
 
 
-def test_a_folder_with_a_space_is_one_word(answer, tmp_path):
-    lines = answer(0)
+def test_a_folder_with_a_space_stays_one_argument(fake_commands, tmp_path):
+    lines = fake_commands(0)
     assert demo.run("shapes", "--size 96 --output_dir", tmp_path / "my run") == 0
     assert lines == [["shapes", "--size", "96", "--output_dir", str(tmp_path / "my run")]]
 
 
-def test_the_demo_ends_with_the_first_command_that_fails(answer, tmp_path):
-    lines = answer(2)
+def test_the_demo_stops_at_the_first_failing_command(fake_commands, tmp_path):
+    lines = fake_commands(2)
     assert demo.main(flags_of(demo, "--output_dir", str(tmp_path))) == 2
     assert [line[0] for line in lines] == ["shapes"]

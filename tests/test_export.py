@@ -1,5 +1,3 @@
-"""`fastdino export`: every form read back by the library that it is for."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -34,9 +32,16 @@ def need(to):
             pytest.skip(f"{name} is not installed")
 
 
+def hide(package, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if package in name else find(name)
+    )
+
+
 @pytest.fixture(scope="module")
 def trainer():
-    """A tiny one whose weights are all other than at the beginning, biases among them."""
+    """Return a tiny trainer whose teacher weights, biases included, are not the initial ones."""
     config = TrainConfig(
         arch="vit_nano", patch_size=8, out_dim=64, global_crops_size=32, local_crops_size=16,
         device="cpu", warmup_teacher_temp_epochs=0, data_path="/home/someone/flowers/train",
@@ -58,7 +63,7 @@ def weights(trainer, tmp_path_factory):
 
 @pytest.fixture
 def run(weights, tmp_path, capsys):
-    """Runs `fastdino export`; returns its output's path and the report."""
+    """Return a function that runs `fastdino export` and returns the output path and report."""
 
     def export(to, *flags, output=None, pretrained=weights):
         output = output or tmp_path / NAMES[to]
@@ -66,7 +71,7 @@ def run(weights, tmp_path, capsys):
         status = cli.main([*words, "--report", str(tmp_path / "report.json"), *flags])
         captured = capsys.readouterr()
         assert (status, captured.err) == (0, "")
-        print(captured.out, end="")  # for the test that asks what was printed
+        print(captured.out, end="")  # for tests that read the output
         return output, json.loads((tmp_path / "report.json").read_text())
 
     return export
@@ -74,7 +79,7 @@ def run(weights, tmp_path, capsys):
 
 @pytest.fixture
 def refused(weights, tmp_path, capsys):
-    """Runs `fastdino export`, which must refuse; returns what it says."""
+    """Return a function that runs `fastdino export`, expects an error and returns it."""
 
     def export(to, *flags, output=None, pretrained=weights):
         output = str(output or tmp_path / NAMES.get(to, "vit"))
@@ -90,13 +95,13 @@ def expected(trainer, images=IMAGES):
     return trainer.teacher.backbone(images)
 
 
-def assert_near(got, want):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+def assert_near(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("to", ["timm", "safetensors", "torchscript", "hf", "onnx"])
-def test_its_own_library_reads_it_and_the_lines_printed_give_the_same_features(run, trainer, to):
+def test_library_reads_the_export_and_the_printed_usage_gives_equal_features(run, trainer, to):
     need(to)
     _, report = run(to)
     readers = {"hf": "transformers", "onnx": "onnxruntime", "torchscript": "torch"}
@@ -114,7 +119,7 @@ def test_its_own_library_reads_it_and_the_lines_printed_give_the_same_features(r
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_timms_models_take_the_weights_strictly(run, trainer, tmp_path, suffix):
+def test_timm_models_load_the_weights_strictly(run, trainer, tmp_path, suffix):
     path, report = run("timm", output=tmp_path / f"vit.{suffix}")
     state = torch.load(path, weights_only=True) if suffix == "pth" else load_file(path)
     model = timm.create_model(
@@ -135,13 +140,13 @@ def test_timms_models_take_the_weights_strictly(run, trainer, tmp_path, suffix):
         ("vit_large", 16, 96, ("vit_large_patch16_224", {"num_classes": 0, "img_size": 96})),
     ],
 )
-def test_timms_call_is_of_the_architecture(arch, patch_size, image_size, call):
+def test_timm_call_matches_the_architecture(arch, patch_size, image_size, call):
     network = targets.Network(torch.nn.Identity(), arch, patch_size, image_size, 0)
     assert targets.timm_call(network) == call
     assert timm.is_model(call[0])
 
 
-def test_hugging_faces_names_and_back_are_the_same_weights(trainer):
+def test_hugging_face_names_convert_both_ways(trainer):
     state = trainer.teacher.backbone.state_dict()
     named = hf_names(state)
     assert "encoder.layer.5.attention.attention.key.bias" in named
@@ -151,7 +156,7 @@ def test_hugging_faces_names_and_back_are_the_same_weights(trainer):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_hugging_faces_folder_is_read_here_too(run, trainer):
+def test_load_backbone_reads_a_hugging_face_folder(run, trainer):
     folder, _ = run("hf")
     backbone = load_backbone(str(folder), checkpoint_key="teacher", arch=None, patch_size=None)
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
@@ -161,19 +166,19 @@ def test_hugging_faces_folder_is_read_here_too(run, trainer):
     assert (config["hidden_size"], config["num_hidden_layers"], config["image_size"]) == (96, 6, 32)
 
 
-def test_hugging_faces_processor_makes_the_papers_images(run):
+def test_hugging_face_processor_matches_the_evaluation_transform(run):
     transformers = pytest.importorskip("transformers")
     folder, _ = run("hf")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(2))
     image = Image.fromarray(pixels.byte().numpy()).resize((70, 70), Image.Resampling.BICUBIC)
-    got = processor(image, return_tensors="pt")["pixel_values"]
-    want = center_crop(targets.resize_of(32), 32)(image)
-    assert got.shape == (1, 3, 32, 32)
-    assert (got[0] - want).abs().max() < 0.05  # two or three of 255 levels: resizes round apart
+    actual = processor(image, return_tensors="pt")["pixel_values"]
+    wanted = center_crop(targets.resize_of(32), 32)(image)
+    assert actual.shape == (1, 3, 32, 32)
+    assert (actual[0] - wanted).abs().max() < 0.05  # two or three of 255 levels: rounding
 
 
-def test_the_card_of_a_folder_and_of_a_file_tells_the_training(run, tmp_path):
+def test_model_cards_of_folders_and_files_describe_the_training(run, tmp_path):
     (tmp_path / "knn.json").write_text('{"20": {"top1": 29.4, "top5": 60.0}}')
     flags = ("--model_card", "--figures", str(tmp_path / "knn.json"))
     folder, _ = run("hf", *flags)
@@ -188,7 +193,7 @@ def test_the_card_of_a_folder_and_of_a_file_tells_the_training(run, tmp_path):
     assert "library_name: transformers" in (folder / "README.md").read_text()
 
 
-def test_safetensors_say_what_they_are_of(run, trainer):
+def test_safetensors_metadata_holds_architecture_and_sizes(run, trainer):
     path, _ = run("safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -197,27 +202,27 @@ def test_safetensors_say_what_they_are_of(run, trainer):
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors"])
-def test_those_who_may_read_other_files_may_read_these(run, tmp_path, to):
+def test_exported_files_have_default_permissions(run, tmp_path, to):
     path, _ = run(to)
     weights = path / "model.safetensors" if to == "hf" else path
     (tmp_path / "other").write_text("")
     assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_another_image_size_has_the_papers_positions(run, weights):
+def test_image_size_resizes_positions_as_the_paper_does(run, weights):
     path, report = run("safetensors", "--image_size", "48")
     assert report["image_size"] == 48
     resized, _ = initial_weights(weights, arch="vit_nano", patch_size=8, img_size=48)
     assert torch.equal(load_file(path)["pos_embed"], resized["pos_embed"])
 
 
-def test_the_student_is_written_where_it_is_asked_for(run, trainer):
+def test_checkpoint_key_selects_the_student(run, trainer):
     path, _ = run("safetensors", "--checkpoint_key", "student")
     assert torch.equal(load_file(path)["norm.bias"], trainer.student.backbone.norm.bias)
     assert not torch.equal(load_file(path)["norm.bias"], trainer.teacher.backbone.norm.bias)
 
 
-def test_weights_that_read_back_as_others_are_not_written(monkeypatch, refused, tmp_path):
+def test_export_whose_features_differ_is_not_written(monkeypatch, refused, tmp_path):
     names = targets.hf_names
 
     def swapped(state):
@@ -225,38 +230,34 @@ def test_weights_that_read_back_as_others_are_not_written(monkeypatch, refused, 
 
     need("hf")
     monkeypatch.setattr(targets, "hf_names", swapped)
-    assert "transformers gives other features: off by" in refused("hf")
+    assert "features by transformers differ by" in refused("hf")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_checked_is_said(monkeypatch, run, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else find(name)
-    )
+def test_export_reports_that_it_was_not_checked(monkeypatch, run, capsys):
+    hide("transformers", monkeypatch)
     _, report = run("hf")
     assert report["checked"]["by"] is None
     assert "not checked: transformers is not installed" in capsys.readouterr().out
 
 
-def test_onnx_without_its_packages_is_one_line(monkeypatch, refused):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if "onnx" in name else find(name)
-    )
+def test_missing_onnx_packages_are_an_error(monkeypatch, refused):
+    hide("onnx", monkeypatch)
     assert refused("onnx") == (
         "fastdino export: error: --to onnx needs onnx and onnxscript: "
         'pip install "fastdino[export]"\n'
     )
 
 
-def test_other_architectures_go_where_they_can(run, refused, tmp_path):
+def test_other_architectures_export_to_formats_without_vit(run, refused, tmp_path):
     backbone = load_backbone("", checkpoint_key="teacher", arch="resnet18", patch_size=None)
     torch.save(backbone.module.state_dict(), tmp_path / "resnet.pth")
     source = str(tmp_path / "resnet.pth")
     for to in ("timm", "hf"):
         error = refused(to, "--arch", "resnet18", pretrained=source)
-        assert f"--to {to} takes vit_* alone, and this is a resnet18: use --to safetensors" in error
+        assert (
+            f"--to {to} supports only vit_*, and this is a resnet18: use --to safetensors" in error
+        )
     flags = ("--arch", "resnet18", "--image_size", "64")
     for to in ("safetensors", "torchscript"):
         _, report = run(to, *flags, pretrained=source)
@@ -264,24 +265,24 @@ def test_other_architectures_go_where_they_can(run, refused, tmp_path):
         assert "patch_size" not in report
 
 
-def test_bad_flags_are_one_line_each(refused, tmp_path):
+def test_invalid_flags_are_errors(refused, tmp_path):
     assert "--to 'torchscrip' is none of timm, hf" in refused("torchscrip")
     assert "did you mean torchscript?" in refused("torchscrip")
-    assert "ends in .safetensors or .pth, got" in refused("timm", output=tmp_path / "vit.bin")
-    assert "no multiple of the patch size, 8: the nearest is 48" in refused(
+    assert "suffix .safetensors or .pth, got" in refused("timm", output=tmp_path / "vit.bin")
+    assert "no multiple of the patch size 8: the nearest is 48" in refused(
         "safetensors", "--image_size", "50"
     )
     assert "--image_size must be at least 1, got 0" in refused("hf", "--image_size", "0")
-    assert "--figures is for a model card" in refused("timm", "--figures", "knn.json")
+    assert "--figures requires --model_card" in refused("timm", "--figures", "knn.json")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused("safetensors", output=tmp_path / "file" / "a.safetensors")
-    assert "writes a folder, which" in refused("hf", "--overwrite", output=tmp_path / "file")
+    assert "writes a folder, but" in refused("hf", "--overwrite", output=tmp_path / "file")
     assert "there is no file" in refused("hf", pretrained=str(tmp_path / "none.pth"))
 
 
-def test_what_is_there_stays_unless_overwritten(run, refused, tmp_path):
+def test_existing_files_stay_unless_overwritten(run, refused, tmp_path):
     (tmp_path / "vit.safetensors").write_text("mine")
-    assert "vit.safetensors exists: name another, or give --overwrite" in refused("safetensors")
+    assert "vit.safetensors exists: use another path, or --overwrite" in refused("safetensors")
     assert (tmp_path / "vit.safetensors").read_text() == "mine"
     path, _ = run("safetensors", "--overwrite")
     assert "norm.bias" in load_file(path)

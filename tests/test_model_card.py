@@ -1,5 +1,3 @@
-"""The model card: from a checkpoint's settings and the figures of evaluations."""
-
 from __future__ import annotations
 
 import json
@@ -35,28 +33,28 @@ def front(text):
     return yaml.safe_load(yaml_part)
 
 
-def test_the_front_matter_says_what_loads_it():
+def test_front_matter_names_the_library():
     assert front(card())["library_name"] == "timm"
     assert front(card())["pipeline_tag"] == "image-feature-extraction"
     assert "library_name" not in front(card(library=None))
 
 
-def test_the_training_is_what_the_checkpoint_says_without_its_machines_paths():
+def test_training_section_has_the_settings_but_no_local_paths():
     text = card()
     assert "| lr | 0.0005 |" in text
-    assert "3 of 7 epochs were done." in text
+    assert "3 of 7 epochs are done." in text
     assert "Images: `flowers/train`." in text
     assert "someone" not in text
     assert "machine" not in text
 
 
-def test_bare_weights_have_no_training_to_tell():
+def test_bare_weights_have_no_training_settings():
     text = card(settings={}, epoch=None)
-    assert "does not say how it was trained" in text
-    assert "epochs were done" not in text
+    assert "does not record how it was trained" in text
+    assert "epochs are done" not in text
 
 
-def test_figures_are_those_of_the_files(tmp_path):
+def test_figures_are_read_from_json_reports(tmp_path):
     knn, linear = tmp_path / "knn.json", tmp_path / "linear.json"
     knn.write_text(
         json.dumps({"settings": {"crop": 224}, "10": {"top1": 68.219}, "20": {"top1": 68}})
@@ -72,7 +70,7 @@ def test_figures_are_those_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"J": 3}', '{"acc1": null, "acc5": 2}'])
-def test_a_file_without_accuracies_is_named(tmp_path, content):
+def test_files_without_accuracies_are_errors(tmp_path, content):
     path = tmp_path / "it.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match="it.json (cannot be read|has no accuracies)"):

@@ -1,1 +1,1 @@
-"""`fastdino export`: backbones in the formats of other libraries."""
+"""`fastdino export`: write a backbone in the format of another library."""

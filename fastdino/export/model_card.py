@@ -1,4 +1,4 @@
-"""A model card: what a backbone is, how it is loaded, how it was trained, how good it is."""
+"""Model card of an exported backbone: properties, usage, training settings and accuracies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastdino import __version__
 from fastdino.errors import ConfigError
 
-# The settings that say how a network was trained; the others, paths among them, say where.
+# Training settings to show; the others, such as paths, depend on the machine.
 SETTINGS = (
     "epochs", "warmup_epochs", "batch_size_per_gpu", "grad_accum", "optimizer", "lr", "min_lr",
     "weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "out_dim",
@@ -38,14 +38,14 @@ def model_card(
     epoch: int | None,
     figures: Sequence[tuple[str, str]],
 ) -> str:
-    """A card in Markdown, with the YAML front matter that Hugging Face's hub reads.
+    """Return a model card in Markdown, with the YAML front matter of the Hugging Face Hub.
 
     Args:
-        title: the model's name.
-        library: what loads it, by the hub's name; None: none that the hub knows.
-        facts: what it is, in the order of the table.
-        usage: Python that loads it.
-        settings, epoch: of its training, as far as the checkpoint says them.
+        title: name of the model.
+        library: library that loads it, under the Hub's name; None if the Hub knows none.
+        facts: properties of the model, in the order of the table.
+        usage: Python code that loads it.
+        settings, epoch: of its training, if the checkpoint records them.
         figures: (evaluation, result), from read_figures.
     """
     front = ["---", *([f"library_name: {library}"] if library else [])]
@@ -55,10 +55,10 @@ def model_card(
         "\n".join([*front, "---"]),
         f"# {title}",
         "The backbone of a network pretrained without labels by DINO "
-        "([Caron et al. 2021](https://arxiv.org/abs/2104.14294)): one feature vector an image. "
+        "([Caron et al. 2021](https://arxiv.org/abs/2104.14294)): one feature vector per image. "
         "It has no classifier.",
         _table(("", ""), facts.items()),
-        f"## Use\n\n```python\n{usage}\n```\n\nImages are normalised with ImageNet's mean and "
+        f"## Use\n\n```python\n{usage}\n```\n\nNormalise images with ImageNet's mean and "
         "standard deviation.",
         _training(settings, epoch),
     ]
@@ -71,12 +71,12 @@ def model_card(
 def _training(settings: dict[str, Any], epoch: int | None) -> str:
     known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
     if not known:
-        return "## Training\n\nThe checkpoint does not say how it was trained."
+        return "## Training\n\nThe checkpoint does not record how it was trained."
     lines = ["## Training", ""]
-    if settings.get("data_path"):  # its end: what lies above is of a machine, not of the model
+    if settings.get("data_path"):  # only its end; the rest depends on the machine
         lines += [f"Images: `{'/'.join(Path(str(settings['data_path'])).parts[-2:])}`.", ""]
     if epoch is not None:
-        lines += [f"{epoch} of {known.get('epochs', '?')} epochs were done.", ""]
+        lines += [f"{epoch} of {known.get('epochs', '?')} epochs are done.", ""]
     return "\n".join([*lines, _table(("setting", "value"), known.items())])
 
 
@@ -85,26 +85,22 @@ def _table(head: tuple[str, str], rows: Any) -> str:
 
 
 def read_figures(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """The results in the JSON files of `fastdino knn --output` and `fastdino linear`.
+    """Read the accuracies from JSON reports of `fastdino knn --output` and `fastdino linear`.
 
-    Raises: ConfigError: a file that cannot be read, or is of neither.
+    Raises: ConfigError: a file cannot be read or is another report.
     """
     return [row for path in paths for row in _figures_of(Path(path))]
 
 
 def _figures_of(path: Path) -> list[tuple[str, str]]:
     try:
-        found = json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--figures {path} cannot be read as JSON: {error}") from error
     try:
-        if "acc1" in found:
-            rows = [("linear probe, top-1", found["acc1"]), ("linear probe, top-5", found["acc5"])]
-        else:
-            ks = [name for name in found if name.isdigit()]
-            rows = [(f"{k}-NN, top-1", found[k]["top1"]) for k in ks]
-        if not rows:
-            raise KeyError("acc1")
+        names = {"linear probe, top-1": "acc1", "linear probe, top-5": "acc5"}
+        rows = [(f"{k}-NN, top-1", report[k]["top1"]) for k in report if k.isdigit()]
+        rows = rows or [(name, report[key]) for name, key in names.items()]
         return [(name, f"{float(value):.2f}") for name, value in rows]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

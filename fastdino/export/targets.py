@@ -1,6 +1,6 @@
-"""What `fastdino export` writes, each target in its own library's form, and how it is read again.
+"""Export targets: how each library's format is written, read back and used.
 
-Legend: B images, N tokens, H heads, D channels.
+Shapes: B images, N tokens, D channels.
 """
 
 from __future__ import annotations
@@ -38,24 +38,34 @@ class Network:
     image_size: int
     dim: int
 
+    @property
+    def is_vit(self) -> bool:
+        """True for a vit_*."""
+        return isinstance(self.module, VisionTransformer)
+
+    @property
+    def signature(self) -> str:
+        """Input and output shapes, as a comment for usage examples."""
+        return f"# [B, 3, {self.image_size}, {self.image_size}] -> [B, {self.dim}]"
+
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights, contiguous and each of its own memory, as safetensors wants them."""
+        """Return the weights as safetensors requires them: contiguous, without shared memory."""
         state = self.module.state_dict()
         return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A form of export.
+    """An export format.
 
     Attributes:
-        write: writes a network to a path; a folder's path does not exist yet.
-        read: the features of what write wrote, by the library that it is for.
-        usage: Python that loads it, given the network and the path as a user will write it.
-        needs: packages without which it cannot be written.
-        reader: package without which it cannot be read again.
-        suffixes: of the files it writes; none: it writes a folder.
-        vit_only: whether it takes vit_* alone.
+        write: write a network to a path; the folder of a folder format does not exist yet.
+        read: load what `write` wrote with the format's own library; return the features function.
+        usage: Python code that loads the export, for a network and the path to show.
+        needs: packages required for writing.
+        reader: package required for reading.
+        suffixes: allowed file suffixes; none: the format is a folder.
+        vit_only: only vit_* are supported.
     """
 
     write: Callable[[Network, Path], None]
@@ -67,76 +77,49 @@ class Target:
     vit_only: bool = False
 
 
-class PlainViT(nn.Module):
-    """A ViT's forward for images of one size, in operators that every exporter knows.
+def image_size_of(module: nn.Module, patch_size: int) -> int:
+    """Return the image side in pixels of a ViT's position embedding; 224 for other networks."""
+    if isinstance(module, VisionTransformer):
+        return math.isqrt(module.pos_embed.shape[1] - 1) * patch_size
+    return 224
 
-    VisionTransformer packs crops of many sizes as one sequence whose layout is fixed when it runs;
-    here the number of images stays free. Its parameters are the ViT's own.
+
+def resize_of(image_size: int) -> int:
+    """Return the short side to resize to before a centre crop: 256 for 224, as in the paper.
+
+    The margin is even, since transformers and torchvision round half an odd one differently.
     """
-
-    def __init__(self, vit: VisionTransformer):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width], of the size of the position embedding -> [B, D]."""
-        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        cls = self.vit.cls_token.expand(patches.shape[0], -1, -1)
-        x = torch.cat((cls, patches), dim=1) + self.vit.pos_embed
-        for block in self.vit.blocks:
-            assert isinstance(block, Block)
-            x = x + self._attention(block.attn, block.norm1(x))
-            x = x + block.mlp(block.norm2(x))
-        return self.vit.norm(x[:, 0])
-
-    @staticmethod
-    def _attention(attn: Attention, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-        return attn.proj(out.transpose(1, 2).flatten(2))
-
-
-def _plain(network: Network) -> nn.Module:
-    vit = network.module
-    return PlainViT(vit).eval() if isinstance(vit, VisionTransformer) else vit
+    return image_size + 2 * round(image_size / 14)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out what other libraries warn of: their own deprecations."""
+def _no_warnings() -> Iterator[None]:
+    """Silence deprecation warnings of other libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _example(network: Network) -> Tensor:
-    """Two images: of one, an exporter takes the number for a constant."""
-    return torch.zeros(2, 3, network.image_size, network.image_size)
+def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save
+
+    # save_file would create a file that only its owner can read.
+    path.write_bytes(save(tensors, metadata))
+
+
+# timm
 
 
 def timm_call(network: Network) -> tuple[str, dict[str, Any]]:
-    """The model's name and arguments for timm.create_model."""
+    """Return the model name and arguments for timm.create_model."""
     name, arguments = f"{network.arch}_patch16_224", {"num_classes": 0}
-    if network.arch == "vit_nano":  # this project's own: timm's tiny in other sizes
+    if network.arch == "vit_nano":  # not in timm: its vit_tiny with other sizes
         name, arguments = "vit_tiny_patch16_224", arguments | VIT_ARCHS["vit_nano"]
     if network.patch_size != 16:
         arguments["patch_size"] = network.patch_size
     if network.image_size != 224:
         arguments["img_size"] = network.image_size
     return name, arguments
-
-
-def _timm_usage(network: Network, path: str) -> str:
-    name, arguments = timm_call(network)
-    words = ", ".join([repr(name), *(f"{key}={value}" for key, value in arguments.items())])
-    return (
-        "import timm\n"
-        "from timm.models import load_state_dict\n\n"
-        f"model = timm.create_model({words}).eval()\n"
-        f"model.load_state_dict(load_state_dict({path!r}))\n"
-        "features = model(images)  "
-    ) + _shapes(network)
 
 
 def _write_timm(network: Network, path: Path) -> None:
@@ -155,8 +138,23 @@ def _read_timm(network: Network, path: Path) -> Features:
     return model
 
 
+def _timm_usage(network: Network, path: str) -> str:
+    name, arguments = timm_call(network)
+    call = ", ".join([repr(name), *(f"{key}={value}" for key, value in arguments.items())])
+    return f"""\
+import timm
+from timm.models import load_state_dict
+
+model = timm.create_model({call}).eval()
+model.load_state_dict(load_state_dict({path!r}))
+features = model(images)  {network.signature}"""
+
+
+# Hugging Face
+
+
 def hf_config(network: Network) -> dict[str, Any]:
-    """What config.json says of a ViTModel."""
+    """Return the config.json of a ViTModel."""
     shape = VIT_ARCHS[network.arch]
     return {
         "architectures": ["ViTModel"],
@@ -179,7 +177,7 @@ def hf_config(network: Network) -> dict[str, Any]:
 
 
 def hf_preprocessor(network: Network) -> dict[str, Any]:
-    """What preprocessor_config.json says: the paper's resize and centre crop for evaluation."""
+    """Return the preprocessor_config.json: the paper's resize and centre crop for evaluation."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -196,24 +194,6 @@ def hf_preprocessor(network: Network) -> dict[str, Any]:
     }
 
 
-def resize_of(image_size: int) -> int:
-    """The short side that images are resized to before a crop: 256 for 224, as in the paper.
-
-    The margin is even: transformers and torchvision halve an odd one to different sides.
-    """
-    return image_size + 2 * round(image_size / 14)
-
-
-def _hf_usage(network: Network, path: str) -> str:
-    return (
-        "from transformers import AutoImageProcessor, ViTModel\n\n"
-        f"processor = AutoImageProcessor.from_pretrained({path!r})\n"
-        f"model = ViTModel.from_pretrained({path!r}, add_pooling_layer=False).eval()\n"
-        'inputs = processor(image, return_tensors="pt")\n'
-        "features = model(**inputs).last_hidden_state[:, 0]  "
-    ) + f"# [1, {network.dim}]"
-
-
 def _write_hf(network: Network, path: Path) -> None:
     path.mkdir()
     for name, content in (
@@ -224,39 +204,38 @@ def _write_hf(network: Network, path: Path) -> None:
     _write_tensors(hf_names(network.tensors()), path / "model.safetensors", {"format": "pt"})
 
 
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Leaves out transformers' bar of the weights' loading, which shows in files of logs too."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _read_hf(network: Network, path: Path) -> Features:
     from transformers import ViTModel
+    from transformers.utils import logging
 
-    with _quiet(), _no_bar():
-        model, found = ViTModel.from_pretrained(
-            path, add_pooling_layer=False, output_loading_info=True
-        )
-    problems = {kind: sorted(names) for kind, names in found.items() if names}
+    progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would show even when stderr is a file
+    try:
+        with _no_warnings():
+            model, report = ViTModel.from_pretrained(
+                path, add_pooling_layer=False, output_loading_info=True
+            )
+    finally:
+        if progress_bar:
+            logging.enable_progress_bar()
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
     if problems:
-        raise ValueError(f"ViTModel does not take all weights as they are: {problems}")
+        raise ValueError(f"ViTModel does not load all weights: {problems}")
     model.eval()
     return lambda images: model(pixel_values=images).last_hidden_state[:, 0]
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save
+def _hf_usage(network: Network, path: str) -> str:
+    return f"""\
+from transformers import AutoImageProcessor, ViTModel
 
-    # Not save_file, whose files the owner alone may read.
-    path.write_bytes(save(tensors, metadata))
+processor = AutoImageProcessor.from_pretrained({path!r})
+model = ViTModel.from_pretrained({path!r}, add_pooling_layer=False).eval()
+inputs = processor(image, return_tensors="pt")
+features = model(**inputs).last_hidden_state[:, 0]  # [1, {network.dim}]"""
+
+
+# safetensors
 
 
 def _write_safetensors(network: Network, path: Path) -> None:
@@ -270,25 +249,70 @@ def _write_safetensors(network: Network, path: Path) -> None:
 
 
 def _read_safetensors(network: Network, path: Path) -> Features:
+    arch, patch_size = network.arch, network.patch_size
     return load_backbone(
-        str(path), checkpoint_key="teacher", arch=network.arch, patch_size=network.patch_size
+        str(path), checkpoint_key="teacher", arch=arch, patch_size=patch_size
     ).module
 
 
 def _safetensors_usage(network: Network, path: str) -> str:
-    return (
-        "from fastdino.models.weights import load_backbone\n\n"
-        f'model = load_backbone({path!r}, checkpoint_key="teacher", arch={network.arch!r}, '
-        f"patch_size={network.patch_size}).module\n"
-        "features = model(images)  "
-    ) + _shapes(network)
+    return f"""\
+from fastdino.models.weights import load_backbone
+
+model = load_backbone({path!r}, checkpoint_key="teacher", arch={network.arch!r}, \
+patch_size={network.patch_size}).module
+features = model(images)  {network.signature}"""
+
+
+# ONNX and TorchScript
+
+
+class PlainViT(nn.Module):
+    """A ViT's forward pass for images of one size, in operators that all exporters support.
+
+    VisionTransformer packs crops of several sizes into one sequence with a fixed layout; here the
+    number of images is free. The parameters are shared with the ViT.
+    """
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W], of the position embedding's size, to features [B, D]."""
+        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        cls = self.vit.cls_token.expand(patches.shape[0], -1, -1)
+        x = torch.cat((cls, patches), dim=1) + self.vit.pos_embed
+        for block in self.vit.blocks:
+            assert isinstance(block, Block)
+            x = x + self._attention(block.attn, block.norm1(x))
+            x = x + block.mlp(block.norm2(x))
+        return self.vit.norm(x[:, 0])
+
+    @staticmethod
+    def _attention(attn: Attention, x: Tensor) -> Tensor:
+        """Apply self-attention, [B, N, D] -> [B, N, D]."""
+        query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+        return attn.proj(out.transpose(1, 2).flatten(2))
+
+
+def _traceable(network: Network) -> tuple[nn.Module, Tensor]:
+    """Return a module that exporters support, and example images.
+
+    Two images: an exporter would treat a batch size of one as a constant.
+    """
+    vit = network.module
+    module = PlainViT(vit).eval() if isinstance(vit, VisionTransformer) else vit
+    return module, torch.zeros(2, 3, network.image_size, network.image_size)
 
 
 def _write_onnx(network: Network, path: Path) -> None:
-    with _quiet():
+    module, images = _traceable(network)
+    with _no_warnings():
         torch.onnx.export(
-            _plain(network),
-            (_example(network),),
+            module,
+            (images,),
             path,
             input_names=["images"],
             output_names=["features"],
@@ -304,46 +328,36 @@ def _read_onnx(network: Network, path: Path) -> Features:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def features(images: Tensor) -> Tensor:
-        (found,) = session.run(["features"], {"images": images.numpy()})
-        return torch.from_numpy(np.asarray(found))
+        (output,) = session.run(["features"], {"images": images.numpy()})
+        return torch.from_numpy(np.asarray(output))
 
     return features
 
 
 def _onnx_usage(network: Network, path: str) -> str:
-    return (
-        "import onnxruntime\n\n"
-        f"session = onnxruntime.InferenceSession({path!r})\n"
-        '(features,) = session.run(["features"], {"images": images})  '
-    ) + _shapes(network)
+    return f"""\
+import onnxruntime
+
+session = onnxruntime.InferenceSession({path!r})
+(features,) = session.run(["features"], {{"images": images}})  {network.signature}"""
 
 
 def _write_torchscript(network: Network, path: Path) -> None:
-    with _quiet():  # torch.jit is deprecated; what it writes is read by those who need it
-        traced = torch.jit.trace(_plain(network), _example(network), check_trace=False)
-        torch.jit.save(traced, path)
+    with _no_warnings():  # torch.jit is deprecated
+        torch.jit.save(torch.jit.trace(*_traceable(network), check_trace=False), path)
 
 
 def _read_torchscript(network: Network, path: Path) -> Features:
-    with _quiet():
+    with _no_warnings():
         return torch.jit.load(path, map_location="cpu").eval()
 
 
 def _torchscript_usage(network: Network, path: str) -> str:
-    lines = f"import torch\n\nmodel = torch.jit.load({path!r})\nfeatures = model(images)  "
-    return lines + _shapes(network)
+    return f"""\
+import torch
 
-
-def _shapes(network: Network) -> str:
-    side = network.image_size
-    return f"# [B, 3, {side}, {side}] -> [B, {network.dim}]"
-
-
-def image_size_of(module: nn.Module, patch_size: int) -> int:
-    """The side in pixels of the images that a network's position embedding is for; else 224."""
-    if isinstance(module, VisionTransformer):
-        return math.isqrt(module.pos_embed.shape[1] - 1) * patch_size
-    return 224
+model = torch.jit.load({path!r})
+features = model(images)  {network.signature}"""
 
 
 TARGETS = {
