@@ -1,40 +1,42 @@
-"""Tests of fastdino.data.datasets.archives."""
+"""Tests of fastdino.data.datasets.archives and webdataset."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from fastdino.data.datasets.archives import (
-    ArchiveIndex,
-    Collector,
-    are_numbered,
-    class_names,
-    is_hidden,
-)
+from fastdino.data.datasets.archives import are_numbered, class_names, expand_range
+from fastdino.data.datasets.registry import find_dataset
+from fastdino.data.datasets.webdataset import MemberCollector, is_hidden
 from fastdino.data.image_files import Part
+from fastdino.data.manifest import archive_manifest, concatenate
+from fastdino.errors import DataError
+
+SHARDS = [f"s-00{n}.tar" for n in range(3)]
 
 
-def test_an_index_of_some_images_has_their_labels_and_reasons():
-    parts = [Part(i, 10 + i) for i in range(4)]
-    found = ArchiveIndex(list("abcd"), parts, list("0123"), {1: "bad", 3: "worse"}, "cut")
-    taken = found.taken([0, 3])
-    assert taken == ArchiveIndex(["a", "d"], [parts[0], parts[3]], ["0", "3"], {1: "worse"}, "cut")
+@pytest.fixture
+def shards(tmp_path, make_tar):
+    for name in SHARDS:
+        make_tar(tmp_path / name, {"a.jpg": b"x"})
+    return tmp_path
 
 
-def test_labels_come_from_what_lies_beside_and_masks_are_no_images():
-    members = Collector((".jpg", ".png"))
+def test_labels_are_those_of_the_same_key_and_masks_are_not_images():
+    collector = MemberCollector()
     for name in ("k/1.jpg", "k/1.mask.png", "k/2.jpg", "v1.0.png"):
-        assert members.is_image(name.upper())
-        members.add(name, Part(0, 1), "bad" if name == "k/2.jpg" else "")
-    members.add_other("k/1.cls", 1, lambda: b" 7\n")
-    members.add_other("k/2.json", 20, lambda: b'{"label": "dog"}')
-    members.add_other("v1.cls", 1 << 30, lambda: pytest.fail("too large to be a label"))
-    found = members.finish()
-    assert (found.members, found.labels) == (["k/1.jpg", "k/2.jpg", "v1.0.png"], ["7", "dog", ""])
-    assert found.reasons == {1: "bad"}
+        collector.add_image(name, Part(0, 1), "bad" if name == "k/2.jpg" else "")
+    collector.add_other("k/1.cls", 1, lambda: b" 7\n")
+    collector.add_other("k/2.json", 20, lambda: b'{"label": "dog"}')
+    collector.add_other("v1.cls", 1 << 30, lambda: pytest.fail("too large to be a label"))
+    images = collector.manifest("a.tar")
+    assert images.members == ["k/1.jpg", "k/2.jpg", "v1.0.png"]
+    assert images.labels == ["7", "dog", ""]
+    assert images.reasons == {1: "bad"}
 
 
-def test_a_macs_notes_are_hidden():
+def test_macos_metadata_is_hidden():
     assert is_hidden("a/._b.jpg")
     assert is_hidden("__MACOSX/a/b.jpg")
     assert not is_hidden("a/b.jpg")
@@ -52,14 +54,65 @@ def test_a_macs_notes_are_hidden():
         (["a-0.tar"], False),
     ],
 )
-def test_shards_are_told_from_class_tars_by_their_numbers(names, numbered):
+def test_shards_have_consecutive_numbers(names, numbered):
     assert are_numbered(names) is numbered
 
 
-def test_classes_are_archives_or_the_folders_of_an_only_one():
-    assert class_names(["x/b.tar", "a.tar"], [2, 1], ["1", "z/2", "3"]) == ["b", "b", "a"]
-    assert class_names(["x/b.zip", "a.zip"], [1, 1], ["1", "2"]) == ["b", "a"]
-    assert class_names(["t.tar"], [2], ["cat/1", "dog/deep/2"]) == ["cat", "dog"]
-    assert class_names(["t.tar"], [2], ["train/cat/1", "train/dog/2"]) == ["cat", "dog"]
-    assert class_names(["t.tar"], [2], ["cat/1", "cat/2"]) == ["cat", "cat"]
-    assert class_names(["t.tar"], [2], ["1", "2"]) == ["t", "t"]
+@pytest.mark.parametrize(
+    ("archives", "classes"),
+    [
+        ({"x/b.tar": ["1", "z/2"], "a.tar": ["3"]}, ["b", "b", "a"]),
+        ({"x/b.zip": ["1"], "a.zip": ["2"]}, ["b", "a"]),
+        ({"t.tar": ["cat/1", "dog/deep/2"]}, ["cat", "dog"]),
+        ({"t.tar": ["train/cat/1", "train/dog/2"]}, ["cat", "dog"]),
+        ({"t.tar": ["n01.tar/1", "n02.tar/2"]}, ["n01", "n02"]),
+        ({"t.tar": ["cat/1", "cat/2"]}, ["cat", "cat"]),
+        ({"t.tar": ["1", "2"]}, ["t", "t"]),
+    ],
+)
+def test_classes_are_archives_or_folders_of_a_single_archive(archives, classes):
+    manifests = [
+        archive_manifest(path, members, [Part(0, 1)] * len(members))
+        for path, members in archives.items()
+    ]
+    assert class_names(concatenate(manifests)) == classes
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", SHARDS),
+        ("s-{000..002}.tar", SHARDS),
+        ("s-{001..002}.tar", SHARDS[1:]),
+        ("s-*.tar", SHARDS),
+        ("s-00[02].tar", SHARDS[::2]),
+        ("s-001.tar", SHARDS[1:2]),
+    ],
+)
+def test_tars_of_a_folder_a_pattern_or_a_name(shards, path, expected):
+    files = find_dataset(str(shards / path))
+    assert [os.path.relpath(files.path(file), shards) for file in files.files] == expected
+    assert files.labels is None
+    assert files.numbered == (len(expected) > 1 and path != "s-00[02].tar")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s-{000..003}.tar", "s-003.tar does not exist"),
+        ("t-*.tar", "no file matches .*t-.*expected a folder"),
+        ("s-{2..1}.tar", "is descending"),
+        ("*", "must match only tars or zips, but it matches .*notes.txt"),
+    ],
+)
+def test_pattern_without_archives_is_error(shards, path, message):
+    (shards / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=message):
+        find_dataset(str(shards / path))
+
+
+def test_ranges_keep_order_and_leading_zeros():
+    names = ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
+    assert expand_range("a/{08..11}.tar") == names
+    assert expand_range("{0..1}-{2..3}") == ["0-2", "0-3", "1-2", "1-3"]
+    assert expand_range("plain") == ["plain"]

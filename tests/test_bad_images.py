@@ -1,4 +1,4 @@
-"""fastdino.data.bad_images: what cannot be read, and what takes its place."""
+"""Tests of fastdino.data.bad_images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastdino.data.bad_images import BadImages
 from fastdino.errors import DataError
 
 
-def test_bad_files_give_way_to_the_next_good_one():
+def test_bad_image_is_replaced_by_the_next_good_one():
     bad = BadImages(5, max_bad_share=0.5)
     bad.add(3, "d", "is broken")
     bad.add(4, "e", "is broken")
@@ -18,14 +18,14 @@ def test_bad_files_give_way_to_the_next_good_one():
         bad.add(0, "a", "is broken")
 
 
-def test_what_the_scan_found_broken_counts_in_the_run():
+def test_images_skipped_by_the_scan_count_towards_the_share():
     bad = BadImages(8, max_bad_share=0.3, broken=2)
     bad.add(0, "a", "is broken")
     with pytest.raises(DataError, match="4 of 10"):
         bad.add(1, "b", "is broken")
 
 
-def test_when_all_are_bad_nothing_is_looked_for_forever():
+def test_no_good_image_is_error():
     bad = BadImages(2, max_bad_share=1.0)
     bad.add(0, "a", "is broken")
     bad.add(1, "b", "is broken")

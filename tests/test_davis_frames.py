@@ -1,4 +1,4 @@
-"""fastdino.data.datasets.davis_frames: DAVIS's frames as images to train on."""
+"""Tests of fastdino.data.datasets.davis_frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from fastdino.data.datasets.data_path import DataPath
 from fastdino.data.datasets.davis_frames import is_davis, sequence_names
 from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
@@ -36,21 +37,21 @@ def davis(tmp_path, picture):
 
 
 def names(root, options="", **more):
-    source = scan_images(f"{root}{options}", **more)
-    frames = [os.path.relpath(path, root) for path in source.paths]
-    return source, frames
+    dataset = scan_images(f"{root}{options}", **more)
+    frames = [os.path.relpath(path, root) for path in dataset.paths]
+    return dataset, frames
 
 
-def test_frames_are_taken_and_masks_are_not(davis):
-    source, frames = names(davis)
+def test_dataset_contains_frames_but_not_masks(davis):
+    dataset, frames = names(davis)
     assert frames == [
         f"JPEGImages/480p/{name}/{i:05}.jpg" for name in ("bear", "camel", "dog") for i in range(2)
     ]
-    assert (source.classes, source.labels.tolist()) == (
+    assert (dataset.classes, dataset.labels.tolist()) == (
         ["bear", "camel", "dog"],
         [0, 0, 1, 1, 2, 2],
     )
-    assert source.kind == "DAVIS sequences, 480p"
+    assert dataset.kind == "DAVIS sequences, 480p"
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,14 @@ def test_frames_are_taken_and_masks_are_not(davis):
         ("trainval", ["camel", "dog"]),
     ],
 )
-def test_a_split_takes_the_sequences_of_its_list(davis, split, expected):
+def test_split_contains_the_sequences_of_its_list(davis, split, expected):
     assert names(davis, f"?split={split}")[0].classes == expected
 
 
-def test_the_resolution_is_chosen_by_an_option(davis):
-    source, frames = names(davis, "?resolution=Full-Resolution&split=val")
+def test_resolution_option(davis):
+    dataset, frames = names(davis, "?resolution=Full-Resolution&split=val")
     assert frames[0] == "JPEGImages/Full-Resolution/camel/00000.jpg"
-    assert source.sizes.tolist() == [[30, 40]] * 2
+    assert dataset.sizes.tolist() == [[30, 40]] * 2
 
 
 @pytest.mark.parametrize(
@@ -79,26 +80,26 @@ def test_the_resolution_is_chosen_by_an_option(davis):
             "?split=tset",
             "no split 'tset'; its splits are 2017/train, 2017/val, 480p/trainval, train",
         ),
-        ("?resolution=1080p", "no resolution '1080p'; there are 480p, Full-Resolution"),
-        ("?size=1", "DAVIS has no option 'size'; it takes split, train, val, resolution"),
+        ("?resolution=1080p", "no resolution '1080p'; available: 480p, Full-Resolution"),
+        ("?size=1", "DAVIS has no option 'size'; supported: split, train, val, resolution"),
     ],
 )
-def test_what_there_is_not_is_said_with_what_there_is(davis, options, message):
+def test_unsupported_option_values_are_errors(davis, options, message):
     with pytest.raises(DataError, match=message):
         scan_images(f"{davis}{options}")
 
 
 def test_missing_sequences_and_empty_lists_are_errors(davis):
     (davis / "ImageSets/2017/train.txt").write_text("dog\nzebra\n")
-    with pytest.raises(DataError, match="2017/train names 1 sequences .* among them zebra"):
+    with pytest.raises(DataError, match="2017/train lists 1 sequences .* for example zebra"):
         scan_images(f"{davis}?split=train")
     (davis / "ImageSets/2017/train.txt").write_text("\n")
-    with pytest.raises(DataError, match="names no sequence"):
+    with pytest.raises(DataError, match="lists no sequence"):
         sequence_names(davis / "ImageSets/2017/train.txt")
 
 
-def test_a_layout_without_folders_of_frames_is_none_of_davis(tmp_path, picture):
-    assert not is_davis(str(tmp_path))
+def test_pascal_voc_is_not_davis(tmp_path, picture):
+    assert not is_davis(DataPath(str(tmp_path), "", str(tmp_path)))
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "JPEGImages" / "2007_000027.jpg").write_bytes(picture())  # as PASCAL VOC
-    assert not is_davis(str(tmp_path))
+    assert not is_davis(DataPath(str(tmp_path), "", str(tmp_path)))

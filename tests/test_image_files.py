@@ -1,4 +1,4 @@
-"""fastdino.data.image_files: bytes and headers, a network that fails, EXIF orientation."""
+"""Tests of fastdino.data.image_files: bytes, headers, retries, EXIF orientation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from fastdino.data.image_files import (
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes open() fail `times` times with an error of the system; gives the pauses that follow."""
+    """Makes open() fail `times` times with a system error; returns the list of pauses."""
 
     def fail(number, times):
-        pauses, left = [], [times]
+        pauses, remaining = [], [times]
         monkeypatch.setattr(image_files.time, "sleep", pauses.append)
 
         def fails(path, *args, **options):
-            if left[0] > 0:
-                left[0] -= 1
+            if remaining[0] > 0:
+                remaining[0] -= 1
                 raise OSError(number, os.strerror(number), path)
             return open(path, *args, **options)
 
@@ -55,7 +55,7 @@ def file(tmp_path, picture):
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ENOTCONN"])
 @pytest.mark.parametrize("times", [1, 3])
-def test_what_may_pass_is_tried_again(file, failing, name, times):
+def test_transient_errors_are_retried(file, failing, name, times):
     for read in (read_file, lambda path: read_part(path, Part(0, file.stat().st_size))):
         pauses = failing(getattr(errno, name), times)
         assert read(str(file)) == file.read_bytes()
@@ -64,7 +64,7 @@ def test_what_may_pass_is_tried_again(file, failing, name, times):
     assert read_header(str(file)) == Header(10, 20, False)
 
 
-def test_what_keeps_failing_is_told_with_the_file_and_the_tries(file, failing):
+def test_persistent_failure_reports_file_and_number_of_tries(file, failing):
     pauses = failing(errno.EIO, 99)
     with pytest.raises(OSError, match="Input/output error, 4 times.*a.jpg") as error:
         read_file(str(file))
@@ -74,21 +74,21 @@ def test_what_keeps_failing_is_told_with_the_file_and_the_tries(file, failing):
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP])
-def test_what_lasts_is_told_at_once(file, failing, number):
+def test_other_errors_are_raised_at_once(file, failing, number):
     pauses = failing(number, 1)
     with pytest.raises(OSError, match=os.strerror(number)):
         read_file(str(file))
     assert pauses == []
 
 
-def test_a_part_beyond_the_end_is_cut_off(file):
+def test_part_beyond_the_end_is_cut_off(file):
     size = file.stat().st_size
     assert read_part(str(file), Part(10, size - 10)) == file.read_bytes()[10:]
     with pytest.raises(UnusableImageError, match=f"{file.name} ends within it"):
         read_part(str(file), Part(10, size))
 
 
-def test_a_part_that_is_deflated_is_inflated_to_the_length_it_had(tmp_path, picture):
+def test_deflated_part_is_inflated_to_its_length(tmp_path, picture):
     data = picture(size=(30, 40))
     deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     deflated = deflater.compress(data) + deflater.flush()
@@ -104,20 +104,20 @@ def test_a_part_that_is_deflated_is_inflated_to_the_length_it_had(tmp_path, pict
         read_part(str(path), part)
 
 
-def test_a_header_is_that_of_the_part(tmp_path, picture):
+def test_header_is_read_from_the_part(tmp_path, picture):
     first, second = picture(size=(30, 40)), picture(form="PNG", size=(7, 9))
     path = tmp_path / "two"
     path.write_bytes(b"x" * 100 + first + second + b"y" * 100)
     assert read_header(str(path), Part(100, len(first))) == Header(40, 30, False)
     assert read_header(str(path), Part(100 + len(first), len(second))) == Header(9, 7, False)
-    cut, passing = read_header(str(path), Part(100, len(first) - 300))
+    cut, transient = read_header(str(path), Part(100, len(first) - 300))
     assert "truncated" in cut
-    assert not passing
+    assert not transient
     assert read_header(str(path), Part(100, 0)) == ("is empty (0 bytes)", False)
     assert read_header(str(path), Part(0, 50)) == ("is not an image", False)
 
 
-def test_a_window_is_a_file_of_its_own(tmp_path):
+def test_window_reads_only_its_range(tmp_path):
     path = tmp_path / "digits"
     path.write_bytes(b"0123456789")
     with open(path, "rb") as file, Window(file.fileno(), 3, 4) as window:
@@ -130,29 +130,29 @@ def test_a_window_is_a_file_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("value", range(1, 9))
-def test_orientation_is_applied_where_it_is_asked_for(tmp_path, picture, form, value):
+def test_exif_orientation_is_applied_on_request(tmp_path, picture, form, value):
     exif = Image.Exif()
     exif[0x0112] = value
     data = picture(1, (20, 10), form, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
-        as_stored, turned = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
+        as_stored, rotated = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
     assert np.array_equal(decode_rgb(data), as_stored)
-    assert np.array_equal(decode_rgb(data, exif=True), turned)
+    assert np.array_equal(decode_rgb(data, exif=True), rotated)
     path = tmp_path / "a"
     path.write_bytes(data)
     height, width, swapped = read_header(str(path))
     assert (height, width) == (as_stored.height, as_stored.width)
-    assert swapped == (turned.size != as_stored.size)
+    assert swapped == (rotated.size != as_stored.size)
 
 
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0no metadata", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
-def test_broken_metadata_turns_nothing(exif):
+def test_broken_metadata_does_not_rotate(exif):
     image = Image.new("RGB", (2, 1))
     image.info["exif"] = exif
     assert orientation(image) == 1
 
 
-def test_an_orientation_that_there_is_not_turns_nothing(picture):
+def test_invalid_orientation_does_not_rotate(picture):
     exif = Image.Exif()
     exif[0x0112] = 9
     data = picture(exif=exif)

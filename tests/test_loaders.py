@@ -139,7 +139,7 @@ def test_images_in_tars_give_the_crops_of_those_in_folders(
     # One that breaks after the scan gives way here too.
     tar = tmp_path / "class1.tar"
     source = scan_images(tmp_path)
-    offset, length, _ = source.in_archives.parts[8].tolist()
+    offset, length, _ = source.manifest.parts[8].tolist()
     data = bytearray(tar.read_bytes())
     data[offset : offset + length] = bytes(length)
     tar.write_bytes(data)

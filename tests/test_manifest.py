@@ -1,4 +1,4 @@
-"""fastdino.data.manifest: the scan's columns and their copy on disk."""
+"""Tests of fastdino.data.manifest."""
 
 from __future__ import annotations
 
@@ -7,54 +7,78 @@ import pickle
 import numpy as np
 import pytest
 
-from fastdino.data import manifest as tables
-from fastdino.data.manifest import Names, Table, concatenate, load, save
+from fastdino.data import manifest as manifests
+from fastdino.data.manifest import Manifest, Names, concatenate, load, save
 
 
 @pytest.fixture
-def table():
-    return Table(
+def manifest():
+    return Manifest(
         files=["a.tar", "b\udcff.tar", "c.tar"],
-        stamps=np.arange(6).reshape(3, 2),
-        counts=np.array([2, 0, 1]),
+        file_ids=np.array([0, 0, 2], np.int32),
         members=["1.jpg", "", "ä.png"],
         parts=np.arange(9).reshape(3, 3) + 2**40,
-        headers=np.arange(9, dtype=np.int32).reshape(3, 3),
         labels=["", "7", "dog"],
-        notes={1: "holds no images"},
         reasons={2: "is not an image"},
+        notes={1: "contains no images"},
+        stamps=np.arange(6).reshape(3, 2),
+        headers=np.arange(9, dtype=np.int32).reshape(3, 3),
     )
 
 
-def assert_same(table, other):
-    for name, column in vars(table).items():
+def assert_same(one, other):
+    for name, column in vars(one).items():
         if isinstance(column, np.ndarray):
-            assert column.dtype == getattr(other, name).dtype
+            assert column.dtype == getattr(other, name).dtype, name
             assert np.array_equal(column, getattr(other, name)), name
-        else:
+        elif isinstance(column, dict):
             assert column == getattr(other, name), name
+        else:
+            assert list(column) == list(getattr(other, name)), name
 
 
-def test_a_table_survives_its_file(table, tmp_path):
-    save(table, tmp_path / "t.npz")
-    assert_same(load(tmp_path / "t.npz"), table)
+def test_saved_manifest_is_loaded_unchanged(manifest, tmp_path):
+    save(manifest, tmp_path / "t.npz")
+    assert_same(load(tmp_path / "t.npz"), manifest)
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
-def test_tables_one_after_the_other(table):
-    both = concatenate([table, table])
+def test_concatenated_manifests_renumber_files_and_images(manifest):
+    both = concatenate([manifest, manifest])
     both.check()
-    assert both.notes == {1: "holds no images", 4: "holds no images"}
+    assert both.file_ids.tolist() == [0, 0, 2, 3, 3, 5]
+    assert both.notes == {1: "contains no images", 4: "contains no images"}
     assert both.reasons == {2: "is not an image", 5: "is not an image"}
-    assert both.members == table.members * 2
-    assert_same(concatenate([table]), table)
+    assert both.members == manifest.members * 2
+    assert_same(concatenate([manifest]), manifest)
     concatenate([]).check()
 
 
+def test_selected_files_keep_their_images(manifest):
+    selected = manifest.select_files(np.array([2, 1, 0]))
+    selected.check()
+    assert selected.files == ["c.tar", "b\udcff.tar", "a.tar"]
+    assert selected.file_ids.tolist() == [0, 2, 2]
+    assert list(selected.members) == ["ä.png", "1.jpg", ""]
+    assert list(selected.labels) == ["dog", "", "7"]
+    assert (selected.reasons, selected.notes) == ({0: "is not an image"}, manifest.notes)
+    assert selected.stamps.tolist() == manifest.stamps[::-1].tolist()
+    assert selected.parts.tolist() == manifest.parts[[2, 0, 1]].tolist()
+    assert_same(manifest.select_files(np.arange(3)), manifest)
+
+
+def test_selected_images_may_be_repeated(manifest):
+    selected = manifest.select_images(np.array([2, 0, 2]))
+    assert list(selected.members) == ["ä.png", "1.jpg", "ä.png"]
+    assert selected.file_ids.tolist() == [2, 0, 2]
+    assert selected.reasons == {0: "is not an image", 2: "is not an image"}
+    assert selected.headers.tolist() == manifest.headers[[2, 0, 2]].tolist()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
-def test_a_damaged_file_is_a_value_error(table, tmp_path, damage):
+def test_damaged_file_is_value_error(manifest, tmp_path, damage):
     path = tmp_path / "t.npz"
-    save(table, path)
+    save(manifest, path)
     data = bytearray(path.read_bytes())
     data[data.index(b"parts.npy") + 40] ^= 0xFF
     path.write_bytes({"cut": data[:-100], "flip": data, "text": b"text", "empty": b""}[damage])
@@ -62,9 +86,9 @@ def test_a_damaged_file_is_a_value_error(table, tmp_path, damage):
         load(path)
 
 
-def test_another_pillow_or_format_is_a_value_error(table, tmp_path, monkeypatch):
-    save(table, tmp_path / "t.npz")
-    monkeypatch.setattr(tables.PIL, "__version__", "0.1")
+def test_file_of_another_pillow_is_value_error(manifest, tmp_path, monkeypatch):
+    save(manifest, tmp_path / "t.npz")
+    monkeypatch.setattr(manifests.PIL, "__version__", "0.1")
     with pytest.raises(ValueError, match="Pillow"):
         load(tmp_path / "t.npz")
 
@@ -73,19 +97,20 @@ def test_another_pillow_or_format_is_a_value_error(table, tmp_path, monkeypatch)
     ("name", "value"),
     [
         ("labels", ["", ""]),
-        ("counts", np.array([1, 0, 1])),
+        ("file_ids", np.array([0, 2], np.int32)),
         ("stamps", np.zeros((2, 2), np.int64)),
+        ("files", ["a.tar", "b.tar"]),
         ("reasons", {3: "is beyond the end"}),
     ],
 )
-def test_columns_that_do_not_belong_together_are_a_value_error(table, tmp_path, name, value):
-    setattr(table, name, value)
-    save(table, tmp_path / "t.npz")
+def test_columns_of_different_lengths_are_value_error(manifest, tmp_path, name, value):
+    setattr(manifest, name, value)
+    save(manifest, tmp_path / "t.npz")
     with pytest.raises(ValueError, match="columns|images|image"):
         load(tmp_path / "t.npz")
 
 
-def test_names_are_a_sequence_in_two_arrays():
+def test_names_behave_like_a_list():
     strings = ["", "a", "ä/\udcff.jpg", "b" * 1000]
     names = pickle.loads(pickle.dumps(Names(strings)))
     assert list(names) == strings

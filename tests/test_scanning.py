@@ -1,4 +1,4 @@
-"""fastdino.data.scanning: headers read in parallel, and what of an earlier scan holds."""
+"""Tests of fastdino.data.scanning: reading headers, reusing images.npz."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fastdino.data import image_files, manifest, scanning
-from fastdino.data.datasets import registry
+from fastdino.data.datasets import archives
 from fastdino.data.image_dataset import scan_images
 from fastdino.errors import DataError
 
@@ -35,7 +35,7 @@ def tars(tmp_path, picture, make_tar):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The names of what headers are read of, and of the tars that are indexed."""
+    """The names of files whose headers are read, and of tars that are indexed."""
     names = []
 
     def header(path, part=None):
@@ -44,11 +44,11 @@ def read(monkeypatch):
 
     def index(path):
         names.append(f"index of {os.path.basename(path)}")
-        return real(path)
+        return index_tar(path)
 
-    real = registry._INDEX["tar"]
+    index_tar = archives.INDEX["tar"]
     monkeypatch.setattr(scanning, "read_header", header)
-    monkeypatch.setitem(registry._INDEX, "tar", index)
+    monkeypatch.setitem(archives.INDEX, "tar", index)
     return names
 
 
@@ -64,7 +64,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars"])
-def test_a_second_scan_reads_nothing_and_finds_the_same(kind, request, read, tmp_path):
+def test_second_scan_opens_no_file_and_gives_the_same_dataset(kind, request, read, tmp_path):
     root, cache = request.getfixturevalue(kind), tmp_path / "images.npz"
     first = scanned(root, cache)
     assert len(read) == {"folder": 6, "tars": 15}[kind]
@@ -79,7 +79,7 @@ def test_a_second_scan_reads_nothing_and_finds_the_same(kind, request, read, tmp
     assert_same(scanned(root, None), first)
 
 
-def test_only_what_changed_is_read_again_and_that_is_said(folder, read, tmp_path, picture):
+def test_only_changed_files_are_read_again_with_a_note(folder, read, tmp_path, picture):
     cache = tmp_path / "images.npz"
     scanned(folder, cache)
     read.clear()
@@ -87,25 +87,25 @@ def test_only_what_changed_is_read_again_and_that_is_said(folder, read, tmp_path
     (folder / "k" / "2.jpg").unlink()
     os.utime(folder / "k" / "3.jpg", ns=(0, 0))
     (folder / "k" / "0b.jpg").write_bytes(picture())
-    source = scanned(folder, cache)
+    dataset = scanned(folder, cache)
     assert sorted(read) == ["0b.jpg", "1.jpg", "3.jpg"]
-    assert "3 of 6 are new or changed" in source.notes[0]
-    assert_same(source, scanned(folder, None))
+    assert "3 of 6 images are new or changed" in dataset.notes[0]
+    assert_same(dataset, scanned(folder, None))
     assert scanned(folder, cache).notes == ()
 
 
-def test_only_the_tar_that_changed_is_indexed_again(tars, read, tmp_path, picture, make_tar):
+def test_only_changed_tar_is_indexed_again(tars, read, tmp_path, picture, make_tar):
     cache = tmp_path / "images.npz"
     scanned(tars, cache)
     read.clear()
     make_tar(tars / "c1.tar", {"new.jpg": picture(5, (50, 60))})
-    source = scanned(tars, cache)
+    dataset = scanned(tars, cache)
     assert sorted(read) == ["c1.tar", "index of c1.tar"]
-    assert "1 of 3 are new or changed" in source.notes[0]
-    assert_same(source, scanned(tars, None))
+    assert "1 of 3 tars are new or changed" in dataset.notes[0]
+    assert_same(dataset, scanned(tars, None))
 
 
-def test_a_data_set_that_was_moved_is_still_known(folder, read, tmp_path):
+def test_cache_is_reused_after_the_dataset_is_moved(folder, read, tmp_path):
     cache = tmp_path / "images.npz"
     first = scanned(folder, cache)
     read.clear()
@@ -116,7 +116,7 @@ def test_a_data_set_that_was_moved_is_still_known(folder, read, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + b"x" * 100])
-def test_a_damaged_cache_is_said_and_made_again(folder, tmp_path, content):
+def test_damaged_cache_is_rebuilt_with_a_note(folder, tmp_path, content):
     cache = tmp_path / "images.npz"
     first = scanned(folder, cache)
     cache.write_bytes(content)
@@ -126,7 +126,7 @@ def test_a_damaged_cache_is_said_and_made_again(folder, tmp_path, content):
     assert scanned(folder, cache).notes == ()
 
 
-def test_the_cache_of_a_folder_does_not_speak_for_tars(folder, tars, tmp_path):
+def test_cache_of_image_files_is_not_used_for_tars_or_the_reverse(folder, tars, tmp_path):
     cache = tmp_path / "images.npz"
     scanned(folder / "k", cache)
     pattern = str(tars / "c*.tar")
@@ -137,13 +137,13 @@ def test_the_cache_of_a_folder_does_not_speak_for_tars(folder, tars, tmp_path):
     assert scanned(folder / "list.txt", cache).broken == 1
 
 
-def test_a_cache_that_cannot_be_written_is_said(folder, tmp_path):
-    source = scanned(folder, tmp_path / "no" / "images.npz")
-    assert "cannot be written" in source.notes[0]
-    assert len(source) == 5
+def test_unwritable_cache_is_noted(folder, tmp_path):
+    dataset = scanned(folder, tmp_path / "no" / "images.npz")
+    assert "cannot be written" in dataset.notes[0]
+    assert len(dataset) == 5
 
 
-def test_a_failure_that_may_pass_is_not_remembered(folder, tars, tmp_path, monkeypatch):
+def test_transient_failure_is_not_cached(folder, tars, tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "PAUSES", ())
     cache = tmp_path / "images.npz"
 
@@ -153,18 +153,18 @@ def test_a_failure_that_may_pass_is_not_remembered(folder, tars, tmp_path, monke
         return open(path, *args)
 
     monkeypatch.setattr(image_files, "open", fails, raising=False)
-    source = scanned(folder, cache)
-    assert source.broken == 2
+    dataset = scanned(folder, cache)
+    assert dataset.broken == 2
     assert manifest.load(cache).stamps[3].tolist() == [-1, -1]
     monkeypatch.undo()
     assert scanned(folder, cache).broken == 1
 
 
-def test_a_tar_that_cannot_be_read_is_an_error_that_names_it(tars, monkeypatch):
+def test_unreadable_tar_is_error(tars, monkeypatch):
     def fails(path):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setitem(registry._INDEX, "tar", fails)
+    monkeypatch.setitem(archives.INDEX, "tar", fails)
     with pytest.raises(DataError, match=r"c0.tar cannot be read: Permission denied"):
         scan_images(tars)
 
@@ -183,7 +183,7 @@ class Terminal:
         return True
 
 
-def test_a_terminal_has_a_bar(tars, monkeypatch):
+def test_terminal_shows_progress_bars(tars, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(scanning, "BAR_AFTER", 0.0)
     scan_images(tars, max_bad_share=0.5)
@@ -191,7 +191,7 @@ def test_a_terminal_has_a_bar(tars, monkeypatch):
         assert part in sys.stderr.text
 
 
-def test_without_a_terminal_there_is_no_bar(tars, capsys, monkeypatch):
+def test_no_progress_bar_without_a_terminal(tars, capsys, monkeypatch):
     monkeypatch.setattr(scanning, "BAR_AFTER", 0.0)
     scan_images(tars, max_bad_share=0.5)
     assert capsys.readouterr().err == ""

@@ -1,7 +1,7 @@
 """Tests of fastdino.data.datasets.torchvision_sets.
 
-The files are made here, so that their checksums are not those of torchvision: checks of these are
-left out, and held by a test of their own.
+The files are generated, so torchvision's checksums do not match: the fixture `unchecked` disables
+them, and one test checks that they are verified otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastdino.evals.options import (
     scan_splits,
 )
 
-N = 7  # images a split
+N = 7  # images per split
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +41,14 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Files count as whole where they are there."""
+    """Files count as complete if they exist."""
     for module in (cifar, flowers102, mnist, stl10, svhn):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No network: every download fails as without one."""
+    """Every download fails as without a network."""
 
     def fails(url, *_, **__):
         raise urllib.error.URLError("[Errno -2] Name or service not known")
@@ -136,7 +136,7 @@ WRITERS = {
 
 
 def write_files(root, name, picture):
-    """A set of files of images, two classes of two; returns its classes."""
+    """Write image files, two classes of two per split; return the classes."""
     suffix = {"RenderedSST2": "png", "Imagenette": "JPEG"}.get(name, "jpg")
     folder, classes = {
         "Country211": ("country211/{split}/{c}", ["AD", "ZW"]),
@@ -169,7 +169,7 @@ def write_files(root, name, picture):
 
 
 def write_lists(root, name, files, classes):
-    """What a set says of its files."""
+    """Write the metadata files of a dataset."""
     for split, pairs in files.items():
         if name == "DTD":
             (root / "dtd/dtd/labels").mkdir(exist_ok=True)
@@ -197,23 +197,23 @@ def write_lists(root, name, files, classes):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_arrays_are_written_once_without_loss_and_with_their_labels(root, name, unchecked):
+def test_arrays_are_converted_without_loss_and_with_labels(root, name, unchecked):
     WRITERS[name](root)
     for split, arguments in SETS[name].splits.items():
-        source = scan_images(f"torchvision:{name}?split={split}")
+        dataset = scan_images(f"torchvision:{name}?split={split}")
         theirs = getattr(torchvision.datasets, name)(root, **arguments)
-        assert len(source) == len(theirs)
+        assert len(dataset) == len(theirs)
         for i, (picture, label) in enumerate(theirs):
-            assert np.array_equal(source.read_rgb(i), np.asarray(picture.convert("RGB")))
+            assert np.array_equal(dataset.read_rgb(i), np.asarray(picture.convert("RGB")))
             if label >= 0:
                 expected = theirs.classes[label] if hasattr(theirs, "classes") else str(label)
-                assert source.classes[source.labels[i]] == expected
+                assert dataset.classes[dataset.labels[i]] == expected
     written = sorted(p.name for p in (root / "fastdino").iterdir() if p.suffix == ".tar")
     assert written == sorted(f"{name}-{split}.tar" for split in SETS[name].splits)
     assert all(p.suffix in (".tar", ".json", ".lock") for p in (root / "fastdino").iterdir())
 
 
-def test_what_was_written_is_taken_without_the_originals(root, unchecked):
+def test_converted_dataset_is_used_without_the_originals(root, unchecked):
     write_cifar(root)
     first = scan_images("torchvision:CIFAR10")
     for path in (root / "cifar-10-batches-py").iterdir():
@@ -221,10 +221,12 @@ def test_what_was_written_is_taken_without_the_originals(root, unchecked):
     again = scan_images("torchvision:cifar10?split=train", cache=root / "images.npz")
     assert first.fingerprint == again.fingerprint
     assert again.kind == "torchvision CIFAR10, train"
-    assert again.classes == ["airplane", "bird", "cat", "dog"], "in their order, empty ones too"
+    assert again.classes == ["airplane", "bird", "cat", "dog"], (
+        "in their order, also without images"
+    )
 
 
-def test_unlabelled_images_are_a_class_of_their_own(root, unchecked):
+def test_unlabelled_images_are_a_separate_class(root, unchecked):
     write_stl10(root)
     alone = scan_images("torchvision:STL10?split=unlabeled")
     assert (len(alone), len(alone.classes)) == (N, 1)
@@ -237,23 +239,23 @@ FILE_SETS = [name for name, one in SETS.items() if not one.arrays]
 
 
 @pytest.mark.parametrize("name", FILE_SETS)
-def test_sets_of_files_are_read_where_they_lie(root, name, picture, unchecked):
+def test_image_files_are_read_in_place(root, name, picture, unchecked):
     classes = write_files(root, name, picture)
     for s, split in enumerate(SETS[name].splits):
-        source = scan_images(f"torchvision:{name}?split={split}")
-        assert source.in_archives is None
+        dataset = scan_images(f"torchvision:{name}?split={split}")
+        assert dataset.files == dataset.paths
         numbers = [4 * s + i + 1 for i in range(4)]
         form = "PNG" if name == "RenderedSST2" else "JPEG"
-        assert sorted(source.read_bytes(i) for i in range(4)) == sorted(
+        assert sorted(dataset.read_bytes(i) for i in range(4)) == sorted(
             picture(n, form=form) for n in numbers
         )
-        for path, label in zip(source.paths, source.labels, strict=True):
+        for path, label in zip(dataset.paths, dataset.labels, strict=True):
             assert (int(os.path.basename(path).split(".")[0].split("_")[-1]) - 1) // 2 % 2 == label
-        assert source.classes[:2] == classes
+        assert dataset.classes[:2] == classes
     assert not (root / "fastdino").exists()
 
 
-def test_evaluations_take_train_and_what_is_called_val_or_test(root, picture, unchecked):
+def test_evaluation_uses_train_and_val_or_test(root, picture, unchecked):
     write_cifar(root)
     train, val = (scan_images("torchvision:CIFAR10", role=role) for role in ("train", "val"))
     assert [len(train), len(val)] == [5 * N, N]
@@ -270,29 +272,29 @@ def test_evaluations_take_train_and_what_is_called_val_or_test(root, picture, un
 @pytest.mark.parametrize(
     ("data_path", "message"),
     [
-        ("torchvision:CIFAR", "there is no set 'CIFAR': did you mean CIFAR10 or CIFAR100"),
-        ("torchvision:", "there is no set '': Known are CIFAR10"),
-        ("torchvision:UCF101", "is a set of videos: expected images"),
+        ("torchvision:CIFAR", "no dataset 'CIFAR': did you mean CIFAR10 or CIFAR100"),
+        ("torchvision:", "no dataset '': Supported are CIFAR10"),
+        ("torchvision:UCF101", "is a video dataset: expected images"),
         (
             "torchvision:STL10?split=tset",
             "no split 'tset'; its splits are train, unlabeled, train+",
         ),
-        ("torchvision:CIFAR10?size=160px", "no size '160px'; it has one"),
-        ("torchvision:Imagenette?size=1px", "no size '1px'; it has full, 320px, 160px"),
+        ("torchvision:CIFAR10?size=160px", "no size '160px'; CIFAR10 has only one"),
+        ("torchvision:Imagenette?size=1px", "no size '1px'; available: full, 320px, 160px"),
         (
             "torchvision:CIFAR10?folds=1",
-            "no option 'folds'; it takes split, train, val, root, size",
+            "no option 'folds'; supported: split, train, val, root, size",
         ),
         ("torchvison:CIFAR10", "did you mean torchvision:CIFAR10"),
     ],
 )
-def test_names_that_there_are_not_are_said_with_those_that_there_are(data_path, message):
+def test_unsupported_names_are_errors_with_suggestions(data_path, message):
     with pytest.raises(DataError, match=message):
         scan_images(data_path)
 
 
 @pytest.mark.parametrize(
-    ("data_path", "lies_in"),
+    ("data_path", "location"),
     [
         ("torchvision:CIFAR10", "cifar-10-batches-py"),
         ("torchvision:STL10?split=test", "stl10_binary"),
@@ -303,24 +305,28 @@ def test_names_that_there_are_not_are_said_with_those_that_there_are(data_path, 
         ("torchvision:OxfordIIITPet?split=test", "oxford-iiit-pet"),
     ],
 )
-def test_without_a_network_it_says_what_to_put_where(root, data_path, lies_in, offline):
+def test_without_a_network_the_error_names_the_expected_location(
+    root, data_path, location, offline
+):
     with pytest.raises(DataError) as error:
         scan_images(data_path)
     message = str(error.value)
     assert f"is not in {root}, and it cannot be downloaded" in message
     assert "Name or service not known" in message
-    assert f"put {lies_in} there" in message
+    assert f"put {location} there" in message
     assert "\n" not in message
     assert not list((root / "fastdino").glob("*.part"))
 
 
-def test_a_set_whose_checksums_are_wrong_is_refused(root):
+def test_wrong_checksum_is_error(root):
     write_cifar(root)
-    with pytest.raises(DataError, match=r"cifar-10-batches-py is damaged, .*move it away"):
+    with pytest.raises(
+        DataError, match=r"cifar-10-batches-py is damaged or incomplete .*move it away"
+    ):
         scan_images("torchvision:CIFAR10")
 
 
-def test_a_download_moves_in_when_it_is_complete(root, monkeypatch, unchecked):
+def test_incomplete_download_is_discarded(root, monkeypatch, unchecked):
     fails = [True]
 
     def download(url, folder, **_):
@@ -332,31 +338,31 @@ def test_a_download_moves_in_when_it_is_complete(root, monkeypatch, unchecked):
     monkeypatch.setattr(cifar, "download_and_extract_archive", download)
     with pytest.raises(DataError, match="cannot be downloaded .*reset"):
         scan_images("torchvision:CIFAR10")
-    assert not (root / "cifar-10-batches-py").exists(), "no half of it"
+    assert not (root / "cifar-10-batches-py").exists()
     assert len(scan_images("torchvision:CIFAR10")) == 10
     assert (root / "cifar-10-batches-py").exists()
 
 
-def test_a_conversion_that_ends_early_leaves_no_half_set(root, monkeypatch, unchecked):
+def test_failed_conversion_leaves_no_partial_tar(root, monkeypatch, unchecked):
     write_cifar(root)
-    real, written = torchvision_sets._add, []
+    add, written = torchvision_sets._add, []
 
     def fails(archive, name, content):
         written.append(name)
         if len(written) > 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(archive, name, content)
+        add(archive, name, content)
 
     monkeypatch.setattr(torchvision_sets, "_add", fails)
     with pytest.raises(DataError, match=r"CIFAR10-train.tar \(No space left.*the disk is full"):
         scan_images("torchvision:CIFAR10")
     assert [p.suffix for p in (root / "fastdino").iterdir()] == [".lock"]
-    monkeypatch.setattr(torchvision_sets, "_add", real)
+    monkeypatch.setattr(torchvision_sets, "_add", add)
     assert len(scan_images("torchvision:CIFAR10")) == 5 * N
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_killed_conversion_is_begun_anew(root, unchecked):
+def test_killed_conversion_is_restarted(root, unchecked):
     write_cifar(root)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=_killed_while_writing)
@@ -380,7 +386,7 @@ def _killed_while_writing():
     find_torchvision(parse("torchvision:CIFAR10", ["torchvision"]))
 
 
-def test_a_damaged_list_of_classes_says_what_to_remove(root, unchecked):
+def test_damaged_class_list_is_error(root, unchecked):
     write_cifar(root)
     scan_images("torchvision:CIFAR10")
     (root / "fastdino" / "CIFAR10-train.json").write_text("{")
@@ -388,14 +394,14 @@ def test_a_damaged_list_of_classes_says_what_to_remove(root, unchecked):
         scan_images("torchvision:CIFAR10")
 
 
-def test_a_root_that_cannot_be_written_says_so(root, monkeypatch, unchecked):
+def test_unwritable_root_is_error(root, monkeypatch, unchecked):
     write_cifar(root)
     (root / "fastdino").write_text("a file where a folder should be")
     with pytest.raises(DataError, match=r"cannot write .*\?root="):
         scan_images("torchvision:CIFAR10")
 
 
-def test_an_old_torchvision_and_a_missing_package_are_said(root, monkeypatch):
+def test_old_torchvision_and_missing_package_are_errors(root, monkeypatch):
     monkeypatch.delattr(torchvision.datasets, "EuroSAT")
     with pytest.raises(DataError, match=r"torchvision .* has no EuroSAT: pip install -U"):
         scan_images("torchvision:EuroSAT")
@@ -415,7 +421,7 @@ def test_an_old_torchvision_and_a_missing_package_are_said(root, monkeypatch):
         scan_images("torchvision:Flowers102")
 
 
-def test_the_root_is_an_option_a_variable_or_a_cache(root, monkeypatch, tmp_path, unchecked):
+def test_root_is_an_option_a_variable_or_the_cache(root, monkeypatch, tmp_path, unchecked):
     elsewhere = tmp_path / "elsewhere"
     write_cifar(elsewhere)
     assert len(scan_images(f"torchvision:CIFAR10?root={elsewhere}")) == 5 * N
@@ -425,7 +431,7 @@ def test_the_root_is_an_option_a_variable_or_a_cache(root, monkeypatch, tmp_path
     assert default_root() == tmp_path / "cache" / "fastdino"
 
 
-def test_gray_images_stay_gray_on_disk(root, unchecked):
+def test_gray_images_are_stored_as_gray(root, unchecked):
     write_mnist(root, "MNIST")
-    source = scan_images("torchvision:MNIST")
-    assert source.paths[0].endswith("0000000.pgm")
+    dataset = scan_images("torchvision:MNIST")
+    assert dataset.paths[0].endswith("0000000.pgm")

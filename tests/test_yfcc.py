@@ -27,13 +27,13 @@ def key(number):
     return photo_key(address(number))
 
 
-def place(number):
+def path_of(number):
     name = key(number)
     return f"data/images/{name[:3]}/{name[3:6]}/{name}.jpg"
 
 
 def row(number, *, columns):
-    """A row of the first release (23 columns), or of a later one (25)."""
+    """Return a row of the first release (23 columns), or of a later one (25)."""
     values = [f"field {i}" for i in range(23)]
     values[0], values[14] = str(number), address(number)
     values[22] = "1" if number == VIDEO else "0"
@@ -82,7 +82,7 @@ def write_metadata(folder, kind):
     return path
 
 
-def test_a_photos_key_is_its_addresss_md5_without_leading_zeros_of_bytes():
+def test_photo_key_is_the_md5_of_the_url_without_leading_zeros_per_byte():
     # Each byte as printf's %x: 0x0a is "a", 0x00 is "0".
     name = next(
         f"http://x/{n}" for n in range(99) if hashlib.md5(f"http://x/{n}".encode()).digest()[0] < 16
@@ -93,38 +93,42 @@ def test_a_photos_key_is_its_addresss_md5_without_leading_zeros_of_bytes():
 
 
 @pytest.mark.parametrize("kind", ["23", "25", "bz2", "sqlite", "header", "subset", "numbers"])
-def test_photos_are_known_by_number_and_key_in_every_form(tmp_path, kind):
+def test_photos_are_matched_by_number_and_key_in_every_format(tmp_path, kind):
     photos = read_metadata(str(write_metadata(tmp_path, kind)))
     assert photos.number == 4
     assert photos.videos == (0 if kind in ("subset", "numbers") else 1)
     files = [f"a/{n}.jpg" for n in NUMBERS] + ["a/12345.jpg", "a/jpg"]
-    assert photos.among(files).tolist() == [0, 1, 2, 3]
-    assert photos.missing(files) == 0
-    assert photos.missing(files[1:3]) == 2
+    assert photos.indices(files).tolist() == [0, 1, 2, 3]
+    assert photos.summarize(files).startswith("0 of the photos in")
+    assert photos.summarize(files[1:3]).startswith("2 of")
     if kind != "numbers":
-        assert photos.among([place(n) for n in NUMBERS]).tolist() == [0, 1, 2, 3]
-        assert photos.missing([place(NUMBERS[0]), f"{NUMBERS[0]}.jpg"]) == 3, "one photo, twice"
+        assert photos.indices([path_of(n) for n in NUMBERS]).tolist() == [0, 1, 2, 3]
+        one_photo_twice = [path_of(NUMBERS[0]), f"{NUMBERS[0]}.jpg"]
+        assert photos.summarize(one_photo_twice).startswith("3 of")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"a\tb\n", r"begins with \['a', 'b'\], 2 columns by tabs: expected YFCC100M's \(25"),
-        (b"not a number\n", "1 columns by tabs"),
-        (b"", "names no photo"),
-        (row(VIDEO, columns=23).encode(), r"names no photo \(1 videos\)"),
+        (
+            b"a\tb\n",
+            r"begins with \['a', 'b'\], 2 tab-separated columns: expected YFCC100M",
+        ),
+        (b"not a number\n", "1 tab-separated columns"),
+        (b"", "lists no photo"),
+        (row(VIDEO, columns=23).encode(), r"lists no photo \(1 videos\)"),
         (row(24821, columns=23).encode() + b"\n5\t6\n", "line 2: 2 columns, fewer than"),
         (b"SQLite format 3\0" + b"x" * 5000, "metadata .* cannot be read"),
     ],
 )
-def test_what_is_no_metadata_says_so(tmp_path, text, message):
+def test_other_text_file_is_error(tmp_path, text, message):
     path = tmp_path / "m"
     path.write_bytes(text)
     with pytest.raises(DataError, match=message):
         read_metadata(str(path))
 
 
-def test_broken_metadata_files_are_errors(tmp_path):
+def test_damaged_metadata_is_error(tmp_path):
     path = tmp_path / "m.bz2"
     path.write_bytes(bz2.compress(row(24821, columns=23).encode() * 9)[:-9])
     with pytest.raises(DataError, match="cannot be read"):
@@ -142,9 +146,9 @@ def test_broken_metadata_files_are_errors(tmp_path):
 
 @pytest.fixture
 def dump(tmp_path, picture):
-    """Folder, zips and tar of the same: three of the photos, a video's frame, and another."""
-    members = {place(n): picture(i) for i, n in enumerate(NUMBERS[:3])}
-    members |= {place(VIDEO): picture(7), "data/images/123/456/123456.jpg": picture(8)}
+    """The same images as a folder and as zips: three photos, a frame of a video, another image."""
+    members = {path_of(n): picture(i) for i, n in enumerate(NUMBERS[:3])}
+    members |= {path_of(VIDEO): picture(7), "data/images/123/456/123456.jpg": picture(8)}
     for name, data in members.items():
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,46 +161,46 @@ def dump(tmp_path, picture):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zips", "tar"])
-def test_a_dump_gives_the_photos_that_its_metadata_names(dump, kind, make_tar):
+def test_metadata_selects_photos_of_folders_and_archives(dump, kind, make_tar):
     root, members = dump
     metadata = write_metadata(root / "folder", "sqlite")
     path = root / kind if kind != "tar" else make_tar(root / "t.tar", members)
     data_path = f"{path}?metadata={metadata}"
     if kind == "folder":
-        data_path = str(path)  # it lies there under its usual name
-    source = scan_images(data_path)
-    assert {source.read_bytes(i) for i in range(len(source))} == {
-        members[place(n)] for n in NUMBERS[:3]
+        data_path = str(path)  # contains the metadata under its usual name
+    dataset = scan_images(data_path)
+    assert {dataset.read_bytes(i) for i in range(len(dataset))} == {
+        members[path_of(n)] for n in NUMBERS[:3]
     }
-    assert (len(source), len(source.classes), set(source.labels.tolist())) == (3, 1, {0})
-    assert source.kind.startswith("YFCC100M")
-    assert source.notes == (
-        "yfcc100m_dataset.sql names 4 photos (and 1 videos, which are passed over)",
-        "1 of the photos that yfcc100m_dataset.sql names are not here",
+    assert (len(dataset), len(dataset.classes), set(dataset.labels.tolist())) == (3, 1, {0})
+    assert dataset.kind.startswith("YFCC100M")
+    assert dataset.notes == (
+        "yfcc100m_dataset.sql lists 4 photos (and 1 videos, which are not used)",
+        "1 of the photos in yfcc100m_dataset.sql are missing",
     )
 
 
-def test_other_metadata_is_another_scan_of_the_same_archives(dump, tmp_path):
+def test_cache_is_not_reused_for_other_metadata(dump, tmp_path):
     root, _ = dump
     cache = tmp_path / "images.npz"
     (root / "some").write_text(f"1\t{NUMBERS[0]}\t{key(NUMBERS[0])}\n")
     (root / "all").write_text("\n".join(f"1\t{n}\t{key(n)}" for n in NUMBERS))
     names = ("some", "all", "all")
-    sources = [scan_images(f"{root}/zips?metadata={root / n}", cache=cache) for n in names]
-    assert [len(source) for source in sources] == [1, 4, 4]
-    assert sources[1].fingerprint == sources[2].fingerprint != sources[0].fingerprint
+    datasets = [scan_images(f"{root}/zips?metadata={root / n}", cache=cache) for n in names]
+    assert [len(dataset) for dataset in datasets] == [1, 4, 4]
+    assert datasets[1].fingerprint == datasets[2].fingerprint != datasets[0].fingerprint
 
 
-def test_no_photo_there_is_an_error_that_says_what_files_are_called(dump):
+def test_no_photo_is_error(dump):
     root, _ = dump
     (root / "m").write_text("1\n2\n")
-    with pytest.raises(DataError, match="none of the 2 photos .* called by a photo's number"):
+    with pytest.raises(DataError, match="none of the 2 photos .* named after a photo's number"):
         scan_images(f"{root}/folder?metadata={root}/m")
-    with pytest.raises(DataError, match="no images in .*2 of the photos that m names are not here"):
+    with pytest.raises(DataError, match="no images in .*2 of the photos in m are missing"):
         scan_images(f"{root}/zips?metadata={root}/m")
 
 
-def test_metadata_is_found_by_its_usual_names(tmp_path):
+def test_metadata_is_detected_by_its_usual_names(tmp_path):
     assert yfcc.find_metadata(str(tmp_path)) is None
     (tmp_path / "yfcc100m_subset_data.tsv.bz2").touch()
     assert yfcc.find_metadata(str(tmp_path)) == str(tmp_path / "yfcc100m_subset_data.tsv.bz2")

@@ -1,4 +1,4 @@
-"""What cannot be read: counted, named, passed over, and too much where it passes a share."""
+"""Unreadable images: counted, replaced by the next good one, an error above a given share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import itertools
 
 from fastdino.errors import DataError
 
-_NAMED = 5
+_SHOWN = 5
 
 
 def raise_if_many_bad(
     bad: dict[str, str], total: int, max_bad_share: float, broken: int = 0
 ) -> None:
-    """Raises DataError, with the first few names, where more than max_bad_share are bad.
+    """Raise DataError, with the first few paths, if more than max_bad_share of all are bad.
 
-    broken: bad ones that are neither in `bad` nor in `total`.
+    Args:
+        bad: path -> reason.
+        total: images, the bad ones included.
+        broken: further bad images, not included in `bad` and `total`.
     """
     count = len(bad) + broken
     if count > max_bad_share * (total + broken):
@@ -25,20 +28,20 @@ def raise_if_many_bad(
 
 
 def first_names(bad: dict[str, str]) -> str:
-    """The first few with their reasons, and how many more there are."""
-    named = "; ".join(f"{path} {reason}" for path, reason in list(bad.items())[:_NAMED])
-    return named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+    """Return the first few paths with their reasons, and the number of further ones."""
+    shown = "; ".join(f"{path} {reason}" for path, reason in list(bad.items())[:_SHOWN])
+    return shown + (f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
 
 
 class BadImages:
-    """The files found broken while running, and what takes their place: the next good sample.
+    """Samples found broken while running, each replaced by the next good sample. Thread-safe.
 
-    `skipped` holds path -> reason, `reasons` sample -> reason. Safe to use from several threads.
+    `skipped` maps path -> reason, `reasons` maps sample -> reason.
 
     Args:
-        n: samples, those that the scan kept.
-        max_bad_share: of all files, those that the scan skipped as broken among them.
-        broken: how many these are.
+        n: samples that the scan kept.
+        max_bad_share: allowed share of broken images, those skipped by the scan included.
+        broken: images skipped by the scan as broken.
     """
 
     def __init__(self, n: int, max_bad_share: float, broken: int = 0) -> None:
@@ -47,12 +50,12 @@ class BadImages:
         self.reasons: dict[int, str] = {}
 
     def add(self, index: int, path: str, reason: str) -> None:
-        """Notes a broken file; raises DataError where there are too many."""
+        """Record a broken sample; raise DataError if there are too many."""
         self.reasons[index] = self.skipped[path] = reason
         raise_if_many_bad(self.skipped, self.n, self.max_bad_share, self.broken)
 
     def next_good(self, index: int) -> int:
-        """The first sample from index on that is not known to be broken; DataError if all are."""
+        """Return the first sample from index on that is not broken; DataError if all are."""
         for candidate in itertools.chain(range(index, self.n), range(index)):
             if candidate not in self.reasons:
                 return candidate

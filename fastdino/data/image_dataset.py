@@ -1,107 +1,93 @@
-"""The images of a run: what --data_path holds, without what is broken, and the bytes of each."""
+"""The images of a run: those that --data_path names and whose headers can be read."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data import manifest as tables
 from fastdino.data.bad_images import first_names, raise_if_many_bad
-from fastdino.data.datasets.archives import class_names
-from fastdino.data.datasets.data_path import Found, known_labels, number_labels
-from fastdino.data.datasets.registry import find
+from fastdino.data.datasets.archives import label_images
+from fastdino.data.datasets.file_list import FileList
+from fastdino.data.datasets.registry import find_dataset
 from fastdino.data.image_files import Part, decode_rgb, read_file, read_part
-from fastdino.data.manifest import Names, Table
-from fastdino.data.scanning import Scanner
+from fastdino.data.manifest import Manifest
+from fastdino.data.scanning import scan
 from fastdino.errors import DataError
 
 
 @dataclass(frozen=True)
-class InArchives:
-    """Where images lie in archives: n of them in files of `files`.
-
-    file: [n] int32, places in `files`. parts: [n, 3] int64, reading.Part.
-    """
-
-    files: Names
-    file: NDArray[np.int32]
-    parts: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class ImageDataset:
-    """The images whose header can be read; any one can be read at any time, in any process.
+    """n images with readable headers; any of them can be read at any time, in any process.
 
-    paths: n names: files, in the order of torchvision's ImageFolder, or "ARCHIVE/MEMBER".
-    labels: [n] int64, places in `classes`.
-    classes: the first-level folders, sorted (empty ones too), or what the labels or the tars are
-        called; a flat folder is one class.
-    sizes: [n, 2] int32 (height, width) in pixels, as decoded.
-    skipped: what was left out, with the reason.
-    broken: how many of the skipped are images that cannot be read.
-    kind: what it is, in a few words.
-    fingerprint: of the names and sizes, in their order; the same wherever the images lie.
-    exif: images are turned as their EXIF orientation says.
-    notes: what is to be said about the scan.
+    base: folder that the manifest's files are relative to.
+    manifest: file, member and byte range of each image.
+    labels: [n] int64, class numbers.
+    classes: names of first-level folders (empty ones too), archives or labels, sorted.
+    sizes: [n, 2] int32, height and width in pixels as decoded.
+    kind: short description for the log.
+    skipped: path -> reason, for files and images that are not used.
+    broken: how many of the skipped are unreadable images.
+    exif: images are rotated according to their EXIF orientation.
+    notes: messages for the log.
+    fingerprint: hash of names and sizes in order; independent of the dataset's folder.
     """
 
-    paths: Sequence[str]
+    base: str
+    manifest: Manifest
     labels: NDArray[np.int64]
     classes: list[str]
     sizes: NDArray[np.int32]
-    skipped: dict[str, str]
-    broken: int = 0
     kind: str = ""
-    fingerprint: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+    broken: int = 0
     exif: bool = False
     notes: tuple[str, ...] = ()
-    in_archives: InArchives | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def path(self, index: int) -> str:
-        """Return the path of an image, or "ARCHIVE/MEMBER"."""
-        return self.paths[index]
+        """Return the path of an image; ARCHIVE/MEMBER for an image in an archive."""
+        return _image_path(self.base, self.manifest, index)
 
     @property
-    def files(self) -> Sequence[str]:
-        """The paths of all files that hold the images."""
-        return self.paths if self.in_archives is None else self.in_archives.files
+    def paths(self) -> list[str]:
+        """The paths of all images."""
+        return [self.path(i) for i in range(len(self))]
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of all image files or archives."""
+        return [os.path.join(self.base, file) for file in self.manifest.files]
 
     def read_bytes(self, index: int) -> bytes:
-        """The encoded image; what may pass is tried again.
+        """Read an encoded image, with retries after transient errors.
 
         Raises: OSError: reading keeps failing. UnusableImageError: its archive has changed.
         """
-        archives = self.in_archives
-        if archives is None:
-            return read_file(self.paths[index])
-        part = Part(*archives.parts[index].tolist())
-        return read_part(archives.files[int(archives.file[index])], part)
+        images = self.manifest
+        path = os.path.join(self.base, images.files[images.file_ids[index]])
+        part = Part(*images.parts[index].tolist())
+        return read_part(path, part) if images.members[index] else read_file(path)
 
     def read_rgb(self, index: int) -> Image.Image:
-        """The decoded image; raises what reading and decoding raise."""
+        """Read and decode an image; raises what read_bytes and Pillow raise."""
         return decode_rgb(self.read_bytes(index), exif=self.exif)
 
     def subset(self, indices: NDArray[np.int64]) -> ImageDataset:
-        """These of the images, [m], in this order; the same one may come several times."""
-        within = self.in_archives
-        if within is not None:
-            within = replace(within, file=within.file[indices], parts=within.parts[indices])
+        """Return the dataset of these images, [m], in this order; an image may be repeated."""
         return replace(
             self,
-            paths=Names([self.paths[i] for i in indices.tolist()]),
+            manifest=self.manifest.select_images(indices),
             labels=self.labels[indices],
             sizes=self.sizes[indices],
-            in_archives=within,
             fingerprint="",
         )
 
@@ -115,154 +101,77 @@ def scan_images(
     cache: Path | None = None,
     role: str = "",
 ) -> ImageDataset:
-    """Finds the images and reads their headers, without decoding them.
+    """Find the images of a dataset and read their headers, without decoding them.
 
-    data_path is one of (docs/data.md has them all)
-    - a folder with one folder a class (images anywhere below it), or with the images themselves;
-    - a text file with the path of an image a line, relative to the file's folder, and a label
-      after it or none; lines that begin with # are passed over;
-    - a folder of .tar or .zip files, one of them, or a pattern ('train-{000..146}.tar'). Their
-      classes are what .cls or .json members say, in shards; else each archive is one; in an only
-      one, each folder or tar in it. With metadata of YFCC100M, the photos that it names;
-    - DAVIS, a set of torchvision (torchvision:NAME), or of Hugging Face (hf:NAME or hf:FOLDER).
-    Options follow it: ?split=... of what has splits.
-
-    A JPEG or PNG whose end marker is missing is decoded, to see whether it is whole. What cannot be
-    read is skipped, and so are images beside class folders, which ImageFolder passes over too.
+    A JPEG or PNG without its end marker is decoded, to check whether it is complete. Unreadable
+    images are skipped, and so are images next to class folders, which ImageFolder ignores too.
 
     Args:
-        max_bad_share: share of broken images above which the scan is an error.
+        data_path: [SCHEME:]PATH[?name=value&...]: a folder, an archive, a list or a dataset by
+            name; docs/data.md describes them all.
+        max_bad_share: largest allowed share of unreadable images.
         workers: threads.
-        exif: sizes are those of the images turned as their EXIF orientation says.
-        cache: file of an earlier scan's verdicts, of which those hold whose file has the same size
-            and mtime; written anew where any does not.
-        role: of an evaluation's two splits which one, "train" or "val"; "": what data_path says.
-    Raises: DataError: nothing of that kind there, what cannot be read, a compressed tar, no images,
-        too many broken ones, more images beside the class folders than in them.
+        exif: rotate images according to their EXIF orientation; `sizes` are those afterwards.
+        cache: images.npz of an earlier scan. Files with the same size and mtime are not opened
+            again. It is rewritten if anything changed.
+        role: "train" or "val" for one of an evaluation's two splits, "" for training.
+    Raises: DataError: data_path is not a dataset, has no images or too many unreadable ones.
     """
-    found = find(os.fspath(data_path), role)
-    table, notes = _scan(found, workers, cache)
-    notes = [*found.notes, *_missing(found, table), *notes]
-    paths = _paths(found, table)
-    skipped = found.skipped | {found.path(table.files[i]): why for i, why in table.notes.items()}
-    bad = {paths[i]: reason for i, reason in table.reasons.items()}
-    if not len(table.members):
-        why = first_names(skipped) or "; ".join(notes) or f"{found.kind} has none"
-        raise DataError(f"no images in {data_path}: {why}")
-    raise_if_many_bad(bad, len(paths), max_bad_share)
-    if len(table.reasons) == len(paths):
+    files = find_dataset(os.fspath(data_path), role)
+    images, cache_notes = scan(files, workers, cache)
+    names = images.members if files.archive else images.files
+    notes = [*files.notes, *([files.summarize(names)] if files.summarize else []), *cache_notes]
+    bad = {_image_path(files.base, images, i): reason for i, reason in images.reasons.items()}
+    skipped = files.skipped | {files.path(images.files[i]): why for i, why in images.notes.items()}
+    total = len(images.members)
+    if not total:
+        reason = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
+        raise DataError(f"no images in {data_path}: {reason}")
+    raise_if_many_bad(bad, total, max_bad_share)
+    if len(images.reasons) == total:
         raise DataError(
-            f"none of the {len(paths)} images in {data_path} can be read: {first_names(bad)}"
+            f"none of the {total} images in {data_path} can be read: {first_names(bad)}"
         )
-    labels, classes, kind = _labels(found, table)
-    good = np.ones(len(paths), bool)
-    good[list(table.reasons)] = False
-    kept = np.flatnonzero(good).tolist()
+    labels, classes, kind = _label(files, images)
+    kept = np.array([i for i in range(total) if i not in images.reasons])
+    readable = images.select_images(kept)
     return ImageDataset(
-        paths=Names([paths[i] for i in kept]),
-        labels=np.array(labels, dtype=np.int64)[good],
+        base=files.base,
+        manifest=readable,
+        labels=np.array(labels, dtype=np.int64)[kept],
         classes=classes,
-        sizes=_sizes(table, exif)[good],
+        sizes=_decoded_sizes(readable.headers, exif),
+        kind=kind,
         skipped=skipped | bad,
         broken=len(bad),
-        kind=kind,
-        fingerprint=_fingerprint(table, good),
         exif=exif,
         notes=tuple(notes),
-        in_archives=None if found.labels is not None else _in_archives(found, table, good),
+        fingerprint=_fingerprint(readable),
     )
 
 
-def _scan(found: Found, workers: int, cache: Path | None) -> tuple[Table, list[str]]:
-    """The table of what was found, and what is to be said of the cache."""
-    known, notes = None, []
-    if cache is not None:
-        try:
-            known = tables.load(cache)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            notes.append(f"{cache} cannot be used ({error}): all images are looked at again")
-    if known and any(known.members) != (found.labels is None):
-        known = None  # of images, and these are archives, or the other way round
-    if known and known.selection != found.selection:
-        known = None  # of what else is in these files
-    scanner = Scanner(workers, known)
-    if found.labels is None:
-        table = scanner.archives(found)
-    else:
-        table = scanner.images([found.path(file) for file in found.files], found.files)
-    table.selection = found.selection
-    if cache is None or (known and not scanner.fresh and known.files == table.files):
-        return table, notes
-    if known:
-        what = f"{found.archive}s" if found.labels is None else "images"
-        notes.append(
-            f"{cache} is not of these {what} as they are: {scanner.fresh} of {len(found.files)} "
-            "are new or changed and were looked at"
-        )
-    try:
-        tables.save(table, cache)
-    except OSError as error:
-        notes.append(f"{cache} cannot be written ({error}): the next scan starts anew")
-    return table, notes
+def _image_path(base: str, images: Manifest, index: int) -> str:
+    file = os.path.join(base, images.files[images.file_ids[index]])
+    return f"{file}/{images.members[index]}" if images.members[index] else file
 
 
-def _missing(found: Found, table: Table) -> list[str]:
-    """What is to be said of photos that are asked for and are not there."""
-    if found.photos is None:
-        return []
-    names = table.files if found.labels is not None else table.members
-    missing = found.photos.missing(names)
-    return [f"{missing} of the photos that {found.photos.source} names are not here"]
+def _label(files: FileList, images: Manifest) -> tuple[list[int], list[str], str]:
+    """Return the class number of each image, the classes, and the dataset's kind."""
+    if files.labels is None:
+        return label_images(files, images)
+    return files.labels, files.classes, files.kind
 
 
-def _paths(found: Found, table: Table) -> list[str]:
-    """The name of each image: its path, or its archive's and its own in it."""
-    files = [found.path(file) for file in table.files]
-    if found.labels is not None:
-        return files
-    of = np.repeat(np.arange(len(files)), table.counts).tolist()
-    return [f"{files[i]}/{member}" for i, member in zip(of, table.members, strict=True)]
+def _decoded_sizes(headers: NDArray[np.int32], exif: bool) -> NDArray[np.int32]:
+    """Return height and width, [n, 2], swapped for images that EXIF rotates by 90 degrees."""
+    sizes = headers[:, :2]
+    return np.where(headers[:, 2:] == 1, sizes[:, ::-1], sizes) if exif else sizes
 
 
-def _labels(found: Found, table: Table) -> tuple[list[int], list[str], str]:
-    """Class numbers, classes, and the source's kind."""
-    if found.labels is not None:
-        return found.labels, found.classes, found.kind
-    lone = Path(found.base).resolve().name
-    number, archive = len(table.files), found.archive
-    if found.classes and any(table.labels):
-        return *known_labels(table.labels, found.classes), found.kind
-    if found.kind != f"{archive}s":  # a set by its name, which has labels or none
-        return *number_labels(table.labels, lone), f"{found.kind}: {number} {archive}(s)"
-    if any(table.labels):
-        return *number_labels(table.labels, lone), f"{number} labelled {archive} shard(s)"
-    if found.numbered:
-        return *number_labels(table.labels, lone), f"{number} {archive} shards"
-    names = class_names(table.files, table.counts.tolist(), table.members)
-    return *number_labels(names, lone), f"class {archive}s: {number} {archive}(s)"
-
-
-def _sizes(table: Table, exif: bool) -> NDArray[np.int32]:
-    sizes = table.headers[:, :2]
-    return np.where(table.headers[:, 2:] == 1, sizes[:, ::-1], sizes) if exif else sizes
-
-
-def _fingerprint(table: Table, good: NDArray[np.bool_]) -> str:
-    """A hash of the names, relative to the source, and the stored sizes of the good images."""
+def _fingerprint(images: Manifest) -> str:
+    """Return a hash of the names, relative to the dataset's folder, and the stored sizes."""
     digest = hashlib.sha256()
-    of = np.repeat(np.arange(len(table.files)), table.counts)
-    for i in np.flatnonzero(good).tolist():
-        name = f"{table.files[of[i]]}\0{table.members[i]}\0"
-        digest.update(name.encode("utf-8", "surrogateescape"))
-    digest.update(table.headers[good, :2].astype("<i4").tobytes())
+    for file, member in zip(images.file_ids.tolist(), images.members, strict=True):
+        digest.update(f"{images.files[file]}\0{member}\0".encode("utf-8", "surrogateescape"))
+    digest.update(images.headers[:, :2].astype("<i4").tobytes())
     return digest.hexdigest()[:16]
-
-
-def _in_archives(found: Found, table: Table, good: NDArray[np.bool_]) -> InArchives:
-    return InArchives(
-        files=Names([found.path(file) for file in table.files]),
-        file=np.repeat(np.arange(len(table.files), dtype=np.int32), table.counts)[good],
-        parts=table.parts[good],
-    )

@@ -1,6 +1,6 @@
-"""Bytes and headers of images, in files and parts of files; read again where a network fails.
+"""Reading the bytes, headers and pixels of image files and of byte ranges in archives.
 
-What cannot be used is told in a few words: reason_of gives them.
+Reads are repeated after errors that network file systems raise while they recover.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastdino.errors import DataError
 
 T = TypeVar("T")
 
-# File names of images, as in torchvision.datasets.ImageFolder.
+# File name extensions of images, as in torchvision.datasets.ImageFolder.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What a network file system says while it recovers; other errors last, and are told at once.
+# Errors of a network file system that may disappear; any other error is raised at once.
 TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -34,18 +34,18 @@ TRANSIENT = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-# Seconds before each further try.
+# Seconds before each retry.
 PAUSES = (0.1, 0.5, 2.0)
 
-# The last bytes of a whole file, for the formats whose header says nothing about its length.
+# Last bytes of a complete file, for formats whose header does not give the file's length.
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
-# Modes whose pixels are numbers: a palette's, gray of 8 bits, of 1, of 32, of 16.
+# Modes with one number per pixel: palette, 8-bit gray, 1-bit, 32-bit, 16-bit.
 NUMBERS = ("P", "L", "1", "I", "I;16")
 
 _ORIENTATION = 0x0112
-# EXIF orientation -> what turns the picture upright; those from 5 on swap height and width.
-_TURNS = {
+# EXIF orientation -> transpose that makes the image upright; 5 to 8 swap height and width.
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,11 +57,11 @@ _TURNS = {
 
 
 class UnusableImageError(Exception):
-    """An image that is not whole; the message goes after its name."""
+    """An incomplete or damaged image; the message continues a sentence after its name."""
 
 
 class Header(NamedTuple):
-    """Height and width in pixels as stored, and whether EXIF orientation would swap the two."""
+    """Height and width in pixels as stored, and whether EXIF orientation swaps the two."""
 
     height: int
     width: int
@@ -69,14 +69,14 @@ class Header(NamedTuple):
 
 
 class Unusable(NamedTuple):
-    """Why an image cannot be used. `passing`: reading failed, and may not the next time."""
+    """A reason why an image cannot be used; transient if reading it may succeed later."""
 
     reason: str
-    passing: bool
+    transient: bool
 
 
 class Part(NamedTuple):
-    """Where an image lies in a file, in bytes; `inflated`: its own length where it is deflated."""
+    """The byte range of an image in a file; `inflated` is its length before Deflate, if used."""
 
     offset: int
     length: int
@@ -84,10 +84,10 @@ class Part(NamedTuple):
 
 
 class Window(io.RawIOBase):
-    """`length` bytes from `offset` on of the open file `descriptor`, as a file of its own."""
+    """A file-like view of `length` bytes from `offset` of an open file descriptor."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length, self._place = descriptor, offset, length, 0
+        self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
 
     def readable(self) -> bool:
         return True
@@ -96,20 +96,20 @@ class Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = max(0, origin + offset)
-        return self._place
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = max(0, min(len(buffer), self._length - self._place))
-        data = os.pread(self._descriptor, wanted, self._offset + self._place)
+        wanted = max(0, min(len(buffer), self._length - self._position))
+        data = os.pread(self._descriptor, wanted, self._offset + self._position)
         buffer[: len(data)] = data
-        self._place += len(data)
+        self._position += len(data)
         return len(data)
 
 
 def retrying(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again after each of PAUSES where its OSError may pass."""
+    """Return read(), called again after each of PAUSES while it raises a transient OSError."""
     for pause in PAUSES:
         try:
             return read()
@@ -126,20 +126,25 @@ def retrying(read: Callable[[], T]) -> T:
 
 
 def read_file(path: str) -> bytes:
-    """All of a file; raises OSError when reading keeps failing."""
+    """Read a whole file; raise OSError if it keeps failing."""
+    return read_start(path, -1)
+
+
+def read_start(path: str, length: int) -> bytes:
+    """Read the first bytes of a file; raise OSError if it keeps failing."""
 
     def read() -> bytes:
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(length)
 
     return retrying(read)
 
 
 def read_part(path: str, part: Part) -> bytes:
-    """The image in a part of a file.
+    """Read the image in a part of a file.
 
-    Raises: OSError: as read_file. UnusableImageError: the file ends early, or is not deflated as
-        its part says.
+    Raises: OSError: reading keeps failing. UnusableImageError: the file ends early, or the part is
+        not Deflate data of the expected length.
     """
 
     def read() -> bytes:
@@ -154,7 +159,7 @@ def read_part(path: str, part: Part) -> bytes:
 
 
 def _inflate(data: bytes, length: int) -> bytes:
-    """The `length` bytes that were deflated, without a header, as zips hold them."""
+    """Inflate raw Deflate data, as stored in zips, to `length` bytes."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = inflater.decompress(data, length)
@@ -166,50 +171,50 @@ def _inflate(data: bytes, length: int) -> bytes:
 
 
 def read_header(path: str, part: Part | None = None) -> Header | Unusable:
-    """The header of an image that is a file, or that is a part of one.
+    """Read the header of an image file, or of the image in a part of a file.
 
-    A JPEG or PNG whose end marker is missing is decoded, to see whether it is whole.
+    A JPEG or PNG without its end marker is decoded, to check whether it is complete.
     """
 
     def read() -> Header:
         if part is not None and part.inflated:
-            return _header(io.BytesIO(read_part(path, part)))
+            return _read_header(io.BytesIO(read_part(path, part)))
         with open(path, "rb") as file:
             if part is None:
-                return _header(file)
+                return _read_header(file)
             with io.BufferedReader(Window(file.fileno(), part.offset, part.length)) as window:
-                return _header(window)
+                return _read_header(window)
 
     try:
         return retrying(read)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise all kinds on broken headers.
+    except Exception as error:  # Pillow's plugins raise many types on broken headers
         return Unusable(reason_of(error), isinstance(error, OSError) and bool(error.errno))
 
 
-def _header(file: BinaryIO) -> Header:
+def _read_header(file: BinaryIO) -> Header:
     if file.seek(0, os.SEEK_END) == 0:
         raise UnusableImageError("is empty (0 bytes)")
     file.seek(0)
     with Image.open(file) as image:
         width, height = image.size
-        if not _ends_well(file, image.format):
+        if not _has_end_marker(file, image.format):
             image.load()
         return Header(height, width, orientation(image) >= 5)
 
 
-def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
+def _has_end_marker(file: BinaryIO, image_format: str | None) -> bool:
     marker = _END_MARKERS.get(image_format or "", b"")
-    place = file.tell()
+    position = file.tell()
     file.seek(-min(len(marker), file.seek(0, os.SEEK_END)), os.SEEK_END)
-    ends_well = file.read() == marker
-    file.seek(place)
-    return ends_well
+    has_marker = file.read() == marker
+    file.seek(position)
+    return has_marker
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none that is valid, or Pillow applies it."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing or invalid, or Pillow applies it."""
     data = image.info.get("exif")
     if not data or image.format == "TIFF":
         return 1
@@ -219,29 +224,29 @@ def orientation(image: Image.Image) -> int:
         value = exif.get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # Broken metadata of a good picture: all kinds.
+    except Exception:  # broken metadata of a good image: of any type
         return 1
-    return value if value in _TURNS else 1
+    return value if value in _TRANSPOSES else 1
 
 
 def decode_rgb(data: bytes, *, exif: bool = False) -> Image.Image:
-    """The decoded image as torchvision's pil_loader gives it: RGB, no EXIF rotation.
+    """Decode an image as torchvision's pil_loader does: to RGB, without EXIF rotation.
 
-    exif: apply it.
+    exif: apply the rotation.
     """
     with Image.open(io.BytesIO(data)) as image:
         return upright(image) if exif else image.convert("RGB")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as RGB, turned as its EXIF orientation says."""
-    rgb = image.convert("RGB")  # First: what follows the pixels is read with them.
-    turn = _TURNS.get(orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
+    """Return the image as RGB, rotated according to its EXIF orientation."""
+    rgb = image.convert("RGB")  # first, because decoding also reads metadata after the pixels
+    transpose = _TRANSPOSES.get(orientation(image))
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def reason_of(error: BaseException) -> str:
-    """A short reason for a report, from what reading or decoding a file raised."""
+    """Return a short reason for an exception from reading or decoding a file."""
     if isinstance(error, UnusableImageError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
@@ -255,29 +260,29 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """silence_pillow() for a while. It reaches all threads: enter it in one of them alone."""
+    """Silence Pillow's warnings during the block, in all threads; enter it in one thread only."""
     with warnings.catch_warnings():
         silence_pillow()
         yield
 
 
 def silence_pillow() -> None:
-    """Silences Pillow's warnings (large images, odd metadata), in all threads."""
+    """Silence Pillow's warnings about large images and odd metadata, in all threads."""
     warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 
 @contextmanager
 def explained_reading(path: str | Path) -> Iterator[None]:
-    """Turns what reading or decoding a file raises into a DataError: its name, and why."""
+    """Turn an exception from reading or decoding a file into a DataError with its path."""
     try:
         yield
     except (MemoryError, DataError):
         raise
-    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
+    except Exception as error:  # Pillow's plugins raise many types on broken files
         raise DataError(f"{path} {reason_of(error)}") from error
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """The picture of a file as decode_rgb gives it; raises DataError where it cannot be read."""
+    """Read an image file as decode_rgb does; raise DataError if it cannot be read."""
     with explained_reading(path):
         return decode_rgb(read_file(str(path)))

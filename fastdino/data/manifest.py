@@ -1,13 +1,13 @@
-"""What a scan found, as columns, and its copy on disk, from which the next scan takes what holds.
+"""The images of a dataset as columns, and images.npz, which keeps them between runs.
 
-Legend: f files (images, or tars of them), n images.
+Notation: f files (image files or archives), n images.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,15 +15,17 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from fastdino.data.image_files import Part
 from fastdino.files import atomic_write
 
 _FORMAT = "fastdino images 2"
 
 
 class Names(Sequence[str]):
-    """Strings in two arrays: a million of them cost their bytes, and forked workers share them.
+    """A compact, immutable list of strings, stored in two arrays.
 
-    (A list's strings are copied by each worker, page by page, as it counts references in them.)
+    Forked workers share the arrays. A list would be copied into every worker page by page, because
+    reading a string changes its reference count.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -52,121 +54,194 @@ class Names(Sequence[str]):
 
 
 @dataclass
-class Table:
-    """n images in f files, in the files' order.
+class Manifest:
+    """n images in f files, grouped by file, in the order of the files.
 
-    files: [f] names.
-    stamps: [f, 2] int64, bytes and mtime in ns; -1 where reading failed, which may pass.
-    counts: [f] int64, images in each file: 1 where it is one itself.
-    notes: file -> what is wrong with it, where it is an archive.
-    members: [n] names within the archive; "" where the file is the image.
-    parts: [n, 3] int64, reading.Part: offset, length, inflated; zeros where the file is the image.
-    headers: [n, 3] int32, height, width, swapped (reading.Header); zeros where there is a reason.
-    labels: [n] what a .cls or .json beside it in the archive says; "" where none does.
+    files: [f] image files or archives, relative to the dataset's folder.
+    file_ids: [n] int32, index into files.
+    members: [n] name within the archive; "" for an image file.
+    parts: [n, 3] int64, offset, length and inflated length (image_files.Part); zeros for an image
+        file.
+    labels: [n] label stored in the archive; "" if it has none.
     reasons: image -> why it cannot be used.
-    selection: places.Found's.
+    notes: archive -> what is wrong with it.
+    stamps: [f, 2] int64, size in bytes and mtime in ns; -1 if reading failed and may work later.
+    headers: [n, 3] int32, height, width, swapped (image_files.Header); zeros if there is a reason.
+    selection: identifies which images of the files were requested (FileList.selection).
     """
 
-    files: list[str]
-    stamps: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    members: list[str]
+    files: Sequence[str]
+    file_ids: NDArray[np.int32]
+    members: Sequence[str]
     parts: NDArray[np.int64]
+    labels: Sequence[str]
+    reasons: dict[int, str]
+    notes: dict[int, str]
+    stamps: NDArray[np.int64]
     headers: NDArray[np.int32]
-    labels: list[str]
-    notes: dict[int, str] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
     selection: str = ""
 
     def check(self) -> None:
-        """Raises ValueError where the columns do not belong together."""
+        """Raise ValueError if the columns have inconsistent lengths."""
         f, n = len(self.files), len(self.members)
-        shapes = (self.stamps.shape, self.counts.shape, self.parts.shape, self.headers.shape)
-        if shapes != ((f, 2), (f,), (n, 3), (n, 3)) or len(self.labels) != n:
-            raise ValueError(f"columns of other lengths: {f} files, {n} images, {shapes}")
-        if self.counts.sum() != n or (self.counts < 0).any():
-            raise ValueError(f"{n} images, and {self.counts.sum()} by the files' counts")
+        shapes = (self.stamps.shape, self.file_ids.shape, self.parts.shape, self.headers.shape)
+        if shapes != ((f, 2), (n,), (n, 3), (n, 3)) or len(self.labels) != n:
+            raise ValueError(f"columns of different lengths: {f} files, {n} images, {shapes}")
         if any(not 0 <= i < n for i in self.reasons) or any(not 0 <= i < f for i in self.notes):
-            raise ValueError("a reason for an image that is not there")
+            raise ValueError("a reason for an image that does not exist")
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return the number of images per file, [f]."""
+        return np.bincount(self.file_ids, minlength=len(self.files))
+
+    def select_images(self, images: NDArray[np.int64]) -> Manifest:
+        """Return the manifest of these images, in this order; an image may be repeated."""
+        return replace(
+            self,
+            files=Names(self.files),
+            file_ids=self.file_ids[images],
+            members=Names([self.members[i] for i in images.tolist()]),
+            parts=self.parts[images],
+            labels=Names([self.labels[i] for i in images.tolist()]),
+            reasons=_renumber(self.reasons, images),
+            headers=self.headers[images],
+        )
+
+    def select_files(self, rows: NDArray[np.int64]) -> Manifest:
+        """Return the manifest of these files and all their images, in this order."""
+        all_counts = self.counts()
+        counts = all_counts[rows]
+        shifts = (np.cumsum(all_counts) - all_counts)[rows] - (np.cumsum(counts) - counts)
+        images = np.repeat(shifts, counts) + np.arange(counts.sum())
+        return replace(
+            self.select_images(images),
+            files=[self.files[row] for row in rows.tolist()],
+            file_ids=np.repeat(np.arange(len(rows), dtype=np.int32), counts),
+            notes=_renumber(self.notes, rows),
+            stamps=self.stamps[rows],
+        )
 
 
-def concatenate(tables: Sequence[Table]) -> Table:
-    """The tables one after the other."""
-    notes: dict[int, str] = {}
-    reasons: dict[int, str] = {}
-    files = images = 0
-    for table in tables:
-        notes |= {files + i: note for i, note in table.notes.items()}
-        reasons |= {images + i: reason for i, reason in table.reasons.items()}
-        files, images = files + len(table.files), images + len(table.members)
-    return Table(
-        files=[name for table in tables for name in table.files],
-        stamps=np.concatenate([np.zeros((0, 2), np.int64), *(t.stamps for t in tables)]),
-        counts=np.concatenate([np.zeros(0, np.int64), *(t.counts for t in tables)]),
-        members=[name for table in tables for name in table.members],
-        parts=np.concatenate([np.zeros((0, 3), np.int64), *(t.parts for t in tables)]),
-        headers=np.concatenate([np.zeros((0, 3), np.int32), *(t.headers for t in tables)]),
-        labels=[label for table in tables for label in table.labels],
-        notes=notes,
-        reasons=reasons,
-    )
+def image_file_manifest(files: Sequence[str]) -> Manifest:
+    """Return the manifest of image files whose headers have not been read."""
+    n = len(files)
+    return _unread(files, np.arange(n, dtype=np.int32), [""] * n, np.zeros((n, 3), np.int64))
 
 
-def save(table: Table, path: Path) -> None:
-    """Writes the table, whole or not at all; raises OSError."""
+def archive_manifest(
+    path: str,
+    members: Sequence[str] = (),
+    parts: Sequence[Part] | NDArray[np.int64] = (),
+    labels: Sequence[str] = (),
+    reasons: dict[int, str] | None = None,
+    note: str = "",
+) -> Manifest:
+    """Return the manifest of an archive's members before their headers are read."""
+    n = len(members)
+    one = _unread([path], np.zeros(n, np.int32), members, np.array(parts, np.int64).reshape(n, 3))
+    one.labels = labels or one.labels
+    one.reasons = reasons or {}
+    one.notes = {0: note} if note else {}
+    return one
+
+
+def _unread(
+    files: Sequence[str],
+    file_ids: NDArray[np.int32],
+    members: Sequence[str],
+    parts: NDArray[np.int64],
+) -> Manifest:
+    stamps, headers = np.full((len(files), 2), -1), np.zeros((len(members), 3), np.int32)
+    return Manifest(files, file_ids, members, parts, [""] * len(members), {}, {}, stamps, headers)
+
+
+def concatenate(manifests: Sequence[Manifest]) -> Manifest:
+    """Return one manifest with the files of all, in order."""
+    joined = image_file_manifest([])
+    files: list[str] = []
+    members: list[str] = []
+    labels: list[str] = []
+    file_ids = [joined.file_ids]
+    for one in manifests:
+        joined.notes |= {len(files) + i: note for i, note in one.notes.items()}
+        joined.reasons |= {len(members) + i: reason for i, reason in one.reasons.items()}
+        file_ids.append(one.file_ids + np.int32(len(files)))
+        files += one.files
+        members += one.members
+        labels += one.labels
+    for name in ("parts", "stamps", "headers"):
+        columns = [getattr(one, name) for one in (joined, *manifests)]
+        setattr(joined, name, np.concatenate(columns))
+    joined.files, joined.members, joined.labels = files, members, labels
+    joined.file_ids = np.concatenate(file_ids)
+    return joined
+
+
+def save(manifest: Manifest, path: Path) -> None:
+    """Write a manifest atomically; raise OSError on failure."""
     about = {
         "format": _FORMAT,
-        "pillow": PIL.__version__,  # whose verdict it is
-        "selection": table.selection,
-        "notes": list(table.notes.items()),
-        "reasons": list(table.reasons.items()),
+        "pillow": PIL.__version__,  # another version may accept other files
+        "selection": manifest.selection,
+        "notes": list(manifest.notes.items()),
+        "reasons": list(manifest.reasons.items()),
     }
     with atomic_write(path) as file:
         np.savez_compressed(
             file,
             about=_blob([json.dumps(about)]),
-            files=_blob(table.files),
-            members=_blob(table.members),
-            labels=_blob(table.labels),
-            stamps=table.stamps,
-            counts=table.counts,
-            parts=table.parts,
-            headers=table.headers,
+            files=_blob(manifest.files),
+            members=_blob(manifest.members),
+            labels=_blob(manifest.labels),
+            stamps=manifest.stamps,
+            counts=manifest.counts(),
+            parts=manifest.parts,
+            headers=manifest.headers,
         )
 
 
-def load(path: Path) -> Table:
-    """Reads what save wrote, with nothing run from the file.
+def load(path: Path) -> Manifest:
+    """Read a manifest written by save, without executing anything from the file.
 
-    Raises: FileNotFoundError; ValueError: what is there is damaged, or another version's.
+    Raises: FileNotFoundError; ValueError: the file is damaged or of another version.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as columns:
             about = json.loads(_strings(columns["about"])[0])
             if about["format"] != _FORMAT or about["pillow"] != PIL.__version__:
-                raise ValueError(f"it is of {about['format']!r}, Pillow {about['pillow']}")
-            table = Table(
+                raise ValueError(f"written as {about['format']!r} with Pillow {about['pillow']}")
+            counts = columns["counts"].astype(np.int64, casting="safe")
+            manifest = Manifest(
                 files=_strings(columns["files"]),
+                file_ids=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
                 members=_strings(columns["members"]),
-                labels=_strings(columns["labels"]),
-                stamps=columns["stamps"].astype(np.int64, casting="safe"),
-                counts=columns["counts"].astype(np.int64, casting="safe"),
                 parts=columns["parts"].astype(np.int64, casting="safe"),
-                headers=columns["headers"].astype(np.int32, casting="safe"),
-                notes={int(i): str(note) for i, note in about["notes"]},
+                labels=_strings(columns["labels"]),
                 reasons={int(i): str(reason) for i, reason in about["reasons"]},
+                notes={int(i): str(note) for i, note in about["notes"]},
+                stamps=columns["stamps"].astype(np.int64, casting="safe"),
+                headers=columns["headers"].astype(np.int32, casting="safe"),
                 selection=str(about["selection"]),
             )
-            table.check()
+            manifest.check()
+            if len(counts) != len(manifest.files):
+                raise ValueError(f"{len(manifest.files)} files, but {len(counts)} counts")
     except (FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # numpy, zipfile, zlib and json raise all kinds on damaged bytes.
+    except Exception as error:  # numpy, zipfile, zlib and json raise many types on damaged bytes
         raise ValueError(str(error) or type(error).__name__) from error
-    return table
+    return manifest
+
+
+def _renumber(texts: dict[int, str], kept: NDArray[np.int64]) -> dict[int, str]:
+    """Return the texts of the kept rows under their new indices."""
+    if not texts:
+        return {}
+    return {new: texts[old] for new, old in enumerate(kept.tolist()) if old in texts}
 
 
 def _blob(names: Sequence[str]) -> NDArray[np.uint8]:
-    """Each name, and a byte 0 after it, which no path holds."""
+    """Encode names as one array, each terminated by a zero byte, which no path contains."""
     text = "".join(f"{name}\0" for name in names)
     return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 

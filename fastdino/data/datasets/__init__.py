@@ -1,1 +1,1 @@
-"""Dataset formats: what --data_path can name."""
+"""The kinds of datasets that --data_path accepts."""

@@ -1,147 +1,150 @@
-"""What files that hold many images have in common: an index of where each image lies, its label.
+"""Datasets in tars or zips: a folder of them, one file, or a pattern such as train-{000..146}.tar.
 
-tars.py, zips.py and hugging_face.py make such an index, each of its own kind of file.
+Classes are, in this order: the labels in .cls or .json members, none for numbered shards, the names
+of the archives, and for a single archive its folders (or the tars in it).
 """
 
 from __future__ import annotations
 
-import json
+import glob
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from fastdino.data.image_files import Part
+from fastdino.data.datasets import tars, zips
+from fastdino.data.datasets.data_path import EXPECTED, DataPath
+from fastdino.data.datasets.file_list import FileList, common_base, number_labels
+from fastdino.data.datasets.yfcc import select_photos
+from fastdino.data.manifest import Manifest
+from fastdino.errors import DataError
 
-LARGEST_LABEL = 1 << 20  # bytes
-_LABEL_KEYS = ("label", "cls", "class")
+INDEX: dict[str, Callable[[str], Manifest]] = {"tar": tars.index_tar, "zip": zips.index_zip}
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SUFFIX = re.compile(r"\.(tar|zip)$", re.IGNORECASE)
 
 
-@dataclass
-class ArchiveIndex:
-    """The images of an archive, in its order.
+def archive_kind(path: str) -> str:
+    """Return "tar", "zip" or "", by a file's name or first bytes.
 
-    members: names, of tars within it "TAR/MEMBER". parts: where each lies in the file.
-    labels: what a .cls or .json of the same key says; "" where none does.
-    reasons: image -> why it cannot be used. note: what is wrong with the archive, or "".
+    Raises: OSError: it cannot be read. DataError: it is a compressed tar.
     """
+    return "tar" if tars.is_tar(path) else "zip" if zips.is_zip(path) else ""
 
-    members: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    note: str = ""
 
-    def taken(self, kept: Sequence[int]) -> ArchiveIndex:
-        """These images of it alone."""
-        places = {old: new for new, old in enumerate(kept)}
-        return ArchiveIndex(
-            members=[self.members[i] for i in kept],
-            parts=[self.parts[i] for i in kept],
-            labels=[self.labels[i] for i in kept] if self.labels else [],
-            reasons={places[i]: reason for i, reason in self.reasons.items() if i in places},
-            note=self.note,
+def is_archive(data_path: DataPath) -> bool:
+    """Return whether the path is a tar or a zip; raise DataError if it cannot be read."""
+    path = data_path.path
+    if not os.path.isfile(path):
+        return False
+    try:
+        return bool(archive_kind(path))
+    except OSError as error:
+        raise DataError(f"--data_path: {path} cannot be read: {error}") from error
+
+
+def find_archive(data_path: DataPath) -> FileList:
+    """Return a single tar or zip."""
+    folder, name = os.path.split(data_path.path)
+    return select_photos(list_archives(folder, [name]), data_path.options.get("metadata"))
+
+
+def is_pattern(data_path: DataPath) -> bool:
+    """Return whether the path is a pattern for the names of archives."""
+    return any(sign in data_path.path for sign in "*?[{")
+
+
+def find_pattern(data_path: DataPath) -> FileList:
+    """Return the archives that match a pattern: * ? [...] as in a shell, {000..146} a range."""
+    pattern = data_path.path
+    is_range = "{" in pattern
+    paths: list[str] = []
+    for part in expand_range(pattern):
+        matches = sorted(glob.glob(part)) if any(sign in part for sign in "*?[") else [part]
+        if is_range and not (matches and all(map(os.path.exists, matches))):
+            raise DataError(f"--data_path {pattern}: {part} does not exist")
+        paths += matches
+    if not paths:
+        raise DataError(f"--data_path: no file matches {pattern}; {EXPECTED}")
+    try:
+        others = [path for path in paths if os.path.isdir(path) or not archive_kind(path)]
+    except OSError as error:
+        raise DataError(
+            f"--data_path {pattern}: {error.filename} cannot be read: {error}"
+        ) from error
+    if others:
+        raise DataError(
+            f"--data_path {pattern} must match only tars or zips, but it matches {others[0]}"
         )
+    archives = list_archives(*common_base(paths), numbered=is_range)
+    return select_photos(archives, data_path.options.get("metadata"))
 
 
-class Collector:
-    """Makes the index of an archive of files from its members, one after the other.
+def expand_range(pattern: str) -> list[str]:
+    """Expand a-{000..002}.tar to its names, in order; raise DataError if a range is descending."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    if int(first) > int(last):
+        raise DataError(f"--data_path {pattern}: the range {match[0]} is descending")
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for number in numbers for name in expand_range(before + number + after)]
 
-    extensions: which members are images, by the ends of their names, in small letters.
+
+def list_archives(base: str, files: list[str], *, numbered: bool = False) -> FileList:
+    """Return archives, all tars or all zips.
+
+    numbered: treat them as shards whatever their names are.
     """
-
-    def __init__(self, extensions: Sequence[str]) -> None:
-        self._extensions = tuple(extensions)
-        self.found = ArchiveIndex()
-        self._labels: dict[str, str] = {}
-        self._keys: set[str] = set()  # of what is no image
-
-    def is_image(self, name: str) -> bool:
-        return name.lower().endswith(self._extensions)
-
-    def add(self, name: str, part: Part, reason: str = "") -> None:
-        """An image; or something of no use, with the reason."""
-        if reason:
-            self.found.reasons[len(self.found.members)] = reason
-        self.found.members.append(name)
-        self.found.parts.append(part)
-
-    def add_other(self, name: str, size: int, read: Callable[[], bytes]) -> None:
-        """A member that is no image, of `size` bytes: it may say what one beside it shows."""
-        key, _ = _key(name)
-        self._keys.add(key)
-        lower = name.lower()
-        if lower.endswith((".cls", ".json")) and size <= LARGEST_LABEL:
-            label = _label(read(), lower.endswith(".json"))
-            if label:
-                self._labels[key] = label
-
-    def finish(self) -> ArchiveIndex:
-        """The index; of a sample KEY.jpg, KEY.mask.png, KEY.cls the mask is no other image."""
-        split = [_key(name) for name in self.found.members]
-        samples = self._keys & {key for key, extension in split if "." not in extension}
-        kept = [i for i, (key, ext) in enumerate(split) if "." not in ext or key not in samples]
-        if len(kept) < len(split):
-            self.found = self.found.taken(kept)
-        self.found.labels = [self._labels.get(_key(name)[0], "") for name in self.found.members]
-        return self.found
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a member is one of macOS's notes on a file."""
-    return PurePosixPath(name).name.startswith("._") or name.startswith("__MACOSX/")
+    kinds = {archive_kind(os.path.join(base, file)) for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"{base} contains both tars and zips: move those away that are not meant")
+    (kind,) = kinds
+    numbered = numbered or are_numbered(files)
+    return FileList(f"{kind}s", base, files, archive=kind, index=INDEX[kind], numbered=numbered)
 
 
 def are_numbered(names: Sequence[str]) -> bool:
-    """Whether names are those of shards: two or more, alike but for consecutive numbers."""
-    found = [re.fullmatch(r"(.*?)(\d+)", stem(name)) for name in names]
-    prefixes = {match[1] if match else None for match in found}
+    """Return whether names differ only by consecutive numbers, as those of shards do."""
+    matches = [re.fullmatch(r"(.*?)(\d+)", stem(name)) for name in names]
+    prefixes = {match[1] if match else None for match in matches}
     if len(names) < 2 or len(prefixes) > 1 or None in prefixes:
         return False
-    numbers = sorted(int(match[2]) for match in found if match)
+    numbers = sorted(int(match[2]) for match in matches if match)
     return numbers == list(range(numbers[0], numbers[0] + len(names)))
 
 
 def stem(name: str) -> str:
-    """An archive's name without folder and suffix."""
+    """Return an archive's name without folder and suffix."""
     return _SUFFIX.sub("", PurePosixPath(name).name)
 
 
-def class_names(files: Sequence[str], counts: Sequence[int], members: Sequence[str]) -> list[str]:
-    """The class of each image by where it lies: its archive's name, or its folder in an only one.
+def label_images(files: FileList, images: Manifest) -> tuple[list[int], list[str], str]:
+    """Return the class number of each image in archives, the classes, and the dataset's kind."""
+    number, archive, names = len(images.files), files.archive, images.labels
+    has_labels = any(names)
+    if files.classes and has_labels:
+        kind = files.kind
+    elif files.kind != f"{archive}s":  # a dataset with a name of its own
+        kind = f"{files.kind}: {number} {archive}(s)"
+    elif has_labels:
+        kind = f"{number} labelled {archive} shard(s)"
+    elif files.numbered:
+        kind = f"{number} {archive} shards"
+    else:
+        kind = f"class {archive}s: {number} {archive}(s)"
+        names = class_names(images)
+    return *number_labels(names, Path(files.base).resolve().name, files.classes), kind
 
-    Args:
-        files, counts: the archives, and how many images each holds.
-        members: all images, in the files' order.
-    """
-    if len(files) > 1:
-        return [stem(file) for file, n in zip(files, counts, strict=True) for _ in range(n)]
-    folders = [name.split("/")[:-1] for name in members]
-    # An archive of one folder is that of what the folder holds.
+
+def class_names(images: Manifest) -> list[str]:
+    """Return the class of each image: its archive's name, or for one archive its folder's name."""
+    if len(images.files) > 1:
+        return [stem(images.files[file]) for file in images.file_ids.tolist()]
+    folders = [name.split("/")[:-1] for name in images.members]
+    # A single top-level folder is not a class.
     while folders and all(len(f) > 1 for f in folders) and len({f[0] for f in folders}) == 1:
         folders = [folder[1:] for folder in folders]
-    return [stem(folder[0]) if folder else stem(files[0]) for folder in folders]
-
-
-def _key(name: str) -> tuple[str, str]:
-    """What the members of a sample share, and what tells them apart, as webdataset splits names."""
-    folder, slash, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return folder + slash + key, extension
-
-
-def _label(content: bytes, is_json: bool) -> str:
-    """The class that a .cls or a .json names; "" where it names none."""
-    text = content.decode("utf-8", "replace").strip()
-    if is_json:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return ""
-        if isinstance(value, dict):
-            value = next((value[key] for key in _LABEL_KEYS if key in value), None)
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            return ""
-        text = str(value)
-    return text.replace("\0", "")
+    return [stem(folder[0]) if folder else stem(images.files[0]) for folder in folders]

@@ -1,65 +1,63 @@
-"""DAVIS as images to train on: the frames of its sequences, each sequence a class.
+"""Frames of DAVIS as training images; every sequence is a class.
 
-    JPEGImages/480p/<sequence>/00000.jpg    frames; other folders beside 480p hold larger ones
-    ImageSets/2017/train.txt                a split: a sequence's name a line
-    ImageSets/480p/train.txt                of DAVIS 2016: a frame's and a mask's path a line
+    JPEGImages/480p/<sequence>/00000.jpg    frames; folders next to 480p hold larger ones
+    ImageSets/2017/train.txt                a split: one sequence per line
+    ImageSets/480p/train.txt                a split of DAVIS 2016: the paths of a frame and its mask
 
-Annotations lie in folders of their own, and are no images to train on.
+Annotations are in folders of their own and are not used for training.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastdino.data.datasets.data_path import SPLIT_OPTIONS, Found, Place
+from fastdino.data.datasets.data_path import DataPath
+from fastdino.data.datasets.file_list import FileList
+from fastdino.data.datasets.splits import choose_split, requested_split
 from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
 
 RESOLUTION = "480p"
-OPTIONS = (*SPLIT_OPTIONS, "resolution")
 
 
-def is_davis(root: str) -> bool:
-    """Whether a folder has DAVIS's layout: folders of frames by resolution."""
-    return bool(_resolutions(Path(root)))
+def is_davis(data_path: DataPath) -> bool:
+    """Return whether the path is a folder with the layout of DAVIS."""
+    return bool(_resolutions(Path(data_path.path)))
 
 
-def find_davis(place: Place) -> Found:
-    """The frames, of a split's sequences where the options name one ("2017/train" or "train").
+def find_davis(data_path: DataPath) -> FileList:
+    """Return all frames, or those of a split ("2017/train" or "train").
 
-    Raises: DataError: no such split or resolution, a sequence without frames.
+    Raises: DataError: no such split or resolution, or a sequence has no frames.
     """
-    root = Path(place.path)
-    frames = root / "JPEGImages" / _resolution(root, place)
-    here = sorted(folder.name for folder in frames.iterdir() if folder.is_dir())
-    split = None
-    if place.role or place.asked_split():
-        split = _split(root, place)
-        names = sorted(sequence_names(root / "ImageSets" / f"{split}.txt"))
-    else:
-        names = here
-    missing = [name for name in names if name not in here]
-    if missing:
+    root = Path(data_path.path)
+    frames = root / "JPEGImages" / _choose_resolution(root, data_path)
+    existing = sorted(folder.name for folder in frames.iterdir() if folder.is_dir())
+    sequences, split = existing, None
+    if data_path.role or requested_split(data_path):
+        split = _choose_split(root, data_path)
+        sequences = sorted(sequence_names(root / "ImageSets" / f"{split}.txt"))
+    if missing := [name for name in sequences if name not in existing]:
         raise DataError(
-            f"--data_path {place.text}: {split} names {len(missing)} sequences that are not in "
-            f"{frames}, among them {missing[0]}"
+            f"--data_path {data_path.text}: {split} lists {len(missing)} sequences that are not in "
+            f"{frames}, for example {missing[0]}"
         )
     files: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(names):
-        pictures = [p.name for p in (frames / name).iterdir() if p.suffix.lower() in EXTENSIONS]
-        files += [f"{name}/{picture}" for picture in sorted(pictures)]
-        labels += [label] * len(pictures)
+    for label, name in enumerate(sequences):
+        images = [p.name for p in (frames / name).iterdir() if p.suffix.lower() in EXTENSIONS]
+        files += [f"{name}/{image}" for image in sorted(images)]
+        labels += [label] * len(images)
     if not files:
-        raise DataError(f"no images in {frames}: none of its {len(names)} folders has a frame")
+        raise DataError(f"no images in {frames}: its {len(sequences)} folders contain no frames")
     kind = f"DAVIS {split or 'sequences'}, {frames.name}"
-    return Found(kind, str(frames), files, labels, names)
+    return FileList(kind, str(frames), files, labels, sequences)
 
 
 def sequence_names(path: Path) -> list[str]:
-    """A list's sequences, once each; a line is `name` or `/JPEGImages/480p/name/00000.jpg ...`.
+    """Read the distinct sequences of a list of names or of /JPEGImages/480p/NAME/00000.jpg paths.
 
-    Raises: DataError: it cannot be read, or names none.
+    Raises: DataError: the list cannot be read, or is empty.
     """
     names: dict[str, None] = {}
     try:
@@ -71,36 +69,35 @@ def sequence_names(path: Path) -> list[str]:
             parts = words[0].split("/")
             names[parts[-2] if len(parts) > 1 else parts[0]] = None
     if not names:
-        raise DataError(f"{path} names no sequence")
+        raise DataError(f"{path} lists no sequence")
     return list(names)
 
 
 def _resolutions(root: Path) -> list[str]:
-    """The folders of JPEGImages that hold folders, as PASCAL VOC's does not."""
+    """Return the folders of JPEGImages that contain folders; PASCAL VOC has none."""
     try:
         folders = [folder for folder in (root / "JPEGImages").iterdir() if folder.is_dir()]
-        holding = [f.name for f in folders if any(below.is_dir() for below in f.iterdir())]
+        return sorted(f.name for f in folders if any(below.is_dir() for below in f.iterdir()))
     except OSError:
         return []
-    return sorted(holding)
 
 
-def _resolution(root: Path, place: Place) -> str:
-    there = _resolutions(root)
-    asked = place.options.get("resolution")
-    if asked is None:
-        return RESOLUTION if RESOLUTION in there else there[0]
-    if asked in there:
-        return asked
+def _choose_resolution(root: Path, data_path: DataPath) -> str:
+    existing, requested = _resolutions(root), data_path.options.get("resolution")
+    if requested is None:
+        return RESOLUTION if RESOLUTION in existing else existing[0]
+    if requested in existing:
+        return requested
     raise DataError(
-        f"--data_path {place.text}: there is no resolution {asked!r}; there are {', '.join(there)}"
+        f"--data_path {data_path.text}: no resolution {requested!r}; available: "
+        f"{', '.join(existing)}"
     )
 
 
-def _split(root: Path, place: Place) -> str:
-    """The list that is meant, without .txt, below ImageSets; of "train" that of 2017 first."""
+def _choose_split(root: Path, data_path: DataPath) -> str:
+    """Return YEAR/NAME of the split; a plain name prefers DAVIS 2017."""
     lists = sorted((root / "ImageSets").glob("*/*.txt"), key=lambda p: (p.parent.name != "2017", p))
     splits = [f"{path.parent.name}/{path.stem}" for path in lists]
-    short = [path.stem for path in lists]
-    chosen = place.choose_split(list(dict.fromkeys([*splits, *short])))
-    return chosen if chosen in splits else splits[short.index(chosen)]
+    names = [path.stem for path in lists]
+    chosen = choose_split(data_path, list(dict.fromkeys([*splits, *names])))
+    return chosen if chosen in splits else splits[names.index(chosen)]

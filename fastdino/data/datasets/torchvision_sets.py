@@ -1,8 +1,7 @@
-"""torchvision's sets for image classification, `torchvision:NAME`: found, or downloaded.
+"""torchvision's image classification datasets, torchvision:NAME: found on disk, or downloaded.
 
-Sets that are files of images are read where they lie. Those that are arrays, or whose class tells
-no files, are written once as a tar of the pixels, lossless and not compressed, of which any image
-can be read on its own.
+Datasets of image files are read in place. Those stored as arrays, or whose class does not expose
+file paths, are converted once to an uncompressed tar of lossless images.
 """
 
 from __future__ import annotations
@@ -17,263 +16,252 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchvision
 from tqdm import tqdm
 
-from fastdino.data.datasets.data_path import SPLIT_OPTIONS, Found, Place, common_base
+from fastdino.data.datasets.data_path import DataPath
+from fastdino.data.datasets.file_list import FileList, common_base
+from fastdino.data.datasets.splits import choose_split
 from fastdino.data.datasets.tars import index_tar
-from fastdino.data.image_files import EXTENSIONS
 from fastdino.errors import DataError
 from fastdino.files import atomic_write, file_lock
 
-OPTIONS = (*SPLIT_OPTIONS, "root", "size")
 ROOT_VARIABLE = "FASTDINO_DATA"
-WRITTEN = "fastdino"  # the folder below the root that has what is written here
-INSTALL = 'pip install -U "fastdino[data]"'
+CONVERTED = "fastdino"  # folder below the root for converted datasets, locks and downloads
+_INSTALL = 'pip install -U "fastdino[data]"'
 
 
-@dataclass(frozen=True)
-class Set:
-    """A set: what its class takes for each split, and the folder or file that it is on disk.
+class TorchvisionSet(NamedTuple):
+    """A dataset of torchvision.
 
-    lies_in: with {size}, and {split} or what else its class takes, where these have their own.
-    arrays: its class gives pixels alone. sizes: of which it comes in several.
+    splits: arguments of its class for each split.
+    location: its file or folder below the root, with placeholders {size} and those arguments.
+    arrays: its class returns pixels without file paths.
+    sizes: values of the option `size`.
     """
 
     splits: dict[str, dict[str, Any]]
-    lies_in: str
+    location: str
     arrays: bool = False
-    sizes: tuple[str, ...] = field(default=())
+    sizes: tuple[str, ...] = ()
 
 
-def _named(*names: str) -> dict[str, dict[str, Any]]:
-    return {name: {"split": name} for name in names}
+def _splits(*names: str, argument: str = "split") -> dict[str, dict[str, Any]]:
+    return {name: {argument: name} for name in names}
 
 
-_BOTH: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
-_WHOLE: dict[str, dict[str, Any]] = {"all": {}}
+_TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+_ALL: dict[str, dict[str, Any]] = {"all": {}}
+_EMNIST: dict[str, dict[str, Any]] = {
+    f"{kind}-{part}": {"split": kind, **argument}
+    for kind in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
+    for part, argument in _TRAIN_TEST.items()
+}
+_STL10 = _splits("train", "unlabeled", "train+unlabeled", "test")
+_INATURALIST = _splits(
+    "2017", "2018", "2019", "2021_train", "2021_train_mini", "2021_valid", argument="version"
+)
 SETS = {
-    "CIFAR10": Set(_BOTH, "cifar-10-batches-py", arrays=True),
-    "CIFAR100": Set(_BOTH, "cifar-100-python", arrays=True),
-    "EMNIST": Set(
-        {
-            f"{kind}-{part}": {"split": kind, **which}
-            for kind in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
-            for part, which in _BOTH.items()
-        },
-        "EMNIST/raw",
-        arrays=True,
+    "CIFAR10": TorchvisionSet(_TRAIN_TEST, "cifar-10-batches-py", arrays=True),
+    "CIFAR100": TorchvisionSet(_TRAIN_TEST, "cifar-100-python", arrays=True),
+    "EMNIST": TorchvisionSet(_EMNIST, "EMNIST/raw", arrays=True),
+    "FashionMNIST": TorchvisionSet(_TRAIN_TEST, "FashionMNIST/raw", arrays=True),
+    "KMNIST": TorchvisionSet(_TRAIN_TEST, "KMNIST/raw", arrays=True),
+    "MNIST": TorchvisionSet(_TRAIN_TEST, "MNIST/raw", arrays=True),
+    "OxfordIIITPet": TorchvisionSet(_splits("trainval", "test"), "oxford-iiit-pet", arrays=True),
+    "STL10": TorchvisionSet(_STL10, "stl10_binary", arrays=True),
+    "SVHN": TorchvisionSet(_splits("train", "extra", "test"), "{split}_32x32.mat", arrays=True),
+    "Country211": TorchvisionSet(_splits("train", "valid", "test"), "country211"),
+    "DTD": TorchvisionSet(_splits("train", "val", "test"), "dtd"),
+    "EuroSAT": TorchvisionSet(_ALL, "eurosat"),
+    "FGVCAircraft": TorchvisionSet(
+        _splits("train", "val", "trainval", "test"), "fgvc-aircraft-2013b"
     ),
-    "FashionMNIST": Set(_BOTH, "FashionMNIST/raw", arrays=True),
-    "KMNIST": Set(_BOTH, "KMNIST/raw", arrays=True),
-    "MNIST": Set(_BOTH, "MNIST/raw", arrays=True),
-    "OxfordIIITPet": Set(_named("trainval", "test"), "oxford-iiit-pet", arrays=True),
-    "STL10": Set(
-        _named("train", "unlabeled", "train+unlabeled", "test"), "stl10_binary", arrays=True
+    "Flowers102": TorchvisionSet(_splits("train", "val", "test"), "flowers-102"),
+    "Food101": TorchvisionSet(_splits("train", "test"), "food-101"),
+    "Imagenette": TorchvisionSet(
+        _splits("train", "val"), "imagenette2{size}", sizes=("full", "320px", "160px")
     ),
-    "SVHN": Set(_named("train", "extra", "test"), "{split}_32x32.mat", arrays=True),
-    "Country211": Set(_named("train", "valid", "test"), "country211"),
-    "DTD": Set(_named("train", "val", "test"), "dtd"),
-    "EuroSAT": Set(_WHOLE, "eurosat"),
-    "FGVCAircraft": Set(_named("train", "val", "trainval", "test"), "fgvc-aircraft-2013b"),
-    "Flowers102": Set(_named("train", "val", "test"), "flowers-102"),
-    "Food101": Set(_named("train", "test"), "food-101"),
-    "Imagenette": Set(
-        _named("train", "val"), "imagenette2{size}", sizes=("full", "320px", "160px")
-    ),
-    "INaturalist": Set(
-        {
-            name: {"version": name}
-            for name in ("2017", "2018", "2019", "2021_train", "2021_train_mini", "2021_valid")
-        },
-        "{version}",
-    ),
-    "RenderedSST2": Set(_named("train", "val", "test"), "rendered-sst2"),
-    "SUN397": Set(_WHOLE, "SUN397"),
+    "INaturalist": TorchvisionSet(_INATURALIST, "{version}"),
+    "RenderedSST2": TorchvisionSet(_splits("train", "val", "test"), "rendered-sst2"),
+    "SUN397": TorchvisionSet(_ALL, "SUN397"),
 }
 _VIDEOS = ("HMDB51", "Kinetics", "MovingMNIST", "UCF101")
 
 
-def find_torchvision(place: Place) -> Found:
-    """The files of a set's split, or the tar that was written of it.
+def find_torchvision(data_path: DataPath) -> FileList:
+    """Return the image files of a split, or the tar it was converted to.
 
-    Raises: DataError: no such set, split or size; it is not there and cannot be downloaded; it
+    Raises: DataError: no such dataset, split or size; it is missing and cannot be downloaded; it
         cannot be written.
     """
-    name = _name(place)
-    chosen = SETS[name]
-    split = place.choose_split(list(chosen.splits))
-    arguments = chosen.splits[split] | _size(place, name)
-    root = Path(place.options.get("root") or default_root()).expanduser()
+    name = _match_name(data_path)
+    split = choose_split(data_path, list(SETS[name].splits))
+    arguments = SETS[name].splits[split] | _size_argument(data_path, name)
+    root = Path(data_path.options.get("root") or default_root()).expanduser()
     kind = f"torchvision {name}, {split}"
-    if not chosen.arrays:
-        dataset = _open(place, name, root, arguments | {"loader": _path_itself})
-        return _image_files(kind, dataset, root)
-    tar = root / WRITTEN / f"{name}-{split}.tar"
-    about = tar.with_suffix(".json")
+    if not SETS[name].arrays:
+        # With os.fspath as the loader, the "image" of a sample is the path of its file.
+        dataset = _open(data_path, name, root, arguments | {"loader": os.fspath})
+        return _list_files(kind, dataset, root)
+    tar = root / CONVERTED / f"{name}-{split}.tar"
+    metadata = tar.with_suffix(".json")
     if not tar.exists():
-        with _locked(root / WRITTEN / f"{name}.lock", place):
+        with _locked(root / CONVERTED / f"{name}.lock", data_path):
             if not tar.exists():
-                _write(_open(place, name, root, arguments), tar, about, place)
+                _convert(_open(data_path, name, root, arguments), tar, metadata, data_path)
     try:
-        classes = [str(one) for one in json.loads(about.read_text())["classes"]]
+        classes = [str(one) for one in json.loads(metadata.read_text())["classes"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"--data_path {place.text}: {about} is damaged ({error}): remove {tar}, which is "
-            "then written anew"
+            f"--data_path {data_path.text}: {metadata} is damaged ({error}): remove {tar}, and it "
+            "is converted again"
         ) from error
-    index = partial(index_tar, extensions=EXTENSIONS)
-    return Found(kind, str(tar.parent), [tar.name], classes=classes, archive="tar", index=index)
+    return FileList(
+        kind, str(tar.parent), [tar.name], classes=classes, archive="tar", index=index_tar
+    )
 
 
 def default_root() -> Path:
-    """Where sets are looked for, and downloaded to, unless the option `root` says otherwise."""
+    """Return the folder for datasets unless the option `root` names one."""
     given = os.environ.get(ROOT_VARIABLE)
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastdino")
 
 
-def _name(place: Place) -> str:
-    """The set that is meant, however its letters are written."""
+def _match_name(data_path: DataPath) -> str:
+    """Return the name of the dataset, ignoring case."""
     names = {name.lower(): name for name in SETS}
-    if place.path.lower() in names:
-        return names[place.path.lower()]
-    if place.path in _VIDEOS:
-        raise DataError(f"--data_path {place.text} is a set of videos: expected images")
-    near = difflib.get_close_matches(place.path.lower(), names, n=3)
-    hint = f"did you mean {' or '.join(names[one] for one in near)}? " if near else ""
+    if data_path.path.lower() in names:
+        return names[data_path.path.lower()]
+    if data_path.path in _VIDEOS:
+        raise DataError(f"--data_path {data_path.text} is a video dataset: expected images")
+    similar = difflib.get_close_matches(data_path.path.lower(), names, n=3)
+    hint = f"did you mean {' or '.join(names[one] for one in similar)}? " if similar else ""
     raise DataError(
-        f"--data_path {place.text}: there is no set {place.path!r}: {hint}Known are "
+        f"--data_path {data_path.text}: no dataset {data_path.path!r}: {hint}Supported are "
         f"{', '.join(SETS)}"
     )
 
 
-def _size(place: Place, name: str) -> dict[str, Any]:
-    size, sizes = place.options.get("size"), SETS[name].sizes
+def _size_argument(data_path: DataPath, name: str) -> dict[str, Any]:
+    size, sizes = data_path.options.get("size"), SETS[name].sizes
     if size is None:
         return {}
     if size not in sizes:
-        has = f"it has {', '.join(sizes)}" if sizes else "it has one"
-        raise DataError(f"--data_path {place.text}: there is no size {size!r}; {has}")
+        available = f"available: {', '.join(sizes)}" if sizes else f"{name} has only one"
+        raise DataError(f"--data_path {data_path.text}: no size {size!r}; {available}")
     return {"size": size}
 
 
-def _open(place: Place, name: str, root: Path, arguments: dict[str, Any]) -> Any:
-    """Torchvision's dataset, downloaded first where it is not below the root.
+def _open(data_path: DataPath, name: str, root: Path, arguments: dict[str, Any]) -> Any:
+    """Return torchvision's dataset, downloaded first if it is not below the root.
 
-    Raises: DataError: it can be neither found nor downloaded, or this torchvision does not have it.
+    Raises: DataError: it is damaged, cannot be downloaded, or this torchvision does not support it.
     """
-    make = getattr(torchvision.datasets, name, None)
-    if make is None:
-        raise DataError(f"torchvision {torchvision.__version__} has no {name}: {INSTALL}")
+    create = getattr(torchvision.datasets, name, None)
+    if create is None:
+        raise DataError(f"torchvision {torchvision.__version__} has no {name}: {_INSTALL}")
+    location = root / _location(name, arguments)
     try:
-        return make(root, **arguments)
+        return create(root, **arguments)
     except ModuleNotFoundError as error:
-        raise DataError(f"torchvision:{name} needs the package {error.name}: {INSTALL}") from error
+        raise DataError(f"torchvision:{name} needs the package {error.name}: {_INSTALL}") from error
     except TypeError as error:
         raise DataError(
-            f"torchvision {torchvision.__version__} is too old for {name} ({error}): {INSTALL}"
+            f"torchvision {torchvision.__version__} is too old for {name} ({error}): {_INSTALL}"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        lies = root / _lies_in(name, arguments)
-        if lies.exists():
+        if location.exists():
             raise DataError(
-                f"torchvision:{name}: {lies} is damaged, or not all of it is there ({error}): "
-                "move it away to have it downloaded anew"
+                f"torchvision:{name}: {location} is damaged or incomplete ({error}): move it away, "
+                "and it is downloaded again"
             ) from error
-    with _locked(root / WRITTEN / f"{name}.download.lock", place):
-        if not (root / _lies_in(name, arguments)).exists():
-            _download(make, name, root, arguments)
-    return make(root, **arguments)
+    with _locked(root / CONVERTED / f"{name}.download.lock", data_path):
+        if not location.exists():
+            _download(create, name, root, arguments)
+    return create(root, **arguments)
 
 
-def _download(make: Any, name: str, root: Path, arguments: dict[str, Any]) -> None:
-    """Downloads beside the root's sets, and moves in what is complete.
+def _download(create: Any, name: str, root: Path, arguments: dict[str, Any]) -> None:
+    """Download to a temporary folder and move the complete dataset to the root.
 
-    (torchvision takes a folder that was unpacked in part for the whole set.)
+    torchvision would accept a partially unpacked folder as complete.
     """
-    part = root / WRITTEN / f"{name}.part"
+    part = root / CONVERTED / f"{name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         print(f"torchvision:{name}: downloading to {root}", file=sys.stderr)
-        make(part, download=True, **arguments)
+        create(part, download=True, **arguments)
         for entry in part.iterdir():
             os.replace(entry, root / entry.name)
         part.rmdir()
-    except Exception as error:  # Whatever networks, archives and disks make torchvision raise.
+    except Exception as error:  # of any type: from the network, an archive or the disk
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = f"the disk of {root} is full"
+            problem = f"the disk of {root} is full"
         elif isinstance(error, ModuleNotFoundError):
-            why = f"the package {error.name} is missing, {INSTALL}"
+            problem = f"the package {error.name} is missing, {_INSTALL}"
         else:
             text = " ".join(str(error).split()) or type(error).__name__
-            why = f"it cannot be downloaded ({text})"
+            problem = f"it cannot be downloaded ({text})"
         raise DataError(
-            f"torchvision:{name} is not in {root}, and {why}: put {_lies_in(name, arguments)} "
-            "there as it is distributed, or name the folder that has it by ?root=... or "
-            f"${ROOT_VARIABLE}"
+            f"torchvision:{name} is not in {root}, and {problem}: put {_location(name, arguments)} "
+            f"there as distributed, or name its folder with ?root=... or ${ROOT_VARIABLE}"
         ) from error
 
 
-def _lies_in(name: str, arguments: dict[str, Any]) -> str:
-    """What of the root is the set, or of one in files the split."""
+def _location(name: str, arguments: dict[str, Any]) -> str:
+    """Return the dataset's file or folder below the root."""
     size = arguments.get("size", "full").removesuffix("px")
-    return SETS[name].lies_in.format(**arguments | {"size": "" if size == "full" else f"-{size}"})
+    return SETS[name].location.format(**arguments | {"size": "" if size == "full" else f"-{size}"})
 
 
-def _path_itself(path: Any) -> str:
-    """In place of torchvision's loader: a sample's image is then the path of its file."""
-    return os.fspath(path)
-
-
-def _image_files(kind: str, dataset: Any, root: Path) -> Found:
-    # Sorted: some of torchvision's sets come in the order of the file system.
+def _list_files(kind: str, dataset: Any, root: Path) -> FileList:
+    # Sorted because some of torchvision's datasets list files in the order of the file system.
     samples = sorted(dataset[i] for i in range(len(dataset)))
     if not samples:
-        raise DataError(f"no images in {root}: {kind} has none there")
+        raise DataError(f"no images in {root}: {kind} is empty")
     base, files = common_base([path for path, _ in samples])
     labels = [int(label) for _, label in samples]
-    return Found(kind, base, files, labels, _classes(dataset, max(labels) + 1))
+    return FileList(kind, base, files, labels, _class_names(dataset, max(labels) + 1))
 
 
-def _classes(dataset: Any, number: int) -> list[str]:
-    """The names of classes; numbers where torchvision has none."""
+def _class_names(dataset: Any, number: int) -> list[str]:
+    """Return the names of the classes, or numbers if torchvision has no names."""
     names = getattr(dataset, "classes", None) or range(number)
     return [str(one[0] if isinstance(one, tuple) else one) for one in names]
 
 
-def _write(dataset: Any, tar: Path, about: Path, place: Place) -> None:
-    """Writes the images of arrays, KEY.ppm or .pgm, and the numbers of their classes, KEY.cls.
+def _convert(dataset: Any, tar: Path, metadata: Path, data_path: DataPath) -> None:
+    """Write images as KEY.ppm or KEY.pgm, class numbers as KEY.cls, and the class names.
 
-    The tar comes last: where it is, all is.
+    The tar is renamed last: if it exists, the conversion is complete.
     """
-    with _explained(tar, place), atomic_write(tar) as file:
+    with _explained(tar, data_path), atomic_write(tar) as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
-            most = _add_all(archive, dataset, f"writing {tar.name}")
-        names = {"classes": _classes(dataset, most + 1), "images": len(dataset)}
-        with atomic_write(about) as beside:
-            beside.write(json.dumps(names).encode())
+            largest = _add_samples(archive, dataset, f"writing {tar.name}")
+        names = {"classes": _class_names(dataset, largest + 1), "images": len(dataset)}
+        with atomic_write(metadata) as json_file:
+            json_file.write(json.dumps(names).encode())
 
 
-def _add_all(archive: tarfile.TarFile, dataset: Any, title: str) -> int:
-    """Adds all images with their labels; returns the largest label, -1 where there is none."""
-    most = -1
+def _add_samples(archive: tarfile.TarFile, dataset: Any, title: str) -> int:
+    """Add all images with their labels; return the largest label, -1 if there are no labels."""
+    largest = -1
     for i in tqdm(range(len(dataset)), desc=title, disable=None, leave=False):
-        picture, label = dataset[i]
+        image, label = dataset[i]
         pixels = io.BytesIO()
-        picture.save(pixels, "PPM")
-        suffix = "pgm" if picture.mode == "L" else "ppm"
+        image.save(pixels, "PPM")
+        suffix = "pgm" if image.mode == "L" else "ppm"
         _add(archive, f"{i:07}.{suffix}", pixels.getvalue())
         if label is not None and label >= 0:
             _add(archive, f"{i:07}.cls", str(int(label)).encode())
-            most = max(most, int(label))
-    return most
+            largest = max(largest, int(label))
+    return largest
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -283,25 +271,25 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def _locked(path: Path, place: Place) -> Iterator[None]:
-    """Keep other processes out of the block, waiting for the one that is in it."""
+def _locked(path: Path, data_path: DataPath) -> Iterator[None]:
+    """Hold a lock file in a folder that is created if it is missing."""
     with ExitStack() as stack:
-        with _explained(path, place):
+        with _explained(path, data_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(path, wait=True))
         yield
 
 
 @contextmanager
-def _explained(path: Path, place: Place) -> Iterator[None]:
-    """Turns a failed write into a DataError that says what to do."""
+def _explained(path: Path, data_path: DataPath) -> Iterator[None]:
+    """Turn a failed write into a DataError that suggests what to do."""
     try:
         yield
     except OSError as error:
-        todo = "link the set into a folder that can be written"
+        advice = "link the dataset into a writable folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            todo = "the disk is full: make room"
+            advice = "the disk is full: make room"
         raise DataError(
-            f"--data_path {place.text}: cannot write {path} ({error.strerror or error}): {todo}, "
-            f"or name another folder by ?root=... or ${ROOT_VARIABLE}"
+            f"--data_path {data_path.text}: cannot write {path} ({error.strerror or error}): "
+            f"{advice}, or name another folder with ?root=... or ${ROOT_VARIABLE}"
         ) from error

@@ -1,10 +1,10 @@
-"""Which photos of YFCC100M are to be taken, by its metadata: a table of text, or an SQLite file.
+"""Photos of YFCC100M, selected by its metadata: a table of text, or an SQLite file.
 
-An image is a photo of the metadata where its file is called by the photo's number, or by its key:
-the hash by which the Multimedia Commons store it, data/images/abc/def/abcdef....jpg, which is
-in some tables and follows from the photo's address. Videos are none.
+An image is a photo of the metadata if its file is named after the photo's number or key. The key is
+the hash under which the Multimedia Commons store the photo (data/images/abc/def/abcdef....jpg). It
+is in some tables and can be computed from the photo's download URL. Videos are not used.
 
-Legend: R rows of the metadata that are photos, M names of them.
+Notation: R photos in the metadata, M names of them.
 """
 
 from __future__ import annotations
@@ -13,132 +13,146 @@ import bz2
 import hashlib
 import sqlite3
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastdino.data.datasets.file_list import FileList
+from fastdino.data.manifest import Manifest
 from fastdino.errors import DataError
 
-# What the metadata is called as it is distributed.
+# File names of the metadata as it is distributed.
 NAMES = ("yfcc100m_dataset", "yfcc100m_subset_data")
 SUFFIXES = ("", ".tsv", ".txt", ".bz2", ".tsv.bz2", ".sql", ".sqlite", ".db")
 _TABLE = "yfcc100m_dataset"
 _VIDEO = "1"  # in the column `marker`
 _SQLITE = b"SQLite format 3\0"
-
-
-class _Columns(NamedTuple):
-    """Where a table has what is wanted: numbers of columns, None where it has no such one."""
-
-    number: int
-    key: int | None = None
-    address: int | None = None
-    marker: int | None = None
-
-
-# By how many columns a table without a header has: of the first release, of the later ones with a
-# row's number and a hash, of the subset of 15 million (row, photo, hash), and of photos alone.
-_LAYOUTS = {
-    23: _Columns(0, None, 14, 22),
-    25: _Columns(1, 2, 16, 24),
-    3: _Columns(1, 2),
-    1: _Columns(0),
-}
-_CALLED = {
+# The columns that are read, with their usual names; a missing one reads as "".
+_COLUMNS = {
     "number": ("photoid", "photo_id", "id"),
     "key": ("key", "hash", "photohash"),
-    "address": ("downloadurl", "download_url", "url"),
+    "url": ("downloadurl", "download_url", "url"),
     "marker": ("marker", "ext_marker"),
+}
+# Column indices in tables without a header, by their number of columns: the first release, later
+# ones with row number and hash, the subset of 15 million (row, photo, hash), and plain numbers.
+_LAYOUTS: dict[int, tuple[int | None, ...]] = {
+    23: (0, None, 14, 22),
+    25: (1, 2, 16, 24),
+    3: (1, 2, None, None),
+    1: (0, None, None, None),
 }
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Photos by their names.
+    """The photos of a metadata file.
 
-    names: [M] uint64, hashes of the names, sorted. rows: [M] int32, the photo of each name.
-    number: R. source: the metadata's name. videos: rows that are none.
+    names: [M] uint64, sorted hashes of names. rows: [M] int32, the photo of each name.
+    number: R. videos: rows that are videos. source: file name of the metadata.
     """
 
     names: NDArray[np.uint64]
     rows: NDArray[np.int32]
     number: int
+    videos: int
     source: str
-    videos: int = 0
 
-    def among(self, files: Sequence[str]) -> NDArray[np.int64]:
-        """The places in `files` of those that are photos of these."""
+    def indices(self, files: Sequence[str]) -> NDArray[np.int64]:
+        """Return the indices of the files that are photos."""
         return np.flatnonzero(self._rows_of(files) >= 0)
 
-    def missing(self, files: Sequence[str]) -> int:
-        """How many of the photos are none of `files`."""
+    def summarize(self, files: Sequence[str]) -> str:
+        """Return how many photos are missing from the files."""
         rows = self._rows_of(files)
-        return self.number - len(np.unique(rows[rows >= 0]))
+        missing = self.number - len(np.unique(rows[rows >= 0]))
+        return f"{missing} of the photos in {self.source} are missing"
 
-    def selection(self) -> str:
-        """Tells these photos from others."""
-        return hashlib.sha256(self.names.tobytes()).hexdigest()[:16]
+    def index(self, index: Callable[[str], Manifest], path: str) -> Manifest:
+        """Return the manifest of the photos in an archive."""
+        images = index(path)
+        return images.select_images(self.indices(images.members))
 
     def _rows_of(self, files: Sequence[str]) -> NDArray[np.int64]:
-        """The row of each file, -1 where it is none."""
+        """Return the photo of each file, -1 if it is not one."""
         hashes = [_hash(PurePosixPath(name).name.partition(".")[0]) for name in files]
         wanted = np.array(hashes, np.uint64)
-        if not len(self.names):
-            return np.full(len(wanted), -1)
         places = np.searchsorted(self.names, wanted).clip(max=len(self.names) - 1)
         return np.where(self.names[places] == wanted, self.rows[places], -1)
 
 
+def select_photos(files: FileList, metadata: str | None) -> FileList:
+    """Return the photos that the metadata lists, as one class; all files without metadata."""
+    if metadata is None:
+        return files
+    photos = read_metadata(metadata)
+    files.summarize, files.kind, files.numbered = photos.summarize, f"YFCC100M, {files.kind}", True
+    files.selection = hashlib.sha256(photos.names.tobytes()).hexdigest()[:16]
+    videos = f" (and {photos.videos} videos, which are not used)" if photos.videos else ""
+    files.notes.append(f"{photos.source} lists {photos.number} photos{videos}")
+    if files.index is not None:
+        files.index = partial(photos.index, files.index)
+        return files
+    files.files = [files.files[i] for i in photos.indices(files.files).tolist()]
+    files.labels, files.classes = [0] * len(files.files), [Path(files.base).resolve().name]
+    if not files.files:
+        raise DataError(
+            f"none of the {photos.number} photos of {metadata} is in {files.base}: files must be "
+            "named after a photo's number or key"
+        )
+    return files
+
+
 def find_metadata(folder: str) -> str | None:
-    """The metadata that lies in a folder under one of its usual names."""
+    """Return the metadata in a folder, by its usual names."""
     names = [name + suffix for name in NAMES for suffix in SUFFIXES]
     return next((str(path) for path in map(Path(folder).joinpath, names) if path.is_file()), None)
 
 
 def read_metadata(path: str) -> Photos:
-    """The photos that the metadata names: a table with tabs (or .bz2 of one), or an SQLite file.
+    """Read the photos of a tab-separated table (also .bz2) or of an SQLite file.
 
-    Raises: DataError: it cannot be read, is none of them, or names no photo.
+    Raises: DataError: the file cannot be read, has another format, or lists no photo.
     """
     try:
         with open(path, "rb") as file:
             start = file.read(16)
-        rows = _of_sqlite(path) if start == _SQLITE else _of_text(path)
-        return _collect(rows, path)
+        return _collect(_sqlite_rows(path) if start == _SQLITE else _text_rows(path), path)
     except (OSError, EOFError, sqlite3.Error) as error:
         raise DataError(f"--data_path: the metadata {path} cannot be read: {error}") from error
 
 
-def photo_key(address: str) -> str:
-    """The name of a photo in the Multimedia Commons: of the MD5 of its address each byte in hex,
+def photo_key(url: str) -> str:
+    """Return a photo's name in the Multimedia Commons: the bytes of the URL's MD5, each in hex
     without a leading zero.
     """
-    digest = hashlib.md5(address.encode(), usedforsecurity=False).digest()
+    digest = hashlib.md5(url.encode(), usedforsecurity=False).digest()
     return "".join(f"{byte:x}" for byte in digest)
 
 
-def _collect(rows: Iterator[tuple[str, list[str]]], path: str) -> Photos:
-    """Of rows (marker, names) those that are photos."""
+def _collect(rows: Iterator[Sequence[str]], path: str) -> Photos:
+    """Return the photos among rows of (number, key, url, marker)."""
     hashes, of = array("Q"), array("i")  # lists of 300 million would be many times as large
     number = videos = 0
     bar = tqdm(rows, desc="reading metadata", unit="photos", disable=None, delay=1, leave=False)
-    for marker, names in bar:
+    for photo, key, url, marker in bar:
         if marker == _VIDEO:
             videos += 1
             continue
+        names = _names(photo, key, url)
         hashes.extend(map(_hash, names))
         of.extend([number] * len(names))
         number += 1
-    if not number:
-        raise DataError(f"--data_path: the metadata {path} names no photo ({videos} videos)")
-    names, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
-    return Photos(names, np.frombuffer(of, np.int32)[first], number, Path(path).name, videos)
+    if not hashes:
+        raise DataError(f"--data_path: the metadata {path} lists no photo ({videos} videos)")
+    unique, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
+    return Photos(unique, np.frombuffer(of, np.int32)[first], number, videos, Path(path).name)
 
 
 def _hash(name: str) -> int:
@@ -146,62 +160,60 @@ def _hash(name: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _names(number: str, key: str, address: str) -> list[str]:
-    """All that a photo's file may be called, each once."""
+def _names(number: str, key: str, url: str) -> list[str]:
+    """Return the distinct names that a photo's file can have."""
     names = [number, key]
-    if len(key) == 32:  # with the leading zeros that the file's name lacks
+    if len(key) == 32:  # with the leading zeros that the file name lacks
         names.append("".join(key[i : i + 2].removeprefix("0") or "0" for i in range(0, 32, 2)))
-    if address:
-        names.append(photo_key(address))
+    if url:
+        names.append(photo_key(url))
     return [name for name in dict.fromkeys(names) if name]
 
 
-def _of_text(path: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a table with tabs between its columns; its first line may name them."""
+def _text_rows(path: str) -> Iterator[list[str]]:
+    """Yield the columns of a tab-separated table, with or without a header."""
     with (bz2.open if path.endswith(".bz2") else open)(path, "rb") as file:
-        columns: _Columns | None = None
+        columns: Sequence[int | None] = ()
         for number, line in enumerate(file, start=1):
-            values = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            values = [value.strip() for value in line.decode("utf-8", "replace").split("\t")]
             if values == [""]:
                 continue
-            if columns is None:
-                columns, is_header = _columns(values, path)
-                if is_header:
+            if not columns:
+                columns = _find_columns([value.lower() for value in values])
+                if columns[0] is not None:
                     continue
-            if len(values) <= max(place for place in columns if place is not None):
+                columns = _layout(values, path)
+            if len(values) <= max(index for index in columns if index is not None):
                 raise DataError(
                     f"--data_path: the metadata {path}, line {number}: {len(values)} columns, "
-                    "fewer than the lines before"
+                    "fewer than in the lines before"
                 )
-            yield _row(values, columns)
+            yield ["" if index is None else values[index] for index in columns]
 
 
-def _columns(values: list[str], path: str) -> tuple[_Columns, bool]:
-    """Which columns are meant, by the first line, and whether that is a header."""
-    lower = [value.strip().lower() for value in values]
-    number, *others = (
-        next((lower.index(name) for name in names if name in lower), None)
-        for names in _CALLED.values()
-    )
-    if number is not None:
-        return _Columns(number, *others), True
+def _find_columns(header: Sequence[str]) -> list[int | None]:
+    """Return the indices of _COLUMNS in a header in lower case, None for those it lacks."""
+    return [
+        next((header.index(name) for name in names if name in header), None)
+        for names in _COLUMNS.values()
+    ]
+
+
+def _layout(values: list[str], path: str) -> Sequence[int | None]:
+    """Return the column indices of a table without a header, by its first row."""
     layout = _LAYOUTS.get(len(values))
-    if layout is None or not values[layout.number].isdigit():
+    if layout is None or not values[layout[0] or 0].isdigit():
         raise DataError(
-            f"--data_path: the metadata {path} begins with {values[:4]!r}, {len(values)} columns "
-            "by tabs: expected YFCC100M's (25, or 23 without row and hash), those of its subset "
-            "(row, photo, hash), a photo's number a line, a header with a column photoid, or SQLite"
+            f"--data_path: the metadata {path} begins with {values[:4]!r}, {len(values)} "
+            "tab-separated columns: expected YFCC100M's table (25, or 23 without row and hash), "
+            "its subset (row, photo, hash), one photo number per line, a header with a column "
+            "photoid, or SQLite"
         )
-    return layout, False
+    return layout
 
 
-def _row(values: Sequence[str], columns: _Columns) -> tuple[str, list[str]]:
-    number, key, address, marker = ("" if i is None else values[i].strip() for i in columns)
-    return marker, _names(number, key, address)
-
-
-def _of_sqlite(path: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of an SQLite file's only table, or of that called as YFCC100M's is."""
+def _sqlite_rows(path: str) -> Iterator[list[str]]:
+    """Yield the columns of an SQLite file's only table, or of the one named as in YFCC100M."""
     address = Path(path).resolve().as_uri() + "?mode=ro"
     with closing(sqlite3.connect(address, uri=True)) as base:
         query = "select name from sqlite_master where type = 'table'"
@@ -212,21 +224,16 @@ def _of_sqlite(path: str) -> Iterator[tuple[str, list[str]]]:
                 f"--data_path: the metadata {path} has no table {_TABLE}; it has: "
                 f"{', '.join(tables) or 'none'}"
             )
-        have = [row[1] for row in base.execute(f"pragma table_info({_quoted(table)})")]
-        lower = [name.lower() for name in have]
-        wanted = {
-            field: next((have[lower.index(name)] for name in names if name in lower), None)
-            for field, names in _CALLED.items()
-        }
-        if wanted["number"] is None:
+        header = [row[1] for row in base.execute(f"pragma table_info({_quoted(table)})")]
+        columns = _find_columns([name.lower() for name in header])
+        if columns[0] is None:
             raise DataError(
                 f"--data_path: the metadata {path}: its table {table} has no column photoid; it "
-                f"has {', '.join(have)}"
+                f"has {', '.join(header)}"
             )
-        columns = ["''" if name is None else _quoted(name) for name in wanted.values()]
-        for row in base.execute(f"select {', '.join(columns)} from {_quoted(table)}"):
-            number, key, url, marker = ("" if value is None else str(value) for value in row)
-            yield marker, _names(number, key, url)
+        names = ["''" if index is None else _quoted(header[index]) for index in columns]
+        for row in base.execute(f"select {', '.join(names)} from {_quoted(table)}"):
+            yield ["" if value is None else str(value) for value in row]
 
 
 def _quoted(name: str) -> str:

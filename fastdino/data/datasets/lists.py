@@ -1,0 +1,57 @@
+"""Datasets in a text file: one image path per line, optionally followed by a label."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastdino.data.datasets.data_path import EXPECTED, DataPath
+from fastdino.data.datasets.file_list import FileList, number_labels
+from fastdino.data.image_files import EXTENSIONS, read_file
+from fastdino.errors import DataError
+
+
+def is_file(data_path: DataPath) -> bool:
+    """Return whether the path exists; it is a list if it is neither a folder nor an archive."""
+    return os.path.exists(data_path.path)
+
+
+def find_list(data_path: DataPath) -> FileList:
+    """Return the image files listed in a text file, relative to the file's folder.
+
+    Raises: DataError: the file cannot be read, is not text, or contains no path.
+    """
+    path = data_path.path
+    try:
+        text = read_file(path)
+    except OSError as error:
+        raise DataError(f"--data_path: the list {path} cannot be read: {error}") from error
+    if b"\0" in text:
+        raise DataError(f"--data_path: {path} is not a text file, a tar or a zip: {EXPECTED}")
+    files: list[str] = []
+    labels: list[str] = []
+    lines = text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            file, label = _split_line(line, f"{path}, line {number}")
+            files.append(file)
+            labels.append(label)
+    if not files:
+        raise DataError(f"no images in the list {path}: it contains no path; {EXPECTED}")
+    return FileList("a list", os.path.dirname(path), files, *number_labels(labels, Path(path).stem))
+
+
+def _split_line(line: str, where: str) -> tuple[str, str]:
+    """Split a line into path and label. A path without an image's extension must end with a tab."""
+    if "\t" in line:
+        file, _, label = line.rpartition("\t")
+        return file.strip(), label.strip()
+    if line.lower().endswith(EXTENSIONS):
+        return line, ""
+    file, _, label = line.rpartition(" ")
+    if file.strip().lower().endswith(EXTENSIONS):
+        return file.strip(), label
+    raise DataError(
+        f"--data_path: {where}: expected the path of an image (ending in {', '.join(EXTENSIONS)}), "
+        f"or a path and a label, got {line[:80]!r}; after any other extension put a tab"
+    )
