@@ -371,3 +371,14 @@ def test_missing_file_of_a_list_is_skipped(folder):
     dataset = scan_images(folder / "l.txt", max_bad_share=0.5)
     assert list(dataset.skipped) == [str(folder / "b" / "none.jpg")]
     assert "No such file" in dataset.skipped[str(folder / "b" / "none.jpg")]
+
+
+def test_files_are_those_of_readable_images(folder, tmp_path_factory, make_tar):
+    (folder / "l.txt").write_text("b/2.jpg\nb/none.jpg\n")
+    dataset = scan_images(folder / "l.txt", max_bad_share=0.5)
+    assert dataset.files == dataset.paths == [str(folder / "b" / "2.jpg")]
+    tar = make_tar(
+        tmp_path_factory.mktemp("tar") / "t.tar",
+        {f"{i}.jpg": (folder / "b" / "2.jpg").read_bytes() for i in range(2)},
+    )
+    assert scan_images(tar).files == [str(tar)]

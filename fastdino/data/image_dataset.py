@@ -64,8 +64,9 @@ class ImageDataset:
 
     @property
     def files(self) -> list[str]:
-        """The paths of all image files or archives."""
-        return [os.path.join(self.base, file) for file in self.manifest.files]
+        """The paths of the files that hold the images: image files or archives."""
+        used = np.unique(self.manifest.file_ids).tolist()
+        return [os.path.join(self.base, self.manifest.files[file]) for file in used]
 
     def read_bytes(self, index: int) -> bytes:
         """Read an encoded image, with retries after transient errors.

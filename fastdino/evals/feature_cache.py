@@ -60,7 +60,7 @@ def cache_key(model: nn.Module, images: ImageDataset, settings: dict[str, Any]) 
     digest.update(weights_digest(model).encode())
     digest.update(images.fingerprint.encode())
     digest.update(images.labels.tobytes())
-    for path in images.paths if images.in_archives is None else images.in_archives.files:
+    for path in images.files:
         try:
             stat = os.stat(path)
         except OSError as error:
