@@ -53,7 +53,7 @@ SHEET_FRAMES = 6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `fastdino davis`: the paper's eval_video_segmentation.py's, then ours."""
+    """Add the flags of `fastdino davis`: those of eval_video_segmentation.py, and ours."""
     add_network_flags(parser, "architecture: a vit_*")
     add = parser.add_argument_group("data").add_argument
     about = "folder with JPEGImages/480p, Annotations/480p and ImageSets"

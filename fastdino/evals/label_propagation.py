@@ -124,7 +124,7 @@ def _nearest_labels(
 
 
 def one_hot_patches(mask: NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
-    """One-hot labels [C, h, w] float32 of a mask [H, W] with values below C.
+    """Return one-hot labels [C, h, w] float32 of a mask [H, W] with values below C.
 
     A patch has the label of the nearest pixel to its centre.
     """

@@ -38,7 +38,7 @@ def statistics(values: Tensor) -> dict[str, float]:
 
 
 def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Intersection over union of masks with the truth.
+    """Compute the intersection over union of masks with the truth.
 
     Args:
         masks, truth: bool [..., H, W], broadcast against each other.
@@ -53,7 +53,7 @@ def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor
 
 
 def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
-    """J, the Jaccard index [T] float64 of masks [T, H, W] bool; 1 where both are empty.
+    """Compute J, the Jaccard index [T] float64 of bool masks [T, H, W]; 1 if both are empty.
 
     Raises: ValueError: the masks are not two boolean stacks of one shape.
     """
@@ -64,7 +64,7 @@ def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
 def boundary_accuracy(
     masks: Tensor, truth: Tensor, *, tolerance: float = BOUNDARY_TOLERANCE
 ) -> Tensor:
-    """F = 2 P R / (P + R) [T] float64 of the boundaries of masks [T, H, W] bool.
+    """Compute F = 2 P R / (P + R), [T] float64, of the boundaries of bool masks [T, H, W].
 
     P is the share of the masks' boundary pixels within the tolerance of a true boundary pixel, and
     R the reverse. The share of no pixels is 1, so F is 1 if neither mask has a boundary and 0 if

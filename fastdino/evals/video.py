@@ -145,7 +145,7 @@ def write_video(drawings: Iterable[Pixels], path: Path, *, fps: float, total: in
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `fastdino video`: the paper's (video_generation.py), then ours."""
+    """Add the flags of `fastdino video`: those of video_generation.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
     add = parser.add_argument
     add("--input_path", required=True, help="video file, or folder of frames")

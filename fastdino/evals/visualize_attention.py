@@ -9,8 +9,8 @@
     heads.png                   image, maps and masks on one sheet
     attention.json              statistics of all images
 
-Each image of a folder gets a subfolder of its own. (The paper's img.png has its range stretched;
-ours is the unchanged image.) --data_path writes jaccard.json (attention_jaccard.py).
+Each image of a folder gets a subfolder of its own. (The paper rescales img.png to the full range;
+here it is unchanged.) --data_path writes jaccard.json (attention_jaccard.py).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `fastdino attention`: the paper's visualize_attention.py's, then ours."""
+    """Add the flags of `fastdino attention`: those of visualize_attention.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
     add = parser.add_argument
     add(
