@@ -1,4 +1,4 @@
-"""Pictures to make crops of: drawn scenes, vivid and pale, and a photograph; or a folder's."""
+"""Test images for crops: drawn scenes, vivid and pale, and a photograph; or those of a folder."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from PIL import Image
 
 from fastdino.data import scan_images, shapes_drawing
 
-SIZE = (375, 500)  # height and width of the drawn pictures: as most of ImageNet's
-GRAIN = 3.0  # levels: the noise of a camera
-# What the colours of a drawn picture keep of their distance from gray.
+SIZE = (375, 500)  # height and width of the drawn images, the most common of ImageNet
+GRAIN = 3.0  # levels: standard deviation of the camera noise
+# Factor on the distance of a drawn image's colors from gray.
 VIVIDNESS = {"drawn, vivid": 1.0, "drawn, half as vivid": 0.5, "drawn, pale": 0.2}
 PHOTO = "photograph"
 
 
 def pictures(count: int, folder: str | None = None) -> dict[str, list[bytes]]:
-    """Kind -> encoded pictures, `count` in all: a quarter of each kind, or of a folder's.
+    """Return encoded images by kind, `count` in total, a quarter of each kind; or a folder's.
 
-    The photograph, matplotlib's sample, is one file: it differs by its draws alone.
+    The photograph, matplotlib's sample, is one file repeated: only its crops differ.
     """
     if folder is not None:
         source = scan_images(folder)
         chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
         return {Path(folder).name: [source.read_bytes(i) for i in chosen]}
     photos = count // (len(VIVIDNESS) + 1)
-    found: dict[str, list[bytes]] = {kind: [] for kind in VIVIDNESS}
+    files: dict[str, list[bytes]] = {kind: [] for kind in VIVIDNESS}
     for i in range(count - photos):
         kind = list(VIVIDNESS)[i % len(VIVIDNESS)]
-        found[kind].append(encode(scene(i, VIVIDNESS[kind]), "JPEG", quality=90))
+        files[kind].append(encode(scene(i, VIVIDNESS[kind]), "JPEG", quality=90))
     photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    found[PHOTO] = [Path(photo).read_bytes()] * photos
-    return {kind: files for kind, files in found.items() if files}
+    files[PHOTO] = [Path(photo).read_bytes()] * photos
+    return {kind: some for kind, some in files.items() if some}
 
 
 def scene(seed: int, vividness: float) -> NDArray[np.uint8]:
-    """A cluttered scene [375, 500, 3] with a camera's grain."""
+    """Draw a cluttered scene [375, 500, 3] with camera noise."""
     rng = np.random.default_rng(seed)
     forms = list(shapes_drawing.FORMS)
     canvas, _ = shapes_drawing.still(forms[seed % len(forms)], max(SIZE), rng)
@@ -52,7 +52,7 @@ def scene(seed: int, vividness: float) -> NDArray[np.uint8]:
 
 
 def encode(pixels: NDArray[np.uint8], form: str, **options: Any) -> bytes:
-    """The picture as a file of Pillow's format `form`."""
+    """Encode an image in Pillow's format `form`."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, **options)
     return file.getvalue()

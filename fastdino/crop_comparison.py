@@ -1,4 +1,4 @@
-"""`fastdino crops`: a picture of one photo's crops by each executor, and of how they differ."""
+"""`fastdino crops`: a figure of one image's crops by each backend, and of their differences."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from fastdino.augmentation.backends import (
 )
 from fastdino.augmentation.params import Crop, draw_crops
 from fastdino.config import TrainConfig, add_arguments
-from fastdino.data.image_files import decode_rgb, quiet_pillow, read_file, reason_of
+from fastdino.data.image_files import decode_rgb, explained_reading, quiet_pillow, read_file
 from fastdino.data.shapes_drawing import still, to_image
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import ConfigError
 from fastdino.runtime import choose_device
 
-# The settings of `fastdino train` that say what the crops are.
+# The settings of `fastdino train` that determine the crops.
 SETTINGS = (
     "seed", "global_crops_size", "local_crops_size", "local_crops_number", "global_crops_scale",
     "local_crops_scale", "exif_orientation", "device",
 )  # fmt: skip
-# A figure of more columns, or larger crops, is beyond what can be drawn and looked at.
+# More columns or larger crops would not be legible.
 MOST_CROPS, LARGEST_CROP = 64, 4096
 AMPLIFY = 8
-SHOWN = 900  # px: the photo's longer side in the figure
-# Inches: a column, the photo's height, the least width, for the words; dots an inch.
+SHOWN = 900  # px: longer side of the image in the figure
+# Inches: width of a column, height of the image, least width of the figure; dots per inch.
 CELL, PHOTO, WIDTH, DPI = 1.2, 3.0, 11.0, 110
 
 _Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """The crops of one picture, by executor, the oracle first.
+class Comparison:
+    """The crops of one image by backend, the reference first.
 
-    drawn: the 2 + N crops, global ones first.
-    crops: name -> their pixels [size, size, 3].
-    differences: name, but the oracle's -> how far each crop is from the oracle's.
-    overall: name, but the oracle's -> the same over all crops.
-    absent: executors that were asked for and are not here -> the reason.
+    drawn: parameters of the 2 + N crops, global ones first.
+    crops: backend -> pixels of each crop, [size, size, 3].
+    differences: backend, without the reference -> difference of each crop from the reference.
+    overall: backend, without the reference -> difference over all crops.
+    unavailable: requested backends that cannot run here -> the reason.
     """
 
     picture: Image.Image
@@ -67,42 +67,45 @@ class Sheet:
     crops: dict[str, list[_Pixels]]
     differences: dict[str, list[Difference]]
     overall: dict[str, Difference]
-    absent: dict[str, str]
+    unavailable: dict[str, str]
 
 
-def make_sheet(
+def compare_crops(
     picture: Image.Image,
     config: TrainConfig,
     *,
     epoch: int = 0,
-    executors: Sequence[str] = BACKENDS,
+    backends: Sequence[str] = BACKENDS,
     device: torch.device | None = None,
-) -> Sheet:
-    """Makes the crops that picture 0 of a run has in this epoch, by each executor that is here.
+) -> Comparison:
+    """Make the crops of sample 0 of an epoch with each available backend.
 
     Args:
-        picture: RGB.
-        config: of it the seed, and the crops' sizes, scales and number are read.
+        picture: an RGB image.
+        config: provides the seed and the crops' sizes, scales and number.
         epoch: from 0.
-        executors: some of BACKENDS; the oracle is always one of them.
+        backends: some of BACKENDS; the reference is always added.
         device: for multi_crop and dali.
-    Raises: ConfigError: an executor that there is not, crops that no figure can show.
+
+    Raises:
+        ConfigError: an unknown backend, or crops that do not fit a figure.
     """
-    _check(config, epoch, executors)
+    _check(config, epoch, backends)
     device = device or torch.device("cpu")
     image = np.asarray(picture)
     drawn = draw_crops(config, epoch, [0], [image.shape[:2]])
     pairs = list(zip(drawn, (config.global_crops_size, config.local_crops_size), strict=True))
-    absent = {name: reason for name in executors if (reason := problem(name))}
-    here = [name for name in BACKENDS if name == REFERENCE or name in {*executors} - absent.keys()]
-    # name -> 2 + N crops [3, size, size]
+    unavailable = {name: reason for name in backends if (reason := problem(name))}
+    available = {REFERENCE, *backends} - unavailable.keys()
+    # backend -> 2 + N crops [3, size, size]
     made = {
         name: [crop for crops in make_crops(name, [image], pairs, device) for crop in crops[0]]
-        for name in here
+        for name in BACKENDS
+        if name in available
     }
-    oracle = made[REFERENCE]
+    reference = made[REFERENCE]
     others = {name: crops for name, crops in made.items() if name != REFERENCE}
-    return Sheet(
+    return Comparison(
         picture=picture,
         drawn=[crop for params in drawn for crop in params.of_sample(0)],
         crops={
@@ -110,68 +113,64 @@ def make_sheet(
             for name, crops in made.items()
         },
         differences={
-            name: [difference([a], [b]) for a, b in zip(crops, oracle, strict=True)]
+            name: [difference([a], [b]) for a, b in zip(crops, reference, strict=True)]
             for name, crops in others.items()
         },
-        overall={name: difference(crops, oracle) for name, crops in others.items()},
-        absent=absent,
+        overall={name: difference(crops, reference) for name, crops in others.items()},
+        unavailable=unavailable,
     )
 
 
-def _check(config: TrainConfig, epoch: int, executors: Sequence[str]) -> None:
-    for name in executors:
+def _check(config: TrainConfig, epoch: int, backends: Sequence[str]) -> None:
+    for name in backends:
         if name not in BACKENDS:
             allowed = ", ".join(BACKENDS)
             raise ConfigError(f"--executors must be some of {allowed}, got {name!r}")
     if not 0 <= epoch < 1 << 32:
         raise ConfigError(f"--epoch must be from 0 to 2^32 - 1, got {epoch}")
-    if config.ncrops > MOST_CROPS:
-        raise ConfigError(
-            f"--local_crops_number must be at most {MOST_CROPS - 2} for a figure, "
-            f"got {config.local_crops_number}"
-        )
-    for name in ("global_crops_size", "local_crops_size"):
-        size = getattr(config, name)
-        if size > LARGEST_CROP:
-            raise ConfigError(f"--{name} must be at most {LARGEST_CROP}, got {size}")
+    for name, most in (
+        ("local_crops_number", MOST_CROPS - 2),
+        ("global_crops_size", LARGEST_CROP),
+        ("local_crops_size", LARGEST_CROP),
+    ):
+        value = getattr(config, name)
+        if value > most:
+            raise ConfigError(f"--{name} must be at most {most} for a figure, got {value}")
 
 
-def sheet_figure(sheet: Sheet, *, words: str = "", amplify: int = AMPLIFY) -> Figure:
-    """A row an executor, a row a difference, a column a crop; above, the picture and its boxes.
+def comparison_figure(comparison: Comparison, *, words: str = "", amplify: int = AMPLIFY) -> Figure:
+    """Draw the image with its boxes, then one row per backend and one per difference.
 
     Args:
-        sheet: of make_sheet.
-        words: lines beside the picture.
-        amplify: what the shown differences are multiplied with.
+        words: lines next to the image.
+        amplify: factor of the shown differences.
     """
-    columns, others = len(sheet.drawn), list(sheet.differences)
-    count = len(sheet.crops) + len(others)
+    drawn, crops, others = comparison.drawn, comparison.crops, list(comparison.differences)
+    columns, count = len(drawn), len(crops) + len(others)
     height = PHOTO + CELL * count + 0.2 * (len(others) + 3)
     size = (max(WIDTH, CELL * columns + 1.5), height)
     figure = Figure(figsize=size, layout="constrained")
     halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[PHOTO, height - PHOTO])
     top, bottom = halves[:, 0]
-    colours = [colormaps["tab10"](n % 10) for n in range(columns)]
-    _draw_picture(top, sheet, colours, words)
+    colors = [colormaps["tab10"](n % 10) for n in range(columns)]
+    _draw_picture(top, comparison, colors, words)
     axes = bottom.subplots(count, columns, squeeze=False)
-    for row, (name, crops) in enumerate(sheet.crops.items()):
-        _draw_row(axes[row], f"{name}\n(reference)" if name == REFERENCE else name, crops)
-    for n, (axis, crop, pixels) in enumerate(
-        zip(axes[0], sheet.drawn, sheet.crops[REFERENCE], strict=True)
-    ):
+    for row, (name, pixels) in enumerate(crops.items()):
+        _draw_row(axes[row], f"{name}\n(reference)" if name == REFERENCE else name, pixels)
+    for n, (axis, crop, shown) in enumerate(zip(axes[0], drawn, crops[REFERENCE], strict=True)):
         kind = "global" if n < 2 else "local"
-        text = f"{n}: {kind}, {len(pixels)} px\n{_what_happens(crop)}"
-        axis.set_title(text, fontsize=6.5, color=[0.75 * c for c in colours[n][:3]])
-    for row, name in enumerate(others, start=len(sheet.crops)):
-        gaps = _gaps(sheet.crops[name], sheet.crops[REFERENCE], amplify)
+        text = f"{n}: {kind}, {len(shown)} px\n{_operations(crop)}"
+        axis.set_title(text, fontsize=6.5, color=[0.75 * c for c in colors[n][:3]])
+    for row, name in enumerate(others, start=len(crops)):
+        gaps = _gaps(crops[name], crops[REFERENCE], amplify)
         _draw_row(axes[row], f"|{name} -\n{REFERENCE}|\nx {amplify}", gaps)
-        for axis, gap in zip(axes[row], sheet.differences[name], strict=True):
+        for axis, gap in zip(axes[row], comparison.differences[name], strict=True):
             axis.set_title(str(gap), fontsize=6.5)
     return figure
 
 
 def save_figure(figure: Figure, path: Path, *, palette: bool = False) -> None:
-    """Writes a PNG; palette: of 256 colours, which takes a quarter of the bytes."""
+    """Write a PNG; palette: with 256 colors, a quarter of the file size."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     with Image.open(file) as drawn:
@@ -181,33 +180,32 @@ def save_figure(figure: Figure, path: Path, *, palette: bool = False) -> None:
     picture.save(path, "PNG", optimize=True)
 
 
-def _gaps(crops: Sequence[_Pixels], oracle: Sequence[_Pixels], amplify: int) -> list[_Pixels]:
-    """Absolute differences, amplified."""
-    pairs = zip(crops, oracle, strict=True)
-    gaps = [np.abs(ours.astype(int) - theirs.astype(int)) for ours, theirs in pairs]
+def _gaps(crops: Sequence[_Pixels], reference: Sequence[_Pixels], amplify: int) -> list[_Pixels]:
+    """Return the amplified absolute differences."""
+    gaps = [np.abs(a.astype(int) - b.astype(int)) for a, b in zip(crops, reference, strict=True)]
     return [np.minimum(amplify * gap, 255).astype(np.uint8) for gap in gaps]
 
 
-def _draw_picture(figure: Any, sheet: Sheet, colours: Sequence[Any], words: str) -> None:
-    width, height = sheet.picture.size
-    axis, beside = figure.subplots(1, 2, width_ratios=[1, 1])
-    shown = sheet.picture.copy()
+def _draw_picture(figure: Any, comparison: Comparison, colors: Sequence[Any], words: str) -> None:
+    width, height = comparison.picture.size
+    axis, text_axis = figure.subplots(1, 2, width_ratios=[1, 1])
+    shown = comparison.picture.copy()
     shown.thumbnail((SHOWN, SHOWN))
     axis.imshow(shown, extent=(0, width, height, 0))
-    for crop, colour in zip(sheet.drawn, colours, strict=True):
-        for line, paint in ((2.6, "white"), (1.6, colour)):
-            box = (crop.left, crop.top), crop.width, crop.height
+    for crop, color in zip(comparison.drawn, colors, strict=True):
+        box = (crop.left, crop.top), crop.width, crop.height
+        for line, paint in ((2.6, "white"), (1.6, color)):
             axis.add_patch(Rectangle(*box, fill=False, color=paint, linewidth=line))
-    for n, place in enumerate(_number_places(sheet.drawn)):
-        label = {"facecolor": colours[n], "edgecolor": "white", "linewidth": 0.5, "pad": 1.2}
+    for n, place in enumerate(_number_places(comparison.drawn)):
+        label = {"facecolor": colors[n], "edgecolor": "white", "linewidth": 0.5, "pad": 1.2}
         axis.text(*place, str(n), fontsize=7, color="white", ha="center", va="center", bbox=label)
-    beside.text(0, 1, words, fontsize=8, va="top", transform=beside.transAxes)
+    text_axis.text(0, 1, words, fontsize=8, va="top", transform=text_axis.transAxes)
     axis.set_axis_off()
-    beside.set_axis_off()
+    text_axis.set_axis_off()
 
 
 def _number_places(drawn: Sequence[Crop]) -> list[tuple[int, int]]:
-    """Of each box the corner (x, y) that is furthest from those taken before it."""
+    """Choose for each box the corner (x, y) that is furthest from those chosen before."""
     places: list[tuple[int, int]] = []
     for crop in drawn:
         corners = [
@@ -230,8 +228,8 @@ def _draw_row(axes: Sequence[Any], label: str, pictures: Sequence[_Pixels]) -> N
     )
 
 
-def _what_happens(crop: Crop) -> str:
-    """The operations of a crop in their order, on at most three lines."""
+def _operations(crop: Crop) -> str:
+    """List the operations of a crop in order, on at most three lines."""
     words = ["flip"] * crop.flip
     if crop.jitter:
         words.append(f"jitter (hue {360 * crop.jitter_factor[3]:+.0f}\N{DEGREE SIGN})")
@@ -239,43 +237,32 @@ def _what_happens(crop: Crop) -> str:
     if crop.blur_radius > 0:
         words.append(f"blur {crop.blur_radius:.1f}")
     words += ["solarize"] * crop.solarize
-    return textwrap.fill(", ".join(words) or "crop alone", width=24)
+    return textwrap.fill(", ".join(words) or "crop only", width=24)
 
 
-def summary(sheet: Sheet, device: torch.device) -> str:
-    """Lines that say who made the crops, and how far they are from the oracle's."""
+def summary(comparison: Comparison, device: torch.device) -> str:
+    """Describe the backends and their differences from the reference, one per line."""
     lines = [
         f"Differences from {REFERENCE} ({description(REFERENCE, device)}),",
         "in levels of 0..255, over all crops:",
     ]
-    for name, overall in sheet.overall.items():
+    for name, overall in comparison.overall.items():
         gap = "0, bit for bit" if overall.exact else str(overall)
         lines.append(f"  {name}: {gap} ({description(name, device)})")
-    lines += [f"  {name} is left out: {reason}" for name, reason in sheet.absent.items()]
+    lines += [f"  {name} is left out: {why}" for name, why in comparison.unavailable.items()]
     return "\n".join(lines)
 
 
 def default_picture() -> Image.Image:
-    """A drawn scene of vivid colours, 480 x 480: free of licences, and the same everywhere."""
+    """Draw a scene in vivid colors, 480 x 480, free of licenses and always the same."""
     canvas, _ = still("heart", 480, np.random.default_rng(5))
     return to_image(canvas)
 
 
-def read_picture(path: str, *, exif: bool = False) -> Image.Image:
-    """The photo as the loaders decode it; raises DataError for what is none."""
-    try:
-        with quiet_pillow():
-            return decode_rgb(read_file(path), exif=exif)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-        raise DataError(f"--image {path} {reason_of(error)}") from error
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino crops`."""
+    """Add the flags of `fastdino crops`."""
     add = parser.add_argument
-    add("--image", help="a photo (default: a drawn scene)")
+    add("--image", help="an image file (default: a drawn scene)")
     add("--output", default="crops.png", help="the PNG to write (default: crops.png)")
     add(
         "--executors",
@@ -286,42 +273,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(BACKENDS)}). multi_crop uses the Triton kernel if Triton runs, "
         "TRITON_INTERPRET=1 included, else PyTorch",
     )
-    add("--epoch", type=int, default=0, help="whose crops (default: 0)")
-    add("--amplify", type=int, default=AMPLIFY, help=f"of the differences (default: {AMPLIFY})")
-    add("--palette", action="store_true", help="a PNG of 256 colours, a quarter of the size")
+    add("--epoch", type=int, default=0, help="epoch of the crops (default: 0)")
+    add("--amplify", type=int, default=AMPLIFY, help=f"difference factor (default: {AMPLIFY})")
+    add("--palette", action="store_true", help="a PNG with 256 colors, a quarter of the size")
     add_arguments(parser, SETTINGS)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Makes the crops, writes the picture, and prints the differences."""
-    # No network is made: a crop may be smaller than a patch.
+    """Make the crops, write the figure, and print the differences."""
+    # There is no network, so a crop may be smaller than a patch.
     config = TrainConfig(patch_size=1, **{name: getattr(args, name) for name in SETTINGS})
     path = Path(args.output)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--output must end in .png, got {args.output!r}")
     if args.amplify < 1:
         raise ConfigError(f"--amplify must be at least 1, got {args.amplify}")
+    picture, name = default_picture(), "a drawn scene"
     if args.image:
-        picture = read_picture(args.image, exif=config.exif_orientation)
-    else:
-        picture = default_picture()
+        with quiet_pillow(), explained_reading(f"--image {args.image}"):
+            picture = decode_rgb(read_file(args.image), exif=config.exif_orientation)
+        name = Path(args.image).name
     device = choose_device(config.device)
-    sheet = make_sheet(picture, config, epoch=args.epoch, executors=args.executors, device=device)
-    what = Path(args.image).name if args.image else "a drawn scene"
+    comparison = compare_crops(
+        picture, config, epoch=args.epoch, backends=args.executors, device=device
+    )
     title = (
-        f"{config.ncrops} crops of {what} ({picture.width} x {picture.height}), "
+        f"{config.ncrops} crops of {name} ({picture.width} x {picture.height}), "
         f"seed {config.seed}, epoch {args.epoch}"
     )
-    found = summary(sheet, device)
-    lines = [title, "", *found.split("\n"), ""]
-    lines.append(f"The lowest rows show them times {args.amplify}; black is 0.")
+    text = summary(comparison, device)
+    lines = [title, "", *text.split("\n"), ""]
+    lines.append(f"The lowest rows show the differences times {args.amplify}; black is 0.")
     words = "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
-    figure = sheet_figure(sheet, words=words, amplify=args.amplify)
+    figure = comparison_figure(comparison, words=words, amplify=args.amplify)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path, palette=args.palette)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--output {path} cannot be written: {reason}") from error
-    print(f"{path}: {title}\n{found}")
+    print(f"{path}: {title}\n{text}")
     return 0

@@ -236,9 +236,9 @@ def test_other_settings_and_foreign_folders_are_refused(small_set, tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         shapes.write_shapes(small_set, **SMALL, seed=1)
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="not a shapes set"):
+    with pytest.raises(ValueError, match="holds no shapes dataset"):
         shapes.write_shapes(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="not a shapes set"):
+    with pytest.raises(ValueError, match="holds no shapes dataset"):
         shapes.write_shapes(tmp_path / "holiday.jpg", **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 

@@ -8,7 +8,7 @@ Legend: B images, N crops of one resolution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -124,10 +124,18 @@ def make_crops(
     ]
 
 
-def pillow_crops(images: Images, params: CropParams, size: int) -> Tensor:
-    """Make the reference crops [B, N, 3, size, size] of B decoded images."""
+def pillow_crops(
+    images: Images,
+    params: CropParams,
+    size: int,
+    order: Callable[[list[int]], list[int]] = list,
+) -> Tensor:
+    """Make the reference crops [B, N, 3, size, size] of B decoded images.
+
+    order: maps the drawn order of the color operations to the applied one; may omit some.
+    """
     made = [
-        make_crop(picture, crop, size)
+        make_crop(picture, crop._replace(jitter_order=order(crop.jitter_order)), size)
         for b, picture in enumerate(map(Image.fromarray, images))
         for crop in params.of_sample(b)
     ]

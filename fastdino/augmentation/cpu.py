@@ -1,8 +1,8 @@
-"""The paper's crops on a CPU in one pass over each image: exact, and several times PIL's speed.
+"""The fused crops on a CPU: one pass over each image, exact, and several times Pillow's speed.
 
-What fastdino_kernels.multi_crop is on a GPU: the same parameters, the same pixels, from decoded
-images in NumPy arrays. The loops are in fused_pixels.py and let go of the interpreter's lock, so
-that any pool of threads runs them side by side.
+This is the CPU counterpart of fastdino_kernels.multi_crop: the same parameters and pixels, from
+decoded images in NumPy arrays. The loops are in cpu_kernels.py and release the interpreter's lock,
+so that the threads of a pool run them in parallel.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ def fused_crops(
     out: Sequence[Tensor] | None = None,
     pool: Executor | None = None,
 ) -> list[Tensor]:
-    """The crops of B decoded images at each of several sizes, normalised.
+    """Make the normalized crops of B decoded images at each of several sizes.
 
-    In fp32 they equal Pillow 12 and torchvision to the last bit; fp16 and bf16 are that, rounded.
+    In fp32 they equal those of Pillow 12 and torchvision to the last bit; fp16 and bf16 round these
+    once.
 
     Args:
         images: B uint8 RGB arrays [H, W, 3] of any sizes.
-        crops: pairs (params, size): the parameters of [B, N] crops, on the CPU, and the pixels of
-            a crop's side. draw_crops gives two of them, global and local.
+        crops: pairs (params, size): parameters of [B, N] crops, on the CPU, and the side of a crop
+            in pixels. draw_crops returns two sets of parameters, global and local.
         mean, std: of the three channels, for values from 0 to 1.
         dtype: fp32, bf16 or fp16.
-        out: what to write to and return, of an earlier call: fresh memory costs time.
-        pool: a ThreadPoolExecutor that makes the images' crops side by side; else one after the
-            other in this thread.
+        out: tensors to write to and return, from an earlier call: new memory costs time.
+        pool: a ThreadPoolExecutor that makes the crops of several images in parallel; None: this
+            thread makes them one by one.
 
     Returns: for each pair [B, N, 3, size, size].
 
     Raises:
-        ValueError: shapes, boxes or other numbers that do not fit; the message says what was
-            expected and got.
-        TypeError: images that are not uint8 arrays.
+        ValueError: a shape, box or other number is invalid.
+        TypeError: an image is not a uint8 array.
     """
     _check(images, crops)
     for _, size in crops:
@@ -81,45 +81,45 @@ def fused_crops(
 def crops_into(
     outs: Sequence[Tensor], image: NDArray[np.uint8], packed: Sequence[Tensor], levels: Tensor
 ) -> None:
-    """Writes the crops of one image; for loops of one's own, as nothing is checked.
+    """Write the crops of one image to `outs`, without checking the arguments.
 
     Args:
         outs: tensors [N, 3, size, size], contiguous, on the CPU.
         image: uint8 [H, W, 3].
         packed: for each of outs int32 [N, 14], rows of CropParams.pack().
-        levels: [3, 256], multi_crop.normalized_levels(mean, std, dtype, device), of outs' dtype.
+        levels: [3, 256] of outs' dtype, from multi_crop.normalized_levels.
     """
-    turned = turn(image)
+    transposed = transpose_image(image)
     for out, rows in zip(outs, packed, strict=True):
         bytes_, sums = cpu_kernels.scratch_sizes(len(image), out.shape[-1])
         cpu_kernels.crops_of_image(
-            turned,
+            transposed,
             rows.numpy(),
             rows.view(torch.float32).numpy(),
             _as_numpy(levels),
-            borrow("bytes", np.uint8, bytes_),
-            borrow("sums", np.int32, sums),
+            scratch("bytes", np.uint8, bytes_),
+            scratch("sums", np.int32, sums),
             _as_numpy(out),
         )
 
 
-def turn(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What crops_of_image takes of an image [H, W, 3], in this thread's scratch."""
+def transpose_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Transpose an image [H, W, 3] to the layout of crops_of_image, in this thread's scratch."""
     height, width, _ = image.shape
     lines, length = cpu_kernels.up8(3 * width), cpu_kernels.up8(height)
-    turned = borrow("turned", np.uint8, lines * length).reshape(lines, length)
-    strip = borrow("strip", np.uint8, cpu_kernels.STRIP * lines)
-    cpu_kernels.turn(np.ascontiguousarray(image), strip, turned.reshape(-1))
-    return turned
+    transposed = scratch("transposed", np.uint8, lines * length).reshape(lines, length)
+    strip = scratch("strip", np.uint8, cpu_kernels.STRIP * lines)
+    cpu_kernels.transpose_image(np.ascontiguousarray(image), strip, transposed.reshape(-1))
+    return transposed
 
 
 def _as_numpy(values: Tensor) -> NDArray[Any]:
-    """An array of the same memory; half precision, of which NumPy has half, as integers."""
+    """View a tensor as an array; half precision as int16, because NumPy has no bf16."""
     return (values.view(torch.int16) if values.element_size() == 2 else values).numpy()
 
 
-def borrow(name: str, dtype: type, elements: int) -> NDArray[Any]:
-    """This thread's scratch of that name: fresh memory for each image would cost page faults."""
+def scratch(name: str, dtype: type, elements: int) -> NDArray[Any]:
+    """Return this thread's scratch of that name: new memory per image would cost page faults."""
     held = getattr(_scratch, name, None)
     if held is None or len(held) < elements:
         held = np.empty(elements, dtype)

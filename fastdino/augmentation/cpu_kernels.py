@@ -1,11 +1,10 @@
-"""The pixels of the fused crops on a CPU, compiled by Numba: the only file that imports it.
+"""Pixel loops of the fused crops on a CPU, compiled by Numba.
 
-The arithmetic is that of fastdino_kernels.multi_crop_torch, where its equations stand; here it is
-arranged so that LLVM vectorises every long loop. A crop is planar, [3, size, size] uint8, and an
-image lies turned, [3 W, H]: the resize along x then adds up whole columns, as the one along y
-adds up rows. Numba widens integers to 64 bits: each step is cast back to keep the lanes narrow.
-Where a function is called for every line, it gets places in arrays, not slices, each of which would
-cost as much as the line.
+The arithmetic is that of fastdino_kernels.multi_crop_torch, which has the equations. The loops are
+arranged so that LLVM vectorizes every long one. A crop is planar, [3, size, size] uint8. An image
+is transposed, [3 W, H]: the resize along x then adds whole columns, as the one along y adds rows.
+Numba widens integers to 64 bits, so each step is cast back to keep the lanes narrow. Functions
+called for every line take offsets into arrays: creating a slice would cost as much as the line.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 Words = NDArray[np.uint64]
 
-# These and the imported numbers are frozen into compiled code, whose cache looks at this file
-# alone: where others change, clear it. Bit h: hue h comes out as h - 1 where it is exact.
+# These and the imported constants are compiled in, but Numba's cache is keyed by this file alone:
+# clear it after changing others. Bit h is set if an exact hue h becomes h - 1.
 _TIES = np.packbits(np.array(hue_ties(), np.uint8), bitorder="little").view(np.int32)
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = (np.int32(word) for word in _TIES)
 _HALF_LEVEL, _HALF_GRAY = np.int32(1 << 21), np.int32(1 << 15)
 _HALF_BLUR = np.uint32(1 << 23)
-MAX_TAPS = 128  # above the box of a blur radius of 100
-STRIP = 64  # rows that are turned at a time: a line of the cache, turned
+MAX_TAPS = 128  # more than the box of a blur radius of 100 needs
+STRIP = 64  # rows transposed at a time: one cache line of the result
 _2, _3, _4, _8, _16, _32 = (np.uint64(number) for number in (2, 3, 4, 8, 16, 32))
 _LOW_8, _LOW_16 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF)
 _LOW_32 = np.uint64(0x00000000FFFFFFFF)
@@ -43,14 +42,14 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @_compiled
-def turn(image: Bytes, strip: Bytes, turned: Bytes) -> None:
-    """Image [H, W, 3] to turned [3 W, H], flat, both sides in up8() of them.
+def transpose_image(image: Bytes, strip: Bytes, transposed: Bytes) -> None:
+    """Transpose image [H, W, 3] to [3 W, H], flat, with both sides padded by up8().
 
     strip: scratch, STRIP lines of 3 W.
     """
     height, width, _ = image.shape
     lines, length = up8(3 * width), up8(height)
-    words, out = strip.view(np.uint64), turned.view(np.uint64)
+    words, out = strip.view(np.uint64), transposed.view(np.uint64)
     for start in range(0, height, STRIP):
         rows = min(STRIP, height - start)
         for y in range(rows):
@@ -60,13 +59,13 @@ def turn(image: Bytes, strip: Bytes, turned: Bytes) -> None:
 
 @_compiled
 def up8(length: int) -> int:
-    """The next multiple of 8: lines of whole words."""
+    """Round up to a multiple of 8, so that lines are whole words."""
     return (length + 7) // 8 * 8
 
 
 @_compiled
 def crops_of_image(
-    turned: Bytes,
+    transposed: Bytes,
     packed: Ints,
     floats: NDArray[np.float32],
     levels: NDArray[Any],
@@ -74,17 +73,18 @@ def crops_of_image(
     sums: Ints,
     out: NDArray[Any],
 ) -> None:
-    """Writes out [N, 3, size, size].
+    """Write the crops out [N, 3, size, size] of one image.
 
-    turned: [3 W, H] of turn(). packed, floats: [N, 14], CropParams.pack() as int32 and as fp32.
-    levels: [3, 256], what a level of a channel becomes. bytes_, sums: scratch; see scratch_sizes.
+    transposed: [3 W, H] from transpose_image(). packed, floats: [N, 14], CropParams.pack() as int32
+    and as fp32. levels: [3, 256], the output value per channel and level. bytes_, sums: scratch of
+    scratch_sizes().
     """
     size = out.shape[-1]
     plane = size * size
     rest, rgb = bytes_[: len(bytes_) - 3 * plane], bytes_[len(bytes_) - 3 * plane :]
     for n in range(len(packed)):
         flags = packed[n, FLAGS]
-        resize(turned, packed[n], flags & FLIP, rest, sums, rgb.reshape(3, size, size))
+        resize(transposed, packed[n], flags & FLIP, rest, sums, rgb.reshape(3, size, size))
         r, g, b = rgb[:plane], rgb[plane : 2 * plane], rgb[2 * plane :]
         if flags & JITTER:
             for k in range(ORDER, FACTOR):
@@ -98,9 +98,9 @@ def crops_of_image(
 
 
 def scratch_sizes(height: int, size: int) -> tuple[int, int]:
-    """Elements of bytes_ and sums for images of that height and crops of that size.
+    """Return the elements of bytes_ and sums for an image's height and a crop's size.
 
-    The last 3 size^2 bytes are a crop; the others serve resize() and blur().
+    The last 3 size^2 bytes hold a crop; resize() and blur() use the others.
     """
     resized = 6 * up8(size) * up8(height)
     blurred = 2 * (size + 2 * (MAX_TAPS + 1)) ** 2
@@ -109,7 +109,7 @@ def scratch_sizes(height: int, size: int) -> tuple[int, int]:
 
 @_compiled
 def _weights(length: int, size: int) -> tuple[Ints, Ints]:
-    """(first [size], weights [size, taps]), padded with zeros to an even number, at least 6."""
+    """Return first [size] and weights [size, taps], zero-padded to an even number, at least 6."""
     scale = length / size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -142,16 +142,17 @@ def _weights(length: int, size: int) -> tuple[Ints, Ints]:
 
 
 @_compiled
-def resize(turned: Bytes, box: Ints, flip: int, rest: Bytes, sums: Ints, out: Bytes) -> None:
-    """Along x from turned to columns, transposed to rows, then along y: out [3, size, size].
+def resize(transposed: Bytes, box: Ints, flip: int, rest: Bytes, sums: Ints, out: Bytes) -> None:
+    """Resize a box bicubically to out [3, size, size]: along x, transpose, then along y.
 
-    Columns are [3, size, height], rows [3, height, size], both sides in up8() of them.
+    The intermediate columns are [3, size, height] and the rows [3, height, size], both padded by
+    up8().
     """
     size = out.shape[-1]
     top, left, height, width = box[0], box[1], box[2], box[3]
     tall, wide = up8(height), up8(size)
     columns, rows = rest[: 3 * wide * tall], rest[3 * wide * tall : 6 * wide * tall]
-    source, length = turned.reshape(turned.size), turned.shape[1]
+    source, length = transposed.reshape(transposed.size), transposed.shape[1]
     first, weights = _weights(width, size)
     for x in range(size):
         for c in range(3):
@@ -181,10 +182,11 @@ def _weigh(
     start: int,
     n: int,
 ) -> None:
-    """Out [start : start + n] = sum_t weights[row, t] line[first + t], rounded to levels.
+    """Compute out[start : start + n] = sum_t weights[row, t] line[first + t], rounded to levels.
 
-    Lines of n bytes lie in source as (start, stride, first, number of the last one). The taps, an
-    even number of at least 6, are taken in few passes, of no more lines than LLVM vectorises.
+    lines: (start, stride, first, last): the lines of n bytes in source begin at start + i * stride.
+    The taps, an even number of at least 6, are added in few passes, each over as many lines as LLVM
+    still vectorizes.
     """
     taps, o, m = weights.shape[1], np.uint64(start), np.uint64(n)
     at, w = _six_lines(lines, 0), _six_weights(weights, row, 0)
@@ -210,7 +212,7 @@ def _weigh(
 
 @_compiled
 def _line(lines: tuple[int, int, int, int], t: int) -> Any:
-    """Where line first + t begins; the last one stands for those beyond, whose weight is 0."""
+    """Return the offset of line first + t, or of the last one beyond it, where weights are 0."""
     start, stride, first, last = lines
     return np.uint64(start + stride * min(first + t, last))
 
@@ -241,7 +243,7 @@ def _six_weights(weights: Ints, row: int, t: int) -> Any:
 
 @_compiled
 def _two(p: Any, a: Any, q: Any, b: Any) -> Any:
-    """P a + q b of weights p, q and levels a, b."""
+    """Compute p a + q b from weights p, q and levels a, b."""
     return np.int32(np.int32(p * np.int32(a)) + np.int32(q * np.int32(b)))
 
 
@@ -313,13 +315,13 @@ def _end_6(s: Bytes, at: Any, weights: Any, sums: Ints, out: Bytes, o: Any, n: A
 
 @_compiled
 def _transpose(source: Words, down: int, across: int, out: Words, stride: int, start: int) -> None:
-    """Bytes [8 down, 8 across] to their transpose, in words of 8 bytes.
+    """Transpose bytes [8 down, 8 across], in words of 8 bytes.
 
-    Its lines begin at word `start` of out and lie `stride` words apart. Places are unsigned, which
-    spares the question whether they count from the end.
+    The lines of the result begin at word `start` of out, `stride` words apart. Unsigned offsets
+    avoid Numba's check for negative indices.
     """
     line, next_ = np.uint64(across), np.uint64(stride)
-    for strip in range(0, down, 8):  # of 64 bytes, a line of the cache
+    for strip in range(0, down, 8):  # 64 bytes, one cache line
         for x in range(across):
             for y in range(strip, min(strip + 8, down)):
                 i = np.uint64(8 * y * across + x)
@@ -356,14 +358,14 @@ def _transpose(source: Words, down: int, across: int, out: Words, stride: int, s
 
 @_compiled
 def _exchange(a: Any, b: Any, shift: Any, low: Any) -> Any:
-    """Swaps the high halves of a's parts with the low halves of b's (Warren, Hacker's Delight)."""
+    """Swap the high halves of a's parts with the low halves of b's (Warren, Hacker's Delight)."""
     moved = ((a >> shift) ^ b) & low
     return a ^ (moved << shift), b ^ moved
 
 
 @_compiled
 def jitter(operation: int, factor: float, r: Bytes, g: Bytes, b: Bytes) -> None:
-    """One of the four operations, in the numbering of CropParams, on three planes."""
+    """Apply one of the four color operations, numbered as in CropParams, to three planes."""
     if operation == 0:
         for plane in (r, g, b):
             _blend_with(np.int32(0), plane, factor)
@@ -405,7 +407,7 @@ def _blend_with(start: Any, plane: Bytes, factor: Any) -> None:
 
 @_compiled
 def gray(r: Bytes, g: Bytes, b: Bytes) -> None:
-    """Three planes to their luma."""
+    """Replace three planes by their luma."""
     for i in range(len(r)):
         luma = np.uint8(_luma(r[i], g[i], b[i]))
         r[i] = luma
@@ -415,7 +417,7 @@ def gray(r: Bytes, g: Bytes, b: Bytes) -> None:
 
 @_compiled
 def _tie(h: Any) -> Any:
-    """Bit h of the table, without a look-up, which would keep the loop from being vectorised."""
+    """Return bit h of the table without a lookup, which would prevent vectorizing the loop."""
     low = _bit(_T0, 0, h) | _bit(_T1, 1, h) | _bit(_T2, 2, h) | _bit(_T3, 3, h)
     high = _bit(_T4, 4, h) | _bit(_T5, 5, h) | _bit(_T6, 6, h) | _bit(_T7, 7, h)
     return np.int32(low | high)
@@ -428,7 +430,10 @@ def _bit(word: Any, k: int, h: Any) -> Any:
 
 @_compiled
 def _hue(shift: Any, red: Bytes, green: Bytes, blue: Bytes) -> None:
-    """Quotients in fp32: of integers below 2^24 they are exact or 1/1530 from a whole number."""
+    """Shift the hue as Pillow does.
+
+    Quotients are fp32: for integers below 2^24 they are exact or at least 1/1530 from an integer.
+    """
     for i in range(len(red)):
         r, g, b = np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
         v = max(max(r, g), b)
@@ -449,7 +454,7 @@ def _hue(shift: Any, red: Bytes, green: Bytes, blue: Bytes) -> None:
         p = _level(np.int32(v * np.int32(255 - s)), np.float32(255))
         q = _level(np.int32(v * np.int32(21675 - s * rest)), np.float32(21675))
         t = _level(np.int32(v * np.int32(21675 - s * (85 - rest))), np.float32(21675))
-        rising = t if sector & 1 == 0 else q  # the one channel that is neither v nor p
+        rising = t if sector & 1 == 0 else q  # value of the channel that is neither v nor p
         red[i] = _pick(sector, np.int32(0), v, p, rising)
         green[i] = _pick(sector, np.int32(2), v, p, rising)
         blue[i] = _pick(sector, np.int32(4), v, p, rising)
@@ -457,13 +462,13 @@ def _hue(shift: Any, red: Bytes, green: Bytes, blue: Bytes) -> None:
 
 @_compiled
 def _level(value: Any, divisor: Any) -> Any:
-    """Value/divisor, rounded."""
+    """Divide and round."""
     return np.int32(np.float32(value) / divisor + np.float32(0.5))
 
 
 @_compiled
 def _pick(sector: Any, own: Any, v: Any, p: Any, between: Any) -> Any:
-    """A channel's value: v in the two sectors around its own place, p in the two opposite ones."""
+    """Return a channel's value: v in the two sectors next to its own, p in the two opposite."""
     away = np.int32(sector - own)
     away = np.int32(away + 6) if away < 0 else away
     value = p if away == 2 or away == 3 else between
@@ -472,10 +477,10 @@ def _pick(sector: Any, own: Any, v: Any, p: Any, between: Any) -> Any:
 
 @_compiled
 def blur(rgb: Bytes, radius: Any, rest: Bytes, sums: Ints) -> None:
-    """Pillow's Gaussian blur of [3, size, size]: three box blurs along x, then three along y.
+    """Apply Pillow's Gaussian blur to [3, size, size]: three box blurs along x, three along y.
 
-    A plane has its edges repeated around it and is blurred as one long line, whose neighbours are 1
-    apart, or a row apart; what that makes of the edges is replaced after each.
+    A plane is padded with its edge pixels and blurred as one long line, whose neighbors are 1 or a
+    row apart. The padding is rewritten after each blur.
     """
     size = rgb.shape[1]
     taps, near, far = blur_weights(radius)
@@ -507,7 +512,7 @@ def blur(rgb: Bytes, radius: Any, rest: Bytes, sums: Ints) -> None:
 
 @_compiled
 def blur_weights(radius: Any) -> tuple[int, Any, Any]:
-    """(r, near, far): a box of 2r + 1 pixels of weight near between two of weight far, in 2^-24."""
+    """Return (r, near, far): 2r + 1 pixels of weight near between two of weight far, in 2^-24."""
     variance = np.float32(np.float32(radius * radius) / np.float32(3))
     length = np.float32(math.sqrt(12.0 * np.float64(variance) + 1.0))
     whole = np.float32(math.floor((np.float64(length) - 1.0) / 2.0))
@@ -533,7 +538,7 @@ def _box_blur(
     far: Any,
     sums: Ints,
 ) -> None:
-    """Out [start:stop], of 2 taps + 1 neighbours of weight near, `step` apart, and 2 of far."""
+    """Blur to out[start:stop]: 2 taps + 1 neighbors of weight near, `step` apart, and 2 of far."""
     ends = (taps + 1) * step
     before, after = line[start - ends : stop - ends], line[start + ends : stop + ends]
     here, result = line[start:stop], out[start:stop]
@@ -603,7 +608,7 @@ def _box(inner: Any, ends: Any, near: Any, far: Any) -> Any:
 
 @_compiled
 def write(rgb: Bytes, levels: NDArray[Any], solarize: int, out: NDArray[Any]) -> None:
-    """Solarizes, and turns the levels of [3, pixels] to what they become."""
+    """Solarize if asked to, and convert the levels [3, pixels] to output values."""
     for c in range(3):
         table = np.empty(256, levels.dtype)
         for level in range(256):

@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fastdino.augmentation import cpu_kernels
-from fastdino.augmentation.cpu import borrow, crops_into, turn
+from fastdino.augmentation.cpu import crops_into, scratch, transpose_image
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.bench.arms import Task
 from fastdino.bench.stages import STAGES, StageTimes
@@ -89,7 +89,7 @@ def by_fused(
     lap: Laps,
 ) -> None:
     """What fused.crops_into does, with its arguments."""
-    turned = turn(image)
+    turned = transpose_image(image)
     lap("crop + resize")
     for rows, out in zip(packed, outs, strict=True):
         _by_fused(turned, len(image), rows, levels.numpy(), out.numpy(), lap)
@@ -106,8 +106,8 @@ def _by_fused(
     size = outs.shape[-1]
     plane = size * size
     bytes_, ints = cpu_kernels.scratch_sizes(height, size)
-    scratch, sums = borrow("bytes", np.uint8, bytes_), borrow("sums", np.int32, ints)
-    rest, rgb = scratch[: -3 * plane], scratch[-3 * plane :]
+    buffer, sums = scratch("bytes", np.uint8, bytes_), scratch("sums", np.int32, ints)
+    rest, rgb = buffer[: -3 * plane], buffer[-3 * plane :]
     planes = [rgb[c * plane : (c + 1) * plane] for c in range(3)]
     images = rgb.reshape(3, size, size)
     lap("clock")

@@ -1,6 +1,6 @@
-"""In which order an epoch sees the samples, and which of them a process takes in which step.
+"""Order of the samples in an epoch, and their division into steps and ranks.
 
-Legend: n samples, W processes, G = batch * W samples in a step of all processes.
+Legend: n samples, W = world size, G = batch * W samples per step over all ranks (global batch).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastdino.errors import DataError
 def epoch_order(
     n: int, *, seed: int, epoch: int, rank: int, world_size: int, total: int | None = None
 ) -> NDArray[np.int64]:
-    """The samples of one process in one epoch, [ceil(n / world_size)] or [total / world_size].
+    """Return one rank's samples of an epoch, [ceil(n / world_size)] or [total / world_size].
 
-    It is the order of torch's DistributedSampler(shuffle=True, seed=seed) after set_epoch(epoch):
-    the first samples come again at the end, where world_size does not divide n.
+    The order is that of torch's DistributedSampler(shuffle=True, seed=seed) after set_epoch(epoch):
+    if world_size does not divide n, the first samples are repeated at the end.
 
     Args:
-        total: samples of all processes, a multiple of world_size; the first ones come again.
+        total: samples of all ranks, a multiple of world_size, repeating the first ones as needed.
     """
     generator = torch.Generator()
     generator.manual_seed(seed + epoch)
@@ -32,22 +32,24 @@ def epoch_order(
 
 
 def steps_per_epoch(n: int, batch: int, world: int, last_batch: str = "paper") -> int:
-    """Batches an epoch. `last_batch` says what becomes of the last, incomplete one:
+    """Return the batches per epoch; `last_batch` decides about the last, incomplete one.
 
-    "paper": samples are repeated until W divides them, then an incomplete batch is dropped: what
-        the paper's code does (DistributedSampler, and a DataLoader with drop_last).
-    "drop": floor(n / G): no sample comes twice. "pad": ceil(n / G): the first samples come again.
-    The last two depend on G alone, the first on W too where a batch lacks fewer than W samples.
+    "paper": repeat samples until W divides them, then drop the incomplete batch, as the paper's
+        code does (DistributedSampler and a DataLoader with drop_last).
+    "drop": floor(n / G); no sample is repeated.
+    "pad": ceil(n / G); the first samples are repeated.
+    "drop" and "pad" depend on G only. "paper" also depends on W if a batch lacks fewer than W
+    samples.
 
-    Raises: DataError: there is not even one.
+    Raises: DataError: not even one batch.
     """
     if last_batch == "pad":
         return -(-n // (batch * world))
     samples = n // world if last_batch == "drop" else -(-n // world)
     if samples < batch:
-        processes = f" on each of {world} processes" if world > 1 else ""
+        ranks = f" on each of {world} ranks" if world > 1 else ""
         raise DataError(
-            f"{n} images give {samples} an epoch{processes}, fewer than one batch of {batch}: "
+            f"{n} images give {samples} per epoch{ranks}, fewer than one batch of {batch}: "
             f"lower --batch_size_per_gpu (or --grad_accum) until a batch is at most {samples}, or "
             "repeat images with --last_batch pad"
         )
@@ -56,10 +58,10 @@ def steps_per_epoch(n: int, batch: int, world: int, last_batch: str = "paper") -
 
 @dataclass
 class EpochPlan:
-    """The batches of one process: which samples, in which step of which epoch.
+    """The batches of one rank: the samples of every step of every epoch.
 
-    A step takes the next G samples of the epoch's order, dealt to the processes one by one: which
-    samples a step sees, and which are left after it, depends on G, not on W.
+    A step uses the next G samples of the epoch's order, dealt to the ranks one by one. The samples
+    of a step, and those remaining after it, therefore depend on G but not on W.
 
     Raises: DataError: fewer samples than a batch.
     """
@@ -76,7 +78,7 @@ class EpochPlan:
         self.steps = steps_per_epoch(self.n, self.batch, self.world_size, self.last_batch)
 
     def batches(self, epoch: int, start_step: int) -> list[list[int]]:
-        """The samples of the steps start_step, start_step + 1, ... of an epoch.
+        """Return the sample indices of each step of an epoch from start_step on.
 
         Raises: ValueError: start_step is not in 0..steps.
         """

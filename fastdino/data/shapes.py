@@ -1,17 +1,17 @@
-"""`fastdino shapes`: a small labelled image set, drawn from a seed, with nothing to download.
+"""`fastdino shapes`: a small labelled dataset, generated from a seed, with no download.
 
-Twelve classes that differ in form alone; colour, texture, size, place, rotation and background
-vary independently of the class. Beside the pictures there are their object masks, and a few short
-clips in which objects pass in front of each other, in the layout of DAVIS 2017:
+Its twelve classes differ only in shape. Color, texture, size, position, rotation and background
+vary independently of the class. The dataset also has object masks, and short clips in which objects
+occlude each other, in the layout of DAVIS 2017:
 
     train/<class>/*.jpg  val/<class>/*.jpg          an ImageFolder
-    masks/{train,val}/<class>/*.png                 the objects, 0 or 255
+    masks/{train,val}/<class>/*.png                 object masks, 0 or 255
     davis/{JPEGImages,Annotations}/480p/<clip>/     frames, and the visible part of each object
     davis/ImageSets/2017/{train,val}.txt
     shapes.json                                     the settings; written last
 
-Every picture has a generator of its own, keyed by (seed, split, class, index): a larger set
-contains the smaller one. shapes_drawing.py does the drawing.
+Each image has a separate generator keyed by (seed, split, class, index), so a larger dataset
+contains the smaller one. shapes_drawing.py draws the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -29,9 +28,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,100 +45,77 @@ CLASSES = tuple(drawing.FORMS)
 SPLITS = ("train", "val")
 CLIP_WIDTH, CLIP_HEIGHT = 854, 480
 
-_VERSION = 1  # of the drawing: raise it when the same settings give other pictures
-_CLIP_MARGIN = 32  # pixels by which a clip's background is larger than its frames, on each side
-_CHUNK = 16  # pictures in one job of a worker
-_MAX_WORKERS = 8  # unless more are asked for; the default set is a matter of seconds
-
-_log = logging.getLogger(__name__)
+_VERSION = 1  # of the images: increase it when the same settings give other images
+_CLIP_MARGIN = 32  # pixels by which a clip's background exceeds its frames on each side
+_CHUNK = 16  # images per job of a worker
+_MAX_WORKERS = 8  # default limit: the default dataset takes seconds
 
 
-@dataclass(frozen=True)
-class _Flag:
-    default: int
-    smallest: int
-    largest: int
-    help: str
-
-
-_FLAGS = {
-    "train_per_class": _Flag(100, 1, 99_999, "Training images of each class."),
-    "val_per_class": _Flag(25, 1, 99_999, "Validation images of each class."),
-    "size": _Flag(128, 32, 1024, "Side of the square images, in pixels."),
-    "clips": _Flag(3, 0, 99, "Video clips in the DAVIS layout; 0: none."),
-    "frames": _Flag(24, 2, 999, "Frames of each clip."),
-    "seed": _Flag(0, 0, 2**63 - 1, "Same seed, same pictures."),
-}
+def _setting(default: int, smallest: int, largest: int, help: str) -> Any:
+    return field(default=default, metadata={"range": (smallest, largest), "help": help})
 
 
 @dataclass(frozen=True)
 class _Settings:
-    train_per_class: int
-    val_per_class: int
-    size: int
-    clips: int
-    frames: int
-    seed: int
+    train_per_class: int = _setting(100, 1, 99_999, "Training images per class.")
+    val_per_class: int = _setting(25, 1, 99_999, "Validation images per class.")
+    size: int = _setting(128, 32, 1024, "Side of the square images, in pixels.")
+    clips: int = _setting(3, 0, 99, "Video clips in the DAVIS layout; 0: none.")
+    frames: int = _setting(24, 2, 999, "Frames per clip.")
+    seed: int = _setting(0, 0, 2**63 - 1, "Seed of all images.")
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            flag = _FLAGS[name]
+        for setting in dataclasses.fields(self):
+            value, (smallest, largest) = getattr(self, setting.name), setting.metadata["range"]
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not flag.smallest <= value <= flag.largest:
-                allowed = f"an integer from {flag.smallest} to {flag.largest}"
-                raise ConfigError(f"--{name} is {value!r}; allowed: {allowed}")
+            if not whole or not smallest <= value <= largest:
+                allowed = f"an integer from {smallest} to {largest}"
+                raise ConfigError(f"--{setting.name} is {value!r}; allowed: {allowed}")
 
     def record(self) -> dict[str, int]:
-        """What shapes.json holds."""
+        """Return the content of shapes.json."""
         return {"version": _VERSION} | dataclasses.asdict(self)
 
 
 def write_shapes(
     root: str | os.PathLike[str],
     *,
-    train_per_class: int = 100,
-    val_per_class: int = 25,
-    size: int = 128,
-    clips: int = 3,
-    frames: int = 24,
-    seed: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Writes the set under root, or does nothing if root already holds it, complete.
+    **settings: int,
+) -> bool:
+    """Write the dataset to root, unless root already holds it completely.
 
-    The same settings give the same bytes with the same Pillow, whatever the number of workers. An
-    interrupted run is taken up by running it again.
+    The same settings and Pillow version give the same bytes for any number of workers. Running it
+    again completes an interrupted run.
 
     Args:
-        root: a folder that is new, empty, or holds this very set.
-        train_per_class: training images of each of the twelve classes.
-        val_per_class: validation images of each class.
-        size: side of the images, in pixels; clips are always 854 x 480.
-        clips: how many clips; 0 for no davis/ at all.
-        frames: frames of each clip.
-        seed: what everything is drawn from.
-        workers: processes that draw; None: one a core it may use, eight at most.
-        progress: called with (pictures written, pictures in all) as the work goes on.
+        root: a folder that is new, empty, or holds this dataset.
+        workers: processes that draw; None: one per available core, at most eight.
+        progress: called with (images written, total images) during the work.
+        settings: train_per_class (100) and val_per_class (25), images of each of the twelve
+            classes; size (128), side of the images in pixels; clips (3) of 854 x 480 pixels, 0 for
+            no davis/ folder; frames (24) per clip; seed (0).
+
+    Returns: whether anything was written.
 
     Raises:
         ValueError: a setting is out of range, or root holds something else or cannot be written.
-
     """
-    settings = _Settings(train_per_class, val_per_class, size, clips, frames, seed)
+    values = _Settings(**settings)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers!r}; allowed: an integer from 1, or None")
     root = Path(root)
-    if _is_complete(root, settings):
-        _log.info("%s is already complete, nothing written", root)
-        return
-    with _naming(root):
-        _write_set(root, settings, workers, progress or (lambda done, total: None))
+    if _is_complete(root, values):
+        return False
+    with _os_errors(root):
+        _write_dataset(root, values, workers, progress or (lambda done, total: None))
+    return True
 
 
 @contextmanager
-def _naming(root: Path) -> Iterator[None]:
-    """Turns the system's errors into one that names the folder."""
+def _os_errors(root: Path) -> Iterator[None]:
+    """Convert errors of the operating system to a DataError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -146,7 +123,7 @@ def _naming(root: Path) -> Iterator[None]:
         raise DataError(f"--output_dir {root} cannot be written or read: {reason}") from error
 
 
-def _write_set(
+def _write_dataset(
     root: Path, settings: _Settings, workers: int | None, progress: Callable[[int, int], None]
 ) -> None:
     root.mkdir(parents=True, exist_ok=True)
@@ -163,8 +140,8 @@ def _write_set(
 
 
 def _is_complete(root: Path, settings: _Settings) -> bool:
-    """Whether root holds just this set; a DataError if it holds anything else."""
-    with _naming(root):
+    """Return whether root holds exactly this dataset; raise DataError if it holds another."""
+    with _os_errors(root):
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             return False
     for name in ("shapes.json", "shapes.json.part"):
@@ -172,23 +149,23 @@ def _is_complete(root: Path, settings: _Settings) -> bool:
         if not marker.is_file():
             continue
         try:
-            found = json.loads(marker.read_text())
+            record = json.loads(marker.read_text())
         except ValueError:
-            found = None
-        if found == settings.record():
+            record = None
+        if record == settings.record():
             return name == "shapes.json"
         raise DataError(
-            f"--output_dir {root} holds a shapes set with other settings ({marker.name} says "
-            f"{found}, wanted {settings.record()}); choose another folder or delete this one"
+            f"--output_dir {root} holds a shapes dataset with other settings ({marker.name} has "
+            f"{record}, expected {settings.record()}); choose another folder or delete this one"
         )
     raise DataError(
-        f"--output_dir {root} holds something that is not a shapes set; "
+        f"--output_dir {root} is not empty and holds no shapes dataset; "
         "choose a new or empty folder"
     )
 
 
 def _jobs(root: Path, settings: _Settings) -> list[Callable[[], int]]:
-    """The work in pieces, each of which returns the number of its pictures; longest first."""
+    """Split the work into jobs that return their number of images, longest first."""
     jobs: list[Callable[[], int]] = [
         partial(_write_clip, root / "davis", clip, settings.frames, settings.seed)
         for clip in range(settings.clips)
@@ -209,8 +186,8 @@ def _results(jobs: list[Callable[[], int]], workers: int | None) -> Iterator[int
     if workers == 1:
         yield from map(_run, jobs)
         return
-    # Forked workers start at once and need no `if __name__ == "__main__"` in the caller's script;
-    # Python 3.12 warns of forking beside other threads, but these children only draw.
+    # Forked workers start fast and need no `if __name__ == "__main__"` in the caller's script.
+    # Python 3.12 warns about forking a process with threads, but these children only draw.
     fork = sys.platform == "linux"
     context = multiprocessing.get_context("fork" if fork else "spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -243,13 +220,13 @@ def _write_stills(root: Path, settings: _Settings, split: str, form: str, chunk:
 
 @dataclass(frozen=True)
 class _Actor:
-    """An object of a clip and how it moves; time runs from 0 to 1."""
+    """An object of a clip and its motion; time runs from 0 to 1."""
 
     outline: drawing.Points
     texture: drawing.Texture
-    meeting: tuple[float, float]  # where it is at time 1/2
-    reach: tuple[float, float]  # from there to where it is at time 0
-    sway: tuple[float, float]  # how far it is carried sideways on its way
+    meeting: tuple[float, float]  # position at time 1/2
+    reach: tuple[float, float]  # offset from there at time 0
+    sway: tuple[float, float]  # amplitude of the sideways motion
     scale: float
     swell: float  # relative change of scale
     angle: float
@@ -265,17 +242,17 @@ class _Actor:
         )
 
 
-def _cast(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
-    """Two or three objects that set out from around the frame and meet in the middle half-way."""
+def _draw_actors(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
+    """Draw two or three objects that start at the border and meet in the middle half-way."""
     count = int(rng.integers(2, 4))
     forms = rng.permutation(len(CLASSES))[:count]
     hue, heading = rng.random(), rng.uniform(-0.5, 0.5)
-    # They pass each other at just under half their size: they overlap, and none disappears.
+    # They pass each other at just under half their size, so that they overlap but stay visible.
     apart = 0.225 / math.sin(math.pi / count)
     actors = []
     for i, form in enumerate(forms):
-        own_hue = hue + i / count
-        own_paints = dataclasses.replace(paints, hue=(own_hue, own_hue + 0.1))
+        first_hue = hue + i / count
+        actor_paints = dataclasses.replace(paints, hue=(first_hue, first_hue + 0.1))
         scale = CLIP_HEIGHT * rng.uniform(0.34, 0.42)
         direction = heading + 2 * math.pi * i / count
         cos, sin = math.cos(direction), math.sin(direction)
@@ -283,7 +260,7 @@ def _cast(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
         actors.append(
             _Actor(
                 outline=drawing.outline(CLASSES[form], rng),
-                texture=drawing.Texture.draw(rng, own_paints, (2.5, 5)),
+                texture=drawing.Texture.draw(rng, actor_paints, (2.5, 5)),
                 meeting=(
                     CLIP_WIDTH / 2 - apart * scale * sin,
                     CLIP_HEIGHT / 2 + apart * scale * cos,
@@ -302,10 +279,10 @@ def _cast(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
 def draw_clip(
     index: int, frames: int, seed: int
 ) -> Iterator[tuple[Image.Image, NDArray[np.uint8]]]:
-    """The frames of one clip and their labels [480, 854]: 0 background, 1..n the objects seen."""
+    """Yield each frame of a clip with its labels [480, 854]: 0 background, 1..n objects."""
     rng = _generator(seed, len(SPLITS), index)
     scheme = drawing.Scheme.draw(rng)
-    actors = _cast(rng, scheme.object)
+    actors = _draw_actors(rng, scheme.object)
     drift = rng.uniform(0, 2 * math.pi, 2)
     margin = 2 * _CLIP_MARGIN
     scenery = drawing.to_image(
@@ -322,7 +299,7 @@ def draw_clip(
         )
         canvas = np.asarray(window, np.float32) / np.float32(255)
         labels = np.zeros((CLIP_HEIGHT, CLIP_WIDTH), np.uint8)
-        for label, actor in enumerate(actors, start=1):  # each in front of those before it
+        for label, actor in enumerate(actors, start=1):  # later objects are in front
             pose = actor.pose(moment)
             cover = drawing.paint(canvas, actor.outline, pose, actor.texture, scheme.halo)
             labels[cover >= 0.5] = label
@@ -330,7 +307,7 @@ def draw_clip(
 
 
 def davis_palette() -> list[int]:
-    """The palette of DAVIS and PASCAL VOC, flat: the bits of an id dealt out to R, G, B in turn."""
+    """Return the flat palette of DAVIS and PASCAL VOC: an id's bits go to R, G, B in rotation."""
     palette = []
     for label in range(256):
         for channel in range(3):
@@ -358,43 +335,42 @@ def _write_clip(root: Path, index: int, frames: int, seed: int) -> int:
 
 
 def _write_clip_lists(root: Path, clips: int) -> None:
-    """Every third clip is for training; the evaluation, which needs no training, gets the rest."""
+    """List every third clip for training and the rest for evaluation, which needs no training."""
     if clips == 0:
         return
     folder = root / "ImageSets" / "2017"
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        wanted = [i for i in range(clips) if (i % 3 == 2) == (split == "train")]
-        (folder / f"{split}.txt").write_text("".join(_clip_name(i) + "\n" for i in wanted))
+        listed = [i for i in range(clips) if (i % 3 == 2) == (split == "train")]
+        (folder / f"{split}.txt").write_text("".join(_clip_name(i) + "\n" for i in listed))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `fastdino shapes`."""
+    """Add the flags of `fastdino shapes`."""
     parser.add_argument(
-        "--output_dir", required=True, help="Folder to write to: new, empty, or this very set."
+        "--output_dir", required=True, help="Folder to write to: new, empty, or this dataset's."
     )
-    for name, flag in _FLAGS.items():
-        text = f"{flag.help} (default: {flag.default})"
-        parser.add_argument(f"--{name}", type=int, default=flag.default, help=text)
+    for setting in dataclasses.fields(_Settings):
+        text = f"{setting.metadata['help']} (default: {setting.default})"
+        parser.add_argument(f"--{setting.name}", type=int, default=setting.default, help=text)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `fastdino shapes`; a bar on a terminal, then one line that says what was done."""
-    values = {name: getattr(args, name) for name in _FLAGS}
-    settings, root = _Settings(**values), Path(args.output_dir)
-    if _is_complete(root, settings):
-        print(f"{root}: already complete with these settings, nothing written")
-        return 0
+    """Run `fastdino shapes`: show a progress bar on a terminal, then print a summary line."""
     from tqdm import tqdm
 
-    start = time.monotonic()
+    root, start = Path(args.output_dir), time.monotonic()
+    settings = _Settings(**{name: getattr(args, name) for name in _Settings.__annotations__})
     with tqdm(unit="image", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        write_shapes(root, **values, progress=progress)
+        written = write_shapes(root, **dataclasses.asdict(settings), progress=progress)
+    if not written:
+        print(f"{root}: already complete with these settings, nothing written")
+        return 0
     n_train, n_val = len(CLASSES) * settings.train_per_class, len(CLASSES) * settings.val_per_class
     print(
         f"{root}: {len(CLASSES)} classes, {n_train} training and {n_val} validation images of "

@@ -1,9 +1,9 @@
-"""Draws the scenes of the shapes set: one textured form before a cluttered background.
+"""Scenes of the shapes dataset: textured forms in front of a cluttered background.
 
-Everything is an outline (a closed polygon), a Pose that puts it on the canvas, and a Texture that
-fills it. Outlines and textures live in the object's own coordinates, so a texture moves with its
-object, and the same scene can be drawn at any size. What makes an object visible is its lightness:
-objects keep to one band of luma and all of the background to another (`Scheme`), whatever the hues.
+An object is an outline (a closed polygon), a Pose that places it on the canvas, and a Texture that
+fills it. Outlines and textures use object coordinates, so a texture moves with its object and a
+scene can be drawn at any size. Objects stand out by lightness: their luma is in one band and the
+whole background's in another (`Scheme`), independently of the hues.
 
 Canvases are float32 RGB arrays [H, W, 3] in 0..1; points are [N, 2], x to the right and y down.
 """
@@ -22,19 +22,19 @@ Array = NDArray[np.float32]
 Points = NDArray[np.float64]
 Rng = np.random.Generator
 
-SUPERSAMPLING = 4  # polygons are filled on a grid this much finer, then averaged
+SUPERSAMPLING = 4  # factor of the finer grid on which polygons are filled
 LUMA = (0.299, 0.587, 0.114)
 TEXTURES = ("flat", "gradient", "stripes", "dots", "checks", "noise")
 
 
 def _arc(start: float, stop: float, count: int = 48, radius: float = 1.0) -> Points:
-    """Points of a circle's arc between two angles in turns, both ends included."""
+    """Return points of a circle's arc between two angles in turns, both ends included."""
     angle = 2 * math.pi * np.linspace(start, stop, count)
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def _ribbon(line: Points, width: float) -> Points:
-    """The outline of a line drawn with a broad pen."""
+    """Return the outline of a line drawn with a broad pen."""
     along = np.gradient(line, axis=0)
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
     side = 0.5 * width * np.stack([-along[:, 1], along[:, 0]], axis=1)
@@ -54,7 +54,7 @@ def _bolt(rng: Rng) -> Points:
 
 
 def _crescent(rng: Rng) -> Points:
-    horn = rng.uniform(0.11, 0.14)  # where the tips stand, in turns from the open side
+    horn = rng.uniform(0.11, 0.14)  # angle of the tips, in turns from the open side
     bite = rng.uniform(0.42, 0.5)  # how far the cut-out circle's centre is shifted
     x, y = math.cos(2 * math.pi * horn), math.sin(2 * math.pi * horn)
     tip = math.atan2(y, x - bite) / (2 * math.pi)
@@ -125,27 +125,27 @@ FORMS: dict[str, Callable[[Rng], Points]] = {
 
 
 def normalised(points: Points) -> Points:
-    """The outline with its bounding box centred on 0 and the box's longer side 1."""
+    """Center the outline's bounding box on 0 and scale its longer side to 1."""
     low, high = points.min(axis=0), points.max(axis=0)
     centred: Points = (points - (low + high) / 2) / (high - low).max()
     return centred
 
 
 def outline(form: str, rng: Rng) -> Points:
-    """One specimen of a form, normalised: it may be mirrored, and its proportions vary a little."""
+    """Draw a normalized outline of a form, possibly mirrored, of slightly random proportions."""
     stretch = rng.uniform(0.88, 1.0, 2) * (rng.choice((-1, 1)), 1)
     return normalised(FORMS[form](rng) * stretch)
 
 
 def area(points: Points) -> float:
-    """The area of an outline that does not cross itself (the shoelace formula)."""
+    """Return the area of an outline that does not cross itself (the shoelace formula)."""
     x, y = points.T
     return 0.5 * abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))))
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where an outline lies: centre and scale in pixels, angle in radians (clockwise)."""
+    """Position of an outline: center and scale in pixels, angle in radians (clockwise)."""
 
     x: float
     y: float
@@ -153,13 +153,13 @@ class Pose:
     angle: float = 0.0
 
     def place(self, points: Points) -> Points:
-        """The object's own coordinates to pixels of the canvas; both [N, 2]."""
+        """Map object coordinates to canvas pixels; both [N, 2]."""
         cos, sin = self.scale * math.cos(self.angle), self.scale * math.sin(self.angle)
         placed: Points = points @ np.array([[cos, sin], [-sin, cos]]) + (self.x, self.y)
         return placed
 
     def unplace(self, x: Array, y: Array) -> tuple[Array, Array]:
-        """Canvas coordinates back to the object's own; x [1, W] and y [H, 1] give [H, W]."""
+        """Map canvas coordinates to object coordinates: x [1, W] and y [H, 1] to [H, W]."""
         cos, sin = math.cos(self.angle) / self.scale, math.sin(self.angle) / self.scale
         x, y = x - np.float32(self.x), y - np.float32(self.y)
         return (
@@ -170,7 +170,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Paints:
-    """What colours are drawn from: hue in turns, saturation, and luma, each a range in 0..1."""
+    """Ranges of random colors: hue in turns, saturation and luma, each within 0..1."""
 
     luma: tuple[float, float]
     saturation: tuple[float, float]
@@ -179,15 +179,15 @@ class Paints:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The colours of a scene: the luma of an object and of its background never overlap."""
+    """Colors of a scene: the luma ranges of objects and background never overlap."""
 
     object: Paints
     background: Paints
-    halo: float  # the grey that the background is drawn towards around an object: away from it
+    halo: float  # gray that the background around an object is blended to, for contrast
 
     @staticmethod
     def draw(rng: Rng) -> Scheme:
-        """Light objects before a dark background or the reverse, at least 0.24 apart."""
+        """Draw light objects on a dark background or the reverse, at least 0.24 apart in luma."""
         middle = rng.uniform(0.42, 0.58)
         dark = (max(0.05, middle - 0.42), middle - 0.12)
         light = (middle + 0.12, min(0.96, middle + 0.42))
@@ -198,9 +198,9 @@ class Scheme:
 
 
 def colour(rng: Rng, paints: Paints) -> Array:
-    """A random colour [3] whose luma lies exactly in the range asked for."""
+    """Draw a random color [3] whose luma is within the range of the paints."""
     turn, saturation = 6 * rng.uniform(*paints.hue), rng.uniform(*paints.saturation)
-    # Plain floats: on three numbers numpy costs ten times as much.
+    # Plain floats: NumPy takes ten times as long for three numbers.
     spread = [min(max(abs((turn + k) % 6 - 3) - 1, 0), 1) for k in (0, 4, 2)]
     rgb = [1 - saturation * (1 - s) for s in spread]
     luma = sum(weight * c for weight, c in zip(LUMA, rgb, strict=True))
@@ -214,18 +214,18 @@ def colour(rng: Rng, paints: Paints) -> Array:
 
 @dataclass(frozen=True)
 class Texture:
-    """Two colours and the pattern that mixes them."""
+    """A pattern that mixes two colors."""
 
     kind: str
     colours: tuple[Array, Array]
-    frequency: float  # periods in one unit of the object's coordinates
+    frequency: float  # periods per unit of the object coordinates
     angle: float
     phase: tuple[float, float]
     lattice: Array  # [8, 8] in 0..1, the values that "noise" interpolates
 
     @staticmethod
     def draw(rng: Rng, paints: Paints, frequency: tuple[float, float]) -> Texture:
-        """A random pattern in two colours of these paints, its frequency from this range."""
+        """Draw a random pattern in two colors of the paints, with a frequency from the range."""
         return Texture(
             kind=TEXTURES[rng.integers(len(TEXTURES))],
             colours=(colour(rng, paints), colour(rng, paints)),
@@ -236,17 +236,17 @@ class Texture:
         )
 
     def sample(self, pose: Pose, x: Array, y: Array) -> Array:
-        """Colours [H, W, 3] at canvas columns x [1, W] and rows y [H, 1] (or [1, 1, 3] if flat)."""
+        """Return colors [H, W, 3] at columns x [1, W] and rows y [H, 1] ([1, 1, 3] if flat)."""
         first, second = self.colours
         if self.kind == "flat":
             return first.reshape(1, 1, 3)
-        own = Pose(pose.x, pose.y, pose.scale, pose.angle + self.angle)
-        share = self._share(*own.unplace(x, y))
+        rotated = Pose(pose.x, pose.y, pose.scale, pose.angle + self.angle)
+        share = self._share(*rotated.unplace(x, y))
         mixed: Array = first + share[..., None] * (second - first)
         return mixed
 
     def _share(self, u: Array, v: Array) -> Array:
-        """How much of the second colour there is, 0..1."""
+        """Return the share of the second color, 0..1."""
         share: Array
         if self.kind == "gradient":
             share = np.clip(u + np.float32(0.5), 0, 1)
@@ -267,7 +267,7 @@ class Texture:
 
 
 def _value_noise(lattice: Array, u: Array, v: Array) -> Array:
-    """Bilinear interpolation of a lattice that repeats in both directions."""
+    """Interpolate bilinearly a lattice that repeats in both directions."""
     side = lattice.shape[0]
     i, j = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     a, b = u - i, v - j
@@ -281,12 +281,13 @@ def _value_noise(lattice: Array, u: Array, v: Array) -> Array:
 def paint(
     canvas: Array, points: Points, pose: Pose, texture: Texture, halo: float | None = None
 ) -> Array:
-    """Draws one outline onto the canvas, in place, its edge anti-aliased.
+    """Draw an outline onto the canvas in place, with an anti-aliased edge.
 
-    The outline is in its own coordinates; pose says where it goes. A halo is a grey that the
-    surroundings are drawn towards, as a soft shadow or glow; None for neither.
+    Args:
+        points: the outline in object coordinates; pose places it.
+        halo: gray that the surroundings are blended to, as a soft shadow or glow; None: no halo.
 
-    Returns: how much of each pixel the outline covers, 0..1, [H, W].
+    Returns: the share of each pixel that the outline covers, 0..1, [H, W].
     """
     height, width = canvas.shape[:2]
     covered = np.zeros((height, width), np.float32)
@@ -314,7 +315,7 @@ def paint(
 
 
 def _blob(rng: Rng) -> Points:
-    """A smooth random closed shape."""
+    """Draw a smooth random closed shape."""
     t = np.linspace(0, 1, 40, endpoint=False)
     radius = np.ones(40)
     for k in (2, 3, 4):
@@ -323,7 +324,7 @@ def _blob(rng: Rng) -> Points:
 
 
 def _fragment(rng: Rng) -> Points:
-    """A pen stroke along a piece of some form's outline: parts of forms tell nothing."""
+    """Draw a stroke along part of a random form's outline, so that parts do not reveal a class."""
     names = tuple(FORMS)
     whole = outline(names[rng.integers(len(names))], rng)
     dense = np.linspace(0, len(whole) - 1, 64)
@@ -333,14 +334,14 @@ def _fragment(rng: Rng) -> Points:
 
 
 def _stroke(rng: Rng) -> Points:
-    """A long bent stroke."""
+    """Draw a long bent stroke."""
     t = np.linspace(-0.5, 0.5, 24)
     bend = rng.uniform(-0.5, 0.5) * np.cos(math.pi * t) + rng.uniform(-0.12, 0.12) * np.sin(9 * t)
     return _ribbon(np.stack([t, bend], axis=1), rng.uniform(0.02, 0.07))
 
 
 def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
-    """A cluttered canvas [height, width, 3] in the given paints alone."""
+    """Draw a cluttered canvas [height, width, 3] using only the given paints."""
     side = min(height, width)
     crowd = max(height, width) / side  # a long canvas holds proportionally more
     canvas = np.empty((height, width, 3), np.float32)
@@ -363,36 +364,36 @@ def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
     return canvas
 
 
-MOST_OBJECTS = 9  # in a still; fewer where they find no room
+MOST_OBJECTS = 9  # in a still; objects without enough space are left out
 
 
 def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.uint8]]:
-    """One labelled picture: the canvas [size, size, 3], and [size, size] which object lies where.
+    """Draw one labelled image: the canvas [size, size, 3] and object labels [size, size].
 
-    Several objects of one form, each with its own colours, texture and size (its longer side
-    takes 0.18 to 0.4 of the picture), turned by up to 30 degrees, whole and apart from each other.
+    It shows several whole, separate objects of one form, rotated by up to 30 degrees. Each has its
+    own colors, texture and size (its longer side is 0.18 to 0.4 of the image).
     """
     scheme = Scheme.draw(rng)
     canvas = background(rng, size, size, scheme.background)
     objects = np.zeros((size, size), np.uint8)  # 0: background; 1, 2, ...: objects
-    taken: list[tuple[float, float, float, float]] = []
+    boxes: list[tuple[float, float, float, float]] = []
     for _ in range(MOST_OBJECTS):
         texture = Texture.draw(rng, scheme.object, (2.5, 6))
         turned = Pose(0, 0, 1, math.radians(rng.uniform(-30, 30))).place(outline(form, rng))
         low, extent = turned.min(axis=0), np.ptp(turned, axis=0)
-        # By area, not by length: a form must not be known by how much of the picture it fills.
+        # By area, not length: the filled share of the image must not reveal the form.
         share = rng.uniform(0.13, 0.24) / math.sqrt(area(turned)) * extent.max()
         scale = float(np.clip(share, 0.18, 0.4) * size / extent.max())
         for left, top in (rng.random((20, 2)) * (size - scale * extent)).tolist():
             right, bottom = left + scale * extent[0], top + scale * extent[1]
-            if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in taken):
-                taken.append((left, top, right, bottom))
+            if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in boxes):
+                boxes.append((left, top, right, bottom))
                 pose = Pose(float(left - scale * low[0]), float(top - scale * low[1]), scale)
-                objects[paint(canvas, turned, pose, texture, scheme.halo) >= 0.5] = len(taken)
+                objects[paint(canvas, turned, pose, texture, scheme.halo) >= 0.5] = len(boxes)
                 break
     return canvas, objects
 
 
 def to_image(canvas: Array) -> Image.Image:
-    """The canvas as an 8-bit RGB picture."""
+    """Convert the canvas to an 8-bit RGB image."""
     return Image.fromarray((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8))

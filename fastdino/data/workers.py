@@ -1,7 +1,7 @@
-"""A DataLoader's workers that leave SIGTERM and SIGINT to the main process.
+"""DataLoader workers that ignore SIGTERM and SIGINT.
 
-A launcher signals a whole group of processes. The main one finishes its step with these workers'
-batches, and saves.
+A launcher signals the whole process group. The main process then finishes its step with the batches
+of these workers, and saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class SteadyLoader(DataLoader[Any]):
-    """A DataLoader with such workers, which end with the loop over it."""
+    """A DataLoader whose workers ignore signals and stop when the iteration ends."""
 
     def __init__(self, dataset: Dataset[Any], **options: Any):
         super().__init__(dataset, worker_init_fn=init_worker, **options)
@@ -29,7 +29,7 @@ class SteadyLoader(DataLoader[Any]):
         if self.num_workers == 0:
             yield from iterator
             return
-        # Runs before multiprocessing's own hook, which would wait for them for ever.
+        # Runs before multiprocessing's own hook, which would wait for the workers forever.
         end = partial(end_workers, weakref.ref(iterator), os.getpid())
         atexit.register(end)
         try:
@@ -40,7 +40,7 @@ class SteadyLoader(DataLoader[Any]):
 
 
 def end_workers(iterator: weakref.ref[Any], owner: int) -> None:
-    """Ends the workers of a DataLoader's iterator, which ignore the SIGTERM that torch sends."""
+    """Kill the workers of a DataLoader's iterator, which ignore the SIGTERM that torch sends."""
     running = iterator()
     if running is None or os.getpid() != owner:
         return
@@ -52,10 +52,10 @@ def end_workers(iterator: weakref.ref[Any], owner: int) -> None:
 
 
 def init_worker(_worker: int) -> None:
-    """Leaves signals to the main process.
+    """Ignore signals, and never free objects inherited from the main process.
 
-    And keeps a forked worker from freeing what it inherited: a DALI pipeline among it would wait in
-    its destructor, for ever, for threads that a fork leaves behind.
+    In a forked worker, the destructor of an inherited DALI pipeline would wait forever for threads
+    lost in the fork.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
