@@ -31,7 +31,7 @@ NEEDED = {
         "attention_figures", "attention_jaccard", "crop_comparison", "crop_differences", "demo",
         "video", "visualize_attention",
     ],
-    "numba": ["fused_crops"],
+    "numba": ["cpu"],
 }  # fmt: skip
 collect_ignore = [
     f"test_{name}.py"

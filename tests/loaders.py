@@ -1,4 +1,4 @@
-"""What the tests of the loaders share."""
+"""Helpers shared by the tests of loaders, decoders and crop backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from PIL import Image
 
 from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
-from fastdino.data import loader_fused, loader_torchvision
 from fastdino.data.image_dataset import scan_images as scan_images
 from fastdino.data.loader import build_loader as build_resolved
 from fastdino.runtime import resolve_crops
@@ -59,7 +58,7 @@ def build_loader(config, source, device="cpu", **options):
 
 
 def photo(seed, size=(100, 75)):
-    """Smooth colours, some texture, hard edges: what resizing and blurring can get wrong."""
+    """An image with smooth colors, texture and hard edges, which resizing and blurring affect."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
@@ -76,7 +75,7 @@ def assert_same(batches, others):
 
 
 def odd_folder(root):
-    """Good files of odd kinds, 18 of them."""
+    """Write 18 readable files of unusual formats and modes."""
     folder = root / "k"
     folder.mkdir(parents=True)
     image = photo(1)
@@ -104,28 +103,25 @@ def odd_folder(root):
 
 
 def break_files(source, names):
-    """Overwrites good images with a cut JPEG, text and nothing, or removes them: (index, path)s."""
-    broken = []
+    """Break the files of (index, "cut" | "gone" | "text" | "empty") pairs; return their paths."""
     for index, how in names:
         path = Path(source.paths[index])
-        if how == "cut":
-            path.write_bytes(path.read_bytes()[:-600])
-        elif how == "gone":
+        if how == "gone":
             path.unlink()
         else:
-            path.write_bytes({"text": b"this is no image", "empty": b""}[how])
-        broken.append(path)
-    return {str(path) for path in broken}
+            contents = {"cut": path.read_bytes()[:-600], "text": b"not an image", "empty": b""}
+            path.write_bytes(contents[how])
+    return {source.paths[index] for index, _ in names}
 
 
 def levels(crop, other):
-    """Mean absolute difference in levels of 0..255."""
+    """Return the mean absolute difference in levels of 0..255."""
     std = torch.tensor(pillow.STD)[:, None, None] * 255
     return ((crop - other) * std).abs().mean().item()
 
 
 def undrawn(monkeypatch, **kept):
-    """Makes the loaders draw boxes, and what `kept` says: field -> value, or None as drawn."""
+    """Make the loaders draw plain boxes; `kept` sets other fields, or keeps them if None."""
 
     def plain(params):
         new = {}
@@ -144,14 +140,12 @@ def undrawn(monkeypatch, **kept):
     def draw(*args):
         return tuple(plain(params) for params in draw_crops(*args))
 
-    monkeypatch.setattr(loader_torchvision, "draw_crops", draw)
-    monkeypatch.setattr(loader_fused, "draw_crops", draw)
-    if HAS_DALI:
-        monkeypatch.setattr("fastdino.data.loader_dali.draw_crops", draw)
+    for name in ("torchvision", "fused", *["dali"] * bool(HAS_DALI)):
+        monkeypatch.setattr(f"fastdino.data.loader_{name}.draw_crops", draw)
 
 
 def run_script(code, *args):
-    """Runs code, with this module as `t`, in a process of its own, which has to end."""
+    """Run code in a subprocess with a time limit; the code sees this module as `t`."""
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tests import loaders as t\n"
     command = [sys.executable, "-c", start + code, str(Path(__file__).parents[1]), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)

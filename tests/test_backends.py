@@ -1,9 +1,8 @@
-"""fastdino.augmentation.backends: who makes the crops, and how their differences are counted."""
+"""fastdino.augmentation.backends: crop backends and the measure of their differences."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import numpy as np
 import pytest
@@ -14,81 +13,79 @@ from fastdino.augmentation import backends
 from fastdino.augmentation.backends import Difference, description, difference, levels, make_crops
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import draw_crops
+from tests.loaders import needs_dali
 
 CPU = torch.device("cpu")
-HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (30 + 9 * i, 41, 3), dtype=np.uint8) for i in range(2)]
 
 
 @pytest.fixture
-def drawn(pictures, tiny):
-    params = draw_crops(tiny(), 3, [0, 1], [picture.shape[:2] for picture in pictures])
+def drawn(images, tiny):
+    params = draw_crops(tiny(), 3, [0, 1], [image.shape[:2] for image in images])
     return list(zip(params, (16, 8), strict=True))
 
 
-def normalised(pixels):
+def normalized(pixels):
     return F.normalize(torch.as_tensor(pixels).permute(2, 0, 1) / 255, MEAN, STD)
 
 
-def test_levels_are_what_was_normalised():
+def test_levels_invert_the_normalization():
     pixels = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 2, 3)
-    assert torch.equal(levels(normalised(pixels)).permute(1, 2, 0), pixels)
+    assert torch.equal(levels(normalized(pixels)).permute(1, 2, 0), pixels)
 
 
-def test_a_difference_counts_every_pixel_and_channel_of_every_crop():
-    oracle = torch.full((4, 5, 3), 100)
-    near = oracle.clone()
-    near[1, 2, 0], near[3, 4, 2] = 103, 93
-    small = torch.full((2, 2, 3), 7)
-    gap = difference([normalised(near), normalised(small)], [normalised(oracle), normalised(small)])
+def test_difference_covers_every_pixel_and_channel_of_every_crop():
+    reference = torch.full((4, 5, 3), 100)
+    other = reference.clone()
+    other[1, 2, 0], other[3, 4, 2] = 103, 93
+    small = normalized(torch.full((2, 2, 3), 7))
+    gap = difference([normalized(other), small], [normalized(reference), small])
     assert gap == Difference(7, 10 / (4 * 5 * 3 + 2 * 2 * 3), exact=False)
     assert str(gap) == "max 7, mean 0.14"
 
 
-def test_equal_levels_are_0_and_exact_only_to_the_last_bit():
-    oracle = normalised(torch.full((4, 5, 3), 100))
-    assert difference([oracle], [oracle.clone()]) == Difference(0, 0.0, exact=True)
-    nearly = oracle.clone()
-    nearly[0, 0, 0] = torch.nextafter(nearly[0, 0, 0], torch.tensor(9.0))
-    gap = difference([nearly], [oracle])
+def test_equal_levels_are_exact_only_if_equal_to_the_last_bit():
+    reference = normalized(torch.full((4, 5, 3), 100))
+    assert difference([reference], [reference.clone()]) == Difference(0, 0.0, exact=True)
+    other = reference.clone()
+    other[0, 0, 0] = torch.nextafter(other[0, 0, 0], torch.tensor(9.0))
+    gap = difference([other], [reference])
     assert (gap, str(gap)) == (Difference(0, 0.0, exact=False), "0")
 
 
 @pytest.mark.parametrize(("name", "impl"), [("fused", None), ("multi_crop", "torch")])
-def test_exact_executors_make_the_oracles_crops(name, impl, pictures, drawn):
-    oracle = make_crops("torchvision", pictures, drawn, CPU)
-    assert [tuple(crops.shape) for crops in oracle] == [(2, 2, 3, 16, 16), (2, 2, 3, 8, 8)]
-    assert difference(make_crops(name, pictures, drawn, CPU, impl=impl), oracle).exact
+def test_exact_backends_equal_the_reference(name, impl, images, drawn):
+    reference = make_crops("torchvision", images, drawn, CPU)
+    assert [tuple(crops.shape) for crops in reference] == [(2, 2, 3, 16, 16), (2, 2, 3, 8, 8)]
+    assert difference(make_crops(name, images, drawn, CPU, impl=impl), reference).exact
 
 
-@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
-def test_dali_follows_the_same_draws(pictures, drawn):
-    oracle = make_crops("torchvision", pictures, drawn, CPU)
-    ours = make_crops("dali", pictures, drawn, CPU)
-    assert 0 < difference(ours, oracle).mean < 8
-    other_images = [crops.flip(0) for crops in oracle]
+@needs_dali
+def test_dali_uses_the_same_draws(images, drawn):
+    reference = make_crops("torchvision", images, drawn, CPU)
+    ours = make_crops("dali", images, drawn, CPU)
+    assert 0 < difference(ours, reference).mean < 8
+    other_images = [crops.flip(0) for crops in reference]
     assert difference(ours, other_images).mean > 30
 
 
-@pytest.mark.parametrize("name", ["torchvision", "fused", "dali"])
-def test_no_local_crops_are_no_crops(name, pictures, tiny):
-    if backends.problem(name):
-        pytest.skip(backends.problem(name))
-    params = draw_crops(tiny(local_crops_number=0), 0, [0], [pictures[0].shape[:2]])
+@pytest.mark.parametrize("name", ["torchvision", "fused", pytest.param("dali", marks=needs_dali)])
+def test_no_local_crops(name, images, tiny):
+    params = draw_crops(tiny(local_crops_number=0), 0, [0], [images[0].shape[:2]])
     pairs = list(zip(params, (4, 8), strict=True))
-    shapes = [tuple(crops.shape) for crops in make_crops(name, pictures[:1], pairs, CPU)]
+    shapes = [tuple(crops.shape) for crops in make_crops(name, images[:1], pairs, CPU)]
     assert shapes == [(1, 2, 3, 4, 4), (1, 0, 3, 8, 8)]
 
 
-def test_each_is_here_or_says_why_not(monkeypatch):
-    here = [name for name in backends.BACKENDS if backends.problem(name) is None]
-    assert here[:3] == ["torchvision", "fused", "multi_crop"]
-    for name in here:
+def test_backends_are_described_or_report_a_problem(monkeypatch):
+    available = [name for name in backends.BACKENDS if backends.problem(name) is None]
+    assert available[:3] == ["torchvision", "fused", "multi_crop"]
+    for name in available:
         assert description(name, CPU).endswith(("on cpu", "in its interpreter"))
 
     def missing(name):

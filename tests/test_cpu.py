@@ -1,4 +1,4 @@
-"""fastdino.augmentation.cpu against Pillow and torchvision: equal to the last bit."""
+"""fastdino.augmentation.cpu: equal to Pillow and torchvision to the last bit."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_alone_is_pillows(stage, ragged_images, draw_any_crops, crops_by_pil):
+def test_each_stage_matches_pillow(stage, ragged_images, draw_any_crops, crops_by_pil):
     params = draw_any_crops(ragged_images, 3, **(PLAIN | STAGES[stage]))
     (ours,) = crops(ragged_images, (params, 17))
     assert_equal(ours, crops_by_pil(ragged_images, params, 17))
 
 
 @pytest.mark.parametrize(("n", "size"), [(40, 24), (10, 1), (10, 2), (10, 65)])
-def test_whole_crops_are_pillows(n, size, ragged_images, draw_any_crops, crops_by_pil):
+def test_whole_crops_match_pillow(n, size, ragged_images, draw_any_crops, crops_by_pil):
     params = draw_any_crops(ragged_images, n, seed=size)
     (ours,) = crops(ragged_images, (params, size))
     assert_equal(ours, crops_by_pil(ragged_images, params, size))
 
 
-def test_the_papers_crops_at_their_sizes(ragged_images, tiny, crops_by_pil):
+def test_the_papers_crops_match_pillow(ragged_images, tiny, crops_by_pil):
     sizes = [image.shape[:2] for image in ragged_images]
     drawn = draw_crops(tiny(local_crops_number=8), 0, range(len(sizes)), sizes)
     for ours, params, size in zip(
@@ -80,23 +80,23 @@ def every_colour(step):
     ("step", "shifts"),
     [(5, range(-127, 128, 5)), pytest.param(1, range(-25, 26), marks=pytest.mark.slow)],
 )
-def test_hue_of_every_colour_is_the_oracles(step, shifts):
+def test_hue_of_every_color_matches_the_reference(step, shifts):
     for pixels in every_colour(step).split(1 << 20, dim=1):
         h, s, v = multi_crop_torch.rgb_to_hsv(pixels.T.int()).unbind(-1)
         for shift in shifts:
-            turned = torch.stack([(h + shift) & 255, s, v], dim=-1)
+            shifted = torch.stack([(h + shift) & 255, s, v], dim=-1)
             planes = [plane.copy() for plane in pixels.numpy()]
             cpu_kernels._hue(np.int32(shift), *planes)
-            expected = multi_crop_torch.hsv_to_rgb(turned).T
+            expected = multi_crop_torch.hsv_to_rgb(shifted).T
             assert np.array_equal(np.stack(planes), expected.numpy()), shift
 
 
-def test_blur_weights_are_the_oracles():
+def test_blur_weights_match_the_reference():
     for radius in np.linspace(0.001, 100, 5000, dtype=np.float32):
         assert cpu_kernels.blur_weights(radius) == multi_crop_torch.blur_weights(float(radius))
 
 
-def test_resize_weights_are_the_oracles():
+def test_resize_weights_match_the_reference():
     rng = np.random.default_rng(0)
     for length, size in [(1, 1), (1, 50), (5000, 7), *rng.integers(1, 600, (200, 2)).tolist()]:
         first, weights = (torch.from_numpy(a) for a in cpu_kernels._weights(length, size))
@@ -117,7 +117,7 @@ def test_half_precision_is_fp32_rounded_once(dtype, ragged_images, draw_any_crop
     assert_equal(half, exact.to(dtype))
 
 
-def test_threads_make_the_same_crops_and_the_kernels_package_too(ragged_images, draw_any_crops):
+def test_threads_and_multi_crop_make_the_same_crops(ragged_images, draw_any_crops):
     params, more = draw_any_crops(ragged_images, 3), draw_any_crops(ragged_images, 5, seed=1)
     alone = crops(ragged_images, (params, 24), (more, 9))
     with ThreadPoolExecutor(3) as pool:
@@ -127,7 +127,7 @@ def test_threads_make_the_same_crops_and_the_kernels_package_too(ragged_images, 
     assert torch.equal(alone[0], multi_crop(ragged_images, params, size=24, mean=MEAN, std=STD))
 
 
-def test_crops_are_written_where_they_are_wanted(ragged_images, draw_any_crops):
+def test_crops_are_written_to_out(ragged_images, draw_any_crops):
     params = draw_any_crops(ragged_images, 2)
     (expected,) = crops(ragged_images, (params, 8))
     held = torch.full_like(expected, torch.nan)
@@ -139,7 +139,7 @@ def test_crops_are_written_where_they_are_wanted(ragged_images, draw_any_crops):
             crops(ragged_images, (params, 8), out=[wrong])
 
 
-def test_strided_images_are_read_right(ragged_images, draw_any_crops):
+def test_strided_images_are_supported(ragged_images, draw_any_crops):
     mirrored = ragged_images[0].numpy()[:, ::-1]
     params = draw_any_crops(ragged_images[:1], 2)
     copied = torch.from_numpy(mirrored.copy())
@@ -167,17 +167,11 @@ def test_no_images_and_no_crops(ragged_images, draw_any_crops):
         ({"top": 1000}, ValueError, "must lie inside its image"),
     ],
 )
-def test_bad_arguments_are_told(changes, error, message, ragged_images, draw_any_crops):
+def test_invalid_arguments_are_refused(changes, error, message, ragged_images, draw_any_crops):
     params = draw_any_crops(ragged_images[:1], 2)
     if "top" in changes:
         params = dataclasses.replace(params, top=torch.full_like(params.top, changes.pop("top")))
-    arguments = {"images": [ragged_images[0].numpy()], "size": 8, "dtype": torch.float32}
-    arguments |= changes
+    arguments = {"images": [ragged_images[0].numpy()], "size": 8, "dtype": torch.float32} | changes
+    pairs = [(params, arguments["size"])]
     with pytest.raises(error, match=message):
-        fused_crops(
-            arguments["images"],
-            [(params, arguments["size"])],
-            mean=MEAN,
-            std=STD,
-            dtype=arguments["dtype"],
-        )
+        fused_crops(arguments["images"], pairs, mean=MEAN, std=STD, dtype=arguments["dtype"])

@@ -1,4 +1,4 @@
-"""fastdino.data.decoding and dali_decode: Pillow's pictures and verdicts, whoever decodes."""
+"""fastdino.data.decoding and dali_decoding: every decoder gives Pillow's images and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoded(image, form="JPEG", **options):
 
 
 def thumbnailed(image):
-    """A JPEG with another in its EXIF, as cameras write them."""
+    """A JPEG with another in its EXIF, as cameras write it."""
     small = encoded(image.resize((16, 12)))
     return encoded(image, exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\0\0" + small)
 
@@ -50,14 +50,14 @@ GOOD = {
 ODD = {
     "cut": GOOD["4:2:0"][:-40],
     "cut at the end marker": GOOD["4:2:0"][:-2],
-    "cut, and an end put on": GOOD["4:2:0"][:-300] + b"\xff\xd9",
+    "cut, with an end marker": GOOD["4:2:0"][:-300] + b"\xff\xd9",
     "progressive, cut": GOOD["progressive"][:-40],
     "a marker inside": GOOD["4:4:4"][:-400] + b"\xff\xdb" + GOOD["4:4:4"][-398:],
-    "bytes after it": GOOD["gray"] + bytes(30),
-    "two in one": GOOD["gray"] + GOOD["4:2:2"],
+    "trailing bytes": GOOD["gray"] + bytes(30),
+    "two JPEGs": GOOD["gray"] + GOOD["4:2:2"],
     "CMYK": encoded(photo(1).convert("CMYK")),
     "PNG": encoded(photo(1), "PNG"),
-    "only its beginning": b"\xff\xd8\xff",
+    "first bytes only": b"\xff\xd8\xff",
     "text": b"no image at all",
     "empty": b"",
 }
@@ -69,21 +69,21 @@ def pixels(data):
 
 
 def damaged(count):
-    """Good JPEGs of several kinds with bytes changed, left out or put in; their two ends whole."""
+    """Yield JPEGs of several kinds with bytes changed, deleted or inserted between both ends."""
     rng = np.random.default_rng(0)
     sound = [encoded(photo(n, (40, 30)), progressive=n % 2, subsampling=n % 3) for n in range(6)]
     for n in range(count):
         data = bytearray(sound[n % len(sound)])
-        for place in rng.integers(200, len(data) - 300, 1 + n % 3).tolist():
+        for i in rng.integers(200, len(data) - 300, 1 + n % 3).tolist():
             kind = rng.integers(4)
             if kind == 0:
-                data[place] = rng.integers(256)
+                data[i] = rng.integers(256)
             elif kind == 1:
-                data[place] = 0xFF
+                data[i] = 0xFF
             elif kind == 2:
-                del data[place : place + int(rng.integers(1, 200))]
+                del data[i : i + int(rng.integers(1, 200))]
             else:
-                data[place:place] = rng.bytes(9)
+                data[i:i] = rng.bytes(9)
         yield bytes(data)
 
 
@@ -101,7 +101,7 @@ class Files:
 
 
 class Refusing:
-    """A decoder that refuses some files, and keeps what it was given."""
+    """A decoder that refuses some files and records all it was given."""
 
     name = "refusing"
 
@@ -118,7 +118,7 @@ class Refusing:
 
 @pytest.fixture
 def dali_decoder():
-    """Makes a DaliDecoder, closed when the test ends."""
+    """Build DaliDecoders, closed at the end of the test."""
     made = []
 
     def make(batch_size=8, threads=2):
@@ -132,7 +132,7 @@ def dali_decoder():
 
 
 def read_all(source, decoder, batch=8):
-    """Indices, pictures and what was skipped, of all samples in their order."""
+    """Read all samples in order, twice: indices, images and skipped files."""
     bad = BadImages(len(source.files), 1.0)
     with ThreadPoolExecutor(2) as pool:
         reader = PictureReader(source, bad, pool, decoder)
@@ -153,49 +153,49 @@ def assert_same_reading(ours, theirs):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_whole_jpegs_are_known_as_such(name):
+def test_complete_jpegs_are_recognized(name):
     assert is_one_whole_jpeg(GOOD[name])
     for end in range(len(GOOD[name])):
         assert not is_one_whole_jpeg(GOOD[name][:end])
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in ODD if name not in ("CMYK", "cut, and an end put on")]
+    "name", [name for name in ODD if name not in ("CMYK", "cut, with an end marker")]
 )
-def test_what_is_not_one_whole_jpeg_is_known_too(name):
+def test_other_data_is_not_a_complete_jpeg(name):
     assert not is_one_whole_jpeg(ODD[name])
 
 
-def test_the_decoder_gets_whole_jpegs_alone():
+def test_decoder_gets_only_complete_jpegs():
     files = [*GOOD.values(), *ODD.values()]
     decoder = Refusing()
     read_all(Files(files), decoder)
-    assert set(decoder.given) == {*GOOD.values(), ODD["cut, and an end put on"]}
+    assert set(decoder.given) == {*GOOD.values(), ODD["cut, with an end marker"]}
 
 
-def test_turned_pictures_are_pillows_where_they_are_to_be_turned():
+def test_pillow_decodes_images_that_exif_rotates():
     exif = Image.Exif()
     exif[0x0112] = 6
     files = [encoded(photo(0), exif=exif), GOOD["4:4:4"]]
-    for turns, given in ((False, files), (True, files[1:])):
+    for rotate, given in ((False, files), (True, files[1:])):
         decoder = Refusing()
-        _, (picture, _), _ = read_all(Files(files, exif=turns), decoder)
-        assert picture.shape == ((100, 75, 3) if turns else (75, 100, 3))
+        _, (picture, _), _ = read_all(Files(files, exif=rotate), decoder)
+        assert picture.shape == ((100, 75, 3) if rotate else (75, 100, 3))
         assert [data for data in files if data in decoder.given] == given
 
 
-def test_what_the_decoder_refuses_is_pillows_and_is_not_offered_again():
+def test_refused_files_are_decoded_by_pillow_from_then_on():
     files = [*GOOD.values(), *damaged(20)]
     refused = [GOOD["gray"], GOOD["4:2:0"], *files[len(GOOD) :]]
     decoder = Refusing(refused)
     ours = read_all(Files(files), decoder)
     assert_same_reading(ours, read_all(Files(files), None))
-    # read_all reads all of it twice.
+    # read_all reads everything twice.
     assert decoder.given.count(GOOD["gray"]) == decoder.given.count(GOOD["4:2:0"]) == 1
     assert decoder.given.count(GOOD["4:2:2"]) == 2
 
 
-def test_a_stand_in_comes_from_the_decoder_too():
+def test_replacement_is_decoded_by_the_decoder():
     broken = next(data for data in damaged(99) if is_one_whole_jpeg(data) and not opens(data))
     files = [broken, broken, GOOD["4:4:4"], GOOD["gray"]]
     decoder = Refusing([broken])
@@ -212,20 +212,20 @@ def opens(data):
         return False
 
 
-def test_where_every_file_is_broken_reading_ends():
+def test_only_unreadable_files_is_an_error():
     with pytest.raises(DataError, match="none of the 3 images"):
         read_all(Files([ODD["cut"], ODD["text"], ODD["empty"]]), Refusing())
 
 
 @needs_dali
-def test_dali_decodes_pillows_pixels(dali_decoder):
+def test_dali_decodes_to_the_pixels_of_pillow(dali_decoder):
     pictures = dali_decoder(len(GOOD)).decode(list(GOOD.values()))
     for name, picture in zip(GOOD, pictures, strict=True):
         assert np.array_equal(picture, pixels(GOOD[name])), name
 
 
 @needs_dali
-def test_one_refused_file_does_not_cost_its_batch(dali_decoder):
+def test_refused_file_does_not_affect_its_batch(dali_decoder):
     good, cut = GOOD["4:2:0"], ODD["cut"]
     decoder = dali_decoder()
     for files in ([good, cut, good], [cut], [cut] * 8, [good] * 7 + [cut], [good] * 8):
@@ -235,19 +235,19 @@ def test_one_refused_file_does_not_cost_its_batch(dali_decoder):
 
 
 @needs_dali
-def test_pictures_from_dali_do_not_change(dali_decoder):
+def test_held_images_of_dali_do_not_change(dali_decoder):
     decoder = dali_decoder()
     files = list(GOOD.values())[:8]
     kept = [decoder.decode(files) for _ in range(5)]
     for _ in range(5):
-        decoder.decode([ODD["cut, and an end put on"]] * 8)
+        decoder.decode([ODD["cut, with an end marker"]] * 8)
     decoder.close()
     for pictures in kept:
         assert all(np.array_equal(p, pixels(f)) for p, f in zip(pictures, files, strict=True))
 
 
 @needs_dali
-def test_a_closed_decoder_has_no_threads():
+def test_closed_decoder_has_no_threads():
     module = importlib.import_module("fastdino.data.dali_decoding")
 
     def threads():
@@ -263,7 +263,7 @@ def test_a_closed_decoder_has_no_threads():
 
 
 @needs_dali
-def test_an_error_of_cuda_is_no_refused_file(dali_decoder, monkeypatch):
+def test_cuda_error_is_not_a_refused_file(dali_decoder, monkeypatch):
     decoder = dali_decoder()
 
     def fail(files):
@@ -275,7 +275,7 @@ def test_an_error_of_cuda_is_no_refused_file(dali_decoder, monkeypatch):
 
 
 @needs_dali
-def test_damaged_and_odd_files_get_the_same_verdict_from_dali(dali_decoder):
+def test_damaged_files_are_accepted_or_refused_as_by_pillow(dali_decoder):
     files = [*GOOD.values(), *ODD.values(), *damaged(150)]
     theirs = read_all(Files(files), None)
     assert_same_reading(read_all(Files(files), dali_decoder()), theirs)
@@ -283,7 +283,7 @@ def test_damaged_and_odd_files_get_the_same_verdict_from_dali(dali_decoder):
 
 
 @needs_dali
-def test_odd_kinds_are_pillows_pictures_from_dali(dali_decoder, tmp_path):
+def test_unusual_formats_give_the_images_of_pillow(dali_decoder, tmp_path):
     paths = sorted(odd_folder(tmp_path).iterdir())
     (tmp_path / "k" / "huge.png").unlink()
     exact = scan_images(tmp_path)
@@ -299,7 +299,7 @@ def test_odd_kinds_are_pillows_pictures_from_dali(dali_decoder, tmp_path):
 
 
 @needs_dali
-def test_a_dali_whose_pixels_differ_is_not_taken(monkeypatch):
+def test_dali_with_different_pixels_is_not_chosen(monkeypatch):
     module = importlib.import_module("fastdino.data.dali_decoding")
     module.cpu_problem.cache_clear()
     real = module.DaliDecoder._run
@@ -317,7 +317,7 @@ def test_a_dali_whose_pixels_differ_is_not_taken(monkeypatch):
 @pytest.mark.gpu
 @needs_dali
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nvjpeg_is_near_pillow_and_refuses_one_by_one():
+def test_nvjpeg_is_close_to_pillow_and_refuses_single_files():
     module = importlib.import_module("fastdino.data.dali_decoding")
     stream = torch.cuda.Stream()
     decoder = module.DaliDecoder(16, 4, stream=stream)

@@ -1,4 +1,4 @@
-"""fastdino.data.loader_fused: the paper's crops, exact, whoever decodes and whatever streams do."""
+"""fastdino.data.loader_fused: exact crops for every decoder, and correct use of CUDA streams."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from tests.loaders import (
     undrawn,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_fused_crops_are_torchvisions_bit_for_bit(tmp_path, build):
+
+def test_fused_crops_equal_torchvisions_bit_for_bit(tmp_path, build):
     (odd_folder(tmp_path) / "huge.png").unlink()
     for n in range(19):
         photo(n, (100 + n, 75 + 3 * n)).save(tmp_path / "k" / f"{n:02}.jpg", quality=92)
@@ -36,11 +37,10 @@ def test_fused_crops_are_torchvisions_bit_for_bit(tmp_path, build):
     options = {"global_crops_size": 96, "local_crops_size": 40, "local_crops_number": 4}
     options["batch_size_per_gpu"] = 6
     exact = build(source, crops="torchvision", **options)
-    ours = [build(source, crops="fused", decode="pillow", num_workers=1, **options)]
-    if HAS_DALI:
-        ours += [
-            build(source, crops="fused", decode="cpu", num_workers=n, **options) for n in (1, 2)
-        ]
+    ours = [
+        build(source, crops="fused", decode=decode, num_workers=workers, **options)
+        for decode, workers in (("pillow", 1), *[("cpu", 1), ("cpu", 2)] * bool(HAS_DALI))
+    ]
     break_files(source, [(4, "cut"), (9, "gone"), (30, "text")])
     for epoch, start in ((0, 0), (1, 0), (1, 4)):
         expected = list(exact.epoch(epoch, start))
@@ -59,7 +59,7 @@ def test_the_description_names_the_decoder(photos, build, decode):
     assert f"1 threads, decoded by {decoder}" in description
 
 
-def test_crops_that_cannot_be_are_refused_on_the_gpu_too(ragged_images):
+def test_invalid_crops_are_refused_before_the_kernel(ragged_images):
     image = ragged_images[-1]
     params, _ = draw_crops(make_config(), 0, [0], [image.shape[:2]])
     params.left[0, 1] = image.shape[1]
@@ -68,21 +68,21 @@ def test_crops_that_cannot_be_are_refused_on_the_gpu_too(ragged_images):
 
 
 class Event:
-    """An event of a stream that gets nowhere until someone waits."""
+    """An event of a fake stream, which passes only when it is waited for."""
 
     def __init__(self, log, number):
         self.log, self.number = log, number
 
     def query(self):
-        return ("waited for", self.number) in self.log
+        return ("waited", self.number) in self.log
 
     def synchronize(self):
-        self.log.append(("waited for", self.number))
+        self.log.append(("waited", self.number))
 
 
 @pytest.fixture
 def slow_gpu(monkeypatch):
-    """A GPU that is the CPU, and whose events pass only when they are waited for: its log."""
+    """Fake CUDA on the CPU, with events that pass only when waited for; returns its log."""
     log = []
 
     def record_event():
@@ -111,72 +111,62 @@ def crops_of_one_pixel(pictures, params, size):
     return first[:, None, :, None, None].expand(-1, params.top.shape[1], 3, size, size).float()
 
 
-def make(maker, pictures):
+def make(backend, pictures):
     shapes = [tuple(picture.shape[:2]) for picture in pictures]
     params = draw_crops(make_config(), 0, range(len(pictures)), shapes)
-    return maker.make(pictures, list(zip(params, (4, 2), strict=True))).crops
+    return backend.make(pictures, list(zip(params, (4, 2), strict=True))).crops
 
 
-def test_pinned_memory_is_used_again_after_its_copy_and_grows_with_room(slow_gpu):
-    maker = loader_fused._CudaBackend(torch.device("cpu", 0))
+def test_pinned_memory_is_reused_after_its_copy_and_grows_with_room(slow_gpu):
+    backend = loader_fused._CudaBackend(torch.device("cpu", 0))
     rng = np.random.default_rng(0)
     for height in (30, 31, 33, 32, 40, 44):
         pictures = [rng.integers(0, 256, (height, 40, 3), dtype=np.uint8) for _ in range(3)]
         started = len(slow_gpu)
-        crops = make(maker, pictures)
+        crops = make(backend, pictures)
         assert [tuple(crop.shape) for crop in crops] == [(3, 3, 4, 4)] * 2 + [(3, 3, 2, 2)] * 2
         for crop in crops:
             assert torch.equal(crop[:, :, 0, 0], torch.tensor([list(p[0, 0]) for p in pictures]))
-        if started:  # Of a batch's two events, the first is the copy's.
-            events = [number for what, number in slow_gpu[:started] if what == "recorded"]
-            assert slow_gpu[started] == ("waited for", events[-2])
-    sizes = [size for what, size in slow_gpu if what == "pinned"]
+        if started:  # The first of a batch's two events is the copy's.
+            events = [number for kind, number in slow_gpu[:started] if kind == "recorded"]
+            assert slow_gpu[started] == ("waited", events[-2])
+    sizes = [size for kind, size in slow_gpu if kind == "pinned"]
     assert len(sizes) == 2
     assert sizes[0] >= 3 * 33 * 40 * 3 > 3 * 30 * 40 * 3
 
 
-def test_a_decoders_pictures_are_held_until_their_crops_are_made(slow_gpu):
-    maker = loader_fused._CudaBackend(torch.device("cpu", 0))
-    freed, waiting = [], loader_fused._AHEAD + 1
+def test_images_on_the_gpu_are_held_until_their_crops_are_made(slow_gpu):
+    backend = loader_fused._CudaBackend(torch.device("cpu", 0))
+    freed, kept = [], loader_fused._AHEAD + 1
     for n in range(5):
         picture = torch.full((6, 5, 3), n, dtype=torch.uint8)
         weak = torch._C._WeakTensorRef(picture)
         freed.append(weak.expired)
-        made = make(maker, [picture, np.full((4, 9, 3), 99, np.uint8)])
+        made = make(backend, [picture, np.full((4, 9, 3), 99, np.uint8)])
         assert made[0][:, 0, 0, 0].tolist() == [n, 99]
         del picture
-        expected = [i < n + 1 - waiting for i in range(n + 1)]
+        expected = [i < n + 1 - kept for i in range(n + 1)]
         assert [is_freed() for is_freed in freed] == expected
-        waits = [number for what, number in slow_gpu if what == "waited for"]
+        waits = [number for kind, number in slow_gpu if kind == "waited"]
         assert all(2 * i + 1 in waits for i in range(n + 1) if expected[i])
-    maker.close()
+    backend.close()
     assert all(is_freed() for is_freed in freed)
-    assert slow_gpu[-1] == ("waited for", 9)
+    assert slow_gpu[-1] == ("waited", 9)
 
 
 def on_gpu(test):
-    for mark in (
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
-    ):
-        test = mark(test)
-    return test
+    needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(needs_cuda(test))
 
 
 by_each_decoder = pytest.mark.parametrize(
-    "decode",
-    [
-        "pillow",
-        pytest.param("cpu", marks=needs_dali),
-        pytest.param("gpu", marks=needs_dali),
-    ],
+    "decode", ["pillow", *[pytest.param(name, marks=needs_dali) for name in ("cpu", "gpu")]]
 )
 
 
 @pytest.fixture
 def on_cuda():
-    """build_loader for a GPU, closed when the test ends."""
+    """Build fused loaders for a GPU, closed at the end of the test."""
     built = []
 
     def build_one(source, **changes):
@@ -190,7 +180,7 @@ def on_cuda():
 
 @pytest.fixture
 def dawdling(monkeypatch):
-    """Puts a random wait of up to some 2 ms on the loader's stream before it makes crops."""
+    """Delay the loader's stream by up to about 2 ms before each crop."""
     real, rng = loader_fused._crops, random.Random(0)
 
     def slow(*args):
@@ -201,24 +191,24 @@ def dawdling(monkeypatch):
 
 
 def spoil(rng):
-    """Fills memory that others have just freed, on the current stream and pinned, and frees it."""
+    """Overwrite recently freed memory, on the current stream and pinned."""
     for _ in range(4):
         size = rng.choice([1 << 10, 3 * 48 * 48 * 16, 120_000, 1 << 20])
         torch.full((size,), 255, dtype=torch.uint8, device="cuda")
         torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(255)
 
 
-def taken(loader, epoch, rng):
-    """An epoch's crops, copied by streams that lag behind, with all memory spoilt in between."""
+def copied_late(loader, epoch, rng):
+    """Copy an epoch's crops on delayed streams while overwriting all freed memory."""
     kept = []
     streams = [torch.cuda.Stream() for _ in range(3)]
     for batch in loader.epoch(epoch):
-        pass_on = rng.choice(streams)
-        pass_on.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(pass_on):
+        late = rng.choice(streams)
+        late.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(late):
             torch.cuda._sleep(rng.randrange(2_000_000))
             for crop in batch:
-                crop.record_stream(pass_on)
+                crop.record_stream(late)
             kept.append([crop.clone() for crop in batch])
             spoil(rng)
         with torch.cuda.stream(loader._backend.stream):
@@ -232,28 +222,33 @@ def taken(loader, epoch, rng):
 
 @on_gpu
 @by_each_decoder
-def test_hundreds_of_batches_are_right_whatever_streams_and_allocators_do(
+def test_batches_are_correct_under_delayed_streams_and_reused_memory(
     photos, build, on_cuda, dawdling, monkeypatch, decode
 ):
-    if decode == "gpu":  # Its pixels are near; drawn colours would enlarge what they differ by.
+    if decode == "gpu":  # Color operations would enlarge the differences of its pixels.
         undrawn(monkeypatch)
     rng = random.Random(1)
     exact = build(photos)
     loader = on_cuda(photos, decode=decode, num_workers=8)
     for epoch in range(60):  # of 4 batches
-        expected, ours = list(exact.epoch(epoch)), taken(loader, epoch, rng)
-        if decode != "gpu":
-            assert_same(ours, expected)
-            continue
-        for batch, other in zip(ours, expected, strict=True):
-            for crop, near in zip(batch, other, strict=True):
-                assert all(levels(a, b) < 2 for a, b in zip(crop, near, strict=True)), epoch
+        expected, ours = list(exact.epoch(epoch)), copied_late(loader, epoch, rng)
+        assert_decoded_alike(ours, expected, decode)
     assert loader.skipped == {}
+
+
+def assert_decoded_alike(ours, expected, decode):
+    """Compare batches: exactly, or approximately for --decode gpu."""
+    if decode != "gpu":
+        assert_same(ours, expected)
+        return
+    for batch, other in zip(ours, expected, strict=True):
+        for crop, exact in zip(batch, other, strict=True):
+            assert all(levels(a, b) < 2 for a, b in zip(crop, exact, strict=True))
 
 
 @on_gpu
 @by_each_decoder
-def test_batches_are_right_while_the_main_thread_captures_a_graph(
+def test_batches_are_correct_while_the_main_thread_captures_a_graph(
     photos, build, on_cuda, dawdling, monkeypatch, decode
 ):
     if decode == "gpu":
@@ -268,22 +263,17 @@ def test_batches_are_right_while_the_main_thread_captures_a_graph(
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = static
-                for _ in range(300):  # milliseconds, in which the loader prepares further batches
+                for _ in range(300):  # takes milliseconds, while the loader prepares batches
                     out = out * 1.0
             graphs.append((graph, out))
         for graph, out in graphs:
             graph.replay()
             assert torch.equal(out.cpu(), static.cpu())
-        for batch, other in zip(kept, expected, strict=True):
-            for crop, near in zip(batch, other, strict=True):
-                if decode == "gpu":
-                    assert levels(crop.cpu(), near) < 2
-                else:
-                    assert torch.equal(crop.cpu(), near)
+        assert_decoded_alike([[c.cpu() for c in batch] for batch in kept], expected, decode)
 
 
 @on_gpu
-def test_crops_on_a_gpu_are_torchvisions_with_odd_and_broken_files(tmp_path, build, on_cuda):
+def test_crops_on_a_gpu_are_exact_for_unusual_and_broken_files(tmp_path, build, on_cuda):
     (odd_folder(tmp_path) / "huge.png").unlink()
     source = scan_images(tmp_path)
     exact = build(source, crops="torchvision", batch_size_per_gpu=4)

@@ -1,4 +1,4 @@
-"""fastdino.augmentation.params: what is drawn, from where, and with which distributions."""
+"""fastdino.augmentation.params: the generator and the distributions of the crop parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from fastdino.augmentation import params as crops_module
-from fastdino.augmentation.params import CropParams, draw_crops, philox4x32
+from fastdino.augmentation.params import CropParams, draw_crops, philox4x32, select
 
 ONES = 0xFFFFFFFF
 
@@ -37,13 +37,8 @@ def assert_equal(one: CropParams, other: CropParams):
         assert torch.equal(a, b), field.name
 
 
-def pick(params: CropParams, rows, columns=slice(None)):
-    fields = dataclasses.fields(CropParams)
-    return CropParams(**{f.name: getattr(params, f.name)[rows][:, columns] for f in fields})
-
-
 def ks(a, b):
-    """Kolmogorov-Smirnov distance of two samples; the bound fails one honest draw in 10^4."""
+    """Kolmogorov-Smirnov distance over its critical value at a false alarm rate of 1e-4."""
     a, b = np.sort(np.asarray(a, float)), np.sort(np.asarray(b, float))
     points = np.concatenate([a, b])
     cdf_a = np.searchsorted(a, points, side="right") / len(a)
@@ -70,13 +65,13 @@ def ks_uniform(a, low, high):
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+def test_philox_matches_the_test_vectors_of_random123(counter, key, words):
     assert tuple(philox4x32(np.array(counter, dtype=np.uint64), key)) == words
     many = philox4x32(np.tile(np.array(counter, dtype=np.uint64), (2, 3, 1)), key)
     assert (many == np.array(words, dtype=np.uint64)).all()
 
 
-def test_fields_have_the_promised_shapes_and_dtypes():
+def test_shapes_and_dtypes_of_the_fields():
     for params, n in zip(draw(3, local_crops_number=5), (2, 5), strict=True):
         for field in dataclasses.fields(CropParams):
             tensor = getattr(params, field.name)
@@ -91,19 +86,19 @@ def test_fields_have_the_promised_shapes_and_dtypes():
         assert (params.jitter_order.sort(dim=-1).values == torch.arange(4)).all()
 
 
-def test_crops_of_a_sample_depend_on_nothing_else_in_the_batch():
+def test_crops_of_a_sample_do_not_depend_on_the_batch():
     ids, sizes = np.array([7, 3, 90_000, 3]), np.array([[60, 80], [375, 500], [9, 9], [375, 500]])
     together = draw_crops(make_config(), 4, ids, sizes)
     for row in range(4):
         alone = draw_crops(make_config(), 4, ids[row : row + 1], sizes[row : row + 1])
         for one, other in zip(together, alone, strict=True):
-            assert_equal(pick(one, slice(row, row + 1)), other)
+            assert_equal(select(one, slice(row, row + 1)), other)
 
 
-def test_fewer_local_crops_leave_the_others_as_they_were():
+def test_number_of_local_crops_does_not_change_the_others():
     many, few = draw(4), draw(4, local_crops_number=3)
     assert_equal(many[0], few[0])
-    assert_equal(pick(many[1], slice(None), slice(0, 3)), few[1])
+    assert_equal(select(many[1], crops=slice(0, 3)), few[1])
     assert draw(4, local_crops_number=0)[1].top.shape == (4, 0)
 
 
@@ -117,7 +112,7 @@ def test_seed_epoch_sample_and_crop_all_change_the_draws():
     assert_equal(draw(2)[1], draw(2)[1])
 
 
-def test_of_sample_gives_the_rows_of_the_tensors():
+def test_of_sample_returns_the_rows_of_the_tensors():
     params = draw(2)[1]
     crop = params.of_sample(1)[5]
     assert len(params.of_sample(1)) == 8
@@ -143,7 +138,7 @@ def test_boxes_follow_torchvisions_random_resized_crop(size, kind):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (3, 2), (10_000, 10_000)])
-def test_boxes_lie_inside_any_image(size):
+def test_boxes_are_inside_any_image(size):
     for params in draw(200, size):
         assert (params.height >= 1).all()
         assert (params.width >= 1).all()
@@ -153,7 +148,7 @@ def test_boxes_lie_inside_any_image(size):
         assert (params.left + params.width <= size[1]).all()
 
 
-def test_where_no_attempt_fits_the_box_is_torchvisions_central_one():
+def test_fallback_box_is_torchvisions_central_one():
     wide, tall = draw(50, (10, 1000), local_crops_number=0), draw(50, (1000, 10))
     image = torch.empty(3, 10, 1000)
     expected = RandomResizedCrop.get_params(image, [0.4, 1.0], [3 / 4, 4 / 3])
@@ -163,7 +158,7 @@ def test_where_no_attempt_fits_the_box_is_torchvisions_central_one():
     assert (tall[0].top == 493).all()
 
 
-def test_probabilities_are_the_papers():
+def test_probabilities_match_the_paper():
     n = 4000
     global_params, local_params = draw(n, local_crops_number=2)
 
@@ -175,7 +170,7 @@ def test_probabilities_are_the_papers():
         assert near(params.jitter, 0.8)
         assert near(params.gray, 0.2)
         both = params.flip & params.gray
-        assert near(both, 0.1), "flip and gray are drawn apart"
+        assert near(both, 0.1), "flip and gray are independent"
     blurred = global_params.blur_radius > 0
     assert blurred[:, 0].all()
     assert near(blurred[:, 1], 0.1)
@@ -193,15 +188,15 @@ def test_factors_and_radii_are_uniform_over_the_papers_ranges():
     assert ks_uniform(global_params.blur_radius[:, 0].numpy(), 0.1, 2.0) < 1
 
 
-def test_every_order_of_the_colour_operations_is_as_likely():
+def test_orders_of_the_color_operations_are_equally_likely():
     orders = draw(6000, local_crops_number=0)[0].jitter_order[:, 0]
     counts = torch.unique(orders, dim=0, return_counts=True)[1]
     assert len(counts) == math.factorial(4)
     chi_square = ((counts - 250) ** 2 / 250).sum().item()
-    assert chi_square < 58  # 23 degrees of freedom: one honest draw in 10^4 is above
+    assert chi_square < 58  # 23 degrees of freedom, false alarm rate 1e-4
 
 
-def test_a_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
+def test_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
     calls = []
     monkeypatch.setattr(
         crops_module, "philox4x32", lambda *args: calls.append(1) or philox4x32(*args)
@@ -211,7 +206,7 @@ def test_a_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ids", "sizes", "says"),
+    ("ids", "sizes", "message"),
     [
         ([1, 2], [[3, 4]], "image_sizes"),
         ([1], [[3, 4, 5]], "image_sizes"),
@@ -220,13 +215,13 @@ def test_a_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
         ([-1], [[3, 4]], "sample_ids"),
     ],
 )
-def test_ids_and_sizes_that_do_not_fit_are_refused(ids, sizes, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_ids_and_sizes_are_refused(ids, sizes, message):
+    with pytest.raises(ValueError, match=message):
         draw_crops(make_config(), 0, ids, sizes)
 
 
 @pytest.mark.parametrize(("epoch", "seed"), [(2**32, 0), (-1, 0), (0, 2**64), (0, -1)])
-def test_what_does_not_fit_the_counter_is_refused(epoch, seed):
+def test_epoch_and_seed_out_of_range_are_refused(epoch, seed):
     with pytest.raises(ValueError, match="must be from 0 to 2"):
         draw_crops(make_config(seed=seed), epoch, [1], [[3, 4]])
     draw_crops(make_config(seed=2**64 - 1), 2**32 - 1, [2**32 - 1], [[3, 4]])

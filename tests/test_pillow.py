@@ -1,4 +1,4 @@
-"""fastdino.augmentation.pillow: the paper's chain of crops, bit for bit, and its workers."""
+"""fastdino.augmentation.pillow and its loader: the paper's chain of crops, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_torchvision
 from fastdino.data.image_dataset import ImageDataset
 from tests.loaders import assert_same, break_files, make_config, photo
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
 class PaperBlur:
@@ -46,7 +48,7 @@ class PaperSolarization:
 
 
 def paper_chain(crop, size):
-    """The paper's Compose, with probabilities 0 or 1 and get_params answering what was drawn."""
+    """The paper's Compose, with probabilities 0 or 1 and get_params returning the drawn values."""
     resized_crop = transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
     resized_crop.get_params = lambda *_: (crop.top, crop.left, crop.height, crop.width)
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -77,10 +79,10 @@ def test_crops_equal_the_papers_chain_bit_for_bit():
             assert torch.equal(ours, paper_chain(crop, size)(image)), crop
             kinds |= {("flip", crop.flip), ("jitter", crop.jitter), ("gray", crop.gray)}
             kinds |= {("blur", crop.blur_radius > 0), ("solarize", crop.solarize)}
-    assert len(kinds) == 10, "every branch was taken"
+    assert len(kinds) == 10, "not every branch was tested"
 
 
-def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
+def test_torchvision_loader_makes_the_drawn_crops(photos, build):
     config = make_config()
     loader = build(photos)
     batch = next(iter(loader.epoch(3)))
@@ -93,7 +95,6 @@ def test_torchvision_loader_makes_the_crops_that_were_drawn(photos, build):
             assert torch.equal(batch[n][b], pillow.make_crop(image, crop, size))
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_each_image_is_decoded_once(photos, build, monkeypatch):
     decoded = []
     real = ImageDataset.read_rgb
@@ -108,7 +109,7 @@ def test_each_image_is_decoded_once(photos, build, monkeypatch):
 
 
 @pytest.mark.parametrize("last_batch", ["paper", "drop", "pad"])
-def test_an_epoch_is_taken_up_by_another_number_of_processes(photos, build, last_batch):
+def test_epoch_resumes_with_another_world_size(photos, build, last_batch):
     settings = {"last_batch": last_batch, "local_crops_number": 0}
     whole = list(build(photos, batch_size_per_gpu=12, **settings).epoch(1))
     assert len(whole) == (2 if last_batch == "pad" else 1)
@@ -118,15 +119,14 @@ def test_an_epoch_is_taken_up_by_another_number_of_processes(photos, build, last
             for rank in range(world)
         ]
         for start in range(len(whole)):
-            rests = [list(part.epoch(1, start)) for part in parts]
+            ranks = [list(part.epoch(1, start)) for part in parts]
             for step, expected in enumerate(whole[start:]):
                 for n in range(2):
-                    merged = torch.stack([rest[step][n] for rest in rests], dim=1).flatten(0, 1)
+                    merged = torch.stack([rank[step][n] for rank in ranks], dim=1).flatten(0, 1)
                     assert torch.equal(merged, expected[n])
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_sigterm_leaves_the_workers_to_their_epoch(photos, build):
+def test_workers_ignore_sigterm(photos, build):
     loader = build(photos, num_workers=2)
     batches = loader.epoch(0)
     next(batches)
@@ -139,23 +139,21 @@ def test_sigterm_leaves_the_workers_to_their_epoch(photos, build):
 
 
 def test_workers_can_be_spawned(photos, build):
-    assert (
-        len(pickle.loads(pickle.dumps(loader_torchvision._CropDataset(make_config(), photos))))
-        == 18
-    )
+    dataset = loader_torchvision._CropDataset(make_config(), photos)
+    assert len(pickle.loads(pickle.dumps(dataset))) == 18
     loader = build(photos, num_workers=1)
     loader._loader.multiprocessing_context = "spawn"
     assert_same(loader.epoch(0), build(photos).epoch(0))
 
 
-def test_a_sample_reports_every_broken_file_it_passed_over(breakable):
+def test_sample_reports_every_unreadable_file_it_replaces(breakable):
     dataset = loader_torchvision._CropDataset(make_config(), breakable)
     break_files(breakable, [(17, "text"), (0, "text")])
-    for _ in range(2):  # Known ones too: an epoch left early may have kept the first report.
+    for _ in range(2):  # Known ones again: an abandoned epoch may have lost the first report.
         assert [index for index, _ in dataset[0, 17][1]] == [17, 0]
 
 
-def test_torchvision_says_what_it_is(photos, build):
+def test_description_names_the_libraries(photos, build):
     description = build(photos, crops="torchvision").description
-    assert "torchvision" in description
-    assert "DALI" not in description
+    assert description.startswith("torchvision ")
+    assert " and Pillow " in description
