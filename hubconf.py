@@ -1,12 +1,13 @@
-"""Entry points for torch.hub: DINO backbones, from the weights that you name.
+"""torch.hub entry points: DINO backbones with the weights you choose.
 
     model = torch.hub.load("<owner>/<repository>", "dino_vit_small", weights="checkpoint.pth")
     features = model(images)  # [B, 3, 224, 224] -> [B, 384]
 
-`weights` is all that `fastdino knn --pretrained_weights` takes: a file, a URL, "dino_vits16", ...
+`weights` takes the same values as `fastdino knn --pretrained_weights`: a file, a URL,
+"dino_vits16", ...
 """
 
-# Modules alone are imported: torch.hub lists every class and function it finds as an entry point.
+# Import modules only: torch.hub lists every public class and function here as an entry point.
 import torch
 
 import fastdino.models.weights
@@ -21,15 +22,15 @@ def dino(
     patch_size: int | None = None,
     checkpoint_key: str = "teacher",
 ) -> torch.nn.Module:
-    """A backbone [B, 3, H, W] -> [B, D], in eval mode.
+    """Return a backbone [B, 3, H, W] -> [B, D] in eval mode.
 
     Args:
-        weights: a path; a URL, or the name of released weights, whose file is kept in torch.hub's
-            folder. "": fresh weights.
-        arch, patch_size: None: what the checkpoint says, else vit_small, 16.
-        checkpoint_key: "teacher" or "student", where the file has both.
+        weights: a path, a URL, or the name of released weights. Downloads are cached in torch.hub's
+            folder. "": random weights.
+        arch, patch_size: None: read from the checkpoint, else vit_small and 16.
+        checkpoint_key: "teacher" or "student", for files with both.
 
-    Raises: CheckpointError: weights that cannot be had, or are of another network.
+    Raises: CheckpointError: the weights are unavailable or belong to another network.
     """
     return fastdino.models.weights.load_backbone(
         weights, checkpoint_key=checkpoint_key, arch=arch, patch_size=patch_size
@@ -39,19 +40,19 @@ def dino(
 def dino_vit_tiny(
     weights: str = "", *, patch_size: int | None = None, checkpoint_key: str = "teacher"
 ) -> torch.nn.Module:
-    """ViT-Ti, D = 192; arguments as of `dino`."""
+    """Return a ViT-Ti, D = 192; the arguments are those of `dino`."""
     return dino(weights, arch="vit_tiny", patch_size=patch_size, checkpoint_key=checkpoint_key)
 
 
 def dino_vit_small(
     weights: str = "", *, patch_size: int | None = None, checkpoint_key: str = "teacher"
 ) -> torch.nn.Module:
-    """ViT-S, D = 384; arguments as of `dino`."""
+    """Return a ViT-S, D = 384; the arguments are those of `dino`."""
     return dino(weights, arch="vit_small", patch_size=patch_size, checkpoint_key=checkpoint_key)
 
 
 def dino_vit_base(
     weights: str = "", *, patch_size: int | None = None, checkpoint_key: str = "teacher"
 ) -> torch.nn.Module:
-    """ViT-B, D = 768; arguments as of `dino`."""
+    """Return a ViT-B, D = 768; the arguments are those of `dino`."""
     return dino(weights, arch="vit_base", patch_size=patch_size, checkpoint_key=checkpoint_key)

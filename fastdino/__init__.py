@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["TrainConfig", "Trainer", "train"]
 
-# Imported on first use: `fastdino --help` then needs no torch.
-_HOMES = {
+# Imported on first use, so that `fastdino --help` does not load torch.
+_MODULES = {
     "TrainConfig": "fastdino.config",
     "Trainer": "fastdino.training.trainer",
     "train": "fastdino.training.loop",
@@ -22,6 +22,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fastdino' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

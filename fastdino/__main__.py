@@ -1,4 +1,4 @@
-"""python -m fastdino: the same as the command `fastdino`."""
+"""`python -m fastdino`, which is the command `fastdino`."""
 
 import sys
 

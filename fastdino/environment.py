@@ -1,4 +1,4 @@
-"""What figures are measured on: the processor, versions, the commit."""
+"""Facts about the machine and the software: processor, package versions, commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the name of the CPU."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -23,7 +23,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str:
-    """Of an installed distribution, or "not installed"."""
+    """Return the version of an installed distribution, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def version(package: str) -> str:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints in the checkout, or "unknown" where it is missing or fails."""
+    """Return the output of a command run in the checkout, or "unknown" if it fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
@@ -42,13 +42,13 @@ def output_of(*command: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's, and whether it was changed; "unknown" outside of one."""
-    if not (ROOT / ".git").exists():  # installed, perhaps within another project's checkout
+    """Return the checkout's commit, marked if files were changed; "unknown" without a checkout."""
+    if not (ROOT / ".git").exists():  # an installed package, perhaps inside another repository
         return "unknown"
-    found = output_of("git", "rev-parse", "HEAD")
-    if found != "unknown" and output_of("git", "status", "--porcelain", "-uno"):
-        found += ", with changes"
-    return found
+    head = output_of("git", "rev-parse", "HEAD")
+    if head != "unknown" and output_of("git", "status", "--porcelain", "-uno"):
+        head += ", with changes"
+    return head
 
 
 def cpu_count() -> int:

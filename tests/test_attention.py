@@ -1,4 +1,4 @@
-"""fastdino.models.attention: one result whichever backend computes it, and the choice of one."""
+"""Attention backends: equal results, and the tests that a backend must pass to be used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIXED = ((2, 5), (3, 2), (1, 1))
 
 
 def plain_attend(query, key, value, groups, first_only):
-    """One sequence after another."""
+    """Attention of one sequence at a time, in plain operations."""
     outputs, start = [], 0
     for i, n in enumerate(n for sequences, n in groups for _ in range(sequences)):
         keys, values = key[start : start + n], value[start : start + n]
@@ -34,7 +34,7 @@ def plain_attend(query, key, value, groups, first_only):
 
 
 def results(function, groups, first_only, *, device=CPU, dtype=torch.float64, head_dim=8):
-    """What attention gives, and its three gradients, from noise that is the same in every dtype."""
+    """Return the output of attention and its gradients for noise that is equal in every dtype."""
     generator = torch.Generator().manual_seed(0)
     sequences, tokens = sum(s for s, _ in groups), sum(s * n for s, n in groups)
     rows = sequences if first_only else tokens
@@ -52,7 +52,7 @@ def results(function, groups, first_only, *, device=CPU, dtype=torch.float64, he
 @pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
 @pytest.mark.parametrize("groups", [MIXED, ((4, 3),)], ids=["mixed", "one"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_sequence_attends_to_itself_alone(backend, groups, first_only):
+def test_sequences_attend_only_to_themselves(backend, groups, first_only):
     layout = token_layout(groups, CPU, backend)
     got = results(lambda *qkv: attend(*qkv, layout, first_only=first_only), groups, first_only)
     want = results(lambda *qkv: plain_attend(*qkv, groups, first_only), groups, first_only)
@@ -66,9 +66,7 @@ def test_each_sequence_attends_to_itself_alone(backend, groups, first_only):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu_no_backend_is_further_off_than_plain_arithmetic(
-    backend, first_only, dtype, head_dim
-):
+def test_gpu_backends_are_as_accurate_as_plain_operations(backend, first_only, dtype, head_dim):
     problem = attention_problem(backend, AttentionInputs(CUDA, dtype, head_dim))
     if problem is not None:
         pytest.skip(f"no {backend}: {problem}")
@@ -93,7 +91,7 @@ def test_on_a_gpu_no_backend_is_further_off_than_plain_arithmetic(
         assert (ours - want).abs().max() <= allowed
 
 
-def test_a_layout_says_where_sequences_lie():
+def test_layout_selects_splits_and_spreads():
     layout = token_layout(MIXED, CPU, "sdpa")
     x = torch.arange(17)
     assert layout.tokens == 17
@@ -111,8 +109,8 @@ def test_a_layout_says_where_sequences_lie():
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layout_is_made_once_and_serves_the_backward_pass_too(backend):
-    """Its tensors are saved for the backward pass, which inference tensors cannot be."""
+def test_cached_layouts_hold_no_inference_tensors(backend):
+    """Inference tensors cannot be saved for a later backward pass."""
     groups = ((3, 2), (2, 3))
     with torch.inference_mode():
         first = token_layout(groups, CPU, backend)
@@ -122,14 +120,14 @@ def test_a_layout_is_made_once_and_serves_the_backward_pass_too(backend):
     assert not any(tensor.is_inference() for tensor in tensors)
 
 
-def test_more_tokens_than_the_kernels_count_are_refused():
+def test_too_many_tokens_are_an_error():
     with pytest.raises(ValueError, match=r"2147483648 tokens in one pass, expected fewer"):
         token_layout(((2, 2**30),), CPU, "sdpa")
 
 
 @pytest.fixture
 def cuda(monkeypatch, emulated) -> None:
-    """Trials for a CUDA device run on this CPU."""
+    """Backend tests for CUDA inputs run on the CPU, with emulated kernels."""
     real = attention._compare
     monkeypatch.setattr(
         attention,
@@ -140,7 +138,7 @@ def cuda(monkeypatch, emulated) -> None:
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("limit", ["head_dim", "tokens"])
-def test_a_trial_has_the_head_dimension_and_the_lengths_of_the_run(monkeypatch, limit):
+def test_backends_are_tested_with_the_head_dim_and_lengths_of_the_run(monkeypatch, limit):
     ops = pytest.importorskip("xformers.ops")
     emulation = ops.memory_efficient_attention
 
@@ -168,16 +166,16 @@ def test_a_trial_has_the_head_dimension_and_the_lengths_of_the_run(monkeypatch, 
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("wrong", ["value", "mask", "nan", "first"])
-def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
+def test_wrong_kernels_are_rejected(monkeypatch, wrong):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     emulation = varlen.varlen_attn
 
     def broken(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
-        if wrong == "mask":  # forgets where a sequence ends
+        if wrong == "mask":  # ignores the ends of the sequences
             ends = (torch.tensor([0, cu[-1]], dtype=torch.int32) for cu in (cu_seq_q, cu_seq_k))
             return emulation(query, key, value, *ends, cu_seq_q[-1], cu_seq_k[-1])
         out = emulation(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-        if wrong == "first":  # only where a query stands for many keys
+        if wrong == "first":  # wrong only for queries of first tokens
             return out if max_q == max_k else out * 1.5
         return out * {"value": 1.5, "nan": float("nan")}[wrong]
 
@@ -186,9 +184,8 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, wrong):
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, as it traces
-def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
-    """What breaks the graph would end the run at its first step."""
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised by Dynamo
+def test_backends_that_break_the_compiled_graph_are_rejected(monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     eager = AttentionInputs(CUDA, head_dim=16, tokens=(5, 2))
     compiled = replace(eager, compiled=True)
@@ -208,7 +205,7 @@ def test_for_compiled_blocks_a_backend_is_traced_too(monkeypatch):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_trial_leaves_the_random_numbers_alone():
+def test_backend_tests_keep_the_random_state():
     torch.manual_seed(0)
     want = torch.rand(3)
     torch.manual_seed(0)
@@ -216,24 +213,22 @@ def test_a_trial_leaves_the_random_numbers_alone():
     assert torch.equal(torch.rand(3), want)
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_missing_backends_are_reported(monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    assert attention_problem("xformers", AttentionInputs(CUDA)) == "it is not installed"
-    assert (
-        attention_problem("varlen", AttentionInputs(CUDA))
-        == f"PyTorch {torch.__version__} does not have it"
-    )
+    inputs = AttentionInputs(CUDA)
+    assert attention_problem("xformers", inputs) == "it is not installed"
+    assert attention_problem("varlen", inputs) == f"PyTorch {torch.__version__} does not have it"
 
 
-def test_a_choice_holds_for_what_it_was_tried_with():
-    choice = AttentionBackend("xformers", torch.float16)
-    assert choice.for_inputs(CUDA, torch.float16) == "xformers"
-    assert choice.for_inputs(torch.device("cuda", 1), torch.float16) == "xformers"
-    assert choice.for_inputs(CUDA, torch.float32) == "sdpa"
-    assert choice.for_inputs(CPU, torch.float16) == "sdpa"
+def test_other_inputs_than_those_of_the_backend_use_sdpa():
+    backend = AttentionBackend("xformers", torch.float16)
+    assert backend.for_inputs(CUDA, torch.float16) == "xformers"
+    assert backend.for_inputs(torch.device("cuda", 1), torch.float16) == "xformers"
+    assert backend.for_inputs(CUDA, torch.float32) == "sdpa"
+    assert backend.for_inputs(CPU, torch.float16) == "sdpa"
 
 
-def test_what_xformers_has_against_each_kernel_is_one_line():
+def test_the_reasons_of_xformers_fit_on_one_line():
     ops = pytest.importorskip("xformers.ops")
     x = torch.zeros(1, 4, 1, 8)
     with pytest.raises(NotImplementedError) as refusal:

@@ -1,4 +1,4 @@
-"""The command `fastdino`: what it exits with, and what it says."""
+"""The command `fastdino`: exit statuses, messages and help."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def command(monkeypatch):
-    """Puts a command `try` in the list: what it adds as flags, and what it does."""
+    """Register a command `try` with the given main function and flags."""
 
-    def put(run, flags=()):
+    def register(run, flags=()):
         module = types.ModuleType("a_command")
         module.configure = lambda parser: [parser.add_argument(flag) for flag in flags]
         module.main = run
         monkeypatch.setitem(sys.modules, "a_command", module)
         monkeypatch.setitem(cli.COMMANDS, "try", cli.Command("a_command", "tries"))
 
-    return put
+    return register
 
 
 def python(*words):
-    """Runs a Python of its own where the packages of the checkout can be imported."""
+    """Run a Python process that can import the packages of the checkout."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
@@ -41,7 +41,7 @@ def python(*words):
 
 
 @pytest.mark.parametrize("status", [0, 75])
-def test_the_exit_status_is_the_commands(command, status):
+def test_exit_status_is_that_of_the_command(command, status):
     command(lambda args: status)
     assert cli.main(["try"]) == status
 
@@ -54,7 +54,7 @@ def test_flags_reach_the_command(command):
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError, NonFiniteError])
-def test_a_mistake_is_one_line_and_status_2(command, capsys, kind):
+def test_user_errors_print_one_line_and_exit_with_2(command, capsys, kind):
     def fail(args):
         raise kind("--lr is -1: it must be at least 0")
 
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_status_2(command, capsys, kind):
     assert captured.out == ""
 
 
-def test_a_mistake_that_another_process_tells_is_status_2_without_a_word(command, capsys):
+def test_errors_reported_by_another_rank_print_nothing(command, capsys):
     def fail(args):
         error = DataError("there is no folder /x")
         error.told_elsewhere = True
@@ -76,7 +76,7 @@ def test_a_mistake_that_another_process_tells_is_status_2_without_a_word(command
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_defect_keeps_its_traceback(command):
+def test_bugs_keep_their_traceback(command):
     def fail(args):
         raise ValueError("not the user's")
 
@@ -85,7 +85,7 @@ def test_a_defect_keeps_its_traceback(command):
         cli.main(["try"])
 
 
-def test_ctrl_c_is_status_130(command):
+def test_ctrl_c_exits_with_130(command):
     def stop(args):
         raise KeyboardInterrupt
 
@@ -104,7 +104,7 @@ def test_ctrl_c_is_status_130(command):
         (["try", "--what"], 2, "unrecognized arguments: --what"),
     ],
 )
-def test_what_the_parser_answers(command, capsys, words, status, part):
+def test_help_version_and_usage_errors(command, capsys, words, status, part):
     command(lambda args: 1)
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
@@ -133,7 +133,7 @@ def test_every_command_has_help(name, capsys):
         ("copydays", "vit_base", 8),
     ],
 )
-def test_without_weights_the_network_is_that_of_the_papers_script(name, arch, patch_size, capsys):
+def test_default_networks_are_those_of_the_papers_scripts(name, arch, patch_size, capsys):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -141,7 +141,7 @@ def test_without_weights_the_network_is_that_of_the_papers_script(name, arch, pa
     assert f"(default: from the checkpoint, else {patch_size})" in said
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     done = python(
         "-c",
         "import sys; from fastdino.cli import main\n"
@@ -153,7 +153,7 @@ def test_help_does_not_wait_for_torch():
     assert "usage: fastdino" in done.stdout
 
 
-def test_info_says_what_this_machine_has_and_why():
+def test_info_reports_choices_and_available_backends():
     done = python("-m", "fastdino", "info")
     assert done.returncode == 0, done.stderr
     facts = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
@@ -170,13 +170,11 @@ def test_info_says_what_this_machine_has_and_why():
     assert facts["decode gpu"].startswith(("available", "not available: "))
 
 
-def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, capsys):
+def test_missing_packages_are_reported_with_the_install_command(monkeypatch, capsys):
     def missing(name):
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
 
     monkeypatch.setattr(cli, "import_module", missing)
     assert cli.main(["knn"]) == 2
     err = capsys.readouterr().err
-    assert err == (
-        "fastdino knn: error: No module named 'timm'; pip install \"fastdino[train]\" brings it\n"
-    )
+    assert err == ("fastdino knn: error: No module named 'timm': pip install \"fastdino[train]\"\n")

@@ -1,6 +1,9 @@
+"""Flags, defaults and validation of TrainConfig."""
+
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import pytest
 
@@ -25,7 +28,7 @@ def parse(line: str) -> TrainConfig:
     return config_from_args(parser.parse_args(line.split()))
 
 
-def test_without_flags_the_config_is_the_papers():
+def test_defaults_are_the_papers():
     config = parse("").to_dict()
     assert {name: config[name] for name in PAPER_DEFAULTS} == {
         name: list(value) if isinstance(value, tuple) else value
@@ -33,7 +36,7 @@ def test_without_flags_the_config_is_the_papers():
     }
 
 
-def test_a_command_line_of_the_paper_is_taken_as_it_is():
+def test_command_lines_of_the_paper_work():
     config = parse(
         "--arch deit_small --patch_size 8 --out_dim 4096 --norm_last_layer false --use_fp16 1 "
         "--use_bn_in_head on --global_crops_scale 0.4 1. --local_crops_scale 0.05 0.25 "
@@ -48,7 +51,7 @@ def test_a_command_line_of_the_paper_is_taken_as_it_is():
     assert (config.optimizer, config.lr, config.clip_grad) == ("lars", 0.3, 0.0)
 
 
-def test_another_command_can_take_some_of_the_flags(capsys):
+def test_other_commands_can_add_some_of_the_flags(capsys):
     parser = argparse.ArgumentParser()
     add_arguments(parser, ["local_crops_scale", "seed"])
     args = parser.parse_args(["--local_crops_scale", ".1", ".2"])
@@ -59,11 +62,11 @@ def test_another_command_can_take_some_of_the_flags(capsys):
 
 
 @pytest.mark.parametrize("words", [("on", "off"), ("TRUE", "False"), ("1", "0")])
-def test_booleans_are_spelled_as_in_the_paper(words):
+def test_booleans_have_the_papers_spellings(words):
     assert [parse(f"--use_fp16 {word}").use_fp16 for word in words] == [True, False]
 
 
-def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
+def test_other_spellings_of_booleans_are_errors(capsys):
     with pytest.raises(SystemExit):
         parse("--use_fp16 maybe")
     assert "--use_fp16: must be one of on, off" in capsys.readouterr().err
@@ -86,28 +89,39 @@ def test_a_boolean_of_another_spelling_names_flag_and_value(capsys):
         ({"local_crops_scale": (0.4, 0.05)}, "--local_crops_scale must be 0 < smallest"),
         ({"seed": 2**63}, "--seed must be below 2**63"),
         ({"seed": -1}, "--seed must be a finite number of at least 0, got -1"),
-        ({"warmup_epochs": 11, "epochs": 10}, "--warmup_epochs 11 is beyond --epochs 10"),
+        ({"warmup_epochs": 11, "epochs": 10}, "--warmup_epochs 11 exceeds --epochs 10"),
         (
             {"warmup_teacher_temp_epochs": 30, "epochs": 10, "warmup_epochs": 0},
-            "--warmup_teacher_temp_epochs 30 is beyond --epochs 10",
+            "--warmup_teacher_temp_epochs 30 exceeds --epochs 10",
         ),
         ({"use_fp16": False, "amp_dtype": "bf16"}, "--use_fp16 false contradicts --amp_dtype bf16"),
         ({"arch": "vit_large", "patch_size": 112}, "--local_crops_size 96 is smaller than a patch"),
         ({"local_crops_size": 8}, "--local_crops_size 8 is smaller than a patch"),
     ],
 )
-def test_a_value_that_cannot_be_names_flag_value_and_what_is_allowed(settings, message):
+def test_invalid_values_are_errors_with_flag_value_and_allowed_values(settings, message):
     with pytest.raises(ConfigError) as error:
         TrainConfig(**settings)
     assert message in str(error.value)
 
 
-def test_a_config_survives_its_own_dict():
+def test_help_groups_the_flags_and_shows_defaults():
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    text = parser.format_help()
+    titles = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert [title.split()[0].rstrip(":") for title in titles] == [
+        "options", "Model", "Loss", "Optimization", "Crops", "Data", "Speed", "Run"
+    ]  # fmt: skip
+    assert text.count("(default:") == len(dataclasses.fields(TrainConfig))
+
+
+def test_config_round_trips_through_a_dict():
     config = TrainConfig(global_crops_scale=(0.3, 0.9), epochs=20)
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
-def test_an_unknown_setting_is_an_error_with_the_nearest_name():
+def test_unknown_settings_are_errors_with_a_suggestion():
     with pytest.raises(ConfigError, match="'learning_rate'"):
         TrainConfig.from_dict({"learning_rate": 1.0})
     with pytest.raises(ConfigError, match="did you mean epochs"):

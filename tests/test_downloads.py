@@ -1,10 +1,9 @@
-"""Weights by URL and by name, downloaded once."""
+"""Downloads of weights by URL and by name."""
 
 from __future__ import annotations
 
 import http.server
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,25 +13,26 @@ from fastdino.models import downloads
 from fastdino.models.backbones import build_backbone
 from fastdino.models.downloads import RELEASED, local_file
 from fastdino.models.weights import load_backbone
+from tests.processes import run_two
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """torch.hub's folder, empty."""
+    """An empty torch.hub folder."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A folder in the place of the authors' server."""
+    """A folder that replaces the authors' server."""
     folder = tmp_path / "server"
     folder.mkdir()
-    monkeypatch.setattr(downloads, "BASE", folder.as_uri() + "/")
+    monkeypatch.setattr(downloads, "BASE_URL", folder.as_uri() + "/")
     return folder
 
 
-def test_a_url_is_downloaded_once_and_files_of_one_name_are_kept_apart(cache, tmp_path):
+def test_urls_are_downloaded_once_and_files_of_one_name_stay_apart(cache, tmp_path):
     urls = []
     for run in ("a", "b"):
         file = tmp_path / run / "checkpoint.pth"
@@ -47,38 +47,38 @@ def test_a_url_is_downloaded_once_and_files_of_one_name_are_kept_apart(cache, tm
 
 @pytest.fixture
 def web():
-    """A web server: its address, and what it was asked for."""
-    asked = []
+    """The address of a web server, and the paths of its requests."""
+    requests = []
 
-    class Answer(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", "10")
             self.end_headers()
             self.wfile.write(b"0123456789"[: 10 if self.path == "/whole.pth" else 5])
             self.wfile.flush()
             if self.path == "/silent.pth":
-                over.wait(60)
+                stop.wait(60)
 
         def log_message(self, *_):
             pass
 
-    over = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    stop = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    over.set()
+    yield f"http://127.0.0.1:{server.server_port}", requests
+    stop.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_a_download_that_was_cut_off_or_fell_silent_is_not_kept(cache, web, monkeypatch):
-    monkeypatch.setattr(downloads, "SILENCE", 0.2)
+def test_truncated_and_stalled_downloads_are_not_kept(cache, web, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
     address, _ = web
-    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be downloaded \(5 of 10 bytes"):
+    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be downloaded \(received 5 of 10"):
         local_file(f"{address}/cut.pth")
     with pytest.raises(CheckpointError, match=r"silent\.pth cannot be downloaded \(timed out\)"):
         local_file(f"{address}/silent.pth")
@@ -86,24 +86,27 @@ def test_a_download_that_was_cut_off_or_fell_silent_is_not_kept(cache, web, monk
     assert [path.name.partition("-")[2] for path in cache.rglob("*.pth")] == ["whole.pth"]
 
 
-def test_of_those_that_want_a_file_at_once_one_downloads_it(cache, web):
-    address, asked = web
-    with ThreadPoolExecutor(4) as pool:
-        files = set(pool.map(local_file, [f"{address}/whole.pth"] * 4))
-    assert [file.read_text() for file in files] == ["0123456789"]
-    assert asked == ["/whole.pth"]
+def test_one_of_several_processes_downloads_a_file(cache, web):
+    address, requests = web
+    run_two(_download_again, str(cache), f"{address}/whole.pth")
+    assert requests == ["/whole.pth"]
 
 
-def test_a_path_is_itself_even_where_it_has_a_name_of_the_papers(tmp_path, monkeypatch):
+def _download_again(cache, url):
+    torch.hub.set_dir(cache)
+    assert local_file(url).read_text() == "0123456789"
+
+
+def test_existing_paths_come_before_names_of_released_weights(tmp_path, monkeypatch):
     assert local_file("runs/s16/checkpoint.pth").parts == ("runs", "s16", "checkpoint.pth")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dino_vits16").write_text("mine")
     assert local_file("dino_vits16").read_text() == "mine"
 
 
-def test_what_cannot_be_had_is_named(cache, server, tmp_path, monkeypatch):
+def test_failed_downloads_and_unknown_names_are_errors(cache, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"none\.pth cannot be downloaded .*name a file"):
+    with pytest.raises(CheckpointError, match=r"none\.pth cannot be downloaded .*use a local file"):
         local_file((tmp_path / "none.pth").as_uri())
     with pytest.raises(CheckpointError, match=r"dino_vitbase8_pretrain\.pth cannot be downloaded"):
         local_file("dino_vitb8")
@@ -113,7 +116,7 @@ def test_what_cannot_be_had_is_named(cache, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dino_vits8", "dino_resnet50"])
-def test_a_name_is_a_network_and_its_weights(cache, server, name):
+def test_released_weights_load_by_name(cache, server, name):
     arch, patch_size = ("resnet50", 16) if name == "dino_resnet50" else ("vit_small", 8)
     model, _ = build_backbone(arch, patch_size=patch_size)
     file = server / RELEASED[name].file

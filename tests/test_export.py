@@ -16,7 +16,7 @@ from fastdino.evals.transforms import (
     center_crop,
 )
 from fastdino.export import targets
-from fastdino.models.weight_names import hf_names, own_names
+from fastdino.models.weight_names import to_hf_names, to_paper_names
 from fastdino.models.weights import initial_weights, load_backbone
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -148,10 +148,10 @@ def test_timm_call_matches_the_architecture(arch, patch_size, image_size, call):
 
 def test_hugging_face_names_convert_both_ways(trainer):
     state = trainer.teacher.backbone.state_dict()
-    named = hf_names(state)
+    named = to_hf_names(state)
     assert "encoder.layer.5.attention.attention.key.bias" in named
     assert not set(named) & set(state)
-    back = own_names(named, "it")
+    back = to_paper_names(named, "it")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
@@ -223,13 +223,13 @@ def test_checkpoint_key_selects_the_student(run, trainer):
 
 
 def test_export_whose_features_differ_is_not_written(monkeypatch, refused, tmp_path):
-    names = targets.hf_names
+    names = targets.to_hf_names
 
     def swapped(state):
         return names({**state, "blocks.2.norm1.weight": state["blocks.3.norm1.weight"].clone()})
 
     need("hf")
-    monkeypatch.setattr(targets, "hf_names", swapped)
+    monkeypatch.setattr(targets, "to_hf_names", swapped)
     assert "features by transformers differ by" in refused("hf")
     assert list(tmp_path.iterdir()) == []
 

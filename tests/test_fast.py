@@ -122,21 +122,25 @@ def unit_rows(layer):
 def test_in_bf16_the_average_writes_the_teachers_last_layer_too(fast, crops_of):
     trainer = Trainer(fast(amp_dtype="bf16", freeze_last_layer=0), steps_per_epoch=STEPS)
     layer = trainer.teacher.head.last_layer
-    address = layer.written.data_ptr()
+    address = layer.cached_weight.data_ptr()
     for i in range(2):
-        torch.testing.assert_close(layer.written.double(), unit_rows(layer), rtol=2**-8, atol=1e-9)
+        torch.testing.assert_close(
+            layer.cached_weight.double(), unit_rows(layer), rtol=2**-8, atol=1e-9
+        )
         trainer.train_step(crops_of(trainer.config, i))
-        before = layer.written.clone()
+        before = layer.cached_weight.clone()
     poisoned = crops_of(trainer.config, 2)
     poisoned[0][0, 0, 0, 0] = math.nan
     trainer.train_step(poisoned)
-    assert torch.equal(layer.written, before)
+    assert torch.equal(layer.cached_weight, before)
     other = Trainer(fast(amp_dtype="bf16", seed=5), steps_per_epoch=STEPS)
     other.teacher.load_state_dict(trainer.teacher.state_dict())
-    torch.testing.assert_close(other.teacher.head.last_layer.written, before, rtol=2**-7, atol=1e-9)
-    assert layer.written.data_ptr() == address
-    assert "head.last_layer.written" not in trainer.teacher.state_dict()
-    assert trainer.student.head.last_layer.written is None
+    torch.testing.assert_close(
+        other.teacher.head.last_layer.cached_weight, before, rtol=2**-7, atol=1e-9
+    )
+    assert layer.cached_weight.data_ptr() == address
+    assert "head.last_layer.cached_weight" not in trainer.teacher.state_dict()
+    assert trainer.student.head.last_layer.cached_weight is None
 
 
 def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(fast):
@@ -147,7 +151,7 @@ def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(
         plain = head(x)
         with torch.autocast("cpu", torch.bfloat16):
             written = head(x)
-            head.last_layer.written.zero_()
+            head.last_layer.cached_weight.zero_()
             assert not head(x).any()
         torch.testing.assert_close(head(x), plain)
     torch.testing.assert_close(written.float(), plain, rtol=0.05, atol=0.02)
@@ -159,7 +163,7 @@ def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(
 def test_else_nothing_is_written(fast, settings):
     amp_dtype = "bf16" if settings else "auto"
     trainer = Trainer(fast(amp_dtype=amp_dtype, **settings), steps_per_epoch=STEPS)
-    assert trainer.teacher.head.last_layer.written is None
+    assert trainer.teacher.head.last_layer.cached_weight is None
 
 
 def test_fp16_steps_that_overflow_are_skipped_by_the_scaler(fast, crops_of):

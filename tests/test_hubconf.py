@@ -1,4 +1,4 @@
-"""hubconf.py: what torch.hub finds in a checkout, and what it loads."""
+"""The torch.hub entry points of hubconf.py."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def load(entry, *args, **kwargs):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A ViT-Ti/8 that differs from fresh weights, as one network's file."""
+    """A checkpoint with the teacher of a ViT-Ti/8."""
     module = load_backbone("", checkpoint_key="", arch="vit_tiny", patch_size=8, img_size=32).module
     module.norm.bias.data.normal_(generator=torch.Generator().manual_seed(0))
     torch.save({"teacher": module.state_dict()}, tmp_path / "checkpoint.pth")
     return tmp_path / "checkpoint.pth"
 
 
-def test_the_entry_points_are_these_and_no_import():
-    # As torch.hub.list finds them, which takes no local folder.
+def test_imports_are_not_entry_points():
+    # As torch.hub.list does, which does not support local folders.
     module = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
     names = [name for name in dir(module) if callable(getattr(module, name)) and name[0] != "_"]
     assert sorted(names) == ["dino", "dino_vit_base", "dino_vit_small", "dino_vit_tiny"]
@@ -36,7 +36,7 @@ def test_the_entry_points_are_these_and_no_import():
 @pytest.mark.parametrize(
     ("entry", "dim"), [("dino_vit_tiny", 192), ("dino_vit_small", 384), ("dino_vit_base", 768)]
 )
-def test_an_architecture_without_weights_is_fresh(entry, dim):
+def test_entry_point_without_weights(entry, dim):
     model = load(entry)
     assert not model.training
     assert model.embed_dim == dim
@@ -45,20 +45,20 @@ def test_an_architecture_without_weights_is_fresh(entry, dim):
 
 
 @pytest.mark.parametrize("entry", ["dino", "dino_vit_tiny"])
-def test_weights_are_those_of_the_file(weights, entry):
+def test_weights_are_loaded_from_the_file(weights, entry):
     flags = {} if entry == "dino" else {"patch_size": 8}
     model = load(entry, str(weights), **flags)
     saved = torch.load(weights)["teacher"]
     assert torch.equal(model.norm.bias, saved["norm.bias"])
 
 
-def test_weights_that_cannot_be_had_are_named(weights, tmp_path):
+def test_unavailable_or_mismatched_weights_are_an_error(weights, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load("dino", str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match="do not match the network"):
         load("dino_vit_small", str(weights), patch_size=8)
 
 
-def test_the_student_can_be_asked_for(weights):
+def test_a_missing_student_is_an_error(weights):
     with pytest.raises(CheckpointError, match="no network 'student', it has teacher"):
         load("dino", str(weights), checkpoint_key="student")

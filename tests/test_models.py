@@ -13,14 +13,14 @@ from fastdino.models.head import DINOHead, MultiCropWrapper, WeightNormLinear
     ("arch", "millions"),
     [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3)],
 )
-def test_the_papers_architectures_have_their_sizes(arch, millions):
+def test_vit_parameter_counts(arch, millions):
     with torch.device("meta"):
         vit, width = build_backbone(arch, patch_size=16)
     assert width == vit.embed_dim
     assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_deit_means_vit():
+def test_deit_is_a_synonym_of_vit():
     with torch.device("meta"):
         names = [build_backbone(arch)[0].state_dict().keys() for arch in ("deit_tiny", "vit_tiny")]
     assert names[0] == names[1]
@@ -35,7 +35,7 @@ def test_deit_means_vit():
         ("vit_tiny_patch16_224", 192),
     ],
 )
-def test_other_backbones_give_one_vector_for_both_crop_sizes(arch, width):
+def test_other_backbones_return_one_vector_for_both_crop_sizes(arch, width):
     backbone, built_width = build_backbone(arch)
     backbone.eval()
     assert built_width == width
@@ -43,27 +43,27 @@ def test_other_backbones_give_one_vector_for_both_crop_sizes(arch, width):
         assert backbone(torch.zeros(1, 3, size, size)).shape == (1, width)
 
 
-def test_an_unknown_architecture_offers_near_names():
-    with pytest.raises(ConfigError, match=r"--arch 'vit_smal' .*vit_small"):
+def test_unknown_architecture_suggests_similar_names():
+    with pytest.raises(ConfigError, match=r"unknown --arch 'vit_smal'; .*vit_small"):
         build_backbone("vit_smal")
 
 
-def test_timm_names_that_begin_with_deit_are_timms():
+def test_timm_models_named_deit_are_supported():
     assert build_backbone("deit_tiny_distilled_patch16_224")[1] == 192
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "squeezenet1_0"])
-def test_a_torchvision_model_without_an_fc_layer_says_so(arch):
-    with pytest.raises(ConfigError, match=f"{arch}: torchvision's has no single fc layer"):
+def test_torchvision_models_without_an_fc_layer_are_refused(arch):
+    with pytest.raises(ConfigError, match=f"{arch}: the torchvision model does not end in one fc"):
         build_backbone(arch)
 
 
-def test_an_architecture_that_cannot_take_the_crops_is_found_before_the_run(tiny):
-    with pytest.raises(ConfigError, match="cannot take 16 px crops"):
+def test_unsupported_crop_sizes_are_an_error_before_the_run(tiny):
+    with pytest.raises(ConfigError, match="does not support 16 px crops"):
         build_networks(tiny(arch="mixer_s32_224", global_crops_size=224))
 
 
-def test_networks_start_equal_and_the_teacher_takes_no_gradient(tiny):
+def test_networks_start_equal_and_the_teacher_has_no_gradients(tiny):
     student, teacher = build_networks(tiny(norm_last_layer=False, drop_path_rate=0.3))
     for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -73,7 +73,7 @@ def test_networks_start_equal_and_the_teacher_takes_no_gradient(tiny):
     assert not any(teacher.backbone.drop_path_rates)
 
 
-def test_head_normalises_and_keeps_the_papers_names(float64):
+def test_head_returns_cosines_and_has_the_papers_names(float64):
     head = DINOHead(8, 5, use_bn=True, norm_last_layer=True)
     assert not head.last_layer.weight_g.requires_grad
     assert DINOHead(8, 5, norm_last_layer=False).last_layer.weight_g.requires_grad
@@ -83,13 +83,13 @@ def test_head_normalises_and_keeps_the_papers_names(float64):
     with torch.no_grad():
         logits = head(torch.randn(3, 8) * 100)
         head.last_layer.weight_v.mul_(7)
-        assert logits.abs().max() <= 1  # cosines: neither length counts
+        assert logits.abs().max() <= 1  # cosines do not depend on either norm
         torch.testing.assert_close(head(torch.zeros(1, 8)), head(torch.zeros(1, 8)))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5])  # up to 4: the scale goes onto the product
+@pytest.mark.parametrize("rows", [1, 4, 5])  # up to 4 rows scale the product
 @pytest.mark.parametrize("train_magnitude", [False, True])
-def test_prototypes_are_weight_normed_for_any_number_of_rows(float64, rows, train_magnitude):
+def test_weight_norm_for_any_number_of_rows(float64, rows, train_magnitude):
     layer = WeightNormLinear(4, 7, train_magnitude=train_magnitude)
     nn.init.uniform_(layer.weight_g, 0.5, 2)
     x = torch.randn(rows, 4, requires_grad=True)
@@ -101,7 +101,7 @@ def test_prototypes_are_weight_normed_for_any_number_of_rows(float64, rows, trai
         torch.testing.assert_close(got, want)
 
 
-def test_few_rows_keep_no_weight_for_the_backward_pass():
+def test_few_rows_save_no_normalised_weight_for_backward():
     layer = WeightNormLinear(4, 700, train_magnitude=False)
     own = {layer.weight_v.data_ptr(), layer.weight_g.data_ptr()}
     kept = []
@@ -117,7 +117,7 @@ def test_few_rows_keep_no_weight_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_prototypes_under_autocast(dtype):
+def test_weight_norm_under_autocast(dtype):
     layer = WeightNormLinear(64, 50, train_magnitude=True)
     x = torch.randn(8, 64, requires_grad=True)
     gradient = torch.randn(8, 50)
@@ -132,7 +132,7 @@ def test_prototypes_under_autocast(dtype):
         assert error < 4 * torch.finfo(dtype).eps
 
 
-def test_crops_of_one_size_share_a_pass_and_keep_their_order():
+def test_one_backbone_pass_per_crop_size_keeps_the_order():
     passes = []
 
     class Backbone(nn.Module):

@@ -1,4 +1,4 @@
-"""fastdino.models.vit: what a ViT computes, and that its fast ways compute the same."""
+"""The ViT against a plain transcription of the paper's code, and its fast paths against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdino.models.attention import (
     attention_problem,
     token_layout,
 )
-from fastdino.models.drop_path import draw_kept
+from fastdino.models.drop_path import draw_branch_scales
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import PatchEmbed, VisionTransformer
 
@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def make_vit(**settings) -> VisionTransformer:
-    """A small one whose every parameter counts: none is 0, biases included."""
+    """A small ViT without zero parameters, so that each one affects the result."""
     torch.manual_seed(0)
     defaults = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32}
     vit = VisionTransformer(**(defaults | settings))
@@ -34,7 +34,7 @@ def make_vit(**settings) -> VisionTransformer:
 
 
 def crops_by_size() -> list[torch.Tensor]:
-    """Images of three sizes: the network's own, one whose sides no patch divides, one patch."""
+    """Images of three sizes: the ViT's own, one that is not a multiple of the patch, one patch."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((4, 32, 32), (6, 19, 25), (2, 8, 8))
     dtype = torch.get_default_dtype()
@@ -42,7 +42,7 @@ def crops_by_size() -> list[torch.Tensor]:
 
 
 def features_and_gradients(vit, call, *, autocast=None):
-    """What `call` gives in training, its gradients, and the next random number."""
+    """Return the output of `call`, its gradients, and the next random number."""
     vit.zero_grad()
     torch.manual_seed(2)
     device = vit.cls_token.device
@@ -62,7 +62,7 @@ def assert_equal_results(got, want, **tolerances):
 
 
 def papers_forward(vit, images):
-    """The paper's code: every token of every block, stochastic depth drawn as it goes."""
+    """Transcribe the paper's code: all tokens in all blocks, stochastic depth drawn in place."""
 
     def drop_path(x, rate):
         if rate == 0:
@@ -88,8 +88,8 @@ def papers_forward(vit, images):
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("packed", [False, True], ids=["by size", "packed"])
-def test_every_way_gives_what_the_papers_code_gives(float64, packed, cls_only, drop_path_rate):
-    """Features, gradients, and as many random numbers drawn: 'packed' draws the same ones."""
+def test_packing_and_cls_only_match_the_papers_code(float64, packed, cls_only, drop_path_rate):
+    """Features, gradients and the random state are equal."""
     vit, groups = make_vit(drop_path_rate=drop_path_rate), crops_by_size()
     vit.cls_only = cls_only
     got = features_and_gradients(
@@ -104,7 +104,7 @@ def test_every_way_gives_what_the_papers_code_gives(float64, packed, cls_only, d
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("backend", ["xformers", "varlen"])
-def test_every_attention_gives_the_same(float64, monkeypatch, backend, cls_only):
+def test_attention_backends_agree(float64, monkeypatch, backend, cls_only):
     vit, groups = make_vit(drop_path_rate=0.5), crops_by_size()
     vit.cls_only = cls_only
     want = features_and_gradients(vit, lambda: vit(groups))
@@ -114,7 +114,7 @@ def test_every_attention_gives_the_same(float64, monkeypatch, backend, cls_only)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_packed_crops_agree_under_autocast(dtype):
+def test_packing_agrees_under_autocast(dtype):
     vit, groups = make_vit(drop_path_rate=0.5), crops_by_size()
     got = features_and_gradients(vit, lambda: vit(groups), autocast=dtype)
     vit.cls_only = False
@@ -125,7 +125,7 @@ def test_packed_crops_agree_under_autocast(dtype):
     assert_equal_results(got, want, rtol=0.1, atol=0.1)
 
 
-def test_a_network_in_half_precision_stays_in_it():
+def test_a_bf16_network_returns_bf16():
     vit = make_vit(drop_path_rate=0.5).bfloat16()
     assert vit([images.bfloat16() for images in crops_by_size()]).dtype == torch.bfloat16
 
@@ -135,7 +135,7 @@ def test_a_network_in_half_precision_stays_in_it():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu_every_attention_gives_the_same(backend, dtype, compiled):
+def test_gpu_attention_backends_agree(backend, dtype, compiled):
     problem = attention_problem(backend, AttentionInputs(CUDA, dtype, 32, (17, 7, 2)))
     if problem is not None:
         pytest.skip(f"no {backend}: {problem}")
@@ -161,8 +161,7 @@ def test_on_a_gpu_every_attention_gives_the_same(backend, dtype, compiled):
         pytest.param("varlen", "eager", marks=pytest.mark.slow),
     ],
 )
-def test_blocks_compile_whole_and_once(monkeypatch, backend, compiler):
-    """Of student and teacher, packed and not: no break in the graph, nothing compiled again."""
+def test_blocks_compile_without_graph_breaks_or_recompilation(monkeypatch, backend, compiler):
     monkeypatch.setattr(AttentionBackend, "for_inputs", lambda *args: backend)
     torch._dynamo.reset()
     vit, groups = make_vit(depth=4, drop_path_rate=0.3), crops_by_size()
@@ -176,18 +175,16 @@ def test_blocks_compile_whole_and_once(monkeypatch, backend, compiler):
     counter = CompileCounterWithBackend(compiler)
     for block in vit.blocks:
         block.compile(fullgraph=True, backend=counter)
-    for again in range(3):
+    for _ in range(3):
         got = step()
-        if not again:
-            # Student: no stochastic depth, some, and the last block; teacher: blocks, and the last.
-            assert counter.frame_count == 5
+        # Student: block without and with stochastic depth, last block. Teacher: block, last block.
+        assert counter.frame_count == 5
         torch.testing.assert_close(got[0], want[0])
         assert_equal_results(got[1], want[1], rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 5
     torch._dynamo.reset()
 
 
-def test_the_last_block_computes_cls_alone():
+def test_the_last_block_computes_only_cls():
     vit, groups = make_vit(), crops_by_size()
     rows = []
     for block in vit.blocks:
@@ -200,7 +197,7 @@ def test_the_last_block_computes_cls_alone():
 
 
 @pytest.mark.parametrize("drop_path_rate", [0, 0.3])
-def test_what_is_recomputed_is_not_kept_and_no_product_is(float64, drop_path_rate):
+def test_recompute_keeps_less_and_repeats_no_product(float64, drop_path_rate):
     kept, products, results = [], [], []
     vit = make_vit(depth=3, drop_path_rate=drop_path_rate)
     groups = [torch.randn(4, 3, 32, 32), torch.randn(8, 3, 16, 16)]
@@ -230,19 +227,19 @@ def test_what_is_recomputed_is_not_kept_and_no_product_is(float64, drop_path_rat
 
 
 @pytest.mark.parametrize("size", [(32, 32), (19, 25), (8, 15)])
-def test_patches_are_those_of_a_convolution(float64, size):
+def test_patch_embedding_equals_a_convolution(float64, size):
     embed = PatchEmbed(8, 5)
     images = torch.randn(2, 3, *size)
     want = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=8)
     torch.testing.assert_close(embed(images), want.flatten(2).transpose(1, 2))
 
 
-def test_an_image_smaller_than_a_patch_is_refused():
+def test_images_smaller_than_a_patch_are_an_error():
     with pytest.raises(ValueError, match="images of 8 x 7 px are smaller than a 8 px patch"):
         make_vit()(torch.zeros(1, 3, 8, 7))
 
 
-def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
+def test_position_embedding_is_resized_as_in_the_paper(float64):
     vit = VisionTransformer(patch_size=16, embed_dim=8, depth=1, num_heads=1)
     assert vit.positions((224, 224)) is vit.positions((230, 230)) is vit.pos_embed
     grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 8).permute(0, 3, 1, 2)
@@ -250,17 +247,17 @@ def test_positions_of_another_size_follow_the_papers_scale_factor(float64):
     got = vit.positions((96, 150))
     assert torch.equal(got[:, 1:], want.permute(0, 2, 3, 1).reshape(1, 54, 8))
     assert torch.equal(got[:, :1], vit.pos_embed[:, :1])
-    # Without the 0.1 the coordinates are others: the test would pass on a resize by size alone.
+    # Without the 0.1, the sampling positions differ.
     by_size = nn.functional.interpolate(grid, size=(6, 9), mode="bicubic")
     assert not torch.allclose(want, by_size)
-    # Of an image that is not square they are resized to the grid that they have, too.
+    # For images that are not square, the paper resizes even to the same grid.
     want = nn.functional.interpolate(grid, scale_factor=(14.1 / 14, 14.1 / 14), mode="bicubic")
     got = vit.positions((224, 230))[:, 1:]
     assert torch.equal(got, want.permute(0, 2, 3, 1).reshape(1, 196, 8))
     assert not torch.allclose(got, vit.pos_embed[:, 1:])
 
 
-def test_last_selfattention_is_what_the_last_block_applies(float64):
+def test_last_selfattention_returns_the_weights_of_the_last_block(float64):
     vit = make_vit(depth=2).eval()
     images = torch.randn(2, 3, 16, 24)
     weights = vit.get_last_selfattention(images)
@@ -274,7 +271,7 @@ def test_last_selfattention_is_what_the_last_block_applies(float64):
     torch.testing.assert_close(block.attn.proj(mixed), block.attn(tokens, layout))
 
 
-def test_intermediate_layers_end_with_what_forward_returns(float64):
+def test_intermediate_layers(float64):
     vit = make_vit().eval()
     images = torch.randn(2, 3, 16, 16)
     layers = vit.get_intermediate_layers(images, n=2)
@@ -287,24 +284,24 @@ def test_intermediate_layers_end_with_what_forward_returns(float64):
     torch.testing.assert_close(layers[0].flatten(0, 1), vit.norm(x))
 
 
-def test_stochastic_depth_drops_images_and_keeps_the_mean():
+def test_stochastic_depth_drops_branches_and_keeps_their_mean():
     torch.manual_seed(0)
-    kept = draw_kept([0.25, 0.5], [4000, 3000], dtype=torch.float32, device=CPU)
+    kept = draw_branch_scales([0.25, 0.5], [4000, 3000], dtype=torch.float32, device=CPU)
     assert kept.shape == (2, 2, 7000)
     for rate, branches in zip((0.25, 0.5), kept, strict=True):
         assert branches.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
         assert branches.mean(1).tolist() == pytest.approx([1, 1], abs=0.05)
-    assert len(kept.flatten(0, 1).unique(dim=0)) == 4  # each branch has its own
+    assert len(kept.flatten(0, 1).unique(dim=0)) == 4  # branches are independent
     vit, images = make_vit(drop_path_rate=0.9), crops_by_size()[0]
     assert not torch.equal(vit(images), vit(images))
     assert torch.equal(vit.eval()(images), vit(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_stochastic_depth_draws_in_the_branches_dtype(dtype):
-    """As the paper's code: in half precision other numbers come, and other images go."""
+def test_stochastic_depth_draws_in_the_dtype_of_the_branches(dtype):
+    """As in the paper's code, other images are dropped in half precision."""
     torch.manual_seed(0)
-    kept = draw_kept([0.3], [50], dtype=dtype, device=CPU)
+    kept = draw_branch_scales([0.3], [50], dtype=dtype, device=CPU)
     torch.manual_seed(0)
     for got in kept[0]:
         want = (0.7 + torch.rand(50, dtype=dtype)).floor_()
@@ -321,7 +318,7 @@ def test_stochastic_depth_draws_in_the_branches_dtype(dtype):
     ],
     ids=["no local crops", "all of one size", "two sizes", "two heights"],
 )
-def test_a_wrapper_packs_any_crops(float64, sizes):
+def test_packing_supports_any_combination_of_crops(float64, sizes):
     wrapper = MultiCropWrapper(make_vit(drop_path_rate=0.5), nn.Identity())
     crops = [torch.randn(2, 3, *size) for size in sizes]
     results = []
@@ -331,7 +328,7 @@ def test_a_wrapper_packs_any_crops(float64, sizes):
     assert_equal_results(results[1], results[0], rtol=1e-10, atol=1e-12)
 
 
-def test_names_of_the_state_are_the_papers():
+def test_state_dict_has_the_papers_names():
     names = set(make_vit().state_dict())
     assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.bias"} <= names
     assert {name for name in names if name.startswith("blocks.2.")} == {

@@ -1,4 +1,4 @@
-"""Backbones from the checkpoints there are: ours, the paper's, bare weights."""
+"""Loading of backbones from checkpoints, bare weights and other projects' files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def trainer(tiny):
-    """A tiny one whose student and teacher differ."""
+    """A tiny trainer with a teacher that differs from its student."""
     trainer = Trainer(tiny(), steps_per_epoch=1)
     generator = torch.Generator().manual_seed(1)
     for parameter in trainer.teacher.parameters():
@@ -30,7 +30,7 @@ def trainer(tiny):
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes a checkpoint and returns its path."""
+    """Save a checkpoint; return its path."""
 
     def write(state):
         torch.save(state, tmp_path / "checkpoint.pth")
@@ -54,7 +54,7 @@ def prefixed(state, prefix):
 
 
 @pytest.mark.parametrize("key", ["student", "teacher"])
-def test_our_checkpoint_says_what_it_is_of(trainer, save, key):
+def test_checkpoint_determines_arch_and_patch_size(trainer, save, key):
     path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
     backbone = load(path, key=key)
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
@@ -62,7 +62,7 @@ def test_our_checkpoint_says_what_it_is_of(trainer, save, key):
 
 
 @pytest.mark.parametrize("key", ["student", "teacher"])
-def test_the_papers_checkpoint_has_a_prefix_and_a_namespace(trainer, save, key):
+def test_the_papers_checkpoint_with_ddp_prefix_and_namespace(trainer, save, key):
     args = argparse.Namespace(arch="vit_nano", patch_size=8, out_dim=64)
     state = {
         "student": prefixed(trainer.student.state_dict(), "module."),
@@ -76,22 +76,22 @@ def test_the_papers_checkpoint_has_a_prefix_and_a_namespace(trainer, save, key):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
-def test_backbone_weights_alone_need_the_flags(trainer, save, prefix):
+def test_bare_backbone_weights_with_any_prefix(trainer, save, prefix):
     path = save(prefixed(trainer.teacher.backbone.state_dict(), prefix))
     assert_same_features(load(path, arch="vit_nano", patch_size=8), trainer.teacher)
 
 
-def test_one_networks_weights_alone_lose_their_head(trainer, save):
+def test_weights_of_one_network_without_the_head(trainer, save):
     path = save(trainer.teacher.state_dict())
     assert_same_features(load(path, arch="vit_nano", patch_size=8), trainer.teacher)
 
 
-def test_a_position_embedding_of_any_grid_is_kept_as_it_is(trainer, save):
+def test_position_embedding_keeps_its_grid(trainer, save):
     backbone = load(save({**trainer.state_dict(), "args": trainer.config.to_dict()}))
     assert backbone.module.pos_embed.shape == (1, 1 + 16, 96)  # 32 px crops in patches of 8
 
 
-def test_the_old_name_of_an_architecture_is_understood(save):
+def test_checkpoints_with_the_arch_name_deit_load(save):
     fresh = load("", arch="vit_tiny", patch_size=16)
     args = argparse.Namespace(arch="deit_tiny", patch_size=16)
     state = {"teacher": prefixed(fresh.module.state_dict(), "backbone."), "args": args}
@@ -99,7 +99,7 @@ def test_the_old_name_of_an_architecture_is_understood(save):
     assert torch.equal(backbone.module.pos_embed, fresh.module.pos_embed)
 
 
-def test_no_checkpoint_is_an_untrained_network():
+def test_without_a_checkpoint_the_weights_are_random():
     backbone = load("", arch="vit_nano")
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 16)
     assert backbone.module(torch.zeros(1, 3, 224, 224)).shape == (1, 96)
@@ -112,7 +112,7 @@ def test_no_checkpoint_is_an_untrained_network():
         ({"patch_size": 16}, ["patch_embed.proj.weight is (96, 3, 8, 8), expected (96, 3, 16"]),
     ],
 )
-def test_another_network_names_the_tensors(trainer, save, flags, problems):
+def test_mismatched_tensors_are_named(trainer, save, flags, problems):
     path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
     with pytest.raises(CheckpointError) as error:
         load(path, **flags)
@@ -121,13 +121,13 @@ def test_another_network_names_the_tensors(trainer, save, flags, problems):
 
 
 @pytest.mark.parametrize("key", ["teacher", "epoch"])
-def test_a_network_that_the_file_has_not_is_named_with_those_it_has(trainer, save, key):
+def test_missing_checkpoint_key_is_an_error_with_the_available_keys(trainer, save, key):
     path = save({"student": trainer.student.state_dict(), "epoch": 3})
     with pytest.raises(CheckpointError, match=f"no network '{key}', it has student: .*_key"):
         load(path, key=key)
 
 
-def test_files_that_are_no_checkpoint_are_mistakes(save, tmp_path):
+def test_other_files_are_errors(save, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load(str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match="do not match the network"):
@@ -138,7 +138,7 @@ def test_files_that_are_no_checkpoint_are_mistakes(save, tmp_path):
         load("", arch="vit_nan")
 
 
-def test_bare_weights_of_a_vit_tell_its_architecture(trainer, save):
+def test_arch_is_inferred_from_bare_weights(trainer, save):
     backbone = load(save(trainer.teacher.backbone.state_dict()))
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
     assert_same_features(backbone, trainer.teacher)
@@ -146,7 +146,7 @@ def test_bare_weights_of_a_vit_tell_its_architecture(trainer, save):
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 @pytest.mark.parametrize("classes", [0, 10])
-def test_timms_vits_give_timms_features(tmp_path, form, classes):
+def test_timm_vits_have_timms_features(tmp_path, form, classes):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=classes).eval()
     path = tmp_path / f"model.{form}"
     (save_file if form == "safetensors" else torch.save)(model.state_dict(), path)
@@ -157,14 +157,14 @@ def test_timms_vits_give_timms_features(tmp_path, form, classes):
         torch.testing.assert_close(backbone.module(IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_names_of_timms_dino_models_are_the_papers():
+def test_timms_dino_models_have_the_papers_names():
     model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0)
     ours = load("", arch="vit_small", patch_size=16).module.state_dict()
     theirs = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert theirs == {name: tensor.shape for name, tensor in ours.items()}
 
 
-HF_NAMES = (  # of transformers' ViTModel, by the paper's
+HF_NAMES = (  # the paper's names as patterns, and those of transformers' ViTModel
     (r"^(cls_token)", r"embeddings.\1"),
     (r"^pos_embed", "embeddings.position_embeddings"),
     (r"^patch_embed.proj", "embeddings.patch_embeddings.projection"),
@@ -179,7 +179,7 @@ HF_NAMES = (  # of transformers' ViTModel, by the paper's
 
 
 def hf_state(backbone, prefix=""):
-    """A backbone's weights as Hugging Face's ViTModel has them."""
+    """Rename the weights of a backbone to those of Hugging Face's ViTModel."""
     state = {}
     for name, tensor in backbone.state_dict().items():
         for pattern, new in HF_NAMES:
@@ -204,7 +204,7 @@ def hf_folder(folder, state, file="model.safetensors", **config):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["", "vit."])
-def test_hugging_faces_vits_are_read_from_folder_and_file(trainer, tmp_path, file, prefix):
+def test_hugging_face_vits_load_from_folder_and_file(trainer, tmp_path, file, prefix):
     folder = hf_folder(tmp_path / "hf", hf_state(trainer.teacher.backbone, prefix), file)
     for path in (folder, f"{folder}/{file}"):
         backbone = load(path)
@@ -212,14 +212,14 @@ def test_hugging_faces_vits_are_read_from_folder_and_file(trainer, tmp_path, fil
         assert_same_features(backbone, trainer.teacher)
 
 
-def test_hugging_faces_other_models_are_refused(trainer, tmp_path):
+def test_other_hugging_face_models_are_errors(trainer, tmp_path):
     state = hf_state(trainer.teacher.backbone)
-    with pytest.raises(CheckpointError, match=r"'num_heads': 6\}, expected a vit that is one of"):
+    with pytest.raises(CheckpointError, match=r"'num_heads': 6\}, expected a vit that is one"):
         load(hf_folder(tmp_path / "a", state, num_attention_heads=6))
-    with pytest.raises(CheckpointError, match="is of a dinov2 with"):
+    with pytest.raises(CheckpointError, match="describes a dinov2 with"):
         load(hf_folder(tmp_path / "a", state, model_type="dinov2"))
     (tmp_path / "a" / "config.json").write_text("[")
-    with pytest.raises(CheckpointError, match="config.json is no config of a ViT"):
+    with pytest.raises(CheckpointError, match="config.json is not the config of a ViT"):
         load(str(tmp_path / "a"))
     (tmp_path / "b").mkdir()
     with pytest.raises(CheckpointError, match="a folder without model.safetensors or pytorch_mod"):
@@ -232,7 +232,7 @@ def test_hugging_faces_other_models_are_refused(trainer, tmp_path):
         load(hf_folder(tmp_path / "d", state))
 
 
-def test_a_truncated_safetensors_is_named(trainer, tmp_path):
+def test_truncated_safetensors_are_an_error(trainer, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(hf_state(trainer.teacher.backbone), path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -242,7 +242,7 @@ def test_a_truncated_safetensors_is_named(trainer, tmp_path):
         load(str(tmp_path / "none.safetensors"))
 
 
-def test_weights_to_start_from_have_the_runs_patch_grid(trainer, save):
+def test_initial_weights_have_the_patch_grid_of_the_run(trainer, save):
     path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
     same, key = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
     assert key == "teacher"
@@ -252,11 +252,11 @@ def test_weights_to_start_from_have_the_runs_patch_grid(trainer, save):
     assert torch.equal(larger["pos_embed"], trainer.teacher.backbone.positions((48, 48)))
 
 
-def test_weights_to_start_from_are_the_students_where_there_is_no_teacher(trainer, save):
+def test_initial_weights_are_the_students_without_a_teacher(trainer, save):
     path = save({"student": trainer.state_dict()["student"]})
-    found, key = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
+    weights, key = initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)
     assert key == "student"
     for name, tensor in trainer.student.backbone.state_dict().items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(weights[name], tensor)
     path = save(trainer.student.backbone.state_dict())
     assert initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)[1] is None

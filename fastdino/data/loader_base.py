@@ -27,7 +27,7 @@ class CropLoader(ABC):
         steps_per_epoch: batches per epoch.
         skipped: path -> reason of the files that became unreadable after the scan; source.skipped
             has those of the scan.
-        description: the backend and the reason for it, for the first line of a run's log.
+        description: libraries, device and workers, for the first line of a run's log.
 
     Raises:
         DataError: fewer images than a batch; while running, more than max_bad_share unreadable.

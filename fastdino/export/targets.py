@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastdino import checkpoint
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.models.vit import VIT_ARCHS, Attention, Block, VisionTransformer
-from fastdino.models.weight_names import hf_names
+from fastdino.models.weight_names import to_hf_names
 from fastdino.models.weights import load_backbone
 
 Features = Callable[[Tensor], Tensor]
@@ -201,7 +201,7 @@ def _write_hf(network: Network, path: Path) -> None:
         ("preprocessor_config.json", hf_preprocessor(network)),
     ):
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
-    _write_tensors(hf_names(network.tensors()), path / "model.safetensors", {"format": "pt"})
+    _write_tensors(to_hf_names(network.tensors()), path / "model.safetensors", {"format": "pt"})
 
 
 def _read_hf(network: Network, path: Path) -> Features:

@@ -1,1 +1,1 @@
-"""The networks: backbones, the projection head, the wrapper for crops of several sizes."""
+"""Networks: backbones, the projection head, and loading of weights."""

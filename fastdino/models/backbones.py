@@ -1,4 +1,4 @@
-"""From the name of an architecture to a backbone that returns one feature vector an image."""
+"""Construction of backbones by architecture name, and of the student and teacher networks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def build_backbone(
     drop_path_rate: float = 0.0,
     img_size: int = 224,
 ) -> tuple[nn.Module, int]:
-    """A backbone [B, 3, H, W] -> [B, D] with fresh weights, and its D.
+    """Build a backbone [B, 3, H, W] -> [B, D] with random weights; return it and D.
 
     Args:
-        arch: vit_* (deit_* means the same), xcit_* of the paper's authors or timm, a torchvision
-            model with an fc layer, or any timm model.
-        patch_size, img_size: of vit_* only, in pixels.
-        drop_path_rate: stochastic depth, where the architecture has it.
+        arch: vit_* or deit_* (synonyms), xcit_* with the names of the paper's authors or of timm,
+            a torchvision model with an fc layer, or any timm model.
+        patch_size, img_size: in pixels, for vit_* only.
+        drop_path_rate: stochastic depth rate; ignored by architectures without it.
 
-    Raises: ConfigError: no such architecture (the message offers near names), or it has no
-        single feature vector.
+    Raises: ConfigError: an unknown architecture (the message suggests similar names), or one
+        without a single feature vector.
     """
     vit_name = arch.replace("deit_", "vit_", 1) if arch.startswith("deit_") else arch
     if vit_name in VIT_ARCHS:
@@ -53,8 +53,8 @@ def build_backbone(
     if timm.is_model(timm_name):
         return _build_timm(timm_name, drop_path_rate)
     if arch in _torchvision_archs():
-        raise ConfigError(f"--arch {arch}: torchvision's has no single fc layer to take off")
-    raise ConfigError(f"--arch {arch!r} is not known{_near_names(arch)}")
+        raise ConfigError(f"--arch {arch}: the torchvision model does not end in one fc layer")
+    raise ConfigError(f"unknown --arch {arch!r}{_suggestion(arch)}")
 
 
 @functools.cache
@@ -62,7 +62,8 @@ def _torchvision_archs() -> frozenset[str]:
     return frozenset(torchvision.models.list_models(module=torchvision.models))
 
 
-def _near_names(name: str) -> str:
+def _suggestion(name: str) -> str:
+    """Return the end of an error message, with similar architecture names."""
     names = [*VIT_ARCHS, *_torchvision_archs(), *timm.list_models()]
     near = difflib.get_close_matches(name, names, n=3)
     return (
@@ -71,13 +72,13 @@ def _near_names(name: str) -> str:
 
 
 def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
-    """A timm model without its classifier, taking images of any size where it can."""
-    wishes = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+    """Build a timm model without its classifier, for images of any size if it supports that."""
+    any_size = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
     rates = [{"drop_path_rate": drop_path_rate}, {}] if drop_path_rate else [{}]
     for rate in rates:
-        for wish in wishes:
+        for options in any_size:
             try:
-                model = timm.create_model(name, pretrained=False, num_classes=0, **wish, **rate)
+                model = timm.create_model(name, pretrained=False, num_classes=0, **options, **rate)
             except TypeError:  # this model has no such argument
                 continue
             width = getattr(model, "head_hidden_size", None) or model.num_features
@@ -86,9 +87,9 @@ def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
 
 
 def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher, equal weights, on the CPU; the teacher takes no gradient.
+    """Build student and teacher on the CPU, with equal weights; the teacher has no gradients.
 
-    Raises: ConfigError: an architecture that is not known or cannot take crops of these sizes.
+    Raises: ConfigError: the architecture is unknown or does not support these crop sizes.
     """
     networks = []
     for drop_path_rate, norm_last_layer in (
@@ -111,7 +112,7 @@ def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrap
 
 
 def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
-    """Says before the run that an architecture cannot take a crop size: one image, no gradient."""
+    """Raise ConfigError unless the backbone maps an image of each crop size to one vector."""
     sizes = {config.global_crops_size}
     if config.local_crops_number:
         sizes.add(config.local_crops_size)
@@ -124,7 +125,7 @@ def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
                 features: Tensor = network.backbone(image)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
-                f"--arch {config.arch} cannot take {size} px crops: {error}"
+                f"--arch {config.arch} does not support {size} px crops: {error}"
             ) from error
         if features.shape != (1, network.head.in_dim):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""torch.compile over the blocks and head of a network."""
+"""torch.compile over the blocks and the head of a network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import Block, VisionTransformer
 
-_COMPILATIONS = 64  # of one function, beyond which PyTorch would refuse
+RECOMPILE_LIMIT = 64  # compilations of one function before PyTorch falls back to eager
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot make code for `device`; None where it can."""
+    """Return the reason why torch.compile cannot generate code for `device`; None if it can."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 7:
@@ -27,14 +27,14 @@ def compile_problem(device: torch.device) -> str | None:
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if any(shutil.which(compiler) for compiler in compilers):
         return None
-    return f"a CPU needs a C++ compiler: none of {', '.join(compilers)} is there"
+    return f"it needs a C++ compiler on a CPU: install one of {', '.join(compilers)}"
 
 
-def _recomputing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Inductor, for what Block.recompute asks: else it keeps what backward products are to read.
+def _recompute_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile with Inductor, allowed to recompute the inputs of matrix products in backward.
 
-    (Of the head that is the normalised W.) Only while these graphs are compiled: what others in the
-    process keep is theirs to say.
+    By default Inductor keeps them (in the head, the normalised W), which would undo
+    Block.recompute. The setting is patched only for these graphs, not for the whole process.
     """
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs)
@@ -42,23 +42,23 @@ def _recomputing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
 
 
 def compile_network(network: MultiCropWrapper) -> None:
-    """Compiles a vit_* backbone's blocks, which share their compilations, and the head; in place.
+    """Compile the blocks of a vit_* backbone, which share their code, and the head; in place.
 
-    Names in the state_dict stay. Each new size of a batch or a crop is compiled anew.
+    The names in the state_dict stay the same. A new batch or crop size triggers a compilation.
     """
-    # A block is compiled for student and teacher, first and last block, and each size of crops.
+    # A block is compiled for student and teacher, first and last block, and each crop size.
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _COMPILATIONS)
-    # Within DistributedDataParallel a graph would be split where a message is full, after 1 MB at
-    # first: in the midst of each block. An autograd.Function, as xformers' is, older PyTorch cannot
-    # split at all. Blocks are small enough for their messages to go while the next ones run.
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
+    # Under DistributedDataParallel, PyTorch splits graphs where a gradient bucket is full, 1 MB at
+    # first: inside each block. Older versions cannot split xformers' autograd.Function at all.
+    # Blocks are small enough that their buckets are reduced while the next blocks run.
     torch._dynamo.config.optimize_ddp = False
-    # Not the modules: their hooks, with which FSDP gathers the weights, cannot be compiled.
+    # Compile forward, not the module: FSDP's hooks, which gather the weights, cannot be compiled.
     blocks = []
     if isinstance(network.backbone, VisionTransformer):
         blocks = [block for block in network.backbone.blocks if isinstance(block, Block)]
     recompute = any(block.recompute for block in blocks)
-    options: dict[str, Any] = {"backend": _recomputing} if recompute else {}
+    options: dict[str, Any] = {"backend": _recompute_backend} if recompute else {}
     for block in blocks:
         block.forward = torch.compile(  # type: ignore[method-assign]
             block.forward, fullgraph=True, dynamic=False, **options

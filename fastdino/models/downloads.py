@@ -1,16 +1,12 @@
-"""Weights that are not on this machine yet: the paper's, by name, and any by URL."""
+"""Downloads of weights by URL, and of the paper's released weights by name."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
-import os
 import shutil
 import sys
-import tempfile
 import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -19,50 +15,53 @@ import torch
 from tqdm import tqdm
 
 from fastdino.errors import CheckpointError
+from fastdino.files import atomic_write, file_lock
 
 
 @dataclass(frozen=True)
-class Released:
-    """A backbone that the paper's authors released: its file below BASE, and --arch."""
+class ReleasedWeights:
+    """A backbone released by the paper's authors: its file below BASE_URL, and its --arch."""
 
     file: str
     arch: str
 
 
-# Seconds after which a server that sends nothing is given up; of many processes each tries in turn.
-SILENCE = 20
-BASE = "https://dl.fbaipublicfiles.com/dino/"
-# By the names of the entry points in their hubconf.py. Their XCiTs are not among them: these have
-# the names of a third repository's tensors.
+TIMEOUT = 20  # seconds without data after which a download fails
+BASE_URL = "https://dl.fbaipublicfiles.com/dino/"
+# Named as in the authors' hubconf.py. Their XCiTs use tensor names that are not supported here.
 RELEASED = {
-    "dino_vits16": Released("dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "vit_small"),
-    "dino_vits8": Released("dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", "vit_small"),
-    "dino_vitb16": Released("dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "vit_base"),
-    "dino_vitb8": Released("dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", "vit_base"),
-    "dino_resnet50": Released("dino_resnet50_pretrain/dino_resnet50_pretrain.pth", "resnet50"),
+    name: ReleasedWeights(f"{stem}_pretrain/{stem}_pretrain.pth", arch)
+    for name, stem, arch in (
+        ("dino_vits16", "dino_deitsmall16", "vit_small"),
+        ("dino_vits8", "dino_deitsmall8", "vit_small"),
+        ("dino_vitb16", "dino_vitbase16", "vit_base"),
+        ("dino_vitb8", "dino_vitbase8", "vit_base"),
+        ("dino_resnet50", "dino_resnet50", "resnet50"),
+    )
 }
 
 
-def local_file(place: str) -> Path:
-    """The file that is meant by a path, a URL, or a name in RELEASED; a path that exists wins.
+def local_file(weights: str) -> Path:
+    """Return the local file of a path, a URL or a name in RELEASED; existing paths come first.
 
-    A URL's is downloaded once, into torch.hub's folder (TORCH_HOME).
+    A URL is downloaded once, into torch.hub's folder (TORCH_HOME).
 
-    Raises: CheckpointError: it cannot be downloaded; no such name.
+    Raises: CheckpointError: an unknown name, or a failed download.
     """
-    if "://" in place:
-        return _download(place)
-    if not Path(place).exists() and place == PurePosixPath(place).stem:
-        if place not in RELEASED:
+    if "://" in weights:
+        return _download(weights)
+    if not Path(weights).exists() and weights == PurePosixPath(weights).stem:
+        if weights not in RELEASED:
             raise CheckpointError(
-                f"there is no file {place}; expected a path, a URL or one of {', '.join(RELEASED)}"
+                f"there is no file {weights}; expected a path, a URL or one of "
+                f"{', '.join(RELEASED)}"
             )
-        return _download(BASE + RELEASED[place].file)
-    return Path(place)
+        return _download(BASE_URL + RELEASED[weights].file)
+    return Path(weights)
 
 
 def _download(url: str) -> Path:
-    """The file of a URL; of many runs' files, all of one name, each is kept."""
+    """Return the cached file of a URL; the file name contains a hash of the URL."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = PurePosixPath(urlsplit(url).path).name
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
@@ -70,42 +69,29 @@ def _download(url: str) -> Path:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{path.name}.lock", "w") as lock:
-            # Of many processes one downloads and the others wait; where a file system has no
-            # locks, each downloads.
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with file_lock(folder / f"{path.name}.lock", wait=True):  # one process downloads
             if not path.exists():
                 _fetch(url, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise CheckpointError(
-            f"{url} cannot be downloaded ({error}): name a file instead"
+            f"{url} cannot be downloaded ({error}): use a local file instead"
         ) from error
     return path
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Writes the file of a URL, whole or not at all.
+    """Download a URL to `path`, completely or not at all.
 
-    torch.hub's own function keeps what came of a download that was cut off, and waits for ever for
-    a server that is silent.
+    torch.hub.download_url_to_file keeps truncated downloads and waits forever for a silent server.
 
-    Raises: OSError, ValueError, HTTPException: it cannot be had whole.
+    Raises: OSError, ValueError, HTTPException: the download failed.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "fastdino"})
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
-        urllib.request.urlopen(request, timeout=SILENCE) as answer,
-    ):
-        announced = answer.headers.get("Content-Length")
-        size = None if announced is None else int(announced)
-        part = Path(scratch) / path.name
-        quiet = not sys.stderr.isatty()
-        with (
-            open(part, "wb") as file,
-            tqdm.wrapattr(answer, "read", total=size, desc=path.name, disable=quiet) as source,
-        ):
+    with atomic_write(path) as file, urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        length = response.headers.get("Content-Length")
+        size = None if length is None else int(length)
+        hide = not sys.stderr.isatty()
+        with tqdm.wrapattr(response, "read", total=size, desc=path.name, disable=hide) as source:
             shutil.copyfileobj(source, file)
-        if size not in (None, part.stat().st_size):
-            raise OSError(f"{part.stat().st_size} of {size} bytes came")
-        os.replace(part, path)
+        if size not in (None, file.tell()):
+            raise OSError(f"received {file.tell()} of {size} bytes")

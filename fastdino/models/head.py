@@ -1,4 +1,4 @@
-"""The projection head, and the wrapper that runs a list of crops through backbone and head.
+"""The projection head, and the network that applies backbone and head to crops of several sizes.
 
 Source: Caron et al. 2021, section 3.1 and appendix C.
 """
@@ -18,33 +18,36 @@ from fastdino.models.vit import init_linear
 
 
 class WeightNormLinear(nn.Module):
-    """y = x W^T with each row of W = weight_g * weight_v / ||weight_v|| (Salimans & Kingma 2016).
+    """Weight-normed linear layer (Salimans & Kingma 2016).
 
-    The names of torch.nn.utils.weight_norm, as in the paper's checkpoints: weight_g [K, 1],
-    weight_v [K, in_features]. A trained magnitude (train_magnitude) starts at 1 like a fixed one.
+    y = x W^T with each row of W = weight_g * weight_v / ||weight_v||.
+
+    Parameters have the names of torch.nn.utils.weight_norm, as in the paper's checkpoints:
+    weight_g [K, 1], initially 1, trained only with train_magnitude; weight_v [K, in_features].
 
     Attributes:
-        written: W in an autocast's dtype, for such regions, where something keeps it up to date (a
-            teacher's EMA), else None. Loading a state_dict, whose part it is not, makes it anew.
+        cached_weight: W in the dtype of autocast regions, used there; None: not cached. The caller
+            keeps it up to date (a teacher's EMA does). It is not part of the state_dict; loading
+            one refreshes it.
     """
 
-    written: Tensor | None
+    cached_weight: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, train_magnitude: bool):
         super().__init__()
         initial = nn.Linear(in_features, out_features, bias=False).weight.detach()
         self.weight_g = nn.Parameter(torch.ones(out_features, 1), requires_grad=train_magnitude)
         self.weight_v = nn.Parameter(initial)
-        self.register_buffer("written", None, persistent=False)
-        self.register_load_state_dict_post_hook(_write)
+        self.register_buffer("cached_weight", None, persistent=False)
+        self.register_load_state_dict_post_hook(_refresh_cache)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, D] -> [rows, K]."""
-        if self.written is not None and torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.written)
+        """Map [rows, D] -> [rows, K]."""
+        if self.cached_weight is not None and torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.cached_weight)
         if torch.compiler.is_compiling():
-            # Under autocast one kernel makes W in half precision: 4 K D bytes read, 2 K D written.
-            # The operator below writes 4 K D, which a cast reads to write 2 K D.
+            # Under autocast one compiled kernel writes W in half precision: 4 K D bytes read, 2 K D
+            # written. torch._weight_norm writes 4 K D, which a cast then reads to write 2 K D.
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
         if x.shape[0] <= x.shape[1]:
@@ -52,24 +55,24 @@ class WeightNormLinear(nn.Module):
             return y
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
-    def write(self, dtype: torch.dtype | None = None) -> None:
-        """Makes `written` anew, where there is one, or in a dtype at first. For magnitudes of 1."""
+    def cache_weight(self, dtype: torch.dtype | None = None) -> None:
+        """Create cached_weight in `dtype`; without `dtype`, refresh it if it exists."""
         if dtype is not None:
-            self.written = torch.empty_like(self.weight_v, dtype=dtype, requires_grad=False)
-        if self.written is not None:
+            self.cached_weight = torch.empty_like(self.weight_v, dtype=dtype, requires_grad=False)
+        if self.cached_weight is not None:
             with torch.no_grad():
-                self.written.copy_(torch._weight_norm(self.weight_v, self.weight_g, 0))
+                self.cached_weight.copy_(torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
-def _write(layer: WeightNormLinear, _: object) -> None:
-    layer.write()
+def _refresh_cache(layer: WeightNormLinear, _: object) -> None:
+    layer.cache_weight()
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """WeightNormLinear with no W: the scale goes onto the product, [rows, K] instead of [K, D].
+    """WeightNormLinear without W: scales the product [rows, K] instead of the weight [K, D].
 
-    In fp32 its forward reads 4 K D bytes for the norms and 4 K D for the product, where making W
-    first writes 4 K D more, and keeps them for the backward pass.
+    In fp32 the forward pass reads 4 K D bytes for the norms and 4 K D for the product. Computing W
+    first would write 4 K D more and keep them for the backward pass.
     """
 
     @staticmethod
@@ -87,7 +90,7 @@ class _ScaledProduct(torch.autograd.Function):
             scale = (weight_g / norm).T.to(dy.dtype)
             dx = ((dy * scale) @ weight_v.to(dy.dtype)).to(x.dtype)
         if any(ctx.needs_input_grad[1:]):
-            dw = dy.T @ x.to(dy.dtype)  # of W
+            dw = dy.T @ x.to(dy.dtype)  # gradient of W
             dv, dg = torch.ops.aten._weight_norm_interface_backward(
                 dw.to(weight_v.dtype), weight_v, weight_g, norm, 0
             )
@@ -95,13 +98,13 @@ class _ScaledProduct(torch.autograd.Function):
 
 
 class DINOHead(nn.Module):
-    """Three linears with GELU, L2 normalisation, a weight-normed linear to K prototypes.
+    """Three linear layers with GELU, L2 normalisation, a weight-normed layer to K prototypes.
 
     Args:
-        in_dim: the backbone's width D.
+        in_dim: width D of the backbone.
         out_dim: number of prototypes K.
-        use_bn: batch norm after each hidden linear.
-        norm_last_layer: keep the prototypes' norm fixed at 1.
+        use_bn: batch norm after each hidden layer.
+        norm_last_layer: fix the norm of the prototypes at 1.
     """
 
     def __init__(
@@ -130,14 +133,15 @@ class DINOHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, D] -> [rows, K]."""
+        """Map [rows, D] -> [rows, K]."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
 
 
 class MultiCropWrapper(nn.Module):
-    """Runs crops of several sizes: one backbone pass a size, one head pass over all of them.
+    """Backbone and head for crops of several sizes.
 
-    With `packing` the backbone gets all sizes in one pass, as a list: for a VisionTransformer.
+    The backbone runs once per crop size, the head once for all crops. With `packing` the backbone
+    also runs once, on a list with one tensor per size, which a VisionTransformer supports.
     """
 
     head: DINOHead
@@ -149,7 +153,7 @@ class MultiCropWrapper(nn.Module):
         self.packing = False
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """S crops [B, 3, H, W], those of one size next to each other -> [S * B, K]."""
+        """Map S crops [B, 3, H, W], with crops of one size adjacent, -> [S * B, K]."""
         groups = [torch.cat(tuple(group)) for _, group in groupby(crops, key=_size)]
         if self.packing:
             return self.head(self.backbone(groups))

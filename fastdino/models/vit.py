@@ -1,6 +1,6 @@
-"""The Vision Transformer of the paper: its names, its initialisation, its position embedding.
+"""The paper's Vision Transformer, with its parameter names, initialisation and position embedding.
 
-Source: Dosovitskiy et al. 2020; Caron et al. 2021, section 3 and the authors' code.
+Source: Dosovitskiy et al. 2020; Caron et al. 2021, section 3, and the authors' code.
 Legend: B images, N tokens (1 CLS + patches), H heads, D channels.
 """
 
@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.models.attention import AttentionBackend, TokenLayout, attend, token_layout
-from fastdino.models.drop_path import draw_kept
+from fastdino.models.drop_path import draw_branch_scales
 
 T = TypeVar("T")
 
 
 class PatchEmbed(nn.Module):
-    """[B, 3, height, width] -> [B, patches, D]; rows and columns short of a patch are left out.
+    """Patch embedding [B, 3, height, width] -> [B, patches, D]; incomplete patches are cropped.
 
-    A convolution whose stride is its kernel, computed as the product that it is.
+    The convolution with stride = kernel size is computed as a matrix product.
     """
 
     def __init__(self, patch_size: int, embed_dim: int):
@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within the sequences of a layout."""
+    """Multi-head self-attention within each sequence of a token layout."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -55,7 +55,10 @@ class Attention(nn.Module):
     def project(
         self, x: Tensor, layout: TokenLayout, *, first_only: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> queries, keys, values [T, H, D/H]; with first_only, queries [S, H, D/H]."""
+        """Project [T, D] to queries, keys and values [T, H, D/H].
+
+        With first_only, return the queries of first tokens only, [S, H, D/H].
+        """
         if not first_only:
             query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
             return query, key, value
@@ -70,23 +73,23 @@ class Attention(nn.Module):
     def mix(
         self, qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, *, first_only: bool = False
     ) -> Tensor:
-        """What project gave -> [T, D]; with first_only [S, D]."""
+        """Attend with the result of `project`: -> [T, D]; with first_only [S, D]."""
         return self.proj(attend(*qkv, layout, first_only=first_only).flatten(1))
 
     def forward(self, x: Tensor, layout: TokenLayout, *, first_only: bool = False) -> Tensor:
-        """[T, D] -> [T, D]; with first_only [S, D], of each sequence's first token alone."""
+        """Map [T, D] -> [T, D]; with first_only [S, D], for first tokens only."""
         return self.mix(
             self.project(x, layout, first_only=first_only), layout, first_only=first_only
         )
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention weights themselves: [B, N, D] -> [B, H, N, N]."""
+        """Return the attention weights: [B, N, D] -> [B, H, N, N]."""
         query, key, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
     def first_weights(self, x: Tensor) -> Tensor:
-        """The first token's row of `weights`, computed alone: [B, N, D] -> [B, H, N]."""
+        """Return only the first token's row of `weights`: [B, N, D] -> [B, H, N]."""
         weight, bias = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         query = F.linear(x[:, 0], weight[0], bias[0]).unflatten(-1, (self.num_heads, -1))
         key = F.linear(x, weight[1], bias[1]).unflatten(-1, (self.num_heads, -1))
@@ -95,7 +98,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), linear."""
+    """Two linear layers with a GELU (erf) in between."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -103,7 +106,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def contract(self, hidden: Tensor) -> Tensor:
-        """[T, hidden_dim], of fc1 -> [T, D]."""
+        """Apply GELU and fc2 to the output of fc1: [T, hidden_dim] -> [T, D]."""
         return self.fc2(F.gelu(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +117,8 @@ class Block(nn.Module):
     """A pre-norm transformer block with stochastic depth.
 
     Attributes:
-        recompute: the results of norms and GELU are not kept for the backward pass, but made again
-            there: of 16 D numbers a token 10 D remain. No product is computed twice.
+        recompute: recompute norms and GELU in the backward pass instead of keeping their results:
+            10 D instead of 16 D values per token. No matrix product is computed twice.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
@@ -130,61 +133,62 @@ class Block(nn.Module):
         self,
         x: Tensor,
         layout: TokenLayout,
-        kept: Tensor | None = None,
+        scales: Tensor | None = None,
         *,
         first_only: bool = False,
     ) -> Tensor:
-        """[T, D] -> [T, D]; with first_only [S, D], of each sequence's first token alone.
+        """Map [T, D] -> [T, D]; with first_only [S, D], for first tokens only.
 
         Args:
             x: the tokens.
-            layout: which of them are a sequence.
-            kept: [2, rows, 1], what each row of the result takes of the attention branch and of
-                the MLP branch (models/drop_path.py); None: both as they are.
-            first_only: the other tokens give keys and values, and are computed no further.
+            layout: the sequences.
+            scales: [2, rows, 1], factors of the attention branch and the MLP branch for each row of
+                the result (models/drop_path.py); None: 1.
+            first_only: all other tokens only provide keys and values.
         """
-        # In a compiled graph models/compiled.py has the compiler do it.
-        again = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if again and not first_only:
+        # In compiled blocks, models/compile.py makes the compiler recompute.
+        recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if recompute and not first_only:
             qkv = _keep_input(lambda x: self.attn.project(self.norm1(x), layout), x)
             branch = self.attn.mix(qkv, layout)
         else:
             branch = self.attn(self.norm1(x), layout, first_only=first_only)
         if first_only:
             x = layout.first(x)
-        x = x + branch if kept is None else torch.addcmul(x, branch, kept[0])
-        if again:
+        x = x + branch if scales is None else torch.addcmul(x, branch, scales[0])
+        if recompute:
             hidden = _keep_input(lambda x: self.mlp.fc1(self.norm2(x)), x)
             branch = _keep_input(self.mlp.contract, hidden)
         else:
             branch = self.mlp(self.norm2(x))
-        return x + branch if kept is None else torch.addcmul(x, branch, kept[1])
+        return x + branch if scales is None else torch.addcmul(x, branch, scales[1])
 
 
 def _keep_input(function: Callable[[Tensor], T], x: Tensor) -> T:
-    """function(x), which ends in a product: up to that it is run again by the backward pass.
+    """Compute function(x) and keep only x; the backward pass recomputes the rest.
 
-    (PyTorch stops where it has what the product kept, which is before the product itself.)
+    `function` ends in a matrix product, which is not recomputed: PyTorch's recomputation stops at
+    the last saved tensor, the input of the product.
     """
     result: T = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
 class VisionTransformer(nn.Module):
-    """ViT that takes images of any size and returns the normalised CLS token.
+    """ViT for images of any size; returns the normalised CLS token.
 
     Args:
         patch_size: side of a patch in pixels.
-        embed_dim, depth, num_heads: D, the number of blocks, H.
-        mlp_ratio: hidden width of the MLP over D.
-        drop_path_rate: stochastic depth of the last block; earlier blocks linearly less.
-        img_size: image side in pixels whose patch grid the position embedding holds one entry for.
+        embed_dim, depth, num_heads: D, number of blocks, H.
+        mlp_ratio: hidden width of the MLP divided by D.
+        drop_path_rate: stochastic depth rate of the last block; linearly less in earlier blocks.
+        img_size: side in pixels of the images for which the position embedding is made.
 
     Attributes:
-        attention: the implementation of attention (models/attention.py).
-        cls_only: whether forward computes the last block for CLS alone, which is all it returns.
-            The result is the same but for rounding. Of the last block's 12 D^2 + 2 N D products a
-            token 2 D^2 remain: 7.0 % of a whole ViT-S/16 at 224 px less.
+        attention: the attention backend (models/attention.py).
+        cls_only: forward computes the last block for CLS only. The result is the same, up to
+            rounding. The other tokens need 2 D^2 of the last block's 12 D^2 + 2 N D
+            multiplications per token, which saves 7.0 % of a ViT-S/16 at 224 px.
     """
 
     def __init__(
@@ -216,58 +220,59 @@ class VisionTransformer(nn.Module):
         self.apply(init_linear)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """[B, 3, height, width] -> [B, D]; several such tensors -> [sum of their B, D].
+        """Map [B, 3, height, width] -> [B, D], or a list of such tensors -> [sum of B, D].
 
-        Several tensors, each of images of one size, go through the blocks as one packed sequence.
+        The tensors of a list differ in image size and pass through the blocks as one packed
+        sequence.
         """
         groups = [images] if isinstance(images, Tensor) else images
         x, layout = self._pack([self.embed(group) for group in groups])
-        kept = self._draw_kept(x, layout, cls_only=self.cls_only)
+        scales = self._draw_scales(x, layout, cls_only=self.cls_only)
         *blocks, last = self.blocks
-        for block, rows in zip(blocks, kept, strict=False):
-            x = block(x, layout, rows)
-        x = last(x, layout, kept[-1], first_only=self.cls_only)
+        for block, block_scales in zip(blocks, scales, strict=False):
+            x = block(x, layout, block_scales)
+        x = last(x, layout, scales[-1], first_only=self.cls_only)
         return self.norm(x if self.cls_only else layout.first(x))
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width] -> [B, N, D]: patches, CLS, positions."""
+        """Embed images [B, 3, height, width] -> [B, N, D]: CLS and patches, plus positions."""
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         height, width = images.shape[-2:]
         return torch.cat((cls, patches), dim=1) + self.positions((height, width))
 
     def _pack(self, groups: Sequence[Tensor]) -> tuple[Tensor, TokenLayout]:
-        """Tensors [B, N, D] one after another as [T, D], and where they lie in it."""
+        """Concatenate tensors [B, N, D] to [T, D]; return it and its layout."""
         x = torch.cat([group.flatten(0, 1) for group in groups])
-        backend = self.attention.for_inputs(x.device, branch_dtype(x))
+        backend = self.attention.for_inputs(x.device, output_dtype(x))
         sizes = tuple((group.shape[0], group.shape[1]) for group in groups)
         return x, token_layout(sizes, x.device, backend)
 
-    def _draw_kept(
+    def _draw_scales(
         self, x: Tensor, layout: TokenLayout, *, cls_only: bool = False
     ) -> list[Tensor | None]:
-        """For each block what its rows take of its branches (Block.forward's `kept`)."""
+        """Draw stochastic depth: the `scales` of Block.forward for each block."""
         rates = [rate for rate in self.drop_path_rates if rate and self.training]
         if not rates:
             return [None] * len(self.blocks)
-        images = draw_kept(
+        per_image = draw_branch_scales(
             rates,
             [images for images, _ in layout.groups],
-            dtype=branch_dtype(x),
+            dtype=output_dtype(x),
             device=x.device,
         ).to(x.dtype)
-        tokens = iter(layout.spread(images).unsqueeze(-1))
-        kept = [next(tokens) if rate else None for rate in self.drop_path_rates]
-        if cls_only and kept[-1] is not None:
-            kept[-1] = images[-1].unsqueeze(-1)
-        return kept
+        per_token = iter(layout.spread(per_image).unsqueeze(-1))
+        scales = [next(per_token) if rate else None for rate in self.drop_path_rates]
+        if cls_only and scales[-1] is not None:
+            scales[-1] = per_image[-1].unsqueeze(-1)
+        return scales
 
     def positions(self, size: tuple[int, int]) -> Tensor:
-        """The position embedding [1, 1 + rows * columns, D] for images of (height, width) px.
+        """Return the position embedding [1, 1 + rows * columns, D] for (height, width) pixels.
 
-        Resized bicubically to their patch grid; it is taken as it is for square images of its own
-        grid alone, as in the paper's code (224 x 230 px, 14 x 14 patches of 16, are resized to).
-        The 0.1 added to each side keeps the scale factor from rounding a patch away.
+        It is resized bicubically to the patch grid, unless the images are square and have the
+        embedding's own grid. As in the paper's code, 224 x 230 px (14 x 14 patches of 16) are
+        resized too, and 0.1 is added to each side so that rounding does not lose a patch.
         """
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
@@ -283,55 +288,55 @@ class VisionTransformer(nn.Module):
         return torch.cat((cls, resized.flatten(2).transpose(1, 2)), dim=1)
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width] -> the last block's attention weights [B, H, N, N]."""
-        attention, tokens = self._into_last_attention(images)
+        """Return the attention weights of the last block: [B, 3, height, width] -> [B, H, N, N]."""
+        attention, tokens = self._last_attention_inputs(images)
         return attention.weights(tokens)
 
     def get_cls_attention(self, images: Tensor) -> Tensor:
-        """[B, 3, height, width] -> CLS's row of get_last_selfattention, [B, H, N].
+        """Return CLS's row of get_last_selfattention: [B, 3, height, width] -> [B, H, N].
 
-        It takes H N numbers an image where the whole takes H N^2: for ViT-S/8 at 480 px, N = 3601,
-        86 kB instead of 311 MB in fp32.
+        It needs H N values per image instead of H N^2: for ViT-S/8 at 480 px, N = 3601, 86 kB
+        instead of 311 MB in fp32.
         """
-        attention, tokens = self._into_last_attention(images)
+        attention, tokens = self._last_attention_inputs(images)
         return attention.first_weights(tokens)
 
-    def _into_last_attention(self, images: Tensor) -> tuple[Attention, Tensor]:
-        """The last block's attention, and the tokens [B, N, D] that go into it."""
+    def _last_attention_inputs(self, images: Tensor) -> tuple[Attention, Tensor]:
+        """Return the attention of the last block and its input tokens [B, N, D]."""
         x, layout = self._pack([self.embed(images)])
         *blocks, last = self.blocks
-        for block, rows in zip(blocks, self._draw_kept(x, layout), strict=False):
-            x = block(x, layout, rows)
+        for block, scales in zip(blocks, self._draw_scales(x, layout), strict=False):
+            x = block(x, layout, scales)
         assert isinstance(last, Block)
         return last.attn, layout.split(last.norm1(x))[0]
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> Sequence[Tensor]:
-        """[B, 3, height, width] -> the last n blocks' normalised tokens [B, N, D], in order."""
+        """Return the normalised tokens [B, N, D] of the last n blocks, in order."""
         x, layout = self._pack([self.embed(images)])
-        kept = self._draw_kept(x, layout)
+        scales = self._draw_scales(x, layout)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = block(x, layout, kept[i])
+            x = block(x, layout, scales[i])
             if len(self.blocks) - i <= n:
                 outputs.append(layout.split(self.norm(x))[0])
         return outputs
 
 
-def branch_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer answers `x`."""
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a linear layer's output for `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def init_linear(module: nn.Module) -> None:
-    """The paper's initialisation of linear layers: weight trunc-normal .02, bias 0."""
+    """Initialise a linear layer as in the paper: weight trunc-normal with std .02, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-# Width, depth and heads of each vit_* architecture.
+# Shapes of the vit_* architectures.
 VIT_ARCHS = {
     "vit_nano": {"embed_dim": 96, "depth": 6, "num_heads": 3},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},

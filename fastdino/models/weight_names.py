@@ -1,6 +1,6 @@
-"""DINO weights under other projects' names: told by the names, brought to this project's, and back.
+"""Conversion of ViT weights between Hugging Face's, timm's and the paper's tensor names.
 
-This project's names are the paper's (`blocks.0.attn.qkv.weight`), which timm's ViTs have too.
+fastdino uses the paper's names (`blocks.0.attn.qkv.weight`), which are also those of timm's ViTs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from fastdino.errors import CheckpointError
 from fastdino.models.vit import VIT_ARCHS
 
-# Hugging Face's ViTModel; the names within a block follow `encoder.layer.<N>.`, ours `blocks.<N>.`.
-# One table: own_names reads it from left to right, hf_names from right to left.
+# Names of Hugging Face's ViTModel and their counterparts in the paper. Within a block they follow
+# `encoder.layer.<N>.` there and `blocks.<N>.` here.
 _HF_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 _HF_IN_BLOCK = {
     "layernorm_before": "norm1",
@@ -30,37 +30,37 @@ _HF_OTHERS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "layernorm": "norm",
 }
-_OWN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
-# What stands above the backbone: a classifier, Hugging Face's pooler.
-_HF_ABOVE = ("pooler.", "classifier.")
-_TIMM_ABOVE = ("head.weight", "head.bias")
+_PAPER_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+# Layers on top of the backbone, which are dropped.
+_HF_HEADS = ("pooler.", "classifier.")
+_TIMM_HEAD = ("head.weight", "head.bias")
 
 
-def own_names(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """A backbone's weights under this project's names.
+def to_paper_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Rename the weights of a backbone to the paper's names; drop its classifier and pooler.
 
     Args:
-        state: as Hugging Face's ViTModel or ViTForImageClassification names them; or in the
-            paper's names, timm's among them. A ViT's classifier and pooler are left out.
-        what: the file, for messages.
+        state: weights of Hugging Face's ViTModel or ViTForImageClassification, of a timm ViT, or
+            with the paper's names.
+        source: the file, for error messages.
 
-    Hugging Face keeps query, key and value apart; here they are one tensor. Its config says a
-    LayerNorm eps of 1e-12; it is 1e-6 here, with which the weights were trained.
+    Hugging Face's query, key and value become one tensor. Its config has a LayerNorm eps of 1e-12;
+    fastdino uses 1e-6, with which the weights were trained.
 
-    Raises: CheckpointError: a block of Hugging Face's lacks its query, key or value.
+    Raises: CheckpointError: a block lacks its query, key or value.
     """
     bare = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
     if "embeddings.cls_token" in bare:
-        return _from_hf(bare, what)
+        return _from_hf(bare, source)
     if "cls_token" in state and "pos_embed" in state:
-        return {name: tensor for name, tensor in state.items() if name not in _TIMM_ABOVE}
+        return {name: tensor for name, tensor in state.items() if name not in _TIMM_HEAD}
     return state
 
 
-def _from_hf(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    own: dict[str, Tensor] = {}
+def _from_hf(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.startswith(_HF_ABOVE):
+        if name.startswith(_HF_HEADS):
             continue
         block = _HF_BLOCK.fullmatch(name)
         stem, _, kind = name.rpartition(".")
@@ -68,44 +68,44 @@ def _from_hf(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
             parts = [f"encoder.layer.{block[1]}.{part}.{block[3]}" for part in _HF_QKV]
             missing = [part for part in parts if part not in state]
             if missing:
-                raise CheckpointError(f"{what}: {', '.join(missing)} is missing beside {name}")
+                raise CheckpointError(f"{source} has {name}, but {', '.join(missing)} is missing")
             if block[2] == _HF_QKV[0]:
-                own[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat(
+                renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat(
                     [state[part] for part in parts]
                 )
         elif block and block[2] in _HF_IN_BLOCK:
-            own[f"blocks.{block[1]}.{_HF_IN_BLOCK[block[2]]}.{block[3]}"] = tensor
+            renamed[f"blocks.{block[1]}.{_HF_IN_BLOCK[block[2]]}.{block[3]}"] = tensor
         elif name in _HF_OTHERS:
-            own[_HF_OTHERS[name]] = tensor
+            renamed[_HF_OTHERS[name]] = tensor
         elif stem in _HF_OTHERS:
-            own[f"{_HF_OTHERS[stem]}.{kind}"] = tensor
-        else:  # of another model: check_shapes names it
-            own[name] = tensor
-    return own
+            renamed[f"{_HF_OTHERS[stem]}.{kind}"] = tensor
+        else:  # check_shapes reports it as unexpected
+            renamed[name] = tensor
+    return renamed
 
 
-def hf_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a vit_* as Hugging Face's ViTModel without a pooler names them."""
-    in_block = {own: hf for hf, own in _HF_IN_BLOCK.items()}
-    others = {own: hf for hf, own in _HF_OTHERS.items()}
-    named: dict[str, Tensor] = {}
+def to_hf_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a vit_* to those of Hugging Face's ViTModel without a pooler."""
+    in_block = {paper: hf for hf, paper in _HF_IN_BLOCK.items()}
+    others = {paper: hf for hf, paper in _HF_OTHERS.items()}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        block = _OWN_BLOCK.fullmatch(name)
+        block = _PAPER_BLOCK.fullmatch(name)
         stem, _, kind = name.rpartition(".")
         if block and block[2] == "attn.qkv":
             for part, rows in zip(_HF_QKV, tensor.chunk(3), strict=True):
-                named[f"encoder.layer.{block[1]}.{part}.{block[3]}"] = rows.clone()
+                renamed[f"encoder.layer.{block[1]}.{part}.{block[3]}"] = rows.clone()
         elif block:
-            named[f"encoder.layer.{block[1]}.{in_block[block[2]]}.{block[3]}"] = tensor
+            renamed[f"encoder.layer.{block[1]}.{in_block[block[2]]}.{block[3]}"] = tensor
         elif name in others:
-            named[others[name]] = tensor
+            renamed[others[name]] = tensor
         else:
-            named[f"{others[stem]}.{kind}"] = tensor
-    return named
+            renamed[f"{others[stem]}.{kind}"] = tensor
+    return renamed
 
 
-def vit_of(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """The vit_* architecture and patch size whose shapes these are; None where there is none."""
+def infer_vit(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """Return the vit_* architecture and patch size with these tensor shapes, or None."""
     patches = state.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4 or "pos_embed" not in state:
         return None

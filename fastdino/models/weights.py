@@ -1,4 +1,4 @@
-"""From a checkpoint to a backbone, for evaluation or to go on with."""
+"""Loading of backbone weights: checkpoints, bare weights, Hugging Face folders, URLs and names."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_backbone
 from fastdino.models.downloads import RELEASED, local_file
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
-from fastdino.models.weight_names import own_names, vit_of
+from fastdino.models.weight_names import infer_vit, to_paper_names
 
-# What a folder of Hugging Face's holds the weights in, in the order they are looked for.
+# Weight files of a Hugging Face folder, in order of preference.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone [B, 3, H, W] -> [B, D] in eval mode, what it was built as, and its training.
+    """A backbone [B, 3, H, W] -> [B, D] in eval mode, with the facts from its checkpoint.
 
     Attributes:
-        args: the settings of its training, where the checkpoint has them.
-        epoch: the epochs that were done, where the checkpoint says it.
-        key: "teacher" or "student", where the checkpoint says which it is.
+        args: training settings, if the checkpoint has them.
+        epoch: epochs trained, if the checkpoint has it.
+        key: "teacher" or "student", if the checkpoint has such keys.
     """
 
     module: nn.Module
@@ -50,22 +50,22 @@ def load_backbone(
     img_size: int = 224,
     default: tuple[str, int] = ("vit_small", 16),
 ) -> Backbone:
-    """The backbone of a checkpoint; fresh weights for path "".
+    """Load a backbone; path "" gives random weights.
 
     Args:
-        path: a file: a full checkpoint of this project or the paper's code, one network's or the
-            backbone's weights alone, as .pth or .safetensors, under the paper's names, timm's
-            (its DINO ViTs) or Hugging Face's (facebook/dino-*). Or a folder of Hugging Face's,
-            with model.safetensors or pytorch_model.bin, and config.json or not. Or the URL of a
-            file, or a name of released.RELEASED.
-        checkpoint_key: "teacher" or "student", used where the file has either; None: the teacher,
-            or the student where there is no teacher.
-        arch, patch_size: None: what the checkpoint's `args` say, else what the shapes of its
-            tensors say, else the default's.
-        img_size: of fresh weights, in pixels; a checkpoint's is read off its position embedding.
-        default: architecture and patch size where nothing says them.
+        path: a file: a full checkpoint of fastdino or the paper's code, one network, or bare
+            backbone weights, as .pth or .safetensors, with the names of the paper, of timm (its
+            DINO ViTs) or of Hugging Face (facebook/dino-*). Or a Hugging Face folder, with
+            model.safetensors or pytorch_model.bin, and optionally config.json. Or the URL of a
+            file, or a name in downloads.RELEASED.
+        checkpoint_key: "teacher" or "student", used if the file has either; None: the teacher, or
+            the student if there is no teacher.
+        arch, patch_size: None: read from the `args` of the checkpoint, else inferred from its
+            tensor shapes, else from `default`.
+        img_size: for random weights, in pixels; a checkpoint's position embedding determines it.
+        default: fallback architecture and patch size.
 
-    Raises: CheckpointError: no such key, or weights of another network (tensors are named).
+    Raises: CheckpointError: no such key, or weights of another network (with the tensors' names).
     """
     state = _read(local_file(path)) if path else {}
     args = state.get("args")
@@ -75,9 +75,9 @@ def load_backbone(
     weights = _backbone_weights(state, key, path)
     if path in RELEASED:
         default = (RELEASED[path].arch, 16)
-    seen_arch, seen_patch_size = vit_of(weights) or default
-    arch = arch or args.get("arch", seen_arch)
-    patch_size = patch_size or args.get("patch_size", seen_patch_size)
+    inferred_arch, inferred_patch_size = infer_vit(weights) or default
+    arch = arch or args.get("arch", inferred_arch)
+    patch_size = patch_size or args.get("patch_size", inferred_patch_size)
     if "pos_embed" in weights:
         img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)
@@ -92,13 +92,12 @@ def load_backbone(
 def initial_weights(
     path: str, *, arch: str, patch_size: int, img_size: int
 ) -> tuple[dict[str, Tensor], str | None]:
-    """The weights that a backbone starts a run from, and whose they are.
+    """Return the backbone weights for --init_from, and the checkpoint key they were read from.
 
-    The teacher's, or the student's of a file without a teacher; None of a file that says neither.
-    A ViT's position embedding is resized to the patch grid of images of img_size px, as the paper
-    resizes it for other sizes.
+    The key is "teacher", "student" if there is no teacher, or None for bare weights. The position
+    embedding of a ViT is resized to the patch grid of img_size pixels, as in the paper's code.
 
-    Raises: CheckpointError as load_backbone does.
+    Raises: CheckpointError: as load_backbone.
     """
     backbone = load_backbone(path, checkpoint_key=None, arch=arch, patch_size=patch_size)
     module = backbone.module
@@ -109,14 +108,14 @@ def initial_weights(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file, or a folder of Hugging Face's, holds."""
+    """Read a weight file, or the weight file of a Hugging Face folder."""
     if not path.is_dir():
         return checkpoint.load(path)
     files = [path / name for name in HF_FILES if (path / name).is_file()]
     if not files:
         raise CheckpointError(
-            f"{path} is a folder without {' or '.join(HF_FILES)}: name a checkpoint, or a folder "
-            "of Hugging Face's"
+            f"{path} is a folder without {' or '.join(HF_FILES)}: use a checkpoint file or a "
+            "Hugging Face folder"
         )
     state = checkpoint.load(files[0])
     _check_hf_config(path / "config.json")
@@ -124,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_hf_config(path: Path) -> None:
-    """Raises CheckpointError where a config.json is of a ViT that is not the paper's."""
+    """Raise CheckpointError if config.json exists and is not of one of the paper's ViTs."""
     if not path.exists():
         return
     try:
@@ -135,23 +134,24 @@ def _check_hf_config(path: Path) -> None:
             "num_heads": config["num_attention_heads"],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no config of a ViT ({error!r})") from error
+        raise CheckpointError(f"{path} is not the config of a ViT ({error!r})") from error
     if config.get("model_type", "vit") != "vit" or shape not in VIT_ARCHS.values():
         raise CheckpointError(
-            f"{path} is of a {config.get('model_type')} with {shape}, expected a vit that is one "
-            f"of {', '.join(VIT_ARCHS)}"
+            f"{path} describes a {config.get('model_type')} with {shape}, expected a vit that is "
+            f"one of {', '.join(VIT_ARCHS)}"
         )
 
 
 def _backbone_weights(state: dict[str, Any], key: str | None, path: str) -> dict[str, Tensor]:
+    """Extract the weights of the backbone, without prefixes and with the paper's names."""
     if key is not None:
         if not isinstance(state.get(key), dict):
             networks = [name for name in ("student", "teacher") if name in state]
             raise CheckpointError(
                 f"{path} has no network {key!r}, it has {', '.join(networks)}: "
-                "name one with --checkpoint_key"
+                "select one with --checkpoint_key"
             )
         state = state[key]
     state = strip_prefix(state, "module.")
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    return own_names(strip_prefix(backbone or state, "backbone."), path)
+    return to_paper_names(strip_prefix(backbone or state, "backbone."), path)

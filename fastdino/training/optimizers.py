@@ -43,20 +43,20 @@ def build_fused_adamw(
 ) -> AdamWEMA:
     """AdamW that clips each gradient by its norm and averages the teacher in the same pass.
 
-    The teacher's last layer is written too where it is kept so: head.last_layer.written.
+    The teacher's head.last_layer.cached_weight is updated too, if it exists.
 
     Args:
         clip_grad: the largest norm of a gradient; 0: no clipping.
         skip_nonfinite: a step with a gradient that is not finite changes nothing.
     """
-    prototypes, written = student.head.last_layer.weight_v, teacher.head.last_layer.written
+    prototypes, cached = student.head.last_layer.weight_v, teacher.head.last_layer.cached_weight
     return AdamWEMA(
         parameter_groups(student),
         lr=0.0,
         max_norm=clip_grad or math.inf,
         teacher=dict(zip(student.parameters(), teacher.parameters(), strict=True)),
-        teacher_shadow=None if written is None else {prototypes: written},
-        unit_rows=None if written is None else prototypes,
+        teacher_shadow=None if cached is None else {prototypes: cached},
+        unit_rows=None if cached is None else prototypes,
         skip_nonfinite=skip_nonfinite,
     )
 

@@ -118,7 +118,7 @@ class Trainer:
         config = self.config
         if config.mode == "fast" and config.optimizer == "adamw":
             if self.runtime.autocast and config.norm_last_layer and not config.fsdp:
-                self.teacher.head.last_layer.write(self.runtime.autocast)
+                self.teacher.head.last_layer.cache_weight(self.runtime.autocast)
             fused = build_fused_adamw(
                 self.student,
                 self.teacher,
