@@ -346,11 +346,12 @@ def add_arguments(parser: argparse._ActionsContainer, names: Sequence[str]) -> N
     for field in dataclasses.fields(TrainConfig):
         if field.name not in names:
             continue
-        kind, choices, default = kinds[field.name], field.metadata["choices"], field.default
+        kind, choices = kinds[field.name], field.metadata["choices"]
+        default: Any = field.default
         shown = str(default).lower() if kind is bool else "none" if default == "" else default
         options: dict[str, Any] = {"type": parse_bool if kind is bool else kind}
         if typing.get_origin(kind) is tuple:
-            shown = "{} {}".format(*default)
+            shown = " ".join(map(str, default))
             options = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
         elif not choices:
             options["metavar"] = metavars[kind]

@@ -98,7 +98,7 @@ def test_ctrl_c_exits_with_130(command):
     [
         (["--version"], 0, f"fastdino {fastdino.__version__}\n"),
         (["--help"], 0, "weighted k-NN accuracy"),
-        ([], 2, "the following arguments are required: command"),
+        ([], 2, "the following arguments are required: COMMAND"),
         (["trian"], 2, "invalid choice: 'trian'"),
         (["--what", "try"], 2, "unrecognized arguments: --what"),
         (["try", "--what"], 2, "unrecognized arguments: --what"),
