@@ -171,7 +171,8 @@ def test_scores_are_means_over_objects(run, tmp_path, capsys):
 
 
 def test_true_masks_score_100_and_the_first_and_last_frame_are_ignored(root):
-    truth = davis.read_truth(find_sequences(root)[0])
+    paths = find_sequences(root)[0].annotations
+    truth = np.stack([read_mask(path, binary=False) for path in paths])
     masks = truth.copy()
     masks[0] = masks[-1] = 0
     scores = davis.score(masks, truth, torch.device("cpu"))
@@ -487,7 +488,7 @@ def test_small_size_is_reported_before_the_network_is_built(run, capsys, monkeyp
 def test_missing_and_empty_lists_are_reported(run, root, capsys):
     write_list(root, "2017", [" ", ""])
     assert run() == 2
-    assert "names no sequence" in error_of(capsys)
+    assert "lists no sequence" in error_of(capsys)
     (root / "ImageSets/2017/val.txt").unlink()
     assert run() == 2
     assert "no list of DAVIS sequences: expected one of" in error_of(capsys)

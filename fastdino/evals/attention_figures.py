@@ -39,10 +39,7 @@ def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) ->
         smooth: interpolate bilinearly between patches instead of drawing blocks.
     """
     values = map_.detach().float().cpu()[None, None]
-    if smooth:
-        values = F.interpolate(values, size=size, mode="bilinear", align_corners=False)
-    else:
-        values = F.interpolate(values, size=size, mode="nearest")
+    values = F.interpolate(values, size=size, mode="bilinear" if smooth else "nearest")
     array = values[0, 0].numpy()
     low, high = float(array.min()), float(array.max())
     array = (array - low) / (high - low) if high > low else np.zeros_like(array)

@@ -10,6 +10,7 @@ Shapes: N images, B per batch, H heads, h x w patches.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ from fastdino.evals.attention_maps import (
     attention_maps,
     fit_to_patches,
     keep_mass,
-    pretrained_side,
     to_pixels,
 )
 from fastdino.evals.batching import load_batches
@@ -80,7 +80,7 @@ def find_masked(root: Path, split: str) -> MaskedImages:
 
 
 def _find_voc(root: Path, split: str) -> MaskedImages:
-    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    listing = root / f"ImageSets/Segmentation/{split}.txt"
     try:
         names = listing.read_text().split()
     except OSError as error:
@@ -227,7 +227,7 @@ def _untrained_like(
     model: VisionTransformer, arch: str, seed: int, device: torch.device
 ) -> VisionTransformer:
     torch.manual_seed(seed)
-    side = pretrained_side(model)
+    side = math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size  # of the position embedding
     untrained, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
     assert isinstance(untrained, VisionTransformer)
     return untrained.eval().to(device)

@@ -5,7 +5,6 @@ Shapes: B images, H heads, h x w patches of P x P pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,8 +125,3 @@ def check_size(flag: str, size: Sequence[int] | None) -> None:
             f"--{flag} must be a height and a width, or the shorter side alone, in pixels from 1; "
             f"got {' '.join(map(str, size))}"
         )
-
-
-def pretrained_side(model: VisionTransformer) -> int:
-    """Return the image side in pixels that the position embedding was made for."""
-    return math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size

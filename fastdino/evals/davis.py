@@ -151,13 +151,15 @@ def follow(
     """Write the masks and overlays of a sequence; return its scores, None without annotations."""
     output = Path(args.output_dir)
     masks = segment(model, sequence, args, bar)
-    truth = read_truth(sequence)
+    stacks = [masks]
+    if sequence.is_scored:
+        truth = [read_mask(path, binary=sequence.binary) for path in sequence.annotations]
+        stacks.append(np.stack(truth))
     with explain_write_errors(output):
         write_masks(sequence, masks, output)
         if args.overlays != "none":
-            stacks = [masks] if truth is None else [masks, truth]
             write_overlays(sequence, stacks, output / "overlays", every=args.overlays == "all")
-    return None if truth is None else score(masks, truth, model.pos_embed.device)
+    return score(masks, stacks[1], model.pos_embed.device) if sequence.is_scored else None
 
 
 def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
@@ -267,13 +269,6 @@ def segment(
         masks[i] = numbers[hard_labels(soft, model.patch_size, sequence.size)]
         bar.update(1)
     return masks
-
-
-def read_truth(sequence: Sequence) -> NDArray[np.uint8] | None:
-    """Read all annotations [T, H, W] of a sequence; None if only the first frame has one."""
-    if not sequence.is_scored:
-        return None
-    return np.stack([read_mask(path, binary=sequence.binary) for path in sequence.annotations])
 
 
 def write_masks(sequence: Sequence, masks: NDArray[np.uint8], output: Path) -> None:

@@ -78,13 +78,13 @@ def boundary_accuracy(
     """
     _check_masks(masks, truth)
     height, width = masks.shape[1:]
-    disk = _disk(math.ceil(tolerance * math.hypot(height, width)), masks.device)
+    radius = math.ceil(tolerance * math.hypot(height, width))
     frames = max(1, _CHUNK_PIXELS // (height * width))
     scores = []
     for chunk, true_chunk in zip(masks.split(frames), truth.split(frames), strict=True):
         predicted, true = boundary(chunk), boundary(true_chunk)
-        precision = _share_within(predicted, _dilate(true, disk))
-        recall = _share_within(true, _dilate(predicted, disk))
+        precision = _share_within(predicted, _dilate(true, radius))
+        recall = _share_within(true, _dilate(predicted, radius))
         both = precision + recall
         scores.append(torch.where(both > 0, 2 * precision * recall / both.clamp(min=1e-300), 0.0))
     return torch.cat(scores)
@@ -101,33 +101,20 @@ def boundary(masks: Tensor) -> Tensor:
     return (masks ^ right) | (masks ^ below) | (masks ^ both)
 
 
-def _disk(radius: int, device: torch.device) -> Tensor:
-    offsets = torch.arange(-radius, radius + 1, device=device)
-    return offsets[:, None] ** 2 + offsets**2 <= radius**2
-
-
-def _dilate(masks: Tensor, disk: Tensor) -> Tensor:
-    """Dilate masks [T, H, W] with a disk [2r + 1, 2r + 1]."""
+def _dilate(masks: Tensor, radius: int) -> Tensor:
+    """Dilate masks [T, H, W] with a disk."""
     height = masks.shape[1]
     out = torch.zeros_like(masks)
     # Each row of the disk is a segment: dilate along x by its half-width, then shift along y.
-    for half, offsets in _rows_by_width(disk).items():
+    half_widths = {y: math.isqrt(radius**2 - y**2) for y in range(-radius, radius + 1)}
+    for half in set(half_widths.values()):
         wide = F.max_pool2d(masks[:, None].float(), (1, 2 * half + 1), 1, (0, half))[:, 0] > 0
-        for y in offsets:
-            if abs(y) >= height:
-                continue
-            source = slice(max(0, -y), height - max(0, y))
-            target = slice(max(0, y), height - max(0, -y))
-            out[:, target] |= wide[:, source]
+        for y, half_width in half_widths.items():
+            if half_width == half and abs(y) < height:
+                source = slice(max(0, -y), height - max(0, y))
+                target = slice(max(0, y), height - max(0, -y))
+                out[:, target] |= wide[:, source]
     return out
-
-
-def _rows_by_width(disk: Tensor) -> dict[int, list[int]]:
-    """Map each half-width in pixels to the disk's rows of that width, counted from its middle."""
-    rows: dict[int, list[int]] = {}
-    for row, pixels in enumerate(disk.sum(1).tolist()):
-        rows.setdefault(pixels // 2, []).append(row - disk.shape[0] // 2)
-    return rows
 
 
 def _share_within(boundaries: Tensor, region: Tensor) -> Tensor:
