@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return run(args)
     except UserError as error:
-        if not error.told_elsewhere:
+        if not error.reported:
             print(f"fastdino {requested}: error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         install = 'pip install "fastdino[train]"'

@@ -1,6 +1,6 @@
-"""One process or many: who this process is, and the few collectives a run needs.
+"""Process group and collectives.
 
-Every function here is a no-op in a run of one process, which makes no process group at all.
+In a run with one process no process group exists, and every function here is a no-op.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from fastdino.errors import ConfigError, UserError
 
 T = TypeVar("T")
-SLICE_ELEMENTS = 1 << 26  # that go over a GPU at once
+SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
 
 
 @contextmanager
 def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
-    """Joins the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leaves them."""
+    """Join the process group of torchrun (nccl on GPUs, gloo on CPUs) and leave it at the end."""
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise ConfigError(
-                "srun started several processes that do not know of each other: start one a "
-                "machine, `srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...`"
+                "srun started several processes without RANK and WORLD_SIZE: start one process "
+                "per machine, `srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...`"
             )
         yield
         return
@@ -38,27 +38,27 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         device_id=device if device.type == "cuda" else None,
-        # Process 0 alone reads a large folder's headers while the others wait.
+        # Rank 0 reads the image headers of a large dataset while the others wait.
         timeout=timedelta(hours=2),
     )
     yield
-    # Not where an error ends the block: others may be waiting in a collective, and leaving the
-    # group would wait for them. The launcher ends them when this process exits.
+    # Not after an error: leaving the group would wait for ranks that may be in a collective. The
+    # launcher stops them when this process exits.
     dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number, 0 where there is one process."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of `values` over the processes, the same bits on each; NaN if any is NaN."""
+    """Average `values` over all ranks, to the same bits on each; NaN if any value is NaN."""
     if world_size() == 1:
         return values
     values = values.clone()
@@ -67,13 +67,14 @@ def mean(values: Tensor) -> Tensor:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sums a contiguous CPU tensor over the processes, in place, and returns it.
+    """Sum a contiguous CPU tensor over all ranks, in place, and return it.
 
-    A GPU holds a slice of it at a time: features of all images may be more than it has room for.
+    With nccl it passes through the GPU in slices, as it may not fit there.
     """
     if world_size() == 1:
         return values
-    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else "cpu"
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
     for part in values.view(-1).split(SLICE_ELEMENTS):
         summed = part.to(device)
         dist.all_reduce(summed)
@@ -81,12 +82,8 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def _on_gpu() -> bool:
-    return dist.get_backend() == "nccl"
-
-
 def gather(value: Any) -> list[Any]:
-    """Any picklable value of every process, by rank."""
+    """Return the picklable `value` of every rank, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -95,13 +92,11 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Where the block, or a function that this decorates, fails in one process, it ends every one.
+def fail_together() -> Iterator[None]:
+    """Raise on every rank if the block, or the decorated function, raises on one of them.
 
-    Within it the processes may not wait for each other.
-
-    The first that failed raises its own error, the others what they are to say nothing of: the
-    same where it is a UserError, else one that names it.
+    The block must not contain collectives. The lowest failing rank raises its own error. The others
+    raise a copy marked as `reported`, or a UserError with its repr if it is not a UserError.
     """
     if world_size() == 1:
         yield
@@ -115,17 +110,17 @@ def together() -> Iterator[None]:
     first = next(((i, error) for i, error in enumerate(gather(portable)) if error), None)
     if first is None:
         return
-    number, error = first
-    if number == rank() and own is not None:
+    failed_rank, error = first
+    if failed_rank == rank() and own is not None:
         raise own
-    error.told_elsewhere = True
+    error.reported = True
     raise error
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in process 0, in every process; its error ends every one."""
+    """Call `make` on rank 0 and return its result on every rank; its error is raised on all."""
     result: list[Any] = [None]
-    with together():
+    with fail_together():
         if rank() == 0:
             result = [make()]
     if world_size() > 1:

@@ -1,31 +1,31 @@
-"""What went wrong on the user's side: the command line prints the message alone, no traceback."""
+"""Errors caused by the user's input; the command line prints their message without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; the message says what was expected, what came, what to do.
+    """A mistake that the user can fix; the message has what was expected, what came, what to do.
 
-    `told_elsewhere`: another process of the run met it, and tells it.
+    `reported`: another rank prints this error.
     """
 
-    told_elsewhere = False
+    reported = False
 
 
 class ConfigError(UserError):
-    """A flag's value, or two flags together, that cannot be."""
+    """An invalid flag value, or an invalid combination of flags."""
 
 
 class DataError(UserError):
-    """A data folder that cannot be trained on."""
+    """A dataset that cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, written, or loaded into this run's networks."""
+    """A checkpoint that cannot be read, written, or loaded into the networks of this run."""
 
 
 class NonFiniteError(UserError):
-    """The loss, a gradient, or a tensor about to be saved, is NaN or infinite.
+    """A NaN or infinite loss, gradient, or tensor to be saved.
 
-    `iteration` is the step that met it, None where the steps before are to blame.
+    `iteration`: the step with the failure; None if it is unknown.
     """
 
     iteration: int | None = None

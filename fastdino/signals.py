@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: what runs finishes its step, saves, and exits with 75."""
+"""SIGTERM and SIGINT: finish the step, save, and exit with status 75."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from typing import Any
 
 from fastdino import distributed
 
-# EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the same command goes on.
+# EX_TEMPFAIL of sysexits.h: stopped by a signal and saved; running the same command resumes.
 EXIT_INTERRUPTED = 75
-# Within this time a second signal is the first one, passed on by a launcher.
+# A second signal within this time is the first one, forwarded by a launcher.
 SAME_SIGNAL_SECONDS = 5.0
-# How often, about, the processes of a run ask each other whether one was told to stop.
+# Approximate interval at which the ranks exchange whether one of them received a signal.
 AGREE_SECONDS = 1.0
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT while the block runs; a later one acts as if none were caught.
+    """Catches SIGTERM and SIGINT while the block runs.
 
-    One that follows within seconds is the same: a launcher passes on what its whole group has got.
+    A later signal has its usual effect. One that follows within seconds is ignored, because a
+    launcher forwards the signal that its whole process group already received.
+
+    Attributes: received: name of the signal, on every rank once `should_stop` has returned True.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
-        self._steps, self._next = 0, 1  # since the processes last asked each other; of them to do
-        self._asked_at = time.monotonic()
+        self._steps, self._next = 0, 1  # steps since the last exchange, and until the next one
+        self._exchanged_at = time.monotonic()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -41,26 +44,26 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def agreed_after_step(self) -> bool:
-        """As `agreed`, but many processes ask each other about once a second only.
+    def should_stop_after_step(self) -> bool:
+        """Call `should_stop` about once per second; return False in between.
 
-        The answer makes the host wait for all that it has asked of its GPU.
+        The exchange makes the host wait for all work queued on its GPU.
         """
         if distributed.world_size() == 1:
-            return self.agreed()
+            return self.should_stop()
         self._steps += 1
-        return self._steps >= self._next and self.agreed()
+        return self._steps >= self._next and self.should_stop()
 
-    def agreed(self) -> bool:
-        """Whether any process of the run was asked to stop; the same answer on every process."""
+    def should_stop(self) -> bool:
+        """Return True on all ranks if one of them received a signal."""
         if distributed.world_size() == 1:
             return self.received is not None
-        seconds = (time.monotonic() - self._asked_at) / max(self._steps, 1)
+        seconds = (time.monotonic() - self._exchanged_at) / max(self._steps, 1)
         answers = distributed.gather((self.received, seconds))
-        # All processes must ask again after the same step: they go by the slowest.
+        # All ranks must call gather again after the same step, so the slowest sets the interval.
         slowest = max(seconds for _, seconds in answers)
         self._next = max(1, round(AGREE_SECONDS / max(slowest, 1e-3)))
-        self._steps, self._asked_at = 0, time.monotonic()
+        self._steps, self._exchanged_at = 0, time.monotonic()
         names = [name for name, _ in answers if name]
         self.received = self.received or (names[0] if names else None)
         return bool(names)

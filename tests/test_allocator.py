@@ -1,4 +1,4 @@
-"""Freed memory is kept: told by the page faults of the next large block."""
+"""Page faults of the next large allocation show whether freed memory is kept."""
 
 import ctypes
 import resource
@@ -13,8 +13,8 @@ from fastdino.training.allocator import keep_freed_memory
 SIZE = 64 << 20
 
 
-def faults_of_a_block() -> int:
-    """Minor page faults of getting, filling and freeing it."""
+def count_page_faults() -> int:
+    """Return the minor page faults of allocating, filling and freeing a block."""
     library = ctypes.CDLL(None)
     library.malloc.restype = ctypes.c_void_p
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,11 +27,11 @@ def faults_of_a_block() -> int:
 def main() -> None:
     for keep in (False, True):
         assert not keep or keep_freed_memory()
-        faults_of_a_block()
-        print(faults_of_a_block())
+        count_page_faults()
+        print(count_page_faults())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_freed_memory_is_kept():
     code = "from test_allocator import main; main()"
     done = subprocess.run(
@@ -41,12 +41,12 @@ def test_freed_memory_is_kept():
         check=True,
         cwd=Path(__file__).parent,
     )
-    given_back, kept = map(int, done.stdout.split())
-    # Huge pages make a fault serve many pages: a few must suffice to tell.
-    assert given_back >= 32
+    returned, kept = map(int, done.stdout.split())
+    # With huge pages, one fault serves many pages.
+    assert returned >= 32
     assert kept < 16
 
 
-def test_elsewhere_nothing_is_set(monkeypatch):
+def test_other_systems_are_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not keep_freed_memory()

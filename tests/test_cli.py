@@ -68,7 +68,7 @@ def test_user_errors_print_one_line_and_exit_with_2(command, capsys, kind):
 def test_errors_reported_by_another_rank_print_nothing(command, capsys):
     def fail(args):
         error = DataError("there is no folder /x")
-        error.told_elsewhere = True
+        error.reported = True
         raise error
 
     command(fail)

@@ -1,7 +1,6 @@
-"""fastdino.training.cuda_graph: when a step runs, is recorded, is replayed, with what.
+"""When GraphedStep runs a step eagerly, captures it, and replays it.
 
-There is no CUDA here: `recorder` stands in for its graphs, and replays a step by
-calling it again.
+Without CUDA, the fixture `captures` replaces torch.cuda's graphs: a replay calls the step again.
 """
 
 import contextlib
@@ -10,25 +9,27 @@ import pytest
 import torch
 
 from fastdino.errors import UserError
-from fastdino.training.cuda_graph import WARM_UPS, GraphedStep
+from fastdino.training.cuda_graph import WARMUP_STEPS, GraphedStep
+
+CPU = torch.device("cpu")
 
 
 class FakeGraph:
-    """Remembers the step that was called while it recorded; `replay` calls it again."""
+    """Stores the function that ran during capture; `replay` calls it again."""
 
-    recording = None
+    capturing = None
 
     def __init__(self):
-        self.again = None
+        self.function = None
 
     def replay(self):
-        self.again()
+        self.function()
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    """torch.cuda as far as GraphedStep needs it, on a CPU; counts recordings."""
-    recordings = []
+def captures(monkeypatch):
+    """Emulate the parts of torch.cuda that GraphedStep uses; return the list of captures."""
+    captured = []
 
     class FakeStream:
         def wait_stream(self, other):
@@ -37,14 +38,14 @@ def recorder(monkeypatch):
     @contextlib.contextmanager
     def graph(graph, **options):
         assert options["capture_error_mode"] == "thread_local"
-        FakeGraph.recording = graph
-        recordings.append(graph)
+        FakeGraph.capturing = graph
+        captured.append(graph)
         try:
             yield
-        except RuntimeError as error:  # as CUDA: to end what has failed is an error too
+        except RuntimeError as error:  # in CUDA, ending a failed capture is an error too
             raise RuntimeError("operation failed due to a previous error") from error
         finally:
-            FakeGraph.recording = None
+            FakeGraph.capturing = None
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
@@ -53,52 +54,52 @@ def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    return recordings
+    return captured
 
 
 class Doubler:
-    """A step that writes to the same memory at every replay, and counts its runs."""
+    """A step that writes to the same memory in every replay and counts its runs."""
 
     def __init__(self):
         self.runs = 0
         self.outputs = {}
 
     def __call__(self, crops, *, measure):
+        out = self.outputs.setdefault(measure, torch.empty(()))
+
         def run():
             self.runs += 1
-            out = self.outputs.setdefault(measure, torch.empty(()))
             out.copy_(2 * crops[0].sum() + 100 * measure)
 
-        if FakeGraph.recording is None:
+        if FakeGraph.capturing is None:
             run()
-        else:  # what is recorded does not run
-            FakeGraph.recording.again = run
-            self.outputs.setdefault(measure, torch.empty(()))
-        return self.outputs[measure], (self.outputs[measure] if measure else None)
+        else:  # captured kernels do not run
+            FakeGraph.capturing.function = run
+        return out, (out if measure else None)
 
 
-def test_every_step_runs_once_on_its_own_crops(recorder):
+def test_every_step_runs_once_on_its_own_crops(captures):
     step = Doubler()
-    graphed = GraphedStep(step, torch.device("cpu"))
+    graphed = GraphedStep(step, CPU)
     results = [graphed([torch.full((2,), float(i))], measure=False)[0] for i in range(8)]
     assert [result.item() for result in results] == [4.0 * i for i in range(8)]
     assert step.runs == 8
-    assert len(recorder) == 1
+    assert len(captures) == 1
 
 
-def test_each_kind_of_step_has_its_own_graph(recorder):
+def test_each_combination_of_flags_has_its_own_graph(captures):
     step = Doubler()
-    graphed = GraphedStep(step, torch.device("cpu"))
-    for i in range(4 * WARM_UPS):
+    graphed = GraphedStep(step, CPU)
+    for i in range(4 * WARMUP_STEPS):
         value, measured = graphed([torch.full((2,), float(i))], measure=i % 2 == 0)
         assert value == 4.0 * i + 100 * (i % 2 == 0)
         assert (measured is None) == (i % 2 == 1)
-    assert len(recorder) == 2
-    assert step.runs == 4 * WARM_UPS
+    assert len(captures) == 2
+    assert step.runs == 4 * WARMUP_STEPS
 
 
-def test_a_batch_of_another_size_is_refused(recorder):
-    graphed = GraphedStep(Doubler(), torch.device("cpu"))
+def test_batch_of_another_size_is_rejected(captures):
+    graphed = GraphedStep(Doubler(), CPU)
     graphed([torch.zeros(2)], measure=False)
     with pytest.raises(ValueError, match=r"crop 0 must be \(2,\) of torch.float32, got \(3,\)"):
         graphed([torch.zeros(3)], measure=False)
@@ -107,26 +108,26 @@ def test_a_batch_of_another_size_is_refused(recorder):
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "message"),
+    ("error", "raised", "message"),
     [
         (
             RuntimeError("operation not permitted when stream is capturing\nand more"),
             UserError,
-            r"cannot be recorded \(operation not .* capturing\); use --cuda_graph false",
+            r"cannot be captured \(operation not .* capturing\); use --cuda_graph false",
         ),
-        (torch.OutOfMemoryError("2 GiB are not there"), torch.OutOfMemoryError, "2 GiB"),
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), torch.OutOfMemoryError, "2 GiB"),
     ],
 )
-def test_a_step_that_cannot_be_recorded_says_why(recorder, error, told, message):
+def test_failed_capture_reports_the_first_error(captures, error, raised, message):
     doubler = Doubler()
 
     def step(crops, *, measure):
-        if FakeGraph.recording is not None:
+        if FakeGraph.capturing is not None:
             raise error
         return doubler(crops, measure=measure)
 
-    graphed = GraphedStep(step, torch.device("cpu"))
-    for _ in range(WARM_UPS):
+    graphed = GraphedStep(step, CPU)
+    for _ in range(WARMUP_STEPS):
         graphed([torch.zeros(2)], measure=False)
-    with pytest.raises(told, match=message):
+    with pytest.raises(raised, match=message):
         graphed([torch.zeros(2)], measure=False)

@@ -3,6 +3,7 @@
 Legend: S crops of the student, B images, K prototypes.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_module_compiles_as_one_graph_for_all_epochs():
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(traced.center, eager.center)
     assert counter.frame_count <= 3  # torch.compile pins 0 and 1
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_center_update_can_be_skipped_on_the_device(skip):
+    loss_fn, plain = DINOLoss(3, 2, 0.04, 0.07, 0, 1), DINOLoss(3, 2, 0.04, 0.07, 0, 1)
+    total = torch.tensor([1.0, 2.0, math.nan if skip else 3.0])
+    loss_fn.start_center_update(total, 4)(skip=torch.tensor(skip))
+    if not skip:
+        plain.update_center(total, 4)
+    assert torch.equal(loss_fn.center, plain.center)
 
 
 def test_empty_batch_leaves_the_center():

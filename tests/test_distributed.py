@@ -1,4 +1,4 @@
-"""fastdino.distributed: errors that end every process."""
+"""Errors that are raised on every rank, and collectives."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("failing", [[], [0], [1], [0, 1]])
 @pytest.mark.parametrize("kind", [NonFiniteError, KeyError])
-def test_an_error_in_one_process_ends_every_one_and_is_told_once(tmp_path, failing, kind):
+def test_error_on_one_rank_is_raised_on_all_and_reported_once(tmp_path, failing, kind):
     run_two(_fail_together, failing, kind, tmp_path)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    raised = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     if not failing:
-        assert found == [None, None]
+        assert raised == [None, None]
         return
-    own, other = found[failing[0]], found[1 - failing[0]]
+    own, other = raised[failing[0]], raised[1 - failing[0]]
     assert own == [kind.__name__, f"of {failing[0]}", False]
     if kind is NonFiniteError:
         assert other == ["NonFiniteError", f"of {failing[0]}", True]
@@ -38,19 +38,19 @@ def test_an_error_in_one_process_ends_every_one_and_is_told_once(tmp_path, faili
 
 def _fail_together(failing, kind, folder):
     rank = int(os.environ["RANK"])
-    found = None
+    raised = None
     with distributed.process_group(CPU, "env://"):
         try:
-            with distributed.together():
+            with distributed.fail_together():
                 if rank in failing:
                     raise kind(f"of {rank}")
         except (UserError, KeyError) as error:
-            found = [type(error).__name__, error.args[0], getattr(error, "told_elsewhere", False)]
-        assert distributed.gather(rank) == [0, 1], "they go on in step"
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+            raised = [type(error).__name__, error.args[0], getattr(error, "reported", False)]
+        assert distributed.gather(rank) == [0, 1], "later collectives still match"
+    (folder / f"{rank}.json").write_text(json.dumps(raised))
 
 
-def test_what_process_0_makes_or_meets_is_everyones(tmp_path):
+def test_from_main_shares_result_and_error_of_rank_0(tmp_path):
     run_two(_ask_main, tmp_path)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["made by 0, no"] * 2
 
@@ -61,7 +61,7 @@ def _ask_main(folder):
         made = distributed.from_main(lambda: f"made by {rank}")
         with pytest.raises(ConfigError, match="^no$") as error:
             distributed.from_main(_refuse)
-    assert error.value.told_elsewhere == (rank == "1")
+    assert error.value.reported == (rank == "1")
     (folder / rank).write_text(f"{made}, {error.value}")
 
 
@@ -69,7 +69,7 @@ def _refuse():
     raise ConfigError("no")
 
 
-def test_a_mistake_that_every_process_meets_is_told_once(tmp_path):
+def test_user_error_on_all_ranks_is_printed_once(tmp_path):
     images = write_colours(tmp_path / "images")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.pth").touch()
@@ -92,8 +92,8 @@ def test_a_mistake_that_every_process_meets_is_told_once(tmp_path):
     run_commands_in_two(probe)
     lines = [(line, message) for message, lines in mistakes.items() for line in lines]
     run_two(_make_mistakes, [line for line, _ in lines], tmp_path)
-    told, silent = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01")
-    for (_, message), text in zip(lines, told, strict=True):
+    printed, silent = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01")
+    for (_, message), text in zip(lines, printed, strict=True):
         assert message in text
     assert silent == [""] * len(lines)
 
@@ -101,15 +101,15 @@ def test_a_mistake_that_every_process_meets_is_told_once(tmp_path):
 def _make_mistakes(lines, folder):
     from fastdino import cli
 
-    told = []
+    printed = []
     for line in lines:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             assert cli.main(line) == 2
-        told.append(stderr.getvalue())
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+        printed.append(stderr.getvalue())
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(printed))
 
 
-def test_a_total_is_summed_slice_by_slice(tmp_path):
+def test_total_sums_in_slices(tmp_path):
     run_two(_sum_in_slices, tmp_path)
     expected = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
     assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[expected, 3]] * 2
@@ -125,9 +125,9 @@ def _sum_in_slices(folder):
         (folder / str(rank)).write_text(json.dumps([summed.tolist(), reduced.call_count]))
 
 
-def test_one_process_has_its_own_errors():
-    with pytest.raises(KeyError), distributed.together():
+def test_errors_in_a_single_process_are_unchanged():
+    with pytest.raises(KeyError), distributed.fail_together():
         raise KeyError
     with pytest.raises(ConfigError) as error:
         distributed.from_main(_refuse)
-    assert not error.value.told_elsewhere
+    assert not error.value.reported

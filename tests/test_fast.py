@@ -1,4 +1,4 @@
-"""--mode fast: the same training as parity, with nothing read back to the host in a step."""
+"""--mode fast: the same training as parity, without a host sync per step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastdino.errors import NonFiniteError
 from fastdino.models import backbones
 from fastdino.models.head import DINOHead
 
-STEPS = 3  # an epoch
+STEPS = 3  # per epoch
 COMPILE = torch.compile
 
 
 @pytest.fixture
 def fast(tiny):
-    """Makes the config of a small run in --mode fast, blocks not compiled."""
+    """Build the config of a small run in --mode fast, without compilation."""
 
     def make(**overrides):
         return tiny(**({"mode": "fast", "compile": "off"} | overrides))
@@ -52,33 +52,35 @@ def assert_unchanged(before, after):
     ],
     ids=lambda settings: "-".join(settings) or "default",
 )
-def test_it_trains_as_parity_does(float64, tiny, fast, settings, crops_of):
+def test_fast_mode_trains_like_parity(float64, tiny, fast, settings, crops_of):
     ours = Trainer(fast(**settings), steps_per_epoch=2)
     theirs = Trainer(tiny(**settings), steps_per_epoch=2)
     for i in range(6):
         crops = crops_of(ours.config, i)
-        want = theirs.train_step(crops).item()
-        assert ours.train_step(crops).item() == pytest.approx(want, rel=1e-9)
+        expected = theirs.train_step(crops).item()
+        assert ours.train_step(crops).item() == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(ours.loss.center, theirs.loss.center, rtol=1e-9, atol=1e-12)
     for name in ("student", "teacher"):
-        got, want = (getattr(trainer, name).state_dict() for trainer in (ours, theirs))
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10)
+        got, expected = (getattr(trainer, name).state_dict() for trainer in (ours, theirs))
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("first", ["fast", "parity"])
-def test_a_checkpoint_goes_on_in_the_other_mode(float64, fast, first, crops_of):
+def test_checkpoint_resumes_in_the_other_mode(float64, fast, first, crops_of):
     second = {"fast": "parity", "parity": "fast"}[first]
-    whole = Trainer(fast(mode=first), steps_per_epoch=2)
+    uninterrupted = Trainer(fast(mode=first), steps_per_epoch=2)
     for i in range(3):
-        whole.train_step(crops_of(whole.config, i))
+        uninterrupted.train_step(crops_of(uninterrupted.config, i))
     other = Trainer(fast(mode=second, seed=5), steps_per_epoch=2)
-    other.load_state_dict(copy.deepcopy(whole.state_dict()))
+    other.load_state_dict(copy.deepcopy(uninterrupted.state_dict()))
     for i in (3, 4):
-        want = whole.train_step(crops_of(whole.config, i)).item()
-        assert other.train_step(crops_of(whole.config, i)).item() == pytest.approx(want, rel=1e-9)
+        expected = uninterrupted.train_step(crops_of(uninterrupted.config, i)).item()
+        assert other.train_step(crops_of(uninterrupted.config, i)).item() == pytest.approx(
+            expected, rel=1e-9
+        )
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_until_it_is_read(fast, crops_of):
+def test_nonfinite_loss_leaves_the_state_unchanged_until_verified(fast, crops_of):
     trainer = Trainer(fast(freeze_last_layer=0), steps_per_epoch=STEPS)
     trainer.train_step(crops_of(trainer.config, 0))
     before = snapshot(trainer)
@@ -98,7 +100,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_until_it_is_read(fast, crops_
     trainer.verify()
 
 
-def test_neither_does_a_gradient(fast, crops_of):
+def test_nonfinite_gradient_leaves_the_state_unchanged_until_verified(fast, crops_of):
     trainer = Trainer(fast(freeze_last_layer=0), steps_per_epoch=STEPS)
     for i in range(2):
         trainer.train_step(crops_of(trainer.config, i))
@@ -115,11 +117,11 @@ def test_neither_does_a_gradient(fast, crops_of):
 
 
 def unit_rows(layer):
-    """W, as the optimizer's pass is to have written it."""
+    """Return the weight that the optimizer should have written."""
     return torch.nn.functional.normalize(layer.weight_v.double(), dim=1)
 
 
-def test_in_bf16_the_average_writes_the_teachers_last_layer_too(fast, crops_of):
+def test_bf16_update_writes_the_normalised_last_layer_of_the_teacher(fast, crops_of):
     trainer = Trainer(fast(amp_dtype="bf16", freeze_last_layer=0), steps_per_epoch=STEPS)
     layer = trainer.teacher.head.last_layer
     address = layer.cached_weight.data_ptr()
@@ -143,7 +145,7 @@ def test_in_bf16_the_average_writes_the_teachers_last_layer_too(fast, crops_of):
     assert trainer.student.head.last_layer.cached_weight is None
 
 
-def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(fast):
+def test_written_last_layer_is_used_only_under_autocast(fast):
     trainer = Trainer(fast(amp_dtype="bf16"), steps_per_epoch=STEPS)
     head = trainer.teacher.head
     x = torch.randn(6, head.in_dim, generator=torch.Generator().manual_seed(0))
@@ -160,16 +162,16 @@ def test_what_is_written_is_what_the_teacher_multiplies_by_under_autocast_alone(
 @pytest.mark.parametrize(
     "settings", [{}, {"mode": "parity"}, {"norm_last_layer": False}, {"optimizer": "sgd"}]
 )
-def test_else_nothing_is_written(fast, settings):
+def test_last_layer_is_not_written_in_other_settings(fast, settings):
     amp_dtype = "bf16" if settings else "auto"
     trainer = Trainer(fast(amp_dtype=amp_dtype, **settings), steps_per_epoch=STEPS)
     assert trainer.teacher.head.last_layer.cached_weight is None
 
 
-def test_fp16_steps_that_overflow_are_skipped_by_the_scaler(fast, crops_of):
+def test_scaler_skips_fp16_steps_that_overflow(monkeypatch, fast, crops_of):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     trainer = Trainer(fast(amp_dtype="fp16"), steps_per_epoch=STEPS)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    trainer._init_update()
     weight = trainer.student.head.mlp[0].weight
     before = weight.detach().clone()
     trainer.train_step(crops_of(trainer.config, 0))
@@ -179,7 +181,7 @@ def test_fp16_steps_that_overflow_are_skipped_by_the_scaler(fast, crops_of):
 
 
 class Calls(TorchFunctionMode):
-    """Counts calls from Python that would make the host wait for a device."""
+    """Records Python calls that make the host wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +195,7 @@ class Calls(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, whoever calls them, that would do so."""
+    """Records operators that make the host wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -207,10 +209,10 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("mode", "waits"), [("fast", False), ("parity", True)])
-def test_a_step_reads_nothing_back(monkeypatch, fast, mode, waits, crops_of):
+def test_only_parity_steps_wait_for_the_device(monkeypatch, fast, mode, waits, crops_of):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("FASTDINO_KERNELS", "triton")
-    # The interpreter takes long for ordinary networks.
+    # Small networks, as Triton's interpreter is slow.
     small = functools.partial(DINOHead, hidden_dim=16, bottleneck_dim=8)
     monkeypatch.setattr(backbones, "DINOHead", small)
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -223,9 +225,9 @@ def test_a_step_reads_nothing_back(monkeypatch, fast, mode, waits, crops_of):
     assert bool(calls.reads + operators.reads) == waits, calls.reads + operators.reads
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, as it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from PyTorch's tracing
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_compute_the_same(float64, monkeypatch, fast, backend, crops_of):
+def test_compiled_blocks_compute_the_same_loss(float64, monkeypatch, fast, backend, crops_of):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     sizes = {"embed_dim": 16, "depth": 3, "num_heads": 2}
     monkeypatch.setitem(backbones.VIT_ARCHS, "vit_nano", sizes)
@@ -246,8 +248,8 @@ def test_compiled_blocks_compute_the_same(float64, monkeypatch, fast, backend, c
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.usefixtures("one_process_group")
-def test_within_ddp_a_block_is_still_compiled_whole(monkeypatch, fast, crops_of):
-    """It would be split where its gradients fill a message, of 1 MB at first."""
+def test_ddp_does_not_split_compiled_blocks(monkeypatch, fast, crops_of):
+    """By default Dynamo splits a graph at DDP's gradient buckets, of 1 MB at first."""
     monkeypatch.setitem(
         backbones.VIT_ARCHS, "vit_nano", {"embed_dim": 192, "depth": 2, "num_heads": 3}
     )
@@ -266,8 +268,10 @@ def test_within_ddp_a_block_is_still_compiled_whole(monkeypatch, fast, crops_of)
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("recompute", ["on", "off"])
-def test_only_blocks_that_recompute_are_compiled_to(monkeypatch, fast, crops_of, recompute):
-    """What else is compiled in the process keeps what it keeps."""
+def test_recompute_changes_the_compiler_config_of_its_blocks_only(
+    monkeypatch, fast, crops_of, recompute
+):
+    """Other compiled code in the process keeps the default config."""
     seen = []
 
     def inductor(graph, inputs):
@@ -287,7 +291,7 @@ def test_only_blocks_that_recompute_are_compiled_to(monkeypatch, fast, crops_of,
 @pytest.mark.parametrize(
     ("freeze", "compiled"), [(0, "off"), (1, "off"), (1, "on")], ids=["eager", "frozen", "compiled"]
 )
-def test_a_captured_step_trains_as_an_eager_one(fast, freeze, compiled, crops_of):
+def test_captured_step_trains_like_an_eager_one(fast, freeze, compiled, crops_of):
     settings = {
         "amp_dtype": "bf16", "epochs": 4, "freeze_last_layer": freeze, "device": "cuda",
         "compile": compiled, "drop_path_rate": 0.3,
@@ -297,10 +301,10 @@ def test_a_captured_step_trains_as_an_eager_one(fast, freeze, compiled, crops_of
     assert graphed.runtime.cuda_graph.on
     for i in range(16):
         crops = crops_of(eager.config, i)
-        torch.manual_seed(i)  # a replay must draw what an eager step draws
-        want = eager.train_step(crops).item()
+        torch.manual_seed(i)  # a replay must draw the same random numbers
+        expected = eager.train_step(crops).item()
         torch.manual_seed(i)
-        assert graphed.train_step(crops).item() == pytest.approx(want, rel=1e-3)
+        assert graphed.train_step(crops).item() == pytest.approx(expected, rel=1e-3)
         assert (graphed.entropy is None) == (eager.entropy is None)
     graphed.verify()
     other = Trainer(fast(**settings, cuda_graph=True, seed=3), steps_per_epoch=5)
@@ -308,6 +312,6 @@ def test_a_captured_step_trains_as_an_eager_one(fast, freeze, compiled, crops_of
     for i in range(16, 20):
         crops = crops_of(eager.config, i)
         torch.manual_seed(i)
-        want = graphed.train_step(crops).item()
+        expected = graphed.train_step(crops).item()
         torch.manual_seed(i)
-        assert other.train_step(crops).item() == pytest.approx(want, rel=1e-3)
+        assert other.train_step(crops).item() == pytest.approx(expected, rel=1e-3)

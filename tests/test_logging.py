@@ -1,4 +1,4 @@
-"""What a run says: log.txt, the bar, the warnings of a collapse."""
+"""Logging of a run: log.txt, progress bar, warnings of a collapse."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STEPS, EPOCHS, K = 4, 3, 64
 
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
-    """Its import takes seconds; a machine without it must do anyway."""
+    """Its import takes seconds, and it is optional."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
 @pytest.fixture
 def progress(tmp_path):
-    """Makes the Progress of a run of 3 epochs of 4 steps of 16 images."""
+    """Build the Progress of a run of 3 epochs of 4 steps of 16 images."""
     made = []
 
     def make(**settings):
@@ -39,8 +39,8 @@ def values_of(iteration):
     return {"loss": 4.0 + math.sin(iteration), "lr": 1e-3 * iteration, "wd": 0.04}
 
 
-def take(progress, iterations):
-    """Steps as a run with --print_freq 2 takes them, an epoch's line at its end."""
+def log_steps(progress, iterations):
+    """Log steps and epochs like a run with --print_freq 2."""
     for i in iterations:
         entropy = 3.0 + 0.1 * math.cos(i) if i % 2 == 0 else None
         progress.step(i, values_of(i), entropy=entropy)
@@ -52,10 +52,10 @@ def lines_of(tmp_path):
     return [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
 
 
-def test_an_epochs_line_has_the_papers_keys_and_the_means(progress, tmp_path):
+def test_log_line_has_the_papers_keys_and_the_means_of_the_epoch(progress, tmp_path):
     run = progress()
     run.restart(0, None)
-    take(run, range(2 * STEPS))
+    log_steps(run, range(2 * STEPS))
     lines = lines_of(tmp_path)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert list(lines[0])[:3] == ["train_loss", "train_lr", "train_wd"]
@@ -71,33 +71,33 @@ def test_an_epochs_line_has_the_papers_keys_and_the_means(progress, tmp_path):
         assert line["train_kl"] == pytest.approx(sum(kls) / 2)
 
 
-def test_a_resumed_run_drops_the_lines_beyond_it_and_a_half_written_one(progress, tmp_path):
-    whole = [json.dumps({"train_loss": 5.0 - epoch, "epoch": epoch}) for epoch in range(3)]
-    text = "\n".join(whole) + '\n{"train_loss": 1.0, "epo'
+def test_resumed_run_drops_later_and_incomplete_lines(progress, tmp_path):
+    lines = [json.dumps({"train_loss": 5.0 - epoch, "epoch": epoch}) for epoch in range(3)]
+    text = "\n".join(lines) + '\n{"train_loss": 1.0, "epo'
     (tmp_path / "log.txt").write_text(text)
     progress().restart(2 * STEPS + 1, None)
-    assert (tmp_path / "log.txt").read_text() == "\n".join(whole[:2]) + "\n"
+    assert (tmp_path / "log.txt").read_text() == "\n".join(lines[:2]) + "\n"
     run = progress()
     run.restart(STEPS, None)
-    take(run, range(STEPS, 2 * STEPS))
+    log_steps(run, range(STEPS, 2 * STEPS))
     assert [line["epoch"] for line in lines_of(tmp_path)] == [0, 1]
-    assert lines_of(tmp_path)[1]["train_loss"] != 4.0, "the line of the run that goes on"
+    assert lines_of(tmp_path)[1]["train_loss"] != 4.0, "written by the resumed run"
 
 
 @pytest.mark.parametrize("at", [STEPS + 1, STEPS + 3, 2 * STEPS])
-def test_a_resumed_epochs_means_are_those_of_an_unbroken_one(progress, tmp_path, at):
+def test_resumed_epoch_has_the_means_of_an_uninterrupted_one(progress, tmp_path, at):
     run = progress()
     run.restart(0, None)
-    take(run, range(EPOCHS * STEPS))
+    log_steps(run, range(EPOCHS * STEPS))
     whole = (tmp_path / "log.txt").read_text()
     run.restart(0, None)
     assert (tmp_path / "log.old.txt").read_text() == whole
-    take(run, range(at))
+    log_steps(run, range(at))
     state = json.loads(json.dumps(run.state_dict()))
-    take(run, range(at, at + 1))  # beyond what was saved: it comes again
+    log_steps(run, range(at, at + 1))  # after the save, so repeated by the resumed run
     resumed = progress()
     resumed.restart(at, state)
-    take(resumed, range(at, EPOCHS * STEPS))
+    log_steps(resumed, range(at, EPOCHS * STEPS))
     assert (tmp_path / "log.txt").read_text() == whole
 
 
@@ -108,7 +108,7 @@ def test_a_resumed_epochs_means_are_those_of_an_unbroken_one(progress, tmp_path,
         (0.9951, "the teacher is uniform over the prototypes"),
     ],
 )
-def test_a_collapse_is_warned_of_once_an_epoch(progress, capsys, share, text):
+def test_collapse_is_reported_once_per_epoch(progress, capsys, share, text):
     run = progress()
     run.restart(0, None)
     for i in range(2 * STEPS):
@@ -122,14 +122,14 @@ def test_a_collapse_is_warned_of_once_an_epoch(progress, capsys, share, text):
 
 
 @pytest.mark.parametrize("share", [0.0101, 0.5, 0.9949])
-def test_a_healthy_entropy_is_not_warned_of(progress, capsys, share):
+def test_healthy_entropy_has_no_warning(progress, capsys, share):
     run = progress()
     run.restart(0, None)
     run.step(0, values_of(0), entropy=share * math.log(K))
     assert capsys.readouterr().err == ""
 
 
-def test_both_collapses_in_one_epoch_are_both_named(progress, capsys):
+def test_two_kinds_of_collapse_in_one_epoch_are_both_reported(progress, capsys):
     run = progress()
     run.restart(0, None)
     for i, entropy in enumerate((0.0, math.log(K), 0.0, math.log(K))):
@@ -137,17 +137,17 @@ def test_both_collapses_in_one_epoch_are_both_named(progress, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_one_prototype_cannot_collapse(progress, capsys):
+def test_single_prototype_has_no_collapse_warning(progress, capsys):
     run = progress(prototypes=1)
     run.restart(0, None)
     run.step(0, values_of(0), entropy=0.0)
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(progress, capsys):
+def test_output_without_a_terminal_is_one_line_per_epoch(progress, capsys):
     run = progress()
     run.restart(0, None)
-    take(run, range(2 * STEPS))
+    log_steps(run, range(2 * STEPS))
     captured = capsys.readouterr()
     assert captured.err == ""
     first, second = captured.out.splitlines()
@@ -157,12 +157,12 @@ def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar(progress, capsys
         assert part in first
 
 
-def test_a_terminal_has_a_bar_and_no_line_an_epoch(progress, capsys, monkeypatch):
+def test_terminal_has_a_bar_and_no_line_per_epoch(progress, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run = progress()
     run.restart(STEPS, None)
     run.step(STEPS, {"loss": 4.0, "lr": 2e-3, "wd": 0.04}, entropy=3.25)
-    run.say("a line of the run")
+    run.info("a line of the run")
     run.warn("something odd")
     for i in range(STEPS + 1, 2 * STEPS):
         run.step(i, values_of(i))
@@ -179,27 +179,26 @@ def test_a_terminal_has_a_bar_and_no_line_an_epoch(progress, capsys, monkeypatch
     assert any(f"|{2 * STEPS}/{EPOCHS * STEPS} " in text for text in shown)
 
 
-def test_a_process_that_does_not_report_writes_nothing(progress, tmp_path, capsys, monkeypatch):
+def test_disabled_progress_writes_nothing(progress, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (tmp_path / "log.txt").write_text('{"epoch": 7}\n')
     run = progress(enabled=False)
     with run:
         run.restart(0, None)
-        run.say("hello")
+        run.info("hello")
         run.warn("oh")
         run.step(0, values_of(0), entropy=0.0)
-        take(run, range(1, 2 * STEPS))
+        log_steps(run, range(1, 2 * STEPS))
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 7}\n'
 
 
-def test_every_process_counts_the_same_steps(progress):
-    """So that state_dict is whole whichever process saves it."""
+def test_all_ranks_have_the_same_state_dict(progress):
     runs = [progress(), progress(enabled=False)]
     for run in runs:
         run.restart(0, None)
-        take(run, range(STEPS + 2))
+        log_steps(run, range(STEPS + 2))
     assert runs[0].state_dict() == runs[1].state_dict()
     assert runs[0].state_dict()["counts"] == {"loss": 2, "lr": 2, "wd": 2, "entropy": 1, "kl": 1}

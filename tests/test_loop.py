@@ -1,4 +1,4 @@
-"""Whole runs: what they write, how they stop, how they go on."""
+"""Whole runs: their output, stopping, resuming, rollback, and errors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
 from fastdino.signals import EXIT_INTERRUPTED
-from fastdino.training.loop import MAX_ROLLBACKS, train
+from fastdino.training.loop import train
+from fastdino.training.resume import MAX_ROLLBACKS
 from tests.processes import run_two
 
-STEPS = 4  # an epoch, of the fixture `pictures`
+STEPS = 4  # per epoch of the fixture `pictures`
 
 
 @pytest.fixture
 def config(tiny, pictures, tmp_path):
-    """Makes the config of a run on `pictures`, into tmp_path/run."""
+    """Build the config of a run on `pictures` that writes to tmp_path/run."""
 
     def make(**overrides):
         settings = {
@@ -64,7 +65,7 @@ def assert_same_run(run, other):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Makes the step of an iteration get a signal while it runs."""
+    """Send a signal during the step of an iteration."""
     step = Trainer.train_step
 
     def at(iteration, number=signal.SIGTERM):
@@ -81,7 +82,7 @@ def interrupt(monkeypatch):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Makes the crops of some iterations NaN: `times` times, or for ever."""
+    """Make the crops of some iterations NaN, the first `times` times."""
 
     def at(iterations, times=math.inf):
         step, left = Trainer.train_step, dict.fromkeys(iterations, times)
@@ -97,7 +98,7 @@ def poison(monkeypatch):
     return at
 
 
-def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp_path, capsys):
+def test_run_writes_the_papers_files_and_prints_a_headline(config, tmp_path, capsys):
     assert train(config(saveckp_freq=2)) == "finished"
     run = tmp_path / "run"
     assert {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt", "config.json",
@@ -123,10 +124,10 @@ def test_a_run_writes_what_the_paper_writes_and_says_what_it_runs_on(config, tmp
         "crops: torchvision", "precision: fp32 (", "18 images (0 skipped)", "4 steps per epoch",
     ):  # fmt: skip
         assert part in out[0]
-    assert len(out) == 1 + 3  # not a terminal: the headline and a line an epoch
+    assert len(out) == 1 + 3  # without a terminal: the headline and a line per epoch
 
 
-def test_a_finished_run_is_left_as_it_is(config, tmp_path):
+def test_finished_run_is_unchanged(config, tmp_path):
     train(config())
     before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
     assert train(config()) == "finished"
@@ -134,7 +135,7 @@ def test_a_finished_run_is_left_as_it_is(config, tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, STEPS - 1, STEPS + 2])
-def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, interrupt, at):
+def test_resumed_run_matches_uninterrupted_run(config, tmp_path, interrupt, at):
     assert train(config(output_dir=str(tmp_path / "whole"))) == "finished"
     interrupt(at, signal.SIGINT if at == 1 else signal.SIGTERM)
     assert train(config()) == "interrupted"
@@ -143,7 +144,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, interrupt, at)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_an_interrupted_command_has_its_own_exit_status(config, tmp_path, interrupt, pictures):
+def test_interrupted_command_exits_with_75(config, tmp_path, interrupt, pictures):
     interrupt(1)
     flags = {**config().to_dict(), "data_path": str(pictures)}
     line = ["train"]
@@ -157,7 +158,7 @@ def _train_in_child(settings):
     train(TrainConfig.from_dict(settings))
 
 
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_path):
+def test_run_killed_at_random_moments_matches_uninterrupted_run(config, tmp_path):
     assert train(config(output_dir=str(tmp_path / "whole"), epochs=4)) == "finished"
     settings = config(epochs=4, saveckp_every_steps=1).to_dict()
     server = multiprocessing.get_context("forkserver")
@@ -170,13 +171,13 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_p
     while True:
         child = server.Process(target=_train_in_child, args=(settings,))
         child.start()
-        # Two saves at least, so that it gets on; then anywhere in a step or in a save.
+        # After two saves, so that it makes progress; then anywhere in a step or a save.
         for _ in range(2):
             before = saved()
             while child.is_alive() and saved() == before:
                 time.sleep(0.001)
         child.join(moment.uniform(0, 0.3))
-        if kills == 5:  # enough: this one may end
+        if kills == 5:
             child.join()
         if child.exitcode is not None:
             break
@@ -189,7 +190,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config, tmp_p
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_try(config, tmp_path, poison):
+def test_nonfinite_loss_stops_with_advice(config, tmp_path, poison):
     poison([STEPS + 1])
     with pytest.raises(NonFiniteError) as error:
         train(config())
@@ -198,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_try(config, tmp_path, pois
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
 
 
-def test_rollback_goes_back_and_leaves_the_batch_out(config, tmp_path, poison, capsys):
+def test_rollback_leaves_the_failed_batch_out(config, tmp_path, poison, capsys):
     poison([STEPS + 1])
     assert train(config(on_nonfinite="rollback")) == "finished"
     state = weights_of(tmp_path / "run")
@@ -206,26 +207,26 @@ def test_rollback_goes_back_and_leaves_the_batch_out(config, tmp_path, poison, c
     assert state["iteration"] == 3 * STEPS
     assert len(losses_of(tmp_path / "run")) == 3
     assert all(map(math.isfinite, losses_of(tmp_path / "run")))
-    assert "back to iteration 4; the batch of iteration 5 will be left out" in (
+    assert "rolled back to iteration 4; the batch of iteration 5 will be left out" in (
         capsys.readouterr().err
     )
 
 
-def test_rollback_in_the_first_epoch_has_a_checkpoint_to_go_to(config, tmp_path, poison):
+def test_rollback_works_in_the_first_step(config, tmp_path, poison):
     poison([0])
     assert train(config(on_nonfinite="rollback")) == "finished"
     assert weights_of(tmp_path / "run")["left_out"] == [0]
 
 
-def test_rollback_gives_up_where_it_does_not_help(config, poison):
+def test_rollback_stops_after_max_rollbacks(config, poison):
     poison(range(1, 3 * STEPS))
-    with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} returns"):
+    with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} rollbacks"):
         train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
 
 
 @pytest.fixture
 def overflow(monkeypatch):
-    """Makes the weights overflow in the update of an iteration, once."""
+    """Make the weights infinite in the update of an iteration, once."""
 
     def at(iteration):
         step, done = Trainer.train_step, []
@@ -242,16 +243,14 @@ def overflow(monkeypatch):
     return at
 
 
-def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, overflow):
+def test_nonfinite_weights_are_not_saved(config, tmp_path, overflow):
     overflow(2 * STEPS - 1)
     with pytest.raises(NonFiniteError, match=r"student.backbone.* is not finite.*--lr"):
         train(config())
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
 
 
-def test_rollback_from_weights_that_are_not_finite_leaves_out_the_last_batch(
-    config, tmp_path, overflow
-):
+def test_rollback_from_nonfinite_weights_leaves_the_last_batch_out(config, tmp_path, overflow):
     overflow(2 * STEPS - 1)
     assert train(config(on_nonfinite="rollback")) == "finished"
     assert weights_of(tmp_path / "run")["left_out"] == [2 * STEPS - 1]
@@ -265,7 +264,7 @@ def _train(settings):
     ("grad_accum", "optimizer", "fsdp"),
     [(1, "adamw", False), (2, "adamw", False), (1, "lars", True)],
 )
-def test_two_processes_with_half_the_batch_give_the_losses_of_one(
+def test_two_processes_with_half_the_batch_match_one_process(
     config, tmp_path, grad_accum, optimizer, fsdp
 ):
     settings = {"drop_path_rate": 0.0, "optimizer": optimizer}
@@ -281,7 +280,7 @@ def test_two_processes_with_half_the_batch_give_the_losses_of_one(
     assert len(ours["generators"]) == 2
 
 
-def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs(config, tmp_path):
+def test_sharded_and_single_process_runs_resume_each_other(config, tmp_path):
     one, two, then = (tmp_path / name for name in ("one", "two", "then"))
     settings = {"drop_path_rate": 0.0, "epochs": 3, "saveckp_freq": 1}
     train(config(**settings, output_dir=str(one)))
@@ -301,15 +300,15 @@ def test_sharded_processes_go_on_with_the_run_of_one_and_one_goes_on_with_theirs
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"fsdp": True}, ConfigError, "--fsdp true shards over processes, and there is one"),
+        ({"fsdp": True}, ConfigError, "--fsdp true needs several processes"),
         ({"data_path": "/nowhere"}, DataError, "there is no folder /nowhere"),
         ({"batch_size_per_gpu": 32}, DataError, "--batch_size_per_gpu"),
         ({"arch": "vit_smal"}, ConfigError, "did you mean vit_small"),
         ({"output_dir": "/dev/null/run"}, CheckpointError, "--output_dir /dev/null/run"),
-        ({"attention": "xformers"}, ConfigError, "--attention xformers cannot run"),
+        ({"attention": "xformers"}, ConfigError, "--attention xformers does not work"),
     ],
 )
-def test_mistakes_are_named_before_the_run(config, settings, kind, message):
+def test_user_errors_are_raised_before_the_run(config, settings, kind, message):
     with pytest.raises(kind, match=message):
         train(config(**settings))
 
@@ -319,10 +318,10 @@ def test_mistakes_are_named_before_the_run(config, settings, kind, message):
     [
         ({"out_dim": 32}, r"cannot resume .*weight_g is \(64, 1\), expected \(32, 1\)"),
         ({"arch": "vit_tiny"}, "cannot resume .*weights do not match the network"),
-        ({"batch_size_per_gpu": 2}, "4 steps an epoch, this one has 9"),
+        ({"batch_size_per_gpu": 2}, "4 steps per epoch, this one has 9"),
     ],
 )
-def test_resuming_with_other_settings_says_which(config, tmp_path, settings, message):
+def test_incompatible_settings_cannot_resume(config, tmp_path, settings, message):
     train(config(epochs=1))
     before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
     with pytest.raises(CheckpointError, match=message):
@@ -330,9 +329,7 @@ def test_resuming_with_other_settings_says_which(config, tmp_path, settings, mes
     assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
 
 
-def test_resuming_with_another_optimizer_is_refused_and_another_lr_is_said(
-    config, tmp_path, capsys
-):
+def test_resume_rejects_another_optimizer_and_warns_of_another_lr(config, tmp_path, capsys):
     train(config(epochs=1))
     with pytest.raises(CheckpointError, match="--optimizer"):
         train(config(epochs=1, optimizer="sgd"))
@@ -340,35 +337,35 @@ def test_resuming_with_another_optimizer_is_refused_and_another_lr_is_said(
     assert "other settings: --epochs 2 (was 1), --lr 0.01 (was 0.05)" in capsys.readouterr().err
 
 
-def test_a_log_of_another_run_is_kept_aside(config, tmp_path):
+def test_log_of_another_run_is_renamed(config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "log.txt").write_text("notes of mine")
+    (run / "log.txt").write_text("another log")
     train(config(epochs=1))
-    assert (run / "log.old.txt").read_text() == "notes of mine"
+    assert (run / "log.old.txt").read_text() == "another log"
     assert len(losses_of(run)) == 1
 
 
-def test_two_runs_in_one_folder_are_refused(config, tmp_path):
+def test_output_folder_of_another_run_is_rejected(config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    hold = (
+    code = (
         "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
-        "print('held', flush=True); input()"
+        "print('locked', flush=True); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", hold, str(folder / ".lock")],
+        [sys.executable, "-c", code, str(folder / ".lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         with pytest.raises(CheckpointError, match="another run is writing there"):
             train(config())
         other.communicate(b"\n")
     assert train(config(epochs=1)) == "finished"
 
 
-def test_the_same_signal_passed_on_by_a_launcher_does_not_kill(config, monkeypatch):
+def test_signal_forwarded_by_a_launcher_does_not_kill(config, monkeypatch):
     step = Trainer.train_step
 
     def stopped(self, crops):
@@ -381,19 +378,19 @@ def test_the_same_signal_passed_on_by_a_launcher_does_not_kill(config, monkeypat
     assert train(config()) == "interrupted"
 
 
-def test_srun_without_torchrun_is_refused(config, monkeypatch):
+def test_srun_without_torchrun_is_rejected(config, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(ConfigError, match="torchrun"):
         train(config())
 
 
-def test_an_unknown_kernel_implementation_is_named(config, monkeypatch):
+def test_unknown_kernel_implementation_is_rejected(config, monkeypatch):
     monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
     with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of .*'abacus'"):
         train(config())
 
 
-def test_the_public_function_is_there_again_and_again():
+def test_public_train_function_survives_the_import_of_training():
     code = (
         "import fastdino; fastdino.train; import fastdino.training.loop; "
         "assert callable(fastdino.train)"
@@ -404,7 +401,7 @@ def test_the_public_function_is_there_again_and_again():
     )
 
 
-def test_a_truncated_checkpoint_is_an_error_and_stays(config, tmp_path):
+def test_truncated_checkpoint_is_reported_and_kept(config, tmp_path):
     train(config(epochs=1))
     path = tmp_path / "run" / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:1000])
@@ -413,7 +410,7 @@ def test_a_truncated_checkpoint_is_an_error_and_stays(config, tmp_path):
     assert path.stat().st_size == 1000
 
 
-def test_running_out_of_memory_names_the_flags(config, monkeypatch):
+def test_out_of_memory_error_suggests_flags(config, monkeypatch):
     def full(self, crops):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -422,7 +419,7 @@ def test_running_out_of_memory_names_the_flags(config, monkeypatch):
         train(config())
 
 
-def test_broken_images_are_skipped_counted_and_named(config, tmp_path, pictures, capsys):
+def test_broken_images_are_skipped_counted_and_listed(config, tmp_path, pictures, capsys):
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
@@ -439,7 +436,7 @@ def test_broken_images_are_skipped_counted_and_named(config, tmp_path, pictures,
         train(config(**settings, max_bad_share=0.01, output_dir=str(tmp_path / "other")))
 
 
-def test_resuming_with_other_images_is_said(config, tmp_path, pictures, capsys, interrupt):
+def test_resume_warns_of_other_images(config, tmp_path, pictures, capsys, interrupt):
     images = tmp_path / "images"
     shutil.copytree(pictures, images)
     interrupt(1)
@@ -457,7 +454,7 @@ def test_resuming_with_other_images_is_said(config, tmp_path, pictures, capsys, 
     assert "1 of 18 are new or changed and were looked at" in captured.out
 
 
-def test_a_run_on_shards_is_the_run_on_the_folder(config, tmp_path, pictures, make_tar, interrupt):
+def test_run_on_shards_matches_run_on_folder(config, tmp_path, pictures, make_tar, interrupt):
     files = sorted(pictures.rglob("*.jpg"))
     for n, part in enumerate((files[:7], files[7:])):
         make_tar(tmp_path / "shards" / f"s-{n}.tar", {p.name: p.read_bytes() for p in part})
@@ -469,12 +466,12 @@ def test_a_run_on_shards_is_the_run_on_the_folder(config, tmp_path, pictures, ma
     assert_same_run(tmp_path / "run", tmp_path / "folder")
 
 
-def test_a_padded_epoch_takes_up_every_image(config, tmp_path, capsys):
+def test_padded_epoch_has_every_image(config, tmp_path, capsys):
     assert train(config(epochs=1, last_batch="pad")) == "finished"
-    assert "5 steps an epoch" in capsys.readouterr().out
+    assert "5 steps per epoch" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, capsys, interrupt):
+def test_init_from_loads_a_backbone_and_is_ignored_on_resume(config, tmp_path, capsys, interrupt):
     train(config(epochs=1, seed=5, output_dir=str(tmp_path / "before")))
     path = tmp_path / "before" / "checkpoint.pth"
     start = checkpoint.load(path)["teacher"]
@@ -482,21 +479,20 @@ def test_a_run_starts_from_a_backbone_and_is_then_its_own(config, tmp_path, caps
     settings = {"init_from": str(path), "lr": 0.0, "weight_decay": 0.0, "weight_decay_end": 0.0}
     fresh = Trainer(config(**settings), STEPS).student.state_dict()
     assert train(config(**settings)) == "interrupted"
-    for key in ("student", "teacher"):  # two steps of lr 0: what the run began with
+    for key in ("student", "teacher"):  # unchanged by two steps with lr 0
         for name, tensor in weights_of(tmp_path / "run")[key].items():
-            wanted = start if name.startswith("backbone.") else fresh
-            torch.testing.assert_close(tensor, wanted[name])
-    assert (
-        f"backbone of {path} (teacher) in student and teacher; new heads" in capsys.readouterr().out
-    )
+            expected = start if name.startswith("backbone.") else fresh
+            torch.testing.assert_close(tensor, expected[name])
+    loaded = f"loaded the backbone of {path} (teacher) into student and teacher"
+    assert loaded in capsys.readouterr().out
     path.unlink()  # no longer needed
     assert train(config(**settings)) == "finished"
     captured = capsys.readouterr()
-    assert "--init_from is passed over: it is for the start of a run" in captured.out
+    assert "--init_from is ignored: it only applies to a new run" in captured.out
     assert "other settings" not in captured.err
 
 
-def test_a_backbone_of_other_shapes_is_named_before_the_first_step(config, tmp_path):
+def test_init_from_with_other_shapes_is_rejected_before_the_first_step(config, tmp_path):
     train(config(epochs=1, output_dir=str(tmp_path / "before")))
     path = str(tmp_path / "before" / "checkpoint.pth")
     with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight is \(96, 3, 8, 8\), exp"):

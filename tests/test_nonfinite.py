@@ -1,11 +1,16 @@
-"""fastdino.training.nonfinite: what was not finite, found later, to the step."""
+"""FiniteGuard finds the first non-finite step, however late it is checked."""
 
 import math
 
 import pytest
 import torch
 
+from fastdino.errors import NonFiniteError
 from fastdino.training.nonfinite import FiniteGuard
+
+
+def make_guard(immediate=False):
+    return FiniteGuard(torch.device("cpu"), steps_per_epoch=2, immediate=immediate)
 
 
 def run(guard, losses, norms=None):
@@ -18,34 +23,49 @@ def run(guard, losses, norms=None):
 @pytest.mark.parametrize(
     ("losses", "norms", "step", "problem"),
     [
-        ([1.0, 2.0, math.nan, 3.0], {}, 2, "the loss is nan"),
-        ([math.inf], {}, 0, "the loss is inf"),
-        ([1.0, 2.0, 3.0, math.nan], {1: math.nan}, 1, "a gradient is not finite"),
-        ([1.0, -math.inf], {1: math.inf}, 1, "the loss is -inf"),
+        ([1.0, 2.0, math.nan, 3.0], {}, 2, r"the loss is nan at iteration 2 \(epoch 2\)"),
+        ([math.inf], {}, 0, r"the loss is inf at iteration 0 \(epoch 1\)"),
+        ([1.0, 2.0, 3.0, math.nan], {1: math.nan}, 1, "a gradient is not finite at iteration 1"),
+        ([1.0, -math.inf], {1: math.inf}, 1, "the loss is -inf at iteration 1"),
     ],
 )
-def test_the_first_failure_is_named_however_late_it_is_read(losses, norms, step, problem):
-    guard = FiniteGuard(torch.device("cpu"))
+def test_late_check_reports_first_failure(losses, norms, step, problem):
+    guard = make_guard()
     run(guard, losses, norms)
     assert guard.bad > 0
-    failure = guard.read()
-    assert (failure.step, failure.problem) == (step, problem)
+    with pytest.raises(NonFiniteError, match=problem) as error:
+        guard.check()
+    assert error.value.iteration == guard.iteration == step
 
 
-def test_steps_are_counted_from_the_last_read():
-    guard = FiniteGuard(torch.device("cpu"))
+def test_check_clears_the_failure_and_counts_on():
+    guard = make_guard()
     run(guard, [1.0, 2.0, 3.0])
-    assert guard.read() is None
+    guard.check()
+    assert guard.iteration == 3
     run(guard, [1.0, math.nan])
-    assert guard.read().step == 1
-    assert guard.bad == 0, "after a failure that was read, all is good again"
+    with pytest.raises(NonFiniteError, match="iteration 4"):
+        guard.check()
+    assert guard.bad == 0
+    run(guard, [1.0, math.nan])
+    guard.restart(9)
     run(guard, [1.0])
-    assert guard.read() is None
+    guard.check()
+    assert guard.iteration == 10
 
 
-def test_it_turns_bad_before_the_update_and_stays_so():
-    guard = FiniteGuard(torch.device("cpu"))
+def test_flag_is_set_before_the_update_and_persists():
+    guard = make_guard()
     guard.watch_loss(torch.tensor(math.nan))
     assert guard.bad > 0
     guard.watch_loss(torch.tensor(1.0))
     assert guard.bad > 0
+
+
+def test_immediate_guard_raises_in_the_step():
+    guard = make_guard(immediate=True)
+    run(guard, [1.0, 2.0])
+    with pytest.raises(NonFiniteError, match="a gradient is not finite at iteration 2"):
+        guard.watch_norms(torch.tensor([math.inf]))
+    with pytest.raises(NonFiniteError, match="the loss is nan at iteration 2"):
+        guard.watch_loss(torch.tensor(math.nan))

@@ -1,4 +1,4 @@
-"""How the processes of a run agree to stop; test_run and test_linear send real signals."""
+"""How the ranks of a run agree to stop; test_loop and test_linear send real signals."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from fastdino import distributed, signals
 from fastdino.signals import StopSignals
 
 
-def test_processes_ask_each_other_about_once_a_second_and_after_the_same_step(monkeypatch):
-    """Each time the host waits for its GPU, so not after every step."""
+def test_ranks_exchange_signals_about_once_per_second_and_after_the_same_step(monkeypatch):
+    """Each exchange makes the host wait for its GPU, so it is not done after every step."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    asked = []
+    sent = []
 
     def gather(mine):
-        asked.append(mine)
-        return [mine, ("SIGTERM" if len(asked) == 3 else None, 0.1)]  # the other is the slower one
+        sent.append(mine)
+        return [mine, ("SIGTERM" if len(sent) == 3 else None, 0.1)]  # the other rank is slower
 
     monkeypatch.setattr(distributed, "gather", gather)
     caught = StopSignals()
-    stop = [caught.agreed_after_step() for _ in range(21)]
-    assert stop == [False] * 20 + [True]
-    assert asked == [(None, 0.0)] * 3  # after steps 1, 11 and 21
+    assert [caught.should_stop_after_step() for _ in range(21)] == [False] * 20 + [True]
+    assert sent == [(None, 0.0)] * 3  # after steps 1, 11 and 21
     assert caught.received == "SIGTERM"

@@ -1,7 +1,4 @@
-"""The step against the recorded trajectory of the paper's code, and against its equations.
-
-`plain_step` transcribes the step from the paper's facts, with nothing of fastdino but the networks.
-"""
+"""The training step against a recorded trajectory of the paper's code and its equations."""
 
 from __future__ import annotations
 
@@ -70,9 +67,9 @@ def golden_crops(iteration: int) -> list[torch.Tensor]:
         pytest.param("off", "all", marks=pytest.mark.slow),
     ],
 )
-def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
+def test_float64_matches_recorded_trajectory(float64, packing, last_block):
     trainer = golden_trainer(packing=packing, last_block=last_block)
-    for i, want in enumerate(GOLDEN["steps"]):
+    for i, expected in enumerate(GOLDEN["steps"]):
         loss = trainer.train_step(golden_crops(i)).item()
         group = trainer.optimizer.param_groups[0]
         got = {
@@ -83,18 +80,18 @@ def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
             "teacher_temp": float(trainer.loss.teacher_temp_schedule[i // 4]),
             "center_norm": trainer.loss.center.norm().item(),
         }
-        assert got == pytest.approx({name: want[name] for name in got}, rel=1e-8), f"step {i}"
+        assert got == pytest.approx({name: expected[name] for name in got}, rel=1e-8), f"step {i}"
     for name, network in (("student", trainer.student), ("teacher", trainer.teacher)):
         got = {n: [p.sum().item(), p.norm().item()] for n, p in network.named_parameters()}
         assert got.keys() == GOLDEN["final"][name].keys()
         for parameter, values in got.items():
-            want = GOLDEN["final"][name][parameter]
-            assert values == pytest.approx(want, rel=1e-8, abs=1e-9), f"{name} {parameter}"
+            expected = GOLDEN["final"][name][parameter]
+            assert values == pytest.approx(expected, rel=1e-8, abs=1e-9), f"{name} {parameter}"
     generator = np.random.Generator(np.random.PCG64([GOLDEN["config"]["seed"], 1000000, 0]))
     probe = torch.from_numpy(generator.standard_normal((2, 3, 224, 224)))
     features = trainer.teacher.backbone(probe)
-    want = torch.tensor(GOLDEN["probe_feature_first8"])
-    torch.testing.assert_close(features[:, :8], want, rtol=1e-8, atol=1e-10)
+    expected = torch.tensor(GOLDEN["probe_feature_first8"])
+    torch.testing.assert_close(features[:, :8], expected, rtol=1e-8, atol=1e-10)
     assert features.norm(dim=1).tolist() == pytest.approx(GOLDEN["probe_feature_norm"], rel=1e-8)
 
 
@@ -102,25 +99,29 @@ def test_float64_follows_the_recorded_trajectory(float64, packing, last_block):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("attention", BACKENDS)
-def test_on_a_gpu_mixed_precision_stays_near_it(attention, packing):
+def test_mixed_precision_on_a_gpu_stays_close_to_recorded_trajectory(attention, packing):
     problem = attention_problem(attention, AttentionInputs(torch.device("cuda"), torch.bfloat16))
     if problem is not None:
         pytest.skip(f"no {attention}: {problem}")
     trainer = golden_trainer(
         attention=attention, packing=packing, device="cuda", use_fp16=True, amp_dtype="bf16"
     )
-    for i, want in enumerate(GOLDEN["steps"]):
-        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(want["loss"], rel=2e-2)
+    for i, expected in enumerate(GOLDEN["steps"]):
+        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(
+            expected["loss"], rel=2e-2
+        )
 
 
-def test_float32_follows_it_within_rounding():
+def test_float32_matches_recorded_trajectory_within_rounding():
     trainer = golden_trainer()
-    for i, want in enumerate(GOLDEN["steps"]):
-        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(want["loss"], rel=1e-4)
+    for i, expected in enumerate(GOLDEN["steps"]):
+        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(
+            expected["loss"], rel=1e-4
+        )
 
 
 class PlainDINO:
-    """The paper's loop, one tensor at a time."""
+    """The paper's training loop in plain PyTorch; only the networks are fastdino's."""
 
     def __init__(self, config, steps_per_epoch, student, teacher):
         self.config, self.steps, self.it = config, steps_per_epoch, 0
@@ -212,12 +213,14 @@ class PlainDINO:
     ],
     ids=lambda settings: "-".join(settings) or "default",
 )
-def test_every_setting_follows_the_equations(float64, tiny, settings, crops_of):
-    """The twin's networks go one pass a crop size, every token through every block."""
+def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
+    """The reference networks run one pass per crop size and all tokens through all blocks."""
     config = tiny(**settings)
     trainer = Trainer(config, steps_per_epoch=2)
-    twin = Trainer(dataclasses.replace(config, packing="off", last_block="all"), steps_per_epoch=2)
-    plain = PlainDINO(config, 2, twin.student, twin.teacher)
+    reference = Trainer(
+        dataclasses.replace(config, packing="off", last_block="all"), steps_per_epoch=2
+    )
+    plain = PlainDINO(config, 2, reference.student, reference.teacher)
     for i in range(6):
         crops = crops_of(config, i)
         torch.manual_seed(i)  # for stochastic depth
@@ -227,11 +230,11 @@ def test_every_setting_follows_the_equations(float64, tiny, settings, crops_of):
     torch.testing.assert_close(trainer.loss.center, plain.center, rtol=1e-9, atol=1e-12)
     for ours, theirs in ((trainer.student, plain.student), (trainer.teacher, plain.teacher)):
         for name, parameter in ours.named_parameters():
-            want = dict(theirs.named_parameters())[name]
-            torch.testing.assert_close(parameter, want, rtol=1e-7, atol=1e-10, msg=name)
+            expected = dict(theirs.named_parameters())[name]
+            torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_while_the_last_layer_is_frozen_it_neither_moves_nor_gathers_moments(tiny, crops_of):
+def test_frozen_last_layer_has_no_update_and_no_moments(tiny, crops_of):
     trainer = Trainer(tiny(freeze_last_layer=1, epochs=2), steps_per_epoch=2)
     last = trainer.student.head.last_layer.weight_v
     before = last.detach().clone()
@@ -243,19 +246,19 @@ def test_while_the_last_layer_is_frozen_it_neither_moves_nor_gathers_moments(tin
     assert not torch.equal(last, before)
 
 
-def test_a_state_goes_on_exactly_where_it_was(tiny, crops_of):
+def test_loaded_state_continues_bit_for_bit(tiny, crops_of):
     config = tiny(drop_path_rate=0.3)
-    whole = Trainer(config, steps_per_epoch=2)
+    uninterrupted = Trainer(config, steps_per_epoch=2)
     for i in range(3):
-        whole.train_step(crops_of(config, i))
+        uninterrupted.train_step(crops_of(config, i))
     resumed = Trainer(tiny(drop_path_rate=0.3, seed=7), steps_per_epoch=2)
-    state = copy.deepcopy(whole.state_dict())
-    want = [whole.train_step(crops_of(config, i)).item() for i in (3, 4)]
+    state = copy.deepcopy(uninterrupted.state_dict())
+    expected = [uninterrupted.train_step(crops_of(config, i)).item() for i in (3, 4)]
     resumed.load_state_dict(state)
-    assert [resumed.train_step(crops_of(config, i)).item() for i in (3, 4)] == want
+    assert [resumed.train_step(crops_of(config, i)).item() for i in (3, 4)] == expected
 
 
-def test_a_checkpoint_of_the_paper_is_taken_up(tiny, crops_of):
+def test_paper_checkpoint_is_loaded(tiny, crops_of):
     config = tiny()
     source = Trainer(config, steps_per_epoch=2)
     for i in range(2):
@@ -274,7 +277,7 @@ def test_a_checkpoint_of_the_paper_is_taken_up(tiny, crops_of):
     ("settings", "message"),
     [
         ({"out_dim": 32}, r"head.last_layer.weight_g is \(64, 1\), expected \(32, 1\)"),
-        ({"arch": "vit_tiny"}, "more; --arch"),
+        ({"arch": "vit_tiny"}, "more; use the --arch"),
         (
             {"norm_last_layer": False},
             r"adamw over 31 \+ 54 parameters, this run's is adamw over 32",
@@ -283,20 +286,20 @@ def test_a_checkpoint_of_the_paper_is_taken_up(tiny, crops_of):
         ({"optimizer": "lars"}, "optimizer is adamw .*, this run's is lars"),
     ],
 )
-def test_a_checkpoint_of_other_networks_names_the_tensors(tiny, settings, message):
+def test_checkpoint_of_another_network_lists_the_tensors(tiny, settings, message):
     state = Trainer(tiny(), steps_per_epoch=2).state_dict()
     other = Trainer(tiny(**settings), steps_per_epoch=2)
     with pytest.raises(CheckpointError, match=message):
         other.load_state_dict(state)
 
 
-def test_a_checkpoint_of_another_batch_size_is_refused(tiny):
+def test_checkpoint_with_another_number_of_steps_per_epoch_is_rejected(tiny):
     state = Trainer(tiny(), steps_per_epoch=2).state_dict()
-    with pytest.raises(CheckpointError, match="had 2 steps an epoch, this one has 3"):
+    with pytest.raises(CheckpointError, match="had 2 steps per epoch, this one has 3"):
         Trainer(tiny(), steps_per_epoch=3).load_state_dict(state)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(tiny, crops_of):
+def test_nonfinite_loss_leaves_the_state_unchanged(tiny, crops_of):
     trainer = Trainer(tiny(grad_accum=2), steps_per_epoch=2)
     trainer.train_step(crops_of(trainer.config, 0))
     before = {n: t.clone() for n, t in trainer.student.state_dict().items()}
@@ -312,7 +315,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(tiny, crops_of):
     assert math.isfinite(trainer.train_step(crops_of(trainer.config, 1)).item())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tiny, crops_of, monkeypatch):
+def test_nonfinite_gradient_leaves_the_state_unchanged(tiny, crops_of, monkeypatch):
     trainer = Trainer(tiny(clip_grad=0.0), steps_per_epoch=2)
     weight = trainer.student.head.mlp[0].weight
     hook = weight.register_hook(lambda gradient: gradient * math.inf)
@@ -326,29 +329,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny, crops_of, monkeypat
     assert math.isfinite(trainer.train_step(crops_of(trainer.config, 0)).item())
 
 
-def test_entropy_is_that_of_the_teachers_output(float64, tiny, crops_of):
+def test_entropy_is_measured_every_print_freq_steps_and_at_epoch_starts(float64, tiny, crops_of):
     config = tiny(print_freq=2, grad_accum=2)
     trainer = Trainer(config, steps_per_epoch=3)
     crops = crops_of(config, 0)
     logits = trainer.teacher(crops[:2]) / config.teacher_temp
-    want = torch.distributions.Categorical(logits=logits).entropy().mean()
+    expected = torch.distributions.Categorical(logits=logits).entropy().mean()
     trainer.train_step(crops)
-    assert trainer.entropy.item() == pytest.approx(want.item(), rel=1e-10)
+    assert trainer.entropy.item() == pytest.approx(expected.item(), rel=1e-10)
     measured = []
     for i in range(1, 6):
         trainer.train_step(crops_of(config, i))
         measured.append(trainer.entropy is not None)
-    # Every 2 steps, and at the first of each epoch of 3.
     assert measured == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
-def test_mixed_precision_stays_near_single(tiny, amp_dtype, crops_of):
+def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, crops_of):
     single, mixed = (
         Trainer(tiny(amp_dtype=dtype), steps_per_epoch=3) for dtype in ("auto", amp_dtype)
     )
     assert mixed.scaler.is_enabled() == (amp_dtype == "fp16")
-    for i in range(2):  # the first has a learning rate of 0; beyond, a scale too large skips steps
+    for i in range(2):  # later steps may be skipped because the initial loss scale is too large
         crops = crops_of(single.config, i)
         assert mixed.train_step(crops).item() == pytest.approx(
             single.train_step(crops).item(), rel=1e-2
@@ -366,13 +368,13 @@ def test_mixed_precision_stays_near_single(tiny, amp_dtype, crops_of):
         (lambda crops: [crop[:0] for crop in crops], "a batch of 0 cannot be split"),
     ],
 )
-def test_crops_that_do_not_fit_are_named(tiny, crops, message, crops_of):
+def test_invalid_crops_are_rejected(tiny, crops, message, crops_of):
     trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2), steps_per_epoch=1)
     with pytest.raises(ValueError, match=message):
         trainer.train_step(crops(crops_of(trainer.config, 0)))
 
 
-def test_a_step_beyond_the_run_is_an_error(tiny, crops_of):
+def test_step_after_the_last_epoch_is_rejected(tiny, crops_of):
     trainer = Trainer(tiny(epochs=1), steps_per_epoch=1)
     trainer.train_step(crops_of(trainer.config, 0))
     with pytest.raises(ValueError, match="the run is over"):

@@ -131,12 +131,12 @@ def evaluate(
     with tqdm(total=total, unit="frame", disable=quiet) as bar:
         for group in batches(by_length, world_size):
             scores = None
-            with distributed.together():
+            with distributed.fail_together():
                 if rank < len(group):
                     bar.set_description(group[rank].name)
                     scores = follow(model, group[rank], args, bar)
             gathered = distributed.gather(scores)
-            with distributed.together():
+            with distributed.fail_together():
                 if rank == 0:
                     for sequence, sequence_scores in zip(group, gathered, strict=False):
                         results.add(sequence, sequence_scores)
@@ -174,7 +174,7 @@ def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
     return sequences
 
 
-@distributed.together()
+@distributed.fail_together()
 def build_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """Build the network of the flags; raise ConfigError if it has no patch tokens."""
     model, _ = load_vit(args, device, reason="gives no patch tokens to compare")

@@ -188,7 +188,7 @@ class Extractor:
         gathered = distributed.gather((0 if features is None else features.shape[1], unusable))
         unusable = {index: why for _, reasons in gathered for index, why in reasons.items()}
         width = max(width for width, _ in gathered)
-        with distributed.together():
+        with distributed.fail_together():
             if not width:
                 raise DataError(
                     f"none of the {len(images)} images of {title} can be used: "
@@ -203,7 +203,7 @@ class Extractor:
     ) -> Tensor:
         """Return features [N, D] of all images; raise DataError if an image is unusable."""
         features, unusable = self.extract(images, title, sizes=sizes)
-        with distributed.together():
+        with distributed.fail_together():
             if unusable:
                 more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
                 raise DataError(f"{unusable[min(unusable)]}{more}")

@@ -204,7 +204,7 @@ def compute_features(
     return tensors
 
 
-@distributed.together()
+@distributed.fail_together()
 def load_features(folder: str) -> dict[str, Tensor]:
     """Load the feature files of --dump_features, or of the paper's eval_knn.py.
 

@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     _resume(output, probe, data)
     if probe.epoch < args.epochs:
         with StopSignals() as signals:
-            inputs = data.inputs(signals.agreed_after_step)
+            inputs = data.inputs(signals.should_stop_after_step)
             if inputs is None:
                 print_on_main(
                     f"stopped by {signals.received} while features were written, which are kept; "
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
                 line = _run_epoch(data, probe, *inputs, signals)
                 if line is not None:
                     distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
-                if signals.agreed() and probe.epoch < args.epochs:
+                if signals.should_stop() and probe.epoch < args.epochs:
                     distributed.from_main(partial(probe.save, output / CHECKPOINT, data.protocol))
                     print_on_main(
                         f"stopped by {signals.received} after {probe.epoch} epochs and "
@@ -139,7 +139,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     data = ProbeData.load(args, device, ("val",))
     path = args.linear_weights or str(Path(args.output_dir) / CHECKPOINT)
     probe = build_probe(data)
-    with distributed.together():
+    with distributed.fail_together():
         probe.load_classifier(local_file(path))
     scores = _validate(probe, data, data.validation_inputs())
     print_on_main(_accuracies(scores))
@@ -178,7 +178,7 @@ def _resume(output: Path, probe: Probe, data: ProbeData) -> None:
     """Restore the checkpoint of the output folder, if any, and cut the log back to it."""
     path = output / CHECKPOINT
     if distributed.from_main(path.exists):
-        with distributed.together():
+        with distributed.fail_together():
             probe.resume(path, data.protocol)
         begun = f", and {probe.seen} images of the next" if probe.seen else ""
         print_on_main(f"resumed {path}: {probe.epoch} of {probe.epochs} epochs are done{begun}")
@@ -200,7 +200,7 @@ def _run_epoch(
     line: dict[str, float] = {"train_lr": probe.lr}
     samples, features = train[epoch % len(train)]
     batches = data.train_batches(samples, epoch, seen=probe.seen)
-    loss = probe.train_epoch(batches, features, signals.agreed_after_step)
+    loss = probe.train_epoch(batches, features, signals.should_stop_after_step)
     if loss is None:
         return None
     line |= {"train_loss": loss, "epoch": epoch}
@@ -212,7 +212,7 @@ def _run_epoch(
     return line
 
 
-@distributed.together()
+@distributed.fail_together()
 def _require_images(scores: dict[str, float], data_path: str) -> None:
     if not scores["images"]:
         raise DataError(f"none of the images in val/ of {data_path} can be decoded")

@@ -136,7 +136,7 @@ def load_vit(
     return backbone.module.to(device), backbone.arch
 
 
-@distributed.together()
+@distributed.fail_together()
 def load_network(
     args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
 ) -> torch.nn.Module:

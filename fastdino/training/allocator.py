@@ -1,7 +1,7 @@
-"""Freed memory kept for the next step, on a CPU.
+"""Setting of the C memory allocator for training on a CPU.
 
-glibc gives large blocks back to the system as they are freed, and every step then pays for fresh,
-zeroed pages. PyTorch's CUDA allocator keeps them by itself.
+glibc returns freed large blocks to the system, so every step pays for fresh, zeroed pages. On a
+GPU, PyTorch's caching allocator already keeps freed blocks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Has this process keep the memory that it frees; its size stays the largest there was.
+    """Keep freed memory in this process, so its size stays at the peak.
 
-    Returns: whether it could be set: the C library is glibc.
+    Returns: True if set; False if the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,8 +1,8 @@
-"""A whole training step as a CUDA graph: one launch in place of thousands.
+"""A training step captured as a CUDA graph: one launch instead of thousands.
 
-A graph repeats what was recorded, at the same addresses: crops are copied to where it reads them,
-and what changes from step to step is on the device. What it cannot branch on (a frozen last layer,
-a measured entropy) makes a graph of its own.
+A graph replays the recorded kernels at the same addresses. Crops are therefore copied to fixed
+buffers, and values that change from step to step live on the device. Each combination of flags (a
+frozen last layer, a measured entropy) has a graph of its own.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from fastdino.errors import UserError
 
-# Eager steps of each kind before it is recorded: they make the optimizer's state, compile what is
-# compiled at its first call, and let libraries take their workspaces.
-WARM_UPS = 3
+# Eager steps per combination of flags before capture: they create the optimizer state, compile what
+# compiles at its first call, and let libraries allocate their workspaces.
+WARMUP_STEPS = 3
 
 Outputs = tuple[Tensor | None, ...]
-_Kind = tuple[tuple[str, bool], ...]
+_Flags = tuple[tuple[str, bool], ...]
 
 
 class GraphedStep:
-    """Calls a step eagerly at first, and from then on replays it; all on a stream of its own.
+    """A step that runs eagerly at first and is then captured and replayed, on a stream of its own.
 
     Args:
-        step: takes a list of crops and flags, by name; returns tensors or None. It reads nothing
-            back to the host, and all that it changes is on the device.
+        step: takes a list of crops, and flags by keyword; returns tensors or None. It must not read
+            from the device, and all state that it changes must be on the device.
         device: a CUDA device.
     """
 
@@ -36,17 +36,17 @@ class GraphedStep:
         self._step = step
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: they share memory
+        self._pool = torch.cuda.graph_pool_handle()  # shared, as one graph runs at a time
         self._crops: list[Tensor] = []
-        self._eager: Counter[_Kind] = Counter()
-        self._graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._eager_steps: Counter[_Flags] = Counter()
+        self._graphs: dict[_Flags, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
 
     def __call__(self, crops: Sequence[Tensor], **flags: bool) -> Outputs:
-        """One step.
+        """Run one step.
 
         Raises:
-            ValueError: crops of other shapes or dtypes than the first call's.
-            UserError: the step does what cannot be recorded; no other step can follow.
+            ValueError: crops differ in shape or dtype from those of the first call.
+            UserError: the step cannot be captured; no further step can run.
         """
         self._check(crops)
         current = torch.cuda.current_stream(self._device)
@@ -56,7 +56,7 @@ class GraphedStep:
                 own.copy_(crop, non_blocking=True)
                 if crop.is_cuda:
                     crop.record_stream(self._stream)
-            # Clones, as the next replay writes over what this one returns.
+            # Cloned because the next replay overwrites the outputs.
             outputs = [None if output is None else output.clone() for output in self._run(flags)]
         current.wait_stream(self._stream)
         for output in outputs:
@@ -65,34 +65,34 @@ class GraphedStep:
         return tuple(outputs)
 
     def _run(self, flags: dict[str, bool]) -> Outputs:
-        kind = tuple(sorted(flags.items()))
-        if kind not in self._graphs:
-            self._eager[kind] += 1
-            if self._eager[kind] <= WARM_UPS:
+        key = tuple(sorted(flags.items()))
+        if key not in self._graphs:
+            self._eager_steps[key] += 1
+            if self._eager_steps[key] <= WARMUP_STEPS:
                 return self._step(self._crops, **flags)
-            self._graphs[kind] = self._record(flags)
-        graph, recorded = self._graphs[kind]
+            self._graphs[key] = self._capture(flags)
+        graph, outputs = self._graphs[key]
         graph.replay()
-        return recorded
+        return outputs
 
-    def _record(self, flags: dict[str, bool]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    def _capture(self, flags: dict[str, bool]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads load data meanwhile, and may call what a capture forbids.
+            # thread_local: data loading threads may meanwhile make calls that a capture forbids.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                recorded = self._step(self._crops, **flags)
+                outputs = self._step(self._crops, **flags)
         except RuntimeError as error:
-            first = _first(error)
+            first = _first_error(error)
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            # What was begun leaves PyTorch's random generator unusable: no eager step can follow.
-            why = str(first).partition("\n")[0]
+            # A failed capture leaves PyTorch's random generator unusable, so there is no fallback.
+            reason = str(first).partition("\n")[0]
             raise UserError(
-                f"--cuda_graph true: the step cannot be recorded ({why}); use --cuda_graph false"
+                f"--cuda_graph true: the step cannot be captured ({reason}); use --cuda_graph false"
             ) from error
-        return graph, recorded
+        return graph, outputs
 
     def _check(self, crops: Sequence[Tensor]) -> None:
         got = [(tuple(crop.shape), crop.dtype) for crop in crops]
@@ -105,12 +105,12 @@ class GraphedStep:
             if new != old:
                 raise ValueError(
                     f"crop {i} must be {old[0]} of {old[1]}, got {new[0]} of {new[1]}: with "
-                    "--cuda_graph every batch has the first one's size"
+                    "--cuda_graph, all batches must have the size of the first one"
                 )
 
 
-def _first(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a recording that failed fails too."""
+def _first_error(error: BaseException) -> BaseException:
+    """Return the first error of a chain: ending a failed capture raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,4 +1,4 @@
-"""What a run says while it runs: the bar, log.txt, TensorBoard, the warning of a collapse."""
+"""Logging of a run: progress bar, log.txt, TensorBoard, and warnings of a collapse."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 from fastdino.files import atomic_write, explain_write_errors
 
-# Shares of ln K outside which the teacher's entropy means collapse.
+# A teacher entropy below or above these fractions of ln K means that the training collapses.
 COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
 
 
 class Progress:
-    """Reports steps and epochs of one run; silent (every method a no-op) where `enabled` is false.
+    """Reports the steps and epochs of a run.
 
     Args:
-        output_dir: log.txt and TensorBoard's events go here.
-        epochs, steps_per_epoch: the run's length.
-        images_per_step: over all processes.
+        output_dir: folder of log.txt and TensorBoard events.
+        epochs, steps_per_epoch: length of the run.
+        images_per_step: global batch size.
         prototypes: K, for the bounds of the entropy.
-        enabled: only one process of a run reports.
+        enabled: print and write; true on one rank only.
     """
 
     def __init__(
@@ -63,11 +63,14 @@ class Progress:
             self._board.close()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The sums of the epoch so far: a resumed epoch's means are then those of a whole one."""
+        """Return the sums of the current epoch, so a resumed epoch has the same means."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def restart(self, iteration: int, state: dict[str, dict[str, float]] | None) -> None:
-        """Begins at `iteration`: what a run cut off has logged beyond it is dropped."""
+        """Continue from `iteration`; drop what an interrupted run logged after it.
+
+        Without a `state` at iteration 0, an existing log.txt belongs to another run and is renamed.
+        """
         self._sums = defaultdict(float, (state or {}).get("sums", {}))
         counts = {k: int(v) for k, v in (state or {}).get("counts", {}).items()}
         self._counts = defaultdict(int, counts)
@@ -77,7 +80,7 @@ class Progress:
         log = self.output_dir / "log.txt"
         if log.exists():
             with explain_write_errors(log):
-                if state is None and iteration == 0:  # of another run: kept, out of the way
+                if state is None and iteration == 0:
                     log.replace(self.output_dir / "log.old.txt")
                 else:
                     drop_log_lines(log, iteration // self.steps_per_epoch)
@@ -94,26 +97,31 @@ class Progress:
         )
 
     def flush(self) -> None:
-        """Brings TensorBoard's events to the disk: a run killed later keeps them."""
+        """Write buffered TensorBoard events to disk."""
         if self._board is not None:
             with explain_write_errors(self.output_dir / "tensorboard"):
                 self._board.flush()
 
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+    def info(self, text: str) -> None:
+        """Print a line to stdout, above the bar."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """Prints a line to stderr, above the bar where there is one."""
+        """Print a warning to stderr, above the bar."""
         if self.enabled:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def step(
         self, iteration: int, values: dict[str, float], *, entropy: float | None = None
     ) -> None:
-        """Takes in a finished step: `values` holds loss, lr, wd; entropy where it was measured."""
+        """Add a finished step.
+
+        Args:
+            values: loss, lr and wd.
+            entropy: entropy of the teacher, if it was measured in this step.
+        """
         if entropy is not None:
             values = {**values, "entropy": entropy, "kl": values["loss"] - entropy}
         for name, value in values.items():
@@ -127,7 +135,7 @@ class Progress:
             self._check_collapse(iteration // self.steps_per_epoch, values)
 
     def end_epoch(self, epoch: int, **extra: float) -> None:
-        """Writes the epoch's line of log.txt (the paper's keys first) and starts the next one's."""
+        """Append the epoch's means to log.txt, the paper's keys first, and reset them."""
         means = {f"train_{name}": self._sums[name] / self._counts[name] for name in self._sums}
         self._sums.clear()
         self._counts.clear()
@@ -138,9 +146,10 @@ class Progress:
             file.write(json.dumps({**means, "epoch": epoch, **extra}) + "\n")
         if self._bar is not None and self._bar.disable:
             shown = " ".join(f"{k.removeprefix('train_')} {v:.4g}" for k, v in means.items())
-            self.say(f"epoch {epoch + 1}/{self.epochs}: {shown}")
+            self.info(f"epoch {epoch + 1}/{self.epochs}: {shown}")
 
     def _show(self, iteration: int, values: dict[str, float]) -> None:
+        """Show the values next to the bar and send them to TensorBoard."""
         now = time.perf_counter()
         steps = iteration + 1 - self._clock_iteration
         rate = steps * self.images_per_step / max(now - self._clock, 1e-9)
@@ -157,6 +166,7 @@ class Progress:
                 self._board.add_scalar(f"train/{name}", value, iteration)
 
     def _check_collapse(self, epoch: int, values: dict[str, float]) -> None:
+        """Warn if the teacher's entropy is near a bound, once per epoch and bound."""
         if self.prototypes == 1:
             return
         share = values["entropy"] / math.log(self.prototypes)
@@ -186,13 +196,13 @@ class Progress:
 
 
 def drop_log_lines(log: Path, epoch: int) -> None:
-    """Leaves of a log.txt the lines of the epochs before `epoch`."""
+    """Remove the lines of `epoch` and later epochs, and incomplete lines, from a log.txt."""
     kept = []
     for line in log.read_text().splitlines():
         try:
             if json.loads(line)["epoch"] < epoch:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # cut off by a kill while it was written
+        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
             continue
     with atomic_write(log) as file:
         file.write("".join(kept).encode())

@@ -1,22 +1,20 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups and optimizers; LARS."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fastdino_kernels import AdamWEMA
 from torch import Tensor, nn
 
-from fastdino.models.head import MultiCropWrapper
+from fastdino.errors import CheckpointError
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: with weight decay, and without (biases and 1-D tensors).
+    """Split the trained parameters: with weight decay, and without (biases and 1-D tensors).
 
-    So pos_embed, cls_token and a trained weight_g (K x 1) are decayed, as in the paper's code.
+    As in the paper's code, pos_embed, cls_token and a trained weight_g (K x 1) are decayed.
     """
     decayed: list[Tensor] = []
     not_decayed: list[Tensor] = []
@@ -28,7 +26,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
-    """adamw, sgd or lars over parameter_groups(module); lr and weight decay are set every step."""
+    """Build adamw, sgd or lars; the caller sets lr and weight decay in every step."""
     groups = parameter_groups(module)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -38,39 +36,32 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     return LARS(groups, momentum=0.9)
 
 
-def build_fused_adamw(
-    student: MultiCropWrapper, teacher: MultiCropWrapper, *, clip_grad: float, skip_nonfinite: bool
-) -> AdamWEMA:
-    """AdamW that clips each gradient by its norm and averages the teacher in the same pass.
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `state` is of the same kind and number of parameters."""
 
-    The teacher's head.last_layer.cached_weight is updated too, if it exists.
+    def describe(groups: list[dict[str, Any]]) -> str:
+        kinds = {"betas": "adamw", "eta": "lars", "nesterov": "sgd"}
+        kind = next((kinds[key] for key in kinds if key in groups[0]), "unknown")
+        return f"{kind} over {' + '.join(str(len(group['params'])) for group in groups)} parameters"
 
-    Args:
-        clip_grad: the largest norm of a gradient; 0: no clipping.
-        skip_nonfinite: a step with a gradient that is not finite changes nothing.
-    """
-    prototypes, cached = student.head.last_layer.weight_v, teacher.head.last_layer.cached_weight
-    return AdamWEMA(
-        parameter_groups(student),
-        lr=0.0,
-        max_norm=clip_grad or math.inf,
-        teacher=dict(zip(student.parameters(), teacher.parameters(), strict=True)),
-        teacher_shadow=None if cached is None else {prototypes: cached},
-        unit_rows=None if cached is None else prototypes,
-        skip_nonfinite=skip_nonfinite,
-    )
+    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
+    if saved != own:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {saved}, this run's is {own}: use the --optimizer and "
+            "--norm_last_layer of the checkpoint's run"
+        )
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888).
+    """SGD with momentum and a step size scaled per layer (You et al. 2017, arXiv 1708.03888).
 
-    g = grad + weight_decay * p;  g *= eta * ||p|| / ||g|| where neither norm is 0;
-    mu = momentum * mu + g;  p -= lr * mu.  1-D tensors: neither decay nor scaling.
+    g = grad + weight_decay * p;  g *= eta * ||p|| / ||g|| unless a norm is 0;
+    mu = momentum * mu + g;  p -= lr * mu.  1-D tensors have neither decay nor scaling.
 
     Args:
         params: parameters or groups of them.
         lr, weight_decay, momentum: as above.
-        eta: the trust coefficient.
+        eta: trust coefficient.
     """
 
     def __init__(
@@ -86,7 +77,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient; a closure is not supported."""
+        """Update every parameter that has a gradient; a closure is not supported."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -1,119 +1,153 @@
-"""What a resumed run needs of a Trainer, under the keys of the paper's checkpoints."""
+"""The checkpoint of a run: saving it, resuming from it, and rolling back to it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from fastdino import checkpoint, distributed
+from fastdino.config import TrainConfig
+from fastdino.data.image_dataset import ImageDataset
+from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.models.weights import initial_weights
+from fastdino.training.logging import Progress
+from fastdino.training.trainer import Trainer
 
-from fastdino import distributed
-from fastdino.checkpoint import check_shapes, strip_prefix
-from fastdino.errors import CheckpointError
-from fastdino.training.sharding import load_module, load_optimizer, whole
-
-if TYPE_CHECKING:
-    from fastdino.training.trainer import Trainer
-
-
-def state_of(trainer: Trainer) -> dict[str, Any]:
-    """Trainer.state_dict()."""
-    state = {
-        "student": whole(trainer.student.state_dict()),
-        "teacher": whole(trainer.teacher.state_dict()),
-        "optimizer": _optimizer_state(trainer.optimizer),
-        "dino_loss": trainer.loss.state_dict(),
-        "epoch": trainer.epoch,
-        "iteration": trainer.iteration,
-        "steps_per_epoch": trainer.steps_per_epoch,
-        "generators": distributed.gather(_generators(trainer.device)),
-    }
-    if trainer.scaler.is_enabled():
-        state["fp16_scaler"] = trainer.scaler.state_dict()
-    return state
+# A run with --on_nonfinite rollback stops after this many rollbacks to the same checkpoint.
+MAX_ROLLBACKS = 5
+# Settings that may differ from the checkpoint's without a warning: they do not affect the result.
+NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict with whole tensors, and lr and weight decay as floats wherever they are."""
-    state: dict[str, Any] = whole(optimizer.state_dict())
-    state["param_groups"] = [
-        {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
-    return state
+class RunCheckpoint:
+    """checkpoint.pth of a run.
 
+    It has the keys of the trainer (student, teacher, optimizer, dino_loss, epoch, ...), and args,
+    progress, left_out and images.
 
-def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Trainer.load_state_dict(state)."""
-    for key in ("student", "teacher", "optimizer", "dino_loss", "epoch"):
-        if key not in state:
-            raise CheckpointError(f"the checkpoint has no {key!r}: it has {', '.join(state)}")
-    steps = state.get("steps_per_epoch", trainer.steps_per_epoch)
-    if steps != trainer.steps_per_epoch:
-        raise CheckpointError(
-            f"the checkpoint's run had {steps} steps an epoch, this one has "
-            f"{trainer.steps_per_epoch}: resume with the same images and the same global batch "
-            "(--batch_size_per_gpu * --grad_accum * processes); with another number of "
-            "processes, --last_batch drop or pad can be what gives as many"
+    Attributes: left_out: iterations that a rollback excluded from the training.
+    """
+
+    def __init__(
+        self, config: TrainConfig, trainer: Trainer, progress: Progress, dataset: ImageDataset
+    ):
+        self.config, self.trainer, self.progress = config, trainer, progress
+        self.path = Path(config.output_dir) / "checkpoint.pth"
+        self.left_out: list[int] = []
+        # Identifies the dataset in a checkpoint.
+        self._images = {"number": len(dataset), "fingerprint": dataset.fingerprint}
+        self._rollbacks = 0  # since the last save
+
+    def save(self, also: Path | None = None) -> None:
+        """Save the run, and a copy to `also`; all ranks must call it."""
+        state = {
+            **self.trainer.state_dict(),
+            "args": self.config.to_dict(),
+            "progress": self.progress.state_dict(),
+            "left_out": self.left_out,
+            "images": self._images,
+        }
+        self.progress.flush()
+        distributed.from_main(lambda: checkpoint.save(state, self.path, also=also))
+        self._rollbacks = 0
+
+    def resume_or_start(self) -> None:
+        """Resume from the checkpoint if there is one, else start a new run."""
+        config, trainer, progress = self.config, self.trainer, self.progress
+        if distributed.from_main(self.path.exists):
+            self._restore()
+            done = trainer.epoch >= config.epochs
+            status = "the run is finished" if done else f"epoch {trainer.epoch + 1}"
+            progress.info(f"resumed {self.path} at iteration {trainer.iteration}: {status}")
+            if config.init_from:
+                progress.info("--init_from is ignored: it only applies to a new run")
+            return
+        if config.init_from:
+            self._start_from_weights()
+        progress.restart(0, None)
+        if config.on_nonfinite == "rollback":
+            self.save()
+
+    def _start_from_weights(self) -> None:
+        config = self.config
+        with distributed.fail_together():
+            weights, key = initial_weights(
+                config.init_from,
+                arch=config.arch,
+                patch_size=config.patch_size,
+                img_size=config.global_crops_size,
+            )
+        self.trainer.start_from(weights)
+        network = f" ({key})" if key else ""
+        self.progress.info(
+            f"loaded the backbone of {config.init_from}{network} into student and teacher; "
+            "the heads are new"
         )
-    networks = {name: strip_prefix(state[name], "module.") for name in ("student", "teacher")}
-    networks["dino_loss"] = state["dino_loss"]
-    modules = {"student": trainer.student, "teacher": trainer.teacher, "dino_loss": trainer.loss}
-    for name, module in modules.items():
+
+    def _restore(self) -> None:
+        state = checkpoint.load(self.path)
         try:
-            check_shapes(module, networks[name], name)
+            self.trainer.load_state_dict(state)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; --arch, --patch_size, --out_dim, --use_bn_in_head and "
-                "--global_crops_size must be those of the checkpoint's run"
+                f"cannot resume {self.path}: {error}; or use another --output_dir"
             ) from error
-    check_optimizer(trainer.optimizer, state["optimizer"])
-    for name, module in modules.items():
-        load_module(module, networks[name])
-    load_optimizer(trainer.optimizer, state["optimizer"])
-    if trainer.scaler.is_enabled() and "fp16_scaler" in state:
-        trainer.scaler.load_state_dict(state["fp16_scaler"])
-    trainer.iteration = state.get("iteration", state["epoch"] * trainer.steps_per_epoch)
-    generators = state.get("generators", [])
-    if len(generators) == distributed.world_size():
-        _set_generators(generators[distributed.rank()], trainer.device)
+        self._compare_settings(state.get("args"))
+        self._compare_images(state.get("images"))
+        self.left_out = list(state.get("left_out", []))
+        self.progress.restart(self.trainer.iteration, state.get("progress"))
 
+    def _compare_settings(self, saved: Any) -> None:
+        """Warn of settings that differ from the checkpoint's."""
+        if not isinstance(saved, dict):  # the paper's code saves a Namespace
+            return
+        changed = [
+            f"--{name} {value} (was {saved[name]})"
+            for name, value in self.config.to_dict().items()
+            if name not in NEUTRAL_SETTINGS and name in saved and saved[name] != value
+        ]
+        if changed:
+            self.progress.warn(f"resuming with other settings: {', '.join(changed)}")
 
-def start_from(trainer: Trainer, backbone: dict[str, Tensor]) -> None:
-    """Trainer.start_from(backbone)."""
-    named = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
-    for network in (trainer.student, trainer.teacher):
-        state = {k: v for k, v in network.state_dict().items() if not k.startswith("backbone.")}
-        state = {**whole(state), **named}
-        check_shapes(network, state, "the backbone to start from")
-        load_module(network, state)
+    def _compare_images(self, saved: Any) -> None:
+        """Warn if the dataset differs from the checkpoint's."""
+        now = self._images
+        if not isinstance(saved, dict) or saved == now:
+            return
+        self.progress.warn(
+            f"resuming with other images: {now['number']} with fingerprint {now['fingerprint']} "
+            f"(was {saved['number']} with {saved['fingerprint']}): names, sizes or broken files "
+            "differ, so the order and crops of the remaining steps are not those of the "
+            "uninterrupted run"
+        )
 
+    def roll_back(self, error: NonFiniteError) -> None:
+        """Return to the checkpoint and exclude the failed iteration from the training.
 
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The random generators that stochastic depth draws from, in this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_generators(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raises CheckpointError where `state` is of another optimizer, or of other parameters."""
-
-    def describe(groups: list[dict[str, Any]]) -> str:
-        kinds = {"betas": "adamw", "eta": "lars", "nesterov": "sgd"}
-        kind = next((kinds[key] for key in kinds if key in groups[0]), "unknown")
-        return f"{kind} over {' + '.join(str(len(group['params'])) for group in groups)} parameters"
-
-    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
-    if saved != own:
-        raise CheckpointError(
-            f"the checkpoint's optimizer is {saved}, this run's is {own}: --optimizer and "
-            "--norm_last_layer must be those of the checkpoint's run"
+        Raises: NonFiniteError: --on_nonfinite stop, or too many rollbacks.
+        """
+        advice = (
+            "try a lower --lr, a lower --clip_grad, a longer --warmup_epochs, --amp_dtype bf16 or "
+            "--use_fp16 false"
+        )
+        last = f"the last good checkpoint is {self.path}"
+        if not self.path.exists():
+            last = "no checkpoint was written yet"
+        if self.config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{error}; {last}; {advice}, or --on_nonfinite rollback"
+            ) from error
+        if self._rollbacks == MAX_ROLLBACKS:
+            raise NonFiniteError(
+                f"{error}, after {MAX_ROLLBACKS} rollbacks to the same checkpoint; {last}; {advice}"
+            ) from error
+        # A save that finds non-finite weights has no iteration: the last step produced them.
+        failed = self.trainer.iteration - 1 if error.iteration is None else error.iteration
+        self._rollbacks += 1
+        left_out = [*self.left_out, failed]
+        self._restore()
+        self.left_out = left_out
+        self.progress.warn(
+            f"{error}: rolled back to iteration {self.trainer.iteration}; the batch of iteration "
+            f"{failed} will be left out"
         )

@@ -1,4 +1,4 @@
-"""The schedules of lr, weight decay and momentum: one value an iteration, known before the run.
+"""Schedules of learning rate, weight decay and EMA momentum: one value per iteration.
 
 Source: Caron et al. 2021, section 3 and appendix, and the authors' code.
 """
@@ -12,12 +12,14 @@ from collections.abc import Callable
 def cosine_schedule(
     base: float, final: float, *, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0
 ) -> Callable[[int], float]:
-    """Linear warm-up from 0 to `base`, both reached, then half a cosine to `final`, not reached.
+    """Return a linear warmup from 0 to `base`, then half a cosine towards `final`.
+
+    The last warmup step is at `base`. The cosine ends one step short of `final`.
 
     Args:
-        base, final: the values at the two ends of the cosine.
+        base, final: values at the two ends of the cosine.
         epochs, warmup_epochs: lengths in epochs; warmup_epochs <= epochs.
-        steps_per_epoch: iterations an epoch.
+        steps_per_epoch: iterations per epoch.
 
     Returns: iteration (0-based, below epochs * steps_per_epoch) -> value.
     """

@@ -1,8 +1,8 @@
-"""Networks sharded over the processes (FSDP2, torch.distributed.fsdp.fully_shard): --fsdp.
+"""Networks sharded over ranks with FSDP2 (torch.distributed.fsdp.fully_shard): --fsdp.
 
-Each process keeps its share of every parameter, gradient and moment, of student and teacher alike,
-and gathers a block's weights while it computes with them. Checkpoints hold whole tensors: one
-process or many, sharded or not, can go on with them.
+Each rank keeps a shard of every parameter, gradient and moment of student and teacher, and gathers
+the weights of a block while it computes with them. Checkpoints hold full tensors, so they can be
+resumed with or without sharding, and with any number of ranks.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from fastdino.models.vit import VisionTransformer
 
 
 def check_sharding(network: nn.Module) -> None:
-    """Raises ConfigError where --fsdp cannot be."""
+    """Raise ConfigError unless --fsdp is supported for this network and world size."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ConfigError(
-            "--fsdp true shards over processes, and there is one: start several with torchrun"
+            "--fsdp true needs several processes, and this run has one: start it with torchrun"
         )
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
         raise ConfigError(
-            "--fsdp true does not go with batch norm, whose statistics are not sharded: leave out "
-            "--fsdp or --use_bn_in_head, or take a vit_* or xcit_* architecture"
+            "--fsdp true does not support batch norm, whose statistics are not sharded: remove "
+            "--fsdp or --use_bn_in_head, or use a vit_* or xcit_* architecture"
         )
 
 
 def shard(network: MultiCropWrapper, device: torch.device) -> None:
-    """Shards a network's parameters over all processes, in place: by block, head, and the rest."""
+    """Shard a network over all ranks, in place: one group per block, the head, and the rest."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     parts: list[nn.Module] = [network.head, network]
     if isinstance(network.backbone, VisionTransformer):
         parts = [*network.backbone.blocks, *parts]
-    for part in parts:  # the inner ones first
-        # The teacher has no backward pass after which its weights would be given back.
+    for part in parts:  # inner modules first
+        # The teacher has no backward pass, after which FSDP would otherwise reshard.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager
-def gradients_unreduced(network: nn.Module) -> Iterator[None]:
-    """Within the block gradients of a sharded network are summed up here, and not exchanged."""
+def no_gradient_sync(network: nn.Module) -> Iterator[None]:
+    """Accumulate the gradients of a sharded network locally, without reducing them."""
     assert isinstance(network, FSDPModule)
     network.set_requires_gradient_sync(False)
     try:
@@ -59,34 +59,34 @@ def gradients_unreduced(network: nn.Module) -> Iterator[None]:
         network.set_requires_gradient_sync(True)
 
 
-def whole(state: Any) -> Any:
-    """`state` with every sharded tensor gathered, on the CPU; all processes must call it."""
+def full_tensors(state: Any) -> Any:
+    """Gather every sharded tensor in `state` on the CPU; all ranks must call it."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state)
 
 
 def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """module.load_state_dict with whole tensors, each process taking its share."""
+    """Load full tensors into a module that may be sharded."""
     own = module.state_dict()
-    module.load_state_dict({name: _like(own[name], tensor) for name, tensor in state.items()})
+    module.load_state_dict({name: _shard_like(own[name], t) for name, t in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """optimizer.load_state_dict with whole tensors, each process taking its share."""
+    """Load full tensors into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shared = {
+    sharded = {
         index: {
-            name: _like(parameters[index], value)
+            name: _shard_like(parameters[index], value)
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": shared})
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
-def _like(own: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` itself, or this process's share of it where `own` is sharded."""
+def _shard_like(own: Tensor, tensor: Tensor) -> Tensor:
+    """Return this rank's shard of `tensor` if `own` is sharded, else `tensor`."""
     if not isinstance(own, DTensor):
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)

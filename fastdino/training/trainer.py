@@ -1,6 +1,6 @@
-"""One training step of DINO: forward, loss, backward, clip, optimizer, EMA, in the paper's order.
+"""One DINO training step: forward, loss, backward, clip, optimizer, EMA, in the paper's order.
 
-Legend: S crops an image (2 global first), B images, K prototypes.
+Legend: S crops per image (2 global crops first), B images, K prototypes.
 """
 
 from __future__ import annotations
@@ -14,41 +14,48 @@ from fastdino_kernels import DINOLoss
 from torch import Tensor, nn
 
 from fastdino import distributed
+from fastdino.checkpoint import check_shapes, strip_prefix
 from fastdino.config import TrainConfig
-from fastdino.errors import NonFiniteError
+from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_networks
 from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
 from fastdino.runtime import Runtime, resolve_runtime
 from fastdino.training.cuda_graph import GraphedStep
 from fastdino.training.nonfinite import FiniteGuard
-from fastdino.training.optimizers import build_fused_adamw, build_optimizer
-from fastdino.training.resume import restore, start_from, state_of
+from fastdino.training.optimizers import check_optimizer
 from fastdino.training.schedules import cosine_schedule
-from fastdino.training.sharding import check_sharding, gradients_unreduced, shard
+from fastdino.training.sharding import (
+    check_sharding,
+    full_tensors,
+    load_module,
+    load_optimizer,
+    no_gradient_sync,
+    shard,
+)
 from fastdino.training.update import FusedUpdate, SeparateUpdate, Update
 
 
 class Trainer:
-    """The DINO training step with everything it carries from step to step.
+    """The DINO training step and all state carried from step to step.
+
+    If torch.distributed is initialised, it is one rank of a data-parallel run.
 
     Args:
-        config: the run's settings.
-        steps_per_epoch: optimizer steps an epoch; the schedules depend on it.
-        device: where to compute; default: resolved from config.device.
+        config: settings of the run.
+        steps_per_epoch: optimizer steps per epoch, for the schedules.
+        device: device to compute on; default: resolved from config.device.
         runtime: the resolved `auto` settings; default: resolved here, for this device.
 
     Attributes:
         student, teacher: the networks; state_dict() has the paper's keys (backbone.*, head.*).
         loss: DINOLoss; its `center` is [1, K].
-        iteration: optimizer steps done; the schedules are read at this index.
-        entropy: mean entropy in nats of the teacher's output, this process's, measured every
-            config.print_freq steps and at each epoch's first, None after every other step. 0: each
-            image falls on one prototype; ln K: on all alike. Near either, the training collapses.
-            The same step's loss less this is KL(teacher || student).
+        iteration: number of optimizer steps done; the schedules are evaluated at this index.
+        entropy: mean entropy of the teacher's output on this rank, in nats, measured every
+            config.print_freq steps and in the first step of each epoch; None after other steps.
+            At 0 each image maps to one prototype, at ln K to all equally; close to either, the
+            training collapses. Loss minus entropy is KL(teacher || student).
         runtime: the resolved `auto` settings.
-
-    Where torch.distributed is initialised, this is one process of a data-parallel run.
     """
 
     def __init__(
@@ -66,7 +73,6 @@ class Trainer:
         self.runtime = runtime or resolve_runtime(config, device, make_crops=False)
         self.device = torch.device(self.runtime.device.value)
         self.iteration = 0
-        self._verified = 0  # the iterations before it are known to be finite
         self.entropy: Tensor | None = None
         self._init_networks()
         self.loss = DINOLoss(
@@ -76,12 +82,11 @@ class Trainer:
             config.teacher_temp,
             config.warmup_teacher_temp_epochs,
             config.epochs,
-            inplace_backward=True,  # nothing reads the student's logits after the backward pass
+            inplace_backward=True,  # the student's logits are not used after the backward pass
         ).to(self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.runtime.autocast is torch.float16
         )
-        self._guard = FiniteGuard(self.device)
         self._init_update()
         self._init_schedules()
 
@@ -92,18 +97,19 @@ class Trainer:
             student, teacher = build_networks(config)
         if config.fsdp:
             check_sharding(student)
-        self.student = self._place(student)
-        self.teacher = self._place(teacher)
+        self.student = self._prepare(student)
+        self.teacher = self._prepare(teacher)
         self._forward_student: nn.Module = self.student
         if distributed.world_size() > 1 and not config.fsdp:
             self._forward_student = nn.parallel.DistributedDataParallel(
                 self.student,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # no copy from the messages back
-                static_graph=config.grad_accum == 1,  # it does not go with no_sync
+                gradient_as_bucket_view=True,
+                static_graph=config.grad_accum == 1,  # not compatible with no_sync
             )
 
-    def _place(self, network: MultiCropWrapper) -> MultiCropWrapper:
+    def _prepare(self, network: MultiCropWrapper) -> MultiCropWrapper:
+        """Apply the runtime's choices to a network and move it to the device."""
         self.runtime.apply_to(network)
         if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -115,40 +121,24 @@ class Trainer:
         return network
 
     def _init_update(self) -> None:
-        config = self.config
-        if config.mode == "fast" and config.optimizer == "adamw":
+        config, graphed = self.config, self.runtime.cuda_graph.on
+        fused = config.mode == "fast" and config.optimizer == "adamw"
+        self._guard = FiniteGuard(self.device, self.steps_per_epoch, immediate=not fused)
+        parts = (self.student, self.teacher, self.scaler, self._guard)
+        if fused:
             if self.runtime.autocast and config.norm_last_layer and not config.fsdp:
                 self.teacher.head.last_layer.cache_weight(self.runtime.autocast)
-            fused = build_fused_adamw(
-                self.student,
-                self.teacher,
-                clip_grad=config.clip_grad,
-                skip_nonfinite=not self.scaler.is_enabled(),
-            )
-            self.optimizer: torch.optim.Optimizer = fused
-            scalars = None
-            if self.runtime.cuda_graph.on:
-                scalars = torch.zeros(3, dtype=torch.float64, device=self.device)
-            self._update: Update = FusedUpdate(
-                self.student, fused, self.scaler, self._guard, scalars=scalars
-            )
+            self._update: Update = FusedUpdate(*parts, clip_grad=config.clip_grad, graphed=graphed)
         else:
-            self.optimizer = build_optimizer(config.optimizer, self.student)
             self._update = SeparateUpdate(
-                self.student,
-                self.teacher,
-                self.optimizer,
-                self.scaler,
-                self._guard,
-                max_norm=config.clip_grad,
-                verify=self.verify,
+                *parts, optimizer=config.optimizer, clip_grad=config.clip_grad
             )
-        # What _step is called by, and the epoch where a graph can see it change.
-        self._call_step: Callable[..., tuple[Tensor | None, ...]] = self._step
-        self._epoch: Tensor | None = None
-        if self.runtime.cuda_graph.on:
-            self._call_step = GraphedStep(self._step, self.device)
-            self._epoch = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.optimizer = self._update.optimizer
+        self._run_step: Callable[..., tuple[Tensor | None, ...]] = self._step
+        self._device_epoch: Tensor | None = None  # a CUDA graph reads the epoch from here
+        if graphed:
+            self._run_step = GraphedStep(self._step, self.device)
+            self._device_epoch = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _init_schedules(self) -> None:
         config = self.config
@@ -167,31 +157,31 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that the next step belongs to."""
+        """The epoch of the next step, from 0."""
         return self.iteration // self.steps_per_epoch
 
     def train_step(self, crops: Sequence[Tensor]) -> Tensor:
-        """One optimizer step; returns the loss, averaged over all processes.
+        """Run one optimizer step; return the loss, averaged over all ranks.
 
         Args:
-            crops: 2 global crops and config.local_crops_number local ones, each [B, 3, H, W] of
+            crops: 2 global crops and config.local_crops_number local crops, each [B, 3, H, W] of
                 normalised pixels; B is split into config.grad_accum forward passes.
 
-        Returns: fp32 0-d tensor, in nats (float64 where the networks are float64).
+        Returns: fp32 0-d tensor, in nats (float64 if the networks are float64).
 
         Raises:
-            ValueError: crops that do not fit the config, or a step beyond the last epoch.
-            NonFiniteError: as verify, which is called in each step, except in --mode fast.
+            ValueError: crops that do not match the config, or a step after the last epoch.
+            NonFiniteError: see `verify`, which --mode parity calls in every step.
         """
-        self._check(crops)
+        self._check_crops(crops)
         self._update.set_schedules(
             self.lr_schedule(self.iteration),
             self.weight_decay_schedule(self.iteration),
             self.momentum_schedule(self.iteration),
         )
-        if self._epoch is not None:
-            self._epoch.fill_(self.epoch)
-        loss, self.entropy = self._call_step(
+        if self._device_epoch is not None:
+            self._device_epoch.fill_(self.epoch)
+        loss, self.entropy = self._run_step(
             crops,
             frozen=self.epoch < self.config.freeze_last_layer,
             measure=self.iteration % self.steps_per_epoch == 0
@@ -202,32 +192,26 @@ class Trainer:
         return loss
 
     def verify(self) -> None:
-        """Waits for the device; raises NonFiniteError where a step was not finite.
+        """Wait for the device; raise NonFiniteError if a loss or gradient was NaN or infinite.
 
-        The loss or a gradient was NaN or infinite: parameters, moments, center and iteration are as
-        they were before the first such step (a batch norm's statistics are not).
+        Parameters, moments, center and iteration are then as before the first such step; batch
+        norm statistics are not.
         """
-        failure = self._guard.read()
-        if failure is None:
-            self._verified = self.iteration
-            return
-        self.optimizer.zero_grad()
-        self.iteration = self._verified = self._verified + failure.step
-        error = NonFiniteError(
-            f"{failure.problem} at iteration {self.iteration} (epoch {self.epoch + 1})"
-        )
-        error.iteration = self.iteration
-        raise error
+        try:
+            self._guard.check()
+        finally:
+            self.iteration = self._guard.iteration
 
     def skip_step(self) -> None:
-        """Passes over one iteration of the schedules: its batch is left out of the training.
+        """Advance the schedules by one iteration without training.
 
-        Raises: NonFiniteError: as verify.
+        Raises: NonFiniteError: see `verify`.
         """
         self.verify()
-        self.iteration = self._verified = self.iteration + 1
+        self.iteration += 1
+        self._guard.restart(self.iteration)
 
-    def _check(self, crops: Sequence[Tensor]) -> None:
+    def _check_crops(self, crops: Sequence[Tensor]) -> None:
         if self.iteration >= self.config.epochs * self.steps_per_epoch:
             raise ValueError(
                 f"the run is over: {self.config.epochs} epochs of {self.steps_per_epoch} steps"
@@ -249,24 +233,21 @@ class Trainer:
     def _step(
         self, crops: Sequence[Tensor], *, frozen: bool, measure: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The step itself: the loss, and the teacher's entropy where it is to be measured."""
+        """Run one step; return the loss, and the teacher's entropy if `measure` is true."""
         loss, entropy, finish_center = self._forward_backward(crops, measure)
         self._update(frozen=frozen)
-        center = self.loss.center.clone() if self._update.defers else None
-        finish_center()
-        if center is not None:  # else a step that is not finite has been refused by now
-            self.loss.center.copy_(torch.where(self._guard.bad > 0, center, self.loss.center))
+        finish_center(skip=self._guard.bad)
         self._guard.end_step()
         return loss, entropy
 
     def _forward_backward(
         self, crops: Sequence[Tensor], measure: bool
-    ) -> tuple[Tensor, Tensor | None, Callable[[], None]]:
-        """Leaves the gradients in .grad; returns loss, entropy, and what moves the center."""
+    ) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
+        """Compute the gradients; return loss, entropy and the function that updates the center."""
         self.optimizer.zero_grad()
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
-        epoch = self.epoch if self._epoch is None else self._epoch
+        epoch = self.epoch if self._device_epoch is None else self._device_epoch
         losses, teacher_sums, entropies = [], [], []
         for part in range(parts):
             batch = [
@@ -285,8 +266,9 @@ class Trainer:
                 if measure:
                     entropies.append(self.loss.teacher_entropy(teacher, epoch))
                 if last:
-                    mean_loss = self._watched_mean(losses)
-                    # Summed over the processes while the backward pass runs.
+                    mean_loss = distributed.mean(torch.stack(losses).mean())
+                    self._guard.watch_loss(mean_loss)
+                    # The all-reduce overlaps with the backward pass.
                     finish_center = self.loss.start_center_update(
                         torch.stack(teacher_sums).sum(0), 2 * rows * parts
                     )
@@ -294,58 +276,113 @@ class Trainer:
         entropy = torch.stack(entropies).mean() if measure else None
         return mean_loss, entropy, finish_center
 
-    def _watched_mean(self, losses: list[Tensor]) -> Tensor:
-        """The loss over all parts and processes, each of which sees whether it is finite."""
-        loss = distributed.mean(torch.stack(losses).mean())
-        self._guard.watch_loss(loss)
-        if not self._update.defers:
-            self.verify()
-        return loss
-
     def _autocast(self) -> torch.autocast:
         dtype = self.runtime.autocast
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _no_gradient_sync(self) -> contextlib.AbstractContextManager[Any]:
-        """While a part of the batch that is not the last goes backward."""
+        """Return the context for the backward pass of every part of the batch but the last."""
         if isinstance(self._forward_student, nn.parallel.DistributedDataParallel):
             return self._forward_student.no_sync()
         if self.config.fsdp:
-            return gradients_unreduced(self.student)
+            return no_gradient_sync(self.student)
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, under the paper's keys.
+        """Return everything needed to resume, under the paper's keys.
 
-        In a run of many processes all of them must call it: it gathers their random generators.
+        All ranks must call it: it gathers their random generators.
 
-        Raises: NonFiniteError: as verify.
+        Raises: NonFiniteError: see `verify`.
         """
         self.verify()
-        return state_of(self)
+        optimizer = full_tensors(self.optimizer.state_dict())
+        for group in optimizer["param_groups"]:  # with a CUDA graph, lr and decay are tensors
+            group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
+        state = {
+            "student": full_tensors(self.student.state_dict()),
+            "teacher": full_tensors(self.teacher.state_dict()),
+            "optimizer": optimizer,
+            "dino_loss": self.loss.state_dict(),
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "steps_per_epoch": self.steps_per_epoch,
+            "generators": distributed.gather(_generator_states(self.device)),
+        }
+        if self.scaler.is_enabled():
+            state["fp16_scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state_dict(), or a checkpoint of the paper's code (whole epochs).
+        """Load a state_dict(), or a checkpoint of the paper's code (whole epochs).
 
-        PyTorch's random generators go on where they were, if there were as many processes.
+        PyTorch's random generators are restored if the world size is that of the checkpoint.
 
-        Raises: CheckpointError: keys that are missing, tensors of other shapes (each is named),
-            another optimizer, or another number of steps an epoch; nothing is taken up then.
+        Raises: CheckpointError: missing keys, tensors of other shapes (each is listed), another
+            optimizer, or a different number of steps per epoch; nothing is loaded then.
         """
-        restore(self, state)
+        for key in ("student", "teacher", "optimizer", "dino_loss", "epoch"):
+            if key not in state:
+                raise CheckpointError(f"the checkpoint has no {key!r}: it has {', '.join(state)}")
+        steps = state.get("steps_per_epoch", self.steps_per_epoch)
+        if steps != self.steps_per_epoch:
+            raise CheckpointError(
+                f"the checkpoint's run had {steps} steps per epoch, this one has "
+                f"{self.steps_per_epoch}: resume with the same images and the same global batch "
+                "(--batch_size_per_gpu * --grad_accum * world size); with another world size, "
+                "--last_batch drop or pad may give the same number"
+            )
+        modules = {"student": self.student, "teacher": self.teacher, "dino_loss": self.loss}
+        tensors = {name: strip_prefix(state[name], "module.") for name in modules}
+        for name, module in modules.items():
+            try:
+                check_shapes(module, tensors[name], name)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; use the --arch, --patch_size, --out_dim, --use_bn_in_head and "
+                    "--global_crops_size of the checkpoint's run"
+                ) from error
+        check_optimizer(self.optimizer, state["optimizer"])
+        for name, module in modules.items():
+            load_module(module, tensors[name])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and "fp16_scaler" in state:
+            self.scaler.load_state_dict(state["fp16_scaler"])
+        self.iteration = state.get("iteration", state["epoch"] * self.steps_per_epoch)
+        generators = state.get("generators", [])
+        if len(generators) == distributed.world_size():
+            _set_generator_states(generators[distributed.rank()], self.device)
         self._after_load()
 
     def start_from(self, backbone: dict[str, Tensor]) -> None:
-        """Takes up a backbone's weights in student and teacher, before the first step.
+        """Load backbone weights into student and teacher, before the first step.
 
-        Args: backbone: of the names and shapes of student.backbone; the heads stay as they are.
-        Raises: CheckpointError: other names or shapes (each is named).
+        Args: backbone: names and shapes of student.backbone; the heads are unchanged.
+        Raises: CheckpointError: other names or shapes (each is listed).
         """
-        start_from(self, backbone)
+        named = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+        for network in (self.student, self.teacher):
+            state = {k: v for k, v in network.state_dict().items() if not k.startswith("backbone.")}
+            state = {**full_tensors(state), **named}
+            check_shapes(network, state, "the backbone to start from")
+            load_module(network, state)
         self._after_load()
 
     def _after_load(self) -> None:
-        if self.runtime.cuda_graph.on:  # what was recorded reads memory that is no longer ours
-            self._call_step = GraphedStep(self._step, self.device)
-        self._guard.read()  # what was seen before counts no more
-        self._verified = self.iteration
+        if self.runtime.cuda_graph.on:  # the recorded graph reads optimizer state that is replaced
+            self._run_step = GraphedStep(self._step, self.device)
+        self._guard.restart(self.iteration)
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Return this rank's random generator states, which stochastic depth draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_generator_states(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,12 +1,12 @@
-"""From gradients to the next student and teacher: clip, optimizer, EMA.
+"""Parameter updates: from gradients to the next student and teacher.
 
-Two ways of the same maths: one operation after the other, as the paper's code does, and one pass.
+Two implementations of the same maths: SeparateUpdate runs clip, optimizer and EMA one after the
+other, as the paper's code does; FusedUpdate runs them in one pass over memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,62 +15,61 @@ from torch import Tensor, nn
 
 from fastdino.models.head import MultiCropWrapper
 from fastdino.training.nonfinite import FiniteGuard
+from fastdino.training.optimizers import build_optimizer, parameter_groups
 
 
 class Update(Protocol):
-    """Applies the gradients in .grad; `frozen`: those of the head's last layer are left out."""
+    """Updates student and teacher from the gradients in .grad.
 
-    defers: bool
-    """A step that is not finite is kept out on the device: nothing waits for the verdict."""
+    With `frozen`, the last layer of the head is not updated.
+    """
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
-        """The values of the next step."""
+        """Set the values for the next step."""
         ...
 
     def __call__(self, *, frozen: bool) -> None: ...
 
 
 class SeparateUpdate:
-    """Clips each gradient by its norm, then the optimizer, then the EMA; waits for the norms.
+    """Clip each gradient by its norm, then optimizer, then EMA; waits for the norms.
 
     Args:
-        max_norm: the largest norm of a gradient; 0: no clipping.
-        verify: raises where the guard has seen what is not finite.
+        optimizer: adamw, sgd or lars.
+        clip_grad: maximum norm of a gradient; 0 disables clipping.
     """
-
-    defers = False
 
     def __init__(
         self,
         student: MultiCropWrapper,
         teacher: MultiCropWrapper,
-        optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         guard: FiniteGuard,
         *,
-        max_norm: float,
-        verify: Callable[[], None],
+        optimizer: str,
+        clip_grad: float,
     ):
+        self.optimizer = build_optimizer(optimizer, student)
         self._student, self._teacher = student, teacher
-        self._optimizer, self._scaler = optimizer, scaler
-        self._guard, self._verify = guard, verify
-        self._max_norm = max_norm or math.inf
+        self._scaler, self._guard = scaler, guard
+        self._max_norm = clip_grad or math.inf
         self._momentum = 1.0
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
-        _set_rates(self._optimizer, lr, weight_decay)
+        _set_rates(self.optimizer, lr, weight_decay)
         self._momentum = momentum
 
     def __call__(self, *, frozen: bool) -> None:
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         norms = clip_grad_norms_(self._student.parameters(), self._max_norm)
-        if not self._scaler.is_enabled():
-            # With loss scaling such gradients are expected now and then: the scaler then skips.
+        if not self._scaler.is_enabled():  # with loss scaling, the scaler skips such steps
             self._guard.watch_norms(norms)
-            self._verify()
         if frozen:
             drop_gradients(self._student.head.last_layer)
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
         ema_update_(
             list(self._teacher.parameters()), list(self._student.parameters()), self._momentum
@@ -78,48 +77,60 @@ class SeparateUpdate:
 
 
 class FusedUpdate:
-    """All in one pass over memory, with no waiting: fastdino_kernels.AdamWEMA.
+    """Clip, AdamW and EMA in one pass over memory without a host sync (AdamWEMA).
+
+    It also writes the normalised last layer of the teacher, if the head keeps one
+    (head.last_layer.cached_weight).
 
     Args:
-        optimizer: averages the teacher too.
-        scalars: fp64 [3] on the device, to hold lr, weight decay and momentum where a CUDA graph
-            is to see them change; None: they are floats.
+        clip_grad: maximum norm of a gradient; 0 disables clipping.
+        graphed: keep lr, weight decay and momentum on the device, where a CUDA graph reads them.
     """
-
-    defers = True
 
     def __init__(
         self,
         student: MultiCropWrapper,
-        optimizer: AdamWEMA,
+        teacher: MultiCropWrapper,
         scaler: torch.amp.GradScaler,
         guard: FiniteGuard,
         *,
-        scalars: Tensor | None,
+        clip_grad: float,
+        graphed: bool,
     ):
-        self._student, self._optimizer = student, optimizer
-        self._scaler, self._guard = scaler, guard
-        self._scalars = None if scalars is None else list(scalars.unbind())
+        prototypes, cached = student.head.last_layer.weight_v, teacher.head.last_layer.cached_weight
+        self.optimizer = AdamWEMA(
+            parameter_groups(student),
+            lr=0.0,
+            max_norm=clip_grad or math.inf,
+            teacher=dict(zip(student.parameters(), teacher.parameters(), strict=True)),
+            teacher_shadow=None if cached is None else {prototypes: cached},
+            unit_rows=None if cached is None else prototypes,
+            skip_nonfinite=not scaler.is_enabled(),
+        )
+        self._student, self._scaler, self._guard = student, scaler, guard
+        self._schedules: list[Tensor] | None = None  # fp64 []: lr, weight decay, momentum
+        if graphed:
+            values = torch.zeros(3, dtype=torch.float64, device=prototypes.device)
+            self._schedules = list(values.unbind())
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
         values: list[float | Tensor] = [lr, weight_decay, momentum]
-        if self._scalars is not None:
-            # The value travels as an argument of the launch: nothing waits.
-            values = [
-                scalar.fill_(value) for scalar, value in zip(self._scalars, values, strict=True)
-            ]
-        _set_rates(self._optimizer, values[0], values[1])
-        self._optimizer.momentum = values[2]
+        if self._schedules is not None:
+            # fill_ passes the value as a kernel argument, so the host does not wait.
+            pairs = zip(self._schedules, (lr, weight_decay, momentum), strict=True)
+            values = [scalar.fill_(value) for scalar, value in pairs]
+        _set_rates(self.optimizer, values[0], values[1])
+        self.optimizer.momentum = values[2]
 
     def __call__(self, *, frozen: bool) -> None:
         if frozen:
             drop_gradients(self._student.head.last_layer)
-        # With loss scaling the gradients are divided by the scale in the same pass.
-        self._scaler.step(self._optimizer, skip=self._guard.bad)
+        # With loss scaling, the same pass divides the gradients by the scale.
+        self._scaler.step(self.optimizer, skip=self._guard.bad)
         self._scaler.update()
         if not self._scaler.is_enabled():
-            assert self._optimizer.norms is not None
-            self._guard.watch_norms(self._optimizer.norms)
+            assert self.optimizer.norms is not None
+            self._guard.watch_norms(self.optimizer.norms)
 
 
 def _set_rates(
@@ -127,11 +138,10 @@ def _set_rates(
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # Only the first group is decayed.
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    optimizer.param_groups[0]["weight_decay"] = weight_decay  # the second group is not decayed
 
 
 def drop_gradients(module: nn.Module) -> None:
-    """None, not 0: the optimizer then neither decays these parameters nor moves their moments."""
+    """Set .grad to None rather than 0, so that weight decay and moments skip the parameters."""
     for parameter in module.parameters():
         parameter.grad = None

@@ -139,10 +139,12 @@ class DINOLoss(nn.Module):
         self.start_center_update(teacher_sum, rows)()
 
     @torch.no_grad()
-    def start_center_update(self, teacher_sum: Tensor, rows: int) -> Callable[[], None]:
-        """Starts the sum over the processes, and returns what waits for it and moves the center.
+    def start_center_update(self, teacher_sum: Tensor, rows: int) -> Callable[..., None]:
+        """Start the all-reduce and return a function that waits for it and updates the center.
 
-        In between the backward pass can run: the center's next use is the next batch's loss.
+        The backward pass can run in between: the next use of the center is the next batch's loss.
+        The returned function takes `skip`, a 0-d tensor on the center's device, by keyword: if it
+        is greater than 0, the center stays.
 
         Args:
             teacher_sum: [K] (or [1, K]), the sum of this process's teacher logits over `rows`
@@ -171,13 +173,16 @@ class DINOLoss(nn.Module):
             work = torch.distributed.all_reduce(total, async_op=True)
 
         @torch.no_grad()
-        def finish() -> None:
+        def finish(*, skip: Tensor | None = None) -> None:
             if rows == 0:
                 return
             if work is not None:
                 work.wait()
             mean = (total / (rows * world)).to(self.center.dtype)
-            self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+            center = self.center if skip is None else self.center.clone()
+            center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+            if skip is not None:
+                self.center.copy_(torch.where(skip > 0, self.center, center))
 
         return finish
 

@@ -18,7 +18,7 @@ from fastdino.bench.step.paper import PaperArm
 from fastdino.bench.step.peers import DinoRepoArm, LightlyArm, lightly_problem
 from fastdino.errors import ConfigError
 from fastdino.models.compile import compile_problem
-from fastdino.training.cuda_graph import WARM_UPS
+from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
 
 # Enough for the schedules to stand still during a benchmark.
@@ -38,7 +38,7 @@ class TrainerArm(Arm):
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.precision = self.trainer.runtime.precision.value
         if self.trainer.runtime.cuda_graph.on:  # steps that measure the entropy have another graph
-            self.warm_up = config.print_freq * WARM_UPS + 1
+            self.warm_up = config.print_freq * WARMUP_STEPS + 1
 
     def step(self, crops: Sequence[Tensor]) -> Tensor:
         return self.trainer.train_step(crops)
