@@ -44,7 +44,6 @@ FACADE = "fastdino"
 KNOWN_UPWARD_IMPORTS: set[str] = set()
 KNOWN_CIRCLES = {
     "fastdino.bench.stage_clock", "fastdino.bench.stages",
-    "fastdino.training.resume", "fastdino.training.trainer",
 }  # fmt: skip
 KNOWN_REPEATED_STEMS = {"arms", "environment", "report", "shapes"}
 
