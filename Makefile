@@ -43,7 +43,7 @@ format: install  ## apply ruff's fixes and format
 bench: install  ## benchmark the kernels; tables and JSON in BENCH (QUICK=1: small sizes)
 	mkdir -p $(BENCH)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet --benchmark-json=$(BENCH)/raw.json $(if $(QUICK),--quick); \
-	status=$$?; $(BIN)/python -m benchmarks.report $(BENCH)/raw.json --write $(BENCH) && exit $$status
+	status=$$?; $(BIN)/python -m benchmarks.kernel_tables $(BENCH)/raw.json --write $(BENCH) && exit $$status
 
 gates: install  ## compile every kernel ahead of time, without a GPU; table in benchmarks/results
 	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.gpu.compile_gates --write benchmarks/results

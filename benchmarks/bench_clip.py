@@ -1,11 +1,9 @@
-"""Gradient clipping over a whole network: each parameter by its own norm, and all by one."""
+"""Gradient clipping over a whole network: each parameter by its own norm, or all by one norm."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import fastdino_kernels
@@ -14,49 +12,16 @@ import torch
 from fastdino_kernels import reference
 from torch import Tensor
 
-from benchmarks.bench_ema import SIZES, Size
-from benchmarks.contest import Compete, Contest, Variant, assert_close
-from benchmarks.measure import Thunk
-from benchmarks.shapes import network_shapes, random_tensors
+from benchmarks.comparison import Baseline, Compare, Comparison, assert_close
+from benchmarks.networks import MAX_NORM, SIZES, Network, Size, grad_of, make_network
+from fastdino.bench.measurement import Call
 
 __all__ = ["SIZES"]
-MAX_NORM = 3.0
 Clip = Callable[[list[Tensor]], object]
 
 
-@dataclass
-class Network:
-    """Parameters, and the gradients that they get before every call."""
-
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-
-    def with_gradients(self) -> list[Tensor]:
-        torch._foreach_copy_([grad_of(p) for p in self.parameters], self.gradients)
-        return self.parameters
-
-
-def grad_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-@functools.lru_cache(maxsize=1)
-def make_network(size: Size, device: torch.device) -> Network:
-    """Every other gradient has three times the norm that is allowed, the others a third of it."""
-    shapes = network_shapes(size.arch, size.K)
-    count = [math.prod(shape) for shape in shapes]
-    gradients = random_tensors(
-        shapes, 0, device, lambda i: MAX_NORM * (1 / 3, 3)[i % 2] / math.sqrt(count[i])
-    )
-    parameters: list[Tensor] = [torch.nn.Parameter(torch.empty_like(g)) for g in gradients]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    return Network(parameters, gradients)
-
-
 def paper_clip(parameters: list[Tensor]) -> list[float]:
-    """The paper's code: the host reads every norm, and decides."""
+    """Clip as the paper's code: the host reads every norm and decides."""
     norms = []
     for parameter in parameters:
         norm = grad_of(parameter).data.norm(2)
@@ -87,40 +52,43 @@ GLOBAL: dict[str, tuple[str, Clip]] = {
     "torch.nn.utils.clip_grad_norm_": ("", torch_global),
     "fastdino_kernels": ("ours", ours_global),
 }
-if torch.cuda.is_available():  # elsewhere it is what "auto" takes
+if torch.cuda.is_available():  # on a CPU, "auto" already selects it
     EACH["fastdino_kernels, torch"] = ("", partial(ours, impl="torch"))
     GLOBAL["fastdino_kernels, torch"] = ("", partial(ours_global, impl="torch"))
 
 
+@functools.lru_cache(maxsize=1)
+def shared_network(size: Size, device: torch.device) -> Network:
+    """Build the network of all checks and baselines, of which only the gradients change."""
+    return make_network(size, device)
+
+
 def counted_bytes(size: Size, all_by_one: bool) -> tuple[int, str]:
-    """Each gradient read for its norm; what is scaled read again and written; fp32."""
-    counts = [math.prod(shape) for shape in network_shapes(size.arch, size.K)]
-    scaled = sum(counts if all_by_one else counts[1::2])
-    words = f"{sum(counts)} gradients read once, {scaled} of them again and written"
-    return 4 * (sum(counts) + 2 * scaled), words
+    """Count each fp32 gradient read for its norm; those scaled are read again and written."""
+    scaled = sum(size.counts if all_by_one else size.counts[1::2])
+    total = sum(size.counts)
+    return 4 * (total + 2 * scaled), f"{total} gradients read once, {scaled} again and written"
 
 
 def check(clip: Clip, size: Size, all_by_one: bool, device: torch.device) -> None:
-    """Every gradient agrees with the equation in float64."""
-    network = make_network(size, device)
-    clip(network.with_gradients())
+    """Compare every gradient with the equation in float64."""
+    network = shared_network(size, device)
+    clip(network.restore_gradients())
     total = torch.stack([g.double().norm() for g in network.gradients]).norm()
     for index, gradient in enumerate(network.gradients):
         norm = total if all_by_one else gradient.double().norm()
-        right = gradient.double() * (MAX_NORM / (norm + reference.CLIP_EPS)).clamp(max=1)
-        assert_close(f"gradient[{index}]", grad_of(network.parameters[index]), right, 1e-5)
+        expected = gradient.double() * (MAX_NORM / (norm + reference.CLIP_EPS)).clamp(max=1)
+        assert_close(f"gradient[{index}]", grad_of(network.student[index]), expected, 1e-5)
 
 
-def clip_contest(size: Size, all_by_one: bool, device: torch.device) -> Contest:
-    network = make_network(size, device)
+def clip_comparison(size: Size, all_by_one: bool, device: torch.device) -> Comparison:
+    network = shared_network(size, device)
 
-    def prepare(clip: Clip) -> Thunk:
-        # Clipped gradients are not clipped again: they are put back before every call.
-        parameters = network.with_gradients()
-        return partial(clip, parameters)
+    def prepare(clip: Clip) -> Call:
+        return partial(clip, network.restore_gradients())
 
-    variants = [
-        Variant(
+    baselines = [
+        Baseline(
             name,
             partial(prepare, clip),
             partial(check, clip, size, all_by_one, device),
@@ -129,15 +97,15 @@ def clip_contest(size: Size, all_by_one: bool, device: torch.device) -> Contest:
         )
         for name, (role, clip) in (GLOBAL if all_by_one else EACH).items()
     ]
-    name = f"Clip {'by the global norm' if all_by_one else 'each by its own norm'}, {size}"
-    return Contest(name, variants, *counted_bytes(size, all_by_one), calls=1)
+    title = f"Clip {'by the global norm' if all_by_one else 'each by its own norm'}, {size}"
+    return Comparison(title, baselines, *counted_bytes(size, all_by_one), calls=1)
 
 
-@pytest.mark.parametrize("variant", EACH)
-def test_clip_each(compete: Compete, size: Size, variant: str) -> None:
-    compete(clip_contest, size, False, variant=variant)
+@pytest.mark.parametrize("baseline", EACH)
+def test_clip_each(compare: Compare, size: Size, baseline: str) -> None:
+    compare(clip_comparison, size, False, baseline=baseline)
 
 
-@pytest.mark.parametrize("variant", GLOBAL)
-def test_clip_global(compete: Compete, size: Size, variant: str) -> None:
-    compete(clip_contest, size, True, variant=variant)
+@pytest.mark.parametrize("baseline", GLOBAL)
+def test_clip_global(compare: Compare, size: Size, baseline: str) -> None:
+    compare(clip_comparison, size, True, baseline=baseline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,19 +14,21 @@ import torch
 from fastdino_kernels import reference
 from torch import Tensor
 
-from benchmarks.contest import Compete, Contest, Variant, assert_close
-from benchmarks.loss_variants import Loss, einsum_form, paper_eager
-from benchmarks.measure import L2_BYTES, Thunk
+from benchmarks.comparison import Baseline, Compare, Comparison, assert_close
+from fastdino.bench.baselines.losses import einsum_loss, paper_loss
+from fastdino.bench.measurement import Call
 
+Loss = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 TEMPS = (0.1, 0.04)
-# Relative; the paper's code divides half-precision logits by the temperature as they are.
+# Relative; the paper's code divides half-precision logits by the temperature before upcasting.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-3}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+L2_BYTES = 50 << 20  # of an H100; the rotated inputs are several times larger
 
 
 @dataclass(frozen=True)
 class Size:
-    """B images in V crops, of which T = 2 are the teacher's too, and K prototypes."""
+    """B images in V crops, of which the teacher sees T, and K prototypes."""
 
     B: int
     V: int
@@ -46,7 +49,7 @@ PHASES = ("forward", "backward", "forward + backward")
 
 
 def counted_bytes(size: Size, phase: str) -> tuple[int, str]:
-    """What two passes must move: each reads all logits, the second writes the gradient."""
+    """Count what two passes must move: each reads all logits, the second writes the gradient."""
     crop = size.B * size.K * size.dtype.itemsize
     read, written = (size.V + size.T) * crop, size.V * crop
     return {
@@ -58,13 +61,13 @@ def counted_bytes(size: Size, phase: str) -> tuple[int, str]:
 
 @dataclass
 class Inputs:
-    student: Tensor
-    teacher: Tensor
-    center: Tensor
+    student: Tensor  # [V, B, K]
+    teacher: Tensor  # [T, B, K]
+    center: Tensor  # [K]
 
 
 def make_inputs(size: Size, seed: int, device: torch.device) -> Inputs:
-    """Random logits within about [-1, 1], which a head of unit vectors gives."""
+    """Draw logits within about [-1, 1], like those of a head with unit vectors."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -76,7 +79,7 @@ def make_inputs(size: Size, seed: int, device: torch.device) -> Inputs:
 
 @functools.lru_cache(maxsize=1)
 def expected(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, teacher_sum, gradient) in float64, of the inputs of seed 0."""
+    """Return (loss, teacher_sum, gradient) in float64 for the inputs of seed 0."""
     inputs = make_inputs(size, 0, device)
     student = inputs.student.detach().double().requires_grad_()
     loss, teacher_sum = reference.dino_loss(
@@ -84,6 +87,15 @@ def expected(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     )
     (grad,) = torch.autograd.grad(loss, student)
     return loss.detach(), teacher_sum, grad.float()
+
+
+def paper(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[Tensor, Tensor]:
+    """Run the paper's loss under autocast, as its training command does."""
+    half = student.dtype != torch.float32
+    with torch.autocast(student.device.type, dtype=student.dtype, enabled=half):
+        return paper_loss(student, teacher, center, student_temp, teacher_temp)
 
 
 def ours(
@@ -108,25 +120,25 @@ def forward(loss: Loss, inputs: Inputs) -> Tensor:
     return loss(inputs.student, inputs.teacher, inputs.center, *TEMPS)[0]
 
 
-def both(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
+def forward_backward(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
     return torch.autograd.grad(forward(loss, inputs), inputs.student)
 
 
-def prepare(loss: Loss, phase: str, turns: itertools.cycle[Inputs], clone: bool) -> Thunk:
-    """One call on the inputs whose turn it is; for the backward pass alone, the forward is done."""
-    inputs = next(turns)
-    if clone:  # it is written over
+def prepare(loss: Loss, phase: str, rotation: itertools.cycle[Inputs], clone: bool) -> Call:
+    """Build one call on the next inputs; for the backward pass alone, the forward pass is done."""
+    inputs = next(rotation)
+    if clone:  # the gradient overwrites the logits
         student = inputs.student.detach().clone().requires_grad_()
         inputs = Inputs(student, inputs.teacher, inputs.center)
     if phase == "forward":
         return partial(forward, loss, inputs)
     if phase == "backward":
         return partial(torch.autograd.grad, forward(loss, inputs), inputs.student)
-    return partial(both, loss, inputs)
+    return partial(forward_backward, loss, inputs)
 
 
 def check(loss: Loss, size: Size, device: torch.device) -> None:
-    """The loss, its gradient and the teacher's sum agree with float64's."""
+    """Compare the loss, its gradient and the teacher's sum with float64."""
     inputs = make_inputs(size, 0, device)
     value, teacher_sum = loss(inputs.student, inputs.teacher, inputs.center, *TEMPS)
     (grad,) = torch.autograd.grad(value, inputs.student)
@@ -139,44 +151,40 @@ def check(loss: Loss, size: Size, device: torch.device) -> None:
 
 @functools.lru_cache(maxsize=1)
 def compiled_einsum(size: Size) -> Loss:
-    """Compiled for this size alone, once for all phases."""
+    """Compile the einsum form for one size, once for all phases."""
     torch._dynamo.reset()
-    return torch.compile(einsum_form, fullgraph=True, dynamic=False)
+    return torch.compile(einsum_loss, fullgraph=True, dynamic=False)
 
 
-VARIANTS: dict[str, tuple[str, Loss | None]] = {
-    "the paper's code, eager": ("paper", paper_eager),
-    "einsum": ("", einsum_form),
+BASELINES: dict[str, tuple[str, Loss | None]] = {
+    "the paper's code, eager": ("paper", paper),
+    "einsum": ("", einsum_loss),
     "einsum, torch.compile": ("compile", None),
     "fastdino_kernels": ("ours", ours),
     "fastdino_kernels, in place": ("ours", partial(ours, inplace_backward=True)),
 }
-
-
-def loss_contest(size: Size, phase: str, device: torch.device) -> Contest:
-    counted, words = counted_bytes(size, phase)
-    once = counted_bytes(size, "forward")[0]
-    sets = max(2, 4 * L2_BYTES // once) if device.type == "cuda" else 2
-    inputs = [make_inputs(size, seed, device) for seed in range(min(sets, 8))]
-    variants = []
-    for name, (role, loss) in VARIANTS.items():
-        in_place = "in place" in name
-        if in_place and phase == "forward":
-            continue
-        chosen = loss or compiled_einsum(size)
-        make = partial(prepare, chosen, phase, itertools.cycle(inputs), in_place)
-        variants.append(Variant(name, make, partial(check, chosen, size, device), role))
-    return Contest(f"DINO loss, {phase}, {size}", variants, counted, words)
-
-
-ENTRIES = [
-    (phase, variant)
+CASES = [
+    (phase, name)
     for phase in PHASES
-    for variant in VARIANTS
-    if not (phase == "forward" and "in place" in variant)
+    for name in BASELINES
+    if not (phase == "forward" and "in place" in name)
 ]
 
 
-@pytest.mark.parametrize(("phase", "variant"), ENTRIES)
-def test_dino_loss(compete: Compete, size: Size, phase: str, variant: str) -> None:
-    compete(loss_contest, size, phase, variant=variant)
+def loss_comparison(size: Size, phase: str, device: torch.device) -> Comparison:
+    counted, note = counted_bytes(size, phase)
+    once = counted_bytes(size, "forward")[0]
+    sets = max(2, 4 * L2_BYTES // once) if device.type == "cuda" else 2
+    inputs = [make_inputs(size, seed, device) for seed in range(min(sets, 8))]
+    baselines = []
+    for name in (name for case, name in CASES if case == phase):
+        role, loss = BASELINES[name]
+        loss = loss or compiled_einsum(size)
+        make = partial(prepare, loss, phase, itertools.cycle(inputs), "in place" in name)
+        baselines.append(Baseline(name, make, partial(check, loss, size, device), role))
+    return Comparison(f"DINO loss, {phase}, {size}", baselines, counted, note)
+
+
+@pytest.mark.parametrize(("phase", "baseline"), CASES)
+def test_dino_loss(compare: Compare, size: Size, phase: str, baseline: str) -> None:
+    compare(loss_comparison, size, phase, baseline=baseline)

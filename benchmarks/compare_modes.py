@@ -1,10 +1,10 @@
-"""200 steps of --mode fast in bf16 beside --mode parity in fp32: losses, k-NN of what is learned.
+"""Train 200 steps by --mode fast in bf16 and by --mode parity in fp32: losses, k-NN accuracy.
 
     python -m benchmarks.compare_modes --write benchmarks/results/cpu
 
-All runs see the same images, order and crops: they take their steps in turn, on one loader's
-batches. One more, parity with other weights, shows how far two trainings are apart that differ in
-nothing but chance. On a GPU there is also --mode fast with the kernels' PyTorch implementation.
+All runs get the same images, order and crops: they take their steps in turn on the batches of one
+loader. Another parity run with other initial weights shows how much chance alone changes. On a GPU
+there is also --mode fast with the kernels' PyTorch implementation.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from fastdino_kernels.dispatch import ENVIRONMENT_VARIABLE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.environment import environment
 from fastdino import TrainConfig, Trainer, checkpoint, cli
-from fastdino.bench.step.run import synchronize
-from fastdino.bench.telling import table, wrapped
+from fastdino.bench.measurement import synchronize
+from fastdino.bench.report import table, wrap, write_report
 from fastdino.data import build_loader, scan_images
 from fastdino.data.shapes import write_shapes
+from fastdino.environment import environment
 from fastdino.errors import UserError
 from fastdino.runtime import choose_device, resolve_crops
 from fastdino.training.allocator import keep_freed_memory
@@ -58,16 +58,15 @@ CONFIG = TrainConfig(
     drop_path_rate=0.1,
     num_workers=2,
 )
-# What of it the command line may say otherwise.
-SETTINGS = ("arch", "batch_size_per_gpu", "epochs", "device")
-IMAGES = 178  # a class: 66 steps an epoch
-VAL_IMAGES = 200  # a class
+SETTINGS = ("arch", "batch_size_per_gpu", "epochs", "device")  # those with a flag
+IMAGES = 178  # per class: 66 steps per epoch
+VAL_IMAGES = 200  # per class
 SMOOTH = 10  # steps in a moving average
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training. kernels: FASTDINO_KERNELS while it takes its steps."""
+    """One training; kernels: FASTDINO_KERNELS during its steps."""
 
     config: TrainConfig
     kernels: str = "auto"
@@ -75,9 +74,9 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One run: its losses in nats, step by step, the k-NN accuracy of its teacher in percent.
+    """The losses of one run per step, in nats, and its teacher's k-NN accuracy in percent.
 
-    images_per_second: of its steps, but those of the first epoch.
+    images_per_second: of the steps after the first epoch.
     """
 
     name: str
@@ -87,9 +86,9 @@ class Result:
 
 
 class Bf16Products(TorchDispatchMode):
-    """Products of bf16 matrices as fp32 products of the same numbers, rounded once to bf16.
+    """Compute products of bf16 matrices in fp32 and round them once to bf16.
 
-    This is what a GPU computes, and a CPU too, only slower where it has no instructions for it.
+    A GPU computes the same. So does a CPU, but more slowly without bf16 instructions.
     """
 
     PRODUCTS = frozenset(
@@ -105,17 +104,17 @@ class Bf16Products(TorchDispatchMode):
 
 
 def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> list[Result]:
-    """Trains all on the images and crops of `data`, and measures each teacher's 20-NN accuracy.
+    """Train all runs on the crops of `data` and measure each teacher's 20-NN accuracy.
 
-    A run's seed is that of its weights; folder/shapes has the val set.
+    folder/shapes contains the validation set.
     """
     device = choose_device(data.device)
-    backend, decoder = resolve_crops(data, device)
+    crops, decode = resolve_crops(data, device)
     loader = build_loader(
         data,
         scan_images(data.data_path),
-        crops=backend.value,
-        decode=decoder.value,
+        crops=crops.value,
+        decode=decode.value,
         device=device,
     )
     trainers = {
@@ -130,7 +129,7 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
                 torch.manual_seed(trainer.iteration)  # for stochastic depth
                 synchronize(device)
                 started = time.perf_counter()
-                with using_kernels(runs[name].kernels), products_of(device):
+                with using_kernels(runs[name].kernels), products_on(device):
                     losses[name].append(trainer.train_step(crops))
                 synchronize(device)
                 seconds[name] += (time.perf_counter() - started) * (epoch > 0)
@@ -142,24 +141,24 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
         checkpoint.save(trainer.state_dict() | {"args": runs[name].config.to_dict()}, path)
         values = [loss.item() for loss in losses[name]]
         speed = timed / seconds[name] if timed else 0.0
-        results.append(Result(name, values, accuracy(path, folder), speed))
+        results.append(Result(name, values, knn_accuracy(path, folder), speed))
     return results
 
 
 @contextlib.contextmanager
 def using_kernels(name: str) -> Iterator[None]:
-    """The kernels' implementation, for a while."""
+    """Select the kernels' implementation."""
     with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: name}):
         yield
 
 
-def products_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Bf16Products, where bf16 products take ten times as long as fp32 ones."""
+def products_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return Bf16Products on a CPU, where bf16 products take ten times as long as fp32 ones."""
     return Bf16Products() if device.type == "cpu" else contextlib.nullcontext()
 
 
-def accuracy(path: Path, folder: Path) -> float:
-    """20-NN top-1 of a checkpoint on folder/shapes/val, percent."""
+def knn_accuracy(path: Path, folder: Path) -> float:
+    """Return the 20-NN top-1 accuracy of a checkpoint on folder/shapes/val, in percent."""
     output = folder / "knn.json"
     words = f"knn --resize 48 --crop 48 --nb_knn 20 --data_path {folder / 'shapes'}"
     status = cli.main([*words.split(), "--pretrained_weights", str(path), "--output", str(output)])
@@ -169,18 +168,19 @@ def accuracy(path: Path, folder: Path) -> float:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean of each step and up to SMOOTH - 1 before it."""
+    """Average each step with up to SMOOTH - 1 steps before it."""
     return [statistics.fmean(losses[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(losses))]
 
 
 def distance(one: Result, other: Result) -> tuple[float, float]:
-    """Mean and largest absolute difference of two smoothed loss curves, nats."""
+    """Return the mean and largest absolute difference of two smoothed loss curves, in nats."""
     pairs = zip(smoothed(one.losses), smoothed(other.losses), strict=True)
     differences = [abs(a - b) for a, b in pairs]
     return statistics.fmean(differences), max(differences)
 
 
 def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, str]) -> str:
+    """Return modes.md."""
     base = results[0]
     on_cpu = facts["device"] == "cpu"
     device = f"{facts['threads']} threads of {facts['processor']}" if on_cpu else facts["device"]
@@ -190,8 +190,6 @@ def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, st
         f"`python -m benchmarks.compare_modes`, torch {facts['torch']}, {device}. "
         f"Distances of loss curves smoothed over {SMOOTH} steps, in nats."
     )
-    if on_cpu:  # where a step in bf16 shows no speed
-        about += " Products in bf16 are fp32 ones of bf16 numbers, rounded once to bf16."
     heads = ["run", "last loss", "20-NN top-1, %", "mean distance from the first", "largest"]
     rows = []
     for result in results:
@@ -200,15 +198,17 @@ def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, st
         rows.append(
             [result.name, f"{last:.3f}", f"{result.top1:.1f}", f"{mean:.4f}", f"{largest:.4f}"]
         )
-    if not on_cpu:
+    if on_cpu:
+        about += " Products in bf16 are computed in fp32 and rounded once to bf16."
+    else:
         heads.append("images/s")
         for row, result in zip(rows, results, strict=True):
             row.append(f"{result.images_per_second:.0f}")
-    lines = ["# --mode fast beside --mode parity", "", wrapped(about), "", table(heads, rows), ""]
-    return "\n".join(lines)
+    return "\n\n".join(["# --mode fast and --mode parity", wrap(about), table(heads, rows)]) + "\n"
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
+    """Plot the smoothed losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -225,8 +225,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, default=Path("runs/modes"), help="folder")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of each class")
-    parser.add_argument("--val_images", type=int, default=VAL_IMAGES, help="of each class")
+    parser.add_argument("--images", type=int, default=IMAGES, help="per class")
+    parser.add_argument("--val_images", type=int, default=VAL_IMAGES, help="per class")
     for name in SETTINGS:
         kind = type(getattr(CONFIG, name))
         parser.add_argument(f"--{name}", type=kind, default=getattr(CONFIG, name))
@@ -246,18 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "fast, bf16": Run(fast),
             "parity, fp32, other weights": Run(dataclasses.replace(parity, seed=1)),
         }
-        if choose_device(parity.device).type == "cuda":
+        device = choose_device(parity.device)
+        if device.type == "cuda":
             runs["fast, bf16, kernels by PyTorch"] = Run(fast, "torch")
         results = train_in_turn(runs, parity, folder)
-    options.write.mkdir(parents=True, exist_ok=True)
-    facts = environment()
+    facts = environment(device, ("torch", "triton"))
     text = markdown(results, parity, facts)
+    record = {"environment": facts, "runs": [dataclasses.asdict(result) for result in results]}
+    options.write.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("matplotlib") is not None:
         draw(results, options.write / "modes.png")
         text += "\n![losses](modes.png)\n"
-    (options.write / "modes.md").write_text(text, encoding="utf-8")
-    record = {"environment": facts, "runs": [dataclasses.asdict(result) for result in results]}
-    (options.write / "modes.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_report(options.write, "modes", text, record)
     print(text)
     return 0
 

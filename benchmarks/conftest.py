@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contest import CLOCK, Compete, Contest, Effort, Outcome, hold, replay
-from benchmarks.measure import copy_bandwidth
+from benchmarks.comparison import (
+    CLOCK,
+    Compare,
+    Comparison,
+    Effort,
+    Timing,
+    replay,
+    run_comparison,
+)
+from fastdino.bench.measurement import copy_bandwidth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Held = Callable[..., dict[str, Outcome]]
 EFFORT = {"cuda": Effort(1.2, 30), "cpu": Effort(8.0, 9), "quick": Effort(0.3, 5)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="small sizes: does everything run?")
+    parser.addoption("--quick", action="store_true", help="small sizes, to see that all of it runs")
 
 
 def mode(config: pytest.Config) -> str:
@@ -24,7 +31,7 @@ def mode(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's SIZES says what its benchmarks run at, for each device and for --quick."""
+    """Run a module's benchmarks at its SIZES for the device or for --quick."""
     if "size" in metafunc.fixturenames:
         sizes = metafunc.module.SIZES[mode(metafunc.config)]
         metafunc.parametrize("size", sizes, ids=str)
@@ -33,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-        # Compilers and profilers warn of what is no concern here.
+        # Warnings of compilers and profilers are no failures here.
         item.add_marker(pytest.mark.filterwarnings("default"))
 
 
@@ -45,22 +52,22 @@ def copy_gbps(request: pytest.FixtureRequest) -> float:
 
 
 @pytest.fixture(scope="session")
-def held(request: pytest.FixtureRequest) -> Held:
-    """Outcomes by what makes the contest, which is held when the first of its variants is due."""
+def timings(request: pytest.FixtureRequest) -> Callable[..., dict[str, Timing]]:
+    """Timings of a comparison, which runs when the first of its baselines is needed."""
 
     @functools.cache
-    def get(make: Callable[..., Contest], *arguments: Any) -> dict[str, Outcome]:
-        return hold(make(*arguments, DEVICE), DEVICE, EFFORT[mode(request.config)])
+    def get(make: Callable[..., Comparison], *arguments: Any) -> dict[str, Timing]:
+        return run_comparison(make(*arguments, DEVICE), DEVICE, EFFORT[mode(request.config)])
 
     return get
 
 
 @pytest.fixture
-def compete(benchmark: Any, held: Held, copy_gbps: float) -> Compete:
-    """compete(make_contest, *arguments, variant=name): the benchmark of one variant."""
+def compare(benchmark: Any, timings: Callable[..., dict[str, Timing]], copy_gbps: float) -> Compare:
+    """compare(make_comparison, *arguments, baseline=name): the benchmark of one baseline."""
 
-    def run(make: Callable[..., Contest], *arguments: Any, variant: str) -> None:
+    def run(make: Callable[..., Comparison], *arguments: Any, baseline: str) -> None:
         benchmark.extra_info["copy_gbps"] = copy_gbps
-        replay(benchmark, held(make, *arguments)[variant])
+        replay(benchmark, timings(make, *arguments)[baseline])
 
     return run

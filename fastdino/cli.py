@@ -42,7 +42,7 @@ COMMANDS = {
         ("crops", "crop_comparison", "draw the crops of a photo and compare the crop backends"),
         ("info", "info", "show versions, hardware and available backends"),
         ("demo", "demo", "train and evaluate on a generated dataset, in minutes"),
-        ("bench", "bench.command", "measure the training step or the loaders against baselines"),
+        ("bench", "bench.flags", "measure the training step or the loaders against baselines"),
         ("shapes", "data.shapes", "generate a small labelled image dataset"),
     )
 }

@@ -6,10 +6,49 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
+CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+
+
+def environment(
+    device: torch.device, packages: Sequence[str], facts: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return what a measurement depends on: hardware, commit, versions and further `facts`.
+
+    device: "cpu", or the GPU's name. packages: distributions; those not installed are left out.
+    """
+    on_gpu = device.type == "cuda"
+    versions = {package: version(package) for package in packages}
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "processor": processor(),
+        "cores": str(cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "commit": commit(),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **(_gpu_facts(device) if on_gpu else {}),
+        **(facts or {}),
+        **{name: number for name, number in versions.items() if number != "not installed"},
+    }
+
+
+def _gpu_facts(device: torch.device) -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(device)
+    query = ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
+    return {
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": str(properties.multi_processor_count),
+        "L2": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+        "CUDA": torch.version.cuda or "unknown",
+        CLOCKS: output_of(*query).replace("\n", "; "),
+    }
 
 
 def processor() -> str:

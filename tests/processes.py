@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,11 @@ def _run_commands(lines: tuple[list[str], ...]) -> None:
 
     for line in lines:
         assert cli.main(line) == 0
+
+
+def is_running(pid: int) -> bool:
+    """Return True if the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,12 +1,12 @@
-"""One command for a machine with a GPU: environment, tests on the GPU, benchmarks, one report.
+"""One command for a machine with a GPU: environment, GPU tests, benchmarks, one report.
 
     python3 -m benchmarks.gpu.gpu_report [--more] [--output FOLDER] [--reduced]
 
-With --more a second report: compute-sanitizer, other sizes of the step, a short training.
+--more writes a second report: compute-sanitizer, other sizes of the step, a short training.
 
-It needs no network and installs nothing. Each part has a time of its own, and all together stay
-below nine minutes; one that fails or hangs is reported, and the others still run. Without a GPU, or
-with --reduced, a small form of each runs on the CPU: that shows that the command works, no more.
+It needs no network and installs nothing. Each task has a time limit, all together below nine
+minutes; one that fails or hangs is reported, and the others still run. Without a GPU, or with
+--reduced, a small form of each runs on the CPU, which only shows that the command works.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.gpu.subprocesses import ROOT, Part, Result, run_part
-from benchmarks.report import Row, as_json, read_rows, tables
+from benchmarks.gpu.subprocesses import ROOT, Result, Task, run_task
+from benchmarks.kernel_tables import Row, as_json, read_rows, tables
+from fastdino.bench.report import facts_table, table, write_report
 
-TAIL = 60  # lines of the output of what failed
-# Seconds. With the grace that a part gets after its time, below nine minutes.
+TAIL = 60  # lines of output of a failed task
+# Time limits in seconds. With the grace after each, the sum is below nine minutes.
 ENVIRONMENT_TIME = 20
+ENVIRONMENT = """
+import json, torch
+from fastdino.environment import environment
+from fastdino.runtime import choose_device
+print(json.dumps(environment(choose_device("auto"), ("torch", "triton"))))
+"""
 TESTS_TIME = 100
 SUITES = {"dino_loss": 75, "ema": 20, "clip": 20, "adamw_ema": 30, "overhead": 10}
-# The training step and the loaders: the flags of `fastdino bench`, and seconds. Of a step's,
-# torch.compile takes most.
+# Flags of `fastdino bench`, and seconds; torch.compile takes most of the first step benchmark.
 BENCHES = {
     "step vit_small": (
         "--arch vit_small --batch_size_per_gpu 64 --rounds 5 --seconds 0.6 --scaling",
@@ -39,26 +45,25 @@ BENCHES = {
     ),
     "step vit_base": (
         "--arch vit_base --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
-        "--arms paper,ours,ours-fast",
+        "--baselines paper,ours,ours-fast",
         45,
     ),
     "loaders": ("--loader --batch_size_per_gpu 64 --rounds 2 --seconds 1", 40),
 }
-# Of --more: the same, and what compute-sanitizer and compare_modes are given.
 MORE_BENCHES = {
     "step vit_small, B = 16": (
         "--arch vit_small --batch_size_per_gpu 16 --rounds 5 --seconds 0.6 "
-        "--arms paper,lightly,ours-fast,ours-graph",
+        "--baselines paper,lightly,ours-fast,ours-graph",
         70,
     ),
     "step vit_small, B = 128": (
         "--arch vit_small --batch_size_per_gpu 128 --rounds 3 --seconds 0.6 "
-        "--arms paper,ours-fast,compiled",
+        "--baselines paper,ours-fast,compiled",
         60,
     ),
     "step vit_small, patches of 8": (
         "--arch vit_small --patch_size 8 --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
-        "--arms paper,ours-fast",
+        "--baselines paper,ours-fast",
         70,
     ),
 }
@@ -68,15 +73,18 @@ SANITIZER = (
 )  # fmt: skip
 SANITIZER_TIME = 60
 TRAINING = ("--arch vit_small --batch_size_per_gpu 64 --images 356 --epochs 10", 120)
+TINY_STEP = (
+    "--arch vit_nano --out_dim 1024 --global_crops_size 64 --local_crops_size 32 --steps 1 "
+    "--device cpu"
+)
 REDUCED_MORE_BENCHES = {
     "step vit_nano, B = 1": (
-        "--arch vit_nano --batch_size_per_gpu 1 --out_dim 1024 --global_crops_size 64 "
-        "--local_crops_size 32 --rounds 1 --steps 1 --arms paper,ours-fast --device cpu",
+        f"{TINY_STEP} --batch_size_per_gpu 1 --rounds 1 --baselines paper,ours-fast",
         60,
     ),
 }
 REDUCED_TRAINING = ("--batch_size_per_gpu 8 --images 2 --epochs 1 --val_images 1 --device cpu", 120)
-# Kernels under the interpreter, which takes long for the largest sizes.
+# Kernels under the interpreter, which is slow for the largest sizes.
 REDUCED_TESTS = (
     "-k", "triton-cpu and not 4096 and not 6553 and not own_size and not accurate",
     "tests/test_ema.py", "tests/test_clip.py", "tests/test_dino_loss.py",
@@ -84,42 +92,41 @@ REDUCED_TESTS = (
 REDUCED_SUITES = {"dino_loss": 120, "ema": 40, "clip": 40, "adamw_ema": 40, "overhead": 40}
 REDUCED_BENCHES = {
     "step vit_nano": (
-        "--arch vit_nano --batch_size_per_gpu 2 --out_dim 1024 --global_crops_size 64 "
-        "--local_crops_size 32 --rounds 2 --steps 1 --arms paper,ours --device cpu",
+        f"{TINY_STEP} --batch_size_per_gpu 2 --rounds 2 --baselines paper,ours",
         60,
     ),
     "loaders": (
-        "--loader --arms paper,fused --batch_size_per_gpu 4 --images 8 --rounds 1 --seconds 0.5 "
-        "--global_crops_size 64 --local_crops_size 32 --device cpu",
+        "--loader --baselines paper,fused --batch_size_per_gpu 4 --images 8 --rounds 1 "
+        "--seconds 0.5 --global_crops_size 64 --local_crops_size 32 --device cpu",
         90,
     ),
 }
 
 
 @dataclass
-class Report:
-    """All that is told; written anew after every part, so that nothing measured is lost."""
+class GpuReport:
+    """All results; written again after every task, so that nothing measured is lost."""
 
     environment: dict[str, str]
     reduced: bool
     name: str = "report"
     results: list[Result] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    benches: list[Path] = field(default_factory=list)  # what `fastdino bench` wrote, without suffix
+    benches: list[Path] = field(default_factory=list)  # reports of `fastdino bench`, no suffix
 
     def markdown(self) -> str:
         lines = [f"# {self.environment.get('device', 'unknown')}", ""]
         if self.reduced:
             lines += ["Reduced: small sizes, to see that all of it runs. These times mean nothing."]
-        lines += ["Written by `make gpu-report`.", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in self.environment.items()]
-        lines += ["", "| part | seconds | result | its last line |", "|---|---|---|---|"]
-        for result in self.results:
+        lines += ["Written by `make gpu-report`.", "", facts_table(self.environment), ""]
+        rows = []
+        for index, result in enumerate(self.results):
             verdict = f"**{result.problem}**" if result.problem else "passed"
-            last = "" if result is self.results[0] else result.last_line.replace("|", "/")
-            lines.append(f"| {result.name} | {result.seconds:.0f} | {verdict} | {last} |")
-        lines += ["", *([tables(self.rows)] if self.rows or not self.benches else [])]
-        for written in self.benches:  # one heading lower
+            last_line = result.last_line.replace("|", "/") if index else ""
+            rows.append([result.name, f"{result.seconds:.0f}", verdict, last_line])
+        lines += [table(["task", "seconds", "result", "last line of output"], rows), ""]
+        lines += [tables(self.rows)] if self.rows or not self.benches else []
+        for written in self.benches:  # headings one level lower
             text = written.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub("^#", "##", text, flags=re.MULTILINE), ""]
         for result in self.results:
@@ -128,11 +135,8 @@ class Report:
                 lines += [f"## {result.name}: {result.problem}", "", f"```\n{tail}\n```", ""]
         return "\n".join(lines)
 
-    def write(self, folder: Path) -> None:
-        """<name>.md and <name>.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
-        record = {
+    def as_json(self) -> dict[str, object]:
+        return {
             "reduced": self.reduced,
             "environment": self.environment,
             "parts": [
@@ -145,62 +149,59 @@ class Report:
                 for written in self.benches
             ],
         }
-        (folder / f"{self.name}.json").write_text(
-            json.dumps(record, indent=1) + "\n", encoding="utf-8"
-        )
 
 
 def environment_of(result: Result) -> dict[str, str]:
-    """What benchmarks.environment printed, its last line; {} where it failed."""
+    """Parse the last line that ENVIRONMENT printed; {} if it failed."""
     try:
         return dict(json.loads(result.last_line))
     except ValueError:
         return {}
 
 
-def plan(raw: Path, *, reduced: bool) -> list[Part]:
-    """The tests, then a part for each suite and each of BENCHES, which write into `raw`."""
+def plan(raw: Path, *, reduced: bool) -> list[Task]:
+    """Plan the tests, the suites and BENCHES, which write into `raw`."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     workers = "2" if reduced else "8"
     parallel = ("-n", workers) if importlib.util.find_spec("xdist") else ()
     selection = (
         REDUCED_TESTS if reduced else ("-m", "gpu", "--continue-on-collection-errors", "tests")
     )
-    planned = [Part("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
+    tasks = [Task("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
     for name, seconds in (REDUCED_SUITES if reduced else SUITES).items():
         options = [f"--benchmark-json={raw / name}.json", "--benchmark-quiet"]
         quick = ["--quick"] if reduced else []
         command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
-        planned.append(Part(f"benchmark {name}", command, seconds))
-    return planned + _benches(REDUCED_BENCHES if reduced else BENCHES, raw)
+        tasks.append(Task(f"benchmark {name}", command, seconds))
+    return tasks + _bench_tasks(REDUCED_BENCHES if reduced else BENCHES, raw)
 
 
-def plan_more(raw: Path, *, reduced: bool) -> list[Part]:
-    """The parts of --more; `reduced` without compute-sanitizer, which is for GPUs."""
-    small = (sys.executable, "-m", "benchmarks.gpu.sanitize")
+def plan_more(raw: Path, *, reduced: bool) -> list[Task]:
+    """Plan the tasks of --more; `reduced` leaves out compute-sanitizer, which needs a GPU."""
+    kernels = (sys.executable, "-m", "benchmarks.gpu.sanitize")
     if reduced:
-        planned = [Part("each kernel", ("env", "TRITON_INTERPRET=1", *small), SANITIZER_TIME)]
+        tasks = [Task("each kernel", ("env", "TRITON_INTERPRET=1", *kernels), SANITIZER_TIME)]
     else:
-        planned = [
-            Part(tool, (*SANITIZER, tool, *small), SANITIZER_TIME)
+        tasks = [
+            Task(tool, (*SANITIZER, tool, *kernels), SANITIZER_TIME)
             for tool in ("memcheck", "racecheck")
         ]
-    planned += _benches(REDUCED_MORE_BENCHES if reduced else MORE_BENCHES, raw)
+    tasks += _bench_tasks(REDUCED_MORE_BENCHES if reduced else MORE_BENCHES, raw)
     flags, seconds = REDUCED_TRAINING if reduced else TRAINING
     command = (sys.executable, "-m", "benchmarks.compare_modes", *flags.split())
-    return [*planned, Part("training", (*command, "--write", str(raw / "training")), seconds)]
+    return [*tasks, Task("training", (*command, "--write", str(raw / "training")), seconds)]
 
 
-def _benches(flags_of: Mapping[str, tuple[str, int]], raw: Path) -> list[Part]:
+def _bench_tasks(flags_of: Mapping[str, tuple[str, int]], raw: Path) -> list[Task]:
     command = (sys.executable, "-m", "fastdino", "bench")
     return [
-        Part(name, (*command, *flags.split(), "--output", str(raw / name)), seconds)
+        Task(name, (*command, *flags.split(), "--output", str(raw / name)), seconds)
         for name, (flags, seconds) in flags_of.items()
     ]
 
 
-def read_whole(raw: Path) -> list[Row]:
-    """The rows of all suites that have written their JSON, even if interrupted."""
+def read_suites(raw: Path) -> list[Row]:
+    """Read the rows of all suites that have written their JSON, complete or not."""
     rows = []
     for name in SUITES:
         try:
@@ -211,26 +212,26 @@ def read_whole(raw: Path) -> list[Row]:
 
 
 def slug(device: str) -> str:
-    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    """Turn a device's name into a folder's: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def run_and_report(report: Report, planned: Sequence[Part], raw: Path, folder: Path) -> int:
-    """Run the parts; 1 if any had a problem, else 0. What one leaves of its time the next may take.
+def run_and_report(report: GpuReport, tasks: Sequence[Task], raw: Path, folder: Path) -> int:
+    """Run the tasks; returns 1 if one has a problem, else 0.
 
-    torch.compile's time is hard to foresee; the sum of all stays what it is.
+    Unused time goes to the next task, because the duration of torch.compile is hard to predict.
     """
     spare = 0.0
-    for part in planned:
-        part = replace(part, timeout=part.timeout + spare)
-        print(f"{part.name}, at most {part.timeout:.0f} s", flush=True)
-        result = run_part(part)
-        spare = max(0.0, part.timeout - result.seconds)
+    for task in tasks:
+        task = replace(task, timeout=task.timeout + spare)
+        print(f"{task.name}, at most {task.timeout:.0f} s", flush=True)
+        result = run_task(task)
+        spare = max(0.0, task.timeout - result.seconds)
         print(f"    {result.problem or 'passed'} after {result.seconds:.0f} s", flush=True)
         report.results.append(result)
-        report.rows = read_whole(raw)
+        report.rows = read_suites(raw)
         report.benches = sorted(file.with_suffix("") for file in raw.glob("*/*.json"))
-        report.write(folder)
+        write_report(folder, report.name, report.markdown(), report.as_json())
         for picture in raw.glob("*/*.png"):
             shutil.copy(picture, folder)
     return int(any(result.problem for result in report.results))
@@ -238,17 +239,16 @@ def run_and_report(report: Report, planned: Sequence[Part], raw: Path, folder: P
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder that gets one named after the device")
-    parser.add_argument("--more", action="store_true", help="the second report")
+    parser.add_argument("--output", type=Path, help="folder for one named after the device")
+    parser.add_argument("--more", action="store_true", help="write the second report")
     parser.add_argument("--reduced", action="store_true", help="small sizes, on the CPU")
     options = parser.parse_args(arguments)
 
-    command = (sys.executable, "-m", "benchmarks.environment")
-    first = run_part(Part("environment", command, ENVIRONMENT_TIME))
+    first = run_task(Task("environment", (sys.executable, "-c", ENVIRONMENT), ENVIRONMENT_TIME))
     environment = environment_of(first)
     device = environment.get("device", "unknown")
     reduced = options.reduced or device in ("cpu", "unknown")
-    report = Report(environment, reduced, "more" if options.more else "report", [first])
+    report = GpuReport(environment, reduced, "more" if options.more else "report", [first])
     make_plan = plan_more if options.more else plan
     default = ROOT / ("runs/gpu-report" if reduced else "benchmarks/results")
     folder = (options.output or default).resolve() / slug(device)

@@ -1,4 +1,4 @@
-"""Runs commands, each in a time of its own: one that fails or hangs stops none of the others."""
+"""Run commands with a time limit each; one that fails or hangs does not stop the others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GRACE = 5.0  # seconds after SIGINT, to write down what there is
+GRACE = 5.0  # seconds after SIGINT, to write partial results
 
 
 @dataclass(frozen=True)
-class Part:
-    """A command, and the seconds that it may take."""
+class Task:
+    """A command and its time limit in seconds."""
 
     name: str
     command: Sequence[str]
@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a part; `problem` is empty where it went well."""
+    """Output of a task; `problem` is empty if it succeeded."""
 
     name: str
     seconds: float
@@ -40,33 +40,33 @@ class Result:
         return lines[-1].strip("= ") if lines else ""
 
 
-def run_part(part: Part, grace: float = GRACE) -> Result:
-    """Run one part; at the end of its time interrupt it, then kill it and all that it started."""
+def run_task(task: Task, grace: float = GRACE) -> Result:
+    """Run a task; at its time limit interrupt it, then kill it and its children."""
     start = time.perf_counter()
-    # Output to a file, not to a pipe, which a grandchild could hold open; a session of its own, so
-    # that the whole group can be ended.
+    # The output goes to a file: a grandchild could keep a pipe open. A session of its own allows
+    # to kill the whole process group.
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
-            part.command,
+            task.command,
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_variables(),
             start_new_session=True,
-            preexec_fn=_take_interrupts,
+            preexec_fn=_accept_interrupts,
         )
-        problem = _wait(process, part.timeout, grace)
+        problem = _wait(process, task.timeout, grace)
         output.seek(0)
-        return Result(part.name, time.perf_counter() - start, problem, output.read())
+        return Result(task.name, time.perf_counter() - start, problem, output.read())
 
 
-def _take_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and would hand that on."""
+def _accept_interrupts() -> None:
+    """Undo the ignored SIGINT of commands that a shell starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float, grace: float) -> str:
-    """What went wrong, or ""; nothing of the process's group is left."""
+    """Wait for the process and kill its group; returns the problem or ""."""
     try:
         code = process.wait(timeout)
         problem = f"exit status {code}" if code else ""

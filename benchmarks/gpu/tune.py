@@ -1,9 +1,9 @@
-"""Tries configurations of the kernels and prints the fastest first; for people with a GPU.
+"""Time the launch configurations of the kernels and print the fastest first.
 
     python3 -m benchmarks.gpu.tune [forward backward ema clip adamw_ema] [--tiny]
 
-What wins is written into the kernels' modules by hand: nothing is tuned at run time. --tiny shows
-that it runs, on a machine without a GPU with TRITON_INTERPRET=1.
+The best values are written into the kernels' modules by hand; nothing is tuned at run time. --tiny
+only shows that the command works, without a GPU under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -16,49 +16,46 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from fastdino_kernels import pointer_table
 
 from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema
-from benchmarks.contest import Contest, Effort, Outcome, hold
-from benchmarks.report import format_seconds
+from benchmarks.comparison import Comparison, Effort, Timing, run_comparison
+from benchmarks.kernel_tables import format_seconds
+from benchmarks.networks import Size
 
 Setting = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The constants of a kernel's module, what they may be, and what is timed with each."""
+    """The constants of a kernel's module, their candidates, and the comparison to time."""
 
     module: str
     candidates: Mapping[str, Sequence[int]]
-    contest: Callable[[bool, torch.device], Contest]
+    comparison: Callable[[bool, torch.device], Comparison]
 
     def settings(self) -> Iterator[Setting]:
         for values in itertools.product(*self.candidates.values()):
             yield dict(zip(self.candidates, values, strict=True))
 
 
-def loss_contest(phase: str, tiny: bool, device: torch.device) -> Contest:
-    size = bench_dino_loss.Size(2, 3, 2048) if tiny else bench_dino_loss.Size(64, 10)
-    return bench_dino_loss.loss_contest(size, phase, device)
+def loss(phase: str) -> Callable[[bool, torch.device], Comparison]:
+    def make(tiny: bool, device: torch.device) -> Comparison:
+        size = bench_dino_loss.Size(2, 3, 2048) if tiny else bench_dino_loss.Size(64, 10)
+        return bench_dino_loss.loss_comparison(size, phase, device)
+
+    return make
 
 
-def ema_contest(tiny: bool, device: torch.device) -> Contest:
-    size = bench_ema.Size("a toy", 64) if tiny else bench_ema.Size("ViT-S")
-    return bench_ema.ema_contest(size, True, device)
+def network(
+    comparison: Callable[[Size, bool, torch.device], Comparison], option: bool
+) -> Callable[[bool, torch.device], Comparison]:
+    def make(tiny: bool, device: torch.device) -> Comparison:
+        return comparison(Size("toy", 64) if tiny else Size("vit_small"), option, device)
 
-
-def clip_contest(tiny: bool, device: torch.device) -> Contest:
-    size = bench_ema.Size("a toy", 64) if tiny else bench_ema.Size("ViT-S")
-    return bench_clip.clip_contest(size, False, device)
-
-
-def adamw_ema_contest(tiny: bool, device: torch.device) -> Contest:
-    size = bench_ema.Size("a toy", 64) if tiny else bench_ema.Size("ViT-S")
-    return bench_adamw_ema.adamw_ema_contest(size, True, device)
+    return make
 
 
 WARPS = (1, 2, 4, 8)
@@ -70,58 +67,58 @@ SWEEPS = {
             "FORWARD_WARPS": WARPS,
             "FORWARD_PROGRAMS": (1024, 1536, 2048, 4096),
         },
-        partial(loss_contest, "forward"),
+        loss("forward"),
     ),
     "backward": Sweep(
         "pairwise_triton",
         {"BACKWARD_BYTES": (1024, 2048, 4096, 8192), "BACKWARD_WARPS": WARPS},
-        partial(loss_contest, "backward"),
+        loss("backward"),
     ),
     "ema": Sweep(
-        "ema_triton", {"CHUNK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}, ema_contest
+        "ema_triton",
+        {"CHUNK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)},
+        network(bench_ema.ema_comparison, True),
     ),
     "clip": Sweep(
-        "clip_triton", {"CHUNK": (2048, 4096, 8192, 16384), "NUM_WARPS": (4, 8, 16)}, clip_contest
+        "clip_triton",
+        {"CHUNK": (2048, 4096, 8192, 16384), "NUM_WARPS": (4, 8, 16)},
+        network(bench_clip.clip_comparison, False),
     ),
     "adamw_ema": Sweep(
         "adamw_ema_triton",
         {"CHUNK": (1024, 2048, 4096), "NUM_WARPS": (4, 8), "MAX_REGISTERS": (64, 80, 128)},
-        adamw_ema_contest,
+        network(bench_adamw_ema.adamw_ema_comparison, True),
     ),
 }
 
 
-def ours_of(contest: Contest) -> Contest:
-    """The contest with the kernels alone, as a call without options runs them."""
-    ours = [variant for variant in contest.variants if variant.name.startswith("fastdino_kernels")]
-    return replace(contest, variants=ours[:1])
-
-
-def try_setting(sweep: Sweep, setting: Setting, tiny: bool, device: torch.device) -> Outcome:
-    """Check and time one setting; the module is left as it was."""
+def try_setting(sweep: Sweep, setting: Setting, tiny: bool, device: torch.device) -> Timing:
+    """Check and time our kernel with one setting; the module is restored afterwards."""
     module = importlib.import_module(f"fastdino_kernels.{sweep.module}")
     before = {name: getattr(module, name) for name in setting}
-    # Tables hold for chunks of the size that they were made for.
+    # Pointer tables depend on the chunk size.
     pointer_table._plans, pointer_table._owners = pointer_table._Cache(), pointer_table._Cache()
     effort = Effort(0.0, 1, least=1) if tiny else Effort(1.0, 15)
     try:
         vars(module).update(setting)
-        (outcome,) = hold(ours_of(sweep.contest(tiny, device)), device, effort).values()
+        comparison = sweep.comparison(tiny, device)
+        ours = next(b for b in comparison.baselines if b.name.startswith("fastdino_kernels"))
+        (timing,) = run_comparison(replace(comparison, baselines=[ours]), device, effort).values()
     finally:
         vars(module).update(before)
-    return outcome
+    return timing
 
 
-def table(tried: Sequence[tuple[Setting, Outcome]]) -> str:
-    """Fastest first, failures last."""
+def ranking(tried: Sequence[tuple[Setting, Timing]]) -> str:
+    """Format the results, fastest first and failures last."""
     lines = []
-    for setting, outcome in tried:
+    for setting, timing in tried:
         words = ", ".join(f"{name}={value}" for name, value in setting.items())
-        if outcome.error:
-            lines.append((float("inf"), f"{words}: {outcome.error.splitlines()[-1]}"))
+        if timing.outcome.reason:
+            lines.append((float("inf"), f"{words}: {timing.outcome.reason}"))
         else:
-            median = statistics.median(outcome.seconds)
-            gbps = outcome.info["bytes"] / median / 1e9
+            median = statistics.median(timing.seconds)
+            gbps = timing.info["bytes"] / median / 1e9
             lines.append((median, f"{format_seconds(median):>9}  {gbps:7.1f} GB/s  {words}"))
     return "\n".join(text for _, text in sorted(lines))
 
@@ -131,17 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweeps", nargs="*", metavar="|".join(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--tiny", action="store_true", help="two settings each, small inputs")
     options = parser.parse_args(arguments)
-    os.environ["FASTDINO_KERNELS"] = "triton"  # also where "auto" would not take it
+    os.environ["FASTDINO_KERNELS"] = "triton"  # also on a CPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     failed = False
     for name in options.sweeps:
         sweep = SWEEPS[name]
-        settings = list(sweep.settings())[:: 7 if options.tiny else 1][
-            : 2 if options.tiny else None
-        ]
+        settings = list(sweep.settings())
+        if options.tiny:
+            settings = settings[::7][:2]
         tried = [(s, try_setting(sweep, s, options.tiny, device)) for s in settings]
-        failed = failed or all(outcome.error for _, outcome in tried)
-        print(f"{name}\n{table(tried)}\n", flush=True)
+        failed = failed or all(timing.outcome.reason for _, timing in tried)
+        print(f"{name}\n{ranking(tried)}\n", flush=True)
     return int(failed)
 
 

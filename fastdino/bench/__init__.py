@@ -1,7 +1,11 @@
-"""`fastdino bench`: how fast the parts of a run are on this machine, beside what people use.
+"""`fastdino bench`: throughput of the training step and of the data loaders, against baselines.
 
-command.py has the flags. step/ is the benchmark of the training step. loaders.py is that of the
-loaders: arms.py makes what is compared, rivals.py those of others, stages.py times the parts of an
-image's crops, photos.py makes images, report.py the tables. timing.py and isolated.py serve it:
-rounds in turn, and a process for each competitor.
+flags.py               command-line flags
+step_benchmark.py      the training step: correctness.py checks a baseline before it is timed,
+                       step_profile.py and flops.py analyse it, step_report.py prints the results
+loader_benchmark.py    the loaders; generated_photos.py makes images for them
+scaling.py             model of the step on many GPUs
+baselines/             the implementations that are compared
+harness.py             interleaved rounds; worker_process.py isolates a baseline in a process
+measurement.py         time, memory, bandwidth; report.py: tables and files
 """

@@ -1,0 +1,1 @@
+"""The implementations that `fastdino bench` compares: training steps and data loaders."""

@@ -1,0 +1,124 @@
+"""The training steps by name, and the reasons why some cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdino.bench.baselines.compiled_step import CompiledStep
+from fastdino.bench.baselines.dino_repository import DinoRepositoryStep
+from fastdino.bench.baselines.lightly_step import LightlyStep, lightly_problem
+from fastdino.bench.baselines.paper_step import PaperStep
+from fastdino.bench.baselines.training_step import StepSetup, TrainingStep
+from fastdino.errors import ConfigError
+from fastdino.models.compile import compile_problem
+from fastdino.training.cuda_graph import WARMUP_STEPS
+from fastdino.training.trainer import Trainer
+
+# Long enough for the schedules to stay constant during a benchmark.
+STEPS_PER_EPOCH = 10**6
+
+
+class TrainerStep(TrainingStep):
+    """The step of fastdino's Trainer; `changes` are settings of TrainConfig."""
+
+    def __init__(self, setup: StepSetup, **changes: Any):
+        config = dataclasses.replace(setup.config, **changes)
+        self.trainer = Trainer(config, STEPS_PER_EPOCH, device=setup.device)
+        state = self.trainer.state_dict()
+        center = setup.center.reshape(state["dino_loss"]["center"].shape)
+        state |= {"student": setup.student, "teacher": setup.teacher}
+        self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
+        self.student, self.teacher = self.trainer.student, self.trainer.teacher
+        self.precision = self.trainer.runtime.precision.value
+        if (
+            self.trainer.runtime.cuda_graph.on
+        ):  # steps that measure the entropy have a graph of their own
+            self.warmup_steps = config.print_freq * WARMUP_STEPS + 1
+
+    def step(self, crops: Sequence[Tensor]) -> Tensor:
+        return self.trainer.train_step(crops)
+
+    @property
+    def center(self) -> Tensor:
+        return self.trainer.loss.center.flatten()
+
+
+@dataclass(frozen=True)
+class StepBaseline:
+    """A training step of the benchmark.
+
+    problem: why it cannot run for (device, dino_repo), or None.
+    one_size: why its check needs crops of one size; "" if it does not.
+    """
+
+    title: str
+    build: Callable[[StepSetup], TrainingStep]
+    problem: Callable[[torch.device, Path | None], str | None] = lambda _device, _repo: None
+    one_size: str = ""
+
+
+BASELINES = {
+    "paper": StepBaseline("the paper's step, written plainly in PyTorch", PaperStep),
+    "dino": StepBaseline(
+        "the authors' own code, from --dino_repo",
+        DinoRepositoryStep,
+        lambda _, repo: None if repo else "no --dino_repo was given",
+    ),
+    "lightly": StepBaseline(
+        "lightly's networks, loss and EMA; its global clip",
+        LightlyStep,
+        lambda *_: lightly_problem(),
+        one_size="it resizes the position embedding by another scale than the authors' code",
+    ),
+    "ours": StepBaseline("fastdino, --mode parity", partial(TrainerStep, mode="parity")),
+    "ours-fast": StepBaseline("fastdino, --mode fast", partial(TrainerStep, mode="fast")),
+    "ours-graph": StepBaseline(
+        "fastdino, --mode fast --cuda_graph true; checked on a step before the capture",
+        partial(TrainerStep, mode="fast", cuda_graph=True),
+        lambda device, _: None if device.type == "cuda" else "CUDA graphs need a GPU",
+    ),
+    "compiled": StepBaseline(
+        "SDPA, compiled blocks, einsum loss, fused AdamW, multi-tensor EMA",
+        CompiledStep,
+        lambda device, _: compile_problem(device),
+    ),
+}
+OURS = [name for name in BASELINES if name.startswith("ours")]
+
+
+def choose_baselines(
+    names: Sequence[str] | None, device: torch.device, dino_repo: Path | None
+) -> tuple[dict[str, StepBaseline], dict[str, str]]:
+    """Select the baselines to run, in order, and the reasons for those left out.
+
+    Args:
+        names: "ours" selects each of ours that can run. None: every baseline that can run.
+
+    Raises: ConfigError: a baseline was requested by name but is unknown or cannot run.
+    """
+    requested = set(names or ())
+    if unknown := requested - BASELINES.keys():
+        raise ConfigError(
+            f"--baselines {', '.join(sorted(unknown))}: expected some of {', '.join(BASELINES)}"
+        )
+    wanted = requested.union(OURS if "ours" in requested else ()) or BASELINES.keys()
+    chosen, missing = {}, {}
+    for name, baseline in BASELINES.items():
+        if name not in wanted:
+            continue
+        problem = baseline.problem(device, dino_repo)
+        if problem is None:
+            chosen[name] = baseline
+        elif name in requested:
+            raise ConfigError(f"--baselines {name} cannot run: {problem}")
+        else:
+            missing[name] = problem
+    return chosen, missing

@@ -1,0 +1,136 @@
+"""FLOPs of a step: of the model, from its sizes, and those that a baseline executes, counted.
+
+A multiplication and an addition are two FLOPs. The model's FLOPs are the matrix products of the
+student's forward and backward passes and the teacher's forward pass. They do not depend on the
+implementation, so that throughputs of different steps compare.
+
+Legend: N tokens (1 CLS + patches), D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from fastdino.bench.measurement import host_seconds
+
+Shape = tuple[int, ...]
+HEAD_HIDDEN, HEAD_BOTTLENECK = 2048, 256
+# FLOP/s of dense bf16 products from the data sheets, by a part of the device's name.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs per image of one step."""
+
+    backbone: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Return the FLOPs of backbone and head."""
+        return self.backbone + self.head
+
+
+def model_flops(
+    width: int,
+    depth: int,
+    patch_size: int,
+    *,
+    global_size: int = 224,
+    local_size: int = 96,
+    local_number: int = 8,
+    K: int = 65536,
+) -> ModelFlops:
+    """Return the FLOPs per image: the student on all crops, the teacher on the 2 global ones.
+
+    A backward pass takes twice the forward pass, except for the patch embedding: pixels need no
+    gradient.
+    """
+    # Side of the crops, their number for the student and for the teacher.
+    passes = ((global_size, 2, 2), (local_size, local_number, 0))
+    backbone = 0.0
+    for side, student, teacher in passes:
+        patches = (side // patch_size) ** 2
+        backbone += (3 * student + teacher) * _block_flops(width, depth, 1 + patches)
+        backbone += (2 * student + teacher) * 2 * patches * 3 * patch_size**2 * width
+    hidden, bottleneck = HEAD_HIDDEN, HEAD_BOTTLENECK
+    head = 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * K)
+    return ModelFlops(backbone, float((3 * (2 + local_number) + 2) * head))
+
+
+def _block_flops(D: int, depth: int, N: int) -> float:
+    """Return the forward FLOPs of one crop: 12 D^2 per token for qkv, projection, MLP; 2 N D."""
+    return depth * 2 * N * (12 * D * D + 2 * N * D)
+
+
+def executed_flops(step: Callable[[], object]) -> int:
+    """Count the FLOPs of the products, convolutions and attentions that a step runs.
+
+    Compiled parts run eagerly for it: the operations that they fuse are no products.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.compiler.set_stance("force_eager"), counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# PyTorch's counter only supports the attention operators of GPUs.
+_CPU_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peak FLOP/s for the utilization, and the source of the number."""
+
+    flops: float
+    source: str
+
+
+def peak_of(device: torch.device) -> Peak:
+    """Return the data sheet's peak of a known GPU, else that of a product measured now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAKS.items():
+            if part in name:
+                return Peak(flops, f"{part}'s dense bf16 product")
+    return measured_peak(device)
+
+
+def measured_peak(device: torch.device, repetitions: int = 10) -> Peak:
+    """Measure the fastest of several square products: bf16 on a GPU, fp32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    x = torch.randn(size, size, device=device).to(dtype)
+    seconds = min(host_seconds([lambda: x @ x], device) for _ in range(repetitions))
+    name = str(dtype).removeprefix("torch.")
+    source = f"a {name} product of {size} x {size} matrices in this run"
+    return Peak(2 * size**3 / seconds, source)

@@ -1,0 +1,195 @@
+"""`fastdino bench --loader`: the whole command, its figures, its report, its errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastdino import cli
+from fastdino.bench import loader_benchmark
+from fastdino.bench.baselines import loaders
+from fastdino.bench.harness import Outcome, Sample
+from fastdino.bench.loader_benchmark import LoaderReport
+from fastdino.data import scan_images
+from tests.loaders import HAS_DALI, build_loader
+
+TINY = [
+    "bench", "--loader", "--images", "8", "--batch_size_per_gpu", "4", "--num_workers", "1",
+    "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2",
+    "--rounds", "2", "--seconds", "0.05", "--device", "cpu", "--timeout", "600",
+]  # fmt: skip
+
+
+def has(package):
+    return importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "crops", "decode"),
+    [
+        ("data.loader_dali", "dali", "auto"),
+        ("data.loader_dali", "fused", "gpu"),
+        ("augmentation.cpu_kernels", "fused", "auto"),
+    ],
+)
+def test_a_loader_needs_its_packages(module, crops, decode, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"fastdino.{module}", None)
+    task = SimpleNamespace(on_gpu=False)
+    with pytest.raises(ModuleNotFoundError, match=module):  # reported as skipped by the worker
+        loaders.OwnLoader(task, crops, decode)
+
+
+def test_the_command_measures_every_loader(pictures, tiny, tmp_path, capsys):
+    # The threads of an open loader must not block the workers of the baselines.
+    other = build_loader(tiny(crops="dali" if HAS_DALI else "auto"), scan_images(pictures))
+    next(other.epoch(0))
+    assert cli.main([*TINY, "--output", str(tmp_path / "new")]) == 0
+    other.close()
+
+    text = (tmp_path / "new" / "loader.md").read_text()
+    assert text.strip() == capsys.readouterr().out.strip()
+    record = json.loads((tmp_path / "new" / "loader.json").read_text())
+    assert set(record) == {"environment", "settings", "images", "arms"}
+    assert {"processor", "cores", "commit", "torch", "pillow"} <= set(record["environment"])
+    assert record["settings"]["num_workers"] == 1
+    assert record["images"]["number"] == 8
+    assert "noise with detail at all scales" in text
+    on_cpu = [name for name in loaders.BASELINES if name not in loaders.GPU_ONLY]
+    assert list(record["arms"]) == on_cpu
+    for name, result in record["arms"].items():
+        assert f"| {name} | " in text
+        if result["status"] == "skipped":
+            assert "not installed" in result["reason"]
+            assert not all(has(package) for package in ("lightly", "numba", "nvidia"))
+            continue
+        assert result["status"] == "measured"
+        low, high = result["range"]
+        assert 0 < low <= result["images_per_second"] <= high
+        assert len(result["rounds"]) == 2
+        assert all(one["images"] % 4 == 0 for one in result["rounds"])
+        if sys.platform == "linux":
+            # One processor; a clock tick of 10 ms for each process.
+            assert all(0 <= one["cpu_seconds"] < one["seconds"] + 0.1 for one in result["rounds"])
+    assert record["arms"]["paper"]["times_paper"] == 1
+
+
+def test_data_path_accepts_a_tar(pictures, make_tar, tmp_path):
+    files = {file.name: file.read_bytes() for file in sorted(pictures.rglob("*.jpg"))}
+    make_tar(tmp_path / "shard.tar", files)
+    command = [*TINY, "--baselines", "decode-pillow", "--output", str(tmp_path)]
+    assert cli.main([*command, "--data_path", str(tmp_path / "shard.tar")]) == 0
+    record = json.loads((tmp_path / "loader.json").read_text())
+    assert list(record["arms"]) == ["decode-pillow"]
+    assert record["arms"]["decode-pillow"]["times_paper"] is None
+    sizes = [len(data) for data in files.values()]
+    evenly = np.linspace(0, len(files) - 1, 8).round().astype(int)
+    assert record["images"]["number"] == 8
+    assert record["images"]["mean_bytes"] == round(np.mean([sizes[i] for i in evenly]))
+    assert (record["images"]["width"], record["images"]["height"]) == (48, 40)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--arms paper,ffcv", "--baselines ffcv: expected some of paper, lightly"),
+        ("--baselines kernel", "--baselines kernel needs a GPU"),
+        ("--images 3", "3 images are fewer than a batch of 4"),
+        ("--images 0", "--images must be at least 1, got 0"),
+        ("--num_workers 0", "--num_workers must be at least 1, got 0"),
+        ("--rounds 0", "--rounds must be at least 1"),
+        ("--seconds nan", "--seconds must be a finite number above 0, got nan"),
+        ("--timeout 0", "--timeout must be a finite number above 0"),
+        ("--local_crops_scale 0.5 0.1", "--local_crops_scale must be 0 < smallest"),
+        ("--data_path /nowhere", "/nowhere"),
+    ],
+)
+def test_mistakes_are_reported_in_one_line(words, message, capsys):
+    assert cli.main([*TINY, *words.split()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastdino bench: error: ")
+    assert message in error
+
+
+def test_a_failed_baseline_makes_the_command_fail(monkeypatch, capsys):
+    outcomes = {
+        "paper": Outcome(status="failed", reason="no answer within 120 s"),
+        "decode-pillow": Outcome(samples=[Sample(100, 2.0)]),
+    }
+    monkeypatch.setattr(loader_benchmark, "measure_workers", lambda *_: outcomes)
+    assert cli.main([*TINY, "--baselines", "paper,decode-pillow"]) == 1
+    out = capsys.readouterr().out
+    assert "| paper | failed | - | - | - | - | - | - | the paper's loader" in out
+    assert "no answer within 120 s |" in out
+    assert "| decode-pillow | 50 | 50 - 50 | - | - | - | - | - |" in out
+
+
+def test_the_table_shows_the_figures():
+    settings = {
+        "batch_size_per_gpu": 64, "num_workers": 2, "global_crops_size": 224,
+        "local_crops_size": 96, "local_crops_number": 8, "device": "cpu", "rounds": 3,
+        "seconds": 3.0,
+    }  # fmt: skip
+    images = {"number": 200, "width": 500, "height": 375, "mean_bytes": 70123, "kind": "k"}
+    outcomes = {
+        "paper": Outcome(samples=[Sample(140, 2.0, 3.9), Sample(120, 2.0, 4.0)]),
+        "lightly": Outcome(status="skipped", reason="lightly is not installed"),
+        "fused": Outcome(samples=[Sample(700, 2.0, 3.8), Sample(660, 2.0, 4.0)]),
+    }
+    text = LoaderReport({"processor": "A CPU"}, settings, images, outcomes).markdown()
+    for line in (
+        "| processor | A CPU |",
+        "200 images, 500 x 375 px (median), 70 KB (mean); k.",
+        "2 workers or threads",
+        "| paper | 65 | 60 - 70 | 1.00 | 1.98 | 30.60 | 1.00 | the reference |",
+        "| lightly | skipped | - | - | - | - | - | - |",
+        "lightly is not installed |",
+        "| fused | 340 | 330 - 350 | 5.25 | 1.95 | 5.74 | 5.32 | equal | ours, --crops fused |",
+    ):
+        assert line in text, line
+
+
+class FakeEvent:
+    """A CUDA event 5 ms before the next one."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 5.0
+
+
+def test_the_kernel_baseline_makes_the_crops(pictures, tiny, monkeypatch, crops_by_pil):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    config = tiny(global_crops_size=10, local_crops_size=8, batch_size_per_gpu=2)
+    source = scan_images(pictures)
+    kernel = loaders.KernelTimer(loaders.LoaderTask(source, config, "cpu"))
+    sample = kernel(3)
+    assert (sample.count, sample.seconds) == (6, 0.005)
+    images = [torch.from_numpy(np.array(source.read_rgb(i))) for i in range(2)]
+    made = kernel.make()
+    assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
+    for crops, (params, size) in zip(made, kernel._launches, strict=True):
+        assert torch.equal(crops, crops_by_pil(images, params, size))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_command_on_a_gpu(tmp_path):
+    command = [word if word != "cpu" else "cuda" for word in TINY]
+    assert cli.main([*command, "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "loader.json").read_text())
+    assert list(record["arms"]) == list(loaders.BASELINES)
+    for name in ("paper", "fused-pillow", "kernel"):
+        assert record["arms"][name]["images_per_second"] > 0

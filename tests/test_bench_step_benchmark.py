@@ -1,0 +1,491 @@
+"""`fastdino bench`: the correctness check, the counted FLOPs and bytes, the report, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdino import cli
+from fastdino.bench import flops, scaling, step_benchmark
+from fastdino.bench.baselines import compiled_step, steps
+from fastdino.bench.baselines.dino_repository import DinoRepositoryStep, load_repository
+from fastdino.bench.baselines.losses import einsum_loss, paper_loss
+from fastdino.bench.baselines.paper_step import Loss, PaperStep
+from fastdino.bench.baselines.training_step import StepSetup, initial_setup, synthetic_crops
+from fastdino.bench.correctness import CorrectnessCheck, Verdict
+from fastdino.bench.harness import Outcome, Sample
+from fastdino.bench.measurement import saved_bytes
+from fastdino.bench.report import quartiles, write_report
+from fastdino.bench.scaling import Message, Scaling, StepTime
+from fastdino.bench.step_profile import PARTS, UPDATE, Breakdown
+from fastdino.bench.step_report import DiskFeed, StepReport, StepResult
+from fastdino.config import TrainConfig
+from fastdino.errors import ConfigError
+from fastdino.models.compile import compile_problem
+from fastdino.models.vit import VIT_ARCHS
+
+CPU = torch.device("cpu")
+TINY = """
+    --arch vit_nano --patch_size 8 --out_dim 64 --global_crops_size 32 --local_crops_size 16
+    --local_crops_number 2 --batch_size_per_gpu 2 --device cpu --rounds 2 --steps 1
+"""
+
+# PyTorch warns while tracing.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch):
+    """Trace compiled blocks without generating code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_blocks():
+    """Reduce vit_nano to two of its six blocks: the profiler records many events."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VIT_ARCHS["vit_nano"], "depth", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    sizes = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32, "local_crops_size": 16}
+    steady = {"freeze_last_layer": 0, "warmup_epochs": 0, "drop_path_rate": 0.0}
+    few = {"out_dim": 64, "local_crops_number": 2, "batch_size_per_gpu": 2, "num_workers": 0}
+    return TrainConfig(**sizes, **steady, **few, device="cpu", crops="torchvision")
+
+
+@pytest.fixture(scope="module")
+def checker(config) -> CorrectnessCheck:
+    return CorrectnessCheck(config, CPU)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the modules and names that the baseline `dino` uses."""
+    files = {
+        "vision_transformer": """
+            from types import SimpleNamespace
+            from fastdino.bench.baselines import paper_step
+
+            class VisionTransformer(paper_step.Backbone):
+                def __init__(self, img_size, patch_size, embed_dim, **_):
+                    super().__init__(SimpleNamespace(
+                        arch="vit_nano", patch_size=patch_size, global_crops_size=img_size[0]
+                    ))
+                    self.embed_dim = embed_dim
+
+            DINOHead = paper_step.Head
+        """,
+        "utils": """
+            from torch import nn
+            from fastdino.bench.baselines import paper_step
+            from fastdino.training.optimizers import parameter_groups as get_params_groups
+
+            class MultiCropWrapper(paper_step.Network):
+                def __init__(self, backbone, head):
+                    nn.Module.__init__(self)
+                    self.backbone, self.head = backbone, head
+
+            def clip_gradients(model, clip):
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad.mul_((clip / (p.grad.norm() + 1e-6)).clamp(max=1))
+        """,
+        "main_dino": """
+            from types import SimpleNamespace
+            import torch.distributed as dist
+            import utils
+            from vision_transformer import DINOHead
+            from fastdino.bench.baselines import paper_step
+
+            class DINOLoss(paper_step.Loss):
+                def __init__(self, K, ncrops, *temperatures):
+                    super().__init__(
+                        SimpleNamespace(out_dim=K, ncrops=ncrops, teacher_temp=temperatures[1])
+                    )
+
+                def forward(self, student, teacher, epoch):
+                    dist.all_reduce(teacher)
+                    return super().forward(student, teacher)
+        """,
+    }
+    for name, text in files.items():
+        lines = [line[12:] for line in text.splitlines()]
+        (tmp_path / f"{name}.py").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+# Correctness
+
+
+@pytest.mark.parametrize("name", [n for n in steps.BASELINES if n not in ("paper", "dino")])
+def test_every_baseline_computes_the_papers_step(name, checker, monkeypatch):
+    if name == "lightly":
+        pytest.importorskip("lightly")
+    monkeypatch.setattr(compiled_step, "BACKEND", "eager")
+    baseline = steps.BASELINES[name]
+    verdict = checker.check(baseline.build, one_size=bool(baseline.one_size))
+    assert verdict.passed, str(verdict)
+    assert set(verdict.worst) == {"loss", "gradient", "student", "center", "teacher"}
+
+
+@pytest.mark.slow
+def test_the_compiled_baseline_passes_with_generated_code(checker):
+    assert checker.check(compiled_step.CompiledStep).passed
+
+
+def test_a_checkout_passes_and_leaves_no_modules(config, checkout, monkeypatch):
+    monkeypatch.setitem(sys.modules, "utils", own := SimpleNamespace())
+    paths = list(sys.path)
+    assert CorrectnessCheck(config, CPU, checkout).check(DinoRepositoryStep).passed
+    assert sys.modules["utils"] is own
+    assert not {"main_dino", "vision_transformer"} & sys.modules.keys()
+    assert sys.path == paths
+    assert not (checkout / "__pycache__").exists()
+
+
+def test_an_invalid_checkout_is_reported(checkout):
+    (checkout / "main_dino.py").write_text("import no_such_module", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be imported: .*no_such_module"):
+        load_repository(checkout)
+    (checkout / "utils.py").unlink()
+    with pytest.raises(ConfigError, match="not a checkout .*: it has no utils.py"):
+        load_repository(checkout)
+
+
+class WrongCenter(PaperStep):
+    def forward(self, crops):
+        before = self.loss.center.clone()
+        loss = super().forward(crops)
+        self.loss.center.lerp_(before, 0.01)
+        return loss
+
+
+class WrongTeacher(PaperStep):
+    def update_teacher(self, momentum):
+        super().update_teacher(momentum - 0.01)
+
+
+class NoClip(PaperStep):
+    def clip_gradients(self, max_norm):
+        pass
+
+
+class DecaysAll(PaperStep):
+    def build_optimizer(self):
+        return torch.optim.AdamW(self.student.parameters())
+
+
+def loss_with_equal_pair(student, teacher, center, student_temp, teacher_temp):
+    """Add the pair of the first crop with itself."""
+    loss, teacher_sum = paper_loss(student, teacher, center, student_temp, teacher_temp)
+    target = F.softmax(teacher[0] / teacher_temp, dim=-1)
+    log_probs = F.log_softmax(student[0] / student_temp, dim=-1)
+    return loss - 0.1 * (target * log_probs).sum(dim=-1).mean(), teacher_sum
+
+
+class WrongLoss(PaperStep):
+    def build(self, setup):
+        student, teacher, _ = super().build(setup)
+        return student, teacher, Loss(setup.config, loss_with_equal_pair)
+
+
+class NotANumber(PaperStep):
+    def step(self, crops):
+        return super().step(crops) * math.nan
+
+
+@pytest.mark.parametrize(
+    ("step", "wrong"),
+    [
+        (WrongCenter, {"center"}),
+        (WrongTeacher, {"teacher"}),
+        (NoClip, {"student", "teacher"}),
+        (DecaysAll, {"student"}),
+        (WrongLoss, {"loss", "gradient", "student", "teacher"}),
+        (NotANumber, {"loss"}),
+    ],
+)
+def test_a_wrong_step_fails_the_check(step, wrong, checker):
+    verdict = checker.check(step)
+    assert not verdict.passed
+    assert {name for name, (error, _) in verdict.worst.items() if not error <= 1e-5} == wrong
+    assert str(verdict).startswith("failed, ")
+
+
+def test_an_exception_fails_the_check(checker):
+    def broken(setup: StepSetup):
+        raise RuntimeError("out of order\nand more")
+
+    assert str(checker.check(broken)) == "failed: RuntimeError: out of order"
+
+
+# FLOPs and bytes
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "patch", "gflop", "head"),
+    [
+        (384, 12, 16, 113.4, 0.0126),
+        (768, 12, 16, 434.8, 0.0034),
+        (384, 12, 8, 517.1, 0.0028),
+        (1024, 24, 16, 1526, 0.0010),
+    ],
+)
+def test_flops_of_the_model(width, depth, patch, gflop, head):
+    counted = flops.model_flops(width, depth, patch)
+    assert counted.total / 1e9 == pytest.approx(gflop, rel=5e-4)
+    assert counted.head / counted.total == pytest.approx(head, abs=5e-5)
+
+
+def test_the_papers_step_executes_the_flops_of_the_model(config):
+    step, crops = PaperStep(initial_setup(config, CPU)), synthetic_crops(config, CPU)
+    executed = flops.executed_flops(lambda: step.step(crops))
+    assert executed == step_benchmark.flops_of(config).total * config.batch_size_per_gpu
+
+
+def test_attention_on_a_cpu_is_counted():
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+    def attend():
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+
+    product = 2 * 2 * 5 * 5 * 8  # heads, 2 FLOPs
+    assert flops.executed_flops(attend) == (2 + 5) * product  # the backward pass computes QK again
+
+
+def test_the_measured_peak_is_a_rate():
+    assert flops.measured_peak(CPU, repetitions=1).flops > 1e8
+
+
+def test_bytes_saved_for_the_backward_pass_are_counted_once():
+    x, weight = torch.randn(10, 100), torch.randn(100, 100, requires_grad=True)
+
+    def step():
+        hidden = x @ weight  # saves x
+        # exp saves its result; sin and cos both save their input.
+        (hidden.exp() + hidden.sin() + hidden.cos()).sum().backward()
+
+    assert saved_bytes(step, [weight]) == 3 * 4000
+    assert saved_bytes(step, [weight, x]) == 2 * 4000
+
+
+def test_both_losses_agree():
+    student, teacher = torch.randn(4, 3, 20), torch.randn(2, 3, 20)
+    arguments = (student, teacher, torch.randn(20), 0.1, 0.04)
+    torch.testing.assert_close(paper_loss(*arguments), einsum_loss(*arguments))
+
+
+# The report
+
+
+def result(name="ours", seconds=(0.5, 0.25, 0.25), **changes) -> StepResult:
+    values = {
+        "title": "a step", "verdict": Verdict({"loss": (1e-7, "")}), "precision": "fp32",
+        "outcome": Outcome(samples=[Sample(8, s) for s in seconds]), "images": 8,
+        "first_steps": 3.25, "memory": 7_000_000, "executed": 2e9,
+        "breakdown": Breakdown(0.5, dict.fromkeys(PARTS, 0.05), 0.2, 1234, 5),
+    }  # fmt: skip
+    return StepResult(name, **(values | changes))
+
+
+def wrong() -> StepResult:
+    outcome = Outcome(status="failed", reason="incorrect: not timed")
+    return StepResult("wrong", "a step", Verdict({"center": (0.5, "")}), outcome, images=8)
+
+
+@pytest.fixture
+def report(config) -> StepReport:
+    settings = {name: getattr(config, name) for name in step_benchmark.SETTINGS} | {"rounds": 3}
+    model, peak = flops.ModelFlops(0.9e9, 0.1e9), flops.Peak(64e9, "a product")
+    results = [result("paper", seconds=(1.0, 1.0, 1.0)), result(), wrong()]
+    missing = {"compiled": "no compiler"}
+    return StepReport({"device": "cpu"}, settings, "cpu", results, missing, model, peak)
+
+
+def test_the_tables_show_the_figures(report):
+    text = report.markdown()
+    for line in (
+        "| ours | 32 | 24 - 32 | 4.00 (3.00 - 4.00) | fp32 | 50.0% | 100.0% | 7 | 1234 | 5 "
+        "| 3.2 | a step |",
+        "| paper | 8 | 8 - 8 | 1.00 (1.00 - 1.00) |",
+        "| ours | 50 | 50 | 50 | 50 | 50 | 50 | 50 | 150 | 500 | 200 |",
+        "| wrong | not timed | - |",
+        "| wrong | failed, 5.0e-01 at most (center) | - | incorrect: not timed |",
+        "| compiled | left out | - ",
+    ):
+        assert line in text, line
+    assert report.failed
+    assert report.summary() == "images/s: paper 8, ours 32; not timed: wrong"
+
+
+def test_an_interrupted_run_reports_what_was_measured(report):
+    half = dataclasses.replace(
+        report, results=[result(breakdown=None, executed=0.0)], problem="interrupted"
+    )
+    assert half.failed
+    assert "**interrupted**" in half.markdown()
+    assert "| ours | 32 | 24 - 32 | - | fp32 | 50.0% | - | 7 | - | - | 3.2 |" in half.markdown()
+
+
+def test_the_json_has_the_figures_of_the_tables(report, tmp_path):
+    write_report(tmp_path / "new", "step", report.markdown(), report.as_json())
+    record = json.loads((tmp_path / "new/step.json").read_text(encoding="utf-8"))
+    ours = record["arms"][1]
+    assert set(ours) == {
+        "name", "title", "gate", "note", "problem", "precision", "images", "seconds",
+        "first_steps", "memory", "executed", "breakdown", "images_per_second", "quartiles",
+        "times_paper", "mfu", "executed_mfu",
+    }  # fmt: skip
+    assert ours["seconds"] == [0.5, 0.25, 0.25]
+    assert (ours["images_per_second"], ours["times_paper"], ours["mfu"]) == (32, 4, 0.5)
+    assert ours["gate"] == {"verdict": "passed, 1.0e-07 at most (loss)", "green": True}
+    assert ours["breakdown"]["parts"][UPDATE] == 0.05
+    assert record["arms"][2]["gate"]["green"] is False
+    assert (tmp_path / "new/step.md").read_text(encoding="utf-8") == report.markdown()
+
+
+def test_the_parts_of_a_cuda_graph_are_left_out(report):
+    graph = result("ours-graph", breakdown=Breakdown(0.02, dict.fromkeys(PARTS, 0.0)))
+    text = dataclasses.replace(report, results=[graph]).markdown()
+    assert f"| ours-graph |{' - |' * (len(PARTS) + 1)} 20 | - |" in text
+
+
+def test_scaling_uses_the_fastest_step_with_known_parts(config):
+    known = Breakdown(0.2, dict.fromkeys(PARTS, 0.1), backward=0.35)
+    benchmark = step_benchmark.StepBenchmark(config, CPU, SimpleNamespace())
+    for name, seconds, parts in (
+        ("ours", 0.3, known), ("ours-fast", 0.2, known), ("ours-graph", 0.1, Breakdown(0.1)),
+    ):  # fmt: skip
+        benchmark.steps[name] = SimpleNamespace()
+        benchmark.results[name] = result(name, seconds=[seconds], breakdown=parts)
+    modelled = benchmark.scaling()
+    assert (modelled.source, modelled.step) == ("baseline ours-fast", pytest.approx(0.2))
+    assert modelled.backward == pytest.approx(0.1)
+
+
+def test_the_report_includes_images_from_the_disk_and_scaling(report):
+    scaled = scaling.scale(StepTime(0.02, 0.01), [Message(10**9, 1.0)], 0, (1, 8))
+    text = dataclasses.replace(
+        report,
+        feed=DiskFeed("ours", "a loader", 24.0, 0.0125, 0.75),
+        scaling=Scaling(scaled, 0.02, 0.01, "baseline ours", 1, 10**9, on_cpu=True),
+    ).markdown()
+    line = "24 images/s, 75% of the rate with crops in memory; 12.5 ms per step"
+    assert line in " ".join(text.split())
+    assert "measured on a CPU" in text
+    assert "| 1 | 0.00 | 100.0% |" in text
+    assert "| 8 | 4.44 | 81.8% |" in text
+
+
+def test_quartiles():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 4.0)
+    assert quartiles([4.0]) == (4.0, 4.0)
+
+
+# The command
+
+
+def bench(*words: object) -> int:
+    return cli.main(["bench", *TINY.split(), *map(str, words)])
+
+
+def test_the_command_measures_and_writes(tmp_path, capsys):
+    assert bench("--baselines", "ours", "--scaling", "--output", tmp_path) == 0
+    record = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
+    assert [result["name"] for result in record["arms"]] == ["ours", "ours-fast"]
+    assert record["missing"] == {"ours-graph": "CUDA graphs need a GPU"}
+    assert all(len(result["seconds"]) == 2 and result["memory"] > 0 for result in record["arms"])
+    assert (record["settings"]["batch_size_per_gpu"], record["settings"]["device"]) == (2, "cpu")
+    assert record["scaling"]["on_cpu"] is True
+    text = capsys.readouterr().out
+    assert "## Many GPUs" in text
+    assert text.splitlines()[-1].startswith("images/s: ours")
+
+
+class Breaks(PaperStep):
+    def __init__(self, setup):
+        super().__init__(setup)
+        self.steps = 0
+
+    def step(self, crops):
+        self.steps += 1
+        if self.steps > 3:
+            raise RuntimeError("out of memory")
+        return super().step(crops)
+
+
+def test_a_wrong_or_broken_baseline_fails_the_command_but_not_the_others(monkeypatch, capsys):
+    monkeypatch.setitem(steps.BASELINES, "lightly", steps.StepBaseline("wrong", WrongCenter))
+    monkeypatch.setitem(steps.BASELINES, "ours", steps.StepBaseline("breaks", Breaks))
+    assert bench("--baselines", "paper,lightly,ours") == 1
+    text = capsys.readouterr().out
+    assert "| lightly | not timed |" in text
+    assert "| lightly | failed, " in text
+    assert "| ours | not timed |" in text
+    assert "| ours | passed, 0.0e+00 at most (loss) | - | RuntimeError: out of memory |" in text
+    assert "| paper | not timed |" not in text
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_on_request(keep, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(step_benchmark, "keep_freed_memory", lambda: not calls.append("kept"))
+    assert bench("--baselines", "paper", "--keep_memory", str(keep)) == 0
+    assert calls == ["kept"] * keep
+    expected = "kept" if keep else "C library's default"
+    assert f"| freed memory | {expected} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--arms paper,mine", "--baselines mine: expected some of paper, "),
+        ("--baselines dino", "--baselines dino cannot run: no --dino_repo was given"),
+        ("--baselines ours,ours-graph", "ours-graph cannot run: CUDA graphs need a GPU"),
+        ("--rounds 0", "--rounds must be at least 1, got 0"),
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--seconds nan", "--seconds must be a finite number above 0, got nan"),
+        ("--scaling --step_ms 5", "--step_ms and --backward_ms must be given together"),
+        ("--step_ms 5 --backward_ms 3", "with --scaling"),
+        ("--scaling --step_ms 5 --backward_ms 6", "--backward_ms 6 is longer than the step"),
+        ("--arch resnet50", "--arch resnet50: expected one of vit_nano, "),
+        ("--out_dim 0", "--out_dim must be a finite number of at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_reported(words, message, capsys):
+    assert bench(*words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_baselines_that_cannot_run_are_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(steps, "compile_problem", lambda device: "no compiler")
+    chosen, missing = steps.choose_baselines(None, CPU, None)
+    assert missing["compiled"] == "no compiler"
+    assert missing["dino"] == "no --dino_repo was given"
+    assert "paper" in chosen
+
+
+def test_a_missing_compiler_is_reported(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in str(compile_problem(CPU))
+
+
+def test_steps_run_on_images_from_the_disk(config, pictures):
+    config = dataclasses.replace(config, data_path=str(pictures))
+    step = steps.TrainerStep(initial_setup(config, CPU))
+    # More steps than the 9 of an epoch.
+    feed = step_benchmark.feed_from_disk(step, "ours", config, CPU, steps=10, synthetic=1e-3)
+    assert step.trainer.iteration == 11
+    assert feed.wait > 0
+    assert feed.images_per_second == pytest.approx(2000 * feed.of_synthetic)
