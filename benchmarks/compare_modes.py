@@ -109,12 +109,12 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
     folder/shapes contains the validation set.
     """
     device = choose_device(data.device)
-    crops, decode = resolve_crops(data, device)
+    backend, decoder = resolve_crops(data, device)
     loader = build_loader(
         data,
         scan_images(data.data_path),
-        crops=crops.value,
-        decode=decode.value,
+        crops=backend.value,
+        decode=decoder.value,
         device=device,
     )
     trainers = {

@@ -159,8 +159,8 @@ class StepReport:
             f"{self.utilization(result, self.flops.total):.1%}",
             cell("{:.1%}", executed),
             f"{result.memory / 1e6:.0f}",
-            cell("{}", parts and parts.launches),
-            cell("{}", parts and parts.reads),
+            cell("{}", parts.launches if parts else None),
+            cell("{}", parts.reads if parts else None),
             f"{result.first_steps:.1f}",
             result.title,
         ]

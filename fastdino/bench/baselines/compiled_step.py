@@ -63,7 +63,6 @@ class CompiledStep(paper_step.PaperStep):
         super().__init__(setup)
         bf16 = self.config.use_fp16 and self.device.type == "cuda"
         self.precision = "bf16" if bf16 else "fp32"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         for network in (self.student, self.teacher):
             for block in network.get_submodule("backbone.blocks").children():
                 block.compile(backend=BACKEND, dynamic=False)
