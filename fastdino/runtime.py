@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a run computes: one choice per setting; none of them changes the maths.
+    """The resolved settings of a run: one choice each, none of which changes the maths.
 
     Attributes:
         device: "cpu" or "cuda:<index>".

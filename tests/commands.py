@@ -1,4 +1,4 @@
-"""Helps tests of commands: a small labelled set, flags as parsed, the one line of a mistake."""
+"""Helpers for tests of commands: a small labelled dataset, parsed flags, error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
 
 
 def write_colours(root: Path) -> Path:
-    """train/ with 4 pictures a class and val/ with 2; a class is a colour, with noise."""
+    """Write train/ with 4 images per class and val/ with 2; a class is a colour with noise."""
     rng = np.random.default_rng(0)
     for split, number in (("train", 4), ("val", 2)):
         for name, colour in COLOURS.items():
@@ -27,16 +27,16 @@ def write_colours(root: Path) -> Path:
 
 
 def flags_of(command: ModuleType, *words: str) -> argparse.Namespace:
-    """The flags of a command's module, as its main takes them."""
+    """Parse the flags of a command's module."""
     parser = argparse.ArgumentParser()
     command.configure(parser)
     return parser.parse_args(words)
 
 
 def error_of(capsys, *, printed: bool = False) -> str:
-    """What a command said on stderr: one line, of a mistake.
+    """Return the error message on stderr, after checking that it is one line.
 
-    printed: whether it may have printed something before.
+    printed: allow output on stdout before the error.
     """
     captured = capsys.readouterr()
     assert printed or captured.out == ""

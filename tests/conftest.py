@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from fastdino.data.image_dataset import ImageDataset
 
-# Tests of what needs a package that is not there are passed over, not errors: a GPU machine may
-# have torch, triton, timm and pytest alone.
+# Tests that need a missing package are skipped, because a GPU machine may only have torch, triton,
+# timm and pytest.
 NEEDED = {
     "av": ["video", "video_io"],
     "matplotlib": [
@@ -41,14 +41,13 @@ collect_ignore = [
 ]
 
 if not torch.cuda.is_available():
-    # Read when Triton is first imported, as torchvision and fastdino_kernels do, by torch.library:
-    # kernels then run on the CPU, line by line.
+    # Triton reads this when it is first imported; its interpreter then runs kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch) -> None:
-    """Triton's interpreter truncates fp32 to bf16; a GPU, and PyTorch, round to nearest."""
+    """Patch Triton's interpreter to round fp32 to bf16 as a GPU does; it truncates."""
     if importlib.util.find_spec("triton") is None:
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -65,7 +64,7 @@ def rounding_interpreter(monkeypatch) -> None:
 
 @pytest.fixture
 def tiny() -> Callable[..., TrainConfig]:
-    """The config of a network of a few tokens an image, and crops that suit it."""
+    """A function that makes the config of a network and crops of a few tokens per image."""
 
     def make(**overrides: Any) -> TrainConfig:
         settings = {
@@ -99,7 +98,7 @@ def tiny() -> Callable[..., TrainConfig]:
     ids="-".join,
 )
 def target(request) -> dict[str, str]:
-    """An implementation of the kernels and where it runs: {"impl": ..., "device": ...}."""
+    """A kernel implementation and its device: {"impl": ..., "device": ...}."""
     impl, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -110,7 +109,7 @@ def target(request) -> dict[str, str]:
 
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """Fresh memory holds NaN (integers: 77), so that what a kernel does not write shows."""
+    """Fill new memory with NaN (integers: 77) to reveal values that a kernel does not write."""
     empty = torch.empty
 
     def poisoned_empty(*args: Any, **options: Any) -> torch.Tensor:
@@ -134,9 +133,10 @@ def masked_attention(
     query_bounds: torch.Tensor,
     key_bounds: torch.Tensor,
 ) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(D)) V, plainly: query [Tq, H, D], key and value [T, H, D].
+    """Compute softmax(Q K^T / sqrt(D)) V for query [Tq, H, D], key and value [T, H, D].
 
-    A query sees the keys of its own sequence; bounds [S + 1] say where each begins, and the end.
+    A query attends to the keys of its own sequence. The bounds [S + 1] are the start of each
+    sequence, and the end.
     """
     sequences = [
         torch.bucketize(torch.arange(len(x)), bounds, right=True)
@@ -150,9 +150,9 @@ def masked_attention(
 
 @pytest.fixture
 def emulated(monkeypatch) -> Iterator[None]:
-    """xformers and varlen on a CPU: their functions are plain arithmetic on what they are given.
+    """Replace the functions of xformers and varlen by plain arithmetic that runs on a CPU.
 
-    xformers' masks are its own.
+    The masks remain those of xformers.
     """
     ops = pytest.importorskip("xformers.ops")
     varlen = pytest.importorskip("torch.nn.attention.varlen")
@@ -171,14 +171,14 @@ def emulated(monkeypatch) -> Iterator[None]:
 
     monkeypatch.setattr(ops, "memory_efficient_attention", memory_efficient_attention)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    attention.token_layout.cache_clear()  # layouts hold the functions
+    attention.token_layout.cache_clear()  # layouts keep the functions
     yield
     attention.token_layout.cache_clear()
 
 
 @pytest.fixture
 def one_process_group(tmp_path) -> Iterator[None]:
-    """torch.distributed of this process alone."""
+    """A process group of this process only."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
@@ -226,7 +226,7 @@ def run_nano(nano_weights, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """18 small JPEGs of noise in 3 classes: 4 steps of 4 an epoch, 2 left over."""
+    """18 small JPEGs of noise in 3 classes: an epoch has 4 batches of 4, and 2 images remain."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(18):
@@ -239,7 +239,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., bytes]:
-    """Encodes a small picture of noise."""
+    """A function that encodes a small picture of noise."""
 
     def encode(
         seed: int = 0, size: tuple[int, int] = (20, 10), form: str = "JPEG", **options: Any
@@ -254,7 +254,7 @@ def picture() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> ImageDataset:
-    """18 JPEGs in 3 classes, each of another size; scanned."""
+    """A dataset of 18 JPEGs of different sizes in 3 classes."""
     from fastdino.data.image_dataset import scan_images
     from tests.loaders import photo
 
@@ -268,7 +268,7 @@ def photos(tmp_path_factory) -> ImageDataset:
 
 @pytest.fixture
 def build() -> Iterator[Callable[..., Any]]:
-    """build_loader, closed when the test ends."""
+    """build_loader on the CPU; its loaders are closed when the test ends."""
     from tests.loaders import build_loader, make_config
 
     built = []
@@ -288,7 +288,7 @@ def build() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def breakable(tmp_path) -> ImageDataset:
-    """18 JPEGs of the test's own; scanned."""
+    """A dataset of 18 JPEGs that the test may damage."""
     from fastdino.data.image_dataset import scan_images
     from tests.loaders import photo
 
@@ -299,7 +299,7 @@ def breakable(tmp_path) -> ImageDataset:
 
 @pytest.fixture(scope="session")
 def make_tar() -> Callable[..., Path]:
-    """Writes a tar of named members: bytes, or a TarInfo of something without."""
+    """A function that writes a tar of named members: bytes, or a TarInfo without content."""
 
     def make(path: Path, members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ def make_tar() -> Callable[..., Path]:
 
 @pytest.fixture
 def crops_of() -> Callable[..., list[torch.Tensor]]:
-    """Makes normal noise in the shapes of a config's crops, in the default dtype."""
+    """A function that returns normal noise in the shapes of a config's crops."""
 
     def make(config: TrainConfig, iteration: int) -> list[torch.Tensor]:
         generator = np.random.default_rng([config.seed, iteration])
@@ -334,7 +334,7 @@ def crops_of() -> Callable[..., list[torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def ragged_images() -> list[torch.Tensor]:
-    """uint8 [H, W, 3]: photo-like, noise, flat, gray, tiny, narrow; each of another size."""
+    """Images uint8 [H, W, 3] of different sizes: photo-like, noise, flat, gray, tiny, narrow."""
     rng = np.random.default_rng(0)
 
     def smooth(height: int, width: int) -> np.ndarray:
@@ -353,7 +353,7 @@ def ragged_images() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def draw_any_crops() -> Callable[..., CropParams]:
-    """Draws crops of images from wider ranges than the paper's; `changes` fixes fields."""
+    """A function that draws crops from wider ranges than the paper's; `changes` fixes fields."""
     from fastdino_kernels import CropParams
 
     def draw(images: list[torch.Tensor], n: int, seed: int = 0, **changes: Any) -> CropParams:
@@ -388,7 +388,7 @@ def draw_any_crops() -> Callable[..., CropParams]:
 
 @pytest.fixture(scope="session")
 def crops_by_pil() -> Callable[..., torch.Tensor]:
-    """[B, N, 3, size, size] by Pillow and torchvision, with ImageNet's mean and std."""
+    """A function that makes crops [B, N, 3, size, size] with Pillow and torchvision."""
     from fastdino.augmentation.pillow import make_crop
 
     def make(images: list[torch.Tensor], params: CropParams, size: int) -> torch.Tensor:
