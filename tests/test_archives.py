@@ -100,9 +100,9 @@ def test_tars_of_a_folder_a_pattern_or_a_name(shards, path, expected):
     ("path", "message"),
     [
         ("s-{000..003}.tar", "s-003.tar does not exist"),
-        ("t-*.tar", "no file matches .*t-.*expected a folder"),
+        ("t-*.tar", "t-.*no file matches; expected a folder"),
         ("s-{2..1}.tar", "is descending"),
-        ("*", "must match only tars or zips, but it matches .*notes.txt"),
+        ("*", "expected only tars or zips, but it matches .*notes.txt"),
     ],
 )
 def test_pattern_without_archives_is_error(shards, path, message):

@@ -45,18 +45,18 @@ def test_saved_manifest_is_loaded_unchanged(manifest, tmp_path):
 
 def test_concatenated_manifests_renumber_files_and_images(manifest):
     both = concatenate([manifest, manifest])
-    both.check()
+    both.check(6)
     assert both.file_ids.tolist() == [0, 0, 2, 3, 3, 5]
     assert both.notes == {1: "contains no images", 4: "contains no images"}
     assert both.reasons == {2: "is not an image", 5: "is not an image"}
     assert both.members == manifest.members * 2
     assert_same(concatenate([manifest]), manifest)
-    concatenate([]).check()
+    concatenate([]).check(0)
 
 
 def test_selected_files_keep_their_images(manifest):
     selected = manifest.select_files(np.array([2, 1, 0]))
-    selected.check()
+    selected.check(3)
     assert selected.files == ["c.tar", "b\udcff.tar", "a.tar"]
     assert selected.file_ids.tolist() == [0, 2, 2]
     assert list(selected.members) == ["ä.png", "1.jpg", ""]
@@ -114,7 +114,7 @@ def test_names_behave_like_a_list():
     strings = ["", "a", "ä/\udcff.jpg", "b" * 1000]
     names = pickle.loads(pickle.dumps(Names(strings)))
     assert list(names) == strings
-    assert (len(names), names[-1], names[1:3]) == (4, strings[3], strings[1:3])
+    assert (len(names), names[-1], names[1]) == (4, strings[3], "a")
     assert "a" in names
     assert list(Names([])) == []
     for index in (4, -5):

@@ -274,7 +274,7 @@ def test_evaluation_uses_train_and_val_or_test(root, picture, unchecked):
     [
         ("torchvision:CIFAR", "no dataset 'CIFAR': did you mean CIFAR10 or CIFAR100"),
         ("torchvision:", "no dataset '': Supported are CIFAR10"),
-        ("torchvision:UCF101", "is a video dataset: expected images"),
+        ("torchvision:UCF101", "this is a video dataset: expected images"),
         (
             "torchvision:STL10?split=tset",
             "no split 'tset'; its splits are train, unlabeled, train+",

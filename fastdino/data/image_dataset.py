@@ -13,7 +13,6 @@ from PIL import Image
 
 from fastdino.data.bad_images import first_names, raise_if_many_bad
 from fastdino.data.datasets.archives import label_images
-from fastdino.data.datasets.file_list import FileList
 from fastdino.data.datasets.registry import find_dataset
 from fastdino.data.image_files import Part, decode_rgb, read_file, read_part
 from fastdino.data.manifest import Manifest
@@ -120,8 +119,10 @@ def scan_images(
     """
     files = find_dataset(os.fspath(data_path), role)
     images, cache_notes = scan(files, workers, cache)
-    names = images.members if files.archive else images.files
-    notes = [*files.notes, *([files.summarize(names)] if files.summarize else []), *cache_notes]
+    notes = [*files.notes]
+    if files.summarize:
+        notes.append(files.summarize(images.members if files.archive else images.files))
+    notes += cache_notes
     bad = {_image_path(files.base, images, i): reason for i, reason in images.reasons.items()}
     skipped = files.skipped | {files.path(images.files[i]): why for i, why in images.notes.items()}
     total = len(images.members)
@@ -133,7 +134,9 @@ def scan_images(
         raise DataError(
             f"none of the {total} images in {data_path} can be read: {first_names(bad)}"
         )
-    labels, classes, kind = _label(files, images)
+    labels, classes, kind = files.labels, files.classes, files.kind
+    if labels is None:
+        labels, classes, kind = label_images(files, images)
     kept = np.array([i for i in range(total) if i not in images.reasons])
     readable = images.select_images(kept)
     return ImageDataset(
@@ -154,13 +157,6 @@ def scan_images(
 def _image_path(base: str, images: Manifest, index: int) -> str:
     file = os.path.join(base, images.files[images.file_ids[index]])
     return f"{file}/{images.members[index]}" if images.members[index] else file
-
-
-def _label(files: FileList, images: Manifest) -> tuple[list[int], list[str], str]:
-    """Return the class number of each image, the classes, and the dataset's kind."""
-    if files.labels is None:
-        return label_images(files, images)
-    return files.labels, files.classes, files.kind
 
 
 def _decoded_sizes(headers: NDArray[np.int32], exif: bool) -> NDArray[np.int32]:

@@ -13,13 +13,15 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from fastdino.errors import DataError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # File name extensions of images, as in torchvision.datasets.ImageFolder.
@@ -108,36 +110,32 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def retrying(read: Callable[[], T]) -> T:
-    """Return read(), called again after each of PAUSES while it raises a transient OSError."""
-    for pause in PAUSES:
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in TRANSIENT:
-                raise
-        time.sleep(pause)
-    try:
-        return read()
-    except OSError as error:
-        if error.errno in TRANSIENT:
-            error.strerror = f"{error.strerror}, {len(PAUSES) + 1} times"
-        raise
+def retrying(read: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function to be called again after each of PAUSES on a transient OSError."""
+
+    @wraps(read)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        for pause in (*PAUSES, None):
+            try:
+                return read(*args, **options)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                if pause is None:
+                    error.strerror = f"{error.strerror}, {len(PAUSES) + 1} times"
+                    raise
+                time.sleep(pause)
+        raise AssertionError
+
+    return call
 
 
-def read_file(path: str) -> bytes:
-    """Read a whole file; raise OSError if it keeps failing."""
-    return read_start(path, -1)
-
-
-def read_start(path: str, length: int) -> bytes:
-    """Read the first bytes of a file; raise OSError if it keeps failing."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            return file.read(length)
-
-    return retrying(read)
+@retrying
+def read_file(path: str, offset: int = 0, length: int = -1) -> bytes:
+    """Read a file, or `length` bytes from an offset; raise OSError if it keeps failing."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def read_part(path: str, part: Part) -> bytes:
@@ -146,13 +144,7 @@ def read_part(path: str, part: Part) -> bytes:
     Raises: OSError: reading keeps failing. UnusableImageError: the file ends early, or the part is
         not Deflate data of the expected length.
     """
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            file.seek(part.offset)
-            return file.read(part.length)
-
-    data = retrying(read)
+    data = read_file(path, part.offset, part.length)
     if len(data) < part.length:
         raise UnusableImageError(f"is cut off: {os.path.basename(path)} ends within it")
     return _inflate(data, part.inflated) if part.inflated else data
@@ -175,25 +167,26 @@ def read_header(path: str, part: Part | None = None) -> Header | Unusable:
 
     A JPEG or PNG without its end marker is decoded, to check whether it is complete.
     """
-
-    def read() -> Header:
-        if part is not None and part.inflated:
-            return _read_header(io.BytesIO(read_part(path, part)))
-        with open(path, "rb") as file:
-            if part is None:
-                return _read_header(file)
-            with io.BufferedReader(Window(file.fileno(), part.offset, part.length)) as window:
-                return _read_header(window)
-
     try:
-        return retrying(read)
+        return _read_header(path, part)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise many types on broken headers
         return Unusable(reason_of(error), isinstance(error, OSError) and bool(error.errno))
 
 
-def _read_header(file: BinaryIO) -> Header:
+@retrying
+def _read_header(path: str, part: Part | None) -> Header:
+    if part is not None and part.inflated:
+        return _parse_header(io.BytesIO(read_part(path, part)))
+    with open(path, "rb") as file:
+        if part is None:
+            return _parse_header(file)
+        with io.BufferedReader(Window(file.fileno(), part.offset, part.length)) as window:
+            return _parse_header(window)
+
+
+def _parse_header(file: BinaryIO) -> Header:
     if file.seek(0, os.SEEK_END) == 0:
         raise UnusableImageError("is empty (0 bytes)")
     file.seek(0)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import PIL
@@ -36,13 +36,7 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(f"name {index} of {len(self)}")
         index %= len(self)
@@ -81,11 +75,12 @@ class Manifest:
     headers: NDArray[np.int32]
     selection: str = ""
 
-    def check(self) -> None:
-        """Raise ValueError if the columns have inconsistent lengths."""
-        f, n = len(self.files), len(self.members)
+    def check(self, f: int) -> None:
+        """Raise ValueError unless all columns are of f files and of equally many images."""
+        n = len(self.members)
         shapes = (self.stamps.shape, self.file_ids.shape, self.parts.shape, self.headers.shape)
-        if shapes != ((f, 2), (n,), (n, 3), (n, 3)) or len(self.labels) != n:
+        lengths = (len(self.files), len(self.labels))
+        if shapes != ((f, 2), (n,), (n, 3), (n, 3)) or lengths != (f, n):
             raise ValueError(f"columns of different lengths: {f} files, {n} images, {shapes}")
         if any(not 0 <= i < n for i in self.reasons) or any(not 0 <= i < f for i in self.notes):
             raise ValueError("a reason for an image that does not exist")
@@ -139,10 +134,8 @@ def archive_manifest(
     """Return the manifest of an archive's members before their headers are read."""
     n = len(members)
     one = _unread([path], np.zeros(n, np.int32), members, np.array(parts, np.int64).reshape(n, 3))
-    one.labels = labels or one.labels
-    one.reasons = reasons or {}
-    one.notes = {0: note} if note else {}
-    return one
+    notes = {0: note} if note else {}
+    return replace(one, labels=labels or one.labels, reasons=reasons or {}, notes=notes)
 
 
 def _unread(
@@ -157,24 +150,30 @@ def _unread(
 
 def concatenate(manifests: Sequence[Manifest]) -> Manifest:
     """Return one manifest with the files of all, in order."""
-    joined = image_file_manifest([])
     files: list[str] = []
     members: list[str] = []
-    labels: list[str] = []
-    file_ids = [joined.file_ids]
+    notes: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    file_ids = []
     for one in manifests:
-        joined.notes |= {len(files) + i: note for i, note in one.notes.items()}
-        joined.reasons |= {len(members) + i: reason for i, reason in one.reasons.items()}
+        notes |= {len(files) + i: note for i, note in one.notes.items()}
+        reasons |= {len(members) + i: reason for i, reason in one.reasons.items()}
         file_ids.append(one.file_ids + np.int32(len(files)))
         files += one.files
         members += one.members
-        labels += one.labels
-    for name in ("parts", "stamps", "headers"):
-        columns = [getattr(one, name) for one in (joined, *manifests)]
-        setattr(joined, name, np.concatenate(columns))
-    joined.files, joined.members, joined.labels = files, members, labels
-    joined.file_ids = np.concatenate(file_ids)
-    return joined
+    if not manifests:
+        return image_file_manifest([])
+    return Manifest(
+        files=files,
+        file_ids=np.concatenate(file_ids),
+        members=members,
+        parts=np.concatenate([one.parts for one in manifests]),
+        labels=[label for one in manifests for label in one.labels],
+        reasons=reasons,
+        notes=notes,
+        stamps=np.concatenate([one.stamps for one in manifests]),
+        headers=np.concatenate([one.headers for one in manifests]),
+    )
 
 
 def save(manifest: Manifest, path: Path) -> None:
@@ -186,18 +185,11 @@ def save(manifest: Manifest, path: Path) -> None:
         "notes": list(manifest.notes.items()),
         "reasons": list(manifest.reasons.items()),
     }
+    columns: dict[str, Any] = {"about": _blob([json.dumps(about)]), "counts": manifest.counts()}
+    columns |= {name: _blob(getattr(manifest, name)) for name in ("files", "members", "labels")}
+    columns |= {name: getattr(manifest, name) for name in ("stamps", "parts", "headers")}
     with atomic_write(path) as file:
-        np.savez_compressed(
-            file,
-            about=_blob([json.dumps(about)]),
-            files=_blob(manifest.files),
-            members=_blob(manifest.members),
-            labels=_blob(manifest.labels),
-            stamps=manifest.stamps,
-            counts=manifest.counts(),
-            parts=manifest.parts,
-            headers=manifest.headers,
-        )
+        np.savez_compressed(file, **columns)
 
 
 def load(path: Path) -> Manifest:
@@ -223,9 +215,7 @@ def load(path: Path) -> Manifest:
                 headers=columns["headers"].astype(np.int32, casting="safe"),
                 selection=str(about["selection"]),
             )
-            manifest.check()
-            if len(counts) != len(manifest.files):
-                raise ValueError(f"{len(manifest.files)} files, but {len(counts)} counts")
+            manifest.check(len(counts))
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # numpy, zipfile, zlib and json raise many types on damaged bytes

@@ -43,11 +43,22 @@ def scan(files: FileList, workers: int, cache: Path | None) -> tuple[Manifest, l
             again. It is rewritten if anything changed.
     Raises: DataError: an archive is damaged or cannot be read.
     """
-    cached, notes = _load_cache(files, cache)
+    if cache is None:
+        return _scan(files, workers, None)[0], []
+    cached, notes = None, []
+    try:
+        loaded = manifest.load(cache)
+        of_archives = any(loaded.members)
+        if of_archives == bool(files.archive) and loaded.selection == files.selection:
+            cached = loaded
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        notes.append(f"{cache} cannot be used ({error}): all images are scanned again")
     images, changed = _scan(files, workers, cached)
-    if cache is None or (cached and not changed and cached.files == images.files):
-        return images, notes
     if cached:
+        if not changed and cached.files == images.files:
+            return images, notes
         kind = f"{files.archive}s" if files.archive else "images"
         notes.append(
             f"{cache} is outdated: {changed} of {len(files.files)} {kind} are new or changed and "
@@ -60,20 +71,6 @@ def scan(files: FileList, workers: int, cache: Path | None) -> tuple[Manifest, l
     return images, notes
 
 
-def _load_cache(files: FileList, cache: Path | None) -> tuple[Manifest | None, list[str]]:
-    """Return the cached manifest if it is of the same kind of dataset."""
-    if cache is None:
-        return None, []
-    try:
-        cached = manifest.load(cache)
-    except FileNotFoundError:
-        return None, []
-    except ValueError as error:
-        return None, [f"{cache} cannot be used ({error}): all images are scanned again"]
-    same = any(cached.members) == bool(files.archive) and cached.selection == files.selection
-    return (cached if same else None), []
-
-
 def _scan(files: FileList, workers: int, cached: Manifest | None) -> tuple[Manifest, int]:
     """Return the manifest, and how many files had to be opened."""
     paths = [files.path(name) for name in files.files]
@@ -81,20 +78,20 @@ def _scan(files: FileList, workers: int, cached: Manifest | None) -> tuple[Manif
     all_stamps = np.array(stamps, dtype=np.int64).reshape(-1, 2)
     rows = _cached_rows(files.files, all_stamps, cached)
     changed = np.flatnonzero(rows < 0)
-    fresh = _list_images(files, [files.files[i] for i in changed.tolist()], workers)
-    fresh.stamps = all_stamps[changed]
-    _read_headers(fresh, files, workers)
+    images = _list_images(files, [files.files[i] for i in changed.tolist()], workers)
+    images.stamps = all_stamps[changed]
+    _read_headers(images, files, workers)
     if cached is not None:
         rows[changed] = len(cached.files) + np.arange(len(changed))
-        fresh = concatenate([cached, fresh]).select_files(rows)
-    fresh.selection = files.selection
-    return fresh, len(changed)
+        images = concatenate([cached, images]).select_files(rows)
+    images.selection = files.selection
+    return images, len(changed)
 
 
 def _stamp(path: str) -> tuple[int, int]:
     """Return size and mtime of a file; _UNKNOWN if stat fails: reading then reports the reason."""
     try:
-        status = retrying(lambda: os.stat(path))
+        status = retrying(os.stat)(path)
     except OSError:
         return _UNKNOWN, _UNKNOWN
     return status.st_size, status.st_mtime_ns
@@ -155,7 +152,7 @@ def _parallel(
     workers: int,
     title: str,
     unit: str,
-    chunk: int | None = None,
+    chunk: int = 0,
 ) -> list[R]:
     """Return function(item) for each item, with a progress bar on a terminal."""
     size = chunk or _CHUNK

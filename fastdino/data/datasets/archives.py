@@ -40,7 +40,7 @@ def is_archive(data_path: DataPath) -> bool:
     try:
         return bool(archive_kind(path))
     except OSError as error:
-        raise DataError(f"--data_path: {path} cannot be read: {error}") from error
+        raise data_path.error(f"cannot be read: {error}") from error
 
 
 def find_archive(data_path: DataPath) -> FileList:
@@ -56,26 +56,21 @@ def is_pattern(data_path: DataPath) -> bool:
 
 def find_pattern(data_path: DataPath) -> FileList:
     """Return the archives that match a pattern: * ? [...] as in a shell, {000..146} a range."""
-    pattern = data_path.path
-    is_range = "{" in pattern
+    is_range = "{" in data_path.path
     paths: list[str] = []
-    for part in expand_range(pattern):
+    for part in expand_range(data_path.path):
         matches = sorted(glob.glob(part)) if any(sign in part for sign in "*?[") else [part]
         if is_range and not (matches and all(map(os.path.exists, matches))):
-            raise DataError(f"--data_path {pattern}: {part} does not exist")
+            raise data_path.error(f"{part} does not exist")
         paths += matches
     if not paths:
-        raise DataError(f"--data_path: no file matches {pattern}; {EXPECTED}")
+        raise data_path.error(f"no file matches; {EXPECTED}")
     try:
         others = [path for path in paths if os.path.isdir(path) or not archive_kind(path)]
     except OSError as error:
-        raise DataError(
-            f"--data_path {pattern}: {error.filename} cannot be read: {error}"
-        ) from error
+        raise data_path.error(f"{error.filename} cannot be read: {error}") from error
     if others:
-        raise DataError(
-            f"--data_path {pattern} must match only tars or zips, but it matches {others[0]}"
-        )
+        raise data_path.error(f"expected only tars or zips, but it matches {others[0]}")
     archives = list_archives(*common_base(paths), numbered=is_range)
     return select_photos(archives, data_path.options.get("metadata"))
 

@@ -34,22 +34,26 @@ class DataPath:
     options: dict[str, str] = field(default_factory=dict)
     role: str = ""
 
+    def error(self, problem: str) -> DataError:
+        """Return an error that names the data path."""
+        return DataError(f"--data_path {self.text}: {problem}")
+
 
 def parse(text: str, schemes: Sequence[str], role: str = "") -> DataPath:
     """Parse --data_path. A file or folder of exactly that name takes precedence.
 
     Raises: DataError: an option is repeated or empty, or the scheme is unknown.
     """
+    whole = DataPath(text, "", text, role=role)
     if os.path.lexists(text):
-        return DataPath(text, "", text, role=role)
+        return whole
     match = _OPTIONS.fullmatch(text)
     path = match[1] if match else text
     options: dict[str, str] = {}
     for pair in match[2].split("&") if match else ():
         name, _, value = pair.partition("=")
         if name in options or not value:
-            problem = "is given twice" if value else "has no value"
-            raise DataError(f"--data_path {text}: option {name!r} {problem}")
+            raise whole.error(f"option {name!r} {'is given twice' if value else 'has no value'}")
         options[name] = value
     scheme = _SCHEME.fullmatch(path)
     if scheme is None or os.path.exists(path):
@@ -58,8 +62,9 @@ def parse(text: str, schemes: Sequence[str], role: str = "") -> DataPath:
     if name in schemes:
         return DataPath(text, name, rest, options, role)
     similar = difflib.get_close_matches(name.lower(), schemes, n=1)
-    if similar or rest.startswith("//"):
-        supported = f"supported are {', '.join(f'{one}:' for one in schemes)}"
-        hint = f"did you mean {similar[0]}:{rest}?" if similar else supported
-        raise DataError(f"--data_path {text}: unknown scheme {name}:; {hint}")
+    if similar:
+        raise whole.error(f"unknown scheme {name}:; did you mean {similar[0]}:{rest}?")
+    if rest.startswith("//"):
+        supported = ", ".join(f"{one}:" for one in schemes)
+        raise whole.error(f"unknown scheme {name}:; supported are {supported}")
     return DataPath(text, "", path, options, role)

@@ -38,8 +38,8 @@ def find_davis(data_path: DataPath) -> FileList:
         split = _choose_split(root, data_path)
         sequences = sorted(sequence_names(root / "ImageSets" / f"{split}.txt"))
     if missing := [name for name in sequences if name not in existing]:
-        raise DataError(
-            f"--data_path {data_path.text}: {split} lists {len(missing)} sequences that are not in "
+        raise data_path.error(
+            f"{split} lists {len(missing)} sequences that are not in "
             f"{frames}, for example {missing[0]}"
         )
     files: list[str] = []
@@ -88,10 +88,7 @@ def _choose_resolution(root: Path, data_path: DataPath) -> str:
         return RESOLUTION if RESOLUTION in existing else existing[0]
     if requested in existing:
         return requested
-    raise DataError(
-        f"--data_path {data_path.text}: no resolution {requested!r}; available: "
-        f"{', '.join(existing)}"
-    )
+    raise data_path.error(f"no resolution {requested!r}; available: {', '.join(existing)}")
 
 
 def _choose_split(root: Path, data_path: DataPath) -> str:

@@ -85,9 +85,14 @@ def _find_files(root: str) -> FileList:
 
 def _list_folder(root: str) -> list[os.DirEntry[str]]:
     try:
-        return retrying(lambda: sorted(os.scandir(root), key=lambda entry: entry.name))
+        return sorted(_scandir(root), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"--data_path: the folder {root} cannot be read: {error}") from error
+
+
+@retrying
+def _scandir(root: str) -> list[os.DirEntry[str]]:
+    return list(os.scandir(root))
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
@@ -100,7 +105,7 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 def _images_below(folder: str) -> list[str]:
     """Return all images below a folder, in the order of torchvision's ImageFolder."""
     try:
-        return retrying(lambda: _walk(folder))
+        return _walk(folder)
     except OSError as error:
         raise DataError(
             f"the folder {error.filename} cannot be read: {error.strerror}; "
@@ -108,6 +113,7 @@ def _images_below(folder: str) -> list[str]:
         ) from error
 
 
+@retrying
 def _walk(folder: str) -> list[str]:
     """Return the images sorted by folder, then name. Links are followed, but not in circles."""
 

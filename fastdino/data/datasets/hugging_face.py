@@ -44,8 +44,8 @@ def find_hugging_face(data_path: DataPath) -> FileList:
     files = [str(file["filename"]) for file in dataset.cache_files]
     kind = f"Hugging Face {data_path.path}, {split}"
     if not files or getattr(dataset, "_indices", None) is not None:
-        raise DataError(
-            f"--data_path {data_path.text}: its rows are not stored in Arrow files in their order: "
+        raise data_path.error(
+            "its rows are not stored in Arrow files in their order: "
             "write them with dataset.flatten_indices().save_to_disk(FOLDER)"
         )
     if _has_only_paths(files[0], image):
@@ -100,32 +100,29 @@ def _import_library() -> Any:
 
 def _load(library: Any, data_path: DataPath) -> dict[str, Any]:
     """Return all splits of a dataset."""
-    path = os.path.expanduser(data_path.path)
+    path, options = os.path.expanduser(data_path.path), data_path.options
     if not path:
-        raise DataError(f"--data_path {data_path.text}: expected hf:NAME or hf:FOLDER")
+        raise data_path.error("expected hf:NAME or hf:FOLDER")
     if not os.path.exists(path) and path.startswith(("/", ".", "~")):
-        raise DataError(f"--data_path {data_path.text}: there is no folder {path}")
-    options = {"keep_in_memory": False}
-    revision = {k: v for k, v in data_path.options.items() if k == "revision"}
+        raise data_path.error(f"there is no folder {path}")
+    kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix.lower())
+    if os.path.isfile(path) and kind is None:
+        raise data_path.error("expected a folder, or a .parquet or .arrow file")
     try:
         if os.path.exists(os.path.join(path, "dataset_dict.json")):
-            return dict(library.load_from_disk(path, **options))
+            return dict(library.load_from_disk(path, keep_in_memory=False))
         if os.path.exists(os.path.join(path, "state.json")):
-            dataset = library.load_from_disk(path, **options)
+            dataset = library.load_from_disk(path, keep_in_memory=False)
             return {str(dataset.split or "train"): dataset}
         if os.path.isfile(path):
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix.lower())
-            if kind is None:
-                raise DataError(
-                    f"--data_path {data_path.text}: expected a folder, or a .parquet or .arrow file"
-                )
-            return dict(library.load_dataset(kind, data_files=path, **options))
-        name = data_path.options.get("config")
-        return dict(library.load_dataset(path, name, **revision, **options))
-    except (MemoryError, DataError):
+            return dict(library.load_dataset(kind, data_files=path, keep_in_memory=False))
+        revision = {name: options[name] for name in ("revision",) if name in options}
+        config = options.get("config")
+        return dict(library.load_dataset(path, config, keep_in_memory=False, **revision))
+    except MemoryError:
         raise
     except Exception as error:  # of any type: from the network, the files or their contents
-        raise DataError(f"--data_path {data_path.text}: {_load_problem(error)}") from error
+        raise data_path.error(_load_problem(error)) from error
 
 
 def _load_problem(error: Exception) -> str:
@@ -148,29 +145,25 @@ def _choose_columns(data_path: DataPath, features: Any) -> tuple[str, str | None
     labels = labels or [name for name in _LABELS if _holds_labels(features.get(name))][:1]
     columns = ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
     if not images:
-        videos = [name for name, feature in features.items() if type(feature).__name__ == "Video"]
+        videos = [name for name, feature in features.items() if _type(feature) == "Video"]
         contents = f"videos (column {videos[0]}), not images" if videos else "no image column"
-        raise DataError(f"--data_path {data_path.text} has {contents}; its columns: {columns}")
+        raise data_path.error(f"the dataset has {contents}; its columns: {columns}")
     image, label = data_path.options.get("image"), data_path.options.get("label")
-    if image is None:
-        image = images[0] if len(images) == 1 else _IMAGE
+    image = image or (images[0] if len(images) == 1 else _IMAGE)
     if image not in images:
-        raise DataError(
-            f"--data_path {data_path.text}: choose the image column with ?image=...: one of "
-            f"{', '.join(images)}"
+        raise data_path.error(
+            f"choose the image column with ?image=...: one of {', '.join(images)}"
         )
     if label is not None:
         if not hasattr(features.get(label), "names") and not _holds_labels(features.get(label)):
-            raise DataError(
-                f"--data_path {data_path.text}: {label!r} is not a label column; its columns: "
-                f"{columns}"
-            )
+            raise data_path.error(f"{label!r} is not a label column; its columns: {columns}")
+    elif len(labels) == 1:
+        label = labels[0]
     elif labels:
-        label = labels[0] if len(labels) == 1 else next((n for n in _LABELS if n in labels), None)
+        label = next((name for name in _LABELS if name in labels), None)
         if label is None:
-            raise DataError(
-                f"--data_path {data_path.text}: choose the label column with ?label=...: one of "
-                f"{', '.join(labels)}"
+            raise data_path.error(
+                f"choose the label column with ?label=...: one of {', '.join(labels)}"
             )
     return image, label
 

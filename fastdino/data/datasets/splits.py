@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastdino.data.datasets.data_path import DataPath
-from fastdino.errors import DataError
 
 # Names of the splits that an evaluation uses, in order of preference.
 _ROLES = {
@@ -20,9 +19,8 @@ def requested_split(data_path: DataPath) -> str | None:
     Training reads ?split=...; an evaluation reads ?train=... and ?val=....
     """
     if data_path.role and "split" in data_path.options:
-        raise DataError(
-            f"--data_path {data_path.text}: an evaluation needs two splits: use ?train=...&val=... "
-            "instead of ?split=..."
+        raise data_path.error(
+            "an evaluation needs two splits: use ?train=...&val=... instead of ?split=..."
         )
     return data_path.options.get(data_path.role or "split")
 
@@ -41,7 +39,6 @@ def choose_split(data_path: DataPath, splits: Sequence[str]) -> str:
     if split in splits:
         return str(split)
     problem = f"no split {split!r}" if split else f"no default split for {role or 'training'}"
-    raise DataError(
-        f"--data_path {data_path.text}: {problem}; its splits are {', '.join(splits)}: choose one "
-        f"with ?{role or 'split'}=..."
+    raise data_path.error(
+        f"{problem}; its splits are {', '.join(splits)}: choose one with ?{role or 'split'}=..."
     )

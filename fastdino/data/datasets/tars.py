@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
-from fastdino.data.image_files import Part, Window, read_start, retrying
+from fastdino.data.image_files import Part, Window, read_file, retrying
 from fastdino.data.manifest import Manifest, archive_manifest
 from fastdino.errors import DataError
 
@@ -31,7 +31,7 @@ def is_tar(path: str) -> bool:
 
     Raises: DataError: the file is compressed. OSError: it cannot be read.
     """
-    start = read_start(path, tarfile.BLOCKSIZE)
+    start = read_file(path, length=tarfile.BLOCKSIZE)
     for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
@@ -51,6 +51,7 @@ def raise_if_compressed(names: Sequence[str]) -> None:
             )
 
 
+@retrying
 def index_tar(path: str) -> Manifest:
     """Read all headers of a tar, and the small members that hold labels.
 
@@ -58,12 +59,8 @@ def index_tar(path: str) -> Manifest:
 
     Raises: DataError: the file is not a tar. OSError: it cannot be read.
     """
-
-    def read() -> Manifest:
-        with open(path, "rb") as file:
-            return _TarIndexer(file).index(path)
-
-    return retrying(read)
+    with open(path, "rb") as file:
+        return _TarIndexer(file).index(path)
 
 
 class _TarIndexer:

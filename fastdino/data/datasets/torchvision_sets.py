@@ -49,8 +49,8 @@ class TorchvisionSet(NamedTuple):
     sizes: tuple[str, ...] = ()
 
 
-def _splits(*names: str, argument: str = "split") -> dict[str, dict[str, Any]]:
-    return {name: {argument: name} for name in names}
+def _splits(names: str, argument: str = "split") -> dict[str, dict[str, Any]]:
+    return {name: {argument: name} for name in names.split()}
 
 
 _TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
@@ -60,10 +60,8 @@ _EMNIST: dict[str, dict[str, Any]] = {
     for kind in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
     for part, argument in _TRAIN_TEST.items()
 }
-_STL10 = _splits("train", "unlabeled", "train+unlabeled", "test")
-_INATURALIST = _splits(
-    "2017", "2018", "2019", "2021_train", "2021_train_mini", "2021_valid", argument="version"
-)
+_INATURALIST = _splits("2017 2018 2019 2021_train 2021_train_mini 2021_valid", "version")
+# fmt: off
 SETS = {
     "CIFAR10": TorchvisionSet(_TRAIN_TEST, "cifar-10-batches-py", arrays=True),
     "CIFAR100": TorchvisionSet(_TRAIN_TEST, "cifar-100-python", arrays=True),
@@ -71,24 +69,23 @@ SETS = {
     "FashionMNIST": TorchvisionSet(_TRAIN_TEST, "FashionMNIST/raw", arrays=True),
     "KMNIST": TorchvisionSet(_TRAIN_TEST, "KMNIST/raw", arrays=True),
     "MNIST": TorchvisionSet(_TRAIN_TEST, "MNIST/raw", arrays=True),
-    "OxfordIIITPet": TorchvisionSet(_splits("trainval", "test"), "oxford-iiit-pet", arrays=True),
-    "STL10": TorchvisionSet(_STL10, "stl10_binary", arrays=True),
-    "SVHN": TorchvisionSet(_splits("train", "extra", "test"), "{split}_32x32.mat", arrays=True),
-    "Country211": TorchvisionSet(_splits("train", "valid", "test"), "country211"),
-    "DTD": TorchvisionSet(_splits("train", "val", "test"), "dtd"),
+    "OxfordIIITPet": TorchvisionSet(_splits("trainval test"), "oxford-iiit-pet", arrays=True),
+    "STL10": TorchvisionSet(
+        _splits("train unlabeled train+unlabeled test"), "stl10_binary", arrays=True),
+    "SVHN": TorchvisionSet(_splits("train extra test"), "{split}_32x32.mat", arrays=True),
+    "Country211": TorchvisionSet(_splits("train valid test"), "country211"),
+    "DTD": TorchvisionSet(_splits("train val test"), "dtd"),
     "EuroSAT": TorchvisionSet(_ALL, "eurosat"),
-    "FGVCAircraft": TorchvisionSet(
-        _splits("train", "val", "trainval", "test"), "fgvc-aircraft-2013b"
-    ),
-    "Flowers102": TorchvisionSet(_splits("train", "val", "test"), "flowers-102"),
-    "Food101": TorchvisionSet(_splits("train", "test"), "food-101"),
+    "FGVCAircraft": TorchvisionSet(_splits("train val trainval test"), "fgvc-aircraft-2013b"),
+    "Flowers102": TorchvisionSet(_splits("train val test"), "flowers-102"),
+    "Food101": TorchvisionSet(_splits("train test"), "food-101"),
     "Imagenette": TorchvisionSet(
-        _splits("train", "val"), "imagenette2{size}", sizes=("full", "320px", "160px")
-    ),
+        _splits("train val"), "imagenette2{size}", sizes=("full", "320px", "160px")),
     "INaturalist": TorchvisionSet(_INATURALIST, "{version}"),
-    "RenderedSST2": TorchvisionSet(_splits("train", "val", "test"), "rendered-sst2"),
+    "RenderedSST2": TorchvisionSet(_splits("train val test"), "rendered-sst2"),
     "SUN397": TorchvisionSet(_ALL, "SUN397"),
 }
+# fmt: on
 _VIDEOS = ("HMDB51", "Kinetics", "MovingMNIST", "UCF101")
 
 
@@ -116,9 +113,8 @@ def find_torchvision(data_path: DataPath) -> FileList:
     try:
         classes = [str(one) for one in json.loads(metadata.read_text())["classes"]]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"--data_path {data_path.text}: {metadata} is damaged ({error}): remove {tar}, and it "
-            "is converted again"
+        raise data_path.error(
+            f"{metadata} is damaged ({error}): remove {tar}, and it is converted again"
         ) from error
     return FileList(
         kind, str(tar.parent), [tar.name], classes=classes, archive="tar", index=index_tar
@@ -137,13 +133,10 @@ def _match_name(data_path: DataPath) -> str:
     if data_path.path.lower() in names:
         return names[data_path.path.lower()]
     if data_path.path in _VIDEOS:
-        raise DataError(f"--data_path {data_path.text} is a video dataset: expected images")
+        raise data_path.error("this is a video dataset: expected images")
     similar = difflib.get_close_matches(data_path.path.lower(), names, n=3)
     hint = f"did you mean {' or '.join(names[one] for one in similar)}? " if similar else ""
-    raise DataError(
-        f"--data_path {data_path.text}: no dataset {data_path.path!r}: {hint}Supported are "
-        f"{', '.join(SETS)}"
-    )
+    raise data_path.error(f"no dataset {data_path.path!r}: {hint}Supported are {', '.join(SETS)}")
 
 
 def _size_argument(data_path: DataPath, name: str) -> dict[str, Any]:
@@ -152,7 +145,7 @@ def _size_argument(data_path: DataPath, name: str) -> dict[str, Any]:
         return {}
     if size not in sizes:
         available = f"available: {', '.join(sizes)}" if sizes else f"{name} has only one"
-        raise DataError(f"--data_path {data_path.text}: no size {size!r}; {available}")
+        raise data_path.error(f"no size {size!r}; {available}")
     return {"size": size}
 
 
@@ -289,7 +282,7 @@ def _explained(path: Path, data_path: DataPath) -> Iterator[None]:
         advice = "link the dataset into a writable folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "the disk is full: make room"
-        raise DataError(
-            f"--data_path {data_path.text}: cannot write {path} ({error.strerror or error}): "
+        raise data_path.error(
+            f"cannot write {path} ({error.strerror or error}): "
             f"{advice}, or name another folder with ?root=... or ${ROOT_VARIABLE}"
         ) from error

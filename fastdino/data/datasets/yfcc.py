@@ -126,6 +126,8 @@ def read_metadata(path: str) -> Photos:
         return _collect(_sqlite_rows(path) if start == _SQLITE else _text_rows(path), path)
     except (OSError, EOFError, sqlite3.Error) as error:
         raise DataError(f"--data_path: the metadata {path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise DataError(f"--data_path: the metadata {path} {error}") from error
 
 
 def photo_key(url: str) -> str:
@@ -150,7 +152,7 @@ def _collect(rows: Iterator[Sequence[str]], path: str) -> Photos:
         of.extend([number] * len(names))
         number += 1
     if not hashes:
-        raise DataError(f"--data_path: the metadata {path} lists no photo ({videos} videos)")
+        raise ValueError(f"lists no photo ({videos} videos)")
     unique, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
     return Photos(unique, np.frombuffer(of, np.int32)[first], number, videos, Path(path).name)
 
@@ -182,12 +184,9 @@ def _text_rows(path: str) -> Iterator[list[str]]:
                 columns = _find_columns([value.lower() for value in values])
                 if columns[0] is not None:
                     continue
-                columns = _layout(values, path)
+                columns = _layout(values)
             if len(values) <= max(index for index in columns if index is not None):
-                raise DataError(
-                    f"--data_path: the metadata {path}, line {number}: {len(values)} columns, "
-                    "fewer than in the lines before"
-                )
+                raise ValueError(f"has fewer columns in line {number} than before: {len(values)}")
             yield ["" if index is None else values[index] for index in columns]
 
 
@@ -199,15 +198,14 @@ def _find_columns(header: Sequence[str]) -> list[int | None]:
     ]
 
 
-def _layout(values: list[str], path: str) -> Sequence[int | None]:
+def _layout(values: list[str]) -> Sequence[int | None]:
     """Return the column indices of a table without a header, by its first row."""
     layout = _LAYOUTS.get(len(values))
     if layout is None or not values[layout[0] or 0].isdigit():
-        raise DataError(
-            f"--data_path: the metadata {path} begins with {values[:4]!r}, {len(values)} "
-            "tab-separated columns: expected YFCC100M's table (25, or 23 without row and hash), "
-            "its subset (row, photo, hash), one photo number per line, a header with a column "
-            "photoid, or SQLite"
+        raise ValueError(
+            f"begins with {values[:4]!r}, {len(values)} tab-separated columns: expected YFCC100M's "
+            "table (25, or 23 without row and hash), its subset (row, photo, hash), one photo "
+            "number per line, a header with a column photoid, or SQLite"
         )
     return layout
 
@@ -220,17 +218,11 @@ def _sqlite_rows(path: str) -> Iterator[list[str]]:
         tables = [name for (name,) in base.execute(query)]
         table = _TABLE if _TABLE in tables or len(tables) != 1 else tables[0]
         if table not in tables:
-            raise DataError(
-                f"--data_path: the metadata {path} has no table {_TABLE}; it has: "
-                f"{', '.join(tables) or 'none'}"
-            )
+            raise ValueError(f"has no table {_TABLE}; it has: {', '.join(tables) or 'none'}")
         header = [row[1] for row in base.execute(f"pragma table_info({_quoted(table)})")]
         columns = _find_columns([name.lower() for name in header])
         if columns[0] is None:
-            raise DataError(
-                f"--data_path: the metadata {path}: its table {table} has no column photoid; it "
-                f"has {', '.join(header)}"
-            )
+            raise ValueError(f"has no column photoid in {table}; it has {', '.join(header)}")
         names = ["''" if index is None else _quoted(header[index]) for index in columns]
         for row in base.execute(f"select {', '.join(names)} from {_quoted(table)}"):
             yield ["" if value is None else str(value) for value in row]

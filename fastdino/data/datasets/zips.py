@@ -10,7 +10,7 @@ from functools import partial
 from typing import BinaryIO
 
 from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
-from fastdino.data.image_files import Part, read_start, retrying
+from fastdino.data.image_files import Part, read_file, retrying
 from fastdino.data.manifest import Manifest, archive_manifest
 from fastdino.errors import DataError
 
@@ -21,9 +21,10 @@ _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}
 
 def is_zip(path: str) -> bool:
     """Return whether a file is a zip, by its name or first bytes; raise OSError on failure."""
-    return read_start(path, 4) in (b"PK\3\4", b"PK\5\6") or path.lower().endswith(".zip")
+    return read_file(path, length=4) in (b"PK\3\4", b"PK\5\6") or path.lower().endswith(".zip")
 
 
+@retrying
 def index_zip(path: str) -> Manifest:
     """Read the central directory of a zip (also ZIP64), and the small members that hold labels.
 
@@ -31,25 +32,21 @@ def index_zip(path: str) -> Manifest:
 
     Raises: DataError: the file is not a zip, or is truncated. OSError: it cannot be read.
     """
-
-    def read() -> Manifest:
-        with open(path, "rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return archive_manifest(path, note="is empty (0 bytes)")
-            try:
-                return _index(path, file)
-            except zipfile.BadZipFile as error:
-                raise DataError(
-                    f"--data_path: {path} is not a complete zip ({error}); its directory is at its "
-                    "end. Copy it again, or move it away"
-                ) from error
-
-    return retrying(read)
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        if length == 0:
+            return archive_manifest(path, note="is empty (0 bytes)")
+        try:
+            return _index(path, file, length)
+        except zipfile.BadZipFile as error:
+            raise DataError(
+                f"--data_path: {path} is not a complete zip ({error}); its directory is at its "
+                "end. Copy it again, or move it away"
+            ) from error
 
 
-def _index(path: str, file: BinaryIO) -> Manifest:
+def _index(path: str, file: BinaryIO, length: int) -> Manifest:
     collector = MemberCollector()
-    length = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             name = member.filename
