@@ -188,7 +188,7 @@ def one_process_group(tmp_path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def nano_weights(tmp_path_factory) -> Path:
-    """Weights of a vit_nano with patch 8 at 32 px, large enough for uneven attention."""
+    """A weight file of vit_nano, patch 8, 32 px; the weights are large, for uneven attention."""
     from fastdino.models.backbones import build_backbone
 
     generator = torch.Generator().manual_seed(0)
