@@ -44,9 +44,6 @@ def target(request, monkeypatch):
     return {"impl": impl, "device": device}
 
 
-with_reference = pytest.mark.parametrize(
-    "target", [*TARGETS, ("reference", "cpu")], indirect=True, ids="-".join
-)
 triton_only = pytest.mark.parametrize("target", TARGETS[2::2], indirect=True, ids="-".join)
 
 
@@ -196,7 +193,6 @@ def bits(tensor):
 # The operation
 
 
-@with_reference
 @pytest.mark.parametrize("gradient", [torch.float64, *HALVES])
 def test_one_step_is_the_equations(gradient, target):
     if target["impl"] == "triton" and gradient == torch.float64:
@@ -252,7 +248,6 @@ def test_eight_steps_are_as_near_to_the_truth_as_plain_pytorchs(target):
             assert o <= p + EPS * largest, name
 
 
-@with_reference
 @pytest.mark.parametrize("dtype", HALVES[1:])
 def test_half_parameters_and_moments_are_computed_in_fp32_and_rounded_once(dtype, target):
     lists = make(target["device"], dtype=dtype, gradient=torch.float32)
@@ -277,7 +272,6 @@ def test_dtypes_may_differ_within_one_call(target):
         assert c is None or torch.equal(c, whole.to(c.dtype))
 
 
-@with_reference
 def test_what_has_no_gradient_stays_and_its_teacher_follows(target):
     lists = make(target["device"])
     lists.gradients[0] = lists.gradients[3] = None
@@ -295,7 +289,6 @@ def test_what_has_no_gradient_stays_and_its_teacher_follows(target):
     assert (lists.steps - steps).tolist() == [float(c) for c in counted]
 
 
-@with_reference
 def test_nothing_has_a_gradient(target):
     lists = make(target["device"])
     lists.gradients = [None] * len(SHAPES)
@@ -326,7 +319,6 @@ def test_some_have_no_teacher(target):
     assert_right(lists, expected)
 
 
-@with_reference
 @pytest.mark.parametrize("max_norm", [None, math.inf, 1e-3])
 def test_clipping_may_be_left_out_or_only_measured(max_norm, target):
     lists = make(target["device"])
@@ -353,7 +345,6 @@ def test_norms_may_be_given(target):
     assert_close([lists.parameters[i] for i in kept], right, roundings=8)
 
 
-@with_reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_may_be_tensors(dtype, target):
     ours, theirs = make(target["device"]), make(target["device"])
@@ -410,7 +401,6 @@ def test_momenta_of_one_and_zero(target):
 UNIT_SHAPES = [(7,), (37, 64), (9, 256), (1, 1024), (5, 1)]
 
 
-@with_reference
 @pytest.mark.parametrize("index", [1, 2, 3, 4])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -429,7 +419,6 @@ def test_the_teachers_copy_may_have_rows_of_norm_1(index, offset, dtype, target)
     assert_copies(lists)
 
 
-@with_reference
 def test_rows_of_norm_1_stay_where_a_step_is_left_out(target):
     lists = make(target["device"], UNIT_SHAPES)
     before = lists.copies()
@@ -452,7 +441,6 @@ numpy_warns = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
 @numpy_warns
-@with_reference
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_where_skip_is_not_zero_nothing_changes_to_the_bit(dtype, target):
     lists = make(target["device"])
@@ -470,7 +458,6 @@ def test_where_skip_is_not_zero_nothing_changes_to_the_bit(dtype, target):
 
 
 @numpy_warns
-@with_reference
 def test_where_found_inf_is_not_zero_the_teacher_alone_follows(target):
     lists = make(target["device"])
     poison(lists)
@@ -490,7 +477,6 @@ def test_where_found_inf_is_not_zero_the_teacher_alone_follows(target):
 
 
 @numpy_warns
-@with_reference
 @pytest.mark.parametrize(
     ("value", "max_norm"), [(math.nan, 1.0), (math.inf, 1.0), (-math.inf, None)]
 )
@@ -513,7 +499,6 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_refused_and_counted(value,
 
 
 @numpy_warns
-@with_reference
 def test_an_overflow_that_loss_scaling_expects_is_not_refused(target):
     lists = make(target["device"])
     poison(lists)
@@ -526,7 +511,6 @@ def test_an_overflow_that_loss_scaling_expects_is_not_refused(target):
     assert not torch.equal(lists.teachers[1], before["teachers[1]"])
 
 
-@with_reference
 @pytest.mark.parametrize("gradient", [torch.float32, torch.float16])
 def test_gradients_are_divided_by_the_loss_scale(gradient, target):
     lists = make(target["device"], gradient=gradient)
@@ -639,7 +623,7 @@ def test_every_length_around_a_chunk_is_covered_and_nothing_else(target, dtype):
 @triton_only
 def test_offsets_beyond_31_bits(target):
     """The last chunk of a parameter of 2**31 elements and a few, of which only that exists."""
-    from fastdino_kernels.adamw_ema_call import Call, Group, Tensors
+    from fastdino_kernels.adamw_ema_arguments import Call, Group, Tensors
     from fastdino_kernels.adamw_ema_triton import CHUNK, launch_adamw_ema
     from fastdino_kernels.pointer_table import ROW, PointerTable
 

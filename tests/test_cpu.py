@@ -164,7 +164,7 @@ def test_no_images_and_no_crops(ragged_images, draw_any_crops):
         ({"images": []}, ValueError, r"B = 0 like the images, got top of shape \(1, 2\)"),
         ({"size": 0}, ValueError, "size must be from 1 to 4096, got 0"),
         ({"dtype": torch.float64}, ValueError, "dtype must be one of"),
-        ({"top": 1000}, ValueError, "must lie inside its image"),
+        ({"top": 1000}, ValueError, "must be inside its image"),
     ],
 )
 def test_invalid_arguments_are_refused(changes, error, message, ragged_images, draw_any_crops):

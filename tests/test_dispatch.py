@@ -18,7 +18,7 @@ def compilers(tmp_path, monkeypatch):
 
 
 def test_triton_on_a_gpu_needs_a_c_compiler(compilers):
-    assert "a C compiler: gcc, clang, or" in triton_problem("cuda")
+    assert "a C compiler: install gcc or clang, or" in triton_problem("cuda")
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])

@@ -19,9 +19,6 @@ TARGETS = [
     pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
 ]
-with_reference = pytest.mark.parametrize(
-    "target", [*TARGETS, ("reference", "cpu")], indirect=True, ids="-".join
-)
 triton_only = pytest.mark.parametrize("target", TARGETS[1::2], indirect=True, ids="-".join)
 
 
@@ -55,7 +52,6 @@ def only_the_kernel(monkeypatch):
         yield
 
 
-@with_reference
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("student_dtype", FLOATS)
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
@@ -68,8 +64,6 @@ def test_is_right_to_one_rounding(teacher_dtype, student_dtype, momentum, target
     before = [s.clone() for s in student]
     ema_update_(teacher, student, momentum, impl=target["impl"])
     rounding = torch.finfo(teacher_dtype).eps
-    if target["impl"] == "reference":  # which rounds each product
-        rounding *= 2
     for t, e, s, b in zip(teacher, expected, student, before, strict=True):
         assert t.dtype == teacher_dtype
         torch.testing.assert_close(t.double(), e, rtol=rounding, atol=rounding)
@@ -88,7 +82,6 @@ def test_a_hundred_steps_in_float64_agree_to_1e_12():
         torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-14)
 
 
-@with_reference
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
 @pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16])
 def test_momentum_may_be_a_tensor(student_dtype, teacher_dtype, target):
@@ -138,7 +131,6 @@ def test_both_ends_of_the_momentum_are_exact_whatever_the_other_side_holds(targe
         assert torch.equal(teacher.view(torch.int32), kept.view(torch.int32))
 
 
-@with_reference
 def test_shadow_is_the_updated_teacher_rounded(target):
     teacher, student = draw(device=target["device"]), draw(seed=1, device=target["device"])
     shadow = [torch.full_like(t, math.nan, dtype=torch.bfloat16) for t in teacher]
@@ -149,7 +141,6 @@ def test_shadow_is_the_updated_teacher_rounded(target):
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@with_reference
 def test_shadow_is_rounded_from_what_the_teacher_keeps(target):
     """Rounding to fp16 and then to bf16 is not rounding to bf16."""
     from fastdino_kernels.ema_triton import CHUNK
@@ -457,7 +448,7 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         (([A], [B, B], 0.9), {}, ValueError, "same length, got 1 and 2"),
         (([A, A], [B, B.t()], 0.9), {}, ValueError, r"\[1\] .*got \(2, 3\) and \(3, 2\)"),
         (([A, A], [B, A], 0.9), {}, ValueError, r"teacher_tensors\[1\] .*same tensor"),
-        (([A], [A.detach()], 0.9), {}, ValueError, "same tensor"),
+        (([A], [A.detach()], 0.9), {}, ValueError, "share memory"),
         (([A], [B.to("meta")], 0.9), {}, ValueError, "same device, got cpu and meta"),
         (([A], [B.long()], 0.9), {}, TypeError, r"student_tensors\[0\] .*torch.int64"),
         (([A.long()], [B], 0.9), {}, TypeError, r"teacher_tensors\[0\] .*torch.int64"),
@@ -490,7 +481,7 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         ),
         (([A], [B], 0.9), {"shadow": [B]}, ValueError, r"shadow\[0\] and student_tensors\[0\]"),
         (([A[0], A.view(-1)[1:4]], [B[0], B[1]], 0.9), {}, ValueError, r"\[1\] share memory"),
-        (([A], [A[:1].expand(2, 3)], 0.9), {}, ValueError, "same tensor"),
+        (([A], [A[:1].expand(2, 3)], 0.9), {}, ValueError, "share memory"),
         (
             ([A.as_strided((3, 3), (1, 1))], [torch.ones(3, 3)], 0.9),
             {},

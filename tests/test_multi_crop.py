@@ -202,10 +202,10 @@ def test_the_operator_is_registered_right(ragged_images, draw_any_crops):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top": -1}, r"must lie inside its image, got \[-1, .* for crop 0 of images\[0\], 9 x 12"),
-        ({"height": 0}, "must lie inside its image"),
-        ({"top": 2**31 - 1}, "must lie inside its image"),
-        ({"width": 13}, "must lie inside its image"),
+        ({"top": -1}, r"must be inside its image, got \[-1, .* for crop 0 of images\[0\], 9 x 12"),
+        ({"height": 0}, "must be inside its image"),
+        ({"top": 2**31 - 1}, "must be inside its image"),
+        ({"width": 13}, "must be inside its image"),
         ({"jitter_order": 1}, r"permutation of 0, 1, 2, 3, got \[1, 1, 1, 1\]"),
         ({"jitter_factor": 0.6, "jitter": True}, "the hue's from -0.5 to 0.5"),
         ({"jitter_factor": float("nan"), "jitter": True}, "must be finite"),

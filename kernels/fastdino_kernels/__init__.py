@@ -1,14 +1,14 @@
-"""Fast kernels for DINO self-supervised pretraining: torch (and triton, where it is) alone.
+"""Fast kernels for DINO self-supervised pretraining. They depend on torch and, optionally, triton.
 
-dino_loss.py   dino_loss, teacher_entropy; dino_module.py   DINOLoss
-soft_cross_entropy.py   soft_cross_entropy, of targets that are probabilities already
-pairwise*.py   the operators beneath them, in Triton and in PyTorch
-ema.py         ema_update_
-clip.py        clip_grad_norms_ (each by its own norm), clip_grad_norm_ (all by one)
-adamw_ema.py   adamw_ema_update_: clip, AdamW and EMA at once; adamw_ema_optimizer.py   AdamWEMA
-multi_crop.py  multi_crop, of what was drawn: crop_params.py
-reference.py   the paper's equations, plainly: the oracle of the tests
-dispatch.py    which implementation runs: impl=..., or the environment variable FASTDINO_KERNELS
+dino_loss.py            dino_loss, teacher_entropy; dino_module.py: DINOLoss
+soft_cross_entropy.py   soft_cross_entropy, for targets that are already probabilities
+pairwise*.py            the operators of both losses, in Triton and in PyTorch
+ema.py                  ema_update_
+clip.py                 clip_grad_norms_ (each by its own norm), clip_grad_norm_ (global norm)
+adamw_ema*.py           adamw_ema_update_ and AdamWEMA: clip, AdamW and EMA in one pass
+multi_crop*.py          multi_crop; crop_params.py: its parameters
+reference.py            the paper's equations, written plainly: the oracle of tests and benchmarks
+dispatch.py             choice between Triton and PyTorch: impl=..., or FASTDINO_KERNELS
 """
 
 from .adamw_ema import adamw_ema_update_

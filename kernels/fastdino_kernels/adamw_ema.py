@@ -1,15 +1,15 @@
-"""The optimizer's whole pass at once: clip by norm, AdamW, the teacher's EMA, low-precision copies.
+"""The whole optimizer step in one pass: clip by norm, AdamW, teacher EMA, low-precision copies.
 
-Bytes a parameter, in fp32, and in brackets with bf16 copies of student and teacher:
+Bytes per parameter, in fp32, and in brackets with bf16 copies of student and teacher:
 
-    |              | norms | clip | AdamW | EMA | copies | together |
-    |--------------|-------|------|-------|-----|--------|----------|
-    | step by step | 4     | 8    | 28    | 12  | (8)    | 52 (60)  |
-    | at once      | 4     |      36            | (4)    | 40 (44)  |
+    |          | norms | clip | AdamW | EMA | copies | total   |
+    |----------|-------|------|-------|-----|--------|---------|
+    | separate | 4     | 8    | 28    | 12  | (8)    | 52 (60) |
+    | fused    | 4     |      36            | (4)    | 40 (44) |
 
-Step by step the clip reads and writes a gradient (if it is clipped), AdamW reads four tensors and
+Separately, clipping reads and writes a gradient (if it is clipped), AdamW reads four tensors and
 writes three, the EMA reads two and writes one (and the teacher's copy), and the student is read
-again for its copy. At once five are read and four are written; the gradient stays as it is.
+again for its copy. Fused, five are read and four are written; the gradient is unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .adamw_ema_call import (
+from .adamw_ema_arguments import (
     Call,
     Tensors,
     check_call,
@@ -32,9 +32,11 @@ from .adamw_ema_call import (
     check_unit_rows,
     make_group,
 )
-from .adamw_ema_torch import update_by_reference, update_on_device, update_on_host
-from .clip import torch_norms
-from .dispatch import check_float_tensor, choose_impl
+from .adamw_ema_torch import update_on_device, update_on_host
+from .checks import check_float_tensor
+from .clip import norm_dtype, spread, torch_norms
+from .dispatch import choose_impl
+from .dtensor import local_parts, norms_over_shards
 from .pointer_table import (
     Plan,
     PointerTable,
@@ -45,10 +47,9 @@ from .pointer_table import (
     plan_for,
     ranges_of,
 )
-from .sharded import check_sharded_alike, local_part, norms_over_shards
 
 
-@torch.compiler.disable  # whose graph would end at the first address: better in one place
+@torch.compiler.disable  # a traced graph would break at the first address
 @torch.no_grad()
 def adamw_ema_update_(
     parameters: Iterable[Tensor],
@@ -74,57 +75,56 @@ def adamw_ema_update_(
     unit_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
-    """Clip each gradient by its own norm, step AdamW, average the teacher: all in place, at once.
+    """Clip each gradient by its own norm, step AdamW and update the teacher, in one pass in place.
 
     For each parameter p with gradient g and teacher t, as clip_grad_norms_, torch.optim.AdamW and
-    ema_update_ do one after the other:
+    ema_update_ one after the other:
 
         g <- g/grad_scale * min(1, max_norm/(norm + 1e-6)), norm that of g/grad_scale
         step <- step + 1;  m <- b1*m + (1 - b1)*g;  v <- b2*v + (1 - b2)*g^2
         p <- p - lr*weight_decay*p - lr * m/(1 - b1^step) / (sqrt(v/(1 - b2^step)) + eps)
         t <- momentum*t + (1 - momentum)*p
 
-    p whose gradient is None stays, neither decayed nor counted, but t follows it. Gradients are
-    only read. Half precision is computed in fp32 and rounded once. Nothing is read back to the
-    host, and a captured CUDA graph sees every 0-d tensor change. All tensors are on one device.
-    DTensors are updated shard by shard, by norms over all shards (one all-reduce).
+    A parameter without a gradient is unchanged, neither decayed nor counted, but its teacher is
+    updated. Gradients are only read. Half precision is computed in fp32 and rounded once. No value
+    is read back to the host, and a captured CUDA graph reads every 0-d tensor anew. All tensors are
+    on one device. DTensors are updated shard by shard, with norms over all shards (one all-reduce).
 
     Args:
         parameters: n tensors, fp16/bf16/fp32/fp64, updated.
         gradients: n tensors of the same shapes, or None.
-        exp_avgs, exp_avg_sqs: AdamW's moments m and v, updated; None where there is no gradient.
-        steps: [n] fp32, contiguous: AdamW's count of each parameter's steps, updated.
+        exp_avgs, exp_avg_sqs: AdamW's moments m and v, updated; None if there is no gradient.
+        steps: [n] fp32, contiguous: AdamW's step count of each parameter, updated.
         lr, weight_decay: >= 0; floats, or 0-d tensors, whose values are not checked.
         betas, eps: of AdamW.
         max_norm: > 0; None: no clipping; inf: the norms are only measured.
-        norms: [n] fp32, of the gradients divided by grad_scale, if they are known already.
+        norms: [n] fp32, of the gradients divided by grad_scale, if already known.
         teachers: n tensors or None, updated.
-        momentum: in [0, 1], as in ema_update_; needed where there are teachers.
+        momentum: in [0, 1], as in ema_update_; required with teachers.
         shadows, teacher_shadows: copies of parameters and teachers, often in lower precision,
             rewritten in the same pass; n tensors or None.
         unit_rows: the index of a parameter [K, D], D a power of two up to 1024, whose teacher's
-            copy gets rows of L2 norm 1: what a weight-normed layer multiplies by.
-        skip: 0-d; where it is not 0, nothing at all changes, to the bit.
-        found_inf: 0-d; where it is not 0, parameters, moments and steps stay, and the teacher is
-            averaged: the paper's loss scaling, whose EMA does not wait for the optimizer.
-        grad_scale: 0-d fp32, what the loss was multiplied by.
-        refused_steps: 0-d, fp32 or integer; where it is given, a step with a norm that is NaN or
-            infinite changes nothing, as with `skip`, but adds 1 here. Where found_inf is not 0,
-            such norms are expected and not counted.
-        impl: "triton" (no fp64), "torch" (torch's fused AdamW, multi-tensor operations),
-            "reference" (one by one, with host syncs), or "auto". Triton leaves to PyTorch what is
-            not dense, or not laid out like its parameter.
+            copy gets rows of L2 norm 1: the weight that a weight-normed layer multiplies by.
+        skip: 0-d; if it is not 0, no tensor changes, to the bit.
+        found_inf: 0-d; if it is not 0, parameters, moments and steps are unchanged and the teacher
+            is updated: the paper's loss scaling, whose EMA runs in every step.
+        grad_scale: 0-d fp32, the loss scale.
+        refused_steps: 0-d, fp32 or integer. If given, a step with a NaN or infinite norm changes
+            nothing, as with `skip`, and adds 1 here. If found_inf is not 0, such norms are
+            expected and not counted.
+        impl: "triton" (no fp64), "torch" (torch's fused AdamW, multi-tensor operations), or
+            "auto". Triton delegates tensors to PyTorch that are not dense or have another layout
+            than their parameter.
 
-    Returns: norms [n] of the gradients before clipping, 0 where there is none, fp32 (fp64 where
-        every gradient is fp64); None where neither max_norm nor refused_steps needs them.
+    Returns: norms [n] of the gradients before clipping, 0 without a gradient, fp32 (fp64 if every
+        gradient is fp64); None if neither max_norm nor refused_steps needs them.
 
     Raises:
-        ValueError: lengths, shapes or devices that differ, numbers out of range, a momentum or a
-            moment that is missing, DTensors that are sharded otherwise, tensors that share memory
-            with one that is written, or whose own elements do; the message names the indices.
-        TypeError: something that is not a dense floating-point tensor.
-        RuntimeError: a CUDA graph is being captured, and no call with tensors on the GPU went
-            before.
+        ValueError: lengths, shapes or devices that differ, numbers out of range, a missing momentum
+            or moment, DTensors that are sharded differently, or written tensors that share memory
+            with another tensor or within themselves; the message has the indices.
+        TypeError: an argument that is not a dense floating-point tensor.
+        RuntimeError: a CUDA graph is being captured, and no earlier call had tensors on the GPU.
 
     """
     parameters = list(parameters)
@@ -135,12 +135,12 @@ def adamw_ema_update_(
     tensors = Tensors(parameters, *lists)
     check_lengths(tensors)
     if n == 0:
-        choose_impl(impl, [])  # its name is checked all the same
+        choose_impl(impl, [])  # raises for an unknown name
         return None
     device = check_float_tensor("parameters[0]", parameters[0]).device
     if momentum is None:
         if any(t is not None for t in tensors.teachers):
-            raise ValueError("momentum must be given where there are teachers, got None")
+            raise ValueError("momentum must be given with teachers, got None")
         momentum = 1.0
     call = Call(
         tensors,
@@ -159,7 +159,7 @@ def adamw_ema_update_(
 
 
 def update(call: Call, impl: str) -> Tensor | None:
-    """adamw_ema_update_ for parameters in any groups, whose numbers are checked; the norms."""
+    """Run adamw_ema_update_ for parameter groups with checked numbers; return the norms."""
     check_call(call)
     whole = call.tensors
     check_unit_rows(whole, call.unit_rows)
@@ -176,21 +176,19 @@ def update(call: Call, impl: str) -> Tensor | None:
     call = replace(call, tensors=parts, norms=norms)
     if plan.table is not None:
         _run_triton(call, plan)
-    elif plan.impl == "reference":
-        update_by_reference(call)
     elif call.steps.is_cpu:
         update_on_host(call, plan.rest)
     else:
         update_on_device(call, plan.rest)
-    # Autograd notices neither what a kernel writes nor what PyTorch's fused AdamW does.
+    # Autograd sees neither the writes of a kernel nor those of PyTorch's fused AdamW.
     seen = (parts.parameters, parts.teachers, parts.shadows, parts.teacher_shadows)
     torch.autograd.graph.increment_version(_present(seen))
     return norms
 
 
 def _written(tensors: Tensors) -> list[list[Tensor | None]]:
-    """The roles of the kernel's table, in its order."""
-    parameters, _gradients, *others = tensors.lists()
+    """Return the roles of the kernel's table, in its order."""
+    parameters, _gradients, *others = tensors.named().values()
     return [parameters, *others]
 
 
@@ -199,20 +197,15 @@ def _present(lists: Iterable[Iterable[Tensor | None]]) -> list[Tensor]:
 
 
 def _local_parts(tensors: Tensors) -> Tensors:
-    """This process's part of every DTensor; the same object where there is none."""
-    lists = tensors.lists()
-    if are_plain(_present(lists)):
+    """Return the local shards of all DTensors; the same object if there are no DTensors."""
+    named = tensors.named()
+    if are_plain(_present(named.values())):
         return tensors
-    for name, some in zip(tensors.names(), lists, strict=True):
-        for i, (p, tensor) in enumerate(zip(tensors.parameters, some, strict=True)):
-            if tensor is not None:
-                check_sharded_alike(f"parameters[{i}]", p, f"{name}[{i}]", tensor)
-    parts = ([t if t is None else local_part(t) for t in some] for some in lists)
-    return Tensors(*parts)  # type: ignore[arg-type]
+    return Tensors(*local_parts(named))  # type: ignore[arg-type]
 
 
 def _measure(tensors: Tensors, plan: Plan, count: int) -> Tensor:
-    """[count]: the norms of the gradients as they are here."""
+    """Return the norms [count] of this rank's gradients."""
     device = tensors.parameters[0].device
     if plan.gradients is not None:
         from .clip_triton import launch_norms
@@ -223,7 +216,8 @@ def _measure(tensors: Tensors, plan: Plan, count: int) -> Tensor:
     positions = [i for i, gradient in enumerate(tensors.gradients) if gradient is not None]
     if not positions:
         return torch.zeros(count, dtype=torch.float32, device=device)
-    return torch_norms(_present([tensors.gradients]), positions, count)
+    gradients = _present([tensors.gradients])
+    return spread(torch_norms(gradients).to(norm_dtype(gradients)), positions, count)
 
 
 def _run_triton(call: Call, plan: Plan) -> None:
@@ -235,14 +229,14 @@ def _run_triton(call: Call, plan: Plan) -> None:
         call = replace(call, norms=call.norms.float().contiguous())
     decision = launch_adamw_ema(plan.table, plan.gradients, call)
     if plan.rest:
-        if decision is not None:  # which has counted a refused step already
+        if decision is not None:  # a refused step is already counted
             skip, found_inf = (decision[0] == choice.value for choice in (NOTHING, AVERAGE))
             call = replace(call, skip=skip, found_inf=found_inf, refused_steps=None)
         update_on_device(call, plan.rest, plan.rest)
 
 
 def _plan(tensors: Tensors, impl: str) -> Plan:
-    """What the checks found, or found before; of the gradients apart, as they move more often."""
+    """Return the plan; the gradients' part has its own cache entry, as they move more often."""
     roles, gradients = _written(tensors), _present([tensors.gradients])
 
     def make_state() -> Plan:
@@ -262,12 +256,12 @@ def _plan(tensors: Tensors, impl: str) -> Plan:
 
 
 def _holes(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Where there is none."""
+    """Return the indices without a tensor."""
     return tuple(i for i, tensor in enumerate(tensors) if tensor is None)
 
 
 def _make_state_plan(tensors: Tensors, impl: str) -> Plan:
-    """The plan of all but the gradients."""
+    """Make the plan of all tensors but the gradients."""
     check_state(tensors)
     roles = _written(tensors)
     chosen = choose_impl(impl, _present(roles))
@@ -299,7 +293,7 @@ def _make_plan(tensors: Tensors, impl: str, state: Plan) -> Plan:
         chosen = choose_impl(impl, gradients)
     if chosen != "triton":
         return Plan(chosen, rest=gaps)
-    # As for the clip, a gradient must be dense to be measured.
+    # As in clip.py, a gradient must be dense to be measured.
     if not all(map(is_dense, gradients)):
         return Plan("torch", rest=gaps)
     from .clip_triton import CHUNK

@@ -1,4 +1,4 @@
-"""AdamWEMA: adamw_ema_update_ as a torch.optim.Optimizer, in place of clip, AdamW and EMA."""
+"""AdamWEMA: adamw_ema_update_ as a torch.optim.Optimizer that replaces clip, AdamW and EMA."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .adamw_ema import update
-from .adamw_ema_call import Call, Tensors, check_hyperparameter, make_group
+from .adamw_ema_arguments import Call, Tensors, check_hyperparameter, make_group
 from .clip import check_max_norm
 from .dispatch import choose_impl
 
 Belonging = Sequence["Tensor | None"] | Mapping[Tensor, Tensor]
 
-# What else a group of torch.optim.AdamW has, so that a state_dict is one of its own.
+# The other entries of a torch.optim.AdamW group, so that state_dicts are interchangeable.
 _AS_ADAMW = {
     "amsgrad": False,
     "maximize": False,
@@ -26,7 +26,7 @@ _AS_ADAMW = {
     "fused": True,
     "decoupled_weight_decay": True,
 }
-# What is kept by a pickle or a copy, beside what any optimizer keeps.
+# Attributes that pickles and copies keep, in addition to those of any optimizer.
 _KEPT = (
     "max_norm", "momentum", "skip_nonfinite", "impl", "norms", "steps", "refused_steps",
     "_teachers", "_shadows", "_teacher_shadows", "_unit_rows",
@@ -34,49 +34,47 @@ _KEPT = (
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """torch.optim.AdamW that clips before, and averages a teacher after, in one pass over memory.
+    """torch.optim.AdamW that also clips gradients and averages a teacher, in one pass over memory.
 
         optimizer = AdamWEMA(groups, lr=5e-4, weight_decay=0.04, max_norm=3.0,
                              teacher=dict(zip(student.parameters(), teacher.parameters())))
         loss.backward()
         optimizer.step(momentum=0.996)  # clip_grad_norms_, AdamW.step, ema_update_
 
-    What is computed, and when nothing changes, is said by adamw_ema_update_; gradients are only
-    read. Parameters whose gradient is None are passed over, as by AdamW, but their teachers follow.
-    `lr` and `weight_decay` of a group, and the momentum, may be 0-d tensors on the device, whose
-    changes a captured CUDA graph sees (before the capture, step once). All parameters are on one
+    adamw_ema_update_ documents the equations and when a step changes nothing; gradients are only
+    read. Parameters whose gradient is None are skipped, as by AdamW, but their teachers are
+    updated. `lr` and `weight_decay` of a group, and the momentum, may be 0-d tensors on the device,
+    which a captured CUDA graph reads anew (step once before the capture). All parameters are on one
     device.
 
-    state_dict() is that of a torch.optim.AdamW(fused=True), and either loads the other's. What is
-    loaded is copied into the tensors that are there, so that a captured graph goes on with it.
-    Teachers and copies are not part of it. With torch.amp.GradScaler use scaler.step(optimizer,
-    momentum=...) without unscale_: a step that overflows leaves the parameters, and averages the
-    teacher, as the paper's code does.
+    state_dict() has the format of torch.optim.AdamW(fused=True), and each can load the other's.
+    Loaded values are copied into existing tensors, so that a captured graph stays valid. Teachers
+    and copies are not part of it. With torch.amp.GradScaler use scaler.step(optimizer,
+    momentum=...) without unscale_: a step that overflows keeps the parameters and updates the
+    teacher, as in the paper's code.
 
     Args:
         params: parameters, or groups of them, each with any of lr, betas, eps, weight_decay.
         lr, betas, eps, weight_decay: as for torch.optim.AdamW.
-        max_norm: each gradient is clipped by its own norm; None: by none, and norms is None; inf:
-            they are only measured.
-        teacher: a tensor for each parameter, in the order of the groups, or None for some; or
-            parameter -> tensor. A key that is in no group (weight_g, when it is frozen) is followed
-            all the same.
-        momentum: of the teacher, in [0, 1]; what step() takes unless told otherwise.
+        max_norm: clips each gradient by its own norm; None: no clipping, and norms is None; inf:
+            the norms are only measured.
+        teacher: a tensor or None for each parameter, in the order of the groups, or a mapping
+            parameter -> tensor. Keys that are in no group (a frozen weight_g) are averaged too.
+        momentum: of the teacher, in [0, 1]; the default of step().
         shadow, teacher_shadow: copies of parameters and of teachers, often in lower precision,
-            given as teacher is. step() rewrites them; nothing else does, so after loading weights
-            copy these too.
+            given like teacher. Only step() rewrites them, so copy them too after loading weights.
         unit_rows: a parameter [K, D] whose teacher's copy gets rows of L2 norm 1; see
             adamw_ema_update_.
-        skip_nonfinite: a step with a gradient that is not finite changes nothing at all, and is
-            counted in refused_steps.
+        skip_nonfinite: a step with a gradient that is not finite changes nothing, and is counted in
+            refused_steps.
         impl: as in adamw_ema_update_.
 
     Attributes:
         norms: fp32 [n], of the last step's gradients before clipping, in the order of the groups, 0
-            where there was none; or None.
-        steps: fp32 [n], of which the counts in `state` are views.
+            without a gradient; or None.
+        steps: fp32 [n]; the counts in `state` are views of it.
         refused_steps: int64 0-d, on the device; None unless skip_nonfinite. Reading it waits for
-            the device: look now and then.
+            the device, so do not read it in every step.
 
     Raises: ValueError, TypeError: as adamw_ema_update_; a list of another length.
 
@@ -107,7 +105,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, defaults | _AS_ADAMW)
         parameters = self._parameters()
         if not parameters:
-            raise ValueError("params must hold at least one parameter, got groups of none")
+            raise ValueError("params must hold at least one parameter, got none")
         choose_impl(impl, parameters)
         check_hyperparameter("momentum", momentum, parameters[0].device, most=1)
         self.max_norm, self.momentum = max_norm, momentum
@@ -130,7 +128,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.AdamW's; its tensors have a teacher where that was given as a mapping."""
+        """Add a group as torch.optim.AdamW does; teachers given as a mapping apply to it too."""
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -154,12 +152,12 @@ class AdamWEMA(torch.optim.Optimizer):
         momentum: float | Tensor | None = None,
         skip: Tensor | None = None,
     ) -> float | None:
-        """Clip, AdamW, EMA and copies.
+        """Clip gradients, step AdamW, update the teacher and the copies.
 
         Args:
             closure: computes the loss anew, which is returned.
             momentum: of this step's EMA; by default the attribute.
-            skip: 0-d, on the device; where it is not 0, nothing at all changes.
+            skip: 0-d, on the device; if it is not 0, nothing changes.
         """
         loss = None
         if closure is not None:
@@ -179,7 +177,7 @@ class AdamWEMA(torch.optim.Optimizer):
             groups.append(make_group(first, count, *_hyperparameters(group), device))
             first += count
         momentum = self.momentum if momentum is None else momentum
-        overflow = getattr(self, "found_inf", None)  # an int where no parameter has a gradient
+        overflow = getattr(self, "found_inf", None)  # an int if no parameter has a gradient
         return Call(
             self._tensors(parameters),
             groups,
@@ -195,7 +193,7 @@ class AdamWEMA(torch.optim.Optimizer):
         )
 
     def _tensors(self, parameters: list[Tensor]) -> Tensors:
-        """What belongs to the parameters of the groups, and after them to those that follow."""
+        """Collect the tensors of the groups' parameters, then those of averaged-only parameters."""
         known = self._arranged
         if len(known) < len(parameters) or not all(map(operator.is_, parameters, known)):
             self._arrange(parameters)
@@ -218,9 +216,9 @@ class AdamWEMA(torch.optim.Optimizer):
         )
 
     def _arrange(self, parameters: list[Tensor]) -> None:
-        """Lays out what belongs to whom; looking it up at every step would take as long as AdamW.
+        """Arrange teachers and copies in the order of the parameters.
 
-        Dictionaries of tensors are slow.
+        Dictionaries of tensors are slow: looking them up in every step would take as long as AdamW.
         """
         given = (self._teachers, self._shadows, self._teacher_shadows)
         trained = set(parameters)
@@ -231,7 +229,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._unit_index = next(unit, None)
 
     def _make_counters(self, parameters: list[Tensor], device: torch.device) -> None:
-        """steps, its views, and refused_steps, where they are missing or elsewhere."""
+        """Make steps, its views and refused_steps if they are missing or on another device."""
         steps, refused = self.steps, self.refused_steps
         if steps is None or len(steps) != len(parameters) or steps.device != device:
             self._refuse_capture(device)
@@ -242,7 +240,7 @@ class AdamWEMA(torch.optim.Optimizer):
             self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def _bind_all(self, parameters: list[Tensor]) -> None:
-        """Takes the counts that there are into steps."""
+        """Copy all existing step counts into steps."""
         assert self.steps is not None
         self._views = list(self.steps.unbind())
         for i, parameter in enumerate(parameters):
@@ -250,7 +248,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 self._bind(i, parameter)
 
     def _bind(self, index: int, parameter: Tensor) -> dict[str, Any]:
-        """A parameter's state, made where there is none, its count a view of steps."""
+        """Return a parameter's state, made if missing, with its count as a view of steps."""
         state: dict[str, Any] = self.state[parameter]
         count = self._views[index]
         if state.get("step") is count:
@@ -275,12 +273,12 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the state of an AdamWEMA or a torch.optim.AdamW.
+        """Load the state of an AdamWEMA or a torch.optim.AdamW.
 
-        It is copied into the tensors that are there: moments, counts, and lr and weight_decay where
-        they are tensors. Moments that are not there yet are taken as they are, as by PyTorch.
+        Values are copied into existing tensors: moments, counts, and lr and weight_decay if they
+        are tensors. Missing moments are created, as by PyTorch.
 
-        Raises: ValueError: groups or parameters that do not fit, amsgrad, maximize, or another
+        Raises: ValueError: groups or parameters that do not match, amsgrad, maximize, or another
             optimizer's state.
         """
         for group in state_dict["param_groups"]:
@@ -326,7 +324,7 @@ def _hyperparameters(group: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 def _by_parameter(
     name: str, given: Belonging | None, parameters: list[Tensor]
 ) -> dict[Tensor, Tensor]:
-    """What belongs to each parameter."""
+    """Map each parameter to its tensor."""
     if given is None:
         return {}
     if isinstance(given, Mapping):

@@ -1,31 +1,32 @@
 """adamw_ema_update_ by PyTorch's fused AdamW and multi-tensor operations, on any device.
 
-Gradients that have to be scaled are so into memory of their own. (A slice at a time, through a
-buffer that stays in the cache, is slower on a CPU: many small operations wait for its threads.)
-On a CPU the host may read what it likes, and a refused step costs nothing. Elsewhere nothing is
-read, and flags select what stays as it was.
+Scaled gradients are written to new memory. (Scaling a slice at a time, in a buffer that stays in
+the cache, is slower on a CPU: many small operations wait for its threads.) On a CPU the host reads
+flags, and a refused step costs nothing. On other devices nothing is read back, and flags select the
+old values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .adamw_ema_call import Call, Group, Tensors
+from .adamw_ema_arguments import Call, Group, Tensors
 from .dispatch import compute_dtype
 from .ema import torch_ema_
 
 
 def update_on_host(call: Call, gaps: Sequence[int]) -> None:
-    """The update of tensors on a CPU.
+    """Update tensors on a CPU.
 
     Args:
-        call: what to update, and by what.
-        gaps: indices of parameters of whose tensors not all are dense and laid out alike.
+        call: the tensors and options.
+        gaps: indices of parameters with a tensor that is not dense or has another layout.
     """
     averages, moves = _decide_on_host(call)
     if moves:
@@ -33,13 +34,13 @@ def update_on_host(call: Call, gaps: Sequence[int]) -> None:
         for group in call.groups:
             lr, weight_decay = float(group.lr), float(group.weight_decay)
             group = replace(group, lr=lr, weight_decay=weight_decay)
-            _adamw_on_host(call, group, factors, frozenset(gaps))
+            _update_group(call, group, _moving(call.tensors, group), factors, frozenset(gaps))
     if averages:
         _average(call.tensors, float(call.momentum), call.unit_rows)
 
 
 def _decide_on_host(call: Call) -> tuple[bool, bool]:
-    """(whether the teacher is averaged, whether the parameters move)."""
+    """Return (update the teacher, update the parameters)."""
     overflow = call.found_inf is not None and bool(call.found_inf)
     if call.refused_steps is not None and not overflow:
         assert call.norms is not None
@@ -50,37 +51,23 @@ def _decide_on_host(call: Call) -> tuple[bool, bool]:
     return averages, averages and not overflow
 
 
-def _factors_on_host(call: Call) -> list[float]:
-    """What each gradient is to be multiplied by."""
+def _factors_on_host(call: Call) -> dict[int, float]:
+    """Map the indices of the gradients to scale to their factors."""
     scale = 1.0 if call.grad_scale is None else call.grad_scale.item()
-    if call.max_norm is None or call.norms is None:
-        return [1 / scale] * len(call.steps)
-    clips = [call.max_norm / (norm + reference.CLIP_EPS) for norm in call.norms.tolist()]
-    return [(clip if clip < 1 else 1.0) / scale for clip in clips]  # NaN is not < 1
-
-
-def _adamw_on_host(
-    call: Call, group: Group, factors: Sequence[float], gaps: frozenset[int]
-) -> None:
-    indices = _moving(call.tensors, group)
-    steps = _count_steps(call.steps, indices)
-    quadruples = dict(_quadruples(call.tensors, indices))
-    gradients = {i: g for i, (_, g, _, _) in quadruples.items()}
-    scaled = [i for i in indices if factors[i] != 1]
-    if scaled:
-        wide = [gradients[i].to(compute_dtype(*quadruples[i])) for i in scaled]
-        products = torch._foreach_mul(wide, [factors[i] for i in scaled])
-        gradients.update(zip(scaled, products, strict=True))
-    _adamw(call.tensors, indices, list(gradients.values()), group, steps, gaps)
+    factors = [1 / scale] * len(call.steps)
+    if call.max_norm is not None and call.norms is not None:
+        clips = [call.max_norm / (norm + reference.CLIP_EPS) for norm in call.norms.tolist()]
+        factors = [(clip if clip < 1 else 1.0) / scale for clip in clips]  # NaN is not < 1
+    return {i: factor for i, factor in enumerate(factors) if factor != 1}
 
 
 def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None = None) -> None:
-    """The update with nothing read back to the host.
+    """Update tensors on any device, reading nothing back to the host.
 
     Args:
-        call: what to update, and by what.
+        call: the tensors and options.
         gaps: as in update_on_host.
-        rows: the parameters to update; all by default.
+        rows: indices of the parameters to update; all by default.
     """
     overflow = None if call.found_inf is None else call.found_inf != 0
     nothing = None if call.skip is None else call.skip != 0
@@ -93,29 +80,17 @@ def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None
     flags = [flag for flag in (overflow, nothing) if flag is not None]
     stays = torch.stack(flags).any().float() if flags else None
     rows = range(len(call.tensors.parameters)) if rows is None else rows
+    factors = _factors_on_device(call)
     for group in call.groups:
         indices = [i for i in _moving(call.tensors, group) if i in rows]
-        _adamw_on_device(call, group, indices, frozenset(gaps), stays)
+        _update_group(call, group, indices, factors, frozenset(gaps), stays)
     unit = call.unit_rows
     unit = None if unit is None or unit not in rows else list(rows).index(unit)
     _average(call.tensors.take(rows), call.momentum, unit, nothing)
 
 
-def _adamw_on_device(
-    call: Call, group: Group, indices: Sequence[int], gaps: frozenset[int], stays: Tensor | None
-) -> None:
-    steps = _count_steps(call.steps, indices, stays)
-    gradients = [g for _, (_, g, _, _) in _quadruples(call.tensors, indices)]
-    factors = _factors_on_device(call, indices)
-    if factors is not None and indices:
-        # The factors are fp32: half times such a 0-d tensor would round it to half first.
-        wide = [g.to(compute_dtype(g)) for g in gradients]
-        gradients = list(torch._foreach_mul(wide, factors))
-    _adamw(call.tensors, indices, gradients, group, steps, gaps, stays)
-
-
-def _factors_on_device(call: Call, indices: Sequence[int]) -> list[Tensor] | None:
-    """What each gradient is to be multiplied by; None: by 1."""
+def _factors_on_device(call: Call) -> dict[int, Tensor]:
+    """Map the indices of the gradients to scale to their fp32 factors []."""
     factors = None
     if call.max_norm is not None and call.norms is not None:
         clips = call.max_norm / (call.norms + reference.CLIP_EPS)
@@ -123,36 +98,50 @@ def _factors_on_device(call: Call, indices: Sequence[int]) -> list[Tensor] | Non
     if call.grad_scale is not None:
         ones = torch.ones_like(call.steps) if factors is None else factors
         factors = ones / call.grad_scale
-    if factors is None:
-        return None
-    parts = factors.unbind()
-    return [parts[i] for i in indices]
+    return {} if factors is None else dict(enumerate(factors.unbind()))
+
+
+def _update_group(
+    call: Call,
+    group: Group,
+    indices: Sequence[int],
+    factors: Mapping[int, Any],
+    gaps: frozenset[int],
+    stays: Tensor | None = None,
+) -> None:
+    """Scale some parameters' gradients by floats or 0-d tensors and step AdamW, unless `stays`."""
+    steps = _count_steps(call.steps, indices, stays)
+    quadruples = {i: _quadruple(call.tensors, i) for i in indices}
+    scaled = [i for i in indices if i in factors]
+    if scaled:
+        # Wide first: half times a 0-d fp32 tensor would round the tensor to half.
+        wide = [quadruples[i][1].to(compute_dtype(*quadruples[i])) for i in scaled]
+        products = torch._foreach_mul(wide, [factors[i] for i in scaled])
+        for i, gradient in zip(scaled, products, strict=True):
+            p, _, m, v = quadruples[i]
+            quadruples[i] = (p, gradient, m, v)
+    _adamw(quadruples, group, steps, gaps, stays)
 
 
 def _moving(tensors: Tensors, group: Group) -> list[int]:
-    """The parameters of a group that have a gradient."""
-    everyone = range(group.first, group.first + group.count)
-    return [i for i in everyone if tensors.gradients[i] is not None]
+    """Return the indices of a group's parameters that have a gradient."""
+    indices = range(group.first, group.first + group.count)
+    return [i for i in indices if tensors.gradients[i] is not None]
 
 
-def _quadruples(
-    tensors: Tensors, indices: Sequence[int]
-) -> list[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """(index, (parameter, gradient, exp_avg, exp_avg_sq)) of parameters that have a gradient."""
-    found = []
-    for i in indices:
-        g, m, v = tensors.gradients[i], tensors.exp_avgs[i], tensors.exp_avg_sqs[i]
-        assert g is not None
-        assert m is not None
-        assert v is not None
-        found.append((i, (tensors.parameters[i], g, m, v)))
-    return found
+def _quadruple(tensors: Tensors, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (parameter, gradient, exp_avg, exp_avg_sq) of a parameter with a gradient."""
+    g, m, v = tensors.gradients[i], tensors.exp_avgs[i], tensors.exp_avg_sqs[i]
+    assert g is not None
+    assert m is not None
+    assert v is not None
+    return tensors.parameters[i], g, m, v
 
 
 def _count_steps(
     steps: Tensor, indices: Sequence[int], stays: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """One step more for each index, but for 0 where `stays` is 1; index -> its count."""
+    """Add one step for each index, or 0 if `stays` is 1; return index -> its count."""
     views = steps.unbind()
     counted = {i: views[i] for i in indices}
     if counted and stays is None:
@@ -164,18 +153,16 @@ def _count_steps(
 
 
 def _adamw(
-    tensors: Tensors,
-    indices: Sequence[int],
-    gradients: Sequence[Tensor],
+    quadruples: Mapping[int, tuple[Tensor, Tensor, Tensor, Tensor]],
     group: Group,
-    steps: dict[int, Tensor],
+    steps: Mapping[int, Tensor],
     gaps: frozenset[int],
     stays: Tensor | None = None,
 ) -> None:
-    """One multi-tensor update for each dtype; what does not fit is copied there and back."""
+    """Run one multi-tensor update per dtype; tensors that do not match are copied back after it."""
     by_dtype: dict[torch.dtype, tuple[list[Tensor], ...]] = {}
     back: list[tuple[Tensor, Tensor]] = []
-    for (i, (p, _, m, v)), g in zip(_quadruples(tensors, indices), gradients, strict=True):
+    for i, (p, g, m, v) in quadruples.items():
         work, dtype = [p, g, m, v], p.dtype
         alike = len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1
         if not alike or i in gaps:
@@ -193,34 +180,24 @@ def _adamw(
 
 
 def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None = None) -> None:
-    """torch._fused_adamw_ over (parameters, gradients, exp_avgs, exp_avg_sqs, steps)."""
+    """Run torch._fused_adamw_ on (parameters, gradients, exp_avgs, exp_avg_sqs, steps)."""
     parameters, gradients, exp_avgs, exp_avg_sqs, steps = lists
     lr, weight_decay = group.lr, group.weight_decay
-    if isinstance(weight_decay, Tensor):  # which the operator does not take
+    if isinstance(weight_decay, Tensor):  # not supported by the operator
         decay = 1 - lr * weight_decay
         kept = decay if stays is None else torch.where(stays != 0, torch.ones_like(decay), decay)
         torch._foreach_mul_(parameters, kept.to(compute_dtype(parameters[0])))
         weight_decay = 0.0
     torch._fused_adamw_(
-        parameters,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
+        parameters, gradients, exp_avgs, exp_avg_sqs, [], steps,
         lr=lr.float() if isinstance(lr, Tensor) else lr,
-        beta1=group.beta1,
-        beta2=group.beta2,
-        weight_decay=weight_decay,
-        eps=group.eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=stays,
-    )
+        beta1=group.beta1, beta2=group.beta2, weight_decay=weight_decay, eps=group.eps,
+        amsgrad=False, maximize=False, found_inf=stays,
+    )  # fmt: skip
 
 
 def _copies(tensors: Tensors, unit_rows: int | None) -> list[tuple[Tensor, Tensor]]:
-    """(copy, what it is a copy of), of teachers as they are now."""
+    """Return (copy, source) of each copy of a parameter or of an updated teacher."""
     sources = list(tensors.teachers)
     if unit_rows is not None:
         teacher = sources[unit_rows]
@@ -241,7 +218,7 @@ def _average(
     unit_rows: int | None,
     nothing: Tensor | None = None,
 ) -> None:
-    """The EMA and the copies; all stays as it was where `nothing` is true."""
+    """Update teachers and copies, or keep all their values if `nothing` is true."""
     averaged = [i for i, t in enumerate(tensors.teachers) if t is not None]
     teachers = [t for t in tensors.teachers if t is not None]
     copies = (*tensors.shadows, *tensors.teacher_shadows)
@@ -254,30 +231,3 @@ def _average(
     if nothing is not None and written:
         kept = [torch.where(nothing, b, x) for b, x in zip(before, written, strict=True)]
         torch._foreach_copy_(written, kept)
-
-
-def update_by_reference(call: Call) -> None:
-    """The plain equations, parameter by parameter, with host reads; half precision in fp32."""
-    averages, moves = _decide_on_host(call)
-    tensors = call.tensors
-    factors = _factors_on_host(call) if moves else []
-    for group in call.groups if moves else ():
-        for i, quadruple in _quadruples(tensors, _moving(tensors, group)):
-            wide = compute_dtype(*quadruple)
-            p, g, m, v = (x.to(wide) for x in quadruple)
-            call.steps[i] += 1
-            after = reference.adamw(
-                p, g * factors[i], m, v, call.steps[i].item(),
-                lr=group.lr, betas=(group.beta1, group.beta2), eps=group.eps,
-                weight_decay=group.weight_decay,
-            )  # fmt: skip
-            for x, value in zip((quadruple[0], *quadruple[2:]), after, strict=True):
-                x.copy_(value)
-    if not averages:
-        return
-    for p, t in zip(tensors.parameters, tensors.teachers, strict=True):
-        if t is not None:
-            wide = compute_dtype(t, p)
-            t.copy_(reference.ema_update([t.to(wide)], [p.to(wide)], call.momentum)[0])
-    for copy, source in _copies(tensors, call.unit_rows):
-        copy.copy_(source)

@@ -1,14 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Clip, AdamW, EMA and low-precision copies as one kernel over PointerTables, with no atomics.
+"""Clip, AdamW, EMA and low-precision copies as one kernel over PointerTables, without atomics.
 
-Before it, beside clip_triton's two launches for the norms:
+Before it, next to clip_triton's two launches for the norms:
 
-1. decide_kernel, one program: whether this step happens. Left out where nothing can keep it.
-2. prepare_kernel, once for each group of parameters: step counts, and NUMBERS for each parameter.
-3. adamw_ema_kernel: one chunk of all that belongs to one parameter.
+1. decide_kernel, one program: whether this step happens. Omitted if nothing can prevent it.
+2. prepare_kernel, once per group of parameters: step counts, and NUMBERS for each parameter.
+3. adamw_ema_kernel: one chunk of all tensors of one parameter.
 
-Bytes a parameter, in fp32: parameter, gradient, both moments and teacher read, all but the gradient
-written: 36, and 2 for each bf16 copy. A parameter that has no gradient: 12, as in the EMA.
+Bytes per parameter, in fp32: parameter, gradient, both moments and teacher are read, all but the
+gradient are written: 36, plus 2 for each bf16 copy. A parameter without a gradient: 12, as in the
+EMA.
 """
 
 import math
@@ -19,11 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointer_table, reference
-from .adamw_ema_call import Call, Group
-from .dispatch import device_guard
-from .ema_triton import blend, ema_weights
-from .pointer_table import PointerTable
-from .triton_chunk import (
+from .adamw_ema_arguments import Call, Group
+from .chunk_triton import (
     CODE_MASK,
     CODES,
     PART,
@@ -33,16 +31,19 @@ from .triton_chunk import (
     load_chunk,
     store_chunk,
 )
+from .dispatch import device_guard
+from .ema_triton import blend, ema_weights
+from .pointer_table import PointerTable
 
-# 8 elements a thread of five tensors: 160 bytes of fp32 loads in flight in each.
+# 8 elements per thread of five tensors: 160 bytes of fp32 loads in flight per thread.
 CHUNK = 2048
 NUM_WARPS = 8
-# Three programs on a multiprocessor. Without a limit ptxas aims at 64 registers, and spills.
+# Three programs per multiprocessor. Without a limit ptxas aims at 64 registers, and spills.
 MAX_REGISTERS = 80
-# How many norms, or parameters, one program takes at a time; 4 warps.
+# Norms, or parameters, that one program processes at a time, with 4 warps.
 NORMS, PARAMETERS = 1024, 128
 
-# The roles of the table; the gradients have one of their own, as they move more often.
+# The roles of the table; the gradients have a table of their own, as they move more often.
 ROLES = ("parameter", "exp_avg", "exp_avg_sq", "teacher", "shadow", "teacher_shadow")
 _CODES = [f"{role.upper()}_CODE" for role in (*ROLES, "gradient")]
 PARAMETER, EXP_AVG, EXP_AVG_SQ, TEACHER, SHADOW, TEACHER_SHADOW = map(tl.constexpr, range(6))
@@ -50,9 +51,9 @@ ABSENT = tl.constexpr(pointer_table.ABSENT)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 UNIT_EPS = tl.constexpr(reference.UNIT_EPS)
 
-# What prepare_kernel finds for each parameter: fp32 [n, NUMBERS].
+# Results of prepare_kernel for each parameter: fp32 [n, NUMBERS].
 NUMBERS = tl.constexpr(8)
-FACTOR = tl.constexpr(0)  # of the gradient: the clip's, by the loss scale
+FACTOR = tl.constexpr(0)  # of the gradient: clip factor / loss scale
 DECAY = tl.constexpr(1)  # lr * weight_decay
 STEP_SIZE = tl.constexpr(2)  # lr / (1 - beta1^step)
 ROOT_SCALE = tl.constexpr(3)  # 1 / sqrt(1 - beta2^step)
@@ -60,16 +61,16 @@ EPS = tl.constexpr(4)
 WEIGHT1 = tl.constexpr(5)  # 1 - beta1
 WEIGHT2 = tl.constexpr(6)  # 1 - beta2
 
-# What decide_kernel decides.
+# Results of decide_kernel.
 NOTHING, AVERAGE, ALL = map(tl.constexpr, range(3))
 
 
 @triton.jit(do_not_specialize=["count"])
 def decide_kernel(norms, count, skip, found_inf, refused, decision, BLOCK: tl.constexpr):
-    """decision[0]: NOTHING where skip != 0, else AVERAGE (the EMA alone) where found_inf != 0.
+    """Set decision[0]: NOTHING if skip != 0, else AVERAGE (only the EMA) if found_inf != 0.
 
-    Where `refused` is given: NOTHING too if a norm is not finite, and 1 is added there, unless
-    found_inf tells why. Each of the three may be None.
+    With `refused`, also NOTHING if a norm is not finite and found_inf is 0; this adds 1 to
+    `refused`. skip, found_inf and refused may be None.
     """
     nothing = tl.cast(0, tl.int32)
     overflow = tl.cast(0, tl.int32)
@@ -94,37 +95,20 @@ def decide_kernel(norms, count, skip, found_inf, refused, decision, BLOCK: tl.co
 
 @triton.jit(do_not_specialize=["first", "count"])
 def prepare_kernel(
-    rows,
-    gradients,
-    steps,
-    norms,
-    decision,
-    grad_scale,
-    numbers,
-    first,
-    count,
-    lr,
-    lr_tensor,
-    weight_decay,
-    weight_decay_tensor,
-    weight1,
-    weight2,
-    log2_beta1,
-    log2_beta2,
-    eps,
-    max_norm,
-    BLOCK: tl.constexpr,
-):
-    """Counts one step of each parameter first..first+count that has a gradient; its NUMBERS.
+    rows, gradients, steps, norms, decision, grad_scale, numbers, first, count,
+    lr, lr_tensor, weight_decay, weight_decay_tensor,
+    weight1, weight2, log2_beta1, log2_beta2, eps, max_norm, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count a step of each parameter first..first+count that has a gradient; store its NUMBERS.
 
-    lr and weight_decay are the numbers, or the 0-d tensors where these are given; norms and
-    max_norm, decision and grad_scale may be None too. 1 - beta^step is taken in fp64, as fp32 keeps
-    four digits of 1 - 0.999.
+    lr and weight_decay are numbers, unless the 0-d tensors are given; norms and max_norm, decision
+    and grad_scale may be None too. 1 - beta^step is computed in fp64, as fp32 keeps four digits of
+    1 - 0.999.
     """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     index = first + lane
     inside = lane < count
-    # Of the first role, so that their codes are the lowest bits.
+    # Both have role 0, whose code is in the lowest bits.
     parameter = tl.load(rows + index * ROW + CODES, mask=inside, other=ABSENT) & CODE_MASK
     gradient = tl.load(gradients + index * ROW + CODES, mask=inside, other=ABSENT) & CODE_MASK
     moves = inside & (parameter != ABSENT) & (gradient != ABSENT)
@@ -156,7 +140,7 @@ def prepare_kernel(
 
 @triton.jit
 def _number(value, tensor):
-    """In fp64, `tensor` [] where it is given, else the number."""
+    """Return `tensor` [] if it is given, else the number, in fp64."""
     if tensor is not None:
         number = tl.load(tensor).to(tl.float64)
     else:
@@ -166,30 +150,16 @@ def _number(value, tensor):
 
 @triton.jit(do_not_specialize=["unit_rows"])
 def adamw_ema_kernel(
-    rows,
-    owners,
-    gradients,
-    numbers,
-    decision,
-    weight,
-    keep,
-    momentum,
-    unit_rows,
-    PARAMETER_CODE: tl.constexpr,
-    GRADIENT_CODE: tl.constexpr,
-    EXP_AVG_CODE: tl.constexpr,
-    EXP_AVG_SQ_CODE: tl.constexpr,
-    TEACHER_CODE: tl.constexpr,
-    SHADOW_CODE: tl.constexpr,
-    TEACHER_SHADOW_CODE: tl.constexpr,
-    UNIT_COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One chunk of one parameter and of all that belongs to it.
+    rows, owners, gradients, numbers, decision, weight, keep, momentum, unit_rows,
+    PARAMETER_CODE: tl.constexpr, GRADIENT_CODE: tl.constexpr, EXP_AVG_CODE: tl.constexpr,
+    EXP_AVG_SQ_CODE: tl.constexpr, TEACHER_CODE: tl.constexpr, SHADOW_CODE: tl.constexpr,
+    TEACHER_SHADOW_CODE: tl.constexpr, UNIT_COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk of one parameter and of all tensors that belong to it.
 
-    The codes are dtype codes, None where no tensor has that role. weight, keep and momentum as in
+    The codes are dtype codes, None if no tensor has that role. weight, keep and momentum are as in
     ema_kernel. unit_rows: the row of the table whose teacher's copy has rows of norm 1, of
-    UNIT_COLUMNS elements, which divide PART; None where there is none.
+    UNIT_COLUMNS elements, which divide PART; None if there is no such row.
     """
     choice = ALL
     if decision is not None:
@@ -206,7 +176,7 @@ def adamw_ema_kernel(
         moves = (together != 0) & (choice == ALL)
         for role in tl.static_range(6):
             address, _ = find_tensor(row, role)
-            together = together | address  # the address of what there is not is 0
+            together = together | address  # a missing tensor has address 0
         if (left >= CHUNK) & (together % 16 == 0):
             _update(
                 row, gradient_row, number, moves, weight, keep, start, left,
@@ -233,13 +203,13 @@ def _update(
     UNIT_COLUMNS: tl.constexpr, unit,
     SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The update of SIZE elements from `start`; the parameter itself only where it `moves`."""
+    """Update SIZE elements from `start`; the parameter itself only if it `moves`."""
     parameter, code = find_tensor(row, PARAMETER)
     p = load_chunk(parameter, code, start, left, PARAMETER_CODE, SIZE, WHOLE)
     if TEACHER_CODE is not None:
         teacher, teacher_code = find_tensor(row, TEACHER)
         t = p
-        if teacher != 0:  # loaded here, so that all loads are in flight together
+        if teacher != 0:  # loaded here, so that all loads are in flight at once
             t = load_chunk(teacher, teacher_code, start, left, TEACHER_CODE, SIZE, WHOLE)
     if GRADIENT_CODE is not None:
         if moves:
@@ -267,7 +237,7 @@ def _update(
 
 @triton.jit
 def _unit_rows(t, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE] values, which are rows of so many, each row by its norm; rows beyond the end are 0."""
+    """Divide each row of COLUMNS values by its norm; rows beyond the tensor's end are 0."""
     rows = tl.reshape(t, [SIZE // COLUMNS, COLUMNS])
     norms = tl.sqrt_rn(tl.sum(rows * rows, axis=1, keep_dims=True))
     norms = tl.maximum(norms, UNIT_EPS)
@@ -280,14 +250,14 @@ def _adamw(
     GRADIENT_CODE: tl.constexpr, EXP_AVG_CODE: tl.constexpr, EXP_AVG_SQ_CODE: tl.constexpr,
     SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The new parameter; the moments are stored."""
+    """Return the new parameter and store the moments."""
     gradient, code = find_tensor(gradient_row, 0)
     exp_avg, m_code = find_tensor(row, EXP_AVG)
     exp_avg_sq, v_code = find_tensor(row, EXP_AVG_SQ)
     g = load_chunk(gradient, code, start, left, GRADIENT_CODE, SIZE, WHOLE)
     m = load_chunk(exp_avg, m_code, start, left, EXP_AVG_CODE, SIZE, WHOLE)
     v = load_chunk(exp_avg_sq, v_code, start, left, EXP_AVG_SQ_CODE, SIZE, WHOLE)
-    # Stores may be to anywhere, so that the compiler would wait with a load behind them.
+    # Loaded before the stores, which may alias them: the compiler would not reorder.
     factor = tl.load(number + FACTOR)
     decay = tl.load(number + DECAY)
     step_size = tl.load(number + STEP_SIZE)
@@ -305,15 +275,15 @@ def _adamw(
 
 
 def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -> Tensor | None:
-    """Updates all that is in the table; what is not in it is neither updated nor counted.
+    """Update all tensors of the table; others are neither updated nor counted.
 
     Args:
         table: a row for each of the call's parameters, of ROLES, in chunks of CHUNK; a row without
-            tensors where something else sees to them.
+            tensors for a parameter that is updated elsewhere.
         gradients: of one role, a row for each parameter.
         call: on the table's device.
 
-    Returns: what decide_kernel decided, int32 [1]; None where it had nothing to decide.
+    Returns: the result of decide_kernel, int32 [1]; None if there was nothing to decide.
     """
     with device_guard(table.rows):
         decision = _decide(call)
@@ -330,21 +300,13 @@ def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -
             unit_columns = call.tensors.parameters[call.unit_rows].shape[1]
         codes = dict(zip(_CODES, (*table.codes, *gradients.codes), strict=True))
         adamw_ema_kernel[(len(table.owners),)](
-            table.rows,
-            table.owners,
-            gradients.rows,
-            numbers,
-            decision,
+            table.rows, table.owners, gradients.rows, numbers, decision,
             0.0 if on_device else float(1 - call.momentum),
             0.0 if on_device else float(call.momentum),
             call.momentum if on_device else None,
-            call.unit_rows,
-            **codes,
-            UNIT_COLUMNS=unit_columns,
-            CHUNK=CHUNK,
-            num_warps=NUM_WARPS,
-            maxnreg=MAX_REGISTERS,
-        )
+            call.unit_rows, **codes, UNIT_COLUMNS=unit_columns, CHUNK=CHUNK,
+            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
     return decision
 
 
@@ -380,25 +342,12 @@ def _prepare(
         return
     max_norm = None if call.max_norm is None or math.isinf(call.max_norm) else float(call.max_norm)
     prepare_kernel[(triton.cdiv(group.count, PARAMETERS),)](
-        table.rows,
-        gradients.rows,
-        call.steps,
-        None if max_norm is None else call.norms,
-        decision,
-        call.grad_scale,
-        numbers,
-        group.first,
-        group.count,
-        *_number_or_tensor(group.lr),
-        *_number_or_tensor(group.weight_decay),
-        1 - group.beta1,
-        1 - group.beta2,
-        _log2(group.beta1),
-        _log2(group.beta2),
-        group.eps,
-        max_norm,
-        BLOCK=PARAMETERS,
-    )
+        table.rows, gradients.rows, call.steps, None if max_norm is None else call.norms, decision,
+        call.grad_scale, numbers, group.first, group.count,
+        *_number_or_tensor(group.lr), *_number_or_tensor(group.weight_decay),
+        1 - group.beta1, 1 - group.beta2, _log2(group.beta1), _log2(group.beta2), group.eps,
+        max_norm, BLOCK=PARAMETERS,
+    )  # fmt: skip
 
 
 def _number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Clipping by norm in three launches over a PointerTable of gradients, with no atomics.
+"""Clipping by norm in three launches over a PointerTable of gradients, without atomics.
 
-1. sum_squares_kernel: one fp32 number a chunk.
-2. norms_kernel, a program a tensor, or total_norm_kernel, one program: norms and factors.
+1. sum_squares_kernel: one fp32 number per chunk.
+2. norms_kernel, one program per tensor, or total_norm_kernel, one program: norms and factors.
 3. scale_kernel: a chunk whose factor is 1 is neither read nor written.
 
-Bytes a parameter, for fp32: 4 for the norms, and 8 more only where the gradient is clipped.
+Bytes per parameter, for fp32: 4 for the norms, and 8 more only if the gradient is clipped.
 """
 
 import math
@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointer_table, reference
+from .chunk_triton import NUMEL, PART, ROW, find_chunk, find_tensor, load_chunk, store_chunk
 from .dispatch import device_guard
 from .pointer_table import PointerTable
-from .triton_chunk import NUMEL, PART, ROW, find_chunk, find_tensor, load_chunk, store_chunk
 
-# 32 elements a thread: 128 bytes of fp32 loads in flight in each, at 48 registers.
+# 32 elements per thread: 128 bytes of fp32 loads in flight per thread, at 48 registers.
 CHUNK = 8192
 NUM_WARPS = 8
-# How many of the chunks' sums one program adds at a time, with how many warps.
+# Sums of chunks that one program adds at a time, and its warps.
 TENSOR_PARTIALS, TENSOR_WARPS = 1024, 4
 TOTAL_PARTIALS, TOTAL_WARPS = 8192, 16
 
@@ -33,7 +33,7 @@ EPS = tl.constexpr(reference.CLIP_EPS)
 
 @triton.jit
 def sum_squares_kernel(rows, owners, partials, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
-    """partials[chunk] = sum of the squares of one chunk."""
+    """Set partials[chunk] to the sum of squares of one chunk."""
     _, row, start, left = find_chunk(rows, owners, CHUNK)
     grad, code = find_tensor(row, 0)
     if (left >= CHUNK) & (grad % 16 == 0):
@@ -54,7 +54,7 @@ def sum_squares_kernel(rows, owners, partials, DTYPE: tl.constexpr, CHUNK: tl.co
 def norms_kernel(
     rows, partials, norms, factors, max_norm, CHUNK: tl.constexpr, PARTIALS: tl.constexpr
 ):
-    """norms[position] and factors[row] of one gradient; 1 where it is to stay, NaN included."""
+    """Set norms[position] and factors[row] of one gradient; a NaN norm has factor 1."""
     tensor = tl.program_id(0)
     row = rows + tensor.to(tl.int64) * ROW
     first = tl.load(row)
@@ -66,7 +66,7 @@ def norms_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def total_norm_kernel(partials, count, norm_out, factors, max_norm, PARTIALS: tl.constexpr):
-    """The norm of all gradients together and its factor, by one program; NaN stays NaN."""
+    """Compute the global norm and its factor, in one program; the factor of NaN is NaN."""
     norm = _root_of_sum(partials, count, PARTIALS)
     factor = tl.div_rn(max_norm, norm + EPS)
     tl.store(norm_out, norm)
@@ -88,7 +88,7 @@ def _root_of_sum(partials, count, PARTIALS: tl.constexpr):
 def scale_kernel(
     rows, owners, factors, EACH: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One chunk times factors[row] (EACH) or factors[0], in fp32, rounded once."""
+    """Multiply one chunk by factors[row] (EACH) or factors[0], in fp32, rounded once."""
     owner, row, start, left = find_chunk(rows, owners, CHUNK)
     factor = tl.load(factors + owner if EACH else factors)
     if factor != 1:
@@ -105,50 +105,39 @@ def scale_kernel(
 
 
 def launch_clip(table: PointerTable, norms: Tensor, max_norm: float) -> None:
-    """Each gradient by its own norm, which goes to norms[position] (fp32)."""
+    """Clip each gradient by its own norm and write the norm to norms[position] (fp32)."""
     factors = launch_norms(table, norms, max_norm)
     if not math.isinf(max_norm):
         launch_scale(table, factors)
 
 
 def launch_norms(table: PointerTable, norms: Tensor, max_norm: float) -> Tensor:
-    """The norms alone, as launch_clip writes them; returns the factors [rows] (fp32)."""
+    """Write only the norms, as launch_clip does; return the factors [rows] (fp32)."""
     factors = torch.empty(len(table.rows), dtype=torch.float32, device=norms.device)
     with device_guard(table.rows):
         partials = _sum_squares(table)
         norms_kernel[(len(table.rows),)](
-            table.rows,
-            partials,
-            norms,
-            factors,
-            float(max_norm),
-            CHUNK=CHUNK,
-            PARTIALS=TENSOR_PARTIALS,
-            num_warps=TENSOR_WARPS,
-        )
+            table.rows, partials, norms, factors, float(max_norm),
+            CHUNK=CHUNK, PARTIALS=TENSOR_PARTIALS, num_warps=TENSOR_WARPS,
+        )  # fmt: skip
     return factors
 
 
 def launch_scale(table: PointerTable, factors: Tensor) -> None:
-    """Each gradient times its factor, of [rows] (fp32)."""
+    """Multiply each gradient by its factor, of [rows] (fp32)."""
     with device_guard(table.rows):
         _scale(table, factors, each=True)
 
 
 def launch_global_clip(table: PointerTable, max_norm: float) -> Tensor:
-    """All gradients by their common norm, which is returned (0-d, fp32)."""
+    """Clip all gradients by the global norm and return it (0-d, fp32)."""
     total, factor = torch.empty(2, dtype=torch.float32, device=table.rows.device).unbind()
     with device_guard(table.rows):
         partials = _sum_squares(table)
         total_norm_kernel[(1,)](
-            partials,
-            len(partials),
-            total,
-            factor,
-            float(max_norm),
-            PARTIALS=TOTAL_PARTIALS,
-            num_warps=TOTAL_WARPS,
-        )
+            partials, len(partials), total, factor, float(max_norm),
+            PARTIALS=TOTAL_PARTIALS, num_warps=TOTAL_WARPS,
+        )  # fmt: skip
         if not math.isinf(max_norm):
             _scale(table, factor, each=False)
     return total
@@ -159,13 +148,9 @@ def _sum_squares(table: PointerTable) -> Tensor:
     partials = torch.empty(chunks, dtype=torch.float32, device=table.rows.device)
     if chunks:
         sum_squares_kernel[(chunks,)](
-            table.rows,
-            table.owners,
-            partials,
-            DTYPE=table.codes[0],
-            CHUNK=CHUNK,
-            num_warps=NUM_WARPS,
-        )
+            table.rows, table.owners, partials,
+            DTYPE=table.codes[0], CHUNK=CHUNK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return partials
 
 
@@ -173,11 +158,6 @@ def _scale(table: PointerTable, factors: Tensor, *, each: bool) -> None:
     if len(table.owners) == 0:
         return
     scale_kernel[(len(table.owners),)](
-        table.rows,
-        table.owners,
-        factors,
-        EACH=each,
-        DTYPE=table.codes[0],
-        CHUNK=CHUNK,
-        num_warps=NUM_WARPS,
-    )
+        table.rows, table.owners, factors,
+        EACH=each, DTYPE=table.codes[0], CHUNK=CHUNK, num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What was drawn for the crops: the tensors that multi_crop and other executors follow.
+"""CropParams: the drawn augmentation parameters, input of multi_crop and other crop backends.
 
-Legend: B images, N crops of each.
+Legend: B images, N crops per image.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 MAX_BLUR_RADIUS = 100.0
-# The columns of CropParams.pack: 4 of the box, the flags, then where these begin.
+# First columns in CropParams.pack: the box has 4, then come flags, order, factors and blur.
 FLAGS, ORDER, FACTOR, BLUR, COLUMNS = 4, 5, 9, 13, 14
 FLIP, JITTER, GRAY, SOLARIZE = 1, 2, 4, 8
 
 
 class Crop(NamedTuple):
-    """One crop of one image as plain numbers; the fields are those of CropParams."""
+    """Parameters of one crop of one image as plain numbers, with the fields of CropParams."""
 
     top: int
     left: int
@@ -36,12 +36,12 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class CropParams:
-    """Everything that was drawn for [B, N] crops, so that anyone can replay one with PIL.
+    """Random parameters of [B, N] crops, sufficient to reproduce a crop with PIL.
 
     top, left, height, width: int32, pixels of the decoded image.
-    flip, jitter, gray, solarize: bool; jitter: the four colour operations happen at all.
+    flip, jitter, gray, solarize: bool; jitter switches the four colour operations on.
     jitter_order: int32 [B, N, 4], a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
-    jitter_factor: fp32 [B, N, 4], in that same numbering; hue is from -.5 to .5.
+    jitter_factor: fp32 [B, N, 4], in the same numbering; hue is from -.5 to .5.
     blur_radius: fp32, from 0 (no blur) to 100.
     """
 
@@ -58,12 +58,12 @@ class CropParams:
     solarize: Tensor
 
     def of_sample(self, b: int) -> list[Crop]:
-        """The N crops of sample b."""
+        """Return the N crops of sample b."""
         columns = [getattr(self, field.name)[b].tolist() for field in fields(self)]
         return [Crop(*row) for row in zip(*columns, strict=True)]
 
     def pack(self) -> Tensor:
-        """All of it as one int32 tensor [B, N, 14], so that it travels in one copy.
+        """Pack everything into one int32 tensor [B, N, 14], so that one copy moves it.
 
         Columns: top, left, height, width, flags (1 flip, 2 jitter, 4 gray, 8 solarize), 4 of
         order, 4 of factor and the blur radius; fp32 values as their bits.
@@ -86,9 +86,9 @@ _DTYPES = {
 
 
 def check_params(params: CropParams, images: Sequence[Tensor]) -> None:
-    """Raises TypeError or ValueError for params that cannot belong to these images.
+    """Raise TypeError or ValueError for params that cannot belong to these images.
 
-    Shapes, dtypes and devices only: nothing is read from a device.
+    Only shapes, dtypes and devices are checked; nothing is read from a device.
     """
     if not isinstance(params, CropParams):
         raise TypeError(f"params must be CropParams, got {type(params).__name__}")
@@ -120,7 +120,7 @@ def check_params(params: CropParams, images: Sequence[Tensor]) -> None:
 
 
 def check_values(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
-    """Raises ValueError for a crop of packed [B, N, 14], on the CPU, that cannot be made.
+    """Raise ValueError for an invalid crop of packed [B, N, 14], on the CPU.
 
     sizes: B pairs (height, width), pixels.
     """
@@ -129,7 +129,7 @@ def check_values(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
     bounds = torch.tensor(sizes, dtype=torch.int32)[:, None]
     start, extent = packed[..., 0:2], packed[..., 2:4]
     inside = (start >= 0) & (extent >= 1) & (extent <= bounds) & (start <= bounds - extent)
-    expected = "a box (top, left, height, width) must lie inside its image"
+    expected = "a box (top, left, height, width) must be inside its image"
     places = [f", {height} x {width}" for height, width in sizes]
     _raise_at(~inside.all(-1), packed[..., :4], expected, places)
     order = packed[..., ORDER:FACTOR]

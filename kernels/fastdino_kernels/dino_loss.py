@@ -9,14 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .dispatch import (
-    check_float_tensor,
-    check_inplace_backward,
-    check_temperature,
-    choose_impl,
-    compute_dtype,
-)
+from .checks import check_float_tensor, check_inplace_backward, check_temperature
+from .dispatch import choose_impl, compute_dtype
 from .pairwise import PairwiseCrossEntropy
 from .pairwise_torch import blocks_of_images
 
@@ -31,35 +25,34 @@ def dino_loss(
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """DINO loss, averaged over the pairs of different crops and over the batch.
+    """Compute the DINO loss, averaged over the pairs of different crops and over the batch.
 
     L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
 
     (Caron et al. 2021, arXiv 2104.14294, Eq. 3 and Algorithm 1.) Half-precision logits are computed
-    in fp32 and the gradient is rounded once; where either is fp64, everything is. An empty batch
-    has loss 0. Infinite logits give what PyTorch's softmax and log_softmax would: NaN for a row
-    that is all -inf. The gradient of the gradient is not implemented.
+    in fp32 and the gradient is rounded once. If student or teacher is fp64, everything is computed
+    in fp64. An empty batch has loss 0. Infinite logits behave as in PyTorch's softmax and
+    log_softmax: NaN for a row of only -inf. Second derivatives are not implemented.
 
     Args:
         student: [S, B, K] logits, fp16/bf16/fp32/fp64; receives the gradient. Its first T crops
-            are the teacher's T crops. Any strides; copied only where K is not contiguous.
+            are the teacher's T crops. Any strides; copied only if K is not contiguous.
         teacher: [T, B, K] logits, S >= T >= 1; receives no gradient.
-        center: [K] or [1, K]; not modified, and free to be updated before the backward pass.
-        student_temp: > 0; a float, or a 0-d tensor on the logits' device, whose value is not
-            checked (a captured CUDA graph sees it change) and which receives no gradient.
+        center: [K] or [1, K]; not modified. It may be updated before the backward pass.
+        student_temp: > 0; a float, or a 0-d tensor on the logits' device, which receives no
+            gradient. A tensor's value is not checked, and a captured CUDA graph reads it anew.
         teacher_temp: as student_temp.
         inplace_backward: write the gradient over the student's logits, which saves S*B*K elements
-            of memory. They must not be read after the backward pass, nor run it twice.
-        impl: "triton" (two launches forward, one backward), "torch" (vectorised), "reference" (the
-            equation as it stands), or "auto".
+            of memory. Do not read the logits after the backward pass, or run it twice.
+        impl: "triton" (two launches forward, one backward), "torch" (vectorised), or "auto".
 
-    Returns: (loss, teacher_sum): a fp32 scalar, nats, and the [K] fp32 sum of the raw teacher
-        logits over T and B, for the center's update; both fp64 where the logits are.
+    Returns: (loss, teacher_sum): a fp32 scalar in nats, and the [K] fp32 sum of the raw teacher
+        logits over T and B, for the center update. Both are fp64 if the logits are.
 
     Raises:
-        ValueError: shapes or devices that do not fit, temperatures that are not > 0, S = T = 1,
-            which leaves no pairs, or inplace_backward on logits that share memory; the message
-            says what was expected and got.
+        ValueError: shapes or devices that do not match, temperatures that are not > 0, S = T = 1,
+            which leaves no pairs, or inplace_backward on logits that share memory. The message
+            has the expected and the actual value.
         TypeError: logits or center that are not floating-point tensors.
 
     """
@@ -69,10 +62,6 @@ def dino_loss(
     student_temp = check_temperature("student_temp", student_temp, dtype, student.device)
     teacher_temp = check_temperature("teacher_temp", teacher_temp, dtype, student.device)
     teacher, center = teacher.detach(), center.detach().reshape(-1).contiguous()
-    if chosen == "reference":
-        return reference.dino_loss(
-            student.to(dtype), teacher.to(dtype), center.to(dtype), student_temp, teacher_temp
-        )
     if inplace_backward:
         check_inplace_backward("teacher", student, teacher)
     loss, teacher_sum = PairwiseCrossEntropy.apply(
@@ -83,17 +72,17 @@ def dino_loss(
 
 @torch.no_grad()
 def teacher_entropy(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
-    """Mean entropy of the teacher's centered and sharpened distributions.
+    """Compute the mean entropy of the teacher's centered and sharpened distributions.
 
-    The loss is this entropy plus KL(teacher || student), so it tells a collapsed teacher (towards
-    0, or towards log K) from one that the student follows (Caron et al. 2021, section 5.3).
+    The loss is this entropy plus KL(teacher || student). An entropy near 0 or near log K indicates
+    a collapsed teacher (Caron et al. 2021, section 5.3).
 
     Args:
         teacher: [T, B, K] logits, B >= 1.
         center: [K] or [1, K].
         teacher_temp: > 0; a float, or a 0-d tensor.
 
-    Returns: a fp32 scalar, nats: the mean over T and B (fp64 for fp64 logits).
+    Returns: the mean over T and B, a fp32 scalar in nats (fp64 for fp64 logits).
 
     Raises: ValueError, TypeError: as dino_loss; ValueError also for an empty batch.
 
@@ -124,7 +113,7 @@ def _check_logits(student: Tensor, teacher: Tensor, center: Tensor) -> None:
         )
     if student.shape[0] < teacher.shape[0]:
         raise ValueError(
-            "student must hold the teacher's T crops and maybe more, so S >= T, "
+            "student must contain the teacher's T crops, so S >= T, "
             f"got S = {student.shape[0]} and T = {teacher.shape[0]}"
         )
     if student.shape[0] == 1:

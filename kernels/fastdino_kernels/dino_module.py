@@ -1,4 +1,4 @@
-"""The DINO loss as a module with its center and its teacher temperature: facebookresearch/dino's.
+"""DINOLoss: the DINO loss as a module with its center and its teacher temperature schedule.
 
 Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
 """
@@ -12,16 +12,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .checks import check_float_tensor
 from .dino_loss import dino_loss, teacher_entropy
-from .dispatch import check_float_tensor
 
 
 class DINOLoss(nn.Module):
-    """The loss, its center and its teacher temperature: facebookresearch/dino's DINOLoss.
+    """DINO loss with its center and its teacher temperature, a drop-in for facebookresearch/dino's.
 
-    The same constructor, forward, state_dict and result, in one process or many; the all-reduce
-    happens only where torch.distributed is initialised. For gradient accumulation, call
-    `pairwise` for each part of the batch, add up its teacher sums, and `update_center` once.
+    Constructor, forward, state_dict and results are the same, with one rank or many; the center is
+    all-reduced only if torch.distributed is initialised. For gradient accumulation, call `pairwise`
+    for each part of the batch, add up the teacher sums, and call `update_center` once.
 
     Args:
         out_dim: K, the number of prototypes.
@@ -29,15 +29,15 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp: teacher temperature of epoch 0.
         teacher_temp: teacher temperature after the warm-up.
         warmup_teacher_temp_epochs: epochs of linear warm-up, both ends included.
-        nepochs: epochs in all; at least warmup_teacher_temp_epochs.
+        nepochs: total number of epochs, at least warmup_teacher_temp_epochs.
         student_temp: the student's temperature.
-        center_momentum: in [0, 1]; the share of the center that an update keeps.
+        center_momentum: in [0, 1]; the weight of the old center in an update.
         inplace_backward: write the gradient over the student's logits (see dino_loss).
 
     Buffer `center` [1, K]: torch's default dtype at construction; `.double()` makes it fp64.
-    `teacher_temp_schedule` is the teacher's temperature of each epoch.
+    `teacher_temp_schedule` has the teacher temperature of each epoch.
 
-    Raises: ValueError: a number out of its range; the message says what to change.
+    Raises: ValueError: a number out of its range. The message states what to change.
 
     """
 
@@ -76,20 +76,20 @@ class DINOLoss(nn.Module):
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
         self.register_buffer("center", torch.zeros(1, out_dim))
-        # For torch.compile, which would compile anew for each epoch's float.
+        # For torch.compile, which would recompile for each epoch's float.
         temps = torch.tensor(self.teacher_temp_schedule)
         self.register_buffer("_teacher_temps", temps, persistent=False)
 
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor
     ) -> Tensor:
-        """Loss of one batch; the center is updated after its use.
+        """Compute the loss of one batch, then update the center.
 
         Args:
             student_output: [S*B, K] logits, crop after crop; receives the gradient.
             teacher_output: [2*B, K] logits of the first two crops; receives no gradient.
-            epoch: from 0; chooses the teacher's temperature. An int, or an int64 tensor [] beside
-                the center, so that a captured CUDA graph sees it change; its value is not checked.
+            epoch: from 0; selects the teacher temperature. An int, or an int64 tensor [] on the
+                center's device, which a captured CUDA graph reads anew; its value is not checked.
 
         Returns: the loss, a fp32 scalar in nats (fp64 for fp64 logits).
 
@@ -103,11 +103,11 @@ class DINOLoss(nn.Module):
     def pairwise(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(loss, teacher_sum [K]) of one batch, as forward, without touching the center.
+        """Return (loss, teacher_sum [K]) of one batch, without updating the center.
 
         Raises:
-            ValueError: shapes that do not fit ncrops, K and each other, or an epoch outside
-                0..nepochs - 1; the message says what was expected and got.
+            ValueError: shapes that do not match ncrops, K and each other, or an epoch outside
+                0..nepochs - 1. The message has the expected and the actual value.
             TypeError: logits that are not floating-point tensors.
 
         """
@@ -117,7 +117,7 @@ class DINOLoss(nn.Module):
         expected = ((self.ncrops * rows, prototypes), (2 * rows, prototypes))
         if (tuple(student_output.shape), tuple(teacher_output.shape)) != expected:
             raise ValueError(
-                f"student_output [S*B, K] and teacher_output [2*B, K] must fit S = {self.ncrops} "
+                f"student_output [S*B, K] and teacher_output [2*B, K] must match S = {self.ncrops} "
                 f"and K = {prototypes}, got {tuple(student_output.shape)} "
                 f"and {tuple(teacher_output.shape)}"
             )
@@ -132,9 +132,9 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_sum: Tensor, rows: int) -> None:
-        """Center <- m*center + (1 - m)*mean, over the teacher rows of all processes (Eq. 4).
+        """Update the center to m*center + (1 - m)*mean over the teacher rows of all ranks (Eq. 4).
 
-        As start_center_update, finished at once.
+        This is start_center_update, finished at once.
         """
         self.start_center_update(teacher_sum, rows)()
 
@@ -144,16 +144,16 @@ class DINOLoss(nn.Module):
 
         The backward pass can run in between: the next use of the center is the next batch's loss.
         The returned function takes `skip`, a 0-d tensor on the center's device, by keyword: if it
-        is greater than 0, the center stays.
+        is greater than 0, the center is unchanged.
 
         Args:
-            teacher_sum: [K] (or [1, K]), the sum of this process's teacher logits over `rows`
-                rows; not modified.
-            rows: teacher rows in that sum (2*B a batch), the same number in every process. With
-                0 rows in a single process the center stays.
+            teacher_sum: [K] (or [1, K]), the sum of this rank's teacher logits over `rows` rows;
+                not modified.
+            rows: teacher rows in that sum (2*B per batch), the same number on every rank. With
+                0 rows and one rank the center is unchanged.
 
-        Raises: ValueError: another number of elements than K, negative rows, or 0 rows in one of
-            several processes.
+        Raises: ValueError: a number of elements other than K, negative rows, or 0 rows with
+            several ranks.
 
         """
         if teacher_sum.numel() != self.center.numel():
@@ -188,11 +188,11 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_entropy(self, teacher_output: Tensor, epoch: int | Tensor) -> Tensor:
-        """Mean entropy, nats, of [2*B, K] teacher logits under this center and temperature."""
+        """Compute the mean entropy in nats of [2*B, K] teacher logits with this center."""
         return teacher_entropy(teacher_output[None], self.center, self._teacher_temp(epoch))
 
     def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
+        """Return the text that print(module) shows between the parentheses."""
         return (
             f"out_dim={self.center.shape[-1]}, ncrops={self.ncrops}, "
             f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
@@ -201,7 +201,7 @@ class DINOLoss(nn.Module):
     def _teacher_temp(self, epoch: int | Tensor) -> float | Tensor:
         if isinstance(epoch, Tensor):
             return self._teacher_temps.index_select(0, epoch.reshape(1)).squeeze(0)
-        if not torch.compiler.is_compiling():  # where it would pin the epoch
+        if not torch.compiler.is_compiling():  # which would specialise on the epoch
             epoch = operator.index(epoch)
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(
@@ -216,7 +216,7 @@ class DINOLoss(nn.Module):
 def _temperature_schedule(
     warmup: float, final: float, warmup_epochs: int, epochs: int
 ) -> tuple[float, ...]:
-    """linspace(warmup, final, warmup_epochs), both ends included, then `final` to the end."""
+    """Return linspace(warmup, final, warmup_epochs), then `final` for the remaining epochs."""
     for name, temp in (("warmup_teacher_temp", warmup), ("teacher_temp", final)):
         if not 0 < temp < math.inf:
             raise ValueError(f"{name} must be > 0 and finite, got {temp}")

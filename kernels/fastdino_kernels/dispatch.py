@@ -1,22 +1,18 @@
-"""Choosing the implementation of a kernel, and the checks that every public function shares."""
+"""Selection of a kernel's implementation: Triton or vectorised PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import shutil
 from collections.abc import Sequence
 
 import torch
 
-from .pointer_table import overlaps_itself
-
 ENVIRONMENT_VARIABLE = "FASTDINO_KERNELS"
-IMPLS = ("auto", "triton", "torch", "reference")
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMPLS = ("auto", "triton", "torch")
 
 
 @torch.compiler.assume_constant_result
@@ -30,7 +26,8 @@ def _has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _triton_interprets() -> bool:
+def triton_interprets() -> bool:
+    """Return True if TRITON_INTERPRET=1 runs the kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -38,15 +35,15 @@ def _triton_interprets() -> bool:
 def _compiler_problem() -> str | None:
     if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
         return None
-    return "Triton needs a C compiler: gcc, clang, or what the environment variable CC names"
+    return "Triton needs a C compiler: install gcc or clang, or set the environment variable CC"
 
 
 @torch.compiler.assume_constant_result
 def triton_problem(device_type: str) -> str | None:
-    """Why Triton's kernels cannot run on tensors of this device type; None where they can."""
+    """Return why Triton's kernels cannot run on a device type, or None if they can."""
     if not _has_triton():
         return "triton is not installed"
-    if device_type == "cpu" and _triton_interprets():
+    if device_type == "cpu" and triton_interprets():
         return None
     if device_type == "cuda":
         return _compiler_problem()
@@ -54,27 +51,27 @@ def triton_problem(device_type: str) -> str | None:
 
 
 def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
-    """Name of the implementation to run on `tensors`: "triton", "torch" or "reference".
+    """Return the implementation to run on `tensors`: "triton" or "torch".
 
     Args:
-        impl: what the caller asked for; "auto" defers to the environment variable
-            FASTDINO_KERNELS, and where that is unset or "auto" too, takes Triton on CUDA tensors
-            of at most 32 bits and vectorised PyTorch for all others.
-        tensors: what the kernel will read and write.
+        impl: "auto", "triton" or "torch". "auto" reads the environment variable FASTDINO_KERNELS.
+            If that is unset or "auto" too, CUDA tensors of at most 32 bits use Triton and all
+            others use PyTorch.
+        tensors: all tensors that the kernel will read and write.
 
-    Raises: ValueError: a name that does not exist, or Triton asked for where it cannot run.
+    Raises: ValueError: an unknown name, or Triton was requested and cannot run.
 
     """
-    asked, source = impl, "impl"
+    requested, source = impl, "impl"
     if impl == "auto":
-        asked, source = _environment_default(), ENVIRONMENT_VARIABLE
-    if asked not in IMPLS:
+        requested, source = _environment_default(), ENVIRONMENT_VARIABLE
+    if requested not in IMPLS:
         allowed = ", ".join(repr(name) for name in IMPLS)
-        raise ValueError(f"{source} must be one of {allowed}, got {asked!r}")
-    if asked not in ("auto", "triton"):
-        return asked
+        raise ValueError(f"{source} must be one of {allowed}, got {requested!r}")
+    if requested == "torch":
+        return requested
     problem = _triton_problem(tensors)
-    if asked == "auto":
+    if requested == "auto":
         # bool() of a tuple is what older PyTorch cannot trace.
         on_gpu = len(tensors) > 0 and tensors[0].device.type == "cuda"
         return "triton" if on_gpu and problem is None else "torch"
@@ -93,84 +90,19 @@ def _triton_problem(tensors: Sequence[torch.Tensor]) -> str | None:
 
 
 def chosen_impl(device: torch.device | str = "cpu") -> str:
-    """Name of the implementation that impl="auto" runs on a device, for a line of a log."""
+    """Return the implementation that impl="auto" selects on a device."""
     return choose_impl("auto", [torch.empty(0, device=device)])
 
 
-def check_float_tensor(name: str, tensor: object) -> torch.Tensor:
-    """`tensor` itself; TypeError unless it is a dense fp16, bf16, fp32 or fp64 tensor."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    return tensor
-
-
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """fp64 where any tensor is fp64, else fp32: half precision is only ever stored."""
+    """Return fp64 if any tensor is fp64, else fp32: half precision is only a storage format."""
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return torch.float64
     return torch.float32
 
 
-def is_number(value: object) -> bool:
-    """A real number that is not a bool; a number that torch.compile traces counts too."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt))
-
-
-def check_temperature(
-    name: str, value: object, dtype: torch.dtype, device: torch.device
-) -> float | torch.Tensor:
-    """A float > 0, or a 0-d tensor of `dtype` on `device`, whose value nobody waits for."""
-    if isinstance(value, torch.Tensor):
-        check_float_tensor(name, value)
-        if value.dim() != 0:
-            raise ValueError(
-                f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}"
-            )
-        if value.device != device:
-            raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
-        return value.detach().to(dtype)
-    if not is_number(value):
-        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    assert isinstance(value, (int, float))
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite, got {value}")
-    if torch.compiler.is_compiling():
-        # As an argument of an operator, each new float would be compiled anew.
-        return torch.ones((), dtype=dtype, device=device) * value
-    return value
-
-
-def check_inplace_backward(name: str, student: torch.Tensor, other: torch.Tensor) -> None:
-    """ValueError where writing over the student's logits would change something else as well."""
-    if torch.compiler.is_compiling():  # traced tensors have no address
-        return
-    if overlaps_itself(student):
-        raise ValueError(
-            "inplace_backward writes over the student's logits: expected a tensor whose elements "
-            f"share no memory, got strides {student.stride()}"
-        )
-    if student.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0:
-        raise ValueError(
-            "inplace_backward writes over the student's logits: expected them in memory of their "
-            f"own, got student and {name} in the same storage"
-        )
-
-
-def pair_count(student_crops: int, teacher_crops: int, ignore_diagonal: bool) -> int:
-    """Pairs of a student crop and a teacher crop, without those of a crop with itself."""
-    own = min(student_crops, teacher_crops) if ignore_diagonal else 0
-    return student_crops * teacher_crops - own
-
-
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one, on which Triton launches."""
+    """Make the tensor's GPU the current device, on which Triton launches."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

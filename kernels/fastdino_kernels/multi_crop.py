@@ -1,10 +1,10 @@
-"""Multi-crop augmentation: from decoded images to normalised crops, bit for bit as Pillow's.
+"""Multi-crop augmentation: decoded images to normalised crops, bit for bit equal to Pillow's.
 
 Each crop is, in this order, Pillow's crop, bicubic resize, flip, colour jitter in the drawn order,
-gray, Gaussian blur and solarize, then torchvision's to_tensor and normalize (Caron et al. 2021, and
-the code beside it). Pillow 10 to 12; 13 reordered the passes of its resize.
+gray, Gaussian blur and solarize, then torchvision's to_tensor and normalize (Caron et al. 2021 and
+the paper's code). Equal to Pillow 10 to 12; Pillow 13 reordered the passes of its resize.
 
-Legend: B images, N crops of each.
+Legend: B images, N crops per image.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ def multi_crop(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """N crops of each of B decoded images, augmented as `params` says, normalised.
+    """Make N augmented and normalised crops of each of B decoded images.
 
-    In fp32 it equals Pillow 12 and torchvision's functional operations on PIL images to the last
-    bit; fp16 and bf16 are that, rounded once.
+    In fp32 the result equals Pillow 12 and torchvision's functional operations on PIL images to the
+    last bit; fp16 and bf16 round it once.
 
     Args:
         images: B uint8 RGB tensors [H, W, 3] of any sizes, on one device.
-        params: of [B, N] crops, on that device or on the CPU. On the CPU its values are checked.
-            From a device nothing is read back: there, the Triton kernel clamps a box to its image.
+        params: of [B, N] crops, on that device or on the CPU. Values on the CPU are checked. Values
+            on a device are not read back; the Triton kernel clamps a box to its image instead.
         size: pixels of a crop's side, from 1 to 4096.
         mean, std: of the three channels, for values from 0 to 1.
         dtype: fp32, bf16 or fp16.
-        impl: "triton" (one launch, no host synchronisation), "torch" (one crop after the other; it
-            reads params on the host), or "auto".
+        impl: "triton" (one launch, no host synchronisation), "torch" (one crop at a time; reads
+            params on the host), or "auto".
 
     Returns: [B, N, 3, size, size] on the images' device; no gradient.
 
     Raises:
-        ValueError: shapes, devices, boxes or other numbers that do not fit; the message says what
-            was expected and got.
+        ValueError: shapes, devices, boxes or other numbers that do not match. The message has the
+            expected and the actual value.
         TypeError: images that are not uint8 tensors, or other wrong types.
 
     """
@@ -62,8 +62,6 @@ def multi_crop(
     mean, std = [float(x) for x in mean], [float(x) for x in std]
     check_settings(size, mean, std, dtype)
     chosen = choose_impl(impl, images)
-    if chosen == "reference":
-        chosen = "torch"
     return _multi_crop_op(images, params.pack(), size, mean, std, dtype, chosen)
 
 
@@ -77,7 +75,7 @@ def _multi_crop_op(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    """As multi_crop; packed: [B, N, 14], the result of CropParams.pack."""
+    """Run multi_crop; packed: [B, N, 14], the result of CropParams.pack."""
     if impl == "torch":
         packed = packed.cpu()
     if packed.device.type == "cpu":
@@ -93,7 +91,7 @@ def _multi_crop_op(
     else:
         from . import multi_crop_triton  # Triton may be absent
 
-        # From memory that is not pinned: read before this returns, though not yet on the device.
+        # Unpinned memory is read before this returns, even if the copy is still under way.
         packed = packed.to(device, non_blocking=True)
         multi_crop_triton.multi_crop_(out, images, packed, levels)
     return out
@@ -117,9 +115,9 @@ def _(
 def normalized_levels(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[3, 256]: what to_tensor and normalize make of each of the 256 levels, channel by channel.
+    """Return to_tensor and normalize of each of the 256 levels per channel: [3, 256].
 
-    Computed on the CPU, where a division by 255 is one: on CUDA it is a product with its inverse.
+    Computed on the CPU, because CUDA replaces the division by 255 by a product with its inverse.
     """
     levels = torch.arange(256, dtype=torch.float32).div(255).expand(3, 256)
     shift, scale = (torch.tensor(x, dtype=torch.float32)[:, None] for x in (mean, std))
@@ -146,7 +144,7 @@ def _check_images(images: Sequence[Tensor]) -> None:
 def check_settings(
     size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> None:
-    """Raises TypeError or ValueError; what each may be stands in multi_crop."""
+    """Raise TypeError or ValueError for arguments that multi_crop does not accept."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
         raise TypeError(f"size must be an int, got {type(size).__name__}")
     if not 1 <= size <= 4096:

@@ -1,7 +1,7 @@
 """Pillow's and torchvision's image operations as plain PyTorch: multi_crop's oracle and fallback.
 
-All is integer arithmetic but for the blends (fp32, truncated) and the resize coefficients (fp64,
-rounded to integers). Pixels are int32 [height, width, 3], from 0 to 255.
+All arithmetic is on integers, except for the blends (fp32, truncated) and the resize coefficients
+(fp64, rounded to integers). Pixels are int32 [height, width, 3], from 0 to 255.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .crop_params import BLUR, FACTOR, FLAGS, FLIP, GRAY, JITTER, ORDER, SOLARIZ
 
 # Fractional bits of the resize coefficients, of the weights of gray, and of those of the blur.
 RESIZE_BITS, GRAY_BITS, BLUR_BITS = 22, 16, 24
-# Red, green and blue in gray: ITU-R 601.
+# Weights of red, green and blue in gray: ITU-R 601.
 GRAY_WEIGHTS = (19595, 38470, 7471)
 
 
 def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: Tensor) -> None:
-    """Writes out [B, N, 3, size, size], one crop after the other.
+    """Write out [B, N, 3, size, size], one crop at a time.
 
-    packed: CropParams.pack(), on the CPU. levels: [3, 256], what a level of a channel becomes.
+    packed: CropParams.pack(), on the CPU. levels: [3, 256], the output of each level per channel.
     """
     floats = packed.view(torch.float32)
     channel = torch.arange(3, device=out.device)
@@ -49,7 +49,7 @@ def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: T
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
-    """Bicubic, antialiased, to [size, size]: along x, rounded to 8 bits, then along y."""
+    """Resize to [size, size], bicubic and antialiased: along x, rounded to 8 bits, then along y."""
     for dim in (1, 0):
         first, weights = resize_weights(pixels.shape[dim], size)
         first, weights = first.to(pixels.device), weights.to(pixels.device)
@@ -66,10 +66,11 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def resize_weights(length: int, size: int) -> tuple[Tensor, Tensor]:
-    """(first [size] int64, weights [size, taps] int32): output i is sum_t w[i, t] in[first_i + t].
+    """Return (first [size] int64, weights w [size, taps] int32).
 
-    The filter is Keys' cubic with a = -.5, stretched by the scale where that is above 1. Sums and
-    products come in Pillow's order: in fp64, then rounded to integers.
+    Output i is sum_t w[i, t] in[first_i + t]. The filter is Keys' cubic with a = -.5, stretched by
+    the scale if that is above 1. Sums and products are in Pillow's order, in fp64, then rounded to
+    integers.
     """
     scale = length / size
     stretch = max(scale, 1.0)
@@ -93,38 +94,38 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def to_gray(pixels: Tensor) -> Tensor:
-    """[height, width, 1]."""
+    """Return the gray level of each pixel, [height, width, 1]."""
     weights = torch.tensor(GRAY_WEIGHTS, dtype=torch.int32, device=pixels.device)
     total = (pixels * weights).sum(-1, keepdim=True, dtype=torch.int32)
     return (total + (1 << (GRAY_BITS - 1))) >> GRAY_BITS
 
 
 def blend(start: Tensor | int, end: Tensor, factor: float) -> Tensor:
-    """Start + factor*(end - start) in fp32, each operation rounded; the result truncated."""
+    """Return start + factor*(end - start) in fp32, each operation rounded, then truncated."""
     alpha = torch.tensor(factor, dtype=torch.float32, device=end.device)
     moved = alpha * (end - start).to(torch.float32)
     return (start + moved).clamp(0, 255).to(torch.int32)
 
 
 def brightness(pixels: Tensor, factor: float) -> Tensor:
-    """A blend with black."""
+    """Blend with black."""
     return blend(0, pixels, factor)
 
 
 def contrast(pixels: Tensor, factor: float) -> Tensor:
-    """A blend with the mean of the gray image, rounded half up."""
+    """Blend with the mean of the gray image, rounded half up."""
     gray = to_gray(pixels)
     mean = (2 * int(gray.sum(dtype=torch.int64)) + gray.numel()) // (2 * gray.numel())
     return blend(mean, pixels, factor)
 
 
 def saturation(pixels: Tensor, factor: float) -> Tensor:
-    """A blend with the gray image."""
+    """Blend with the gray image."""
     return blend(to_gray(pixels), pixels, factor)
 
 
 def hue(pixels: Tensor, factor: float) -> Tensor:
-    """The colour turned by that part of a circle, in HSV of 8 bits."""
+    """Rotate the hue by a fraction of the circle, in 8-bit HSV."""
     h, s, v = rgb_to_hsv(pixels).unbind(-1)
     return hsv_to_rgb(torch.stack([(h + int(factor * 255)) & 255, s, v], dim=-1))
 
@@ -133,10 +134,10 @@ OPERATIONS = (brightness, contrast, saturation, hue)
 
 
 def rgb_to_hsv(pixels: Tensor) -> Tensor:
-    """Pillow's 8-bit HSV.
+    """Convert to Pillow's 8-bit HSV.
 
-    With c = max - min: s = floor(255 c/max), and h = floor(255 m/(6 c)) with m/c the place on the
-    circle of 6. Where 255 m/(6 c) is whole, Pillow's fp32 arithmetic may come out just below.
+    With c = max - min: s = floor(255 c/max), and h = floor(255 m/(6 c)), m/c being the position on
+    a circle of length 6. If 255 m/(6 c) is an integer, Pillow's fp32 result may be just below it.
     """
     r, g, b = pixels.unbind(-1)
     v, low = pixels.amax(-1), pixels.amin(-1)
@@ -152,15 +153,15 @@ def rgb_to_hsv(pixels: Tensor) -> Tensor:
 
 @functools.cache
 def hue_ties() -> list[int]:
-    """[256], 1 for the h whose place m/c = 6h/255 gives h - 1 in Pillow's arithmetic.
+    """Return [256] with 1 for each h whose position 6h/255 gives h - 1 in Pillow's arithmetic.
 
-    Pillow divides max - x by c in fp32, adds a whole number, rounds to fp32, takes the fractional
-    part of a sixth of that (fp64), rounds to fp32 again and truncates 255 times it. These steps
-    depend on the quotient alone, so c = 255 stands for all c.
+    Pillow divides max - x by c in fp32, adds an integer, rounds to fp32, takes the fractional part
+    of a sixth of that (fp64), rounds to fp32 again and truncates 255 times it. These steps depend
+    only on the quotient, so c = 255 represents all c.
     """
     place = 6 * torch.arange(256)
     sector, rest = place // 255, place % 255
-    # In odd sectors the quotient is added, in even ones taken away from the next whole number.
+    # In odd sectors the quotient is added, in even ones subtracted from the next integer.
     odd = sector % 2 == 1
     quotient = torch.where(odd, rest, 255 - rest).float() / torch.full((256,), 255.0)
     base = torch.where(odd, torch.where(sector == 5, -1, sector), sector + 1).double()
@@ -170,7 +171,7 @@ def hue_ties() -> list[int]:
 
 
 def hsv_to_rgb(pixels: Tensor) -> Tensor:
-    """Pillow's inverse; p, q and t never lie half way, so that integers round them as fp64 does."""
+    """Invert rgb_to_hsv as Pillow; p, q and t are never halfway, so integers round as fp64 does."""
     h, s, v = pixels.unbind(-1)
     sector, rest = 6 * h // 255, 6 * h % 255
     p = (2 * v * (255 - s) + 255) // 510
@@ -184,7 +185,7 @@ def hsv_to_rgb(pixels: Tensor) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
-    """Pillow's: three box blurs along x, then three along y, each rounded to 8 bits."""
+    """Blur as Pillow: three box blurs along x, then three along y, each rounded to 8 bits."""
     taps, near, far = blur_weights(radius)
     for dim in (1, 1, 1, 0, 0, 0):
         pixels = _box_blur(pixels, dim, taps, near, far)
@@ -192,9 +193,10 @@ def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
 
 
 def blur_weights(radius: float) -> tuple[int, int, int]:
-    """(r, near, far): a box of 2r + 1 pixels of weight near between two of weight far, in 2^-24.
+    """Return (r, near, far): a box of 2r + 1 pixels of weight near between two of weight far.
 
-    Gwosdek et al. 2011, equations 11 and 14, for 3 passes; fp32 where Pillow has it.
+    Weights are in units of 2^-24. Gwosdek et al. 2011, equations 11 and 14, for 3 passes; fp32
+    where Pillow uses it.
     """
 
     def fp32(x: float) -> float:
@@ -212,9 +214,9 @@ def blur_weights(radius: float) -> tuple[int, int, int]:
 
 
 def _box_blur(pixels: Tensor, dim: int, r: int, near: int, far: int) -> Tensor:
-    """out[x] = near sum_{|k| <= r} in[x + k] + far (in[x - r - 1] + in[x + r + 1]), rounded.
+    """Compute near sum_{|k| <= r} in[x + k] + far (in[x - r - 1] + in[x + r + 1]), rounded.
 
-    Beyond the edges stand their own pixels again.
+    Edge pixels are repeated outside the image.
     """
     size = pixels.shape[dim]
     place = torch.arange(size, device=pixels.device)

@@ -1,24 +1,24 @@
-"""multi_crop in Triton: every pixel of every crop in one launch, one program a crop.
+"""multi_crop in Triton: every pixel of every crop in one launch, one program per crop.
 
-A program takes its crop through these phases, with a barrier after each:
+A program runs these phases, with a barrier after each:
 
 1. the resize coefficients of both axes, in fp64 as Pillow computes them, rounded to 22 bits;
-2. strip by strip of the output's rows: the input rows that the strip needs resized along x, to 8
-   bits, then those along y, mirrored on the way if asked;
-3. colours: brightness to hue in the drawn order, in two passes, as contrast needs the mean of what
-   came before it; gray at the end of the second;
+2. for each strip of output rows: the input rows that the strip needs, resized along x to 8 bits,
+   then along y, mirrored if the crop is flipped;
+3. colours: brightness to hue in the drawn order, in two passes, as contrast needs the mean of the
+   operations before it; gray at the end of the second;
 4. blur: three box passes along x, three along y;
 5. solarize and normalise: a look-up in the 3 x 256 levels.
 
-Between phases a pixel is one 32-bit word (r, g, b in its low bytes, as Pillow has it), so that a
-warp moves 128 bytes at a time. All of it is integer arithmetic but for the blends, where products
-and sums must be rounded one by one (enable_fp_fusion=False), and phase 1.
+Between phases a pixel is one 32-bit word (r, g, b in its low bytes, as in Pillow), so that a warp
+moves 128 bytes at a time. All arithmetic is on integers, except for the blends, whose products and
+sums must be rounded separately (enable_fp_fusion=False), and phase 1.
 
-Bytes a crop, of a box of h x w: 3 h w read, 1 + 4/STRIP times; 12 size^2 written (fp32; bf16: 6).
-In between, in L2: 4 h size for the strips, written once and read by each tap, and 8 size^2 for each
-of phases 3 (twice) and 4 (six times), of which a crop holds 8 size^2.
+Bytes per crop, for a box of h x w: 3 h w read, 1 + 4/STRIP times; 12 size^2 written (fp32; bf16:
+6). In L2: 4 h size for the strips, written once and read by each tap, and 8 size^2 per pass of
+phases 3 (two) and 4 (six), of which a crop holds 8 size^2.
 
-Legend: B images, N crops of each. The scratch of a crop is `pixels` [size^2] and `work`, which
+Legend: B images, N crops per image. The scratch of a crop is `pixels` [size^2] and `work`, which
 holds the coefficients and the strip in phases 1 and 2 and a second [size^2] in phase 4.
 """
 
@@ -44,12 +44,12 @@ from .crop_params import (
     ORDER,
     SOLARIZE,
 )
-from .dispatch import _triton_interprets, device_guard
+from .dispatch import device_guard, triton_interprets
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
-# Output rows whose input is resized along x at once.
+# Output rows whose input rows are resized along x together.
 STRIP = 32
-# Columns of the table of images: address, height, width, first word of scratch, words a crop.
+# Columns of the table of images: address, height, width, first word of scratch, words per crop.
 IMAGE_COLUMNS = 5
 
 _BLUR, _COLUMNS, _FACTOR, _FLAGS = map(tl.constexpr, (BLUR, COLUMNS, FACTOR, FLAGS))
@@ -65,7 +65,7 @@ _RED, _GREEN, _BLUE = map(tl.constexpr, GRAY_WEIGHTS)
 
 
 def _tie_words() -> list[int]:
-    """hue_ties() as 8 words of 32 bits, signed."""
+    """Pack hue_ties() into 8 signed words of 32 bits."""
     ties = hue_ties()
     words = [sum(ties[32 * k + bit] << bit for bit in range(32)) for k in range(8)]
     return [word - (1 << 32) if word >> 31 else word for word in words]
@@ -130,7 +130,7 @@ def _resize(
     pixels, work, image, param, flip, size: tl.constexpr, COEFS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Phases 1 and 2. A box that leaves its image is moved inside."""
+    """Run phases 1 and 2; a box that leaves its image is clamped."""
     source = tl.load(image).to(tl.pointer_type(tl.uint8))
     full_height = tl.load(image + 1).to(tl.int32)
     full_width = tl.load(image + 2).to(tl.int32)
@@ -169,7 +169,7 @@ def _resize(
 
 @triton.jit
 def _taps(length, size: tl.constexpr):
-    """Input pixels that one output pixel may depend on: twice the support, rounded up."""
+    """Return how many input pixels an output pixel may depend on: twice the support, rounded up."""
     return tl.ceil(4.0 * _stretch(length, size)).to(tl.int32)
 
 
@@ -180,9 +180,9 @@ def _stretch(length, size: tl.constexpr):
 
 @triton.jit
 def _coefficients(first, weights, length, taps, size: tl.constexpr, COEFS: tl.constexpr):
-    """First [size], weights [taps, size]: output i is sum_t weights[t, i] in[first[i] + t].
+    """Store first [size], weights [taps, size]: output i is sum_t weights[t, i] in[first[i] + t].
 
-    One tap more than `taps` can count, where rounding moves an end; its weight is 0 to 22 bits.
+    Rounding of an end may add one tap to `taps`; its weight is 0 to 22 bits.
     """
     scale = length.to(tl.float64) / tl.full((), size, tl.float64)
     stretch = _stretch(length, size)
@@ -221,7 +221,7 @@ def _along_x(
     strip, source, row_bytes, row0, row1, width, first, weights, taps, size: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Strip [row1 - row0, size] from input rows row0 to row1."""
+    """Resize input rows row0 to row1 along x into the strip [row1 - row0, size]."""
     for r in range(row0, row1, ROWS):
         row = r + tl.arange(0, ROWS)[:, None]
         line = source + tl.minimum(row, row1 - 1) * row_bytes
@@ -245,7 +245,7 @@ def _along_y(
     pixels, strip, row0, row1, start, end, first, weights, taps, flip, size: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Rows start to end of pixels [size, size], mirrored if flip."""
+    """Resize the strip along y into rows start to end of pixels [size, size]; mirror if flip."""
     for r in range(start, end, ROWS):
         y = r + tl.arange(0, ROWS)[:, None]
         inside = y < end
@@ -268,7 +268,7 @@ def _along_y(
 
 @triton.jit
 def _colours(pixels, param, jitter, gray, size: tl.constexpr, PIXELS: tl.constexpr):
-    """Phase 3, in place; contrast, operation 1, begins the second of its two passes."""
+    """Run phase 3 in place; contrast, operation 1, begins the second of its two passes."""
     contrast = tl.full((), 0, tl.int32)
     for k in range(1, 4):
         contrast = tl.where(tl.load(param + _ORDER + k) == 1, k, contrast)
@@ -319,7 +319,7 @@ def _blend(start, end, factor):
 
 @triton.jit
 def _hue(shift, r, g, b):
-    """rgb_to_hsv and hsv_to_rgb of multi_crop_torch, with the hue turned in between."""
+    """Apply multi_crop_torch's rgb_to_hsv, rotate the hue, apply hsv_to_rgb."""
     v = tl.maximum(tl.maximum(r, g), b)
     c = v - tl.minimum(tl.minimum(r, g), b)
     m = tl.where(v == r, g - b, tl.where(v == g, 2 * c + b - r, 4 * c + r - g))
@@ -333,7 +333,7 @@ def _hue(shift, r, g, b):
     sector = (h * 1542) >> 16  # 6h // 255
     rest = 6 * h - 255 * sector
     sector = tl.where(sector == 6, 0, sector)
-    # Of the three, v and p are a channel's largest and least value; the third moves with the hue.
+    # v and p are the largest and the least channel; the third channel depends on the hue.
     p = (2 * v * (255 - s) + 255) // 510
     away = tl.where((sector & 1) == 0, 255 - rest, rest)
     between = (2 * v * (65025 - s * away) + 65025) // 130050
@@ -346,14 +346,14 @@ def _hue(shift, r, g, b):
 
 @triton.jit
 def _channel(away, v, p, between):
-    """V in the two sectors around the channel's own place, p in the two opposite ones."""
+    """Return v in the two sectors around the channel's own hue, p in the two opposite ones."""
     value = tl.where((away == 2) | (away == 3), p, between)
     return tl.where((away == 0) | (away == 5), v, value)
 
 
 @triton.jit
 def _tie(h):
-    """Bit h of hue_ties()."""
+    """Return bit h of hue_ties()."""
     word = tl.where(h < 32, _T0, tl.where(h < 64, _T1, tl.where(h < 96, _T2, _T3)))
     high = tl.where(h < 160, _T4, tl.where(h < 192, _T5, tl.where(h < 224, _T6, _T7)))
     return (tl.where(h < 128, word, high) >> (h & 31)) & 1
@@ -361,7 +361,7 @@ def _tie(h):
 
 @triton.jit
 def _blur(pixels, work, radius, size: tl.constexpr, PIXELS: tl.constexpr):
-    """Phase 4: from pixels to work and back three times; the rounded sums are blur_weights'."""
+    """Run phase 4: from pixels to work and back three times, with the weights of blur_weights."""
     taps, near, far = _blur_weights(radius)
     for box in range(6):
         along_y = box >= 3
@@ -401,7 +401,7 @@ def _box(inner, ends, near, far):
 
 @triton.jit
 def _blur_weights(radius):
-    """As multi_crop_torch.blur_weights. A quotient in fp64 rounded to fp32 is fp32's own."""
+    """Compute multi_crop_torch.blur_weights; fp64 quotients rounded to fp32 are exact."""
     variance = _divide(radius * radius, 3.0)
     length = tl.sqrt(12.0 * variance.to(tl.float64) + 1.0).to(tl.float32)
     whole = tl.floor((length.to(tl.float64) - 1.0) / 2.0).to(tl.float32)
@@ -420,7 +420,7 @@ def _divide(a, b):
 
 
 def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: Tensor) -> None:
-    """Writes out [B, N, 3, size, size]; all on one device.
+    """Write out [B, N, 3, size, size]; all tensors are on one device.
 
     images: B contiguous uint8 [H, W, 3]. packed: int32 [B, N, 14]. levels: [3, 256], out's dtype.
     """
@@ -440,7 +440,7 @@ def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: T
 
 
 def _scratch_words(height: int, width: int, size: int) -> int:
-    """Words of scratch for the largest crop of an image; a multiple of 16, as the kernel trusts."""
+    """Return the scratch words of an image's largest crop, a multiple of 16 for the kernel."""
     stretch = [max(length / size, 1.0) for length in (height, width)]
     taps = [math.ceil(4 * s) for s in stretch]
     rows = min(math.ceil((STRIP - 1) * stretch[0]) + taps[0] + 2, height)
@@ -449,17 +449,17 @@ def _scratch_words(height: int, width: int, size: int) -> int:
 
 
 def _tiles(size: int) -> dict[str, int | bool]:
-    """The tiles of each phase; under the interpreter each costs time of its own: few large ones."""
-    if _triton_interprets():
+    """Return the tile sizes; the interpreter is slow per tile, so it gets few large ones."""
+    if triton_interprets():
         cols = triton.next_power_of_2(size)
         return {"COEFS": cols, "ROWS": 64, "COLS": cols, "PIXELS": min(cols * cols, 1 << 14)}
     return {
         "COEFS": 256,
         "ROWS": 32,
         "COLS": 32,
-        # 4 pixels a thread, so that one access takes 128 bits.
+        # 4 pixels per thread, so that one access is 128 bits wide.
         "PIXELS": 2048 if size >= 128 else 1024,
         "num_warps": 16 if size >= 128 else 8,
         "enable_fp_fusion": False,
-        "maxnreg": 128,  # else ptxas aims at 64, for the sake of occupancy, and spills a few
+        "maxnreg": 128,  # otherwise ptxas aims at 64, for occupancy, and spills a few
     }

@@ -1,18 +1,18 @@
 """Cross-entropy between every teacher crop and every student crop, as differentiable operators.
 
-What dino_loss and soft_cross_entropy share. With P_q the teacher's probabilities, z_v =
+dino_loss and soft_cross_entropy are built on it. With P_q the teacher's probabilities, z_v =
 s_v/student_temp, and q running over the teacher's crops (but q != v with ignore_diagonal):
 
     rows_v    = sum_q -<P_q, log softmax(z_v)> = mass * lse(z_v) - <sum_q P_q, z_v>
     d rows_v  = 1/student_temp * (mass * softmax(z_v) - sum_q P_q) d s_v,  mass = sum_q sum_k P_qk
 
-So each student crop meets the sum of its targets once, nothing is saved but two numbers a row, and
-both passes read every logit once.
+So each student crop is compared with the sum of its targets once, only two numbers per row are
+saved, and each pass reads every logit once.
 
 The operators are in torch.ops.fastdino_kernels, with fake implementations, so that torch.compile,
-fake tensors and CUDA graphs take them whole. Under autocast they compute in the dtypes they are
-given: half-precision logits in fp32 inside. They are defined by torch.library's lower-level calls
-and differentiated by one autograd.Function because torch.library.custom_op costs 50 us a call.
+fake tensors and CUDA graphs support them. Under autocast they compute in the dtypes they are
+given: half-precision logits in fp32 inside. They use torch.library's lower-level calls and one
+autograd.Function because torch.library.custom_op costs 50 us per call.
 
 Legend: S crops of the student (v), T crops of the teacher (q), B images, K prototypes.
 """
@@ -26,20 +26,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, pair_count
+from .dispatch import compute_dtype
+from .pairwise_arguments import Crops, PairwiseOptions, pair_count
 
 _LIBRARY = torch.library.Library("fastdino_kernels", "FRAGMENT")
 
-# A temperature is a float, or a 0-d tensor on the device: the float beside it is then unused.
+# A temperature is a float, or a 0-d tensor on the device, in which case the float is unused.
 _OPTIONS = (
     "float student_temp, float teacher_temp, Tensor? student_temp_t, Tensor? teacher_temp_t, "
     "bool ignore_diagonal, str impl"
 )
 # With a center [K] the teacher has logits, and the results are (loss [], teacher_sum [K],
 # center_used [K], stats): the mean over pairs and images, the sum over T and B, and a copy of the
-# center for the backward pass, since the caller may move it before. Without one the teacher has
-# probabilities, and they are (rows [S, B], [0], [0], stats). stats [2, S + T, B] belong to the
-# implementation. All are of the compute dtype.
+# center for the backward pass, since the caller may change it before. Without one the teacher has
+# probabilities, and they are (rows [S, B], [0], [0], stats). stats [2, S + T, B] are private to the
+# implementation. All have the compute dtype.
 _LIBRARY.define(
     f"pairwise_forward(Tensor student, Tensor teacher, Tensor? center, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -60,49 +61,32 @@ _LIBRARY.define(
 
 
 def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
-    student_temp_t: Tensor | None,
-    teacher_temp_t: Tensor | None,
-    ignore_diagonal: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student: Tensor, teacher: Tensor, center: Tensor | None, *flat: Any
+) -> tuple[Tensor, ...]:
     if student.shape[1] == 0:
+        *_, ignore_diagonal, _ = flat
         outputs = _empty_results(student, teacher, center, ignore_diagonal=ignore_diagonal)
         for output in outputs:
             output.zero_()
         return outputs
-    return _implementation(impl).forward(
-        student,
-        teacher,
-        center,
-        student_temp if student_temp_t is None else student_temp_t,
-        teacher_temp if teacher_temp_t is None else teacher_temp_t,
-        ignore_diagonal,
-    )
+    implementation, options = _unpack(flat)
+    results: tuple[Tensor, ...] = implementation.forward(Crops(student, teacher, center), options)
+    return results
 
 
 def _empty_results(
     student: Tensor, teacher: Tensor, center: Tensor | None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (S, B, K), T = student.shape, teacher.shape[0]
+) -> tuple[Tensor, ...]:
+    S, T, B, K = Crops(student, teacher, center).sizes()
     dtype = compute_dtype(student, teacher)
     columns = 0 if center is None else K
     shapes = ((S, B) if center is None else (), (columns,), (columns,), (2, S + T, B))
-    loss, teacher_sum, center_used, stats = (
-        torch.empty(shape, dtype=dtype, device=student.device) for shape in shapes
-    )
-    return loss, teacher_sum, center_used, stats
+    return tuple(torch.empty(shape, dtype=dtype, device=student.device) for shape in shapes)
 
 
-def _backward(
-    grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
-) -> Tensor:
+def _backward(grad_rows: Tensor, scale: float, student: Tensor, *rest: Any) -> Tensor:
     grad = _empty_gradient(grad_rows, scale, student)
-    _write_gradient(grad, grad_rows, scale, student, teacher, *rest)
+    _write_gradient(grad, grad_rows, scale, student, *rest)
     return grad
 
 
@@ -110,11 +94,9 @@ def _empty_gradient(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _backward_(
-    grad_rows: Tensor, scale: float, student: Tensor, teacher: Tensor, *rest: Any
-) -> None:
-    _write_gradient(student, grad_rows, scale, student, teacher, *rest)
-    # Autograd cannot see what a kernel writes: whoever saved the logits must learn of it.
+def _backward_(grad_rows: Tensor, scale: float, student: Tensor, *rest: Any) -> None:
+    _write_gradient(student, grad_rows, scale, student, *rest)
+    # Autograd cannot see what a kernel writes: graphs that saved the logits must become invalid.
     torch.autograd.graph.increment_version(student)
 
 
@@ -126,32 +108,24 @@ def _write_gradient(
     teacher: Tensor,
     center: Tensor | None,
     stats: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-    student_temp_t: Tensor | None,
-    teacher_temp_t: Tensor | None,
-    ignore_diagonal: bool,
-    impl: str,
+    *flat: Any,
 ) -> None:
-    if grad.numel() == 0:
-        return
-    _implementation(impl).backward(
-        grad_rows,
-        scale,
-        student,
-        teacher,
-        center,
-        stats,
+    if grad.numel() > 0:
+        implementation, options = _unpack(flat)
+        crops = Crops(student, teacher, center)
+        implementation.backward(grad, grad_rows, scale, crops, stats, options)
+
+
+def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
+    """Return the implementation's module and the options from arguments in _OPTIONS' order."""
+    student_temp, teacher_temp, student_temp_t, teacher_temp_t, ignore_diagonal, impl = flat
+    options = PairwiseOptions(
         student_temp if student_temp_t is None else student_temp_t,
         teacher_temp if teacher_temp_t is None else teacher_temp_t,
         ignore_diagonal,
-        grad,
     )
-
-
-def _implementation(impl: str) -> ModuleType:
-    # Only now: triton may be missing where nobody asks for it.
-    return importlib.import_module(f".pairwise_{impl}", __package__)
+    # Imported on first use, because Triton may be missing.
+    return importlib.import_module(f".pairwise_{impl}", __package__), options
 
 
 for _key in ("CPU", "CUDA", "MPS"):
@@ -166,8 +140,8 @@ torch.library.register_fake("fastdino_kernels::pairwise_backward_", lambda *_: N
 class PairwiseCrossEntropy(torch.autograd.Function):
     """(loss [], teacher_sum [K]) with a center [K], (rows [S, B], [0]) without: pairwise_forward.
 
-    The gradient goes to the student's logits alone, and only once; with `inplace_backward` it is
-    written over them, and autograd refuses whatever else would still have read them.
+    Only the student's logits receive a gradient, and only once. With `inplace_backward` it is
+    written over them, and autograd refuses other uses of the overwritten logits.
     """
 
     @staticmethod
@@ -182,11 +156,7 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         inplace_backward: bool,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        options = (
-            *_float_and_tensor(student_temp, teacher_temp),
-            ignore_diagonal,
-            impl,
-        )
+        options = (*_float_and_tensor(student_temp, teacher_temp), ignore_diagonal, impl)
         result, teacher_sum, center_used, stats = torch.ops.fastdino_kernels.pairwise_forward(
             student, teacher, center, *options
         )

@@ -1,8 +1,8 @@
 """The cross-entropy between teacher and student crops in vectorised PyTorch: CPU, MPS, fp64.
 
-The same one-pass algebra as the Triton kernels (pairwise.py has the equations), in powers of 2 like
-them: on a CPU torch.exp2 takes half the time of torch.exp. There the work goes block of images by
-block of images, so that every temporary stays in a core's cache.
+The algebra is that of the Triton kernels (pairwise.py has the equations), with powers of 2: on a
+CPU torch.exp2 takes half the time of torch.exp. A CPU works on one block of images at a time, so
+that every temporary stays in a core's cache.
 
 Legend: S crops of the student (v), T crops of the teacher (q), b images of a block, K prototypes.
 """
@@ -16,26 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, pair_count
+from .dispatch import compute_dtype
+from .pairwise_arguments import Crops, PairwiseOptions, pair_count
 
 # Elements of one temporary per CPU thread: 256 KB in fp32, so that a few stay in a core's L2.
 _BLOCK_ELEMENTS = 1 << 16
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float | Tensor,
-    teacher_temp: float | Tensor,
-    ignore_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results as pairwise.py's forward op.
+def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of the operator pairwise_forward.
 
     stats: [2, S + T, B], students first: the largest logit of a row, and the row's sum of
-    2^((logit - largest)/(temp ln 2)); of teacher probabilities the second is their sum, their mass.
+    2^((logit - largest)/(temp ln 2)); for teacher probabilities the second is their sum, the mass.
     """
-    (S, B, K), T = student.shape, teacher.shape[0]
+    student, teacher, center = crops
+    student_temp, teacher_temp, ignore_diagonal = options
+    S, T, B, K = crops.sizes()
     dtype, device = compute_dtype(student, teacher), student.device
     rows = torch.zeros(S, B, dtype=dtype, device=device)
     stats = torch.zeros(2, S + T, B, dtype=dtype, device=device)
@@ -58,14 +54,14 @@ def forward(
             total = probs.sum(dim=-1)
             stats[0, S + q, block], stats[1, S + q, block] = largest, total
             targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
-        for crops, target in _crops_and_targets(student[:, block], targets, ignore_diagonal):
-            z, largest = _scaled(student[crops, block], dtype, scale)
+        for views, target in _crops_and_targets(student[:, block], targets, ignore_diagonal):
+            z, largest = _scaled(student[views, block], dtype, scale)
             if target is not None:
                 cross = torch.mul(z, target.probs).sum(dim=-1)
             total = z.exp2_().sum(dim=-1)
-            stats[0, crops, block], stats[1, crops, block] = largest, total
+            stats[0, views, block], stats[1, views, block] = largest, total
             if target is not None:
-                rows[crops, block] = (target.mass * total.log2() - cross) * math.log(2)
+                rows[views, block] = (target.mass * total.log2() - cross) * math.log(2)
     if center is None:
         return rows, teacher_sum, center_used, stats
     loss = rows.sum() / max(pair_count(S, T, ignore_diagonal) * B, 1)
@@ -73,24 +69,22 @@ def forward(
 
 
 def backward(
+    grad: Tensor,
     grad_rows: Tensor,
     scale: float,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
+    crops: Crops,
     stats: Tensor,
-    student_temp: float | Tensor,
-    teacher_temp: float | Tensor,
-    ignore_diagonal: bool,
-    grad: Tensor,
+    options: PairwiseOptions,
 ) -> None:
-    """Writes `grad` [S, B, K] (it may be `student`); arguments as pairwise.py's backward op."""
-    S, B, K = student.shape
+    """Write the result of the operator pairwise_backward to `grad`, which may be the student."""
+    student, teacher, center = crops
+    student_temp, teacher_temp, ignore_diagonal = options
+    S, _, B, K = crops.sizes()
     dtype, device = stats.dtype, student.device
     student_scale = _log2_scale(student_temp, device)
     # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
     grad_rows = grad_rows.to(dtype) * (scale * math.log(2) * student_scale)
-    # Where one factor serves all rows (the loss is a mean), the targets are scaled but once.
+    # If all rows have the same factor (the loss is a mean), the targets are scaled only once.
     factor = grad_rows[0, 0] if grad_rows.stride() == (0, 0) else None
     for block in blocks_of_images(B, K, device):
         targets = []
@@ -104,30 +98,30 @@ def backward(
                 probs = z.exp2_()
                 target = Target(probs.div_(total[:, None]), torch.ones_like(total))
             targets.append(target if factor is None else target.times(factor))
-        for crops, others in _crops_and_targets(student[:, block], targets, ignore_diagonal):
+        for views, others in _crops_and_targets(student[:, block], targets, ignore_diagonal):
             if others is None:
-                grad[crops, block] = 0
+                grad[views, block] = 0
                 continue
-            g = grad_rows[crops, block, None]
-            largest, total = stats[:, crops, block]
-            z, _ = _scaled(student[crops, block], dtype, student_scale, largest)
+            g = grad_rows[views, block, None]
+            largest, total = stats[:, views, block]
+            z, _ = _scaled(student[views, block], dtype, student_scale, largest)
             share = z.exp2_().mul_((others.mass / total)[..., None])
-            # The incoming scale is already inside: the one rounding to half is this write.
+            # The incoming scale is included: the only rounding to half is this write.
             if factor is None:
-                torch.mul(share.sub_(others.probs), g, out=grad[crops, block])
+                torch.mul(share.sub_(others.probs), g, out=grad[views, block])
             else:
-                torch.sub(share, others.probs, out=grad[crops, block])
+                torch.sub(share, others.probs, out=grad[views, block])
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the student is to match: `probs` [b, K] and their sums `mass` [b]."""
+    """The student's targets: `probs` [b, K] and their sums `mass` [b]."""
 
     probs: Tensor
     mass: Tensor
 
     def times(self, factor: Tensor) -> Target:
-        """Both times one factor []."""
+        """Multiply both by one factor []."""
         return Target(self.probs * factor, self.mass * factor)
 
 
@@ -139,10 +133,10 @@ def _given(probs: Tensor, dtype: torch.dtype) -> Target:
 def _crops_and_targets(
     student: Tensor, targets: Sequence[Target], ignore_diagonal: bool
 ) -> Iterator[tuple[slice, Target | None]]:
-    """The student's crops [S, b, K], as many together as fit the caches, with what they match.
+    """Yield slices of the student's crops [S, b, K] that fit the caches, with their targets.
 
-    Crops that the teacher has too match the others alone with ignore_diagonal; None if there are
-    no others.
+    With ignore_diagonal, a crop that the teacher has too has the other crops as target, or None if
+    there are no others.
     """
     S, T = len(student), len(targets) if ignore_diagonal else 0
     for v in range(min(S, T)):
@@ -161,12 +155,12 @@ def _sum_of(targets: Sequence[Target]) -> Target | None:
 
 
 def _cached() -> int:
-    """Elements of a temporary that the caches of all threads hold."""
+    """Return how many elements of a temporary the caches of all threads hold."""
     return torch.get_num_threads() * _BLOCK_ELEMENTS
 
 
 def blocks_of_images(batch: int, prototypes: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the batch: on a CPU in pieces that fit its caches, elsewhere in one."""
+    """Yield slices of the batch: on a CPU, pieces that fit its caches; elsewhere, the whole."""
     step = batch
     if device.type == "cpu":
         step = max(torch.get_num_threads(), _cached() // prototypes)
@@ -175,7 +169,7 @@ def blocks_of_images(batch: int, prototypes: int, device: torch.device) -> Itera
 
 
 def _log2_scale(temp: float | Tensor, device: torch.device) -> float | Tensor:
-    """1/(temp ln 2), on a CPU as a number: one operand less to dispatch for each block."""
+    """Return 1/(temp ln 2), on a CPU as a number, which saves dispatching an operand per block."""
     scale = 1 / (temp * math.log(2))
     return scale.item() if isinstance(scale, Tensor) and device.type == "cpu" else scale
 
@@ -183,9 +177,9 @@ def _log2_scale(temp: float | Tensor, device: torch.device) -> float | Tensor:
 def _scaled(
     logits: Tensor, dtype: torch.dtype, scale: float | Tensor, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(logits - largest) * scale as a new tensor of `dtype`, and the largest of each row.
+    """Return (logits - largest) * scale as a new tensor of `dtype`, and each row's largest logit.
 
-    In this order: scaled first, logits of 1e30 would leave a rounding error of 1e23 to exp2.
+    Scaling first would pass a rounding error of 1e23 to exp2 for logits of 1e30.
     """
     wide = logits.to(dtype)
     if largest is None:

@@ -1,42 +1,45 @@
 """Triton kernels of the cross-entropy between teacher and student crops; pairwise.py calls them.
 
 With z = (s - max s)/student_temp and u = (t - c - max(t - c))/teacher_temp, both divided by ln 2
-so that exp2 serves:
+so that exp2 can be used:
 
-    forward   reads every logit once. A program takes one chunk of the prototypes for a few images
-              and writes, with the maxima of its chunk alone, each row's maximum and sum of exp2,
-              the cross terms x_qv = sum_k exp2(u_qk) z_vk, and the teacher's column sum.
-    finish    merges the chunks of a row as in a softmax by parts, and sums up.
+    forward   reads every logit once. A program processes one chunk of the prototypes for a few
+              images. Relative to the maxima of its chunk, it writes each row's maximum and sum of
+              exp2, the cross terms x_qv = sum_k exp2(u_qk) z_vk, and the teacher's column sum.
+    finish    merges the chunks of a row, as in an online softmax, and sums up.
     backward  reads every logit once more and writes g * (mass * softmax(z_v) - sum_q P_q).
 
-Bytes at N = (S + T)*B*K logits of w bytes: forward N*w, backward N*w + S*B*K*w. In between lie
-(2T + 2S + T*S)*B fp32 values a chunk: 1.4 % of the forward's bytes at S = 10, T = 2, bf16.
+Bytes at N = (S + T)*B*K logits of w bytes: forward N*w, backward N*w + S*B*K*w. The intermediate
+(2T + 2S + T*S)*B fp32 values per chunk are 1.4 % of the forward's bytes at S = 10, T = 2, bf16.
 
 No float is added atomically, so the same input gives the same bits. The maximum is subtracted
-before anything is scaled, and cross terms are kept relative to it: with logits of 1e4 and more,
-nothing large and rounded is subtracted from something large.
+before scaling, and cross terms are relative to it, so logits of 1e4 and more lose no digits to
+cancellation.
 
 Legend: S crops of the student (index v), T crops of the teacher (q), B images (b), K prototypes,
-chunk: BLOCK prototypes, group: images that one program of the forward pass takes.
+chunk: BLOCK prototypes, group: the images of one program of the forward pass.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_guard, pair_count
+from .dispatch import device_guard
+from .pairwise_arguments import Crops, PairwiseOptions, pair_count
 
 # A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
 FORWARD_BLOCK, FORWARD_WARPS = 512, 1
-# One load of 16 bytes a thread and row: 1024 prototypes of half precision, 512 of fp32.
+# One load of 16 bytes per thread and row: 1024 prototypes of half precision, 512 of fp32.
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
-# Each group of images writes its column sums [K], which are then added. So there are only as many
-# groups as keep a GPU busy: one wave of an H100, and 4 MB of column sums at the most.
+# Each group of images writes its column sums [K], which are added later. So use only as many groups
+# as keep a GPU busy: one wave of an H100, and at most 4 MB of column sums.
 FORWARD_PROGRAMS, MAX_GROUPS = 2048, 128
-# Where there are no column sums, as many groups as a launch takes in its second dimension.
+# Without column sums, as many groups as a launch allows in its second dimension.
 MAX_ROWS_OF_PROGRAMS = 1 << 15
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
 # Groups and columns that one program of the finish adds up at a time.
@@ -48,7 +51,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _log2_scale(temp, IS_TENSOR: tl.constexpr):
-    """1/(temp ln 2): what turns a logit into the exponent of 2."""
+    """Return 1/(temp ln 2), which turns a logit into an exponent of 2."""
     if IS_TENSOR:
         temp = tl.load(temp).to(tl.float32)
     return LOG2_E / temp
@@ -56,7 +59,7 @@ def _log2_scale(temp, IS_TENSOR: tl.constexpr):
 
 @triton.jit
 def _load(pointers, mask, EVEN: tl.constexpr):
-    """fp32, 0 beyond the last prototype. Unmasked, 128 bits at a time, where K fits the block."""
+    """Load as fp32, 0 beyond the last prototype; EVEN loads are unmasked and 128 bits wide."""
     if EVEN:
         x = tl.load(pointers)
     else:
@@ -66,7 +69,7 @@ def _load(pointers, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _below_maximum(x, scale, mask, EVEN: tl.constexpr):
-    """(x - m) * scale and m, the largest logit of the chunk; 0 for m where all of it is -inf."""
+    """Return (x - m) * scale and m, the largest logit of the chunk, or 0 if all are -inf."""
     if EVEN:
         m = tl.max(x, 0)
     else:
@@ -77,7 +80,7 @@ def _below_maximum(x, scale, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
-    """exp2(x), 0 beyond the last prototype, and its sum."""
+    """Return exp2(x), 0 beyond the last prototype, and its sum."""
     e = tl.exp2(x)
     if not EVEN:
         e = tl.where(mask, e, 0.0)
@@ -86,34 +89,18 @@ def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch"])
 def pairwise_forward_kernel(
-    student,
-    teacher,
-    center,
-    partials,
-    column_sums,
-    center_used,
-    arrived,
-    student_temp,
-    teacher_temp,
-    batch,
-    prototypes,
-    student_stride_v,
-    student_stride_b,
-    teacher_stride_q,
-    teacher_stride_b,
-    S: tl.constexpr,
-    T: tl.constexpr,
-    CENTERED: tl.constexpr,
-    STUDENT_TEMP_TENSOR: tl.constexpr,
-    TEACHER_TEMP_TENSOR: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One chunk of prototypes for every groups-th image; grid (chunks, groups).
+    student, teacher, center, partials, column_sums, center_used, arrived,
+    student_temp, teacher_temp, batch, prototypes,
+    student_stride_v, student_stride_b, teacher_stride_q, teacher_stride_b,
+    S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr,
+    STUDENT_TEMP_TENSOR: tl.constexpr, TEACHER_TEMP_TENSOR: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute one chunk of prototypes for every groups-th image; grid (chunks, groups).
 
     partials: [2T + 2S + T*S, B, chunks]: teacher maxima, teacher sums, student maxima, student
     sums, cross terms. CENTERED: the teacher has logits; otherwise probabilities, whose "maximum"
-    is 0, whose sum is their mass, and for which there is no center and no column sum.
+    is 0, whose sum is their mass, and which need no center and no column sum.
     """
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
@@ -129,8 +116,8 @@ def pairwise_forward_kernel(
     while b < batch:
         out = partials + b.to(tl.int64) * chunks + chunk
         row = batch.to(tl.int64) * chunks
-        # Each row is loaded before the numbers of the one above are stored: the compiler, which
-        # does not know that they lie elsewhere, would not bring it forward.
+        # Each row is loaded before the results of the previous one are stored: the compiler, which
+        # cannot rule out that they overlap, would not move the load ahead of the store.
         base = teacher + b.to(tl.int64) * teacher_stride_b
         ahead = _load(base + k, mask, EVEN)
         probs = ()
@@ -166,7 +153,7 @@ def pairwise_forward_kernel(
     if CENTERED:
         tl.store(column_sums + tl.program_id(1).to(tl.int64) * prototypes + k, column_sum, mask)
         if tl.program_id(1) == 0:
-            # The caller may move the center before the backward pass, which needs the old one.
+            # The caller may update the center before the backward pass, which needs the old one.
             tl.store(center_used + k, c, mask)
             if chunk == 0:
                 tl.store(arrived, 0)
@@ -174,10 +161,10 @@ def pairwise_forward_kernel(
 
 @triton.jit
 def _merged(maxima, sums, scale, c, mask):
-    """Of a row's chunks c: (m_c - M) * scale, their sums of exp2; then M and L of the whole row."""
+    """Return (m_c - M) * scale and sums of exp2 of a row's chunks c; M and L of the whole row."""
     total = tl.load(sums + c, mask=mask, other=0.0)
     m = tl.load(maxima + c, mask=mask, other=float("-inf"))
-    # A chunk that was all -inf has sum 0: it must not set the maximum.
+    # A chunk of only -inf has sum 0: it must not set the maximum.
     m = tl.where(total == 0.0, float("-inf"), m)
     M = tl.max(m, 0)
     below = (m - M) * scale
@@ -186,32 +173,13 @@ def _merged(maxima, sums, scale, c, mask):
 
 @triton.jit(do_not_specialize=["batch", "groups"])
 def pairwise_finish_kernel(
-    partials,
-    column_sums,
-    rows,
-    stats,
-    teacher_sum,
-    loss,
-    arrived,
-    student_temp,
-    teacher_temp,
-    batch,
-    prototypes,
-    chunks,
-    groups,
-    pairs,
-    S: tl.constexpr,
-    T: tl.constexpr,
-    CENTERED: tl.constexpr,
-    IGNORE_DIAGONAL: tl.constexpr,
-    STUDENT_TEMP_TENSOR: tl.constexpr,
-    TEACHER_TEMP_TENSOR: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SUM_GROUPS: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr,
-):
-    """Program (v, b) makes rows[v, b] and the row's stats; the ones after them the column sums.
+    partials, column_sums, rows, stats, teacher_sum, loss, arrived,
+    student_temp, teacher_temp, batch, prototypes, chunks, groups, pairs,
+    S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr, STUDENT_TEMP_TENSOR: tl.constexpr,
+    TEACHER_TEMP_TENSOR: tl.constexpr, IGNORE_DIAGONAL: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr, SUM_GROUPS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Compute rows[v, b] and the row's stats in program (v, b), column sums in those after them.
 
     stats: [2, S + T, B], students first: largest logit and sum of exp2 (teacher probabilities: 0
     and their mass). The program that arrives last adds up the rows, in their order, for the loss.
@@ -263,8 +231,8 @@ def pairwise_finish_kernel(
     tl.store(rows + v * batch + b, value * LN_2)
 
     if CENTERED:
-        # Each row is stored by the thread that then counts itself in, so whoever counts last sees
-        # all of them (past the L1 cache).
+        # A thread stores its row before it increments the counter, so the last one sees all rows
+        # (reading past the L1 cache).
         before = tl.atomic_add(arrived, 1)
         if before == S * batch - 1:
             everything = tl.zeros([BLOCK], tl.float32)
@@ -278,38 +246,18 @@ def pairwise_finish_kernel(
 
 @triton.jit(do_not_specialize=["batch", "grad_rows_stride_v", "grad_rows_stride_b"])
 def pairwise_backward_kernel(
-    grad_rows,
-    student,
-    teacher,
-    center,
-    stats,
-    grad,
-    student_temp,
-    teacher_temp,
-    scale,
-    batch,
-    prototypes,
-    grad_rows_stride_v,
-    grad_rows_stride_b,
-    student_stride_v,
-    student_stride_b,
-    teacher_stride_q,
-    teacher_stride_b,
-    grad_stride_v,
-    grad_stride_b,
-    S: tl.constexpr,
-    T: tl.constexpr,
-    CENTERED: tl.constexpr,
-    IGNORE_DIAGONAL: tl.constexpr,
-    STUDENT_TEMP_TENSOR: tl.constexpr,
-    TEACHER_TEMP_TENSOR: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One chunk of prototypes for one image; grid (chunks, rows, rows of rows), last image first.
+    grad_rows, student, teacher, center, stats, grad,
+    student_temp, teacher_temp, scale, batch, prototypes,
+    grad_rows_stride_v, grad_rows_stride_b, student_stride_v, student_stride_b,
+    teacher_stride_q, teacher_stride_b, grad_stride_v, grad_stride_b,
+    S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr, IGNORE_DIAGONAL: tl.constexpr,
+    STUDENT_TEMP_TENSOR: tl.constexpr, TEACHER_TEMP_TENSOR: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute one chunk of prototypes for one image; grid (chunks, rows, rows of rows).
 
-    The forward pass read those last, so a part of them may still be in the L2 cache. `grad` may be
-    `student` itself: every element is read before it is written, by the same thread.
+    The last image comes first: the forward pass read it last, so part of it may still be in the L2
+    cache. `grad` may be `student` itself: each element is read before the same thread writes it.
     """
     b = batch - 1 - (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1))
     if b < 0:
@@ -349,7 +297,7 @@ def pairwise_backward_kernel(
         # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
         g = g.to(tl.float32) * scale * (student_scale * LN_2)
         value = g * (share * tl.exp2(z * student_scale) - target)
-        value = value.to(grad.dtype.element_ty)  # the one rounding: the scale is inside
+        value = value.to(grad.dtype.element_ty)  # the only rounding: the scale is included
         if EVEN:
             tl.store(out + k, value)
         else:
@@ -358,17 +306,10 @@ def pairwise_backward_kernel(
         out += grad_stride_v
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float | Tensor,
-    teacher_temp: float | Tensor,
-    ignore_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches; arguments and results as pairwise.py's forward op."""
-    student, teacher = _unit_stride(student), _unit_stride(teacher)
-    (S, B, K), T = student.shape, teacher.shape[0]
+def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of the operator pairwise_forward, by two launches."""
+    student, teacher, center = map(_unit_stride, crops)
+    S, T, B, K = crops.sizes()
     centered = center is not None
     block = min(FORWARD_BLOCK, _power_of_2(K))
     chunks = _ceil_div(K, block)
@@ -384,126 +325,71 @@ def forward(
     partials = empty(2 * T + 2 * S + T * S, B, chunks)
     column_sums = empty(groups, K) if centered and groups > 1 else teacher_sum
     arrived = torch.empty((), dtype=torch.int32, device=student.device)
+    pairs = pair_count(S, T, options.ignore_diagonal)
+    sum_programs = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
+    flags = {"S": S, "T": T, "CENTERED": centered, **_temperature_flags(options)}
     with device_guard(student):
         pairwise_forward_kernel[chunks, groups](
-            student,
-            teacher,
-            center,
-            partials,
-            column_sums,
-            center_used,
-            arrived,
-            student_temp,
-            teacher_temp,
-            B,
-            K,
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
-            S=S,
-            T=T,
-            CENTERED=centered,
-            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
-            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
-            EVEN=K % block == 0,
-            BLOCK=block,
-            num_warps=FORWARD_WARPS,
-        )
-        sums_left = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
-        pairwise_finish_kernel[(S * B + sums_left,)](
-            partials,
-            column_sums,
-            rows,
-            stats,
-            teacher_sum,
-            loss,
-            arrived,
-            student_temp,
-            teacher_temp,
-            B,
-            K,
-            chunks,
-            groups,
-            float(pair_count(S, T, ignore_diagonal) * B),
-            S=S,
-            T=T,
-            CENTERED=centered,
-            IGNORE_DIAGONAL=ignore_diagonal,
-            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
-            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
-            CHUNKS=_power_of_2(chunks),
-            BLOCK=FINISH_BLOCK,
-            SUM_GROUPS=SUM_GROUPS,
-            SUM_COLUMNS=SUM_COLUMNS,
+            student, teacher, center, partials, column_sums, center_used, arrived,
+            options.student_temp, options.teacher_temp, B, K,
+            *student.stride()[:2], *teacher.stride()[:2],
+            **flags, EVEN=K % block == 0, BLOCK=block, num_warps=FORWARD_WARPS,
+        )  # fmt: skip
+        pairwise_finish_kernel[(S * B + sum_programs,)](
+            partials, column_sums, rows, stats, teacher_sum, loss, arrived,
+            options.student_temp, options.teacher_temp, B, K, chunks, groups, float(pairs * B),
+            **flags, IGNORE_DIAGONAL=options.ignore_diagonal, CHUNKS=_power_of_2(chunks),
+            BLOCK=FINISH_BLOCK, SUM_GROUPS=SUM_GROUPS, SUM_COLUMNS=SUM_COLUMNS,
             num_warps=FINISH_WARPS,
-        )
+        )  # fmt: skip
     return (loss if centered else rows), teacher_sum, center_used, stats
 
 
 def backward(
+    grad: Tensor,
     grad_rows: Tensor,
     scale: float,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
+    crops: Crops,
     stats: Tensor,
-    student_temp: float | Tensor,
-    teacher_temp: float | Tensor,
-    ignore_diagonal: bool,
-    grad: Tensor,
+    options: PairwiseOptions,
 ) -> None:
-    """One launch, which writes `grad` [S, B, K] (it may be `student`); see pairwise.py."""
+    """Write the result of the operator pairwise_backward to `grad`, which may be the student."""
     target = grad
     if grad.stride(-1) != 1:  # in place over logits that had to be copied: rare
-        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    student, teacher = _unit_stride(student), _unit_stride(teacher)
-    (S, B, K), T = student.shape, teacher.shape[0]
+        grad = torch.empty(crops.student.shape, dtype=grad.dtype, device=grad.device)
+    student, teacher, center = map(_unit_stride, crops)
+    S, T, B, K = crops.sizes()
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
     rows = min(B, MAX_ROWS_OF_PROGRAMS)
     with device_guard(student):
         pairwise_backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
-            grad_rows,
-            student,
-            teacher,
-            center,
-            stats,
-            grad,
-            student_temp,
-            teacher_temp,
-            scale,
-            B,
-            K,
-            grad_rows.stride(0),
-            grad_rows.stride(1),
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
-            grad.stride(0),
-            grad.stride(1),
-            S=S,
-            T=T,
-            CENTERED=center is not None,
-            IGNORE_DIAGONAL=ignore_diagonal,
-            STUDENT_TEMP_TENSOR=isinstance(student_temp, Tensor),
-            TEACHER_TEMP_TENSOR=isinstance(teacher_temp, Tensor),
-            EVEN=K % block == 0,
-            BLOCK=block,
+            grad_rows, student, teacher, center, stats, grad,
+            options.student_temp, options.teacher_temp, scale, B, K,
+            *grad_rows.stride(), *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2],
+            S=S, T=T, CENTERED=center is not None, IGNORE_DIAGONAL=options.ignore_diagonal,
+            **_temperature_flags(options), EVEN=K % block == 0, BLOCK=block,
             num_warps=BACKWARD_WARPS,
-        )
+        )  # fmt: skip
     if grad is not target:
         target.copy_(grad)
 
 
-def _ceil_div(a: int, b: int) -> int:  # triton's own costs microseconds a call
+def _temperature_flags(options: PairwiseOptions) -> dict[str, bool]:
+    return {
+        "STUDENT_TEMP_TENSOR": isinstance(options.student_temp, Tensor),
+        "TEACHER_TEMP_TENSOR": isinstance(options.teacher_temp, Tensor),
+    }
+
+
+def _ceil_div(a: int, b: int) -> int:  # triton.cdiv costs microseconds per call
     return -(-a // b)
 
 
 def _power_of_2(n: int) -> int:
-    """The smallest that is at least n."""
+    """Return the smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+def _unit_stride(tensor: Any) -> Any:
+    """Return a tensor whose last dimension is contiguous; None unchanged."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

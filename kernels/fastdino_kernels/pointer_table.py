@@ -1,24 +1,24 @@
 """Lists of tensors as one table in device memory, so that one launch serves a whole network.
 
-A table follows from the addresses, dtypes, sizes and strides of its tensors and from nothing else.
-These are its key, read anew by each call (half a microsecond of the host's time a tensor): where
-they are those of an earlier call, its table holds, and so does what its checks found, whichever
-objects the tensors are now. Storage that moved (`.data =`, a reshard, gradients made anew) is
-another key. The cache is small and holds no caller's tensor. A table may serve another stream than
-the one it was made on, which then waits until the table is there.
+A table depends only on the addresses, dtypes, sizes and strides of its tensors. These are its cache
+key, read anew by each call (half a microsecond of host time per tensor). If they equal those of an
+earlier call, its table and the results of its checks are reused, whichever objects the tensors are
+now. Storage that moved (`.data =`, a reshard, new gradients) is another key. The cache is small and
+keeps no caller's tensor alive. A table may be used on another stream than the one that filled it;
+that stream then waits for the upload.
 
-CUDA graphs: a call whose table exists uploads nothing while it is captured; its table then lives
-for good, as the graph reads it. A table made during capture (gradients have new addresses in the
-graph's pool) is copied, at each replay too, from pinned memory that an earlier call set aside,
-whether or not that call had to make a table.
+CUDA graphs: a call whose table exists uploads nothing while it is captured; the table then stays
+alive, as the graph reads it. A table made during capture (gradients have new addresses in the
+graph's pool) is copied, at each replay too, from pinned memory that an earlier call reserved, even
+if that call did not make a table.
 
-The rows, one for each group of tensors that are worked on together, are int64 [n, ROW]:
+The rows, one per group of tensors that are processed together, are int64 [n, ROW]:
 
     FIRST_CHUNK   the number of its first chunk; chunks are numbered through the table
-    NUMEL         elements; 0 where there is no tensor in role 0
-    CODES         dtype codes, CODE_BITS for each role; ABSENT where there is no tensor
+    NUMEL         elements; 0 if there is no tensor in role 0
+    CODES         dtype codes, CODE_BITS for each role; ABSENT if there is no tensor
     POSITION      its index in the caller's list
-    POINTER + r   the address in role r, of at most six; 0 where there is no tensor
+    POINTER + r   the address in role r, of at most six; 0 if there is no tensor
 """
 
 from __future__ import annotations
@@ -37,51 +37,51 @@ ROW = 10
 FIRST_CHUNK, NUMEL, CODES, POSITION, POINTER = range(5)
 CODE_BITS = 8
 FP32, BF16, FP16, ABSENT = range(4)
-MIXED = -1  # of a role whose tensors differ in dtype
+MIXED = -1  # code of a role whose tensors differ in dtype
 _CODE_OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
-_CACHED = 16  # plans, the least recently used of which goes first
+_CACHED = 16  # plans; the least recently used is dropped first
 _ARENA_WORDS = 1 << 17  # 1 MiB: about forty captured calls of 300 tensors
 
 
-Ranges = Sequence[tuple[int, int]]  # of addresses, (first, end), in order and apart
+Ranges = Sequence[tuple[int, int]]  # sorted, disjoint address ranges (first, end)
 
 
 @dataclass(frozen=True)
 class PointerTable:
-    """What one launch works on, in the device's memory."""
+    """The tensors of one launch, in device memory."""
 
     rows: Tensor  # int64 [n, ROW]
     owners: Tensor  # int64 [chunks]: the index of the row that each chunk belongs to
-    codes: tuple[int | None, ...]  # each role's dtype code, MIXED, or None: no tensor has it
+    codes: tuple[int | None, ...]  # each role's dtype code, MIXED, or None without tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the checks of a call found: who computes what. It equals itself alone, as in a key."""
+    """Implementation and tables of a checked call. Compared by identity, as part of a cache key."""
 
     impl: str
     table: PointerTable | None = None
-    rest: tuple[int, ...] = ()  # indices, in the caller's lists, of what no table can hold
-    gradients: PointerTable | None = None  # a second table, where there is one
-    ranges: Ranges = ()  # that a call writes to
+    rest: tuple[int, ...] = ()  # indices, in the caller's lists, of tensors left to PyTorch
+    gradients: PointerTable | None = None  # a second table, of the gradients
+    ranges: Ranges = ()  # memory that a call writes to
 
 
 def are_plain(tensors: Sequence[object]) -> bool:
-    """Whether all are tensors with memory of their own: no subclass (fake, distributed, ...)."""
+    """Return True if all are plain tensors: no subclass (fake, distributed, ...)."""
     return set(map(type, tensors)) <= _PLAIN_TYPES
 
 
 def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]) -> Plan:
-    """make(), or what it returned for tensors like these and the same head.
+    """Return the cached plan for these tensors and this head, or that of make().
 
     Args:
-        head: whatever else the plan depends on.
-        tensors: n >= 1 plain ones, of all roles.
-        make: checks its input and may raise; nothing is remembered then.
+        head: everything else that the plan depends on.
+        tensors: n >= 1 plain tensors, of all roles.
+        make: checks its input and may raise, in which case nothing is cached.
     """
     key = _key_of(head, tensors)
     if key is None:
@@ -93,14 +93,14 @@ def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]
         if _arena.is_low() and not _is_capturing(device):
             _arena.reserve()
         for table in filter(None, (plan.table, plan.gradients)):
-            # It may have been made on another stream: its memory must outlast this one's use.
+            # A table made on another stream must not be freed before this stream has used it.
             table.rows.record_stream(stream)
             table.owners.record_stream(stream)
     return plan
 
 
 def _key_of(head: Hashable, tensors: Sequence[Tensor]) -> Hashable | None:
-    """All that a plan depends on; None where a tensor has no address, as no sparse one has."""
+    """Return the cache key, or None if a tensor has no address, as a sparse tensor."""
     try:
         contiguous = tuple(map(Tensor.is_contiguous, tensors))
         return (
@@ -120,16 +120,16 @@ def build_table(
     chunk: int,
     device: torch.device | None = None,
 ) -> PointerTable:
-    """The table of n tensors in each of 1 to 6 roles, in chunks of `chunk` elements.
+    """Build the table of n tensors in each of 1 to 6 roles, in chunks of `chunk` elements.
 
     Args:
-        roles: lists of n >= 1 fp32/bf16/fp16 tensors, of which the i-th of all lists are flat
-            together, or None where there is none.
+        roles: lists of n >= 1 fp32/bf16/fp16 tensors or None. The i-th tensors of all lists are
+            flat together (see are_flat).
         positions: n numbers, for the column POSITION.
         chunk: elements of one program.
-        device: where it is to be; by default where the first tensor of the first role is.
+        device: the table's device; by default that of the first tensor of the first role.
 
-    Raises: RuntimeError: under CUDA-graph capture, where no earlier call set memory aside.
+    Raises: RuntimeError: a CUDA graph is being captured, and no earlier call reserved memory.
     """
     device = device or next(tensor.device for tensor in roles[0] if tensor is not None)
     numels = [0 if tensor is None else tensor.numel() for tensor in roles[0]]
@@ -147,7 +147,7 @@ def build_table(
     rows = zip(firsts, numels, packed, positions, *addresses, *unused, strict=False)
 
     def make_owners() -> Tensor:
-        # On the device: only n numbers have to be copied there.
+        # Computed on the device, so that only n numbers are copied there.
         return torch.repeat_interleave(_upload(counts, device), output_size=sum(counts))
 
     return PointerTable(
@@ -165,7 +165,7 @@ def _common_code(codes: Sequence[int]) -> int | None:
 
 
 def are_flat(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape may be worked on as 1-D: dense, with the same strides."""
+    """Return True if tensors of one shape can be treated as 1-D: dense, with equal strides."""
     if all(map(Tensor.is_contiguous, tensors)):
         return True
     shape = tensors[0].shape
@@ -179,7 +179,7 @@ def are_flat(tensors: Sequence[Tensor]) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one range of memory, each once, in any order of dimensions."""
+    """Return True if the elements fill one range of memory, each once, in any dimension order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -192,14 +192,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory, as those of an expanded tensor do.
+    """Return True if two elements may share memory, as in an expanded tensor.
 
-    No view made by slicing, selecting, transposing or splitting a dimension is said to; one of
-    as_strided whose dimensions interleave may be, though none of its elements meet.
+    This is False for every view made by slicing, selecting, transposing or splitting a dimension.
+    It can be True for an as_strided view with interleaved dimensions whose elements are distinct.
     """
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
-    extent = 1  # of the dimensions so far, from the innermost, in elements
+    extent = 1  # elements spanned by the dimensions so far, from the innermost
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
             if stride < extent:
@@ -209,19 +209,19 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | None:
-    """Indices of two tensors in the same memory, one of them among the first `written`; or None.
+    """Return the indices of two tensors that share memory, one of the first `written`, or None.
 
-    Exact for dense tensors; one with gaps counts as its first element, so that interleaved views
-    pass.
+    Exact for dense tensors. A tensor with gaps counts as its first element, so that interleaved
+    views are accepted.
     """
     ranges = sorted(
         (tensor.data_ptr(), index, _extent(tensor))
         for index, tensor in enumerate(tensors)
         if tensor.numel() > 0
     )
-    end, other = -1, -1  # of the range that reaches furthest so far
+    end, other = -1, -1  # end and index of the range that reaches furthest so far
     for start, index, size in ranges:
-        # Where that one is only read, a written range beneath it would have been found already.
+        # If that one is only read, an overlap with a written range was already returned.
         if start < end and min(index, other) < written:
             return min(index, other), max(index, other)
         end, other = max((end, other), (start + size, index))
@@ -229,7 +229,7 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
 
 
 def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
-    """Where these tensors lie, which share no memory; as find_overlap counts it."""
+    """Return the memory of tensors that share none, with find_overlap's rule for gaps."""
     return sorted(
         (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
         for tensor in tensors
@@ -237,30 +237,30 @@ def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
     )
 
 
-def lies_in(tensor: Tensor, ranges: Ranges) -> bool:
-    """Whether it has memory in common with one of the ranges, as find_overlap counts it."""
+def overlaps_ranges(tensor: Tensor, ranges: Ranges) -> bool:
+    """Return True if a tensor shares memory with a range, with find_overlap's rule for gaps."""
     if tensor.numel() == 0:
         return False
     start = tensor.data_ptr()
-    after = bisect.bisect_left(ranges, (start + _extent(tensor),))  # the first that begins behind
+    after = bisect.bisect_left(ranges, (start + _extent(tensor),))  # the first range after it
     return after > 0 and ranges[after - 1][1] > start
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes, of a dense tensor; of one with gaps those of an element."""
+    """Return the bytes of a dense tensor, or of one element of a tensor with gaps."""
     return tensor.nbytes if is_dense(tensor) else tensor.element_size()
 
 
 @dataclass
 class _Entry:
     value: Any
-    used: int  # the time of its last use
-    stream: torch.cuda.Stream | None  # the last that was made to wait for `filled`
+    used: int  # time of the last use
+    stream: torch.cuda.Stream | None  # the last stream that waited for `filled`
     filled: torch.cuda.Event | None
 
 
 class _Cache:
-    """A few values by key; those that a captured CUDA graph reads are kept for good."""
+    """A small cache; values that a captured CUDA graph reads are kept forever."""
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, _Entry] = {}
@@ -277,11 +277,11 @@ class _Cache:
         device: torch.device,
         stream: torch.cuda.Stream | None,
     ) -> Any:
-        """make(), or what it returned before, for work on the device's current stream."""
+        """Return the cached value or that of make(), ready for the device's current stream."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.used = next(self._clock)
-            if _is_capturing(device):  # all earlier work was done when that began
+            if _is_capturing(device):  # earlier work was done before capture began
                 self._in_graphs[id(entry.value)] = entry.value
             elif stream is not None and stream != entry.stream:
                 assert entry.filled is not None
@@ -289,7 +289,7 @@ class _Cache:
                 entry.stream = stream
             return entry.value
         value = make()
-        # What a capture makes is filled by the graph's replay only: no later call may use it.
+        # A value made during capture is filled only by replays: no later call may use it.
         if not _is_capturing(device):
             if len(self._entries) >= _CACHED:
                 del self._entries[min(self._entries, key=lambda k: self._entries[k].used)]
@@ -299,23 +299,23 @@ class _Cache:
 
 
 class _Arena:
-    """Pinned memory for uploads during capture, when none may be allocated; never used twice."""
+    """Pinned memory for uploads during capture, when none can be allocated; never reused."""
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._used = _ARENA_WORDS
 
     def is_low(self) -> bool:
-        """Whether less than half a block is left."""
+        """Return True if less than half a block remains."""
         return self._used > _ARENA_WORDS // 2
 
     def reserve(self) -> None:
-        """Sets a block aside."""
+        """Reserve a block."""
         self._blocks.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
         self._used = 0
 
     def take(self, words: int) -> Tensor:
-        """[words] int64."""
+        """Return unused memory, [words] int64."""
         if self._used + words > _ARENA_WORDS:
             raise RuntimeError(
                 f"no pinned memory for {words} words of a pointer table during CUDA-graph "
@@ -337,7 +337,7 @@ def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _upload(values: Iterable[int], device: torch.device) -> Tensor:
-    """At least one integer as a 1-D int64 tensor on `device`; the host does not wait."""
+    """Copy at least one integer to a 1-D int64 tensor on `device` without synchronising."""
     host = torch.frombuffer(array.array("q", values), dtype=torch.int64)
     if device.type != "cuda":
         return host

@@ -1,9 +1,9 @@
-"""The paper's equations, transcribed plainly: the oracle that every other implementation meets.
+"""Plain transcription of the paper's equations, the oracle of tests and benchmarks.
 
 Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers",
-arXiv 2104.14294; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Nothing here is fast, nothing
-modifies its inputs, and everything computes in the dtype that it is given: pass float64 for the
-truth, half precision for what plain PyTorch would do.
+arXiv 2104.14294; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. The functions are not fast, do
+not modify their inputs, and compute in the dtype of their inputs: pass float64 for the exact
+result, half precision for the result of plain PyTorch.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -26,11 +26,11 @@ def dino_loss(
     student_temp: float | Tensor,
     teacher_temp: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """DINO loss of [S, B, K] student and [T, B, K] teacher logits (Eq. 3 and Algorithm 1).
+    """Compute the DINO loss of student [S, B, K] and teacher [T, B, K] logits (Eq. 3).
 
         L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
 
-    Returns: (loss, teacher_sum): a scalar in nats, and the [K] sum of `teacher` over T and B.
+    Returns: (loss, teacher_sum): a scalar in nats, and the sum [K] of `teacher` over T and B.
     """
     log_probs = torch.log_softmax(student / student_temp, dim=-1)
     targets = torch.softmax((teacher.detach() - center.reshape(-1)) / teacher_temp, dim=-1)
@@ -49,7 +49,7 @@ def dino_loss(
 def soft_cross_entropy(
     student: Tensor, probs: Tensor, student_temp: float | Tensor, ignore_diagonal: bool
 ) -> Tensor:
-    """[S, B]: sum_q -sum_k probs_qk log softmax(s_v/tau_s)_k, for each crop v and image.
+    """Compute sum_q -sum_k probs_qk log softmax(s_v/tau_s)_k for each crop v and image: [S, B].
 
     q runs over the T crops of `probs` [T, B, K], with ignore_diagonal over those other than v.
     """
@@ -65,25 +65,25 @@ def soft_cross_entropy(
 
 
 def teacher_entropy(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
-    """Mean entropy, in nats, of softmax((t - c)/tau_t) over the T*B rows of [T, B, K] logits."""
+    """Compute the mean entropy in nats of softmax((t - c)/tau_t) over the rows of [T, B, K]."""
     log_probs = torch.log_softmax((teacher - center.reshape(-1)) / teacher_temp, dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
 
 
 def update_center(center: Tensor, teacher_sum: Tensor, rows: int, momentum: float) -> Tensor:
-    """C <- m*c + (1 - m) * teacher_sum/rows (Eq. 4), over the rows of all processes together."""
+    """Return m*c + (1 - m) * teacher_sum/rows (Eq. 4); rows are those of all ranks together."""
     return momentum * center + (1 - momentum) * (teacher_sum / rows)
 
 
 def ema_update(
     teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
 ) -> list[Tensor]:
-    """theta_t <- m*theta_t + (1 - m)*theta_s (section 3.1), as new tensors."""
+    """Return m*theta_t + (1 - m)*theta_s (section 3.1) as new tensors."""
     return [momentum * t + (1 - momentum) * s for t, s in zip(teacher, student, strict=True)]
 
 
 def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Each gradient scaled by max_norm/(norm + 1e-6) where that is < 1, and the norms before."""
+    """Scale each gradient by max_norm/(norm + 1e-6) if that is < 1; also return the norms."""
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     factors = [max_norm / (norm + CLIP_EPS) for norm in norms]
     clipped = [
@@ -94,7 +94,7 @@ def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tens
 
 
 def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
-    """All scaled by min(1, max_norm/(norm + 1e-6)), and the norm of all before: DINOv2's clip."""
+    """Scale all by min(1, max_norm/(norm + 1e-6)), as DINOv2; also return the global norm."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
     factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
     return [grad * factor for grad in grads], norm
@@ -112,7 +112,7 @@ def adamw(
     eps: float,
     weight_decay: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW (Algorithm 2), the step-th from 1: (parameter, exp_avg, exp_avg_sq) after.
+    """Return (parameter, exp_avg, exp_avg_sq) after AdamW's step number `step` >= 1 (Algorithm 2).
 
     p <- p - lr*wd*p - lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
     """
@@ -124,5 +124,5 @@ def adamw(
 
 
 def unit_rows(weight: Tensor) -> Tensor:
-    """[K, D] with each row divided by its L2 norm, or by 1e-12: a weight norm of magnitude 1."""
+    """Divide each row of [K, D] by its L2 norm, at least 1e-12: a weight norm of magnitude 1."""
     return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(UNIT_EPS)

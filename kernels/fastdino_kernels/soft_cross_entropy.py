@@ -1,22 +1,16 @@
-"""Cross-entropy of student crops with teacher probabilities that are computed already.
+"""Cross-entropy between student crops and teacher probabilities.
 
-What DINOv2, DINOv3, iBOT and SwAV-like losses need: their targets come from Sinkhorn-Knopp or from
-a softmax of their own. Legend: S crops of the student, T crops of the teacher, B images (or any
-other rows, as patches), K prototypes.
+DINOv2, DINOv3, iBOT and SwAV use it with targets from Sinkhorn-Knopp or their own softmax.
+Legend: S crops of the student, T crops of the teacher, B images (or any other rows, such as
+patches), K prototypes.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
-from .dispatch import (
-    check_float_tensor,
-    check_inplace_backward,
-    check_temperature,
-    choose_impl,
-    compute_dtype,
-)
+from .checks import check_float_tensor, check_inplace_backward, check_temperature
+from .dispatch import choose_impl, compute_dtype
 from .pairwise import PairwiseCrossEntropy
 
 
@@ -29,12 +23,12 @@ def soft_cross_entropy(
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of each student crop with the sum of the teacher's crops.
+    """Compute the cross-entropy of each student crop with the sum of the teacher's crops.
 
     rows_vb = sum_q -sum_k P_qbk log softmax(s_vb/tau_s)_k, over q != v with ignore_diagonal.
 
-    The rows of `probs` need not sum to 1. Precision, infinite logits and the second derivative are
-    as in dino_loss.
+    The rows of `probs` need not sum to 1. Precision, infinite logits and second derivatives are as
+    in dino_loss.
 
     Args:
         student: [S, B, K] logits, fp16/bf16/fp32/fp64; receives the gradient.
@@ -42,14 +36,15 @@ def soft_cross_entropy(
         student_temp: > 0; a float, or a 0-d tensor on the logits' device, its value unchecked.
         ignore_diagonal: leave out the pairs of a crop with itself, q = v.
         inplace_backward: write the gradient over the student's logits, as in dino_loss.
-        impl: "triton", "torch", "reference", or "auto".
+        impl: "triton", "torch" or "auto".
 
-    Returns: rows [S, B], fp32, nats (fp64 where either input is).
+    Returns: rows [S, B], fp32, in nats (fp64 if either input is).
 
     Raises:
-        ValueError: shapes or devices that do not fit, a temperature that is not > 0, or
-            inplace_backward on logits that share memory; the message says expected and got.
-        TypeError: something that is not a floating-point tensor.
+        ValueError: shapes or devices that do not match, a temperature that is not > 0, or
+            inplace_backward on logits that share memory. The message has the expected and the
+            actual value.
+        TypeError: logits or probabilities that are not floating-point tensors.
 
     """
     check_float_tensor("student", student)
@@ -72,10 +67,6 @@ def soft_cross_entropy(
     dtype = compute_dtype(student, probs)
     temp = check_temperature("student_temp", student_temp, dtype, student.device)
     probs = probs.detach()
-    if chosen == "reference":
-        return reference.soft_cross_entropy(
-            student.to(dtype), probs.to(dtype), temp, ignore_diagonal
-        )
     if inplace_backward:
         check_inplace_backward("probs", student, probs)
     rows, _ = PairwiseCrossEntropy.apply(

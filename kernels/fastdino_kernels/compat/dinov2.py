@@ -1,6 +1,6 @@
-"""The cross-entropies of DINOv2-style code, whose teacher probabilities exist already.
+"""Cross-entropies of DINOv2-style code, whose teacher outputs are already probabilities.
 
-There the teacher is centered or balanced (Sinkhorn-Knopp) by itself, and the loss is what remains:
+The teacher is centered or balanced (Sinkhorn-Knopp) separately, and the loss is
 
     CE(p, s) = -sum_k p_k log softmax(s/tau_s)_k
 
@@ -16,29 +16,30 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import check_float_tensor, pair_count
+from ..checks import check_float_tensor
+from ..pairwise_arguments import pair_count
 from ..soft_cross_entropy import soft_cross_entropy
-from .crops import stack_crops
+from .stacking import stack_crops
 
 
 def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool = False) -> Tensor:
-    """-sum_k t_k log softmax(s/temp)_k of every row: the patch loss of iBOT and DINOv2.
+    """Compute -sum_k t_k log softmax(s/temp)_k of every row: the patch loss of iBOT and DINOv2.
 
-    This is the `xformers.ops.cross_entropy` that dinov2/loss/ibot_patch_loss.py asks for, and that
-    no public xformers has; its result is negated there.
+    This is the `xformers.ops.cross_entropy` that dinov2/loss/ibot_patch_loss.py imports and negates
+    and that no public xformers has.
 
     Args:
         s: [B, N, K] student logits (any leading dimensions), fp16/bf16/fp32/fp64; receives the
             gradient.
         t: teacher probabilities of the same shape, any of these dtypes; receives none.
         temp: the student's temperature, > 0; a float, or a 0-d tensor on the logits' device.
-        bw_inplace: write the gradient over `s` in the backward pass. Only where nothing reads `s`
-            after its loss: see soft_cross_entropy's inplace_backward.
+        bw_inplace: write the gradient over `s` in the backward pass. Only use it if nothing reads
+            `s` after the loss; see soft_cross_entropy's inplace_backward.
 
-    Returns: [B, N], nats, fp32 (fp64 for fp64 logits).
+    Returns: [B, N], in nats, fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a temperature that is not > 0.
+        ValueError: shapes or devices that do not match, or a temperature that is not > 0.
         TypeError: logits or probabilities that are not floating-point tensors.
 
     """
@@ -63,20 +64,20 @@ def dino_clstoken_loss(
     teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor,
     student_temp: float | Tensor = 0.1,
 ) -> Tensor:
-    """sum_q sum_v mean_b CE(p_q, s_v): forward of DINOv2's DINOLoss (loss/dino_clstoken_loss.py).
+    """Compute sum_q sum_v mean_b CE(p_q, s_v), DINOv2's DINOLoss (loss/dino_clstoken_loss.py).
 
-    Every pair counts, and the sum is not divided by their number: the caller does that. Lists are
+    All pairs count, and the sum is not divided by their number: the caller does that. Lists are
     stacked, which copies them, unless they are the pieces of one tensor (`out.chunk(S)`): see
-    crops.stack_crops.
+    stacking.stack_crops.
 
     Args:
         student_output_list: S tensors [B, K], logits, or one [S, B, K]; receives the gradient.
         teacher_out_softmaxed_centered_list: T tensors [B, K], probabilities, or one [T, B, K].
         student_temp: > 0; a float, or a 0-d tensor on the logits' device.
 
-    Returns: a fp32 scalar, nats (fp64 for fp64 logits); 0 for an empty batch.
+    Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 for an empty batch.
 
-    Raises: ValueError, TypeError: as soft_cross_entropy and crops.stack_crops.
+    Raises: ValueError, TypeError: as soft_cross_entropy and stacking.stack_crops.
 
     """
     student = stack_crops("student_output_list", student_output_list)
@@ -93,10 +94,10 @@ def dino_cross_entropy(
     ignore_diagonal: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """Mean of CE(p_q, s_v) over pairs of crops and images: the form often written as an einsum.
+    """Compute the mean of CE(p_q, s_v) over pairs of crops and images, often written as an einsum.
 
-    einsum("sbk,tbk->st") of log-probabilities and probabilities, whose diagonal is set to 0 with
-    ignore_diagonal, summed, and divided by -B*S*T, or by -(B*S*T - B*min(S, T)).
+    This is einsum("sbk,tbk->st") of log-probabilities and probabilities, with a zero diagonal if
+    ignore_diagonal, summed and divided by -B*S*T, or by -(B*S*T - B*min(S, T)).
 
     Args:
         student_logits: [S, B, K], fp16/bf16/fp32/fp64; receives the gradient.
@@ -105,10 +106,10 @@ def dino_cross_entropy(
         ignore_diagonal: leave out the pairs of crop i with crop i.
         inplace_backward: write the gradient over the logits: see soft_cross_entropy.
 
-    Returns: a fp32 scalar, nats (fp64 for fp64 logits); 0 for an empty batch.
+    Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 for an empty batch.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a temperature that is not > 0, or S = T = 1
+        ValueError: shapes or devices that do not match, a temperature that is not > 0, or S = T = 1
             with ignore_diagonal, which leaves no pairs.
         TypeError: logits or probabilities that are not floating-point tensors.
 

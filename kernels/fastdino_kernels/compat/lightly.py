@@ -1,4 +1,4 @@
-"""lightly's DINOLoss on the kernels: `lightly.loss.DINOLoss`, as of lightly 1.6.
+"""Drop-in for `lightly.loss.DINOLoss`, as of lightly 1.6.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_temperature
 from ..dino_loss import dino_loss
-from ..dispatch import check_temperature, compute_dtype, pair_count
+from ..dispatch import compute_dtype
+from ..pairwise_arguments import pair_count
 from ..soft_cross_entropy import soft_cross_entropy
-from .crops import stack_crops
+from .stacking import stack_crops
 
 
 class DINOLoss(nn.Module):
@@ -24,27 +26,27 @@ class DINOLoss(nn.Module):
     L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
 
     (Caron et al. 2021, arXiv 2104.14294, Eq. 3; https://docs.lightly.ai.) The results differ from
-    lightly's in these cases alone:
+    lightly's only in these cases:
 
     - Half precision is computed in fp32, the loss and the batch's mean for the center included.
     - The teacher gets no gradient, even where teacher_out requires one.
-    - With fp64 logits the center keeps its dtype (`.double()` makes it fp64), and a temperature
-      that is a float is not rounded to fp32.
-    - An empty batch has loss 0 and leaves the center, instead of making both NaN.
-    - Shapes that would only broadcast, a negative epoch and temperatures <= 0 are errors.
+    - With fp64 logits the center keeps its dtype (`.double()` makes it fp64), and a float
+      temperature is not rounded to fp32.
+    - An empty batch has loss 0 and does not change the center, instead of making both NaN.
+    - Shapes that match only by broadcasting, a negative epoch and temperatures <= 0 are errors.
 
     Args:
         output_dim: K, the number of prototypes.
-        warmup_teacher_temp: teacher temperature of epoch 0, where forward is given an epoch.
-        teacher_temp: teacher temperature after the warm-up, and where forward is given neither a
+        warmup_teacher_temp: teacher temperature of epoch 0, if forward is given an epoch.
+        teacher_temp: teacher temperature after the warm-up, and if forward is given neither a
             temperature nor an epoch.
         warmup_teacher_temp_epochs: epochs of linear warm-up, both ends included.
         student_temp: the student's temperature.
-        center_momentum: in [0, 1]; the share of the center that an update keeps.
-        center_mode: "mean", the only one.
+        center_momentum: in [0, 1]; the weight of the old center in an update.
+        center_mode: must be "mean".
 
-    Buffer `center` [1, 1, K]. `teacher_temp_schedule` [warmup_teacher_temp_epochs] is a tensor on
-    the CPU and no buffer, as in lightly; attributes may be changed between calls.
+    Buffer `center` [1, 1, K]. `teacher_temp_schedule` [warmup_teacher_temp_epochs] is a CPU tensor
+    but not a buffer, as in lightly. Attributes may be changed between calls.
 
     Raises: ValueError: a number out of its range, or an unknown center_mode.
 
@@ -96,25 +98,25 @@ class DINOLoss(nn.Module):
         teacher_temp: float | Tensor | None = None,
         epoch: int | None = None,
     ) -> Tensor:
-        """Loss of one batch; the center is updated after its use.
+        """Compute the loss of one batch, then update the center.
 
         Lists are stacked, which copies them, unless they are the pieces of one tensor
-        (`out.chunk(S)`): see crops.stack_crops.
+        (`out.chunk(S)`): see stacking.stack_crops.
 
         Args:
             teacher_out: T tensors [B, K], logits, or one [T, B, K]; receives no gradient.
             student_out: S tensors [B, K], logits, or one [S, B, K]; receives the gradient. Crop i
-                of the student and crop i of the teacher are the same crop, whose pair is left out.
+                of the student and crop i of the teacher are the same crop; this pair is left out.
             teacher_temp: > 0; a float, or a 0-d tensor on the CPU or the logits' device, whose
-                value is not checked. It wins over epoch.
-            epoch: from 0; chooses the teacher's temperature.
+                value is not checked. It overrides epoch.
+            epoch: from 0; selects the teacher temperature.
 
-        Returns: the loss, a fp32 scalar in nats (fp64 where logits are).
+        Returns: the loss, a fp32 scalar in nats (fp64 if logits are).
 
         Raises:
-            ValueError: S = T = 1, which leaves no pairs (the center then stays); shapes or devices
-                that do not fit; a temperature or an epoch out of range; an empty batch in one of
-                several processes. The message says what was expected and got.
+            ValueError: S = T = 1, which leaves no pairs (the center is unchanged); shapes or
+                devices that do not match; a temperature or an epoch out of range; an empty batch
+                with several ranks. The message has the expected and the actual value.
             TypeError: logits that are not floating-point tensors.
 
         """
@@ -129,12 +131,12 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_out: Sequence[Tensor] | Tensor) -> None:
-        """Center <- m*center + (1 - m)*mean of the logits, averaged over all processes (Eq. 4).
+        """Update the center to m*center + (1 - m)*mean of the logits over all ranks (Eq. 4).
 
-        forward does this by itself, from a sum that the loss's kernel has made on its way.
+        forward already does this, with a sum that the loss's kernel computes.
 
         Args:
-            teacher_out: [T, B, K] logits, or T tensors [B, K]. An empty batch leaves the center.
+            teacher_out: [T, B, K] logits, or T tensors [B, K]. An empty batch changes nothing.
 
         Raises: ValueError, TypeError: as forward.
 
@@ -145,7 +147,7 @@ class DINOLoss(nn.Module):
         self._move_center(total, teacher.shape[0] * teacher.shape[1])
 
     def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
+        """Return the text that print(module) shows between the parentheses."""
         return (
             f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, "
             f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
@@ -154,13 +156,13 @@ class DINOLoss(nn.Module):
     def _pairwise(
         self, student: Tensor, teacher: Tensor, teacher_temp: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(loss [], teacher_sum [K]) over the pairs of different crops."""
+        """Return (loss [], teacher_sum [K]) over the pairs of different crops."""
         center = self.center.reshape(-1)
         if len(teacher) <= len(student):
             return dino_loss(
                 student, teacher, center, student_temp=self.student_temp, teacher_temp=teacher_temp
             )
-        # More teacher than student crops: rare, and not what dino_loss takes.
+        # More teacher than student crops: rare, and not supported by dino_loss.
         dtype = compute_dtype(student, teacher)
         teacher_temp = check_temperature("teacher_temp", teacher_temp, dtype, teacher.device)
         probs = torch.softmax((teacher.to(dtype) - center) / teacher_temp, dim=-1)
@@ -172,12 +174,12 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def _move_center(self, teacher_sum: Tensor, rows: int) -> None:
-        """Updates the center from the [K] sum of `rows` rows of logits in this process."""
+        """Update the center from the sum [K] of `rows` rows of logits on this rank."""
         world = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
         if rows == 0 and world > 1:
-            raise ValueError("an empty batch, in one of several processes: expected B >= 1 rows")
+            raise ValueError("empty batch with several ranks: expected B >= 1 rows on each rank")
         if rows == 0:
             return
         mean = teacher_sum / rows
@@ -200,7 +202,7 @@ class DINOLoss(nn.Module):
             if epoch < self.warmup_teacher_temp_epochs:
                 temp = self.teacher_temp_schedule[epoch]
         if isinstance(temp, Tensor) and temp.numel() == 1 and temp.device.type == "cpu":
-            return temp.item()  # it is on the host: nothing waits
+            return temp.item()  # already on the host: no synchronisation
         return temp
 
     def _check(self, teacher: Tensor, student: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""solo-learn's DINOLoss on the kernels: `solo.losses.DINOLoss`."""
+"""Drop-in for solo-learn's `solo.losses.DINOLoss`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class DINOLoss(_DINOLoss):
         warmup_teacher_temp: teacher temperature of epoch 0.
         teacher_temp: teacher temperature after the warm-up.
         warmup_teacher_temp_epochs: epochs of linear warm-up, both ends included.
-        num_epochs: epochs in all; at least warmup_teacher_temp_epochs.
+        num_epochs: total number of epochs, at least warmup_teacher_temp_epochs.
         student_temp: the student's temperature.
         num_large_crops: S >= 2, the student's crops; the first two are the teacher's.
-        center_momentum: in [0, 1]; the share of the center that an update keeps.
+        center_momentum: in [0, 1]; the weight of the old center in an update.
 
-    Buffer `center` [1, K]. `update_center` takes the teacher's sum, not its logits: see
-    fastdino_kernels.DINOLoss.
+    Buffer `center` [1, K]. `update_center` takes the sum of the teacher's logits, not the logits:
+    see fastdino_kernels.DINOLoss.
 
-    Raises: ValueError: a number out of its range; the message says what to change.
+    Raises: ValueError: a number out of its range. The message states what to change.
 
     """
 
@@ -56,12 +56,12 @@ class DINOLoss(_DINOLoss):
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor | None = None
     ) -> Tensor:
-        """Loss of one batch at `self.epoch`; the center is updated after its use.
+        """Compute the loss of one batch at `self.epoch`, then update the center.
 
         Args:
             student_output: [S*B, K] logits, crop after crop; receives the gradient.
             teacher_output: [2*B, K] logits of the first two crops; receives no gradient.
-            epoch: in place of `self.epoch`, for this call.
+            epoch: overrides `self.epoch` for this call.
 
         Returns: the loss, a fp32 scalar in nats (fp64 for fp64 logits).
 

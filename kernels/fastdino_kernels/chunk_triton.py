@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""How every multi-tensor kernel finds, reads and writes its chunk of a PointerTable.
+"""Access to one chunk of a PointerTable, shared by the multi-tensor kernels.
 
 A program owns one chunk: CHUNK elements of one tensor, fewer at the tensor's end. A whole chunk at
-16-byte aligned addresses is read and written at once, in 128-bit accesses; any other PART by PART
-under a mask, assuming nothing. Offsets are 64-bit. Arithmetic is fp32 whatever is stored.
+16-byte aligned addresses is accessed at once, 128 bits at a time. Any other chunk is processed in
+masked parts of PART elements, without alignment. Offsets are 64-bit. Arithmetic is fp32.
 """
 
 import triton
@@ -26,17 +26,17 @@ PART = tl.constexpr(1024)
 
 @triton.jit
 def find_chunk(rows, owners, CHUNK: tl.constexpr):
-    """(owner, row, start, left): its row's index and address, its first element, those from it."""
+    """Return (row index, row address, first element, elements from there to the tensor's end)."""
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
     row = rows + owner * ROW
-    start = (chunk - tl.load(row)) * CHUNK  # int64, as all that is in the table
+    start = (chunk - tl.load(row)) * CHUNK  # int64, like everything in the table
     return owner, row, start, tl.load(row + NUMEL) - start
 
 
 @triton.jit
 def find_tensor(row, ROLE: tl.constexpr):
-    """(address, dtype code) of what this row has in one role."""
+    """Return (address, dtype code) of the row's tensor in one role."""
     code = (tl.load(row + CODES) >> (ROLE * CODE_BITS)) & CODE_MASK
     return tl.load(row + POINTER + ROLE), code
 
@@ -45,7 +45,7 @@ def find_tensor(row, ROLE: tl.constexpr):
 def load_chunk(
     address, code, start, left, DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """[CHUNK] in fp32; 0 beyond the tensor's end unless WHOLE. `code` decides a MIXED dtype."""
+    """Load [CHUNK] as fp32, 0 beyond the tensor's end unless WHOLE; `code` resolves MIXED."""
     if DTYPE == FP32:
         values = _load(address, start, left, tl.float32, CHUNK, WHOLE)
     elif DTYPE == BF16:
@@ -63,16 +63,10 @@ def load_chunk(
 
 @triton.jit
 def store_chunk(
-    values,
-    address,
-    code,
-    start,
-    left,
-    DTYPE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Writes [CHUNK] fp32 values, rounded once; returns what is stored, in fp32 again."""
+    values, address, code, start, left,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store [CHUNK] fp32 values, rounded once; return the stored values as fp32."""
     if DTYPE == FP32:
         stored = _store(values, address, start, left, tl.float32, CHUNK, WHOLE)
     elif DTYPE == BF16:
@@ -93,7 +87,7 @@ def _load(address, start, left, DTYPE: tl.constexpr, CHUNK: tl.constexpr, WHOLE:
     pointer = address.to(tl.pointer_type(DTYPE))
     offsets = tl.arange(0, CHUNK)
     if WHOLE:
-        # Unless told so, no access through a pointer from a table is vectorised.
+        # Accesses through a pointer from a table are vectorised only with this hint.
         pointer = tl.multiple_of(pointer, 16)
         values = tl.load(pointer + start + offsets)
     else:

@@ -1,4 +1,4 @@
-"""compat.crops: lists of crops that are pieces of one tensor are not copied.
+"""compat.stacking: lists of crops that are pieces of one tensor are not copied.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fastdino_kernels.compat import lightly
-from fastdino_kernels.compat.crops import stack_crops
 from fastdino_kernels.compat.dinov2 import dino_clstoken_loss
+from fastdino_kernels.compat.stacking import stack_crops
 from torch import Tensor
 
 from tests.logits import draw, draw_probs

@@ -1,4 +1,4 @@
-"""What one call of adamw_ema_update_ works on, for all of its implementations; and its checks."""
+"""Arguments of adamw_ema_update_, as all of its implementations use them, and their checks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .checks import check_float_tensor, check_memory, check_range, check_scalar, is_number
 from .clip import check_max_norm
-from .dispatch import check_float_tensor, is_number
-from .pointer_table import Ranges, are_plain, find_overlap, lies_in, overlaps_itself
+from .pointer_table import Ranges, are_plain, overlaps_ranges
 
-# What divides a part of the kernel's chunk.
+# These divide a part of the kernel's chunk.
 UNIT_COLUMNS = tuple(1 << i for i in range(11))
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Lists of one length: the i-th of each belong to one parameter; None: there is none."""
+    """Lists of one length: the i-th tensors belong to parameter i; None if there is no tensor."""
 
     parameters: list[Tensor]
     gradients: list[Tensor | None]
@@ -29,23 +29,19 @@ class Tensors:
     shadows: list[Tensor | None]  # copies of the parameters, in any dtype
     teacher_shadows: list[Tensor | None]
 
-    def names(self) -> list[str]:
-        """The lists' names, which the public function's arguments have too."""
-        return [field.name for field in fields(self)]
-
-    def lists(self) -> list[list[Tensor | None]]:
-        """The lists, in the order of their names."""
-        return [getattr(self, name) for name in self.names()]
+    def named(self) -> dict[str, list[Tensor | None]]:
+        """Return the lists by name, which is also the argument's name in the public function."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def take(self, indices: Iterable[int]) -> Tensors:
-        """What belongs to these parameters."""
+        """Select the tensors of some parameters."""
         indices = list(indices)
-        return Tensors(*([tensors[i] for i in indices] for tensors in self.lists()))  # type: ignore[arg-type]
+        return Tensors(*([some[i] for i in indices] for some in self.named().values()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Group:
-    """The hyperparameters of parameters first, first + 1, ..., first + count - 1."""
+    """Hyperparameters of the parameters first, first + 1, ..., first + count - 1."""
 
     first: int
     count: int
@@ -58,12 +54,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Call:
-    """All that is updated, and by what. Parameters beyond the last group have no gradient.
+    """The tensors to update and all options. Parameters beyond the last group have no gradient.
 
     unit_rows: the index of the parameter whose teacher's copy has rows of norm 1, or None.
-    steps: fp32 [those in the groups]; norms: [as many], or None where nothing needs them.
+    steps: fp32 [parameters in the groups]; norms: [as many], or None if they are not needed.
     skip, found_inf, grad_scale, refused_steps: 0-d, see adamw_ema_update_.
-    A number that is a tensor is on the parameters' device.
+    Numbers that are tensors are on the parameters' device.
     """
 
     tensors: Tensors
@@ -82,32 +78,25 @@ class Call:
 def check_hyperparameter(
     name: str, value: object, device: torch.device, most: float = math.inf
 ) -> float | Tensor:
-    """`value` itself, a number in [0, most] or a 0-d tensor; a number if it is on the host.
+    """Return a number in [0, most], or a 0-d tensor on the device.
+
+    A 0-d tensor on the CPU becomes a number if the device is another one.
 
     Raises:
         TypeError: something else.
         ValueError: a number out of range, a tensor of another shape or on another device.
     """
-    if isinstance(value, Tensor):
-        check_float_tensor(name, value)
-        if value.dim() != 0:
+    scalar = check_scalar(name, value)
+    if isinstance(scalar, Tensor):
+        if scalar.device == device:
+            return scalar
+        if not scalar.is_cpu:
             raise ValueError(
-                f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}"
+                f"{name} is on {scalar.device} but the parameters on {device}: expected one device"
             )
-        if value.device == device:
-            return value.detach()
-        if not value.is_cpu:
-            raise ValueError(
-                f"{name} is on {value.device} but the parameters on {device}: expected one device"
-            )
-        value = value.item()  # it is on the host: nothing waits
-    if not is_number(value):
-        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    assert isinstance(value, (int, float))
-    if not 0 <= value <= most:
-        expected = ">= 0" if math.isinf(most) else f"in [0, {most:g}]"
-        raise ValueError(f"{name} must be {expected}, got {value}")
-    return float(value)
+        scalar = scalar.item()  # already on the host: no synchronisation
+    check_range(name, scalar, most)
+    return float(scalar)
 
 
 def make_group(
@@ -119,7 +108,7 @@ def make_group(
     weight_decay: object,
     device: torch.device,
 ) -> Group:
-    """A group of checked hyperparameters; betas and eps are numbers.
+    """Make a group of checked hyperparameters; betas and eps are numbers.
 
     Raises: TypeError, ValueError: as check_hyperparameter; betas that are not two in [0, 1).
     """
@@ -141,9 +130,9 @@ def make_group(
 
 
 def check_call(call: Call) -> None:
-    """What is not remembered with the plan of a call: everything but its lists of tensors.
+    """Check all arguments but the lists of tensors, whose checks are cached with the plan.
 
-    Raises: TypeError, ValueError: the message names the argument.
+    Raises: TypeError, ValueError: the message has the argument's name.
     """
     device = call.tensors.parameters[0].device
     count = sum(group.count for group in call.groups)
@@ -178,7 +167,7 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_unit_rows(tensors: Tensors, index: int | None) -> None:
-    """Raises ValueError unless each program of the kernel has whole rows of what is normalised."""
+    """Raise ValueError unless each program of the kernel has whole rows of the normalised copy."""
     if index is None:
         return
     if not 0 <= index < len(tensors.parameters):
@@ -196,9 +185,9 @@ def check_unit_rows(tensors: Tensors, index: int | None) -> None:
 
 
 def check_lengths(tensors: Tensors) -> None:
-    """ValueError unless all lists are of one length."""
+    """Raise ValueError unless all lists have one length."""
     n = len(tensors.parameters)
-    for name, some in zip(tensors.names(), tensors.lists(), strict=True):
+    for name, some in tensors.named().items():
         if len(some) != n:
             raise ValueError(
                 f"parameters and {name} must have the same length, got {n} and {len(some)}"
@@ -206,15 +195,15 @@ def check_lengths(tensors: Tensors) -> None:
 
 
 def check_state(tensors: Tensors) -> None:
-    """All but the gradients: types, shapes, devices, and that none is in another's memory.
+    """Check types, shapes, devices and memory of all tensors but the gradients.
 
-    Raises: TypeError, ValueError: the message names the tensors.
+    Raises: TypeError, ValueError: the message has the tensors' names.
     """
     device = check_float_tensor("parameters[0]", tensors.parameters[0]).device
-    names = tensors.names()
-    for i, belonging in enumerate(zip(*tensors.lists(), strict=True)):
+    named = tensors.named()
+    for i, belonging in enumerate(zip(*named.values(), strict=True)):
         p = check_float_tensor(f"parameters[{i}]", belonging[0])
-        for name, tensor in zip(names, belonging, strict=True):
+        for name, tensor in zip(named, belonging, strict=True):
             if name != "gradients" and tensor is not None:
                 _check_fits(i, name, tensor, p, device)
         _, _, exp_avg, exp_avg_sq, teacher, _, teacher_shadow = belonging
@@ -226,11 +215,11 @@ def check_state(tensors: Tensors) -> None:
 
 
 def check_gradients(tensors: Tensors, written: Ranges) -> None:
-    """The gradients, of parameters that check_state has passed.
+    """Check the gradients, after check_state has checked all other tensors.
 
     Args:
         tensors: of the call.
-        written: where all but the gradients lie.
+        written: memory of all tensors but the gradients.
 
     Raises: as check_state.
     """
@@ -243,7 +232,7 @@ def check_gradients(tensors: Tensors, written: Ranges) -> None:
             raise ValueError(
                 f"gradients[{i}] is given: expected exp_avgs[{i}] and exp_avg_sqs[{i}]"
             )
-        if lies_in(gradient, written):
+        if overlaps_ranges(gradient, written):
             _check_memory(tensors)
 
 
@@ -258,22 +247,13 @@ def _check_fits(i: int, name: str, tensor: Tensor, p: Tensor, device: torch.devi
 
 
 def _check_memory(tensors: Tensors) -> None:
-    """Nothing that is written may be in the memory of anything else, whatever its index."""
+    lists = tensors.named()
+    lists["gradients"] = lists.pop("gradients")  # last, because they are only read
     named = [
-        (name == "gradients", f"{name}[{i}]", tensor)
-        for name, some in zip(tensors.names(), tensors.lists(), strict=True)
+        (f"{name}[{i}]", tensor)
+        for name, some in lists.items()
         for i, tensor in enumerate(some)
         if tensor is not None
     ]
-    named.sort(key=lambda item: item[0])  # what is only read comes last
-    written = sum(not read for read, _, _ in named)
-    for _, name, tensor in named[:written]:
-        if overlaps_itself(tensor):
-            raise ValueError(
-                f"{name} is written: expected a tensor whose elements share no memory, "
-                f"got strides {tensor.stride()}"
-            )
-    overlap = find_overlap([tensor for _, _, tensor in named], written)
-    if overlap is not None:
-        x, y = (named[index][1] for index in overlap)
-        raise ValueError(f"{x} and {y} share memory: expected none in common")
+    read = sum(gradient is not None for gradient in tensors.gradients)
+    check_memory(named, written=len(named) - read)

@@ -1,11 +1,11 @@
-"""DTensors: the part of each that this process holds, and norms over the parts of all processes.
+"""DTensors: the local shard of each, and norms over the shards of all ranks.
 
-Nothing here imports torch.distributed before there is a DTensor, which takes a while.
+torch.distributed is not imported before a DTensor exists, because that takes a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,32 +13,41 @@ from torch import Tensor
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether it is a DTensor, which may lie on several processes."""
+    """Return True for a DTensor, whose elements may be spread over several ranks."""
     return hasattr(tensor, "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor, in the same memory; any other tensor itself."""
+    """Return the local shard of a DTensor, in the same memory, or any other tensor unchanged."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
 
 
-def check_sharded_alike(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
-    """ValueError where the parts of two tensors are not those of the same elements."""
-    ours, theirs = (getattr(tensor, "placements", None) for tensor in (x, y))
-    if ours != theirs:
-        raise ValueError(f"{name_x} and {name_y} must be sharded alike, got {ours} and {theirs}")
+def local_parts(named: Mapping[str, Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+    """Return the local shards of lists of tensors, None where there is no tensor.
+
+    Raises: ValueError: a tensor is sharded unlike the tensor of the same index in the first list.
+    """
+    (first, references), *_ = named.items()
+    for name, tensors in named.items():
+        for i, (x, y) in enumerate(zip(references, tensors, strict=False)):
+            ours, theirs = (getattr(tensor, "placements", None) for tensor in (x, y))
+            if y is not None and ours != theirs:
+                raise ValueError(
+                    f"{first}[{i}] and {name}[{i}] must be sharded alike, got {ours} and {theirs}"
+                )
+    return [[t if t is None else local_part(t) for t in tensors] for tensors in named.values()]
 
 
 def norms_over_shards(
     norms: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str]
 ) -> Tensor:
-    """[n]: the 2-norms of n tensors, from those of this process's parts.
+    """Return the 2-norms [n] of n tensors, given the norms of this rank's shards.
 
-    Tensors that are sharded alike share an all-reduce for each sharded dimension of their mesh, so
-    all processes must call this with the same tensors in the same order.
+    Tensors that are sharded alike share one all-reduce per sharded dimension of their mesh, so all
+    ranks must call this with the same tensors in the same order.
 
-    Raises: ValueError: one of the tensors (`names` tells which) is a sum that is still pending.
+    Raises: ValueError: a tensor is a pending (Partial) sum; the message has its name from `names`.
     """
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -57,7 +66,7 @@ def norms_over_shards(
 
 
 def _shard_groups(tensor: Tensor, name: str) -> tuple[Any, ...]:
-    """The process groups whose members hold different elements; none for a plain tensor."""
+    """Return the process groups whose ranks hold different elements; none for a plain tensor."""
     if not is_sharded(tensor):
         return ()
     placements: Sequence[Any] = tensor.placements  # type: ignore[attr-defined]

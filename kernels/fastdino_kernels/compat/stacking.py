@@ -1,4 +1,4 @@
-"""Crops in a list as one tensor: without a copy where they are the pieces of one already."""
+"""Stacking of a list of crops into one tensor, without a copy if they are views of one tensor."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import check_float_tensor
+from ..checks import check_float_tensor
 
 
 def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
-    """The [S, B, K] tensor of S crops [B, K]; one that is stacked already is returned as it is.
+    """Stack S crops [B, K] into a tensor [S, B, K]; return a tensor [S, B, K] unchanged.
 
-    The pieces of one contiguous tensor, all of them and in their order, as `out.chunk(S)` or
-    iteration gives them, are not copied: the result is a view of that tensor, and the gradient
-    goes to it directly. `torch.autograd.grad` with respect to such a piece therefore finds it
-    unused; pieces with a hook or `retain_grad()` are stacked, and so is everything under
-    torch.compile, which removes the copy where it can.
+    Consecutive pieces of one contiguous tensor, all of them and in order, as `out.chunk(S)` or
+    iteration returns them, are not copied: the result is a view of that tensor, and the gradient
+    goes to it directly. `torch.autograd.grad` with respect to such a piece therefore reports it as
+    unused. Pieces with a hook or `retain_grad()` are stacked, and so are all crops under
+    torch.compile, which removes the copy if it can.
 
     Args:
-        name: how messages call `crops`.
+        name: the argument's name in error messages.
         crops: S >= 1 tensors [B, K] of one shape and device, or one tensor [S, B, K];
             fp16/bf16/fp32/fp64.
 
     Raises:
         ValueError: no crop, a shape that is not [B, K], or shapes and devices that differ.
-        TypeError: something that is not a floating-point tensor.
+        TypeError: a crop that is not a floating-point tensor.
 
     """
     if isinstance(crops, Tensor):
@@ -59,7 +59,7 @@ def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
 
 
 def _whole(pieces: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose consecutive pieces these are, as [S, B, K]; None where there is none."""
+    """Return the tensor whose consecutive pieces these are, as [S, B, K], or None."""
     if torch.compiler.is_compiling():
         return None
     base = pieces[0]._base
@@ -76,10 +76,10 @@ def _whole(pieces: Sequence[Tensor]) -> Tensor | None:
 
 
 def _same_gradient(piece: Tensor, base: Tensor) -> bool:
-    """Whether a gradient of `base` is one of `piece`, with nobody waiting for it at the piece."""
+    """Return True if the gradient can go to `base` because nothing observes it at `piece`."""
     if piece.requires_grad != base.requires_grad:
         return False
     if piece.retains_grad or piece._backward_hooks:
         return False
-    # A piece cut under no_grad is cut off from its base, though it still says requires_grad.
+    # A piece made under no_grad is detached from its base, although requires_grad is True.
     return piece.grad_fn is not None or not base.requires_grad

@@ -1,0 +1,112 @@
+"""Argument checks shared by the public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .pointer_table import find_overlap, overlaps_itself
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float_tensor(name: str, tensor: object) -> Tensor:
+    """Return `tensor`; raise TypeError unless it is a dense fp16, bf16, fp32 or fp64 tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    return tensor
+
+
+def is_number(value: object) -> bool:
+    """Return True for a real number, not a bool; symbolic numbers of torch.compile count too."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt))
+
+
+def check_scalar(name: str, value: object) -> float | Tensor:
+    """Return a number, or a 0-d floating-point tensor without its graph.
+
+    Raises: TypeError, ValueError: `value` is something else; `name` is the argument's name.
+    """
+    if isinstance(value, Tensor):
+        check_float_tensor(name, value)
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}"
+            )
+        return value.detach()
+    if not is_number(value):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    assert isinstance(value, (int, float))
+    return value
+
+
+def check_range(name: str, value: float | Tensor, most: float = math.inf) -> None:
+    """Raise ValueError for a number outside [0, most]; the values of tensors are not read."""
+    if not isinstance(value, Tensor) and not 0 <= value <= most:
+        expected = ">= 0" if math.isinf(most) else f"in [0, {most:g}]"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_temperature(
+    name: str, value: object, dtype: torch.dtype, device: torch.device
+) -> float | Tensor:
+    """Return a number > 0, or a 0-d tensor of `dtype` on `device`, whose value is not read.
+
+    Raises: TypeError, ValueError: `value` is something else.
+    """
+    temp = check_scalar(name, value)
+    if isinstance(temp, Tensor):
+        if temp.device != device:
+            raise ValueError(f"{name} must be on {device} like the logits, got {temp.device}")
+        return temp.to(dtype)
+    if not 0 < temp < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {temp}")
+    if torch.compiler.is_compiling():
+        # Each new float argument of an operator would be compiled anew.
+        return torch.ones((), dtype=dtype, device=device) * temp
+    return temp
+
+
+def check_inplace_backward(name: str, student: Tensor, other: Tensor) -> None:
+    """Raise ValueError if writing over the student's logits would change other values as well."""
+    if torch.compiler.is_compiling():  # traced tensors have no address
+        return
+    if overlaps_itself(student):
+        raise ValueError(
+            "inplace_backward writes over the student's logits: expected a tensor whose elements "
+            f"share no memory, got strides {student.stride()}"
+        )
+    if student.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0:
+        raise ValueError(
+            "inplace_backward writes over the student's logits: expected them in memory of their "
+            f"own, got student and {name} in the same storage"
+        )
+
+
+def check_memory(named: Sequence[tuple[str, Tensor]], written: int) -> None:
+    """Raise ValueError if writing to some tensors would change other values as well.
+
+    Args:
+        named: (name, tensor) of all tensors, those that are written first.
+        written: number of tensors that are written.
+    """
+    for name, tensor in named[:written]:
+        if overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} is written: expected a tensor whose elements share no memory, "
+                f"got strides {tensor.stride()}"
+            )
+    overlap = find_overlap([tensor for _, tensor in named], written)
+    if overlap is not None:
+        x, y = (named[index][0] for index in overlap)
+        raise ValueError(f"{x} and {y} share memory: expected none in common")
