@@ -274,7 +274,7 @@ def test_different_classes_in_val_are_an_error_before_extraction(run, images, ca
 def test_missing_folders_and_files_are_errors(run, tmp_path, capsys):
     (tmp_path / "train" / "a").mkdir(parents=True)
     for flags, part in (
-        (("--data_path", "/nowhere"), "there is no folder /nowhere/train"),
+        (("--data_path", "/nowhere"), "there is no file or folder /nowhere/train"),
         (("--data_path", tmp_path), f"no images in {tmp_path}/train"),
         (("--load_features", tmp_path), f"there is no file {tmp_path}/trainfeat.pth"),
         (("--output", "/dev/null/knn.json"), "cannot write /dev/null/knn.json"),

@@ -365,7 +365,7 @@ def test_two_processes_with_half_the_batch_match_one(run, few, tmp_path):
         ("--n_last_blocks 7", "--n_last_blocks 7: the network has 6 blocks"),
         ("--avgpool_patchtokens true", "requires --n_last_blocks 1, got 2"),
         ("--num_labels 2", "--num_labels 2: there are 3 classes"),
-        ("--data_path /nowhere", "there is no folder /nowhere/train"),
+        ("--data_path /nowhere", "there is no file or folder /nowhere/train"),
         ("--pretrained_weights /nowhere.pth", "there is no file /nowhere.pth"),
         ("--evaluate", "there is no file"),
         ("--output_dir /dev/null/x", "cannot write /dev/null/x"),

@@ -63,8 +63,8 @@ def expected_scores(folder, *, multiscale, crop):
 
     def feature(images, index):
         image = Image.open(images.paths[index]).convert("RGB")
-        if images.box(index):
-            image = image.crop(images.box(index))
+        if crop and images is dataset.queries:
+            image = image.crop(images.boxes[index])
         image.thumbnail((40, 40), Image.LANCZOS)
         batch = to_input(image)[None]
         scales = [1, 2**-0.5, 0.5] if multiscale else [1]

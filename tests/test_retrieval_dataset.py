@@ -115,7 +115,7 @@ def first_entry(**entries):
         (pickle.dumps(truth())[:-40], "is no readable pickle"),
         ([1, 2], "holds a list, expected a dict"),
         (changed(imlist=[]), "imlist must be a list of image names"),
-        (changed(qimlist=["q", 3]), "qimlist must hold only names"),
+        (changed(qimlist=["q", 3]), "qimlist must be a list of image names"),
         (changed(gnd=truth()["gnd"][:1]), "gnd must be a list of 2"),
         (changed(gnd=[{}, {}]), "gnd[0] must be a dict with easy, hard, junk"),
         (first_entry(easy=[3]), INDICES),

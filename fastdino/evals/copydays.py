@@ -43,11 +43,7 @@ from fastdino.models.vit import VisionTransformer
 ORIGINAL, STRONG, ALL = "original", "strong", "all"
 QUALITIES = (3, 5, 8, 10, 15, 20, 30, 50, 75)
 CROPS = (10, 15, 20, 30, 40, 50, 60, 70, 80)
-BLOCKS = (
-    STRONG,
-    *(f"jpegqual/{quality}" for quality in QUALITIES),
-    *(f"crops/{percent}" for percent in CROPS),
-)
+BLOCKS = (STRONG, *(f"jpegqual/{q}" for q in QUALITIES), *(f"crops/{c}" for c in CROPS))
 ID_LENGTH = 4  # leading characters of a name that strong copies share with their original
 
 
@@ -81,10 +77,8 @@ def main(args: argparse.Namespace) -> int:
         network = load_network(args, device, size_flag="imsize")
         if not isinstance(network, VisionTransformer):
             raise ConfigError("the network gives no patch tokens; expected one of vit_*")
-        batch_size, workers = args.batch_size_per_gpu, args.num_workers
-        extractor = Extractor(
-            cls_and_gem(network), square(args.imsize), batch_size, workers, device
-        )
+        loading = args.batch_size_per_gpu, args.num_workers, device
+        extractor = Extractor(cls_and_gem(network), square(args.imsize), *loading)
         # Queries first: an unreadable one is an error, an unreadable distractor is not.
         queries = {
             name: extractor.extract_all(block.images, name) for name, block in blocks.items()
@@ -107,10 +101,9 @@ def main(args: argparse.Namespace) -> int:
         )
     for name, values in scores.items():
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
-    settings = settings_of(
-        args, network, "data_path", "imsize", "distractors_path", "whitening_path"
-    )
+    flags = ("data_path", "imsize", "distractors_path", "whitening_path")
     counts = {ORIGINAL: len(originals), **{name: len(rows) for name, rows in extra.items()}}
+    settings = settings_of(args, network, *flags)
     write_scores(args, {"settings": settings, "images": counts, "blocks": scores})
     return 0
 
@@ -124,15 +117,10 @@ def find_images(
     """
     root = Path(args.data_path)
     originals = ImageFiles.in_folder(root / ORIGINAL)
-    blocks = {
-        name: find_block(root / name, originals, by_id=name == STRONG)
-        for name in BLOCKS
-        if (root / name).is_dir()
-    }
+    names = [name for name in BLOCKS if (root / name).is_dir()]
+    blocks = {name: find_block(root / name, originals, by_id=name == STRONG) for name in names}
     if not blocks:
-        raise DataError(
-            f"no copies in {root}: expected folders {STRONG}, jpegqual/3, crops/10, ..."
-        )
+        raise DataError(f"no copies in {root}: expected strong/, jpegqual/3/, crops/10/, ...")
     folders = {"distractors": args.distractors_path, "whitening": args.whitening_path}
     extras = {name: ImageFiles.in_folder(Path(path)) for name, path in folders.items() if path}
     return originals, blocks, extras

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from fastdino import distributed
@@ -35,18 +34,10 @@ from fastdino.evals.options import weights_digest
 from fastdino.files import explain_write_errors, write_json
 
 
-class CachedFeatures(Dataset[tuple[Tensor, int]]):
-    """Features float32 [D] and labels of images, read from disk on access."""
-
-    def __init__(self, path: Path):
-        self.features: NDArray[np.float32] = np.load(path, mmap_mode="r")
-        self.labels: NDArray[np.int64] = np.load(labels_path(path))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.features[index].copy()), int(self.labels[index])
+def load_features(path: Path) -> TensorDataset:
+    """Return features float32 [D] and labels of images, read from disk on access."""
+    features, labels = np.load(path, mmap_mode="c"), np.load(labels_path(path))
+    return TensorDataset(torch.from_numpy(features), torch.from_numpy(labels))
 
 
 def cache_key(model: nn.Module, images: ImageDataset, settings: dict[str, Any]) -> str:
@@ -89,7 +80,7 @@ class FeatureCache:
 
     def load_or_write(
         self, path: Path, images: Dataset[tuple[Tensor, int]]
-    ) -> CachedFeatures | None:
+    ) -> TensorDataset | None:
         """Return the features of `images` stored at `path`; extract and write them if missing.
 
         In a distributed run each rank writes a share, so all ranks must see the folder. An
@@ -112,7 +103,7 @@ class FeatureCache:
                 distributed.from_main(lambda: write_json(done, _done_path(part)))
                 return None
             distributed.from_main(lambda: _finish(part, path))
-        return CachedFeatures(path)
+        return load_features(path)
 
     def _write_share(self, part: Path, images: Dataset[tuple[Tensor, int]], done: int) -> int:
         """Write this rank's share of the rows after the first `done`.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastdino import distributed
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import EXTENSIONS, explained_reading, read_rgb
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
@@ -28,17 +28,6 @@ from fastdino.evals.transforms import Transform
 
 Model = Callable[[Tensor], Tensor]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-
-
-class Images(Protocol):
-    """Images that are read by index."""
-
-    @property
-    def paths(self) -> Sequence[str | Path]: ...
-
-    def __len__(self) -> int: ...
-
-    def read_rgb(self, index: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -61,30 +50,29 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def box(self, index: int) -> Box | None:
-        """Return the box to cut out of an image, or None for the whole image."""
-        return self.boxes[index] if self.boxes else None
-
     def read_rgb(self, index: int) -> Image.Image:
         """Decode an image and cut out its box."""
-        image, box = read_rgb(self.paths[index]), self.box(index)
+        image = read_rgb(self.paths[index])
+        box = self.boxes[index] if self.boxes else None
         return image if box is None else image.crop(box)
 
     def sizes(self, workers: int) -> list[tuple[int, ...]]:
         """Read (width, height) of each image or box; () for an unreadable header."""
 
-        def size(index: int) -> tuple[int, ...]:
-            box = self.box(index)
+        def size(path: Path, box: Box | None) -> tuple[int, ...]:
             if box is not None:
                 return box[2] - box[0], box[3] - box[1]
             try:
-                with Image.open(self.paths[index]) as image:
+                with Image.open(path) as image:
                     return image.size
             except Exception:  # Pillow raises many types; decoding will report the file.
                 return ()
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            return list(pool.map(size, range(len(self))))
+            return list(pool.map(size, self.paths, self.boxes or [None] * len(self)))
+
+
+Images = ImageDataset | ImageFiles
 
 
 class _Inputs(Dataset["tuple[int, Tensor | str]"]):
@@ -182,17 +170,16 @@ class Extractor:
             if batch is None:
                 continue
             rows = self.model(batch.to(self.device)).float().cpu()
-            if features is None:
-                features = torch.zeros(len(images), rows.shape[1])
+            features = torch.zeros(len(images), rows.shape[1]) if features is None else features
             features[indices] = rows
         gathered = distributed.gather((0 if features is None else features.shape[1], unusable))
         unusable = {index: why for _, reasons in gathered for index, why in reasons.items()}
         width = max(width for width, _ in gathered)
         with distributed.fail_together():
             if not width:
+                reason = unusable[min(unusable)]
                 raise DataError(
-                    f"none of the {len(images)} images of {title} can be used: "
-                    f"{unusable[min(unusable)]}"
+                    f"none of the {len(images)} images of {title} can be used: {reason}"
                 )
         if features is None:  # this rank had no batch with a usable image
             features = torch.zeros(len(images), width)

@@ -135,8 +135,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dump_features", metavar="FOLDER", help="save the features to this folder")
     add("--load_features", metavar="FOLDER", help="load features saved by --dump_features")
     add = parser.add_argument_group("classifier").add_argument
-    ks = [10, 20, 100, 200]
-    add("--nb_knn", type=int, nargs="+", default=ks, help=f"numbers of neighbours {DEFAULT}")
+    about = "numbers of neighbours (default: 10 20 100 200)"
+    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help=about)
     add("--temperature", type=float, default=0.07, help=f"temperature of the votes {DEFAULT}")
 
 
@@ -149,11 +149,10 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
     with join_ranks(args) as device:
         model = None if args.load_features or args.raw_pixels else load_network(args, device)
-        tensors = (
-            load_features(args.load_features)
-            if args.load_features
-            else compute_features(args, model, device)
-        )
+        if args.load_features:
+            tensors = load_features(args.load_features)
+        else:
+            tensors = compute_features(args, model, device)
         if args.dump_features:
             distributed.from_main(lambda: dump_features(Path(args.dump_features), tensors))
         compare_on = comparison_device(args, device)
@@ -189,13 +188,9 @@ def compute_features(
     # Before any extraction, which takes long; one error for all ranks.
     datasets = distributed.from_main(lambda: scan_splits(args))
     embed = model or torch.nn.Flatten()
-    extractor = Extractor(
-        lambda images: F.normalize(embed(images).float(), dim=1),
-        center_crop(args.resize, args.crop),
-        args.batch_size_per_gpu,
-        args.num_workers,
-        device,
-    )
+    transform = center_crop(args.resize, args.crop)
+    loading = args.batch_size_per_gpu, args.num_workers, device
+    extractor = Extractor(lambda x: F.normalize(embed(x).float(), dim=1), transform, *loading)
     tensors = {}
     for name, (split, dataset) in zip(("train", "test"), datasets.items(), strict=True):
         features, usable = extractor.extract_usable(dataset, split, skipped=len(dataset.skipped))

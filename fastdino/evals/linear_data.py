@@ -31,11 +31,11 @@ from fastdino.evals.options import (
 )
 from fastdino.evals.transforms import Transform, center_crop, random_crop
 
-Labelled = Dataset[tuple[Tensor, int]]
+Labelled = Dataset[Any]  # of images or features, with labels
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-class LabelledImages(Labelled):
+class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images with their labels; an unreadable one is black, with the label UNREADABLE."""
 
     def __init__(self, images: ImageDataset, transform: Transform):

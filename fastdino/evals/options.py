@@ -44,30 +44,20 @@ def add_network_flags(
     recorded = "default: from the checkpoint, else"
     add("--arch", help=f"{arch_help} ({recorded} {default[0]})")
     add("--patch_size", type=int, help=f"patch size in pixels ({recorded} {default[1]})")
-    add(
-        "--pretrained_weights",
-        default="",
-        help="checkpoint file, URL, or released name such as dino_vits16 (default: untrained)",
-    )
-    add(
-        "--checkpoint_key",
-        default="teacher",
-        help=f"network to read from a checkpoint: teacher or student {DEFAULT}",
-    )
+    about = "checkpoint file, URL, or released name such as dino_vits16 (default: untrained)"
+    add("--pretrained_weights", default="", help=about)
+    about = f"network to read from a checkpoint: teacher or student {DEFAULT}"
+    add("--checkpoint_key", default="teacher", help=about)
     add("--seed", type=int, default=0, help=f"random seed {DEFAULT}")
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help=f"device to compute on {DEFAULT}",
-    )
+    about = f"device to compute on {DEFAULT}"
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=about)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags for data loading workers and distributed runs; return their group."""
     group = parser.add_argument_group("data loading and processes")
     add = group.add_argument
-    add("--num_workers", type=int, default=10, help=f"data loading workers, at most {DEFAULT}")
+    add("--num_workers", type=int, default=10, help=f"maximum data loading workers {DEFAULT}")
     add("--dist_url", default="env://", help=f"rendezvous URL of a distributed run {DEFAULT}")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return group
@@ -76,12 +66,8 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 def add_extraction_flags(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     """Add the flags of a command that extracts features, compares them and reports scores."""
     add = add_process_flags(parser).add_argument
-    add(
-        "--batch_size_per_gpu",
-        type=int,
-        default=batch_size,
-        help=f"images per forward pass {DEFAULT}",
-    )
+    about = f"images per forward pass {DEFAULT}"
+    add("--batch_size_per_gpu", type=int, default=batch_size, help=about)
     about = f"compare features on the GPU, if there is one {DEFAULT}"
     add("--use_cuda", type=parse_bool, default=True, metavar="BOOL", help=about)
     add("--output", metavar="JSON", help="write the scores and settings to this file")

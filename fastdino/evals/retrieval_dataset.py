@@ -120,33 +120,32 @@ def _read_ground_truth(path: Path) -> dict[str, Any]:
 def _names(truth: dict[str, Any], key: str, path: Path) -> list[str]:
     names = truth.get(key)
     names = names.tolist() if isinstance(names, np.ndarray) else names
-    if not isinstance(names, (list, tuple)) or not names:
+    valid = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not valid or not names:
         raise DataError(f"{path}: {key} must be a list of image names")
-    if not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path}: {key} must hold only names")
     return list(names)
 
 
 def _relevance(entry: Any, images: int, where: str) -> Relevance:
+    """Return the sets of an entry, checked to be disjoint indices into imlist."""
     if not isinstance(entry, dict) or not set(LABELS) <= set(entry):
         raise DataError(f"{where} must be a dict with {', '.join(LABELS)}")
-    sets = {label: _indices(entry[label], images, f"{where}[{label!r}]") for label in LABELS}
+    sets: dict[str, Indices] = {}
+    for label in LABELS:
+        try:
+            indices = np.asarray(entry[label]).reshape(-1)
+            integers = indices.dtype.kind in "iu" and indices.min(initial=0) >= 0
+            valid = not indices.size or (integers and indices.max() < images)
+        except ValueError:  # lists of different lengths
+            valid = False
+        if not valid:
+            raise DataError(
+                f"{where}[{label!r}] must be a list of indices into imlist, from 0 to {images - 1}"
+            )
+        sets[label] = indices.astype(np.int64)
     if len(np.unique(np.concatenate(list(sets.values())))) < sum(map(len, sets.values())):
         raise DataError(f"{where}: an image occurs twice in {', '.join(LABELS)}")
     return Relevance(**sets)
-
-
-def _indices(values: Any, images: int, where: str) -> Indices:
-    problem = DataError(f"{where} must be a list of indices into imlist, from 0 to {images - 1}")
-    try:
-        indices = np.asarray(values).reshape(-1)
-    except ValueError:
-        raise problem from None
-    if not indices.size:
-        return np.zeros(0, np.int64)
-    if indices.dtype.kind not in "iu" or indices.min() < 0 or indices.max() >= images:
-        raise problem
-    return indices.astype(np.int64)
 
 
 def _box(entry: dict[str, Any], where: str) -> Box:
