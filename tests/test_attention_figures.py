@@ -1,4 +1,4 @@
-"""Pictures of attention: colours, masks, and the sheet."""
+"""Pictures of attention: colors, masks, and the sheet."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastdino.evals.attention_figures import (
 )
 
 
-def colour(value):
+def color(value):
     return [int(c) for c in colormaps["inferno"](float(value), bytes=True)[:3]]
 
 
-def test_map_picture_colours_blocks_from_minimum_to_maximum():
+def test_map_picture_colors_blocks_from_minimum_to_maximum():
     map_ = torch.tensor([[2.0, 3.0, 4.0], [6.0, 5.0, 2.0]]) / 100
     picture = map_picture(map_, (8, 12))
     assert (picture.shape, picture.dtype) == ((8, 12, 3), np.uint8)
-    assert picture[0, 0].tolist() == picture[7, 11].tolist() == colour(0)
-    assert picture[4, 3].tolist() == picture[7, 0].tolist() == colour(1)
-    assert np.abs(picture[3, 8].astype(int) - colour(0.5)).max() <= 2
+    assert picture[0, 0].tolist() == picture[7, 11].tolist() == color(0)
+    assert picture[4, 3].tolist() == picture[7, 0].tolist() == color(1)
+    assert np.abs(picture[3, 8].astype(int) - color(0.5)).max() <= 2
     blocks = picture.reshape(2, 4, 3, 4, 3)
     assert (blocks == blocks[:, :1, :, :1]).all()
 
 
-def test_map_picture_of_a_constant_map_has_one_colour():
+def test_map_picture_of_a_constant_map_has_one_color():
     picture = map_picture(torch.full((2, 2), 0.25), (4, 4))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 1
 
@@ -68,7 +68,7 @@ def test_heads_picture_has_tiles_row_by_row():
     maps[4, 1, 1] = 1
     picture = heads_picture(maps, (20, 31))
     assert picture.shape == (20, 31, 3)
-    bright = np.argwhere((picture == colour(1)).all(2))
+    bright = np.argwhere((picture == color(1)).all(2))
     assert bright.min(0).tolist() == [15, 15]  # 2 rows of 3 tiles of 10 x 10
     assert bright.max(0).tolist() == [19, 19]
     assert heads_picture(maps, (1, 1)).shape == (1, 1, 3)

@@ -175,7 +175,7 @@ def test_image_without_foreground_has_no_score(nano_model):
     assert (scores[1] >= 0).all()
 
 
-@pytest.mark.parametrize("form", ["palette", "gray", "colours", "wide"])
+@pytest.mark.parametrize("form", ["palette", "gray", "colors", "wide"])
 def test_labels_are_the_same_in_every_image_mode(tmp_path, form):
     labels = np.array([[0, 1, 20], [255, 255, 0]], np.uint8)
     path = tmp_path / "mask.png"
@@ -184,7 +184,7 @@ def test_labels_are_the_same_in_every_image_mode(tmp_path, form):
         Image.fromarray(labels).save(path)
     elif form == "wide":
         Image.fromarray(labels.astype(np.uint16)).save(path)
-    elif form == "colours":
+    elif form == "colors":
         Image.open(path).convert("RGB").save(path)
     assert read_labels(path, 255).tolist() == [[0, 1, 1], [2, 2, 0]]
     assert read_labels(path, None).tolist() == [[0, 1, 1], [1, 1, 0]]

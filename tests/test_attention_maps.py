@@ -82,9 +82,9 @@ def reference_maps(model, image):
     heads, depth = model.blocks[0].attn.num_heads, len(model.blocks)
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return centred / spread * p[f"{name}.weight"] + p[f"{name}.bias"]
+        centerd = x - x.mean(-1, keepdim=True)
+        spread = (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return centerd / spread * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     def linear(x, name):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
@@ -149,7 +149,7 @@ def test_mask_drops_patches_that_hold_exactly_the_rest():
 
 
 def test_masks_match_the_paper():
-    """The paper's steps: sort, normalise, accumulate, compare with 1 - threshold, restore order."""
+    """The paper's steps: sort, normalize, accumulate, compare with 1 - threshold, restore order."""
     maps = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
     masks = keep_mass(maps, 0.6)
     for image, head in itertools.product(range(2), range(3)):
@@ -212,7 +212,7 @@ def test_fit_to_patches_rejects_an_image_smaller_than_a_patch():
         fit_to_patches(Image.new("RGB", (20, 7)), None, 8)
 
 
-def test_to_input_normalises_with_imagenets_mean_and_std():
+def test_to_input_normalizes_with_imagenets_mean_and_std():
     picture = Image.new("RGB", (8, 16), (255, 0, 51))
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
     assert to_input(picture).shape == (3, 16, 8)

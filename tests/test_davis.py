@@ -27,7 +27,7 @@ from tests.commands import error_of
 from tests.processes import run_commands_in_two, run_two
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
-COLOURS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
+COLORS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
 HEIGHT, WIDTH, FRAMES = 60, 140, 6
 
 
@@ -50,7 +50,7 @@ def write_sequence(root, name, objects, *, frames=FRAMES, to_mask=None, annotati
         labels = labels_at(time, objects)
         picture = texture.copy()
         for number in objects:
-            picture[labels == number] = COLOURS[number - 1]
+            picture[labels == number] = COLORS[number - 1]
         Image.fromarray(picture).save(images / f"{time:05d}.jpg", quality=95)
         if annotations is None or time < annotations:
             (to_mask or palette_mask)(labels).save(masks / f"{time:05d}.png")
@@ -204,8 +204,8 @@ def test_davis_2016_layout_has_one_object(run, tmp_path):
     write_sequence(root, "bear", {1: (8, 6, 20), 2: (30, 34, 22)}, to_mask=binary_mask)
     line = "/JPEGImages/480p/bear/0000{0}.jpg /Annotations/480p/bear/0000{0}.png"
     write_list(root, "480p", [line.format(time) for time in range(FRAMES)])
-    colours = root / "Annotations" / "480p" / "bear" / "00003.png"
-    Image.open(colours).convert("RGBA").save(colours)  # as some masks of DAVIS 2016
+    colors = root / "Annotations" / "480p" / "bear" / "00003.png"
+    Image.open(colors).convert("RGBA").save(colors)  # as some masks of DAVIS 2016
     assert run(data=root) == 0
     results = results_of(tmp_path)
     assert results["settings"]["year"] == "2016"
@@ -399,7 +399,7 @@ def test_overlays_tint_and_outline_the_objects(run, root, tmp_path):
         (lambda mask: mask.convert("RGB"), [0, 1, 2]),
         (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16)), [0, 1, 2]),
         (lambda mask: mask.convert("RGBA"), [0, 1, 2]),
-        (lambda mask: Image.fromarray(np.array(mask)), [0, 1, 2]),  # grey numbers
+        (lambda mask: Image.fromarray(np.array(mask)), [0, 1, 2]),  # gray numbers
         (lambda mask: Image.fromarray(np.where(np.array(mask) == 2, 255, mask)), [0, 1]),  # void
         (lambda mask: Image.fromarray(np.array(mask) > 0), [0, 1]),
     ],
@@ -413,7 +413,7 @@ def test_masks_are_read_in_every_image_mode(root, change, numbers):
     assert (mask[before == 1] == 1).all()
 
 
-def test_frames_are_resized_and_normalised_as_in_the_paper():
+def test_frames_are_resized_and_normalized_as_in_the_paper():
     frames = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
     same = prepare(frames, (20, 30))
     for channel, (mean, std) in enumerate(((0.485, 0.228), (0.456, 0.224), (0.406, 0.225))):
@@ -460,7 +460,7 @@ WHITE = np.full((20, 10), 255, np.uint8)
         (lambda f, m: save(np.full(SIZE, 255, np.uint8), m / "00000.png"), "pass --year 2016)"),
         (
             lambda f, m: save(np.full((*SIZE, 3), (1, 2, 3), np.uint8), m / "00000.png"),
-            "the colour (1, 2, 3) at row 0, column 0 is not in DAVIS's palette",
+            "the color (1, 2, 3) at row 0, column 0 is not in DAVIS's palette",
         ),
         (
             lambda f, m: save(np.full(SIZE, 300, np.uint16), m / "00000.png"),

@@ -353,7 +353,7 @@ def test_sdist_contains_no_tests_or_benchmarks(sdist):
     assert not {name for name in sdist if name.startswith(("tests", "benchmarks"))}
 
 
-def test_metadata_has_licence_readme_requirements_and_entry_point(wheel):
+def test_metadata_has_license_readme_requirements_and_entry_point(wheel):
     info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = message_from_string(wheel.read(info).decode())
     required = {r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r}

@@ -37,7 +37,7 @@ def run(run_nano):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven frames of smooth colours, 33 x 50."""
+    """Seven frames of smooth colors, 33 x 50."""
     path = tmp_path / "frames"
     path.mkdir()
     rng = np.random.default_rng(0)

@@ -40,7 +40,7 @@ def test_written_video_is_read_back(tmp_path, ending):
         for number, picture in enumerate(decoded):
             assert picture.mode == "RGB"
             difference = np.abs(np.asarray(picture).astype(int) - frame(number))
-            assert difference.mean() < 8, "more than lossy compression with subsampled colours"
+            assert difference.mean() < 8, "more than lossy compression with subsampled colors"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

@@ -1,4 +1,4 @@
-"""Attention maps as pictures: in colour, over the image, as masks, and on one sheet.
+"""Attention maps as pictures: in color, over the image, as masks, and on one sheet.
 
 Shapes: B images, H heads, h x w patches. Pixels are uint8 [height, width, 3].
 """
@@ -23,7 +23,7 @@ from fastdino.evals.masks import blend
 
 COLORMAP = "inferno"  # as in the paper's video_generation.py; visualize_attention.py uses viridis
 DIMMED = 0.3  # brightness of the image outside a mask
-TINT = 0.45  # share of the head's colour inside a mask
+TINT = 0.45  # share of the head's color inside a mask
 OVERLAY = 0.6  # share of the map in an overlay
 CELL = 1.5  # width of a column of the sheet, in inches
 DPI = 110
@@ -32,7 +32,7 @@ Pixels = NDArray[np.uint8]
 
 
 def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) -> Pixels:
-    """Colour a map [h, w] from its minimum to its maximum.
+    """Color a map [h, w] from its minimum to its maximum.
 
     Args:
         size: height and width of the picture in pixels.
@@ -43,8 +43,8 @@ def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) ->
     array = values[0, 0].numpy()
     low, high = float(array.min()), float(array.max())
     array = (array - low) / (high - low) if high > low else np.zeros_like(array)
-    colours: Pixels = colormaps[COLORMAP](array, bytes=True)[..., :3]
-    return colours
+    colors: Pixels = colormaps[COLORMAP](array, bytes=True)[..., :3]
+    return colors
 
 
 def overlay_picture(pixels: Pixels, map_: Tensor) -> Pixels:
@@ -54,12 +54,12 @@ def overlay_picture(pixels: Pixels, map_: Tensor) -> Pixels:
 
 
 def mask_picture(pixels: Pixels, mask: Tensor, head: int = 0) -> Pixels:
-    """Tint the image inside a mask [h, w] with the head's colour; dim it to gray outside."""
+    """Tint the image inside a mask [h, w] with the head's color; dim it to gray outside."""
     height, width = pixels.shape[:2]
     inside = F.interpolate(mask.float().cpu()[None, None], size=(height, width))[0, 0].bool()
-    colour = 255 * np.array(colormaps["tab10"](head % 10)[:3], np.float32)
+    color = 255 * np.array(colormaps["tab10"](head % 10)[:3], np.float32)
     dim = (DIMMED * pixels.mean(axis=2, keepdims=True)).round().astype(np.uint8)
-    return np.where(inside.numpy()[..., None], blend(pixels, colour, TINT), dim)
+    return np.where(inside.numpy()[..., None], blend(pixels, color, TINT), dim)
 
 
 def heads_picture(maps: Tensor, size: tuple[int, int]) -> Pixels:

@@ -34,7 +34,7 @@ from fastdino.evals.attention_maps import (
     to_pixels,
 )
 from fastdino.evals.batching import load_batches
-from fastdino.evals.masks import palette_colours, read_mask_pixels
+from fastdino.evals.masks import palette_colors, read_mask_pixels
 from fastdino.evals.options import load_vit, settings_of
 from fastdino.evals.segmentation_metrics import jaccard
 from fastdino.evals.transforms import to_input
@@ -114,14 +114,14 @@ def _find_class_folders(root: Path, split: str) -> MaskedImages:
 def read_labels(path: Path, void: int | None) -> NDArray[np.uint8]:
     """Read a mask [height, width] as BACKGROUND, FOREGROUND and VOID.
 
-    Palette indices and grey values other than 0 are foreground. In a mask saved as colours, all
-    but black is foreground, and the colour of VOC_VOID has its value.
+    Palette indices and gray values other than 0 are foreground. In a mask saved as colors, all
+    but black is foreground, and the color of VOC_VOID has its value.
 
     Raises: DataError: the file cannot be read.
     """
     pixels = read_mask_pixels(path)
     if pixels.ndim == 3:
-        is_void = (pixels == palette_colours()[VOC_VOID]).all(axis=2)
+        is_void = (pixels == palette_colors()[VOC_VOID]).all(axis=2)
         pixels = np.where(is_void, VOC_VOID, pixels.any(axis=2))
     labels = np.where(pixels > 0, FOREGROUND, BACKGROUND).astype(np.uint8)
     if void is not None:
@@ -168,7 +168,7 @@ def head_scores(
 
 
 def summary(scores: Tensor) -> dict[str, Any]:
-    """Summarise scores [N, H] without NaN, in percent.
+    """Summarize scores [N, H] without NaN, in percent.
 
     Returns: best_head, the mean over images of each image's best head; heads, the mean of each
         head; fixed_head, the head with the best mean.

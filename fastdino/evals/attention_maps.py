@@ -26,7 +26,7 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
 
     Args:
         model: in eval mode.
-        images: [B, 3, h * P, w * P], normalised.
+        images: [B, 3, h * P, w * P], normalized.
 
     Returns: [B, H, h, w], the dtype of the images. Each map sums to 1 minus the attention from CLS
         to itself.
@@ -59,7 +59,7 @@ def to_pixels(maps: Tensor, patch_size: int) -> Tensor:
 
 
 def head_statistics(maps: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
-    """Summarise the map of each head, [H, h, w].
+    """Summarize the map of each head, [H, h, w].
 
     Returns: per head
         patch_mass: share of CLS's attention that goes to patches.

@@ -221,7 +221,7 @@ def working_size(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def prepare(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize and normalise frames [B, 3, H, W] uint8 as in the paper: [B, 3, *size] float32.
+    """Resize and normalize frames [B, 3, H, W] uint8 as in the paper: [B, 3, *size] float32.
 
     The resize is OpenCV's: bilinear between the four nearest pixels without antialiasing, rounded
     to integers (OpenCV's fixed-point arithmetic may differ by one level).

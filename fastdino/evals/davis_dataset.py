@@ -24,7 +24,7 @@ from fastdino.data.datasets.davis_frames import RESOLUTION, sequence_names
 from fastdino.data.image_files import read_rgb
 from fastdino.errors import DataError
 from fastdino.evals.frames import common_size, frame_files
-from fastdino.evals.masks import palette_colours, read_mask_pixels
+from fastdino.evals.masks import palette_colors, read_mask_pixels
 
 VOID = 255
 LISTS = {
@@ -102,45 +102,45 @@ def read_frame(path: Path) -> Tensor:
 def read_mask(path: Path, *, binary: bool) -> NDArray[np.uint8]:
     """Read a mask [H, W] of object numbers, with 0 for background and void.
 
-    Only the numbers of a palette image matter, not its colours. A mask saved as RGB is decoded with
+    Only the numbers of a palette image matter, not its colors. A mask saved as RGB is decoded with
     the palette of DAVIS.
 
-    Raises: DataError: unreadable file, number above 255, or colour outside the palette.
+    Raises: DataError: unreadable file, number above 255, or color outside the palette.
     """
     pixels = read_mask_pixels(path)
     if binary:
         return ((pixels if pixels.ndim == 2 else pixels.max(2)) > 0).astype(np.uint8)
     if pixels.ndim == 2 and pixels.max() > VOID:
         raise DataError(f"{path} has {pixels.max()}; expected object numbers, or {VOID} for void")
-    mask = pixels.astype(np.uint8) if pixels.ndim == 2 else _numbers_of_colours(pixels, path)
+    mask = pixels.astype(np.uint8) if pixels.ndim == 2 else _numbers_of_colors(pixels, path)
     mask[mask == VOID] = 0
     return mask
 
 
-def _numbers_of_colours(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
+def _numbers_of_colors(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
     pixels = np.where(pixels == 191, 192, pixels)  # some writers round 191.25 down
     numbers = np.full(1 << 24, -1, np.int16)
-    numbers[_packed(palette_colours())] = np.arange(256)
+    numbers[_packed(palette_colors())] = np.arange(256)
     mask = numbers[_packed(pixels)]
     if (mask < 0).any():
         y, x = np.argwhere(mask < 0)[0]
         raise DataError(
-            f"{path}: the colour {tuple(pixels[y, x].tolist())} at row {y}, column {x} is not in "
-            "DAVIS's palette; expected object numbers (a palette or grey PNG) or its colours"
+            f"{path}: the color {tuple(pixels[y, x].tolist())} at row {y}, column {x} is not in "
+            "DAVIS's palette; expected object numbers (a palette or gray PNG) or its colors"
         )
     return mask.astype(np.uint8)
 
 
-def _packed(colours: NDArray[np.uint8]) -> NDArray[np.int64]:
-    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+def _packed(colors: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
 def write_mask(mask: NDArray[np.uint8], path: Path, *, binary: bool) -> None:
     """Write a mask [H, W] in the benchmark's format.
 
-    2017: object numbers with the palette of DAVIS. 2016: grey values 0 and 255.
+    2017: object numbers with the palette of DAVIS. 2016: gray values 0 and 255.
     """
     image = Image.fromarray(mask * np.uint8(255) if binary else mask)
     if not binary:
-        image.putpalette(palette_colours().tobytes())
+        image.putpalette(palette_colors().tobytes())
     image.save(path, format="PNG")

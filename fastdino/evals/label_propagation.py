@@ -64,8 +64,8 @@ def propagate(
     """Average the labels of each patch's nearest patches, weighted by exp(cosine / temperature).
 
     Args:
-        query: [h, w, D], L2-normalised.
-        keys: [n, h, w, D], L2-normalised.
+        query: [h, w, D], L2-normalized.
+        keys: [n, h, w, D], L2-normalized.
         labels: [n, C, h, w], of the keys.
         radius: compare patches at most this many rows and columns apart; 0 for no limit.
         topk: number of nearest patches over all context frames; ties with the last also count.
@@ -126,7 +126,7 @@ def _nearest_labels(
 def one_hot_patches(mask: NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
     """Return one-hot labels [C, h, w] float32 of a mask [H, W] with values below C.
 
-    A patch has the label of the nearest pixel to its centre.
+    A patch has the label of the nearest pixel to its center.
     """
     height, width = grid
     small = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)

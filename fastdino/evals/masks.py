@@ -15,17 +15,17 @@ from fastdino.data.image_files import NUMBERS, explained_reading
 from fastdino.data.shapes import davis_palette
 from fastdino.evals.segmentation_metrics import boundary
 
-_OBJECT_SHARE = 0.5  # share of the object's colour inside its outline; the outline is opaque
+_OBJECT_SHARE = 0.5  # share of the object's color inside its outline; the outline is opaque
 _GAP = 4  # pixels between the pictures of a sheet
 
 
-def palette_colours() -> NDArray[np.uint8]:
+def palette_colors() -> NDArray[np.uint8]:
     """Return the palette of DAVIS and PASCAL VOC, [256, 3]."""
     return np.array(davis_palette(), np.uint8).reshape(256, 3)
 
 
 def read_mask_pixels(path: Path) -> NDArray[Any]:
-    """Read a mask as stored: numbers [H, W] (palette indices or grey), or RGB [H, W, 3].
+    """Read a mask as stored: numbers [H, W] (palette indices or gray), or RGB [H, W, 3].
 
     Raises: DataError: the file cannot be read.
     """
@@ -34,20 +34,20 @@ def read_mask_pixels(path: Path) -> NDArray[Any]:
 
 
 def blend(
-    pixels: NDArray[np.uint8], colours: NDArray[Any], share: float | NDArray[np.float32]
+    pixels: NDArray[np.uint8], colors: NDArray[Any], share: float | NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """Blend pixels [H, W, 3] with a share, 0 to 1, of other colours. All arguments broadcast."""
+    """Blend pixels [H, W, 3] with a share, 0 to 1, of other colors. All arguments broadcast."""
     base = pixels.astype(np.float32)
-    return (base + share * (colours - base)).round().astype(np.uint8)
+    return (base + share * (colors - base)).round().astype(np.uint8)
 
 
 def overlay(frame: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Draw the objects of a mask [H, W] over a frame [H, W, 3] in the colours of DAVIS."""
+    """Draw the objects of a mask [H, W] over a frame [H, W, 3] in the colors of DAVIS."""
     share = np.where(mask > 0, np.float32(_OBJECT_SHARE), 0)
     objects = torch.from_numpy(mask == np.unique(mask)[:, None, None])
     outline = boundary(objects).any(0).numpy()
     share[outline & (mask > 0)] = 1
-    return blend(frame, palette_colours().astype(np.float32)[mask], share[..., None])
+    return blend(frame, palette_colors().astype(np.float32)[mask], share[..., None])
 
 
 def draw_sheet(

@@ -21,10 +21,10 @@ _CHUNK_PIXELS = 1 << 24  # pixels per dilation, about 40 frames of 480p
 
 
 def statistics(values: Tensor) -> dict[str, float]:
-    """Summarise J or F over an object's frames [T], T >= 1.
+    """Summarize J or F over an object's frames [T], T >= 1.
 
     Returns: mean; recall, the share of frames above 0.5; decay, the mean of the first quarter
-        minus the mean of the last. Neighbouring quarters share a frame.
+        minus the mean of the last. Neighboring quarters share a frame.
     """
     scores = values.double().cpu().numpy()
     # The benchmark counts frames from 1; the 1e-10 makes halves round up.
