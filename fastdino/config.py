@@ -20,9 +20,11 @@ from typing import Any
 from fastdino.errors import ConfigError
 
 
-def _flag(group: str, default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+def _flag(group: str, default: Any, help: str) -> Any:
+    """Declare a setting; a tuple of strings lists the allowed values, the default first."""
+    choices = default if isinstance(default, tuple) and isinstance(default[0], str) else None
     metadata = {"group": group, "help": help, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=choices[0] if choices else default, metadata=metadata)
 
 
 # One function per group of flags in `fastdino train --help`.
@@ -52,8 +54,7 @@ class TrainConfig:
     out_dim: int = _model(65536, "Number of prototypes K, the output width of the head.")
     use_bn_in_head: bool = _model(False, "Batch norm in the hidden layers of the head.")
     norm_last_layer: bool = _model(
-        True,
-        "Fix the norm of prototypes at 1 (false: less stable, can be better).",
+        True, "Fix the norm of prototypes at 1 (false: less stable, can be better)."
     )
     init_from: str = _model(
         "",
@@ -70,7 +71,7 @@ class TrainConfig:
         0.996, "Initial EMA momentum of the teacher, 1 at the end (small batch: higher)."
     )
 
-    optimizer: str = _optim("adamw", "Optimizer.", choices=("adamw", "sgd", "lars"))
+    optimizer: str = _optim(("adamw", "sgd", "lars"), "Optimizer.")
     epochs: int = _optim(100, "Passes over the dataset.")
     batch_size_per_gpu: int = _optim(64, "Images per forward pass and process.")
     grad_accum: int = _optim(
@@ -78,20 +79,16 @@ class TrainConfig:
         "Forward passes per step. A step has batch_size_per_gpu * grad_accum images per process, "
         "and the loss, center, EMA and schedules of one batch of that size.",
     )
-    lr: float = _optim(
-        0.0005,
-        "Peak learning rate, multiplied by global batch / 256.",
-    )
+    lr: float = _optim(0.0005, "Peak learning rate, multiplied by global batch / 256.")
     warmup_epochs: int = _optim(10, "Warmup epochs of the learning rate.")
     min_lr: float = _optim(1e-6, "Learning rate at the end of its cosine schedule.")
     weight_decay: float = _optim(0.04, "Weight decay at the start.")
     weight_decay_end: float = _optim(0.4, "Weight decay at the end of its cosine schedule.")
     clip_grad: float = _optim(3.0, "Largest gradient norm per parameter; 0: no clipping.")
-    freeze_last_layer: int = _optim(1, "Initial epochs without training the last layer.")
+    freeze_last_layer: int = _optim(1, "Epochs at the start with a frozen last layer.")
     on_nonfinite: str = _optim(
-        "stop",
+        ("stop", "rollback"),
         "If the loss is not finite: stop, or rollback to the last checkpoint and skip the batch.",
-        choices=("stop", "rollback"),
     )
 
     global_crops_size: int = _crops(224, "Side of a global crop in pixels.")
@@ -104,10 +101,9 @@ class TrainConfig:
         (0.05, 0.4), "Range of a local crop's fraction of the image area."
     )
     crops: str = _crops(
-        "auto",
+        ("auto", "fused", "dali", "torchvision"),
         "Crop backend: fused (exact and fast), torchvision (exact, the paper's PIL chain), or dali "
         "(approximate, DALI's operators). auto: fused, or torchvision if fused is not supported.",
-        choices=("auto", "fused", "dali", "torchvision"),
     )
 
     data_path: str = _data(
@@ -119,67 +115,57 @@ class TrainConfig:
     )
     num_workers: int = _data(10, "Data loading workers per process, at most the number of CPUs.")
     decode: str = _data(
-        "auto",
+        ("auto", "pillow", "cpu", "gpu"),
         "Decoder of --crops fused: cpu (DALI) or pillow, with the same pixels, or gpu (nvJPEG, "
         "similar pixels, for hosts with few cores). auto: cpu, or pillow without DALI.",
-        choices=("auto", "pillow", "cpu", "gpu"),
     )
     hw_decoder_load: float = _data(
-        0.65, "Fraction of images for the GPU's JPEG engine (--decode gpu)."
+        0.65, "Fraction of images decoded by a GPU's JPEG engine (--decode gpu)."
     )
     exif_orientation: bool = _data(False, "Apply the EXIF orientation, unlike the paper's code.")
     last_batch: str = _data(
-        "paper",
+        ("paper", "drop", "pad"),
         "Incomplete last batch of an epoch: paper (repeat images until all ranks have the same "
         "number, then drop the batch), drop (no repeats), pad (fill with the first images).",
-        choices=("paper", "drop", "pad"),
     )
     max_bad_share: float = _data(0.05, "Fraction of unreadable images that stops the run.")
 
     mode: str = _speed(
-        "parity",
+        ("parity", "fast"),
         "parity: the paper's operations in their order and precision. fast: the same maths with "
         "bf16 on a GPU, compiled blocks, a fused optimizer and no host sync.",
-        choices=("parity", "fast"),
     )
     use_fp16: bool = _speed(True, "Mixed precision on a GPU, with --amp_dtype.")
     amp_dtype: str = _speed(
-        "auto",
+        ("auto", "fp16", "bf16"),
         "Mixed precision. auto: on a GPU fp16 with loss scaling, as in the paper, or bf16 in "
         "--mode fast; fp32 on a CPU.",
-        choices=("auto", "fp16", "bf16"),
     )
     compile: str = _speed(
-        "auto",
+        ("auto", "on", "off"),
         "torch.compile for blocks and head. auto: on in --mode fast on a GPU, if supported.",
-        choices=("auto", "on", "off"),
     )
     attention: str = _speed(
-        "auto",
+        ("auto", "xformers", "varlen", "sdpa"),
         "Attention backend of vit_*: xformers, varlen (torch.nn.attention.varlen), or sdpa "
         "(PyTorch, one call per crop size). auto: the first that works.",
-        choices=("auto", "xformers", "varlen", "sdpa"),
     )
     packing: str = _speed(
-        "auto",
+        ("auto", "on", "off"),
         "Process crops of all sizes as one sequence (vit_* only), with attention within each crop. "
         "auto: on.",
-        choices=("auto", "on", "off"),
     )
     last_block: str = _speed(
-        "cls",
+        ("cls", "all"),
         "Tokens computed by the last block of a vit_*: cls (the head reads no other), or all.",
-        choices=("cls", "all"),
     )
     recompute: str = _speed(
-        "auto",
+        ("auto", "on", "off"),
         "Recompute norms and GELU of a vit_* in the backward pass, with little more than half the "
         "memory. auto: on in --mode fast on a GPU.",
-        choices=("auto", "on", "off"),
     )
     cuda_graph: bool = _speed(
-        False,
-        "Replay the step as one CUDA graph (--mode fast, one process, batches of one size).",
+        False, "Replay the step as one CUDA graph (--mode fast, one process, batches of one size)."
     )
     fsdp: bool = _speed(False, "Shard weights, gradients and moments of large networks (FSDP2).")
 
@@ -188,7 +174,7 @@ class TrainConfig:
     saveckp_every_steps: int = _run(0, "Steps between saves of checkpoint.pth; 0: every epoch.")
     print_freq: int = _run(10, "Steps between entropy measurements and progress updates.")
     seed: int = _run(0, "Seed of the weights, the image order and the crops.")
-    device: str = _run("auto", "Compute device.", choices=("auto", "cuda", "cpu"))
+    device: str = _run(("auto", "cuda", "cpu"), "Compute device.")
     dist_url: str = _run("env://", "Rendezvous URL of a distributed run.")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -202,12 +201,11 @@ def _vit_choices(
                     f"--{flag} {value} is for vit_* architectures, not for --arch {config.arch}: "
                     f"remove --{flag}"
                 )
-        own = "only vit_* architectures have it"
         return {
             "attention": Choice("none", "the architecture has its own"),
             "packing": Choice("off", "the architecture takes one crop size at a time"),
-            "last_block": Choice("all", own),
-            "recompute": Choice("off", own),
+            "last_block": Choice("all", "only vit_* architectures have it"),
+            "recompute": Choice("off", "only vit_* architectures have it"),
         }
     sizes = [config.global_crops_size, config.local_crops_size]
     shape = VIT_ARCHS[config.arch.replace("deit_", "vit_", 1)]
@@ -221,23 +219,20 @@ def _vit_choices(
         ),
         compiled=compiled.on,
     )
-    packing = Choice("on", "one pass for all crop sizes")
-    if config.packing != "auto":
-        packing = Choice(config.packing, REQUESTED)
-    last_block = Choice(config.last_block, "the head reads only CLS")
-    if config.last_block == "all":
-        last_block = Choice("all", REQUESTED)
-    recompute = Choice(config.recompute, REQUESTED)
-    if config.recompute == "auto":
-        saves = config.mode == "fast" and device.type == "cuda"
-        where = "a GPU" if device.type == "cuda" else "a CPU"
-        recompute = Choice("on" if saves else "off", f"--mode {config.mode} on {where}")
+    on_gpu = device.type == "cuda"
+    reason = f"--mode {config.mode} on a {'GPU' if on_gpu else 'CPU'}"
+    recompute = Choice("on" if config.mode == "fast" and on_gpu else "off", reason)
+    cls = Choice("cls", "the head reads no other token")
     return {
         "attention": choose_attention(config.attention, inputs),
-        "packing": packing,
-        "last_block": last_block,
-        "recompute": recompute,
+        "packing": _requested_or(Choice("on", "one pass for all crop sizes"), config.packing),
+        "last_block": _requested_or(cls, config.last_block),
+        "recompute": _requested_or(recompute, config.recompute),
     }
+
+
+def _requested_or(default: Choice, wanted: str) -> Choice:
+    return default if wanted in ("auto", default.value) else Choice(wanted, REQUESTED)
 
 
 def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
@@ -250,7 +245,7 @@ def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
         problem = attention_problem(name, inputs)
         if problem is None:
             skipped = "; ".join(f"no {other}: {problems[other]}" for other in problems)
-            first = REQUESTED if wanted != "auto" else f"the first of {', '.join(BACKENDS)}"
+            first = f"the first of {', '.join(BACKENDS)}" if wanted == "auto" else REQUESTED
             return Choice(name, skipped or first)
         problems[name] = problem
     nearest = choose_attention("auto", inputs).value
@@ -265,8 +260,7 @@ def choose_kernels(device: torch.device) -> Choice:
         name = chosen_impl(device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto")
-    if requested:
+    if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto"):
         return Choice(name, f"{ENVIRONMENT_VARIABLE}={name}")
     return Choice(name, triton_problem(device.type) or f"the default on {device.type}")
 
@@ -308,16 +302,13 @@ def choose_crops(wanted: str, device: torch.device | str) -> Choice:
     """
     exact = "the paper's crops, exact"
     if wanted == "torchvision":
-        return Choice(wanted, exact)
-    check: Callable[[torch.device | str], str | None] = fused_problem
+        return Choice("torchvision", exact)
+    problem = dali_problem(device) if wanted == "dali" else fused_problem(device)
+    if problem is not None and wanted != "auto":
+        raise ConfigError(f"--crops {wanted}: {problem}")
     if wanted == "dali":
-        check, exact = dali_problem, "near PIL; --crops fused and --crops torchvision are exact"
-    problem = check(device)
-    if problem is None:
-        return Choice("fused" if wanted == "auto" else wanted, exact)
-    if wanted == "auto":
-        return Choice("torchvision", f"{exact}; {problem}")
-    raise ConfigError(f"--crops {wanted}: {problem}")
+        return Choice("dali", "near PIL; --crops fused and --crops torchvision are exact")
+    return Choice("torchvision", f"{exact}; {problem}") if problem else Choice("fused", exact)
 
 
 def choose_decode(wanted: str, crops: str, device: torch.device | str) -> Choice:

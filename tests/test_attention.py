@@ -137,8 +137,13 @@ def cuda(monkeypatch, emulated) -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("limit", ["head_dim", "tokens"])
-def test_backends_are_tested_with_the_head_dim_and_lengths_of_the_run(monkeypatch, limit):
+@pytest.mark.parametrize(
+    ("fitting", "failing"),
+    [({"head_dim": 16}, {"head_dim": 12}), ({"tokens": (300, 2)}, {"tokens": (301, 2)})],
+)
+def test_backends_are_tested_with_the_head_dim_and_lengths_of_the_run(
+    monkeypatch, fitting, failing
+):
     ops = pytest.importorskip("xformers.ops")
     emulation = ops.memory_efficient_attention
 
@@ -153,11 +158,6 @@ def test_backends_are_tested_with_the_head_dim_and_lengths_of_the_run(monkeypatc
         return emulation(query, key, value, attn_bias)
 
     monkeypatch.setattr(ops, "memory_efficient_attention", picky)
-    fitting, failing = (
-        ({"head_dim": 16}, {"head_dim": 12})
-        if limit == "head_dim"
-        else ({"tokens": (300, 2)}, {"tokens": (301, 2)})
-    )
     assert attention_problem("xformers", AttentionInputs(CUDA, **fitting)) is None
     attention.token_layout.cache_clear()
     problem = attention_problem("xformers", AttentionInputs(CUDA, **failing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -143,9 +144,9 @@ def test_auto_attention_is_the_first_backend_that_works(problems):
 
 def test_auto_attention_on_a_cpu_is_sdpa():
     choice = choose_attention("auto", AttentionInputs(CPU))
+    reason = "no xformers: .*no CPU kernels; no varlen: it has no CPU kernels"
     assert choice.value == "sdpa"
-    assert "no xformers: " in choice.reason
-    assert "no varlen: " in choice.reason
+    assert re.fullmatch(reason, choice.reason)
 
 
 def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypatch):
@@ -165,33 +166,22 @@ def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("wanted", "choice"),
+    ("settings", "device", "name", "choice"),
     [
-        ("auto", Choice("on", "one pass for all crop sizes")),
-        ("on", Choice("on", "requested")),
-        ("off", Choice("off", "requested")),
+        ({}, CPU, "packing", Choice("on", "one pass for all crop sizes")),
+        ({"packing": "off"}, CPU, "packing", Choice("off", "requested")),
+        ({}, CPU, "last_block", Choice("cls", "the head reads no other token")),
+        ({"last_block": "all"}, CPU, "last_block", Choice("all", "requested")),
+        ({}, CUDA, "recompute", Choice("off", "--mode parity on a GPU")),
+        ({"recompute": "on"}, CPU, "recompute", Choice("on", "requested")),
+        ({"mode": "fast"}, CUDA, "recompute", Choice("on", "--mode fast on a GPU")),
+        ({"mode": "fast"}, CPU, "recompute", Choice("off", "--mode fast on a CPU")),
+        ({"mode": "fast", "recompute": "off"}, CUDA, "recompute", Choice("off", "requested")),
     ],
 )
-def test_packing_is_on_unless_switched_off(tiny, wanted, choice):
-    assert resolve_runtime(tiny(packing=wanted), CPU).packing == choice
-
-
-@pytest.mark.parametrize(
-    ("mode", "wanted", "device", "recompute"),
-    [
-        ("parity", "auto", CUDA, "off"),
-        ("fast", "auto", CUDA, "on"),
-        ("fast", "auto", CPU, "off"),
-        ("fast", "off", CUDA, "off"),
-        ("parity", "on", CPU, "on"),
-    ],
-)
-def test_norms_are_recomputed_in_fast_mode_on_a_gpu(
-    tiny, problems, monkeypatch, mode, wanted, device, recompute
-):
+def test_vit_settings(tiny, problems, monkeypatch, settings, device, name, choice):
     monkeypatch.setattr(runtime, "choose_kernels", lambda device: Choice("torch", "test"))
-    config = tiny(mode=mode, recompute=wanted)
-    assert resolve_runtime(config, device).recompute.value == recompute
+    assert getattr(resolve_runtime(tiny(**settings), device), name) == choice
 
 
 def test_other_architectures_use_their_own_attention_one_size_at_a_time(tiny):

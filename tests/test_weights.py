@@ -54,36 +54,25 @@ def prefixed(state, prefix):
 
 
 @pytest.mark.parametrize("key", ["student", "teacher"])
-def test_checkpoint_determines_arch_and_patch_size(trainer, save, key):
-    path = save({**trainer.state_dict(), "args": trainer.config.to_dict()})
-    backbone = load(path, key=key)
-    assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
-    assert_same_features(backbone, getattr(trainer, key))
-
-
-@pytest.mark.parametrize("key", ["student", "teacher"])
-def test_the_papers_checkpoint_with_ddp_prefix_and_namespace(trainer, save, key):
-    args = argparse.Namespace(arch="vit_nano", patch_size=8, out_dim=64)
-    state = {
-        "student": prefixed(trainer.student.state_dict(), "module."),
-        "teacher": trainer.teacher.state_dict(),
-        "epoch": 3,
-        "args": args,
-    }
+@pytest.mark.parametrize("source", ["fastdino", "paper"])
+def test_checkpoints_of_fastdino_and_the_paper(trainer, save, source, key):
+    state = {**trainer.state_dict(), "args": trainer.config.to_dict()}
+    if source == "paper":
+        args = argparse.Namespace(arch="vit_nano", patch_size=8, out_dim=64)
+        state |= {"student": prefixed(state["student"], "module."), "args": args}
     backbone = load(save(state), key=key)
     assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
     assert_same_features(backbone, getattr(trainer, key))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
-def test_bare_backbone_weights_with_any_prefix(trainer, save, prefix):
-    path = save(prefixed(trainer.teacher.backbone.state_dict(), prefix))
-    assert_same_features(load(path, arch="vit_nano", patch_size=8), trainer.teacher)
-
-
-def test_weights_of_one_network_without_the_head(trainer, save):
-    path = save(trainer.teacher.state_dict())
-    assert_same_features(load(path, arch="vit_nano", patch_size=8), trainer.teacher)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "with head"])
+@pytest.mark.parametrize("flags", [{}, {"arch": "vit_nano", "patch_size": 8}], ids=["", "flags"])
+def test_bare_weights_with_any_prefix(trainer, save, prefix, flags):
+    network = trainer.teacher if prefix == "with head" else trainer.teacher.backbone
+    state = network.state_dict()
+    backbone = load(save(state if prefix == "with head" else prefixed(state, prefix)), **flags)
+    assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
+    assert_same_features(backbone, trainer.teacher)
 
 
 def test_position_embedding_keeps_its_grid(trainer, save):
@@ -136,12 +125,6 @@ def test_other_files_are_errors(save, tmp_path):
         load(save([1, 2]))
     with pytest.raises(ConfigError, match="did you mean vit_nano"):
         load("", arch="vit_nan")
-
-
-def test_arch_is_inferred_from_bare_weights(trainer, save):
-    backbone = load(save(trainer.teacher.backbone.state_dict()))
-    assert (backbone.arch, backbone.patch_size) == ("vit_nano", 8)
-    assert_same_features(backbone, trainer.teacher)
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 # In the order in which `auto` tries them.
 BACKENDS = ("xformers", "varlen", "sdpa")
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,7 @@ def token_layout(
     Raises: ValueError: more tokens than the kernels can index.
     """
     lengths = [tokens for sequences, tokens in groups for _ in range(sequences)]
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
+    bounds = [0, *accumulate(lengths)]
     if bounds[-1] >= 2**31:
         raise ValueError(f"{bounds[-1]} tokens in one pass, expected fewer than 2**31")
     with torch.inference_mode(False):  # a cached tensor may be saved for a backward pass later
@@ -230,44 +230,39 @@ def attend(
 
     Returns: a tensor like query.
     """
-    return _ATTEND[layout.backend](query, key, value, layout, first_only)
+    return _ATTEND[layout.backend]((query, key, value), layout, first_only)
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, first_only: bool
-) -> Tensor:
+def _sdpa(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
     """Call sdpa once per group of equally long sequences, on views."""
+    query, key, value = qkv
     if first_only:
         queries = [q.unsqueeze(1) for q in query.split([s for s, _ in layout.groups])]
     else:
         queries = layout.split(query)
     outputs = []
-    for qkv in zip(queries, layout.split(key), layout.split(value), strict=True):
-        q, k, v = (x.transpose(1, 2) for x in qkv)
+    for group in zip(queries, layout.split(key), layout.split(value), strict=True):
+        q, k, v = (x.transpose(1, 2) for x in group)
         outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-def _xformers(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, first_only: bool
-) -> Tensor:
+def _xformers(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
     assert layout.masks is not None
-    query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+    query, key, value = (x.unsqueeze(0) for x in qkv)
     mask = layout.masks[first_only]
     return layout.operator(query, key, value, attn_bias=mask).squeeze(0)
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, first_only: bool
-) -> Tensor:
+def _varlen(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
     assert layout.bounds is not None
     longest_key = max(tokens for _, tokens in layout.groups)
     longest_query = 1 if first_only else longest_key
     key_bounds, query_bounds = layout.bounds[0], layout.bounds[first_only]
-    return layout.operator(query, key, value, query_bounds, key_bounds, longest_query, longest_key)
+    return layout.operator(*qkv, query_bounds, key_bounds, longest_query, longest_key)
 
 
-_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, TokenLayout, bool], Tensor]] = {
+_ATTEND: dict[str, Callable[[QKV, TokenLayout, bool], Tensor]] = {
     "sdpa": _sdpa,
     "xformers": _xformers,
     "varlen": _varlen,

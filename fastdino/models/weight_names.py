@@ -60,27 +60,19 @@ def to_paper_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 def _from_hf(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.startswith(_HF_HEADS):
-            continue
         block = _HF_BLOCK.fullmatch(name)
-        stem, _, kind = name.rpartition(".")
         if block and block[2] in _HF_QKV:
             parts = [f"encoder.layer.{block[1]}.{part}.{block[3]}" for part in _HF_QKV]
             missing = [part for part in parts if part not in state]
             if missing:
                 raise CheckpointError(f"{source} has {name}, but {', '.join(missing)} is missing")
-            if block[2] == _HF_QKV[0]:
-                renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = torch.cat(
-                    [state[part] for part in parts]
-                )
+            if name == parts[0]:
+                qkv = torch.cat([state[part] for part in parts])
+                renamed[f"blocks.{block[1]}.attn.qkv.{block[3]}"] = qkv
         elif block and block[2] in _HF_IN_BLOCK:
             renamed[f"blocks.{block[1]}.{_HF_IN_BLOCK[block[2]]}.{block[3]}"] = tensor
-        elif name in _HF_OTHERS:
-            renamed[_HF_OTHERS[name]] = tensor
-        elif stem in _HF_OTHERS:
-            renamed[f"{_HF_OTHERS[stem]}.{kind}"] = tensor
-        else:  # check_shapes reports it as unexpected
-            renamed[name] = tensor
+        elif not name.startswith(_HF_HEADS):
+            renamed[_rename(name, _HF_OTHERS)] = tensor
     return renamed
 
 
@@ -91,17 +83,20 @@ def to_hf_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         block = _PAPER_BLOCK.fullmatch(name)
-        stem, _, kind = name.rpartition(".")
         if block and block[2] == "attn.qkv":
             for part, rows in zip(_HF_QKV, tensor.chunk(3), strict=True):
                 renamed[f"encoder.layer.{block[1]}.{part}.{block[3]}"] = rows.clone()
         elif block:
             renamed[f"encoder.layer.{block[1]}.{in_block[block[2]]}.{block[3]}"] = tensor
-        elif name in others:
-            renamed[others[name]] = tensor
         else:
-            renamed[f"{others[stem]}.{kind}"] = tensor
+            renamed[_rename(name, others)] = tensor
     return renamed
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    """Rename a tensor, or the layer it belongs to, by `table`; keep names that are not in it."""
+    layer, _, kind = name.rpartition(".")
+    return f"{table[layer]}.{kind}" if layer in table else table.get(name, name)
 
 
 def infer_vit(state: dict[str, Tensor]) -> tuple[str, int] | None:
