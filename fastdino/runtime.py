@@ -57,7 +57,7 @@ class Runtime:
         packing: crops of all sizes in one sequence.
         last_block: tokens that the last block computes, "cls" or "all".
         recompute: norms and GELU recomputed in the backward pass instead of kept.
-        kernels: implementation of fastdino_kernels: "triton", "torch" or "reference".
+        kernels: implementation of fastdino_kernels: "triton" or "torch".
         cuda_graph: the training step replayed as a CUDA graph.
         crops, decode: crop backend and JPEG decoder; None if the caller makes the crops.
     """

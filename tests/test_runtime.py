@@ -212,8 +212,8 @@ def test_runtime_configures_the_networks(tiny):
 
 def test_kernels_follow_the_environment_variable(monkeypatch):
     assert choose_kernels(CPU).value == "torch"
-    monkeypatch.setenv("FASTDINO_KERNELS", "reference")
-    assert choose_kernels(CPU) == Choice("reference", "FASTDINO_KERNELS=reference")
+    monkeypatch.setenv("FASTDINO_KERNELS", "torch")
+    assert choose_kernels(CPU) == Choice("torch", "FASTDINO_KERNELS=torch")
     monkeypatch.setenv("FASTDINO_KERNELS", "fast")
     with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of"):
         choose_kernels(CPU)
