@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,13 +29,14 @@ from fastdino_kernels.dispatch import ENVIRONMENT_VARIABLE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import TrainConfig, Trainer, checkpoint, cli
+from fastdino.bench.baselines.loaders import training_loader
 from fastdino.bench.measurement import synchronize
 from fastdino.bench.report import table, wrap, write_report
-from fastdino.data import build_loader, scan_images
+from fastdino.data import scan_images
 from fastdino.data.shapes import write_shapes
 from fastdino.environment import environment
 from fastdino.errors import UserError
-from fastdino.runtime import choose_device, resolve_crops
+from fastdino.runtime import choose_device
 from fastdino.training.allocator import keep_freed_memory
 
 CONFIG = TrainConfig(
@@ -109,18 +110,13 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
     folder/shapes contains the validation set.
     """
     device = choose_device(data.device)
-    backend, decoder = resolve_crops(data, device)
-    loader = build_loader(
-        data,
-        scan_images(data.data_path),
-        crops=backend.value,
-        decode=decoder.value,
-        device=device,
-    )
+    loader = training_loader(data, scan_images(data.data_path), device)
     trainers = {
         name: Trainer(run.config, loader.steps_per_epoch, device=device)
         for name, run in runs.items()
     }
+    # On a CPU without bf16 instructions, bf16 products take ten times as long as fp32 ones.
+    products = Bf16Products() if device.type == "cpu" else contextlib.nullcontext()
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
     seconds = dict.fromkeys(runs, 0.0)
     for epoch in range(data.epochs):
@@ -129,7 +125,8 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
                 torch.manual_seed(trainer.iteration)  # for stochastic depth
                 synchronize(device)
                 started = time.perf_counter()
-                with using_kernels(runs[name].kernels), products_on(device):
+                kernels = {ENVIRONMENT_VARIABLE: runs[name].kernels}
+                with mock.patch.dict(os.environ, kernels), products:
                     losses[name].append(trainer.train_step(crops))
                 synchronize(device)
                 seconds[name] += (time.perf_counter() - started) * (epoch > 0)
@@ -143,18 +140,6 @@ def train_in_turn(runs: Mapping[str, Run], data: TrainConfig, folder: Path) -> l
         speed = timed / seconds[name] if timed else 0.0
         results.append(Result(name, values, knn_accuracy(path, folder), speed))
     return results
-
-
-@contextlib.contextmanager
-def using_kernels(name: str) -> Iterator[None]:
-    """Select the kernels' implementation."""
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: name}):
-        yield
-
-
-def products_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return Bf16Products on a CPU, where bf16 products take ten times as long as fp32 ones."""
-    return Bf16Products() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def knn_accuracy(path: Path, folder: Path) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,43 +169,71 @@ def loss_with_smaller_gradient(*arguments):
     return loss * 1.1 - 0.1 * loss.detach(), teacher_sum
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_check_of_the_loss(dtype):
+def without_clip(network, _):
+    groups = bench_adamw_ema.parameter_groups(network)
+    return AdamWEMA(groups, bench_adamw_ema.LR, weight_decay=0.04).step
+
+
+def loss_check(dtype):
     size = bench_dino_loss.Size(B=2, V=4, K=300, dtype=dtype)
-    for loss in (bench_dino_loss.paper, einsum_loss, bench_dino_loss.ours):
-        bench_dino_loss.check(loss, size, CPU)
-    with pytest.raises(AssertionError, match="is off by"):
-        bench_dino_loss.check(loss_of_all_pairs, size, CPU)
-    with pytest.raises(AssertionError, match="the gradient is off"):
-        bench_dino_loss.check(loss_with_smaller_gradient, size, CPU)
+    return partial(bench_dino_loss.check, size=size, device=CPU)
 
 
-def test_the_check_of_the_ema():
-    for with_shadow, baselines in bench_ema.BASELINES.items():
-        for _, update in baselines.values():
-            bench_ema.check(update, TOY, with_shadow, CPU)
-    with pytest.raises(AssertionError, match=r"teacher\[0\] is off"):
-        bench_ema.check(lambda n: ema_update_(n.teacher, n.weights, 0.9), TOY, False, CPU)
+def update_check(suite, option):
+    return lambda run: suite.check(run, TOY, option, CPU)
 
 
-def test_the_check_of_the_clip():
-    for _, clip in bench_clip.EACH.values():
-        bench_clip.check(clip, TOY, False, CPU)
-    bench_clip.check(bench_clip.torch_global, TOY, True, CPU)
-    with pytest.raises(AssertionError, match=r"gradient\[0\] is off"):
-        bench_clip.check(lambda p: clip_grad_norms_(p, 0.2), TOY, False, CPU)
+LOSSES = (bench_dino_loss.paper, einsum_loss, bench_dino_loss.ours)
 
 
-def test_the_check_of_the_optimizer():
-    for _, make in bench_adamw_ema.BASELINES.values():
-        bench_adamw_ema.check(make, TOY, True, CPU)
+def functions(baselines):
+    return [function for _, function in baselines.values()]
 
-    def without_clip(network, _):
-        groups = bench_adamw_ema.parameter_groups(network)
-        return AdamWEMA(groups, bench_adamw_ema.LR, weight_decay=0.04).step
 
-    with pytest.raises(AssertionError, match=r"teacher\[0\] is off"):
-        bench_adamw_ema.check(without_clip, TOY, False, CPU)
+@pytest.mark.parametrize(
+    ("check", "right", "wrong", "message"),
+    [
+        (loss_check(torch.float32), LOSSES, loss_of_all_pairs, "is off by"),
+        (loss_check(torch.bfloat16), LOSSES, loss_of_all_pairs, "is off by"),
+        (loss_check(torch.float32), (), loss_with_smaller_gradient, "the gradient is off"),
+        (loss_check(torch.bfloat16), (), loss_with_smaller_gradient, "the gradient is off"),
+        (
+            update_check(bench_ema, False),
+            functions(bench_ema.BASELINES[False]),
+            lambda n: ema_update_(n.teacher, n.weights, 0.9),
+            r"teacher\[0\] is off",
+        ),
+        (
+            update_check(bench_ema, True),
+            functions(bench_ema.BASELINES[True]),
+            bench_ema.ours,  # leaves the copies as they were
+            r"shadow\[0\] is off",
+        ),
+        (
+            update_check(bench_clip, False),
+            functions(bench_clip.EACH),
+            lambda p: clip_grad_norms_(p, 0.2),
+            r"gradient\[0\] is off",
+        ),
+        (
+            update_check(bench_clip, True),
+            functions(bench_clip.GLOBAL),
+            bench_clip.ours,
+            r"gradient\[\d\] is off",
+        ),
+        (
+            update_check(bench_adamw_ema, True),
+            functions(bench_adamw_ema.BASELINES),
+            without_clip,
+            r"teacher\[0\] is off",
+        ),
+    ],
+)
+def test_checks_accept_right_and_reject_wrong_baselines(check, right, wrong, message):
+    for baseline in right:
+        check(baseline)
+    with pytest.raises(AssertionError, match=message):
+        check(wrong)
 
 
 def test_every_round_of_the_optimizer_has_the_same_gradients():
@@ -266,12 +295,12 @@ class FakeGpu:
             self.log.append("sleep")
             self.sleeps.append(cycles / 2e9)
 
-        fakes = {"Event": Event, "_sleep": sleep, "synchronize": lambda _device: None}
-        fakes |= {"reset_peak_memory_stats": lambda _device: None, "empty_cache": lambda: None}
-        fakes |= {
-            "memory_allocated": lambda _device: 10,
-            "max_memory_allocated": lambda _device: 17,
-        }
+        fakes = {"Event": Event, "_sleep": sleep, "empty_cache": lambda: None}
+        values = {
+            "synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 10,
+            "max_memory_allocated": 17,
+        }  # fmt: skip
+        fakes |= {name: lambda _device, value=value: value for name, value in values.items()}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 

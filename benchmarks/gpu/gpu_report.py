@@ -89,7 +89,7 @@ REDUCED_TESTS = (
     "-k", "triton-cpu and not 4096 and not 6553 and not own_size and not accurate",
     "tests/test_ema.py", "tests/test_clip.py", "tests/test_dino_loss.py",
 )  # fmt: skip
-REDUCED_SUITES = {"dino_loss": 120, "ema": 40, "clip": 40, "adamw_ema": 40, "overhead": 40}
+REDUCED_TIME = 120  # per suite
 REDUCED_BENCHES = {
     "step vit_nano": (
         f"{TINY_STEP} --batch_size_per_gpu 2 --rounds 2 --baselines paper,ours",
@@ -168,11 +168,12 @@ def plan(raw: Path, *, reduced: bool) -> list[Task]:
         REDUCED_TESTS if reduced else ("-m", "gpu", "--continue-on-collection-errors", "tests")
     )
     tasks = [Task("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
-    for name, seconds in (REDUCED_SUITES if reduced else SUITES).items():
+    for name, seconds in SUITES.items():
         options = [f"--benchmark-json={raw / name}.json", "--benchmark-quiet"]
         quick = ["--quick"] if reduced else []
         command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
-        tasks.append(Task(f"benchmark {name}", command, seconds))
+        limit = REDUCED_TIME if reduced else seconds
+        tasks.append(Task(f"benchmark {name}", command, limit))
     return tasks + _bench_tasks(REDUCED_BENCHES if reduced else BENCHES, raw)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fastdino.bench.baselines.loaders import training_loader
 from fastdino.bench.baselines.steps import OURS, StepBaseline, choose_baselines
 from fastdino.bench.baselines.training_step import (
     TOLERANCE,
@@ -33,10 +34,10 @@ from fastdino.bench.scaling import Scaling, StepTime, model_scaling
 from fastdino.bench.step_profile import profile_step
 from fastdino.bench.step_report import DiskFeed, StepReport, StepResult
 from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool
-from fastdino.data import build_loader, scan_images
+from fastdino.data import scan_images
 from fastdino.environment import environment
 from fastdino.errors import ConfigError
-from fastdino.runtime import choose_device, resolve_crops
+from fastdino.runtime import choose_device
 from fastdino.training.allocator import keep_freed_memory
 
 # The settings of a run that a step depends on.
@@ -304,14 +305,7 @@ def feed_from_disk(
     synthetic: float,
 ) -> DiskFeed:
     """Time steps on the loader's crops; synthetic: seconds per step with crops in memory."""
-    backend, decoder = resolve_crops(config, device)
-    loader = build_loader(
-        config,
-        scan_images(config.data_path),
-        crops=backend.value,
-        decode=decoder.value,
-        device=device,
-    )
+    loader = training_loader(config, scan_images(config.data_path), device)
     wait = 0.0
     try:
         batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -86,10 +85,3 @@ class LightlyNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         projections: Tensor = self.head(self.backbone(images))
         return projections
-
-
-def lightly_problem() -> str | None:
-    """Return why lightly's step cannot run, or None."""
-    if importlib.util.find_spec("lightly") is None:
-        return 'lightly is not installed: pip install "lightly>=1.6,<1.7"'
-    return None

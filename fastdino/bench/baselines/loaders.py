@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import decode_rgb
+from fastdino.data.loader_base import CropLoader
 from fastdino.runtime import resolve_crops
 
 # Batches per epoch of our loaders: enough that an epoch rarely ends within a round.
@@ -56,45 +57,17 @@ class LoaderTask:
         return torch.device(self.device).type == "cuda"
 
 
-class BatchMaker(Protocol):
-    """Maker of a baseline's batches."""
-
-    def batches(self, number: int) -> Iterator[Any]:
-        """Yield `number` batches, without working before the first or after the last one."""
-        ...
-
-    def close(self) -> None:
-        """End threads and processes."""
-        ...
-
-
-class Delivery:
-    """Measure the delivery of batches: images, wall seconds, CPU seconds of all processes."""
-
-    def __init__(self, maker: BatchMaker, task: LoaderTask) -> None:
-        self._maker, self._task = maker, task
-
-    def __call__(self, batches: int) -> Sample:
-        """Deliver `batches` batches to the device."""
-        cpu, start = session_cpu_seconds(), time.perf_counter()
-        done = 0
-        for batch in self._maker.batches(batches):
-            if self._task.on_gpu and isinstance(batch, (list, tuple)):
-                batch = [crop.to(self._task.device, non_blocking=True) for crop in batch]
-            done += 1
-        synchronize(torch.device(self._task.device))
-        seconds = time.perf_counter() - start
-        assert done == batches
-        return Sample(batches * self._task.config.batch_size_per_gpu, seconds, _since(cpu))
-
-    def close(self) -> None:
-        """Close the maker."""
-        self._maker.close()
-
-
 def _since(cpu: float | None) -> float | None:
     now = session_cpu_seconds()
     return None if cpu is None or now is None else now - cpu
+
+
+def training_loader(
+    config: TrainConfig, images: ImageDataset, device: torch.device | str
+) -> CropLoader:
+    """Build the loader that a training run of this config has."""
+    crops, decode = resolve_crops(config, device)
+    return build_loader(config, images, crops=crops.value, decode=decode.value, device=device)
 
 
 class OwnLoader:
@@ -110,14 +83,7 @@ class OwnLoader:
             importlib.import_module("fastdino.augmentation.cpu_kernels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
         images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
-        backend, decoder = resolve_crops(config, task.device)
-        self._loader = build_loader(
-            config,
-            task.source.subset(images),
-            crops=backend.value,
-            decode=decoder.value,
-            device=task.device,
-        )
+        self._loader = training_loader(config, task.source.subset(images), task.device)
         self._epoch = 0
 
     def batches(self, number: int) -> Iterator[list[Tensor]]:
@@ -206,7 +172,7 @@ class Decoding:
         """Do nothing: the threads end with the process."""
 
 
-def _pillow_decoding(task: LoaderTask) -> BatchMaker:
+def _pillow_decoding(task: LoaderTask) -> Decoding:
     pool = ThreadPoolExecutor(task.config.num_workers)
 
     def decode(files: list[bytes]) -> list[NDArray[np.uint8]]:
@@ -215,11 +181,39 @@ def _pillow_decoding(task: LoaderTask) -> BatchMaker:
     return Decoding(task, decode)
 
 
-def _dali_decoding(task: LoaderTask) -> BatchMaker:
+def _dali_decoding(task: LoaderTask) -> Decoding:
     from fastdino.data.dali_decoding import DaliDecoder
 
     decoder = DaliDecoder(task.config.batch_size_per_gpu, task.config.num_workers)
     return Decoding(task, decoder.decode)
+
+
+# Each yields batches on request, without working before the first or after the last one.
+BatchMaker = OwnLoader | WorkerLoader | Decoding
+
+
+class Delivery:
+    """Measure the delivery of batches: images, wall seconds, CPU seconds of all processes."""
+
+    def __init__(self, maker: BatchMaker, task: LoaderTask) -> None:
+        self._maker, self._task = maker, task
+
+    def __call__(self, batches: int) -> Sample:
+        """Deliver `batches` batches to the device."""
+        cpu, start = session_cpu_seconds(), time.perf_counter()
+        done = 0
+        for batch in self._maker.batches(batches):
+            if self._task.on_gpu and isinstance(batch, (list, tuple)):
+                batch = [crop.to(self._task.device, non_blocking=True) for crop in batch]
+            done += 1
+        synchronize(torch.device(self._task.device))
+        seconds = time.perf_counter() - start
+        assert done == batches
+        return Sample(batches * self._task.config.batch_size_per_gpu, seconds, _since(cpu))
+
+    def close(self) -> None:
+        """Close the maker."""
+        self._maker.close()
 
 
 class KernelTimer:

@@ -249,7 +249,7 @@ class PaperStep(TrainingStep):
         self.optimizer = self.build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         for group in self.optimizer.param_groups:
-            group["lr"] = setup.lr
+            group["lr"] = self.config.lr * self.config.batch_size_per_gpu / 256  # as in the paper
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
     def build(self, setup: StepSetup) -> tuple[nn.Module, nn.Module, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastdino.bench.baselines.compiled_step import CompiledStep
 from fastdino.bench.baselines.dino_repository import DinoRepositoryStep
-from fastdino.bench.baselines.lightly_step import LightlyStep, lightly_problem
+from fastdino.bench.baselines.lightly_step import LightlyStep
 from fastdino.bench.baselines.paper_step import PaperStep
 from fastdino.bench.baselines.training_step import StepSetup, TrainingStep
 from fastdino.errors import ConfigError
@@ -22,6 +23,7 @@ from fastdino.models.compile import compile_problem
 from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
 
+LIGHTLY_MISSING = 'lightly is not installed: pip install "lightly>=1.6,<1.7"'
 # Long enough for the schedules to stay constant during a benchmark.
 STEPS_PER_EPOCH = 10**6
 
@@ -75,7 +77,7 @@ BASELINES = {
     "lightly": StepBaseline(
         "lightly's networks, loss and EMA; its global clip",
         LightlyStep,
-        lambda *_: lightly_problem(),
+        lambda *_: None if find_spec("lightly") else LIGHTLY_MISSING,
         one_size="it resizes the position embedding by another scale than the authors' code",
     ),
     "ours": StepBaseline("fastdino, --mode parity", partial(TrainerStep, mode="parity")),

@@ -39,11 +39,6 @@ class StepSetup:
     center: Tensor
     dino_repo: Path | None = None
 
-    @property
-    def lr(self) -> float:
-        """Return the learning rate, scaled by the batch as in the paper."""
-        return self.config.lr * self.config.batch_size_per_gpu / 256
-
 
 class TrainingStep(abc.ABC):
     """One implementation of the training step, with its own networks.
