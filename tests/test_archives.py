@@ -8,9 +8,9 @@ import pytest
 
 from fastdino.data.datasets.archives import are_numbered, class_names, expand_range
 from fastdino.data.datasets.registry import find_dataset
-from fastdino.data.datasets.webdataset import MemberCollector, is_hidden
+from fastdino.data.datasets.webdataset import is_hidden
 from fastdino.data.image_files import Part
-from fastdino.data.manifest import archive_manifest, concatenate
+from fastdino.data.manifest import concatenate, unread_manifest
 from fastdino.errors import DataError
 
 SHARDS = [f"s-00{n}.tar" for n in range(3)]
@@ -21,19 +21,6 @@ def shards(tmp_path, make_tar):
     for name in SHARDS:
         make_tar(tmp_path / name, {"a.jpg": b"x"})
     return tmp_path
-
-
-def test_labels_are_those_of_the_same_key_and_masks_are_not_images():
-    collector = MemberCollector()
-    for name in ("k/1.jpg", "k/1.mask.png", "k/2.jpg", "v1.0.png"):
-        collector.add_image(name, Part(0, 1), "bad" if name == "k/2.jpg" else "")
-    collector.add_other("k/1.cls", 1, lambda: b" 7\n")
-    collector.add_other("k/2.json", 20, lambda: b'{"label": "dog"}')
-    collector.add_other("v1.cls", 1 << 30, lambda: pytest.fail("too large to be a label"))
-    images = collector.manifest("a.tar")
-    assert images.members == ["k/1.jpg", "k/2.jpg", "v1.0.png"]
-    assert images.labels == ["7", "dog", ""]
-    assert images.reasons == {1: "bad"}
 
 
 def test_macos_metadata_is_hidden():
@@ -72,7 +59,7 @@ def test_shards_have_consecutive_numbers(names, numbered):
 )
 def test_classes_are_archives_or_folders_of_a_single_archive(archives, classes):
     manifests = [
-        archive_manifest(path, members, [Part(0, 1)] * len(members))
+        unread_manifest([path], members, [Part(0, 1)] * len(members))
         for path, members in archives.items()
     ]
     assert class_names(concatenate(manifests)) == classes

@@ -47,10 +47,8 @@ def test_dataset_contains_frames_but_not_masks(davis):
     assert frames == [
         f"JPEGImages/480p/{name}/{i:05}.jpg" for name in ("bear", "camel", "dog") for i in range(2)
     ]
-    assert (dataset.classes, dataset.labels.tolist()) == (
-        ["bear", "camel", "dog"],
-        [0, 0, 1, 1, 2, 2],
-    )
+    assert dataset.classes == ["bear", "camel", "dog"]
+    assert dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert dataset.kind == "DAVIS sequences, 480p"
 
 
@@ -77,16 +75,16 @@ def test_resolution_option(davis):
     ("options", "message"),
     [
         (
-            "?split=tset",
-            "no split 'tset'; its splits are 2017/train, 2017/val, 480p/trainval, train",
+            "split=tset",
+            "no split 'tset'; its splits are 2017/train, 2017/val, 480p/trainval",
         ),
-        ("?resolution=1080p", "no resolution '1080p'; available: 480p, Full-Resolution"),
-        ("?size=1", "DAVIS has no option 'size'; supported: split, train, val, resolution"),
+        ("resolution=1080p", "no resolution '1080p'; available: 480p, Full-Resolution"),
+        ("size=1", "DAVIS has no option 'size'; supported: split, train, val, resolution"),
     ],
 )
 def test_unsupported_option_values_are_errors(davis, options, message):
     with pytest.raises(DataError, match=message):
-        scan_images(f"{davis}{options}")
+        scan_images(f"{davis}?{options}")
 
 
 def test_missing_sequences_and_empty_lists_are_errors(davis):

@@ -33,15 +33,15 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def make(picture):
-    """Builds a dataset of n noise JPEGs in column `image`, and of other columns."""
+    """A function that makes a dataset of n noise JPEGs in column `image`, and other columns."""
 
     def build(n=7, image="image", features=types.MappingProxyType({}), **columns):
         pictures = [{"bytes": picture(i, (20 + i, 10)), "path": f"{i}.jpg"} for i in range(n)]
         columns = {image: pictures, **columns} if image else columns
-        one = datasets.Dataset.from_dict(columns)
+        dataset = datasets.Dataset.from_dict(columns)
         for name, feature in {**({image: datasets.Image()} if image else {}), **features}.items():
-            one = one.cast_column(name, feature)
-        return one
+            dataset = dataset.cast_column(name, feature)
+        return dataset
 
     return build
 
@@ -55,33 +55,50 @@ def labelled(make):
     return build
 
 
-def assert_images(dataset, picture, n):
-    assert [dataset.read_bytes(i) for i in range(n)] == [picture(i, (20 + i, 10)) for i in range(n)]
-    assert dataset.sizes.tolist() == [[10, 20 + i] for i in range(n)]
-    assert (len(dataset), dataset.skipped) == (n, {})
+@pytest.fixture
+def save(tmp_path):
+    """A function that saves a dataset to a folder and returns its --data_path."""
+
+    def write(dataset, name="data", **options):
+        dataset.save_to_disk(tmp_path / name, **options)
+        return f"hf:{tmp_path / name}"
+
+    return write
+
+
+def classes_and_labels(data_path):
+    dataset = scan_images(data_path)
+    return dataset.classes, dataset.labels.tolist()
+
+
+def assert_images(dataset, picture, indices):
+    expected = [picture(i, (20 + i, 10)) for i in indices]
+    assert [dataset.read_bytes(i) for i in range(len(dataset))] == expected
+    assert dataset.sizes.tolist() == [[10, 20 + i] for i in indices]
+    assert dataset.skipped == {}
 
 
 @pytest.mark.parametrize("form", ["folder", "folders", "parquet", "parquet file"])
-def test_images_are_read_in_place_in_every_format(tmp_path, labelled, picture, form):
-    path = tmp_path / "data"
+def test_images_are_read_in_place_in_every_format(tmp_path, labelled, save, picture, form):
     if form == "folder":
-        labelled().save_to_disk(path, num_shards=3)
+        data_path = save(labelled(), num_shards=3)
     elif form == "folders":
-        both = {"train": labelled(), "test": labelled(2)}
-        datasets.DatasetDict(both).save_to_disk(path)
+        data_path = save(datasets.DatasetDict({"train": labelled(), "test": labelled(2)}))
     else:
-        labelled().to_parquet(path / "train-00000-of-00001.parquet")
-        path = path / "train-00000-of-00001.parquet" if form == "parquet file" else path
-    dataset = scan_images(f"hf:{path}")
-    assert_images(dataset, picture, 7)
+        file = tmp_path / "data" / "train-00000-of-00001.parquet"
+        labelled().to_parquet(file)
+        data_path = f"hf:{file if form == 'parquet file' else file.parent}"
+    dataset = scan_images(data_path)
+    assert_images(dataset, picture, range(7))
     assert (dataset.classes, dataset.labels.tolist()) == (NAMES, [0, 1, 0, 1, 0, 1, 0])
-    assert dataset.kind == f"Hugging Face {path}, train"
+    assert dataset.kind == f"Hugging Face {data_path[3:]}, train"
     assert dataset.files != dataset.paths
 
 
-def test_reading_needs_neither_the_package_nor_a_copy(tmp_path, labelled, picture, monkeypatch):
-    labelled().save_to_disk(tmp_path / "data")
-    dataset = pickle.loads(pickle.dumps(scan_images(f"hf:{tmp_path}/data")))
+def test_reading_needs_neither_the_package_nor_a_copy(
+    tmp_path, labelled, save, picture, monkeypatch
+):
+    dataset = pickle.loads(pickle.dumps(scan_images(save(labelled()))))
     monkeypatch.setattr(hugging_face.importlib, "import_module", lambda name: pytest.fail(name))
     with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(dataset.read_bytes, [6, 0, 3] * 20))
@@ -89,18 +106,12 @@ def test_reading_needs_neither_the_package_nor_a_copy(tmp_path, labelled, pictur
     assert not (tmp_path / "home").exists()
 
 
-def test_saved_selection_keeps_its_order(tmp_path, labelled, picture):
-    labelled().select([5, 2, 2]).save_to_disk(tmp_path / "data")
-    dataset = scan_images(f"hf:{tmp_path}/data")
-    assert [dataset.read_bytes(i) for i in range(3)] == [
-        picture(i, (20 + i, 10)) for i in (5, 2, 2)
-    ]
+def test_saved_selection_keeps_its_order(labelled, save, picture):
+    assert_images(scan_images(save(labelled().select([5, 2, 2]))), picture, [5, 2, 2])
 
 
-def test_splits_are_those_of_the_dataset(tmp_path, labelled):
-    splits = {"train": labelled(5), "validation": labelled(3)}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
-    path = f"hf:{tmp_path}/data"
+def test_splits_are_those_of_the_dataset(labelled, save):
+    path = save(datasets.DatasetDict({"train": labelled(5), "validation": labelled(3)}))
     assert len(scan_images(f"{path}?split=validation")) == 3
     assert [len(scan_images(path, role=role)) for role in ("train", "val")] == [5, 3]
     with pytest.raises(DataError, match="no split 'dev'; its splits are train, validation"):
@@ -118,66 +129,50 @@ def test_image_folders_are_read_as_files(tmp_path, picture):
     assert sorted(dataset.read_bytes(i) for i in range(2)) == sorted([picture(0), picture(1)])
 
 
-def test_columns_are_detected_by_type_or_chosen_by_option(tmp_path, make):
+def test_columns_are_detected_by_type_or_chosen_by_option(make, save):
     two = {"fine": datasets.ClassLabel(names=NAMES), "coarse": datasets.ClassLabel(names=["x"])}
-    make(3, "photo", two, fine=[2, 0, 1], coarse=[0, 0, 0]).save_to_disk(tmp_path / "two")
+    path = save(make(3, "photo", two, fine=[2, 0, 1], coarse=[0, 0, 0]))
     with pytest.raises(DataError, match=r"choose the label column with \?label=.*fine, coarse"):
-        scan_images(f"hf:{tmp_path}/two")
-    dataset = scan_images(f"hf:{tmp_path}/two?label=fine&image=photo")
-    assert (dataset.classes, dataset.labels.tolist()) == (NAMES, [2, 0, 1])
+        scan_images(path)
+    assert classes_and_labels(f"{path}?label=fine&image=photo") == (NAMES, [2, 0, 1])
     with pytest.raises(DataError, match="choose the image column .* one of photo"):
-        scan_images(f"hf:{tmp_path}/two?image=fine")
+        scan_images(f"{path}?image=fine")
     with pytest.raises(DataError, match="'photo' is not a label column; its columns: photo"):
-        scan_images(f"hf:{tmp_path}/two?label=photo")
+        scan_images(f"{path}?label=photo")
 
 
-def test_column_image_is_preferred(tmp_path, make, picture):
+def test_column_image_is_preferred_and_the_cache_is_per_column(tmp_path, make, save, picture):
     masks = [{"bytes": picture(50 + i), "path": None} for i in range(3)]
-    for name in ("image", "left"):
-        one = make(3, name, {"mask": datasets.Image()}, mask=masks)
-        one.save_to_disk(tmp_path / name)
-    assert_images(scan_images(f"hf:{tmp_path}/image"), picture, 3)
-    only_masks = scan_images(f"hf:{tmp_path}/image?image=mask")
-    assert only_masks.read_bytes(1) == picture(51)
-    with pytest.raises(DataError, match=r"with \?image=...: one of left, mask"):
-        scan_images(f"hf:{tmp_path}/left")
-
-
-def test_cache_is_not_reused_for_another_column(tmp_path, make, picture):
-    masks = [{"bytes": picture(50 + i), "path": None} for i in range(3)]
-    make(3, "image", {"mask": datasets.Image()}, mask=masks).save_to_disk(tmp_path / "d")
+    path = save(make(3, "image", {"mask": datasets.Image()}, mask=masks))
     cache = tmp_path / "images.npz"
     for _ in range(2):
-        assert scan_images(f"hf:{tmp_path}/d", cache=cache).read_bytes(0) == picture(0)
-        assert scan_images(f"hf:{tmp_path}/d?image=mask", cache=cache).read_bytes(0) == picture(50)
+        assert_images(scan_images(path, cache=cache), picture, range(3))
+        assert scan_images(f"{path}?image=mask", cache=cache).read_bytes(1) == picture(51)
+    path = save(make(3, "left", {"mask": datasets.Image()}, mask=masks), "left")
+    with pytest.raises(DataError, match=r"with \?image=...: one of left, mask"):
+        scan_images(path)
 
 
-def test_text_and_integer_labels_are_classes(tmp_path, make):
-    make(3, label=["dog", "ant", "dog"]).save_to_disk(tmp_path / "text")
-    dataset = scan_images(f"hf:{tmp_path}/text")
-    assert (dataset.classes, dataset.labels.tolist()) == (["ant", "dog"], [1, 0, 1])
-    make(3, label=[10, 9, None]).save_to_disk(tmp_path / "number")
-    dataset = scan_images(f"hf:{tmp_path}/number")
-    assert (dataset.classes, dataset.labels.tolist()) == (["10", "9", "unlabelled"], [0, 1, 2])
-    make(3).save_to_disk(tmp_path / "none")
-    assert scan_images(f"hf:{tmp_path}/none").classes == ["none"]
+def test_text_and_integer_labels_are_classes(make, save):
+    text = save(make(3, label=["dog", "ant", "dog"]), "text")
+    assert classes_and_labels(text) == (["ant", "dog"], [1, 0, 1])
+    number = save(make(3, label=[10, 9, None]), "number")
+    assert classes_and_labels(number) == (["10", "9", "unlabelled"], [0, 1, 2])
+    assert classes_and_labels(save(make(3), "none")) == (["none"], [0, 0, 0])
 
 
-def test_hidden_labels_are_a_separate_class(tmp_path, make):
+def test_hidden_labels_are_a_separate_class(make, save):
     feature = {"label": datasets.ClassLabel(names=NAMES)}
-    make(3, features=feature, label=[-1, 1, None]).save_to_disk(tmp_path / "d")
-    dataset = scan_images(f"hf:{tmp_path}/d")
-    assert (dataset.classes, dataset.labels.tolist()) == ([*NAMES, "unlabelled"], [3, 1, 3])
+    path = save(make(3, features=feature, label=[-1, 1, None]))
+    assert classes_and_labels(path) == ([*NAMES, "unlabelled"], [3, 1, 3])
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_binary_columns_are_images(tmp_path, picture, wide):
-    kind = "large_binary" if wide else "binary"
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_binary_columns_are_images(save, picture, kind):
     features = datasets.Features({"jpg": datasets.Value(kind)})
-    one = datasets.Dataset.from_dict({"jpg": [picture(i) for i in range(3)]}, features=features)
-    one.save_to_disk(tmp_path / "d")
-    dataset = scan_images(f"hf:{tmp_path}/d")
-    assert [dataset.read_bytes(i) for i in range(3)] == [picture(i) for i in range(3)]
+    images = [picture(i) for i in range(3)]
+    dataset = scan_images(save(datasets.Dataset.from_dict({"jpg": images}, features=features)))
+    assert [dataset.read_bytes(i) for i in range(3)] == images
 
 
 def test_broken_and_missing_images_are_skipped(tmp_path, picture):
@@ -189,15 +184,13 @@ def test_broken_and_missing_images_are_skipped(tmp_path, picture):
         {"bytes": b"", "path": None},
     ]
     features = datasets.Features({"image": datasets.Image()})
-    one = datasets.Dataset.from_dict({"image": values}, features=features)
-    schema = one.data.schema
-    (tmp_path / "d").mkdir()
-    path = tmp_path / "d" / "data.arrow"
-    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, schema) as writer:
-        writer.write_table(one.data.table)
-    images = index_arrow(str(path), image="image", label=None)
+    table = datasets.Dataset.from_dict({"image": values}, features=features).data.table
+    path = str(tmp_path / "data.arrow")
+    with arrow.OSFile(path, "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    images = index_arrow(path, image="image", label=None)
     assert images.reasons == {2: "is not in the file, but gone.jpg", 3: "has no image"}
-    assert read_part(str(path), Part(*images.parts[0].tolist())) == picture(0)
+    assert read_part(path, Part(*images.parts[0].tolist())) == picture(0)
     dataset = scan_images(f"hf:{path}", max_bad_share=0.9)
     assert (len(dataset), dataset.broken) == (1, 4)
     with pytest.raises(DataError, match="4 of 5 images cannot be read, more than --max_bad_share"):
@@ -223,7 +216,7 @@ def test_compressed_and_truncated_files_are_errors(tmp_path, picture):
 @pytest.mark.parametrize(
     ("data_path", "message"),
     [
-        ("hf:nobody/none", "not on this machine, and the Hub cannot be reached"),
+        ("hf:user/missing", "not on this machine, and the Hub cannot be reached"),
         ("hf:/none/there", "there is no folder /none/there"),
         ("hf:", "expected hf:NAME or hf:FOLDER"),
     ],
@@ -234,21 +227,19 @@ def test_missing_dataset_is_one_line_error(data_path, message):
     assert "\n" not in str(error.value)
 
 
-def test_dataset_without_images_is_error_with_its_columns(tmp_path, make):
-    make(image=None, text=["a"], label=[1]).save_to_disk(tmp_path / "text")
+def test_dataset_without_images_is_error_with_its_columns(tmp_path, make, save):
     with pytest.raises(DataError, match=r"has no image column; its columns: text \(string\), l"):
-        scan_images(f"hf:{tmp_path}/text")
+        scan_images(save(make(image=None, text=["a"], label=[1]), "text"))
     features = datasets.Features({"clip": datasets.Video(), "label": datasets.Value("int64")})
-    one = datasets.Dataset.from_dict({"clip": [None], "label": [1]}, features=features)
-    one.save_to_disk(tmp_path / "video")
+    video = datasets.Dataset.from_dict({"clip": [None], "label": [1]}, features=features)
     with pytest.raises(DataError, match=r"has videos \(column clip\), not images"):
-        scan_images(f"hf:{tmp_path}/video")
+        scan_images(save(video, "video"))
     make(1).select([]).to_parquet(tmp_path / "empty" / "train.parquet")
     with pytest.raises(DataError, match="cannot be loaded: .*no data"):
         scan_images(f"hf:{tmp_path}/empty")
 
 
-def test_missing_or_old_package_is_error(tmp_path, monkeypatch):
+def test_missing_or_old_package_is_error(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -261,9 +252,6 @@ def test_missing_or_old_package_is_error(tmp_path, monkeypatch):
         scan_images("hf:cifar10")
 
 
-def test_fingerprint_is_independent_of_the_folder(tmp_path, labelled):
-    prints = []
-    for name in ("a", "b"):
-        labelled().save_to_disk(tmp_path / name)
-        prints.append(scan_images(f"hf:{tmp_path}/{name}").fingerprint)
-    assert prints[0] == prints[1]
+def test_fingerprint_is_independent_of_the_folder(labelled, save):
+    fingerprints = {scan_images(save(labelled(), name)).fingerprint for name in ("a", "b")}
+    assert len(fingerprints) == 1

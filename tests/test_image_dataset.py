@@ -69,19 +69,10 @@ def test_empty_classes_are_kept_and_loose_images_are_skipped(folder):
     assert dataset.skipped == {str(loose): "is next to the class folders"}
 
 
-def test_links_are_followed_but_cycles_are_not(folder, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    write(elsewhere / "1.jpg")
-    (folder / "a" / "linked").symlink_to(elsewhere)
-    (folder / "a" / "deep" / "up").symlink_to(folder / "a")
-    dataset = scan_images(folder)
-    assert len(dataset) == 6
-    assert any("linked" in path for path in dataset.paths)
-
-
-def test_links_between_classes_end(tmp_path):
+def test_links_are_followed_but_cycles_are_not(tmp_path):
     for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg"):
         write(tmp_path / name)
+    (tmp_path / "a" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "x").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "y").symlink_to(tmp_path / "a")
     paths = [os.path.relpath(path, tmp_path) for path in scan_images(tmp_path).paths]
@@ -136,58 +127,58 @@ def test_broken_files_are_skipped_with_a_reason(folder):
     assert dataset.broken == 6
 
 
-def test_file_without_permission_is_skipped(folder, monkeypatch):
+@pytest.fixture
+def forbid(monkeypatch):
+    """Makes a function of a module raise PermissionError for one path."""
+
+    def patch(module, name, forbidden):
+        real = getattr(module, name, open)
+
+        def fails(path, *args, **options):
+            if os.fspath(path) == str(forbidden):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(module, name, fails, raising=False)
+
+    return patch
+
+
+def test_file_without_permission_is_skipped(folder, forbid):
     locked = str(folder / "b" / "2.jpg")
-    real_open = open
-
-    def no_permission(path, *args, **kwargs):
-        if path == locked:
-            raise PermissionError(13, "Permission denied", path)
-        return real_open(path, *args, **kwargs)
-
-    monkeypatch.setattr(image_files, "open", no_permission, raising=False)
+    forbid(image_files, "open", locked)
     dataset = scan_images(folder, max_bad_share=0.5)
     assert dataset.skipped == {locked: "cannot be read: Permission denied"}
 
 
-def test_unreadable_class_folder_is_error(folder, monkeypatch):
-    real_scandir = os.scandir
-
-    def no_permission(path):
-        if os.fspath(path) == str(folder / "b"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return real_scandir(path)
-
-    monkeypatch.setattr(os, "scandir", no_permission)
-    with pytest.raises(DataError, match="the folder .*b cannot be read: Permission denied"):
+@pytest.mark.parametrize("place", [".", "b"])
+def test_folder_without_permission_is_error(folder, forbid, place):
+    forbid(os, "scandir", folder / place)
+    message = f"the folder {folder / place} cannot be read: .*Permission denied"
+    with pytest.raises(DataError, match=message):
         scan_images(folder)
 
 
 def test_unusual_but_valid_files_are_kept(tmp_path):
-    write(tmp_path / "k" / "cmyk.jpg", mode="CMYK")
-    write(tmp_path / "k" / "gray.jpg", mode="L")
-    write(tmp_path / "k" / "rgba.png", mode="RGBA")
-    write(tmp_path / "k" / "palette.png", mode="P")
-    write(tmp_path / "k" / "pixel.png", (1, 1))
-    write(tmp_path / "k" / "named.jpg", format="PNG")
-    (tmp_path / "k" / "trailing.jpg").write_bytes(
-        write(tmp_path / "k" / "whole.jpg").read_bytes() + b"\0" * 9
-    )
+    folder = tmp_path / "k"
+    for mode, name in (("CMYK", "a.jpg"), ("L", "b.jpg"), ("RGBA", "c.png"), ("P", "d.png")):
+        write(folder / name, mode=mode)
+    write(folder / "pixel.png", (1, 1))
+    write(folder / "named.jpg", format="PNG")
+    (folder / "trailing.jpg").write_bytes(write(folder / "whole.jpg").read_bytes() + b"\0" * 9)
     deep = np.arange(200, dtype=np.uint16).reshape(10, 20) * 300
-    Image.fromarray(deep).save(tmp_path / "k" / "deep.png")
-    Image.new("1", (10_000, 10_000)).save(tmp_path / "k" / "huge.png")
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    write(tmp_path / "k" / "turned.jpg", exif=exif)
+    write(folder / "rotated.jpg", exif=exif)
     dataset = scan_images(tmp_path)
     assert dataset.skipped == {}
-    sizes = {
-        os.path.basename(p): s for p, s in zip(dataset.paths, dataset.sizes.tolist(), strict=True)
-    }
+    names = map(os.path.basename, dataset.paths)
+    sizes = dict(zip(names, dataset.sizes.tolist(), strict=True))
     assert len(sizes) == 11
-    assert sizes["huge.png"] == [10_000, 10_000]
-    assert sizes["pixel.png"] == [1, 1]
-    assert sizes["turned.jpg"] == [10, 20], "no EXIF rotation, as in the paper's loader"
+    assert (sizes["huge.png"], sizes["pixel.png"]) == ([10_000, 10_000], [1, 1])
+    assert sizes["rotated.jpg"] == [10, 20], "no EXIF rotation, as in the paper's loader"
 
 
 def test_images_above_pillows_pixel_limit_are_skipped(folder, monkeypatch):
@@ -214,17 +205,10 @@ def test_no_readable_image_is_error_for_any_share(tmp_path):
         scan_images(tmp_path, max_bad_share=1.0)
 
 
-def test_folder_without_images_is_error(tmp_path, monkeypatch):
+def test_folder_without_images_is_error(tmp_path):
     with pytest.raises(DataError, match="there is no file or folder"):
         scan_images(tmp_path / "missing")
     with pytest.raises(DataError, match=r"no images in .*\.jpg, \.jpeg, \.png"):
-        scan_images(tmp_path)
-
-    def no_permission(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(os, "scandir", no_permission)
-    with pytest.raises(DataError, match="cannot be read.*Permission denied"):
         scan_images(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import sys
@@ -169,16 +170,7 @@ def test_unreadable_tar_is_error(tars, monkeypatch):
         scan_images(tars)
 
 
-class Terminal:
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
+class Terminal(io.StringIO):
     def isatty(self):
         return True
 
@@ -188,7 +180,7 @@ def test_terminal_shows_progress_bars(tars, monkeypatch):
     monkeypatch.setattr(scanning, "BAR_AFTER", 0.0)
     scan_images(tars, max_bad_share=0.5)
     for part in ("reading tars: ", "/3 [", "reading image headers: ", "/12 ["):
-        assert part in sys.stderr.text
+        assert part in sys.stderr.getvalue()
 
 
 def test_no_progress_bar_without_a_terminal(tars, capsys, monkeypatch):

@@ -58,8 +58,9 @@ def test_tars_within_a_tar_are_indexed(tmp_path, picture, make_tar):
     assert "is not a tar" in reasons["n03.tar"]
 
 
-def test_labels_are_those_of_the_same_key(tmp_path, picture, make_tar):
-    image = picture()
+def test_labels_are_those_of_the_same_key_and_masks_are_not_images(tmp_path, picture, make_tar):
+    image, link = picture(), tarfile.TarInfo()
+    link.type, link.linkname = tarfile.LNKTYPE, "a/photo.jpg"
     members = {
         "a/000.cls": b"7\n", "a/000.jpg": image,
         "a/001.jpg": image, "a/001.json": json.dumps({"url": "x", "label": 3}).encode(),
@@ -67,14 +68,18 @@ def test_labels_are_those_of_the_same_key(tmp_path, picture, make_tar):
         "a/003.jpg": image, "a/003.json": b"{broken", "b/000.jpg": image,
         "a/004.left.png": image, "a/004.right.png": image, "a/004.cls": b"cat",
         "a/005.jpg": image, "a/005.mask.png": image, "a/005.txt": b"a caption",
-        "a/photo.jpg": image, "a/photo.1.jpg": image,
+        "a/006.jpg": image, "a/006.cls": b"too large to be a label" * 50_000,
+        "a/photo.jpg": image, "a/photo.1.jpg": image, "a/photo.2.jpg": link,
     }  # fmt: skip
     images = index(make_tar(tmp_path / "t.tar", members))
     assert dict(zip(images.members, images.labels, strict=True)) == {
         "a/000.jpg": "7", "a/001.jpg": "3", "a/002.jpg": "dog", "a/003.jpg": "", "b/000.jpg": "",
         "a/004.left.png": "cat", "a/004.right.png": "cat", "a/005.jpg": "",
-        "a/photo.jpg": "", "a/photo.1.jpg": "",
+        "a/006.jpg": "", "a/photo.jpg": "", "a/photo.1.jpg": "", "a/photo.2.jpg": "",
     }  # fmt: skip
+    ((bad, reason),) = images.reasons.items()
+    assert images.members[bad] == "a/photo.2.jpg"
+    assert "link" in reason
 
 
 def test_truncated_tar_keeps_its_complete_images(tmp_path, picture, make_tar):
@@ -103,16 +108,11 @@ def test_garbage_between_members_is_not_the_end_of_the_tar(tmp_path, picture, ma
     assert "the 1 images before" in images.notes[0]
 
 
-def test_empty_tars_have_notes_and_links_have_reasons(tmp_path, picture, make_tar):
+def test_empty_tars_have_notes(tmp_path, make_tar):
     (tmp_path / "nothing.tar").touch()
     assert index(tmp_path / "nothing.tar").notes == {0: "is empty (0 bytes)"}
     for members in ({}, {"a.txt": b"x"}):
         assert index(make_tar(tmp_path / "t.tar", members)).notes == {0: "contains no images"}
-    link = tarfile.TarInfo()
-    link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
-    images = index(make_tar(tmp_path / "link.tar", {"a.jpg": picture(), "b.jpg": link}))
-    assert list(images.reasons) == [1]
-    assert "link" in images.reasons[1]
 
 
 def test_other_file_named_tar_is_error(tmp_path):

@@ -44,41 +44,34 @@ def row(number, *, columns):
 
 
 def write_sqlite(path, columns="photoid integer, title text, downloadurl text, marker integer"):
+    values = [(n, "x", address(n), int(n == VIDEO)) for n in NUMBERS]
+    number = columns.count(",") + 1
+    marks = ", ".join("?" * number)
     with closing(sqlite3.connect(path)) as base:
         base.execute(f"create table yfcc100m_dataset ({columns})")
-        names = [column.split()[0] for column in columns.split(", ")]
-        for number in NUMBERS:
-            values = {
-                "photoid": number,
-                "title": "x",
-                "downloadurl": address(number),
-                "marker": int(number == VIDEO),
-            }
-            marks = ", ".join("?" * len(names))
-            base.execute(
-                f"insert into yfcc100m_dataset values ({marks})", [values.get(n) for n in names]
-            )
+        base.executemany(
+            f"insert into yfcc100m_dataset values ({marks})", [one[:number] for one in values]
+        )
         base.commit()
     return path
 
 
 def write_metadata(folder, kind):
-    path = folder / "yfcc100m_dataset"
+    photos = [n for n in NUMBERS if n != VIDEO]
+    path = folder / ("yfcc100m_dataset.bz2" if kind == "bz2" else "yfcc100m_dataset")
     if kind == "sqlite":
         return write_sqlite(folder / "yfcc100m_dataset.sql")
-    if kind == "bz2":
-        path = folder / "yfcc100m_dataset.bz2"
-        path.write_bytes(bz2.compress("\n".join(row(n, columns=23) for n in NUMBERS).encode()))
-    elif kind == "subset":
-        lines = [f"{i}\t{n}\t{key(n)}" for i, n in enumerate(NUMBERS) if n != VIDEO]
-        path.write_text("\n".join(lines))
+    if kind == "subset":
+        lines = [f"{i}\t{n}\t{key(n)}" for i, n in enumerate(photos)]
     elif kind == "numbers":
-        path.write_text("".join(f"{n}\n" for n in NUMBERS if n != VIDEO))
+        lines = map(str, photos)
     elif kind == "header":
         lines = [f"x\t{int(n == VIDEO)}\t{n}\t{address(n)}" for n in NUMBERS]
-        path.write_text("\n".join(["title\tmarker\tphotoid\tdownloadurl", *lines]))
+        lines = ["title\tmarker\tphotoid\tdownloadurl", *lines]
     else:
-        path.write_text("\n".join(row(n, columns=int(kind)) for n in NUMBERS) + "\n")
+        lines = [row(n, columns=25 if kind == "25" else 23) for n in NUMBERS]
+    text = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(bz2.compress(text) if kind == "bz2" else text)
     return path
 
 
@@ -110,10 +103,7 @@ def test_photos_are_matched_by_number_and_key_in_every_format(tmp_path, kind):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            b"a\tb\n",
-            r"begins with \['a', 'b'\], 2 tab-separated columns: expected YFCC100M",
-        ),
+        (b"a\tb\n", r"begins with \['a', 'b'\], 2 tab-separated columns: expected YFCC"),
         (b"not a number\n", "1 tab-separated columns"),
         (b"", "lists no photo"),
         (row(VIDEO, columns=23).encode(), r"lists no photo \(1 videos\)"),

@@ -117,35 +117,28 @@ class Manifest:
         )
 
 
-def image_file_manifest(files: Sequence[str]) -> Manifest:
-    """Return the manifest of image files whose headers have not been read."""
-    n = len(files)
-    return _unread(files, np.arange(n, dtype=np.int32), [""] * n, np.zeros((n, 3), np.int64))
-
-
-def archive_manifest(
-    path: str,
-    members: Sequence[str] = (),
+def unread_manifest(
+    files: Sequence[str],
+    members: Sequence[str] | None = None,
     parts: Sequence[Part] | NDArray[np.int64] = (),
     labels: Sequence[str] = (),
     reasons: dict[int, str] | None = None,
     note: str = "",
 ) -> Manifest:
-    """Return the manifest of an archive's members before their headers are read."""
-    n = len(members)
-    one = _unread([path], np.zeros(n, np.int32), members, np.array(parts, np.int64).reshape(n, 3))
-    notes = {0: note} if note else {}
-    return replace(one, labels=labels or one.labels, reasons=reasons or {}, notes=notes)
-
-
-def _unread(
-    files: Sequence[str],
-    file_ids: NDArray[np.int32],
-    members: Sequence[str],
-    parts: NDArray[np.int64],
-) -> Manifest:
-    stamps, headers = np.full((len(files), 2), -1), np.zeros((len(members), 3), np.int32)
-    return Manifest(files, file_ids, members, parts, [""] * len(members), {}, {}, stamps, headers)
+    """Return the manifest of image files, or with members of one archive, without headers."""
+    n = len(files) if members is None else len(members)
+    of_archive = members is not None
+    return Manifest(
+        files=files,
+        file_ids=np.zeros(n, np.int32) if of_archive else np.arange(n, dtype=np.int32),
+        members=[""] * n if members is None else members,
+        parts=np.array(parts, np.int64).reshape(n, 3) if of_archive else np.zeros((n, 3), np.int64),
+        labels=labels or [""] * n,
+        reasons=reasons or {},
+        notes={0: note} if note else {},
+        stamps=np.full((len(files), 2), -1),
+        headers=np.zeros((n, 3), np.int32),
+    )
 
 
 def concatenate(manifests: Sequence[Manifest]) -> Manifest:
@@ -162,7 +155,7 @@ def concatenate(manifests: Sequence[Manifest]) -> Manifest:
         files += one.files
         members += one.members
     if not manifests:
-        return image_file_manifest([])
+        return unread_manifest([])
     return Manifest(
         files=files,
         file_ids=np.concatenate(file_ids),

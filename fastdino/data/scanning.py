@@ -23,7 +23,7 @@ from fastdino.data.image_files import (
     reason_of,
     retrying,
 )
-from fastdino.data.manifest import Manifest, concatenate, image_file_manifest
+from fastdino.data.manifest import Manifest, concatenate, unread_manifest
 from fastdino.errors import DataError
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def _list_images(files: FileList, names: Sequence[str], workers: int) -> Manifes
     """Return the manifest of image files, or of the members of archives, without headers."""
     index = files.index
     if index is None:
-        return image_file_manifest(names)
+        return unread_manifest(names)
 
     def index_archive(name: str) -> Manifest:
         try:

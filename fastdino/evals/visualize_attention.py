@@ -33,7 +33,7 @@ from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import quiet_pillow, reason_of
-from fastdino.data.manifest import image_file_manifest
+from fastdino.data.manifest import unread_manifest
 from fastdino.errors import DataError
 from fastdino.evals.attention_figures import (
     draw_attention,
@@ -66,7 +66,7 @@ def find_images(path: str) -> tuple[ImageDataset, list[str]]:
     """
     if os.path.isfile(path):
         sizes, labels = np.zeros((1, 2), np.int32), np.zeros(1, np.int64)  # not used
-        return ImageDataset("", image_file_manifest([path]), labels, [""], sizes), [""]
+        return ImageDataset("", unread_manifest([path]), labels, [""], sizes), [""]
     if not os.path.isdir(path):
         raise DataError(f"--image_path {path}: no such file or folder")
     # Unreadable images are skipped and reported; only a folder without any image is an error.

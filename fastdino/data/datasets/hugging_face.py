@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastdino.data.datasets.data_path import DataPath
 from fastdino.data.datasets.file_list import FileList, common_base, number_labels
 from fastdino.data.datasets.splits import choose_split
-from fastdino.data.manifest import Manifest, archive_manifest
+from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
 _INSTALL = 'pip install -U "fastdino[data]"'
@@ -81,7 +81,7 @@ def index_arrow(path: str, *, image: str, label: str | None) -> Manifest:
         members += [str(len(members) + i) for i in range(len(names))]
         all_parts.append(parts.clip(min=0))
         all_labels += labels
-    return archive_manifest(path, members, np.concatenate(all_parts), all_labels, reasons)
+    return unread_manifest([path], members, np.concatenate(all_parts), all_labels, reasons)
 
 
 def _import_library() -> Any:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
 from fastdino.data.image_files import Part, Window, read_file, retrying
-from fastdino.data.manifest import Manifest, archive_manifest
+from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
 _COMPRESSED = {
@@ -73,7 +73,7 @@ class _TarIndexer:
         length = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         if length == 0:
-            return archive_manifest(path, note="is empty (0 bytes)")
+            return unread_manifest([path], [], note="is empty (0 bytes)")
         try:
             is_whole = self._walk(self._file, 0, length, "")
         except tarfile.ReadError as error:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,9 +107,9 @@ def find_torchvision(data_path: DataPath) -> FileList:
     tar = root / CONVERTED / f"{name}-{split}.tar"
     metadata = tar.with_suffix(".json")
     if not tar.exists():
-        with _locked(root / CONVERTED / f"{name}.lock", data_path):
+        with _locked(root / CONVERTED / f"{name}.lock", tar, data_path):
             if not tar.exists():
-                _convert(_open(data_path, name, root, arguments), tar, metadata, data_path)
+                _convert(_open(data_path, name, root, arguments), tar, metadata)
     try:
         classes = [str(one) for one in json.loads(metadata.read_text())["classes"]]
     except (OSError, ValueError, KeyError) as error:
@@ -172,7 +172,7 @@ def _open(data_path: DataPath, name: str, root: Path, arguments: dict[str, Any])
                 f"torchvision:{name}: {location} is damaged or incomplete ({error}): move it away, "
                 "and it is downloaded again"
             ) from error
-    with _locked(root / CONVERTED / f"{name}.download.lock", data_path):
+    with _locked(root / CONVERTED / f"{name}.download.lock", location, data_path):
         if not location.exists():
             _download(create, name, root, arguments)
     return create(root, **arguments)
@@ -229,12 +229,12 @@ def _class_names(dataset: Any, number: int) -> list[str]:
     return [str(one[0] if isinstance(one, tuple) else one) for one in names]
 
 
-def _convert(dataset: Any, tar: Path, metadata: Path, data_path: DataPath) -> None:
+def _convert(dataset: Any, tar: Path, metadata: Path) -> None:
     """Write images as KEY.ppm or KEY.pgm, class numbers as KEY.cls, and the class names.
 
     The tar is renamed last: if it exists, the conversion is complete.
     """
-    with _explained(tar, data_path), atomic_write(tar) as file:
+    with atomic_write(tar) as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
             largest = _add_samples(archive, dataset, f"writing {tar.name}")
         names = {"classes": _class_names(dataset, largest + 1), "images": len(dataset)}
@@ -264,25 +264,17 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def _locked(path: Path, data_path: DataPath) -> Iterator[None]:
-    """Hold a lock file in a folder that is created if it is missing."""
-    with ExitStack() as stack:
-        with _explained(path, data_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path, wait=True))
-        yield
-
-
-@contextmanager
-def _explained(path: Path, data_path: DataPath) -> Iterator[None]:
-    """Turn a failed write into a DataError that suggests what to do."""
+def _locked(lock: Path, target: Path, data_path: DataPath) -> Iterator[None]:
+    """Hold a lock file while `target` is written; turn a failed write into a DataError."""
     try:
-        yield
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(lock, wait=True):
+            yield
     except OSError as error:
         advice = "link the dataset into a writable folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "the disk is full: make room"
         raise data_path.error(
-            f"cannot write {path} ({error.strerror or error}): "
-            f"{advice}, or name another folder with ?root=... or ${ROOT_VARIABLE}"
+            f"cannot write {target} ({error.strerror or error}): {advice}, or name another folder "
+            f"with ?root=... or ${ROOT_VARIABLE}"
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from fastdino.data.image_files import EXTENSIONS, Part
-from fastdino.data.manifest import Manifest, archive_manifest
+from fastdino.data.manifest import Manifest, unread_manifest
 
 _LARGEST_LABEL = 1 << 20  # bytes
 _LABEL_KEYS = ("label", "cls", "class")
@@ -49,8 +49,8 @@ class MemberCollector:
         names = [_split_name(name) for name in self.members]
         samples = self._other_keys & {key for key, extension in names if "." not in extension}
         kept = [i for i, (key, ext) in enumerate(names) if "." not in ext or key not in samples]
-        return archive_manifest(
-            path,
+        return unread_manifest(
+            [path],
             [self.members[i] for i in kept],
             [self._parts[i] for i in kept],
             [self._labels.get(names[i][0], "") for i in kept],

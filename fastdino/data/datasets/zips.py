@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
 from fastdino.data.image_files import Part, read_file, retrying
-from fastdino.data.manifest import Manifest, archive_manifest
+from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
 _ENCRYPTED = 1  # bit of a member's flags
@@ -35,7 +35,7 @@ def index_zip(path: str) -> Manifest:
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END)
         if length == 0:
-            return archive_manifest(path, note="is empty (0 bytes)")
+            return unread_manifest([path], [], note="is empty (0 bytes)")
         try:
             return _index(path, file, length)
         except zipfile.BadZipFile as error:
