@@ -27,13 +27,12 @@ from .adamw_ema_arguments import (
     check_call,
     check_gradients,
     check_hyperparameter,
-    check_lengths,
     check_state,
     check_unit_rows,
     make_group,
 )
 from .adamw_ema_torch import update_on_device, update_on_host
-from .checks import check_float_tensor
+from .checks import check_float_tensor, check_lengths
 from .clip import norm_dtype, spread, torch_norms
 from .dispatch import choose_impl
 from .dtensor import local_parts, norms_over_shards
@@ -133,7 +132,7 @@ def adamw_ema_update_(
     none: list[Tensor | None] = [None] * n
     lists = (none if some is None else list(some) for some in given)
     tensors = Tensors(parameters, *lists)
-    check_lengths(tensors)
+    check_lengths(tensors.named())
     if n == 0:
         choose_impl(impl, [])  # raises for an unknown name
         return None
@@ -142,9 +141,10 @@ def adamw_ema_update_(
         if any(t is not None for t in tensors.teachers):
             raise ValueError("momentum must be given with teachers, got None")
         momentum = 1.0
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     call = Call(
         tensors,
-        [make_group(0, n, lr, betas, eps, weight_decay, device)],
+        [make_group(0, n, numbers, device)],
         steps,
         norms,
         max_norm,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_float_tensor, check_memory, check_range, check_scalar, is_number
+from .checks import (
+    check_float_tensor,
+    check_memory,
+    check_range,
+    check_same_shape,
+    check_scalar,
+    is_number,
+)
 from .clip import check_max_norm
 from .pointer_table import Ranges, are_plain, overlaps_ranges
 
@@ -99,19 +107,12 @@ def check_hyperparameter(
     return float(scalar)
 
 
-def make_group(
-    first: int,
-    count: int,
-    lr: object,
-    betas: object,
-    eps: object,
-    weight_decay: object,
-    device: torch.device,
-) -> Group:
-    """Make a group of checked hyperparameters; betas and eps are numbers.
+def make_group(first: int, count: int, numbers: Mapping[str, Any], device: torch.device) -> Group:
+    """Make a group of checked hyperparameters: lr, betas, eps, weight_decay.
 
     Raises: TypeError, ValueError: as check_hyperparameter; betas that are not two in [0, 1).
     """
+    betas, eps = numbers["betas"], numbers["eps"]
     if not isinstance(betas, Sequence) or len(betas) != 2 or not all(map(is_number, betas)):
         raise TypeError(f"betas must be two floats, got {betas!r}")
     if not all(0 <= beta < 1 for beta in betas):
@@ -121,11 +122,11 @@ def make_group(
     return Group(
         first,
         count,
-        check_hyperparameter("lr", lr, device),
+        check_hyperparameter("lr", numbers["lr"], device),
         float(betas[0]),
         float(betas[1]),
         float(check_hyperparameter("eps", eps, device)),
-        check_hyperparameter("weight_decay", weight_decay, device),
+        check_hyperparameter("weight_decay", numbers["weight_decay"], device),
     )
 
 
@@ -184,16 +185,6 @@ def check_unit_rows(tensors: Tensors, index: int | None) -> None:
         raise ValueError(f"unit_rows is given: expected teacher_shadows[{index}]")
 
 
-def check_lengths(tensors: Tensors) -> None:
-    """Raise ValueError unless all lists have one length."""
-    n = len(tensors.parameters)
-    for name, some in tensors.named().items():
-        if len(some) != n:
-            raise ValueError(
-                f"parameters and {name} must have the same length, got {n} and {len(some)}"
-            )
-
-
 def check_state(tensors: Tensors) -> None:
     """Check types, shapes, devices and memory of all tensors but the gradients.
 
@@ -238,11 +229,7 @@ def check_gradients(tensors: Tensors, written: Ranges) -> None:
 
 def _check_fits(i: int, name: str, tensor: Tensor, p: Tensor, device: torch.device) -> None:
     check_float_tensor(f"{name}[{i}]", tensor)
-    if tensor.shape != p.shape:
-        raise ValueError(
-            f"parameters[{i}] and {name}[{i}] must have the same shape, "
-            f"got {tuple(p.shape)} and {tuple(tensor.shape)}"
-        )
+    check_same_shape(f"parameters[{i}]", p, f"{name}[{i}]", tensor)
     _check_device(f"{name}[{i}]", tensor, device)
 
 

@@ -141,7 +141,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if group.get(name):
                 raise ValueError(f"{name} is not supported, got {group[name]!r}")
         device = group["params"][0].device if group["params"] else torch.device("cpu")
-        make_group(0, 0, *_hyperparameters(group), device)
+        make_group(0, 0, group, device)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -174,7 +174,7 @@ class AdamWEMA(torch.optim.Optimizer):
         groups, first = [], 0
         for group in self.param_groups:
             count = len(group["params"])
-            groups.append(make_group(first, count, *_hyperparameters(group), device))
+            groups.append(make_group(first, count, group, device))
             first += count
         momentum = self.momentum if momentum is None else momentum
         overflow = getattr(self, "found_inf", None)  # an int if no parameter has a gradient
@@ -315,10 +315,6 @@ class AdamWEMA(torch.optim.Optimizer):
             self._arranged, self._views = [], []
             if self.steps is not None:  # a pickled tensor and its views no longer share memory
                 self._bind_all(self._parameters())
-
-
-def _hyperparameters(group: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    return group["lr"], group["betas"], group["eps"], group["weight_decay"]
 
 
 def _by_parameter(

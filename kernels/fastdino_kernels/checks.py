@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ def check_scalar(name: str, value: object) -> float | Tensor:
     return value
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless a number is > 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+
 def check_range(name: str, value: float | Tensor, most: float = math.inf) -> None:
     """Raise ValueError for a number outside [0, most]; the values of tensors are not read."""
     if not isinstance(value, Tensor) and not 0 <= value <= most:
@@ -69,12 +75,39 @@ def check_temperature(
         if temp.device != device:
             raise ValueError(f"{name} must be on {device} like the logits, got {temp.device}")
         return temp.to(dtype)
-    if not 0 < temp < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite, got {temp}")
+    check_positive(name, temp)
     if torch.compiler.is_compiling():
         # Each new float argument of an operator would be compiled anew.
         return torch.ones((), dtype=dtype, device=device) * temp
     return temp
+
+
+def check_lengths(named: Mapping[str, Sequence[object]]) -> None:
+    """Raise ValueError unless all lists have the length of the first one."""
+    (first, reference), *others = named.items()
+    for name, tensors in others:
+        if len(tensors) != len(reference):
+            raise ValueError(
+                f"{first} and {name} must have the same length, "
+                f"got {len(reference)} and {len(tensors)}"
+            )
+
+
+def check_same_shape(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    """Raise ValueError unless two tensors have the same shape."""
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{name_x} and {name_y} must have the same shape, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
+def check_same_device(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    """Raise ValueError unless two tensors are on the same device."""
+    if x.device != y.device:
+        raise ValueError(
+            f"{name_x} and {name_y} must be on the same device, got {x.device} and {y.device}"
+        )
 
 
 def check_inplace_backward(name: str, student: Tensor, other: Tensor) -> None:

@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_float_tensor, check_inplace_backward, check_temperature
+from .checks import (
+    check_float_tensor,
+    check_inplace_backward,
+    check_same_device,
+    check_temperature,
+)
 from .dispatch import choose_impl, compute_dtype
 from .pairwise import PairwiseCrossEntropy
 from .pairwise_torch import blocks_of_images
@@ -121,11 +126,7 @@ def _check_logits(student: Tensor, teacher: Tensor, center: Tensor) -> None:
             "S = T = 1 leaves no pairs of different crops to compute the loss from: "
             "expected S >= 2 student crops"
         )
-    if student.device != teacher.device:
-        raise ValueError(
-            "student and teacher must be on the same device, "
-            f"got {student.device} and {teacher.device}"
-        )
+    check_same_device("student", student, "teacher", teacher)
 
 
 def _check_teacher(teacher: Tensor, center: Tensor) -> None:
@@ -140,8 +141,4 @@ def _check_teacher(teacher: Tensor, center: Tensor) -> None:
         raise ValueError(
             f"center must be [K] or [1, K] with K = {prototypes}, got shape {tuple(center.shape)}"
         )
-    if center.device != teacher.device:
-        raise ValueError(
-            "center and teacher must be on the same device, "
-            f"got {center.device} and {teacher.device}"
-        )
+    check_same_device("center", center, "teacher", teacher)

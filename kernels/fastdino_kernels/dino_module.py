@@ -5,14 +5,13 @@ Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float_tensor
+from .checks import check_float_tensor, check_positive, check_range
 from .dino_loss import dino_loss, teacher_entropy
 
 
@@ -64,10 +63,8 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f"ncrops must be >= 2, as the first two crops are the teacher's, got {ncrops}"
             )
-        if not 0 <= center_momentum <= 1:
-            raise ValueError(f"center_momentum must be in [0, 1], got {center_momentum}")
-        if not 0 < student_temp < math.inf:
-            raise ValueError(f"student_temp must be > 0 and finite, got {student_temp}")
+        check_range("center_momentum", center_momentum, most=1)
+        check_positive("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -217,9 +214,8 @@ def _temperature_schedule(
     warmup: float, final: float, warmup_epochs: int, epochs: int
 ) -> tuple[float, ...]:
     """Return linspace(warmup, final, warmup_epochs), then `final` for the remaining epochs."""
-    for name, temp in (("warmup_teacher_temp", warmup), ("teacher_temp", final)):
-        if not 0 < temp < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {temp}")
+    check_positive("warmup_teacher_temp", warmup)
+    check_positive("teacher_temp", final)
     if warmup_epochs < 0:
         raise ValueError(f"warmup_teacher_temp_epochs must be >= 0, got {warmup_epochs}")
     if warmup_epochs > epochs:

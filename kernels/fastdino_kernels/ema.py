@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_float_tensor, check_memory, check_range, check_scalar
+from .checks import (
+    check_float_tensor,
+    check_lengths,
+    check_memory,
+    check_range,
+    check_same_device,
+    check_same_shape,
+    check_scalar,
+)
 from .dispatch import choose_impl
 from .dtensor import local_parts
 from .pointer_table import Plan, are_flat, are_plain, build_table, plan_for
@@ -76,9 +84,8 @@ def ema_update_(
     tensors = _Tensors(
         list(teacher_tensors), list(student_tensors), [] if shadow is None else list(shadow)
     )
-    _check_length("student_tensors", tensors.student, tensors.teacher)
-    if shadow is not None:
-        _check_length("shadow", tensors.copies, tensors.teacher)
+    named = dict(zip(("teacher_tensors", "student_tensors", "shadow"), tensors, strict=True))
+    check_lengths(named if shadow is not None else dict(list(named.items())[:2]))
     momentum = check_scalar("momentum", momentum)
     check_range("momentum", momentum, most=1)
     if torch.compiler.is_compiling():
@@ -86,8 +93,7 @@ def ema_update_(
         return
     plain = are_plain(tensors.all())
     if not plain:
-        names = ("teacher_tensors", "student_tensors", "shadow")
-        tensors = _Tensors(*local_parts(dict(zip(names, tensors, strict=True))))  # type: ignore[arg-type]
+        tensors = _Tensors(*local_parts(named))  # type: ignore[arg-type]
         plain = are_plain(tensors.all())
     if (
         tensors.teacher
@@ -224,27 +230,12 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check_length(name: str, tensors: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    if len(tensors) != len(teacher):
-        raise ValueError(
-            f"teacher_tensors and {name} must have the same length, "
-            f"got {len(teacher)} and {len(tensors)}"
-        )
-
-
 def _check_tensors(tensors: _Tensors, momentum: float | Tensor) -> None:
     for name_x, x, name_y, y in tensors.pairs():
         check_float_tensor(name_x, x)
         check_float_tensor(name_y, y)
-        if x.shape != y.shape:
-            raise ValueError(
-                f"{name_x} and {name_y} must have the same shape, "
-                f"got {tuple(x.shape)} and {tuple(y.shape)}"
-            )
-        if x.device != y.device:
-            raise ValueError(
-                f"{name_x} and {name_y} must be on the same device, got {x.device} and {y.device}"
-            )
+        check_same_shape(name_x, x, name_y, y)
+        check_same_device(name_x, x, name_y, y)
         if x is y:
             raise ValueError(f"{name_x} and {name_y} are the same tensor: expected two")
     for i, t in enumerate(tensors.teacher):
@@ -256,10 +247,7 @@ def _check_tensors(tensors: _Tensors, momentum: float | Tensor) -> None:
 
 
 def _check_memory(tensors: _Tensors) -> None:
-    lists = (
-        ("teacher_tensors", tensors.teacher),
-        ("shadow", tensors.copies),
-        ("student_tensors", tensors.student),
-    )
-    named = [(f"{name}[{i}]", tensor) for name, some in lists for i, tensor in enumerate(some)]
+    lists = {"teacher_tensors": tensors.teacher, "shadow": tensors.copies}
+    lists["student_tensors"] = tensors.student  # last, because it is only read
+    named = [(f"{name}[{i}]", x) for name, some in lists.items() for i, x in enumerate(some)]
     check_memory(named, written=len(tensors.teacher) + len(tensors.copies))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +81,10 @@ def _multi_crop_op(
         packed = packed.cpu()
     if packed.device.type == "cpu":
         check_values(packed, [(image.shape[0], image.shape[1]) for image in images])
-    device = images[0].device if images else packed.device
-    out = torch.empty((*packed.shape[:2], 3, size, size), dtype=dtype, device=device)
+    out = _empty_crops(images, packed, size, dtype)
     if out.numel() == 0:
         return out
-    levels = normalized_levels(tuple(mean), tuple(std), dtype, device)
+    levels = normalized_levels(tuple(mean), tuple(std), dtype, out.device)
     images = [image.contiguous() for image in images]
     if impl == "torch":
         multi_crop_torch.multi_crop_(out, images, packed, levels)
@@ -92,23 +92,19 @@ def _multi_crop_op(
         from . import multi_crop_triton  # Triton may be absent
 
         # Unpinned memory is read before this returns, even if the copy is still under way.
-        packed = packed.to(device, non_blocking=True)
+        packed = packed.to(out.device, non_blocking=True)
         multi_crop_triton.multi_crop_(out, images, packed, levels)
     return out
 
 
-@_multi_crop_op.register_fake
-def _(
-    images: Sequence[Tensor],
-    packed: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
+def _empty_crops(images: Sequence[Tensor], packed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     device = images[0].device if images else packed.device
     return torch.empty((*packed.shape[:2], 3, size, size), dtype=dtype, device=device)
+
+
+@_multi_crop_op.register_fake
+def _(images: Any, packed: Any, size: Any, mean: Any, std: Any, dtype: Any, impl: Any) -> Tensor:
+    return _empty_crops(images, packed, size, dtype)
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_float_tensor, check_inplace_backward, check_temperature
+from .checks import (
+    check_float_tensor,
+    check_inplace_backward,
+    check_same_device,
+    check_temperature,
+)
 from .dispatch import choose_impl, compute_dtype
 from .pairwise import PairwiseCrossEntropy
 
@@ -59,10 +64,7 @@ def soft_cross_entropy(
             "student [S, B, K] and probs [T, B, K] must have the same B and K >= 1, "
             f"got {tuple(student.shape)} and {tuple(probs.shape)}"
         )
-    if student.device != probs.device:
-        raise ValueError(
-            f"student and probs must be on the same device, got {student.device} and {probs.device}"
-        )
+    check_same_device("student", student, "probs", probs)
     chosen = choose_impl(impl, (student, probs))
     dtype = compute_dtype(student, probs)
     temp = check_temperature("student_temp", student_temp, dtype, student.device)

@@ -5,14 +5,13 @@ Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_temperature
+from ..checks import check_positive, check_range, check_temperature
 from ..dino_loss import dino_loss
 from ..dispatch import compute_dtype
 from ..pairwise_arguments import pair_count
@@ -67,19 +66,14 @@ class DINOLoss(nn.Module):
         super().__init__()
         if output_dim < 1:
             raise ValueError(f"output_dim must be >= 1, got {output_dim}")
-        for name, temp in (
-            ("warmup_teacher_temp", warmup_teacher_temp),
-            ("teacher_temp", teacher_temp),
-            ("student_temp", student_temp),
-        ):
-            if not 0 < temp < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {temp}")
+        check_positive("warmup_teacher_temp", warmup_teacher_temp)
+        check_positive("teacher_temp", teacher_temp)
+        check_positive("student_temp", student_temp)
         if warmup_teacher_temp_epochs < 0:
             raise ValueError(
                 f"warmup_teacher_temp_epochs must be >= 0, got {warmup_teacher_temp_epochs}"
             )
-        if not 0 <= center_momentum <= 1:
-            raise ValueError(f"center_momentum must be in [0, 1], got {center_momentum}")
+        check_range("center_momentum", center_momentum, most=1)
         if center_mode != "mean":
             raise ValueError(f"center_mode must be 'mean', got {center_mode!r}")
         self.teacher_temp = teacher_temp
