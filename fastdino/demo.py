@@ -20,9 +20,7 @@ from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
 from fastdino.evals.attention_figures import draw_attention
 from fastdino.evals.attention_maps import attention_maps
-from fastdino.evals.transforms import (
-    center_crop,
-)
+from fastdino.evals.transforms import to_input
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import load_backbone
 
@@ -49,16 +47,12 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     root = Path(args.output_dir)
     images, checkpoint = root / "shapes", root / "checkpoint.pth"
-    status = run("shapes", f"{SHAPES} --output_dir", images)
-    if status:
-        return status
+    run("shapes", f"{SHAPES} --output_dir", images)
     accuracy = {
         "raw pixels": knn(root, images, "--raw_pixels"),
         "untrained network": knn(root, images, MODEL),
     }
-    status = run("train", f"{TRAIN} --data_path", images / "train", "--output_dir", root)
-    if status:
-        return status
+    run("train", f"{TRAIN} --data_path", images / "train", "--output_dir", root)
     accuracy["trained network"] = knn(root, images, "--pretrained_weights", checkpoint)
     draw_attention_sheet(images / "val", checkpoint, root / "attention.png")
     draw_loss(root / "log.txt", root / "loss.png")
@@ -70,35 +64,32 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(command: str, *words: str | Path) -> int:
-    """Print a fastdino command, run it in this process, and return its exit code."""
+def run(command: str, *words: str | Path) -> None:
+    """Print a fastdino command and run it in this process; exit if it fails."""
     quoted = (shlex.quote(str(word)) if isinstance(word, Path) else word for word in words)
     line = f"{command} {' '.join(quoted)}"
     print(f"\n$ fastdino {line}", flush=True)
-    return cli.main(shlex.split(line))
+    status = cli.main(shlex.split(line))
+    if status:
+        raise SystemExit(status)
 
 
 def knn(root: Path, images: Path, *words: str | Path) -> float:
     """Run `fastdino knn` and return the top-1 accuracy in percent."""
     output = root / "knn.json"
-    if run("knn", f"{KNN} --data_path", images, "--output", output, *words):
-        raise SystemExit(cli.EXIT_MISTAKE)
+    run("knn", f"{KNN} --data_path", images, "--output", output, *words)
     return float(json.loads(output.read_text())["20"]["top1"])
 
 
 def draw_attention_sheet(folder: Path, checkpoint: Path, path: Path) -> None:
     """Draw attention maps for one image from each of six classes."""
-    backbone = load_backbone(
-        str(checkpoint), checkpoint_key="teacher", arch=None, patch_size=None
-    ).module
-    assert isinstance(backbone, VisionTransformer)
-    source = scan_images(str(folder))
-    firsts = [source.labels.tolist().index(label) for label in range(0, len(source.classes), 2)]
-    pictures = [
-        source.read_rgb(i).resize((ATTENTION_SIZE,) * 2, Image.Resampling.BICUBIC) for i in firsts
-    ]
-    transform = center_crop(ATTENTION_SIZE, ATTENTION_SIZE)
-    maps = attention_maps(backbone, torch.stack([transform(picture) for picture in pictures]))
+    weights = str(checkpoint)
+    model = load_backbone(weights, checkpoint_key="teacher", arch=None, patch_size=None).module
+    assert isinstance(model, VisionTransformer)
+    images, size = scan_images(folder), (ATTENTION_SIZE, ATTENTION_SIZE)
+    firsts = [images.labels.tolist().index(label) for label in range(0, len(images.classes), 2)]
+    pictures = [images.read_rgb(i).resize(size, Image.Resampling.BICUBIC) for i in firsts]
+    maps = attention_maps(model, torch.stack([to_input(picture) for picture in pictures]))
     draw_attention(pictures, maps, path, title="Attention of CLS in the last block, no labels used")
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fastdino.evals.linear_data import AugmentedImages
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.evals.transforms import random_crop
 from fastdino.models.backbones import build_backbone
-from tests.commands import error_of, write_colours
+from tests.commands import break_pixels, error_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
 FLAGS = (
@@ -33,6 +34,11 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     return write_colours(tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture
+def copy(few, tmp_path):
+    return Path(shutil.copytree(few, tmp_path / "copy"))
 
 
 @pytest.fixture
@@ -117,9 +123,7 @@ def test_each_epoch_sees_every_image_once_in_a_new_order(run, monkeypatch):
     assert len({tuple(order) for order in seen.values()}) == 4
 
 
-def test_images_with_unreadable_headers_are_left_out_and_counted(run, few, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(few, copy)
+def test_images_with_unreadable_headers_are_left_out_and_counted(run, copy, capsys):
     (copy / "train" / "red" / "text.png").write_text("no picture")
     assert run("a", "--data_path", copy, "--epochs", "1") == 0
     captured = capsys.readouterr()
@@ -203,7 +207,7 @@ def test_as_many_cached_passes_as_epochs_match_the_uncached_run(run, tmp_path, m
     assert list((tmp_path / "cached" / "features").glob("train-*/train-augmented0003.npy"))
 
 
-def test_cache_is_reused_only_for_the_same_weights_images_and_settings(run, tmp_path, made, few):
+def test_cache_is_reused_only_for_the_same_weights_images_and_settings(run, tmp_path, made, copy):
     cache = ["--cache", tmp_path / "cache", "--epochs", "1"]
     centre = ["train-center.npy.part", "val.npy.part"]
     assert run("a", *cache) == 0
@@ -212,17 +216,12 @@ def test_cache_is_reused_only_for_the_same_weights_images_and_settings(run, tmp_
     assert made == centre, "reused"
     assert run("c", *cache, "--cache_epochs", "1") == 0
     assert made[2:] == ["train-augmented0000.npy.part"], "one pass in addition to the others"
-    made.clear()
-    assert run("d", *cache, "--n_last_blocks", "1") == 0
-    assert made == centre
-    made.clear()
     weights = build_backbone("vit_nano", patch_size=8, img_size=32)[0].state_dict()
     torch.save(weights, tmp_path / "other.pth")
-    assert run("e", *cache, "--pretrained_weights", tmp_path / "other.pth") == 0
-    assert made == centre
-    made.clear()
-    copy = tmp_path / "copy"
-    shutil.copytree(few, copy)
+    for other in (["--n_last_blocks", "1"], ["--pretrained_weights", tmp_path / "other.pth"]):
+        made.clear()
+        assert run(f"d{other[0]}", *cache, *other) == 0
+        assert made == centre
     assert run("f", *cache, "--data_path", copy) == 0
     made.clear()
     Image.new("RGB", (48, 40)).save(copy / "train" / "red" / "0.png")  # of the same size in pixels
@@ -279,11 +278,9 @@ def test_signal_while_a_cache_is_written_keeps_the_finished_rows(
 
 @pytest.mark.parametrize(("rank", "batch", "done"), [(1, 1, 6), (1, 2, 12), (0, 3, None)])
 def test_signal_to_one_of_two_ranks_stops_both_and_one_process_resumes(
-    run, few, tmp_path, monkeypatch, rank, batch, done
+    run, copy, tmp_path, monkeypatch, rank, batch, done
 ):
     """Rank 0 has 7 of the 13 images in 3 batches; rank 1 has 6 in 2, but also checks 3 times."""
-    copy = tmp_path / "copy"
-    shutil.copytree(few, copy)
     shutil.copy(copy / "train" / "red" / "0.png", copy / "train" / "red" / "9.png")
     line = ["linear", "--data_path", str(copy), *FLAGS.split(), *CACHED]
     run_two(_stop_one, [*line, "--output_dir", str(tmp_path / "cut")], rank, batch)
@@ -308,18 +305,12 @@ def _stop_one(line, rank, batch):
     assert cli.main(line) == 75
 
 
-def test_unreadable_images_are_not_counted(run, few, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(few, copy)
-    for path in (copy / "train" / "red" / "0.png", copy / "val" / "red" / "0.png"):
-        whole = path.read_bytes()
-        path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
+def test_unreadable_images_are_not_counted(run, copy, capsys):
+    break_pixels(copy / "train" / "red" / "0.png", copy / "val" / "red" / "0.png")
     for name, words in (("plain", []), ("cached", ["--cache"])):
         assert run(name, "--data_path", copy, *words, "--epochs", "1") == 0
         assert "accuracy on 5 images" in capsys.readouterr().out
-    for path in (copy / "val").rglob("*.png"):
-        whole = path.read_bytes()
-        path.write_bytes(whole[:60] + b"\0" * (len(whole) - 80) + whole[-20:])
+    break_pixels(*(copy / "val").rglob("*.png"))
     assert run("none", "--data_path", copy, "--epochs", "1") == 2
     assert "none of the images in val/" in error_of(capsys, printed=True)
 

@@ -9,7 +9,6 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -121,9 +120,11 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
             while probe.epoch < args.epochs:
                 line = _run_epoch(data, probe, *inputs, signals)
                 if line is not None:
-                    distributed.from_main(partial(_end_epoch, output, probe, data.protocol, line))
-                if signals.should_stop() and probe.epoch < args.epochs:
+                    distributed.from_main(partial(_log, output / "log.txt", line))
+                stopped = signals.should_stop() and probe.epoch < args.epochs
+                if line is not None or stopped:
                     distributed.from_main(partial(probe.save, output / CHECKPOINT, data.protocol))
+                if stopped:
                     print_on_main(
                         f"stopped by {signals.received} after {probe.epoch} epochs and "
                         f"{probe.seen} images, saved; run the same command to resume"
@@ -143,10 +144,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         probe.load_classifier(local_file(path))
     scores = _validate(probe, data, data.validation_inputs())
     print_on_main(_accuracies(scores))
+    classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
+    result = {"settings": data.settings() | classifier, **scores, "images": int(scores["images"])}
     if distributed.rank() == 0:
-        classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
-        result = {"settings": data.settings() | classifier, **scores}
-        result["images"] = int(scores["images"])
         write_json(result, Path(args.output_dir) / "evaluate.json")
     return 0
 
@@ -176,20 +176,15 @@ def _make_folder(output: Path) -> None:
 
 def _resume(output: Path, probe: Probe, data: ProbeData) -> None:
     """Restore the checkpoint of the output folder, if any, and cut the log back to it."""
-    path = output / CHECKPOINT
+    path, log = output / CHECKPOINT, output / "log.txt"
     if distributed.from_main(path.exists):
         with distributed.fail_together():
             probe.resume(path, data.protocol)
         begun = f", and {probe.seen} images of the next" if probe.seen else ""
         print_on_main(f"resumed {path}: {probe.epoch} of {probe.epochs} epochs are done{begun}")
-    distributed.from_main(lambda: _trim_log(output / "log.txt", probe.epoch))
-
-
-def _trim_log(log: Path, epoch: int) -> None:
-    """Drop the lines that an interrupted run logged after its last checkpoint."""
-    if log.exists():
-        with explain_write_errors(log):
-            drop_log_lines(log, epoch)
+    if distributed.from_main(log.exists):
+        trim = explain_write_errors(log)(drop_log_lines)
+        distributed.from_main(lambda: trim(log, probe.epoch))
 
 
 def _run_epoch(
@@ -212,15 +207,11 @@ def _run_epoch(
     return line
 
 
-@distributed.fail_together()
-def _require_images(scores: dict[str, float], data_path: str) -> None:
-    if not scores["images"]:
-        raise DataError(f"none of the images in val/ of {data_path} can be decoded")
-
-
 def _validate(probe: Probe, data: ProbeData, val: Inputs) -> dict[str, float]:
     scores = probe.validate(data.val_batches(val.samples), val.features)
-    _require_images(scores, data.args.data_path)
+    with distributed.fail_together():
+        if not scores["images"]:
+            raise DataError(f"none of the images in val/ of {data.args.data_path} can be decoded")
     return scores
 
 
@@ -231,12 +222,9 @@ def _accuracies(scores: dict[str, float]) -> str:
     )
 
 
-def _end_epoch(
-    output: Path, probe: Probe, protocol: dict[str, Any], line: dict[str, float]
-) -> None:
-    with explain_write_errors(output / "log.txt"), open(output / "log.txt", "a") as file:
+def _log(path: Path, line: dict[str, float]) -> None:
+    with explain_write_errors(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
-    probe.save(output / CHECKPOINT, protocol)
 
 
 def _write_results(output: Path, probe: Probe, data: ProbeData) -> None:

@@ -81,7 +81,13 @@ def main(args: argparse.Namespace) -> int:
             figures=figures,
         )
     checked = export(network, target, output, card=card)
-    print(f"{output}: {name} for {args.to}, {_verdict(checked)}\n\n{usage}")
+    verdict = (
+        f"read back by {checked['by']} {checked['version']}: features within "
+        f"{checked['error']:.1e} of the largest"
+        if checked["by"]
+        else f"not checked: {checked['why']}"
+    )
+    print(f"{output}: {name} for {args.to}, {verdict}\n\n{usage}")
     if args.report:
         report = {"to": args.to, "output": str(output), **_facts(network)}
         write_json(report | {"usage": usage, "checked": checked}, Path(args.report))
@@ -213,12 +219,3 @@ def _facts(network: Network) -> dict[str, Any]:
         del fields["patch_size"]
     parameters = sum(p.numel() for p in module.parameters())
     return fields | {"resize": resize_of(network.image_size), "parameters": parameters}
-
-
-def _verdict(checked: dict[str, Any]) -> str:
-    if checked["by"] is None:
-        return f"not checked: {checked['why']}"
-    return (
-        f"read back by {checked['by']} {checked['version']}: features within "
-        f"{checked['error']:.1e} of the largest"
-    )
