@@ -24,7 +24,7 @@ from fastdino.evals.davis_dataset import find_sequences, read_mask
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.weights import load_backbone
 from tests.commands import error_of
-from tests.processes import run_commands_in_two, run_two
+from tests.processes import run_two
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
 COLORS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
@@ -268,8 +268,13 @@ def three(root):
     write_list(root, "2017", ["two", "one", "three"])
 
 
-def test_two_ranks_match_one(three, line, run, tmp_path):
-    run_commands_in_two(line)
+def test_two_ranks_share_sequences_longest_first_and_match_one(three, line, run, tmp_path):
+    run_two(_log_sequences, line, tmp_path)
+    assert [(tmp_path / f"{rank}.log").read_text() for rank in "01"] == ["two one ", "three "]
+    printed, silent = ((tmp_path / f"{rank}.out").read_text().splitlines() for rank in "01")
+    assert [text.split(":")[0] for text in printed[:3]] == ["two", "three", "one"]
+    assert printed[3].startswith("J&F-Mean")
+    assert silent == []
     two = results_of(tmp_path)
     (tmp_path / "out").rename(tmp_path / "two")
     assert run() == 0
@@ -279,15 +284,6 @@ def test_two_ranks_match_one(three, line, run, tmp_path):
             ours = np.array(Image.open(tmp_path / "two" / name / path.name))
             assert (ours == np.array(Image.open(path))).mean() > 0.999
     assert len(list((tmp_path / "two" / "overlays").iterdir())) == 3
-
-
-def test_ranks_share_sequences_longest_first(three, line, tmp_path):
-    run_two(_log_sequences, line, tmp_path)
-    assert [(tmp_path / f"{rank}.log").read_text() for rank in "01"] == ["two one ", "three "]
-    printed, silent = ((tmp_path / f"{rank}.out").read_text().splitlines() for rank in "01")
-    assert [text.split(":")[0] for text in printed[:3]] == ["two", "three", "one"]
-    assert printed[3].startswith("J&F-Mean")
-    assert silent == []
 
 
 def _log_sequences(line, folder):
