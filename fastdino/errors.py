@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix; the message has what was expected, what came, what to do.
+    """A mistake that the user can fix; the message has the expected and actual value and a fix.
 
     `reported`: another rank prints this error.
     """

@@ -1,12 +1,14 @@
-"""Two processes that know of each other, as torchrun starts them, the imports done once."""
+"""Functions and commands in two ranks, like torchrun, with shared imports."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-# What takes long to import: once, by the process that all others are forked off.
+# Modules with slow imports, imported once by the fork server.
 EVALS = ("davis", "linear", "retrieval")
 PRELOADED = [
     "fastdino.cli",
@@ -24,7 +26,7 @@ PRELOADED = [
 
 
 def run_two(function: Callable[..., None], *args: Any) -> None:
-    """Runs function(*args), picklable, in two processes on one port; raises what one raises."""
+    """Run the picklable function(*args) in two ranks; raise the error of a rank."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -33,22 +35,41 @@ def run_two(function: Callable[..., None], *args: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _one_of_two,
+        _run_rank,
         (port, dict(os.environ), function, args),
         nprocs=2,
         start_method="forkserver",
     )
 
 
+@contextmanager
+def locked_elsewhere(path: Path, seconds: float = 60) -> Iterator[None]:
+    """Hold a file_lock in another process until the end of the block, `seconds` at most."""
+    code = (
+        "import pathlib, select, sys; from fastdino.files import file_lock\n"
+        "with file_lock(pathlib.Path(sys.argv[1]), wait=True):\n"
+        "    print('locked', flush=True); select.select([sys.stdin], [], [], float(sys.argv[2]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        yield
+        other.communicate(b"\n")
+
+
 def run_commands_in_two(*lines: list[str]) -> None:
-    """Runs command lines of `fastdino` one after the other, each in two processes; all end well."""
+    """Run each command line of `fastdino` in two ranks and assert exit status 0."""
     run_two(_run_commands, lines)
 
 
-def _one_of_two(
+def _run_rank(
     rank: int, port: int, environment: dict[str, str], function: Callable[..., None], args: Any
 ) -> None:
-    # The server's environment is that of the test which started it.
+    # The fork server has the environment of the test that started it.
     os.environ.clear()
     os.environ.update(environment)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),

@@ -1,7 +1,4 @@
-"""hypothesis; where it is not installed, what leaves out the tests that it would feed.
-
-So that a GPU machine with torch, triton, timm and pytest alone can run all others.
-"""
+"""hypothesis, or stand-ins that skip its tests if it is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When GraphedStep runs a step eagerly, captures it, and replays it.
+"""Eager runs, capture and replay of a step.
 
 Without CUDA, the fixture `captures` replaces torch.cuda's graphs: a replay calls the step again.
 """

@@ -3,14 +3,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastdino.errors import CheckpointError
 from fastdino.files import atomic_write, explain_write_errors, file_lock, write_json
+from tests.processes import locked_elsewhere
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "no space")])
@@ -54,22 +53,16 @@ def test_write_json_is_atomic_and_creates_folders(tmp_path):
         write_json({}, Path("/dev/null/a/x.json"))
 
 
-def test_lock_excludes_other_processes_until_released(tmp_path, capfd):
-    code = (
-        "import sys; from pathlib import Path; from fastdino.files import file_lock\n"
-        "with file_lock(Path(sys.argv[1]), wait=True): print('locked', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
-            pass
-        other.stdin.write(b"\n")
-        other.stdin.flush()
-        with file_lock(tmp_path / "lock", wait=True):
-            other.wait()
-    with file_lock(tmp_path / "lock", wait=False):
+def test_lock_excludes_other_processes_until_released(tmp_path, capsys):
+    path = tmp_path / "lock"
+    with (
+        locked_elsewhere(path),
+        pytest.raises(BlockingIOError, match="another process holds"),
+        file_lock(path, wait=False),
+    ):
         pass
+    with file_lock(path, wait=False):
+        pass
+    with locked_elsewhere(path, seconds=0.5), file_lock(path, wait=True):
+        pass
+    assert f"waiting for the process that holds {path}" in capsys.readouterr().err

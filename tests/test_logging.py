@@ -15,7 +15,7 @@ STEPS, EPOCHS, K = 4, 3, 64
 
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
-    """Its import takes seconds, and it is optional."""
+    """Hide TensorBoard: its import takes seconds, and it is optional."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
@@ -101,47 +101,31 @@ def test_resumed_epoch_has_the_means_of_an_uninterrupted_one(progress, tmp_path,
     assert (tmp_path / "log.txt").read_text() == whole
 
 
+ONE = "puts all its weight on one prototype"
+UNIFORM = "is uniform over the prototypes"
+
+
 @pytest.mark.parametrize(
-    ("share", "text"),
+    ("shares", "prototypes", "problems"),
     [
-        (0.0099, "the teacher puts all its weight on one prototype"),
-        (0.9951, "the teacher is uniform over the prototypes"),
+        ([0.0099], K, [ONE]),
+        ([0.9951], K, [UNIFORM]),
+        ([0.0, 1.0], K, [ONE, UNIFORM]),
+        ([0.0101, 0.5, 0.9949], K, []),
+        ([0.0], 1, []),
     ],
 )
-def test_collapse_is_reported_once_per_epoch(progress, capsys, share, text):
-    run = progress()
+def test_collapse_is_reported_once_per_epoch(progress, capsys, shares, prototypes, problems):
+    run = progress(prototypes=prototypes)
     run.restart(0, None)
     for i in range(2 * STEPS):
-        run.step(i, values_of(i), entropy=share * math.log(K))
+        run.step(i, values_of(i), entropy=shares[i % len(shares)] * math.log(K))
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    for epoch, warning in enumerate(warnings, start=1):
-        assert warning.startswith(f"warning: epoch {epoch}: {text}")
+    expected = [f"warning: epoch {epoch}: the teacher {p}" for epoch in (1, 2) for p in problems]
+    for warning, start in zip(warnings, expected, strict=True):
+        assert warning.startswith(start)
         assert f"of {math.log(K):.2f} nats): the training is collapsing" in warning
         assert "--teacher_temp" in warning
-
-
-@pytest.mark.parametrize("share", [0.0101, 0.5, 0.9949])
-def test_healthy_entropy_has_no_warning(progress, capsys, share):
-    run = progress()
-    run.restart(0, None)
-    run.step(0, values_of(0), entropy=share * math.log(K))
-    assert capsys.readouterr().err == ""
-
-
-def test_two_kinds_of_collapse_in_one_epoch_are_both_reported(progress, capsys):
-    run = progress()
-    run.restart(0, None)
-    for i, entropy in enumerate((0.0, math.log(K), 0.0, math.log(K))):
-        run.step(i, values_of(i), entropy=entropy)
-    assert len(capsys.readouterr().err.splitlines()) == 2
-
-
-def test_single_prototype_has_no_collapse_warning(progress, capsys):
-    run = progress(prototypes=1)
-    run.restart(0, None)
-    run.step(0, values_of(0), entropy=0.0)
-    assert capsys.readouterr().err == ""
 
 
 def test_output_without_a_terminal_is_one_line_per_epoch(progress, capsys):

@@ -1,4 +1,4 @@
-"""How the ranks of a run agree to stop; test_loop and test_linear send real signals."""
+"""Agreement of the ranks to stop; test_loop and test_linear send real signals."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from fastdino_kernels import reference
 
 from fastdino import TrainConfig, Trainer
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
+from tests.test_schedules import paper_schedule
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
 
@@ -121,81 +122,62 @@ def test_float32_matches_recorded_trajectory_within_rounding():
 
 
 class PlainDINO:
-    """The paper's training loop in plain PyTorch; only the networks are fastdino's."""
+    """The paper's training step from the reference equations; only the networks are fastdino's."""
 
-    def __init__(self, config, steps_per_epoch, student, teacher):
-        self.config, self.steps, self.it = config, steps_per_epoch, 0
+    def __init__(self, config, steps, student, teacher):
+        self.config, self.steps, self.iteration = config, steps, 0
         self.student, self.teacher = student, teacher
         self.center = torch.zeros(1, config.out_dim)
         self.moments = {}
-
-    def scheduled(self, base, final, warmup=0):
-        total, warmup = self.config.epochs * self.steps, warmup * self.steps
-        ramp = np.linspace(0, base, warmup)
-        i = np.arange(total - warmup)
-        cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
-        return np.concatenate([ramp, cosine])[self.it]
+        lr = config.lr * config.images_per_step / 256
+        length = config.epochs, steps
+        self.lr = paper_schedule(lr, config.min_lr, *length, config.warmup_epochs)
+        self.decay = paper_schedule(config.weight_decay, config.weight_decay_end, *length)
+        self.momentum = paper_schedule(config.momentum_teacher, 1.0, *length)
 
     def step(self, crops):
-        c, epoch = self.config, self.it // self.steps
-        peak = c.lr * c.batch_size_per_gpu * c.grad_accum / 256
-        lr = self.scheduled(peak, c.min_lr, c.warmup_epochs)
-        decay = self.scheduled(c.weight_decay, c.weight_decay_end)
-        momentum = self.scheduled(c.momentum_teacher, 1.0)
+        c, i, rows = self.config, self.iteration, len(crops[0])
+        epoch = i // self.steps
         warm = np.linspace(c.warmup_teacher_temp, c.teacher_temp, c.warmup_teacher_temp_epochs)
         temp = warm[epoch] if epoch < len(warm) else c.teacher_temp
-        rows = len(crops[0])
         with torch.no_grad():
-            teacher = self.teacher(crops[:2])
-        student = self.student(crops).chunk(len(crops))
-        targets = F.softmax((teacher - self.center) / temp, -1).chunk(2)
-        terms = [
-            -(targets[q] * F.log_softmax(student[v] / 0.1, -1)).sum(-1).mean()
-            for q in range(2)
-            for v in range(len(crops))
-            if v != q
-        ]
-        loss = sum(terms) / len(terms)
-        self.center = self.center * 0.9 + teacher.sum(0, keepdim=True) / (2 * rows) * 0.1
+            teacher = self.teacher(crops[:2]).unflatten(0, (2, rows))
+        student = self.student(crops).unflatten(0, (len(crops), rows))
+        loss, teacher_sum = reference.dino_loss(student, teacher, self.center, 0.1, temp)
+        self.center = reference.update_center(self.center, teacher_sum, 2 * rows, 0.9)
         self.student.zero_grad()
         loss.backward()
         with torch.no_grad():
             for name, p in self.student.named_parameters():
-                if not p.requires_grad:
+                if not p.requires_grad or (epoch < c.freeze_last_layer and "last_layer" in name):
                     continue
-                if c.clip_grad:
-                    p.grad *= min(1.0, c.clip_grad / (p.grad.norm().item() + 1e-6))
-                if epoch < c.freeze_last_layer and "last_layer" in name:
-                    continue
-                exempt = p.ndim == 1 or name.endswith(".bias")
-                getattr(self, c.optimizer)(name, p, lr, 0.0 if exempt else decay)
-            for theirs, ours in zip(
-                self.teacher.parameters(), self.student.parameters(), strict=True
-            ):
-                theirs.copy_(momentum * theirs + (1 - momentum) * ours)
-        self.it += 1
+                (gradient,), _ = reference.clip_grad_norms([p.grad], c.clip_grad or math.inf)
+                decay = 0.0 if p.ndim == 1 or name.endswith(".bias") else self.decay[i]
+                p.copy_(getattr(self, c.optimizer)(name, p, gradient, self.lr[i], decay))
+            teachers, students = list(self.teacher.parameters()), list(self.student.parameters())
+            averages = reference.ema_update(teachers, students, self.momentum[i])
+            for p, average in zip(teachers, averages, strict=True):
+                p.copy_(average)
+        self.iteration += 1
         return loss.item()
 
-    def adamw(self, name, p, lr, decay):
-        m, v, t = self.moments.get(name, (0, 0, 0))
-        m, v, t = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2, t + 1
-        self.moments[name] = (m, v, t)
-        p -= lr * decay * p
-        p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    def adamw(self, name, p, g, lr, decay):
+        m, v, t = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p), 0))
+        options = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
+        p, m, v = reference.adamw(p, g, m, v, t + 1, **options)
+        self.moments[name] = (m, v, t + 1)
+        return p
 
-    def sgd(self, name, p, lr, decay):
-        mu = 0.9 * self.moments.get(name, 0) + (p.grad + decay * p)
-        self.moments[name] = mu
-        p -= lr * mu
+    def sgd(self, name, p, g, lr, decay):
+        self.moments[name] = 0.9 * self.moments.get(name, 0) + (g + decay * p)
+        return p - lr * self.moments[name]
 
-    def lars(self, name, p, lr, decay):
-        g = p.grad
+    def lars(self, name, p, g, lr, decay):
         if p.ndim != 1:
             g = g + decay * p
             if p.norm() > 0 and g.norm() > 0:
                 g = g * (0.001 * p.norm() / g.norm())
-        self.moments[name] = 0.9 * self.moments.get(name, 0) + g
-        p -= lr * self.moments[name]
+        return self.sgd(name, p, g, lr, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +199,9 @@ def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
     """The reference networks run one pass per crop size and all tokens through all blocks."""
     config = tiny(**settings)
     trainer = Trainer(config, steps_per_epoch=2)
-    reference = Trainer(
-        dataclasses.replace(config, packing="off", last_block="all"), steps_per_epoch=2
-    )
-    plain = PlainDINO(config, 2, reference.student, reference.teacher)
+    plain_config = dataclasses.replace(config, packing="off", last_block="all")
+    other = Trainer(plain_config, steps_per_epoch=2)
+    plain = PlainDINO(config, 2, other.student, other.teacher)
     for i in range(6):
         crops = crops_of(config, i)
         torch.manual_seed(i)  # for stochastic depth
@@ -299,34 +280,42 @@ def test_checkpoint_with_another_number_of_steps_per_epoch_is_rejected(tiny):
         Trainer(tiny(), steps_per_epoch=3).load_state_dict(state)
 
 
-def test_nonfinite_loss_leaves_the_state_unchanged(tiny, crops_of):
-    trainer = Trainer(tiny(grad_accum=2), steps_per_epoch=2)
-    trainer.train_step(crops_of(trainer.config, 0))
-    before = {n: t.clone() for n, t in trainer.student.state_dict().items()}
-    center = trainer.loss.center.clone()
-    crops = crops_of(trainer.config, 1)
-    crops[0][0, 0, 0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match="the loss is nan at iteration 1"):
-        trainer.train_step(crops)
-    assert trainer.iteration == 1
-    assert torch.equal(trainer.loss.center, center)
-    for name, tensor in trainer.student.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    assert math.isfinite(trainer.train_step(crops_of(trainer.config, 1)).item())
+def snapshot(trainer):
+    """Return a copy of the weights, the center and the moments."""
+    state = trainer.state_dict()
+    tensors = {key: state[key] for key in ("student", "teacher", "dino_loss")}
+    return copy.deepcopy(tensors | {"moments": state["optimizer"]["state"]})
 
 
-def test_nonfinite_gradient_leaves_the_state_unchanged(tiny, crops_of, monkeypatch):
-    trainer = Trainer(tiny(clip_grad=0.0), steps_per_epoch=2)
-    weight = trainer.student.head.mlp[0].weight
-    hook = weight.register_hook(lambda gradient: gradient * math.inf)
-    before, center = weight.detach().clone(), trainer.loss.center.clone()
-    with pytest.raises(NonFiniteError, match="a gradient is not finite at iteration 0") as error:
-        trainer.train_step(crops_of(trainer.config, 0))
-    assert error.value.iteration == trainer.iteration == 0
-    assert torch.equal(weight, before)
-    assert torch.equal(trainer.loss.center, center)
-    hook.remove()
-    assert math.isfinite(trainer.train_step(crops_of(trainer.config, 0)).item())
+@pytest.mark.parametrize("failure", ["loss", "gradient"])
+@pytest.mark.parametrize("mode", ["parity", "fast"])
+def test_nonfinite_step_leaves_the_state_unchanged(tiny, crops_of, mode, failure):
+    config = tiny(mode=mode, compile="off", grad_accum=2, clip_grad=0.0, freeze_last_layer=0)
+    trainer = Trainer(config, steps_per_epoch=3)
+    trainer.train_step(crops_of(config, 0))
+    before, completed = snapshot(trainer), []
+
+    def train():
+        crops, scale = crops_of(config, 1), math.inf if failure == "gradient" else 1.0
+        hook = trainer.student.head.mlp[0].weight.register_hook(lambda gradient: gradient * scale)
+        crops[0][0, 0, 0, 0] = math.nan if failure == "loss" else 0.0
+        try:
+            trainer.train_step(crops)
+        finally:
+            hook.remove()
+        for i in (2, 3):
+            trainer.train_step(crops_of(config, i))
+        completed.append(trainer.iteration)
+        trainer.verify()
+
+    problem = {"loss": "the loss is nan", "gradient": "a gradient is not finite"}[failure]
+    with pytest.raises(NonFiniteError, match=rf"{problem} at iteration 1 \(epoch 1\)") as error:
+        train()
+    assert completed == ([4] if mode == "fast" else [])  # fast mode does not wait for the device
+    assert error.value.iteration == trainer.iteration == 1
+    torch.testing.assert_close(snapshot(trainer), before, rtol=0, atol=0)
+    assert math.isfinite(trainer.train_step(crops_of(config, 1)).item())
+    trainer.verify()
 
 
 def test_entropy_is_measured_every_print_freq_steps_and_at_epoch_starts(float64, tiny, crops_of):

@@ -1,1 +1,1 @@
-"""Pretraining: the loop, the training step and what it is made of."""
+"""Pretraining: the loop, the training step and its parts."""
