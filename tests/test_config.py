@@ -61,12 +61,9 @@ def test_other_commands_can_add_some_of_the_flags(capsys):
     assert "unrecognized arguments: --lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("on", "off"), ("TRUE", "False"), ("1", "0")])
-def test_booleans_have_the_papers_spellings(words):
-    assert [parse(f"--use_fp16 {word}").use_fp16 for word in words] == [True, False]
-
-
-def test_other_spellings_of_booleans_are_errors(capsys):
+def test_booleans_have_the_papers_spellings(capsys):
+    for words in (("on", "off"), ("TRUE", "False"), ("1", "0")):
+        assert [parse(f"--use_fp16 {word}").use_fp16 for word in words] == [True, False]
     with pytest.raises(SystemExit):
         parse("--use_fp16 maybe")
     assert "--use_fp16: must be one of on, off" in capsys.readouterr().err

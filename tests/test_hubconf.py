@@ -57,8 +57,5 @@ def test_unavailable_or_mismatched_weights_are_an_error(weights, tmp_path):
         load("dino", str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match="do not match the network"):
         load("dino_vit_small", str(weights), patch_size=8)
-
-
-def test_a_missing_student_is_an_error(weights):
     with pytest.raises(CheckpointError, match="no network 'student', it has teacher"):
         load("dino", str(weights), checkpoint_key="student")

@@ -12,18 +12,7 @@ from fastdino import distributed, runtime
 from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionBackend, AttentionInputs
 from fastdino.models.backbones import build_networks
-from fastdino.runtime import (
-    Choice,
-    choose_attention,
-    choose_compile,
-    choose_crops,
-    choose_cuda_graph,
-    choose_decode,
-    choose_device,
-    choose_kernels,
-    choose_precision,
-    resolve_runtime,
-)
+from fastdino.runtime import Choice, resolve_runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EXACT = "the paper's crops, exact"
@@ -92,12 +81,12 @@ def test_device_is_the_gpu_of_the_local_rank(
 def test_a_missing_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device cuda: PyTorch sees no GPU"):
-        choose_device("cuda")
+        runtime.choose_device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"local rank 2 has no GPU, this machine has 2"):
-        choose_device("auto")
+        runtime.choose_device("auto")
 
 
 @pytest.mark.parametrize(
@@ -113,37 +102,39 @@ def test_a_missing_gpu_is_an_error(monkeypatch):
     ],
 )
 def test_precision(tiny, settings, device, precision, reason):
-    choice = choose_precision(tiny(**settings), device)
+    choice = runtime.choose_precision(tiny(**settings), device)
     assert choice.value == precision
     assert reason in choice.reason
 
 
 def test_compile(problems):
-    assert choose_compile("off", "fast", CUDA) == Choice("off", "requested")
-    assert choose_compile("auto", "parity", CUDA) == Choice("off", "--mode parity")
-    assert choose_compile("auto", "fast", CPU) == Choice("off", "no gain on a CPU")
-    assert choose_compile("auto", "fast", CUDA) == Choice("on", "--mode fast")
-    assert choose_compile("on", "parity", CPU) == Choice("on", "requested")
+    assert runtime.choose_compile("off", "fast", CUDA) == Choice("off", "requested")
+    assert runtime.choose_compile("auto", "parity", CUDA) == Choice("off", "--mode parity")
+    assert runtime.choose_compile("auto", "fast", CPU) == Choice("off", "no gain on a CPU")
+    assert runtime.choose_compile("auto", "fast", CUDA) == Choice("on", "--mode fast")
+    assert runtime.choose_compile("on", "parity", CPU) == Choice("on", "requested")
     problems["compile"] = "no compiler"
-    assert choose_compile("auto", "fast", CUDA) == Choice("off", "no compiler")
+    assert runtime.choose_compile("auto", "fast", CUDA) == Choice("off", "no compiler")
     with pytest.raises(ConfigError, match=r"--compile on: no compiler; use --compile off"):
-        choose_compile("on", "parity", CPU)
+        runtime.choose_compile("on", "parity", CPU)
 
 
 def test_auto_attention_is_the_first_backend_that_works(problems):
     inputs = AttentionInputs(CUDA)
-    assert choose_attention("auto", inputs) == Choice(
+    assert runtime.choose_attention("auto", inputs) == Choice(
         "xformers", "the first of xformers, varlen, sdpa"
     )
-    assert choose_attention("varlen", inputs) == Choice("varlen", "requested")
+    assert runtime.choose_attention("varlen", inputs) == Choice("varlen", "requested")
     problems["xformers"] = "it is not installed"
-    assert choose_attention("auto", inputs) == Choice("varlen", "no xformers: it is not installed")
+    assert runtime.choose_attention("auto", inputs) == Choice(
+        "varlen", "no xformers: it is not installed"
+    )
     with pytest.raises(ConfigError, match=r"xformers does not work: .*; use --attention varlen"):
-        choose_attention("xformers", inputs)
+        runtime.choose_attention("xformers", inputs)
 
 
 def test_auto_attention_on_a_cpu_is_sdpa():
-    choice = choose_attention("auto", AttentionInputs(CPU))
+    choice = runtime.choose_attention("auto", AttentionInputs(CPU))
     reason = "no xformers: .*no CPU kernels; no varlen: it has no CPU kernels"
     assert choice.value == "sdpa"
     assert re.fullmatch(reason, choice.reason)
@@ -211,12 +202,12 @@ def test_runtime_configures_the_networks(tiny):
 
 
 def test_kernels_follow_the_environment_variable(monkeypatch):
-    assert choose_kernels(CPU).value == "torch"
+    assert runtime.choose_kernels(CPU).value == "torch"
     monkeypatch.setenv("FASTDINO_KERNELS", "torch")
-    assert choose_kernels(CPU) == Choice("torch", "FASTDINO_KERNELS=torch")
+    assert runtime.choose_kernels(CPU) == Choice("torch", "FASTDINO_KERNELS=torch")
     monkeypatch.setenv("FASTDINO_KERNELS", "fast")
     with pytest.raises(ConfigError, match="FASTDINO_KERNELS must be one of"):
-        choose_kernels(CPU)
+        runtime.choose_kernels(CPU)
 
 
 @pytest.mark.parametrize(
@@ -236,47 +227,49 @@ def test_cuda_graph_is_off_if_a_step_cannot_be_recorded(
 ):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     config = tiny(**({"cuda_graph": True, "mode": "fast"} | settings))
-    choice = choose_cuda_graph(config, device, Choice(precision, "test"))
+    choice = runtime.choose_cuda_graph(config, device, Choice(precision, "test"))
     assert reason in choice.reason
     assert choice.on == (reason == "requested")
 
 
 def test_auto_crops_are_exact_even_without_the_fused_backend(problems):
-    assert choose_crops("auto", CPU) == Choice("fused", EXACT)
-    assert choose_crops("dali", CPU).value == "dali"
+    assert runtime.choose_crops("auto", CPU) == Choice("fused", EXACT)
+    assert runtime.choose_crops("dali", CPU).value == "dali"
     problems["fused"] = "Numba is not installed"
-    assert choose_crops("auto", CPU) == Choice("torchvision", f"{EXACT}; Numba is not installed")
-    assert choose_crops("torchvision", CPU) == Choice("torchvision", EXACT)
+    assert runtime.choose_crops("auto", CPU) == Choice(
+        "torchvision", f"{EXACT}; Numba is not installed"
+    )
+    assert runtime.choose_crops("torchvision", CPU) == Choice("torchvision", EXACT)
     with pytest.raises(ConfigError, match="--crops fused: Numba is not installed"):
-        choose_crops("fused", CPU)
+        runtime.choose_crops("fused", CPU)
     problems["dali"] = "DALI is not installed"
     with pytest.raises(ConfigError, match="--crops dali: DALI is not installed"):
-        choose_crops("dali", CPU)
+        runtime.choose_crops("dali", CPU)
 
 
 def test_auto_decodes_with_dali_if_its_pixels_are_exact(problems):
     for device in ("cpu", "cuda"):
-        assert choose_decode("auto", "fused", device).value == "cpu"
-        assert choose_decode("cpu", "fused", device).value == "cpu"
-        assert choose_decode("pillow", "fused", device) == Choice("pillow", "requested")
+        assert runtime.choose_decode("auto", "fused", device).value == "cpu"
+        assert runtime.choose_decode("cpu", "fused", device).value == "cpu"
+        assert runtime.choose_decode("pillow", "fused", device) == Choice("pillow", "requested")
     problems["dali_decode"] = "no DALI"
-    assert choose_decode("auto", "fused", "cuda") == Choice("pillow", "no DALI")
+    assert runtime.choose_decode("auto", "fused", "cuda") == Choice("pillow", "no DALI")
     with pytest.raises(ConfigError, match="--decode cpu: no DALI; use --decode pillow"):
-        choose_decode("cpu", "fused", "cpu")
+        runtime.choose_decode("cpu", "fused", "cpu")
 
 
 def test_gpu_decoding_needs_a_gpu_and_dali(problems):
-    assert choose_decode("gpu", "fused", "cuda:1") == Choice("gpu", "near Pillow's pixels")
+    assert runtime.choose_decode("gpu", "fused", "cuda:1") == Choice("gpu", "near Pillow's pixels")
     with pytest.raises(ConfigError, match="--decode gpu .*needs a GPU.*: use --decode cpu"):
-        choose_decode("gpu", "fused", "cpu")
+        runtime.choose_decode("gpu", "fused", "cpu")
     problems["dali"] = "DALI is not installed: pip"
     with pytest.raises(ConfigError, match="--decode gpu: DALI is not installed: pip; use --decode"):
-        choose_decode("gpu", "fused", "cuda")
+        runtime.choose_decode("gpu", "fused", "cuda")
 
 
 def test_other_crop_backends_have_their_own_decoder():
-    assert choose_decode("auto", "torchvision", "cuda").value == "pillow"
-    assert choose_decode("auto", "dali", "cpu").value == "cpu"
-    assert choose_decode("auto", "dali", "cuda").value == "gpu"
+    assert runtime.choose_decode("auto", "torchvision", "cuda").value == "pillow"
+    assert runtime.choose_decode("auto", "dali", "cpu").value == "cpu"
+    assert runtime.choose_decode("auto", "dali", "cuda").value == "gpu"
     with pytest.raises(ConfigError, match="--decode gpu is for --crops fused.*--crops torchvision"):
-        choose_decode("gpu", "torchvision", "cuda")
+        runtime.choose_decode("gpu", "torchvision", "cuda")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import Block, VisionTransformer
 
-RECOMPILE_LIMIT = 64  # compilations of one function before PyTorch falls back to eager
+RECOMPILE_LIMIT = 64  # compilations of one function, after which PyTorch refuses more
 
 
 def compile_problem(device: torch.device) -> str | None:

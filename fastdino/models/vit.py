@@ -205,7 +205,6 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.patch_size = patch_size
-        self.head_dim = embed_dim // num_heads
         self.attention = AttentionBackend("sdpa")
         self.cls_only = True
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
