@@ -36,6 +36,12 @@ def clustered(n, classes, *, dim=6, seed=0):
     return F.normalize(features, dim=1), torch.from_numpy(labels)
 
 
+@pytest.fixture
+def sets():
+    """Return features and labels of 150 training and 60 validation images in 8 classes."""
+    return (*clustered(150, 8), *clustered(60, 8, seed=1))
+
+
 def paper_knn(train, train_labels, val, val_labels, k, temperature):
     """Compute the k-NN accuracy of Caron et al. 2021 image by image, in float64.
 
@@ -55,15 +61,15 @@ def paper_knn(train, train_labels, val, val_labels, k, temperature):
     return 100 * top1 / len(val), 100 * top5 / len(val)
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.005])  # the lower one could overflow in float32
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_accuracies_match_the_papers(dtype):
-    train, train_labels = clustered(150, 8)
-    val, val_labels = clustered(60, 8, seed=1)
+def test_accuracies_match_the_papers(dtype, temperature, sets):
+    train, train_labels, val, val_labels = sets
     train, val = train.to(dtype), val.to(dtype)
     ks = [1, 30, 60, 149]
-    accuracy = knn_accuracy(train, train_labels, val, val_labels, ks=ks)
+    accuracy = knn_accuracy(train, train_labels, val, val_labels, ks=ks, temperature=temperature)
     for k in ks:
-        expected = paper_knn(train, train_labels, val, val_labels, k, 0.07)
+        expected = paper_knn(train, train_labels, val, val_labels, k, temperature)
         assert accuracy[k] == pytest.approx(expected, abs=1e-9)
     assert 20 < accuracy[30][0] < accuracy[30][1] < 100
     assert accuracy[1][0] == accuracy[1][1], "one neighbour votes for one class"
@@ -71,32 +77,17 @@ def test_accuracies_match_the_papers(dtype):
 
 def test_nearer_neighbours_weigh_more():
     angle = torch.tensor([0.1, 0.9, 1.0, 2.0, 2.2])
-    train = torch.stack((angle.cos(), angle.sin()), dim=1)
-    labels = torch.tensor([0, 1, 1, 0, 0])
-    val = torch.tensor([[1.0, 0.0]])
+    train = torch.stack((angle.cos(), angle.sin()), dim=1), torch.tensor([0, 1, 1, 0, 0])
     for temperature, winner in ((0.07, 0), (10.0, 1)):
         for label in (0, 1):
-            top1, _ = knn_accuracy(
-                train, labels, val, torch.tensor([label]), ks=[3], temperature=temperature
-            )[3]
+            val = torch.tensor([[1.0, 0.0]]), torch.tensor([label])
+            top1, _ = knn_accuracy(*train, *val, ks=[3], temperature=temperature)[3]
             assert (top1 == 100) == (label == winner)
 
 
-def test_a_low_temperature_does_not_overflow():
-    train, train_labels = clustered(150, 8)
-    val, val_labels = clustered(60, 8, seed=1)
-    accuracy = knn_accuracy(
-        train.float(), train_labels, val.float(), val_labels, ks=[149], temperature=0.005
-    )
-    expected = paper_knn(train, train_labels, val, val_labels, 149, 0.005)
-    assert accuracy[149] == pytest.approx(expected, abs=1e-9)
-
-
-def test_more_neighbours_than_images_means_all_images():
-    train, train_labels = clustered(20, 6)
-    val, val_labels = clustered(15, 6, seed=1)
-    accuracy = knn_accuracy(train, train_labels, val, val_labels, ks=[20, 21, 500])
-    assert accuracy[20] == accuracy[21] == accuracy[500]
+def test_more_neighbours_than_images_means_all_images(sets):
+    accuracy = knn_accuracy(*sets, ks=[150, 151, 500])
+    assert accuracy[150] == accuracy[151] == accuracy[500]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
@@ -126,8 +117,7 @@ def test_a_class_without_votes_is_not_in_the_top5():
     ("slice_rows", "chunk_rows"),
     [(150, 0), (150, 7), (150, 59), (1, 13), (7, 13), (75, 13), (149, 13), (150, 13)],
 )
-def test_slices_and_chunks_do_not_change_the_accuracy(monkeypatch, slice_rows, chunk_rows):
-    sets = (*clustered(150, 8), *clustered(60, 8, seed=1))
+def test_slices_and_chunks_do_not_change_the_accuracy(sets, monkeypatch, slice_rows, chunk_rows):
     whole = knn_accuracy(*sets, ks=[5, 20, 500])
     monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * slice_rows)
     monkeypatch.setattr(knn, "CHUNK_ELEMENTS", chunk_rows * slice_rows)
@@ -145,7 +135,7 @@ def test_nearest_merges_the_slices_in_order_with_their_labels():
     assert torch.equal(neighbour_labels, labels[indices[:, :60]])
 
 
-def test_training_features_are_moved_to_the_device_slice_by_slice(monkeypatch):
+def test_training_features_are_moved_to_the_device_slice_by_slice(sets, monkeypatch):
     moved, to = [], torch.Tensor.to
 
     def record(tensor, device):
@@ -154,7 +144,7 @@ def test_training_features_are_moved_to_the_device_slice_by_slice(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", record)
     monkeypatch.setattr(knn, "SLICE_ELEMENTS", 6 * 100)
-    knn_accuracy(*clustered(150, 8), *clustered(60, 8, seed=1), ks=[5])
+    knn_accuracy(*sets, ks=[5])
     assert moved == [(100, 6), (100,), (50, 6), (50,)]
 
 

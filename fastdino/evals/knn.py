@@ -52,16 +52,12 @@ def knn_accuracy(
     """Return the top-1 and top-5 accuracy of k-NN in percent, by k.
 
     Each of the k nearest neighbours votes for its class with weight exp(cosine / temperature).
+    Equal similarities are ordered by topk, as in the paper's code; the order may depend on slices.
 
     In a distributed run every rank passes the same features, classifies a share of the validation
-    images, and gets the overall accuracies.
-
-    Training features on another device are moved to the validation device slice by slice. In fp32
-    these slices and the similarities take at most 1.1 GiB of the device, whatever N is; in addition
-    it holds D numbers per validation image and 3 max(ks) per validation image of the rank's share.
-
-    Ties between equal similarities are broken by topk, as in the paper's code; the choice may
-    depend on the slices.
+    images, and gets the overall accuracies. Training features on another device are moved to the
+    validation device slice by slice. In fp32 the slices and similarities take at most 1.1 GiB
+    there; in addition it holds D numbers per validation image, and 3 max(ks) per one of the share.
 
     Args:
         train_features [N, D], val_features [M, D]: L2-normalised.

@@ -142,7 +142,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     probe = build_probe(data)
     with distributed.fail_together():
         probe.load_classifier(local_file(path))
-    scores = _validate(probe, data, data.validation_inputs())
+    scores = _validate(probe, data, Inputs(data.images("val"), data.features))
     print_on_main(_accuracies(scores))
     classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
     result = {"settings": data.settings() | classifier, **scores, "images": int(scores["images"])}

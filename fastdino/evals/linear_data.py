@@ -126,10 +126,6 @@ class ProbeData:
             return LabelledImages(images, center_crop(args.resize, args.crop))
         return AugmentedImages(images, random_crop(args.crop), seed=args.seed, epoch=epoch)
 
-    def validation_inputs(self) -> Inputs:
-        """Return the validation images with the frozen network."""
-        return Inputs(self.images("val"), self.features)
-
     def inputs(self, stopped: Callable[[], bool]) -> tuple[list[Inputs], Inputs] | None:
         """Return the inputs of training, which epochs use in turn, and of validation.
 
@@ -139,7 +135,7 @@ class ProbeData:
             return self._cached_inputs(stopped)
         epochs = range(self.args.epochs)
         train = [Inputs(self.images("train", epoch), self.features) for epoch in epochs]
-        return train, self.validation_inputs()
+        return train, Inputs(self.images("val"), self.features)
 
     def _cached_inputs(self, stopped: Callable[[], bool]) -> tuple[list[Inputs], Inputs] | None:
         args = self.args
@@ -149,14 +145,13 @@ class ProbeData:
             for epoch in range(args.cache_epochs)
         ] or [("train", "train-center", self.images("train"))]
         passes.append(("val", "val", self.images("val")))
-        seen = f"{len(passes) - 1} augmentation(s) are used in turn"
+        augmented = f"{args.cache_epochs} augmentation(s) are used in turn"
+        seen = augmented if args.cache_epochs else "training sees centre crops"
         gigabytes = sum(len(images) for _, _, images in passes) * self.dim * 4 / 1e9
-        print_on_main(
-            f"cache: {gigabytes:.2f} GB of features in {folder}; unlike in the paper's protocol, "
-            + (seen if args.cache_epochs else "training sees centre crops")
-        )
-        batch_size, workers = args.batch_size_per_gpu, args.num_workers
-        cache = FeatureCache(self.features, self.dim, batch_size, workers, self.device, stopped)
+        size = f"{gigabytes:.2f} GB of features in {folder}"
+        print_on_main(f"cache: {size}; unlike in the paper's protocol, {seen}")
+        loading = args.batch_size_per_gpu, args.num_workers, self.device
+        cache = FeatureCache(self.features, self.dim, *loading, stopped)
         names = ("n_last_blocks", "avgpool_patchtokens", "resize", "crop", "seed")
         settings = {name: getattr(args, name) for name in names}
         keys = distributed.from_main(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
@@ -103,10 +102,8 @@ def _check_flags(args: argparse.Namespace) -> Target:
     target, output = TARGETS[args.to], Path(args.output)
     check_at_least(args, 1, "image_size", "patch_size")
     if target.suffixes and output.suffix not in target.suffixes:
-        raise ConfigError(
-            f"--to {args.to} writes a file with suffix {' or '.join(target.suffixes)}, "
-            f"got --output {output}"
-        )
+        suffixes = " or ".join(target.suffixes)
+        raise ConfigError(f"--to {args.to} writes a {suffixes} file, got --output {output}")
     missing = [name for name in target.needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--to {args.to} needs {' and '.join(missing)}: {INSTALL}")
@@ -213,9 +210,7 @@ def _move_files(source: Path, destination: Path) -> None:
 
 def _facts(network: Network) -> dict[str, Any]:
     """Return the network's properties for the report and the model card."""
-    fields = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-    module = fields.pop("module")
-    if not network.is_vit:
-        del fields["patch_size"]
-    parameters = sum(p.numel() for p in module.parameters())
+    names = ("arch", *(("patch_size",) if network.is_vit else ()), "image_size", "dim")
+    fields = {name: getattr(network, name) for name in names}
+    parameters = sum(p.numel() for p in network.module.parameters())
     return fields | {"resize": resize_of(network.image_size), "parameters": parameters}

@@ -157,50 +157,32 @@ def hf_config(network: Network) -> dict[str, Any]:
     """Return the config.json of a ViTModel."""
     shape = VIT_ARCHS[network.arch]
     return {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": shape["embed_dim"],
-        "num_hidden_layers": shape["depth"],
-        "num_attention_heads": shape["num_heads"],
-        "intermediate_size": 4 * shape["embed_dim"],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-6,
-        "image_size": network.image_size,
-        "patch_size": network.patch_size,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "torch_dtype": "float32",
-    }
+        "architectures": ["ViTModel"], "model_type": "vit", "torch_dtype": "float32",
+        "image_size": network.image_size, "patch_size": network.patch_size, "num_channels": 3,
+        "hidden_size": shape["embed_dim"], "intermediate_size": 4 * shape["embed_dim"],
+        "num_hidden_layers": shape["depth"], "num_attention_heads": shape["num_heads"],
+        "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "initializer_range": 0.02,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
 
 
 def hf_preprocessor(network: Network) -> dict[str, Any]:
     """Return the preprocessor_config.json: the paper's resize and centre crop for evaluation."""
+    side, bicubic = network.image_size, 3
     return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": resize_of(network.image_size)},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": network.image_size, "width": network.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": resize_of(side)}, "resample": bicubic,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
+    }  # fmt: skip
 
 
 def _write_hf(network: Network, path: Path) -> None:
     path.mkdir()
-    for name, content in (
-        ("config.json", hf_config(network)),
-        ("preprocessor_config.json", hf_preprocessor(network)),
-    ):
-        (path / name).write_text(json.dumps(content, indent=2) + "\n")
+    files = {"config": hf_config(network), "preprocessor_config": hf_preprocessor(network)}
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     _write_tensors(to_hf_names(network.tensors()), path / "model.safetensors", {"format": "pt"})
 
 
@@ -239,20 +221,13 @@ features = model(**inputs).last_hidden_state[:, 0]  # [1, {network.dim}]"""
 
 
 def _write_safetensors(network: Network, path: Path) -> None:
-    metadata = {
-        "format": "pt",
-        "arch": network.arch,
-        "patch_size": str(network.patch_size),
-        "image_size": str(network.image_size),
-    }
-    _write_tensors(network.tensors(), path, metadata)
+    sizes = {"patch_size": str(network.patch_size), "image_size": str(network.image_size)}
+    _write_tensors(network.tensors(), path, {"format": "pt", "arch": network.arch, **sizes})
 
 
 def _read_safetensors(network: Network, path: Path) -> Features:
-    arch, patch_size = network.arch, network.patch_size
-    return load_backbone(
-        str(path), checkpoint_key="teacher", arch=arch, patch_size=patch_size
-    ).module
+    sizes: dict[str, Any] = {"arch": network.arch, "patch_size": network.patch_size}
+    return load_backbone(str(path), checkpoint_key="teacher", **sizes).module
 
 
 def _safetensors_usage(network: Network, path: str) -> str:
@@ -309,17 +284,10 @@ def _traceable(network: Network) -> tuple[nn.Module, Tensor]:
 
 def _write_onnx(network: Network, path: Path) -> None:
     module, images = _traceable(network)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
+    names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
     with _no_warnings():
-        torch.onnx.export(
-            module,
-            (images,),
-            path,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
-            verbose=False,
-        )
+        torch.onnx.export(module, (images,), path, external_data=False, verbose=False, **names)
 
 
 def _read_onnx(network: Network, path: Path) -> Features:
