@@ -137,7 +137,7 @@ def test_pinned_memory_is_reused_after_its_copy_and_grows_with_room(slow_gpu):
 
 def test_images_on_the_gpu_are_held_until_their_crops_are_made(slow_gpu):
     backend = loader_fused._CudaBackend(torch.device("cpu", 0))
-    freed, kept = [], loader_fused._AHEAD + 1
+    freed, kept = [], loader_fused.AHEAD + 1
     for n in range(5):
         picture = torch.full((6, 5, 3), n, dtype=torch.uint8)
         weak = torch._C._WeakTensorRef(picture)

@@ -43,6 +43,8 @@ def test_batch_shapes(photos, build, crops):
         assert all(crop.is_contiguous() and crop.isfinite().all() for crop in batch)
     assert loader.source is photos
     assert loader.skipped == {}
+    libraries = {"torchvision": "torchvision", "fused": "Numba", "dali": "DALI"}
+    assert loader.description.startswith(f"{libraries[crops]} ")
     assert len(next(iter(build(photos, crops=crops, local_crops_number=0).epoch(0)))) == 2
 
 
@@ -292,7 +294,6 @@ def test_file_replaced_after_the_scan_is_cropped_at_its_new_size(breakable, buil
 def test_auto_builds_the_fused_loader(photos, build):
     loader = build(photos, crops="auto", num_workers=1)
     assert isinstance(loader, loader_fused.FusedLoader)
-    assert loader.description.startswith("Numba ")
     assert "on CPU, 1 threads" in loader.description
 
 

@@ -108,24 +108,6 @@ def test_each_image_is_decoded_once(photos, build, monkeypatch):
     assert len(decoded) == len(set(decoded)) == 16
 
 
-@pytest.mark.parametrize("last_batch", ["paper", "drop", "pad"])
-def test_epoch_resumes_with_another_world_size(photos, build, last_batch):
-    settings = {"last_batch": last_batch, "local_crops_number": 0}
-    whole = list(build(photos, batch_size_per_gpu=12, **settings).epoch(1))
-    assert len(whole) == (2 if last_batch == "pad" else 1)
-    for world in (2, 3):
-        parts = [
-            build(photos, rank, world, batch_size_per_gpu=12 // world, **settings)
-            for rank in range(world)
-        ]
-        for start in range(len(whole)):
-            ranks = [list(part.epoch(1, start)) for part in parts]
-            for step, expected in enumerate(whole[start:]):
-                for n in range(2):
-                    merged = torch.stack([rank[step][n] for rank in ranks], dim=1).flatten(0, 1)
-                    assert torch.equal(merged, expected[n])
-
-
 def test_workers_ignore_sigterm(photos, build):
     loader = build(photos, num_workers=2)
     batches = loader.epoch(0)
@@ -151,9 +133,3 @@ def test_sample_reports_every_unreadable_file_it_replaces(breakable):
     break_files(breakable, [(17, "text"), (0, "text")])
     for _ in range(2):  # Known ones again: an abandoned epoch may have lost the first report.
         assert [index for index, _ in dataset[0, 17][1]] == [17, 0]
-
-
-def test_description_names_the_libraries(photos, build):
-    description = build(photos, crops="torchvision").description
-    assert description.startswith("torchvision ")
-    assert " and Pillow " in description

@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+import torchvision
 from fastdino_kernels import multi_crop
 from fastdino_kernels.dispatch import triton_problem
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def problem(name: str) -> str | None:
 def description(name: str, device: torch.device) -> str:
     """Describe a backend by its library, version and device."""
     if name == REFERENCE:
-        return f"torchvision {version('torchvision')}, Pillow {version('pillow')} on cpu"
+        return f"torchvision {torchvision.__version__}, Pillow {version('pillow')} on cpu"
     if name == "fused":
         return f"Numba {version('numba')} on cpu"
     if name == "dali":
@@ -111,7 +112,7 @@ def make_crops(
     if name == "fused":
         from fastdino.augmentation.cpu import fused_crops  # needs Numba
 
-        return fused_crops(images, crops, mean=MEAN, std=STD)
+        return fused_crops(images, crops)
     if name == "dali":
         from fastdino.augmentation.dali import dali_crops
 

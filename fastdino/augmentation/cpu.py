@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdino.augmentation import cpu_kernels
+from fastdino.augmentation.pillow import MEAN, STD
 
 _scratch = threading.local()
 
@@ -29,28 +30,20 @@ def fused_crops(
     images: Sequence[NDArray[np.uint8]],
     crops: Sequence[tuple[CropParams, int]],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    out: Sequence[Tensor] | None = None,
     pool: Executor | None = None,
 ) -> list[Tensor]:
     """Make the normalized crops of B decoded images at each of several sizes.
 
-    In fp32 they equal those of Pillow 12 and torchvision to the last bit; fp16 and bf16 round these
-    once.
+    They equal those of Pillow 12 and torchvision to the last bit.
 
     Args:
         images: B uint8 RGB arrays [H, W, 3] of any sizes.
         crops: pairs (params, size): parameters of [B, N] crops, on the CPU, and the side of a crop
             in pixels. draw_crops returns two sets of parameters, global and local.
-        mean, std: of the three channels, for values from 0 to 1.
-        dtype: fp32, bf16 or fp16.
-        out: tensors to write to and return, from an earlier call: new memory costs time.
         pool: a ThreadPoolExecutor that makes the crops of several images in parallel; None: this
             thread makes them one by one.
 
-    Returns: for each pair [B, N, 3, size, size].
+    Returns: for each pair fp32 [B, N, 3, size, size], normalized with ImageNet's statistics.
 
     Raises:
         ValueError: a shape, box or other number is invalid.
@@ -58,17 +51,16 @@ def fused_crops(
     """
     _check(images, crops)
     for _, size in crops:
-        check_settings(size, mean, std, dtype)
+        check_settings(size, MEAN, STD, torch.float32)
     sizes = [(image.shape[0], image.shape[1]) for image in images]
     packed = [params.pack() for params, _ in crops]
     for rows in packed:
         check_values(rows, sizes)
-    levels = normalized_levels(tuple(mean), tuple(std), dtype, torch.device("cpu"))
-    shapes = [
-        (*rows.shape[:2], 3, size, size) for rows, (_, size) in zip(packed, crops, strict=True)
+    levels = normalized_levels(MEAN, STD, torch.float32, torch.device("cpu"))
+    outs = [
+        torch.empty(*rows.shape[:2], 3, size, size)
+        for rows, (_, size) in zip(packed, crops, strict=True)
     ]
-    outs = [torch.empty(shape, dtype=dtype) for shape in shapes] if out is None else list(out)
-    _check_out(outs, shapes, dtype)
 
     def make(b: int) -> None:
         crops_into([out[b] for out in outs], images[b], [rows[b] for rows in packed], levels)
@@ -84,10 +76,10 @@ def crops_into(
     """Write the crops of one image to `outs`, without checking the arguments.
 
     Args:
-        outs: tensors [N, 3, size, size], contiguous, on the CPU.
+        outs: fp32 tensors [N, 3, size, size], contiguous, on the CPU.
         image: uint8 [H, W, 3].
         packed: for each of outs int32 [N, 14], rows of CropParams.pack().
-        levels: [3, 256] of outs' dtype, from multi_crop.normalized_levels.
+        levels: fp32 [3, 256], from multi_crop.normalized_levels.
     """
     transposed = transpose_image(image)
     for out, rows in zip(outs, packed, strict=True):
@@ -96,10 +88,10 @@ def crops_into(
             transposed,
             rows.numpy(),
             rows.view(torch.float32).numpy(),
-            _as_numpy(levels),
+            levels.numpy(),
             scratch("bytes", np.uint8, bytes_),
             scratch("sums", np.int32, sums),
-            _as_numpy(out),
+            out.numpy(),
         )
 
 
@@ -113,11 +105,6 @@ def transpose_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return transposed
 
 
-def _as_numpy(values: Tensor) -> NDArray[Any]:
-    """View a tensor as an array; half precision as int16, because NumPy has no bf16."""
-    return (values.view(torch.int16) if values.element_size() == 2 else values).numpy()
-
-
 def scratch(name: str, dtype: type, elements: int) -> NDArray[Any]:
     """Return this thread's scratch of that name: new memory per image would cost page faults."""
     held = getattr(_scratch, name, None)
@@ -125,17 +112,6 @@ def scratch(name: str, dtype: type, elements: int) -> NDArray[Any]:
         held = np.empty(elements, dtype)
         setattr(_scratch, name, held)
     return held[:elements]
-
-
-def _check_out(
-    outs: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-) -> None:
-    got = [(tuple(out.shape), out.dtype) for out in outs]
-    expected = [(shape, dtype) for shape in shapes]
-    if got != expected:
-        raise ValueError(f"out must be tensors of (shape, dtype) {expected}, got {got}")
-    if any(not out.is_contiguous() or out.device.type != "cpu" for out in outs):
-        raise ValueError("out must be contiguous tensors on the CPU; make them with torch.empty")
 
 
 def _check(images: Sequence[NDArray[np.uint8]], crops: Sequence[tuple[CropParams, int]]) -> None:

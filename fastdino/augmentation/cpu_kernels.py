@@ -219,26 +219,14 @@ def _line(lines: tuple[int, int, int, int], t: int) -> Any:
 
 @_compiled
 def _six_lines(lines: tuple[int, int, int, int], t: int) -> Any:
-    return (
-        _line(lines, t),
-        _line(lines, t + 1),
-        _line(lines, t + 2),
-        _line(lines, t + 3),
-        _line(lines, t + 4),
-        _line(lines, t + 5),
-    )
+    a, b, c = _line(lines, t), _line(lines, t + 1), _line(lines, t + 2)
+    return a, b, c, _line(lines, t + 3), _line(lines, t + 4), _line(lines, t + 5)
 
 
 @_compiled
 def _six_weights(weights: Ints, row: int, t: int) -> Any:
-    return (
-        weights[row, t],
-        weights[row, t + 1],
-        weights[row, t + 2],
-        weights[row, t + 3],
-        weights[row, t + 4],
-        weights[row, t + 5],
-    )
+    p, q, r = weights[row, t], weights[row, t + 1], weights[row, t + 2]
+    return p, q, r, weights[row, t + 3], weights[row, t + 4], weights[row, t + 5]
 
 
 @_compiled
@@ -325,19 +313,11 @@ def _transpose(source: Words, down: int, across: int, out: Words, stride: int, s
         for x in range(across):
             for y in range(strip, min(strip + 8, down)):
                 i = np.uint64(8 * y * across + x)
-                a, b, c, d = (
-                    source[i],
-                    source[i + line],
-                    source[i + _2 * line],
-                    source[i + _3 * line],
-                )
+                a, b = source[i], source[i + line]
+                c, d = source[i + _2 * line], source[i + _3 * line]
                 i += _4 * line
-                e, f, g, h = (
-                    source[i],
-                    source[i + line],
-                    source[i + _2 * line],
-                    source[i + _3 * line],
-                )
+                e, f = source[i], source[i + line]
+                g, h = source[i + _2 * line], source[i + _3 * line]
                 a, e = _exchange(a, e, _32, _LOW_32)
                 b, f = _exchange(b, f, _32, _LOW_32)
                 c, g = _exchange(c, g, _32, _LOW_32)
@@ -543,7 +523,7 @@ def _box_blur(
     before, after = line[start - ends : stop - ends], line[start + ends : stop + ends]
     here, result = line[start:stop], out[start:stop]
     if taps == 0:
-        _box_of_1(before, here, after, near, far, result)
+        _box_of_sums(before, here, after, near, far, result)
     elif taps == 1:
         left, right = line[start - step : stop - step], line[start + step : stop + step]
         _box_of_3(before, left, here, right, after, near, far, result)
@@ -564,10 +544,12 @@ def _copy(source: Bytes, target: NDArray[Any]) -> None:
 
 
 @_compiled
-def _box_of_1(before: Bytes, here: Bytes, after: Bytes, near: Any, far: Any, out: Bytes) -> None:
+def _box_of_sums(
+    before: Bytes, sums: Bytes | Ints, after: Bytes, near: Any, far: Any, out: Bytes
+) -> None:
     for i in range(len(out)):
         ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
-        out[i] = _box(np.uint32(here[i]), ends, near, far)
+        out[i] = _box(np.uint32(sums[i]), ends, near, far)
 
 
 @_compiled
@@ -585,13 +567,6 @@ def _box_of_3(
         inner = np.uint32(np.uint32(left[i]) + np.uint32(here[i]) + np.uint32(right[i]))
         ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
         out[i] = _box(inner, ends, near, far)
-
-
-@_compiled
-def _box_of_sums(before: Bytes, sums: Ints, after: Bytes, near: Any, far: Any, out: Bytes) -> None:
-    for i in range(len(out)):
-        ends = np.uint32(np.uint32(before[i]) + np.uint32(after[i]))
-        out[i] = _box(np.uint32(sums[i]), ends, near, far)
 
 
 @_compiled

@@ -83,13 +83,17 @@ def dali_crops(
     solarized = list(range(len(sizes)))
     inputs = [np.ascontiguousarray(x) if device_id is None else as_png(x) for x in images]
     batches = iter([pack_batch(inputs, [params for params, _ in crops], solarized)])
-    pipeline = build_pipeline(
+    pipeline = crop_pipeline(
         lambda: next(batches),
         sizes,
         solarized,
+        device_id is not None,
+        False,
         batch_size=len(images),
         num_threads=cpu_count(),
         device_id=device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
     )
     made = iter([crop.clone() for crop in run_pipeline(pipeline, device_id)])
     del pipeline
@@ -100,41 +104,6 @@ def dali_crops(
         else torch.empty(len(images), 0, 3, size, size, device=device)
         for (_, size), count in zip(crops, counts, strict=True)
     ]
-
-
-def build_pipeline(
-    feed: Callable[[], Batch],
-    sizes: Sequence[int],
-    solarized: Sequence[int],
-    *,
-    device_id: int | None,
-    exif: bool = False,
-    prefetch_queue_depth: int = 1,
-    **options: int,
-) -> Any:
-    """Build a pipeline that makes one batch of crops per iteration.
-
-    Args:
-        feed: returns the next pack_batch(...), or raises StopIteration.
-        sizes: side of each crop in pixels.
-        solarized: indices of the crops that can be solarized.
-        device_id: CUDA device, which decodes the images itself; None: the CPU, which gets pixels.
-        exif: apply the EXIF orientation when decoding on the GPU.
-        options: batch_size and num_threads.
-    """
-    pipeline = _pipeline(
-        feed,
-        sizes,
-        solarized,
-        device_id is not None,
-        exif,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch_queue_depth,
-        exec_dynamic=True,
-        **options,
-    )
-    pipeline.build()
-    return pipeline
 
 
 def run_pipeline(pipeline: Any, device_id: int | None) -> list[Tensor]:
@@ -185,13 +154,22 @@ def as_png(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(
+def crop_pipeline(
     feed: Callable[[], Batch],
     sizes: Sequence[int],
     solarized: Sequence[int],
     on_gpu: bool,
     exif: bool,
 ) -> Any:
+    """Define a pipeline that makes one batch of crops per iteration.
+
+    Args:
+        feed: returns the next pack_batch(...), or raises StopIteration.
+        sizes: side of each crop in pixels.
+        solarized: indices of the crops that can be solarized.
+        on_gpu: the pipeline decodes files on a GPU; on the CPU it gets pixels.
+        exif: apply the EXIF orientation when decoding.
+    """
     dtypes = [types.UINT8, *[types.BOOL] * len(solarized), *_CROP_INPUTS * len(sizes)]
     image, *inputs = fn.external_source(source=feed, num_outputs=len(dtypes), dtype=dtypes)
     solarize = {n: inputs[i] for i, n in enumerate(solarized)}

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from fastdino.data.bad_images import BadImages
 from fastdino.data.image_dataset import ImageDataset
+from fastdino.data.image_files import silence_pillow
 from fastdino.data.sampler import EpochPlan
+from fastdino.environment import cpu_count
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
+
+T = TypeVar("T")
+AHEAD = 2  # batches prepared beyond the one that is waited for
 
 
 class CropLoader(ABC):
@@ -36,9 +44,16 @@ class CropLoader(ABC):
     description: str
 
     def __init__(
-        self, config: TrainConfig, source: ImageDataset, rank: int = 0, world_size: int = 1
+        self,
+        config: TrainConfig,
+        source: ImageDataset,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.source = source
+        self._device = torch.device(device)
         self._config = config
         self._batch_size = config.batch_size_per_gpu * config.grad_accum
         self._plan = EpochPlan(
@@ -94,3 +109,35 @@ class CropLoader(ABC):
     @abstractmethod
     def _shut_down(self) -> None:
         """Stop the workers and free their memory; called again by each close()."""
+
+
+class ThreadedLoader(CropLoader, Generic[T]):
+    """A loader whose threads prepare batches ahead: _prepare's results of type T."""
+
+    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
+        super().__init__(config, source, **options)
+        self._num_threads = max(1, min(config.num_workers, cpu_count()))
+        self._threads = ThreadPoolExecutor(self._num_threads)  # one task per image
+        self._preparers = ThreadPoolExecutor(AHEAD)  # one task per batch
+        self._pending: deque[Future[T]] = deque()
+
+    @abstractmethod
+    def _prepare(self, epoch: int, batch: list[int]) -> T:
+        """Prepare the batch of these samples; called in a thread of _preparers."""
+
+    def _prefetch(self, epoch: int, batches: list[list[int]]) -> Iterator[T]:
+        """Yield every prepared batch while the threads prepare the next ones."""
+        silence_pillow()  # here, because warning filters are not per thread
+        for step in range(len(batches)):
+            ahead = batches[step + len(self._pending) : step + 1 + AHEAD]
+            self._pending += [self._preparers.submit(self._prepare, epoch, x) for x in ahead]
+            yield self._pending.popleft().result()
+
+    def _stop(self) -> None:
+        while self._pending:
+            self._pending.pop().cancel()
+
+    def _shut_down(self) -> None:
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._preparers.shutdown(wait=True)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import gc
 import io
-import itertools
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -25,73 +22,58 @@ from fastdino.augmentation.params import draw_crops
 from fastdino.data.dali_decoding import DaliDecoder
 from fastdino.data.decoding import read_first_good
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import silence_pillow, upright
-from fastdino.data.loader_base import CropLoader
-from fastdino.environment import cpu_count
+from fastdino.data.image_files import upright
+from fastdino.data.loader_base import ThreadedLoader
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
-_PREFETCH = 2
-_AHEAD = 2
 # Formats and modes that DALI decodes to Pillow's image, unlike 16-bit gray or rotated TIFF.
 _SAME_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _SAME_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK")
 
 
-class DaliLoader(CropLoader):
+class DaliLoader(ThreadedLoader[dali.Batch]):
     """Crops made by a DALI pipeline on the CPU or a GPU, approximately the paper's.
 
     DALI decodes. A file that only Pillow decodes, or that Pillow decodes to another image, is
     passed on decoded. Batches are on the device of the pipeline.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        source: ImageDataset,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(config, source, rank, world_size)
-        threads = max(1, min(config.num_workers, cpu_count()))
-        self._device_id = dali.device_index(torch.device(device))
-        self._feed = _Feed()
+    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
+        super().__init__(config, source, **options)
+        self._device_id = dali.device_index(self._device)
+        self._prepared: Iterator[dali.Batch] = iter(())
         sizes = [config.global_crops_size] * 2
         sizes += [config.local_crops_size] * config.local_crops_number
-        self._pipeline: Any = dali.build_pipeline(
-            self._feed,
+        self._pipeline: Any = dali.crop_pipeline(
+            lambda: next(self._prepared),
             sizes,
             dali.SOLARIZED,
-            device_id=self._device_id,
-            exif=source.exif,
-            prefetch_queue_depth=_PREFETCH,
+            self._device_id is not None,
+            source.exif,
             batch_size=self._batch_size,
-            num_threads=threads,
+            num_threads=self._num_threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=2,
+            exec_dynamic=True,
         )
+        self._pipeline.build()
         self._thread = threading.local()
         # Keeps the decoders of all threads alive. A forked process frees the thread-local objects
         # of the other threads, where a pipeline's destructor would wait forever for lost threads.
         self._decoders: list[DaliDecoder] = []
-        self._readers = ThreadPoolExecutor(threads)  # one task per image
-        self._preparers = ThreadPoolExecutor(_AHEAD)  # one task per batch
         place = "CPU" if self._device_id is None else f"GPU {self._device_id}"
-        self.description = f"DALI {dali.VERSION} on {place}, {threads} threads"
+        self.description = f"DALI {dali.VERSION} on {place}, {self._num_threads} threads"
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
-        silence_pillow()  # here, because warning filters are not per thread
-        self._reset()
-        self._feed.start(
-            lambda step: self._preparers.submit(self._prepare, epoch, batches[step]), len(batches)
-        )
+        self._drain()
+        self._prepared = self._prefetch(epoch, batches)
         for _ in batches:
             yield dali.run_pipeline(self._pipeline, self._device_id)
 
-    def _reset(self) -> None:
-        """Drain the batches of an earlier epoch from the pipeline."""
-        self._feed.stop()
+    def _drain(self) -> None:
+        """Drop the batches of an earlier epoch from the pipeline."""
         while not self._pipeline.empty():
             try:
                 self._pipeline.run()
@@ -100,20 +82,18 @@ class DaliLoader(CropLoader):
         self._pipeline.reset()
 
     def _stop(self) -> None:
-        self._feed.stop()
+        super()._stop()
+        self._prepared = iter(())
 
     def _shut_down(self) -> None:
-        self._preparers.shutdown(wait=False, cancel_futures=True)
-        self._readers.shutdown(wait=True, cancel_futures=True)
-        self._preparers.shutdown(wait=True)
+        super()._shut_down()
         self._pipeline = None
         for decoder in self._decoders:
             decoder.close()
         gc.collect()  # Frees the pipeline now: in a process forked later its destructor would hang.
 
     def _prepare(self, epoch: int, batch: list[int]) -> dali.Batch:
-        """Return the pipeline's inputs for a batch: images and crop parameters."""
-        indices, loaded = zip(*self._readers.map(self._read, batch), strict=True)
+        indices, loaded = zip(*self._threads.map(self._read, batch), strict=True)
         sizes, images = zip(*loaded, strict=True)
         return dali.pack_batch(
             images, draw_crops(self._config, epoch, indices, sizes), dali.SOLARIZED
@@ -145,32 +125,3 @@ class DaliLoader(CropLoader):
         (pixels,) = decoder.decode([data])
         assert not isinstance(pixels, Tensor)
         return pixels
-
-
-class _Feed:
-    """The pipeline's input: batches prepared in the background, one call per step.
-
-    DALI requests _PREFETCH batches beyond the one it returns; this prepares _AHEAD more.
-    """
-
-    def __init__(self) -> None:
-        self._ahead: list[Future[dali.Batch]] = []
-        self._pending: Iterator[Future[dali.Batch]] = iter(())
-
-    def start(self, submit: Callable[[int], Future[dali.Batch]], steps: int) -> None:
-        """Feed the batches of submit(0), ..., submit(steps - 1)."""
-        self._pending = map(submit, range(steps))
-        self._ahead = list(itertools.islice(self._pending, _AHEAD))
-
-    def stop(self) -> None:
-        """Feed no further batches."""
-        for future in self._ahead:
-            future.cancel()
-        self._pending, self._ahead = iter(()), []
-
-    def __call__(self) -> dali.Batch:
-        if not self._ahead:
-            raise StopIteration
-        batch = self._ahead.pop(0).result()
-        self._ahead += itertools.islice(self._pending, 1)
-        return batch

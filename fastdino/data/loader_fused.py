@@ -16,10 +16,10 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL
@@ -31,20 +31,17 @@ from fastdino.augmentation.params import CropParams, draw_crops, select
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data.decoding import Decoder, Picture, PictureReader
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import silence_pillow
-from fastdino.data.loader_base import CropLoader
-from fastdino.environment import cpu_count
+from fastdino.data.loader_base import AHEAD, ThreadedLoader
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
-_AHEAD = 2  # batches prepared beyond the one that is waited for
 _ALIGNMENT = 16  # bytes, of each image in the memory of its batch
 # Parameters of crops of one resolution, and their side in pixels.
 _Drawn = tuple[CropParams, int]
 
 
-class FusedLoader(CropLoader):
+class FusedLoader(ThreadedLoader["_Batch"]):
     """Crops made in one pass over each image, bit for bit the paper's for the same draws.
 
     Each image is decoded once. `decode` is "pillow", "cpu" (DALI, the same pixels) or "gpu"
@@ -52,23 +49,12 @@ class FusedLoader(CropLoader):
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        source: ImageDataset,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        decode: str = "pillow",
+        self, config: TrainConfig, source: ImageDataset, *, decode: str = "pillow", **options: Any
     ) -> None:
-        super().__init__(config, source, rank, world_size)
-        threads = max(1, min(config.num_workers, cpu_count()))
-        self._threads = ThreadPoolExecutor(threads)  # one task per image
-        self._preparers = ThreadPoolExecutor(_AHEAD)  # one task per batch
-        self._pending: deque[Future[_Batch]] = deque()
+        super().__init__(config, source, **options)
         self._backend: _Backend
-        if torch.device(device).type == "cuda":
-            self._backend = _CudaBackend(torch.device(device))
+        if self._device.type == "cuda":
+            self._backend = _CudaBackend(self._device)
         else:
             self._backend = _CpuBackend(self._threads)
         self._decoder: Decoder | None = None
@@ -77,29 +63,22 @@ class FusedLoader(CropLoader):
 
             self._decoder = DaliDecoder(
                 self._batch_size,
-                threads,
+                self._num_threads,
                 stream=self._backend.stream if decode == "gpu" else None,
                 hw_decoder_load=config.hw_decoder_load,
             )
         self._reader = PictureReader(source, self._bad, self._threads, self._decoder)
         decoder = self._decoder.name if self._decoder else f"Pillow {PIL.__version__}"
-        self.description = f"{self._backend.name}, {threads} threads, decoded by {decoder}"
+        self.description = (
+            f"{self._backend.name}, {self._num_threads} threads, decoded by {decoder}"
+        )
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
-        silence_pillow()  # here, because warning filters are not per thread
-        for step in range(len(batches)):
-            ahead = batches[step + len(self._pending) : step + 1 + _AHEAD]
-            self._pending += [self._preparers.submit(self._prepare, epoch, x) for x in ahead]
-            yield self._pending.popleft().result().take()
-
-    def _stop(self) -> None:
-        while self._pending:
-            self._pending.pop().cancel()
+        for batch in self._prefetch(epoch, batches):
+            yield batch.take()
 
     def _shut_down(self) -> None:
-        self._preparers.shutdown(wait=False, cancel_futures=True)
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._preparers.shutdown(wait=True)
+        super()._shut_down()
         self._backend.close()
         if self._decoder is not None:
             self._decoder.close()
@@ -162,7 +141,7 @@ class _CpuBackend:
             for params, size in drawn
             for n in range(params.top.shape[1])
         ]
-        crops = self._fused_crops(arrays, single, mean=MEAN, std=STD, pool=self._pool)
+        crops = self._fused_crops(arrays, single, pool=self._pool)
         return _Batch([crop.squeeze(1) for crop in crops])
 
     def close(self) -> None:
@@ -195,7 +174,7 @@ class _CudaBackend:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             on_gpu = self._staging.upload(pictures, self._device)
             with self._lock:
-                self._release(_AHEAD)
+                self._release(AHEAD)
                 crops = [
                     crop
                     for params, size in drawn

@@ -41,16 +41,8 @@ class TorchvisionLoader(CropLoader):
     Each image is decoded once. Batches are on the CPU (pinned for CUDA).
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        source: ImageDataset,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(config, source, rank, world_size)
+    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
+        super().__init__(config, source, **options)
         workers = min(config.num_workers, cpu_count())
         self._sampler = _EpochSampler()
         self._loader: DataLoader[Any] | None = DataLoader(
@@ -58,7 +50,7 @@ class TorchvisionLoader(CropLoader):
             batch_sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.device(device).type == "cuda",
+            pin_memory=self._device.type == "cuda",
             worker_init_fn=init_worker,
             collate_fn=_collate,
             generator=torch.Generator(),  # so that the global generator is not advanced

@@ -109,22 +109,15 @@ def _triangle(rng: Rng) -> Points:
 
 
 FORMS: dict[str, Callable[[Rng], Points]] = {
-    "arrow": _arrow,
-    "bolt": _bolt,
-    "crescent": _crescent,
-    "cross": _cross,
-    "disk": _disk,
-    "heart": _heart,
-    "hourglass": _hourglass,
-    "ring": _ring,
-    "spiral": _spiral,
-    "square": _square,
-    "star": _star,
-    "triangle": _triangle,
-}
+    function.__name__[1:]: function
+    for function in (
+        _arrow, _bolt, _crescent, _cross, _disk, _heart, _hourglass, _ring, _spiral, _square, _star,
+        _triangle,
+    )
+}  # fmt: skip
 
 
-def normalised(points: Points) -> Points:
+def normalized(points: Points) -> Points:
     """Center the outline's bounding box on 0 and scale its longer side to 1."""
     low, high = points.min(axis=0), points.max(axis=0)
     centred: Points = (points - (low + high) / 2) / (high - low).max()
@@ -134,7 +127,7 @@ def normalised(points: Points) -> Points:
 def outline(form: str, rng: Rng) -> Points:
     """Draw a normalized outline of a form, possibly mirrored, of slightly random proportions."""
     stretch = rng.uniform(0.88, 1.0, 2) * (rng.choice((-1, 1)), 1)
-    return normalised(FORMS[form](rng) * stretch)
+    return normalized(FORMS[form](rng) * stretch)
 
 
 def area(points: Points) -> float:
