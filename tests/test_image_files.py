@@ -28,7 +28,7 @@ from fastdino.data.image_files import (
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes open() fail `times` times with a system error; returns the list of pauses."""
+    """A function that makes open() fail `times` times; returns the list of pauses that follow."""
 
     def fail(number, times):
         pauses, remaining = [], [times]

@@ -15,7 +15,7 @@ from fastdino.errors import DataError
 
 @pytest.fixture
 def write_images(tmp_path, picture):
-    """Writes small JPEGs."""
+    """A function that writes small JPEGs."""
 
     def write(*names):
         for name in names:

@@ -39,14 +39,14 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Files count as complete if they exist."""
+    """Disable checksums: a file that exists is complete."""
     for module in (cifar, flowers102, mnist, stl10, svhn):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Every download fails as without a network."""
+    """Make every download fail as without a network."""
 
     def fails(url, *_, **__):
         raise urllib.error.URLError("[Errno -2] Name or service not known")

@@ -23,7 +23,7 @@ def read(path, part):
 
 @pytest.fixture
 def make_zip(tmp_path):
-    """Writes a zip of named members: bytes, or (bytes, method)."""
+    """A function that writes a zip of named members: bytes, or (bytes, method)."""
 
     def make(name, members):
         path = tmp_path / name

@@ -167,8 +167,8 @@ def _decoded_sizes(headers: NDArray[np.int32], exif: bool) -> NDArray[np.int32]:
 
 def _fingerprint(images: Manifest) -> str:
     """Return a hash of the names, relative to the dataset's folder, and the stored sizes."""
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), list(images.files)
     for file, member in zip(images.file_ids.tolist(), images.members, strict=True):
-        digest.update(f"{images.files[file]}\0{member}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{files[file]}\0{member}\0".encode("utf-8", "surrogateescape"))
     digest.update(images.headers[:, :2].astype("<i4").tobytes())
     return digest.hexdigest()[:16]

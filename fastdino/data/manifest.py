@@ -58,7 +58,7 @@ class Manifest:
         file.
     labels: [n] label stored in the archive; "" if it has none.
     reasons: image -> why it cannot be used.
-    notes: archive -> what is wrong with it.
+    notes: archive -> its defect.
     stamps: [f, 2] int64, size in bytes and mtime in ns; -1 if reading failed and may work later.
     headers: [n, 3] int32, height, width, swapped (image_files.Header); zeros if there is a reason.
     selection: identifies which images of the files were requested (FileList.selection).
@@ -125,7 +125,7 @@ def unread_manifest(
     reasons: dict[int, str] | None = None,
     note: str = "",
 ) -> Manifest:
-    """Return the manifest of image files, or with members of one archive, without headers."""
+    """Return the manifest of image files, or of the members of one archive, without headers."""
     n = len(files) if members is None else len(members)
     of_archive = members is not None
     return Manifest(

@@ -78,6 +78,8 @@ def _scan(files: FileList, workers: int, cached: Manifest | None) -> tuple[Manif
     all_stamps = np.array(stamps, dtype=np.int64).reshape(-1, 2)
     rows = _cached_rows(files.files, all_stamps, cached)
     changed = np.flatnonzero(rows < 0)
+    if cached is not None and not len(changed) and cached.files == files.files:
+        return cached, 0
     images = _list_images(files, [files.files[i] for i in changed.tolist()], workers)
     images.stamps = all_stamps[changed]
     _read_headers(images, files, workers)

@@ -29,28 +29,32 @@ def find_folder(data_path: DataPath) -> FileList:
     """
     root = data_path.path
     split = requested_split(data_path) or data_path.role
-    if split:
-        root = os.path.join(root, split)
-        if not os.path.isdir(root):
-            folders = [entry.name for entry in _list_folder(data_path.path) if _is_dir(entry)]
-            raise DataError(
-                f"--data_path: there is no folder {root}; {data_path.path} has the folders "
-                f"{', '.join(folders[:20]) or '(none)'}"
-            )
-    metadata = data_path.options.get("metadata") or find_metadata(root)
-    return select_photos(_find_files(root), metadata)
+    try:
+        if split:
+            root = os.path.join(root, split)
+            if not os.path.isdir(root):
+                folders, _ = _list_folder(data_path.path)
+                raise data_path.error(
+                    f"there is no folder {root}; {data_path.path} has the folders "
+                    f"{', '.join(folders[:20]) or '(none)'}"
+                )
+        files = _find_files(root)
+    except OSError as error:
+        raise data_path.error(
+            f"{error.filename} cannot be read: {error.strerror}; make it readable or move it "
+            "elsewhere"
+        ) from error
+    return select_photos(files, data_path.options.get("metadata") or find_metadata(root))
 
 
 def _find_files(root: str) -> FileList:
-    entries = _list_folder(root)
-    folders = [entry.name for entry in entries if _is_dir(entry)]
-    files = [entry.name for entry in entries if not _is_dir(entry)]
+    folders, files = _list_folder(root)
     loose = [name for name in files if name.lower().endswith(EXTENSIONS)]
     archives = [name for name in files if name.lower().endswith((".tar", ".zip"))]
     images: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        below = _images_below(os.path.join(root, folder))
+        below = _walk(os.path.join(root, folder))
         images += below
         labels += [label] * len(below)
     if len(loose) > len(images) > 0:
@@ -83,39 +87,26 @@ def _find_files(root: str) -> FileList:
     )
 
 
-def _list_folder(root: str) -> list[os.DirEntry[str]]:
-    try:
-        return sorted(_scandir(root), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"--data_path: the folder {root} cannot be read: {error}") from error
-
-
 @retrying
-def _scandir(root: str) -> list[os.DirEntry[str]]:
-    return list(os.scandir(root))
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _images_below(folder: str) -> list[str]:
-    """Return all images below a folder, in the order of torchvision's ImageFolder."""
-    try:
-        return _walk(folder)
-    except OSError as error:
-        raise DataError(
-            f"the folder {error.filename} cannot be read: {error.strerror}; "
-            "make it readable or move it elsewhere"
-        ) from error
+def _list_folder(root: str) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and of the files in a folder."""
+    folders: list[str] = []
+    files: list[str] = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        try:
+            is_dir = entry.is_dir()
+        except OSError:  # a link to itself
+            is_dir = False
+        (folders if is_dir else files).append(entry.name)
+    return folders, files
 
 
 @retrying
 def _walk(folder: str) -> list[str]:
-    """Return the images sorted by folder, then name. Links are followed, but not in circles."""
+    """Return all images below a folder, in the order of torchvision's ImageFolder.
+
+    Links are followed, but not in circles.
+    """
 
     def fail(error: OSError) -> None:
         raise error

@@ -60,7 +60,7 @@ class MemberCollector:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a member is an image, by its extension."""
+    """Return whether the extension of a member is that of an image."""
     return name.lower().endswith(EXTENSIONS)
 
 
