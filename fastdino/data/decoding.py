@@ -37,7 +37,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class Decoder(Protocol):
-    """Decodes batches of JPEGs; called from several threads."""
+    """Decoder of JPEG batches; called from several threads."""
 
     name: str
 
@@ -84,7 +84,7 @@ def read_first_good(
 
 
 class PictureReader:
-    """Reads and decodes the images of batches; safe to use from several threads.
+    """Reader and decoder of the images of batches; safe to use from several threads.
 
     Args:
         pool: threads that read and decode.

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -52,7 +52,7 @@ class FusedLoader(ThreadedLoader["_Batch"]):
         self, config: TrainConfig, source: ImageDataset, *, decode: str = "pillow", **options: Any
     ) -> None:
         super().__init__(config, source, **options)
-        self._backend: _Backend
+        self._backend: _CpuBackend | _CudaBackend
         if self._device.type == "cuda":
             self._backend = _CudaBackend(self._device)
         else:
@@ -108,24 +108,10 @@ class _Batch:
         return self.crops
 
 
-class _Backend(Protocol):
-    """Makes the crops of a batch; called from several threads.
-
-    stream: the images must be ready for this stream, which makes the crops; None on the CPU.
-    """
-
-    name: str
-    stream: torch.cuda.Stream | None
-
-    def make(self, pictures: Sequence[Picture], drawn: Sequence[_Drawn]) -> _Batch: ...
-
-    def close(self) -> None: ...
-
-
 class _CpuBackend:
-    """Crops made by augmentation/cpu.py in the threads of a pool."""
+    """Crops made by augmentation/cpu.py in the threads of a pool; called from several threads."""
 
-    stream: torch.cuda.Stream | None = None
+    stream = None
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         from fastdino.augmentation.cpu import fused_crops  # imports Numba; a CUDA run needs none
@@ -151,27 +137,26 @@ class _CpuBackend:
 class _CudaBackend:
     """Crops made by fastdino_kernels.multi_crop on a separate stream, one launch per resolution.
 
-    Memory is not reused too early:
+    It is called from several threads. Images must be ready for work on `stream`. Memory is not
+    reused too early:
     - pinned memory: _Staging waits for the event after the copy that read it last;
     - the copied images: allocated and freed on the stream that reads them;
     - images that a decoder left on the GPU: held until the event after their crops;
     - the crops: _Batch.take() records the stream that uses them.
     """
 
-    stream: torch.cuda.Stream | None
-
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self.stream = self._stream = torch.cuda.Stream(self._device)
+        self.stream = torch.cuda.Stream(self._device)
         self._lock = threading.Lock()  # Triton must compile in one thread, at the first launch
         self._staging = _Staging()
         self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self.name = f"Triton {version('triton')} on {self._device}"
 
     def make(self, pictures: Sequence[Picture], drawn: Sequence[_Drawn]) -> _Batch:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self.stream):
             on_gpu = self._staging.upload(pictures, self._device)
             with self._lock:
                 self._release(AHEAD)
@@ -180,7 +165,7 @@ class _CudaBackend:
                     for params, size in drawn
                     for crop in _crops(on_gpu, params, size).transpose(0, 1).contiguous()
                 ]
-                complete = self._stream.record_event()
+                complete = self.stream.record_event()
                 self._held.append((complete, [p for p in pictures if isinstance(p, Tensor)]))
         return _Batch(crops, complete)
 

@@ -100,7 +100,7 @@ class _EpochSampler:
 
 
 class _CropDataset(Dataset[Any]):
-    """Maps (epoch, index) to the crops of a sample and the unreadable samples it replaces."""
+    """Crops of a sample, and the unreadable samples it replaces, for keys (epoch, index)."""
 
     def __init__(self, config: TrainConfig, source: ImageDataset) -> None:
         self._config, self._source = config, source
