@@ -23,7 +23,7 @@ from torch import Tensor
 from fastdino.augmentation import cpu_kernels
 from fastdino.augmentation.pillow import MEAN, STD
 
-_scratch = threading.local()
+_thread = threading.local()
 
 
 def fused_crops(
@@ -56,61 +56,47 @@ def fused_crops(
     packed = [params.pack() for params, _ in crops]
     for rows in packed:
         check_values(rows, sizes)
-    levels = normalized_levels(MEAN, STD, torch.float32, torch.device("cpu"))
+    levels = normalized_levels(MEAN, STD, torch.float32, torch.device("cpu")).numpy()
     outs = [
         torch.empty(*rows.shape[:2], 3, size, size)
         for rows, (_, size) in zip(packed, crops, strict=True)
     ]
 
     def make(b: int) -> None:
-        crops_into([out[b] for out in outs], images[b], [rows[b] for rows in packed], levels)
+        transposed = _transpose_image(images[b])
+        for out, rows in zip(outs, packed, strict=True):
+            bytes_, sums = cpu_kernels.scratch_sizes(len(images[b]), out.shape[-1])
+            cpu_kernels.crops_of_image(
+                transposed,
+                rows[b].numpy(),
+                rows[b].view(torch.float32).numpy(),
+                levels,
+                _scratch("bytes", np.uint8, bytes_),
+                _scratch("sums", np.int32, sums),
+                out[b].numpy(),
+            )
 
     for _ in (pool.map if pool else map)(make, range(len(images))):
         pass
     return outs
 
 
-def crops_into(
-    outs: Sequence[Tensor], image: NDArray[np.uint8], packed: Sequence[Tensor], levels: Tensor
-) -> None:
-    """Write the crops of one image to `outs`, without checking the arguments.
-
-    Args:
-        outs: fp32 tensors [N, 3, size, size], contiguous, on the CPU.
-        image: uint8 [H, W, 3].
-        packed: for each of outs int32 [N, 14], rows of CropParams.pack().
-        levels: fp32 [3, 256], from multi_crop.normalized_levels.
-    """
-    transposed = transpose_image(image)
-    for out, rows in zip(outs, packed, strict=True):
-        bytes_, sums = cpu_kernels.scratch_sizes(len(image), out.shape[-1])
-        cpu_kernels.crops_of_image(
-            transposed,
-            rows.numpy(),
-            rows.view(torch.float32).numpy(),
-            levels.numpy(),
-            scratch("bytes", np.uint8, bytes_),
-            scratch("sums", np.int32, sums),
-            out.numpy(),
-        )
-
-
-def transpose_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _transpose_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Transpose an image [H, W, 3] to the layout of crops_of_image, in this thread's scratch."""
     height, width, _ = image.shape
     lines, length = cpu_kernels.up8(3 * width), cpu_kernels.up8(height)
-    transposed = scratch("transposed", np.uint8, lines * length).reshape(lines, length)
-    strip = scratch("strip", np.uint8, cpu_kernels.STRIP * lines)
+    transposed = _scratch("transposed", np.uint8, lines * length).reshape(lines, length)
+    strip = _scratch("strip", np.uint8, cpu_kernels.STRIP * lines)
     cpu_kernels.transpose_image(np.ascontiguousarray(image), strip, transposed.reshape(-1))
     return transposed
 
 
-def scratch(name: str, dtype: type, elements: int) -> NDArray[Any]:
+def _scratch(name: str, dtype: type, elements: int) -> NDArray[Any]:
     """Return this thread's scratch of that name: new memory per image would cost page faults."""
-    held = getattr(_scratch, name, None)
+    held = getattr(_thread, name, None)
     if held is None or len(held) < elements:
         held = np.empty(elements, dtype)
-        setattr(_scratch, name, held)
+        setattr(_thread, name, held)
     return held[:elements]
 
 
