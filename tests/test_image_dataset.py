@@ -129,7 +129,7 @@ def test_broken_files_are_skipped_with_a_reason(folder):
 
 @pytest.fixture
 def forbid(monkeypatch):
-    """Makes a function of a module raise PermissionError for one path."""
+    """A function that makes another one raise PermissionError for one path."""
 
     def patch(module, name, forbidden):
         real = getattr(module, name, open)

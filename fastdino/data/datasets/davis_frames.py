@@ -1,4 +1,4 @@
-"""Frames of DAVIS as training images; each sequence is a class.
+"""Frames of DAVIS as training images, with one class per sequence.
 
     JPEGImages/480p/<sequence>/00000.jpg    frames; folders next to 480p hold larger ones
     ImageSets/2017/train.txt                a split: one sequence per line

@@ -64,7 +64,7 @@ def index_tar(path: str) -> Manifest:
 
 
 class _TarIndexer:
-    """Collects the members of a tar and of the tars in it."""
+    """A collector of the members of a tar and of the tars in it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._collector = file, MemberCollector()

@@ -14,7 +14,7 @@ _LABEL_KEYS = ("label", "cls", "class")
 
 
 class MemberCollector:
-    """Builds the manifest of an archive from its members, added one by one."""
+    """A builder of an archive's manifest, to which members are added one by one."""
 
     def __init__(self) -> None:
         self.members: list[str] = []

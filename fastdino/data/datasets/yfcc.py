@@ -27,7 +27,7 @@ from fastdino.data.datasets.file_list import FileList
 from fastdino.data.manifest import Manifest
 from fastdino.errors import DataError
 
-# File names of the metadata as it is distributed.
+# File names under which the metadata is distributed.
 NAMES = ("yfcc100m_dataset", "yfcc100m_subset_data")
 SUFFIXES = ("", ".tsv", ".txt", ".bz2", ".tsv.bz2", ".sql", ".sqlite", ".db")
 _TABLE = "yfcc100m_dataset"
