@@ -26,7 +26,7 @@ def progress(tmp_path):
 
     def make(**settings):
         sizes = {"epochs": EPOCHS, "steps_per_epoch": STEPS, "images_per_step": 16}
-        one = Progress(tmp_path, **{**sizes, "prototypes": K, **settings})
+        one = Progress(output_dir=tmp_path, **{**sizes, "prototypes": K, **settings})
         made.append(one)
         return one
 

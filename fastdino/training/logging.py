@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastdino.files import atomic_write, explain_write_errors
 COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
 
 
+@dataclass(kw_only=True)
 class Progress:
     """Reports the steps and epochs of a run.
 
@@ -29,29 +31,20 @@ class Progress:
         enabled: print and write; true on one rank only.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        epochs: int,
-        steps_per_epoch: int,
-        images_per_step: int,
-        prototypes: int,
-        enabled: bool = True,
-    ):
-        self.output_dir = output_dir
-        self.epochs = epochs
-        self.steps_per_epoch = steps_per_epoch
-        self.images_per_step = images_per_step
-        self.prototypes = prototypes
-        self.enabled = enabled
+    output_dir: Path
+    epochs: int
+    steps_per_epoch: int
+    images_per_step: int
+    prototypes: int
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._warned: set[tuple[int, str]] = set()
         self._bar: tqdm[Any] | None = None
         self._board: Any = None
-        self._clock = time.perf_counter()
-        self._clock_iteration = 0
+        self._clock, self._clock_iteration = time.perf_counter(), 0
 
     def __enter__(self) -> Progress:
         return self

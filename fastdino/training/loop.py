@@ -17,7 +17,7 @@ from fastdino import distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.errors import CheckpointError, NonFiniteError, UserError
-from fastdino.files import file_lock, write_json
+from fastdino.files import explain_write_errors, file_lock, write_json
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -47,29 +47,23 @@ def train(config: TrainConfig) -> Status:
     if device.type == "cpu":
         keep_freed_memory()
     with distributed.process_group(device, config.dist_url), contextlib.ExitStack() as stack:
-        distributed.from_main(lambda: stack.enter_context(_locked(Path(config.output_dir))))
+        distributed.from_main(lambda: _lock(Path(config.output_dir), stack))
         return Run(config, resolve_runtime(config)).run()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create an output folder and lock it against other runs.
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Create an output folder and lock it against other runs until `stack` closes.
 
     Raises: CheckpointError: the folder cannot be written, or another run uses it.
     """
-    with contextlib.ExitStack() as stack:
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(folder / ".lock", wait=False))
         except BlockingIOError:
             raise CheckpointError(
                 f"--output_dir {folder}: another run is writing there; use another folder"
             ) from None
-        except OSError as error:
-            raise CheckpointError(
-                f"--output_dir {folder} cannot be written ({error}); use another folder"
-            ) from error
-        yield
 
 
 class StepMetrics(NamedTuple):
@@ -112,7 +106,7 @@ class Run:
         with explain_failures(config):
             self.trainer = Trainer(config, self.loader.steps_per_epoch, runtime=runtime)
         self.progress = Progress(
-            self.output_dir,
+            output_dir=self.output_dir,
             epochs=config.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
             images_per_step=config.images_per_step * distributed.world_size(),

@@ -126,20 +126,17 @@ class RunCheckpoint:
 
         Raises: NonFiniteError: --on_nonfinite stop, or too many rollbacks.
         """
-        advice = (
-            "try a lower --lr, a lower --clip_grad, a longer --warmup_epochs, --amp_dtype bf16 or "
-            "--use_fp16 false"
-        )
-        last = f"the last good checkpoint is {self.path}"
-        if not self.path.exists():
-            last = "no checkpoint was written yet"
+        problem = None
         if self.config.on_nonfinite == "stop":
+            problem, hint = f"{error}", ", or --on_nonfinite rollback"
+        elif self._rollbacks == MAX_ROLLBACKS:
+            problem, hint = f"{error}, after {MAX_ROLLBACKS} rollbacks to the same checkpoint", ""
+        if problem:
+            last = f"the last good checkpoint is {self.path}"
             raise NonFiniteError(
-                f"{error}; {last}; {advice}, or --on_nonfinite rollback"
-            ) from error
-        if self._rollbacks == MAX_ROLLBACKS:
-            raise NonFiniteError(
-                f"{error}, after {MAX_ROLLBACKS} rollbacks to the same checkpoint; {last}; {advice}"
+                f"{problem}; {last if self.path.exists() else 'no checkpoint was written yet'}; "
+                "try a lower --lr, a lower --clip_grad, a longer --warmup_epochs, --amp_dtype bf16 "
+                f"or --use_fp16 false{hint}"
             ) from error
         # A save that finds non-finite weights has no iteration: the last step produced them.
         failed = self.trainer.iteration - 1 if error.iteration is None else error.iteration

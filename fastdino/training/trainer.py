@@ -33,7 +33,7 @@ from fastdino.training.sharding import (
     no_gradient_sync,
     shard,
 )
-from fastdino.training.update import FusedUpdate, SeparateUpdate, Update
+from fastdino.training.update import FusedUpdate, SeparateUpdate
 
 
 class Trainer:
@@ -128,12 +128,14 @@ class Trainer:
         if fused:
             if self.runtime.autocast and config.norm_last_layer and not config.fsdp:
                 self.teacher.head.last_layer.cache_weight(self.runtime.autocast)
-            self._update: Update = FusedUpdate(*parts, clip_grad=config.clip_grad, graphed=graphed)
+            self._update: FusedUpdate | SeparateUpdate = FusedUpdate(
+                *parts, clip_grad=config.clip_grad, graphed=graphed
+            )
         else:
             self._update = SeparateUpdate(
                 *parts, optimizer=config.optimizer, clip_grad=config.clip_grad
             )
-        self.optimizer = self._update.optimizer
+        self.optimizer: torch.optim.Optimizer = self._update.optimizer
         self._run_step: Callable[..., tuple[Tensor | None, ...]] = self._step
         self._device_epoch: Tensor | None = None  # a CUDA graph reads the epoch from here
         if graphed:

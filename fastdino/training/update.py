@@ -1,13 +1,13 @@
 """Parameter updates: from gradients to the next student and teacher.
 
 Two implementations of the same maths: SeparateUpdate runs clip, optimizer and EMA one after the
-other, as the paper's code does; FusedUpdate runs them in one pass over memory.
+other, as the paper's code does; FusedUpdate runs them in one pass over memory. Calling one applies
+the gradients in .grad; with `frozen`, the last layer of the head is not updated.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
@@ -16,22 +16,6 @@ from torch import Tensor, nn
 from fastdino.models.head import MultiCropWrapper
 from fastdino.training.nonfinite import FiniteGuard
 from fastdino.training.optimizers import build_optimizer, parameter_groups
-
-
-class Update(Protocol):
-    """Updates student and teacher from the gradients in .grad.
-
-    With `frozen`, the last layer of the head is not updated.
-    """
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-
-    def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
-        """Set the values for the next step."""
-        ...
-
-    def __call__(self, *, frozen: bool) -> None: ...
 
 
 class SeparateUpdate:
@@ -59,6 +43,7 @@ class SeparateUpdate:
         self._momentum = 1.0
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
+        """Set the values for the next step."""
         _set_rates(self.optimizer, lr, weight_decay)
         self._momentum = momentum
 
@@ -114,6 +99,7 @@ class FusedUpdate:
             self._schedules = list(values.unbind())
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
+        """Set the values for the next step."""
         values: list[float | Tensor] = [lr, weight_decay, momentum]
         if self._schedules is not None:
             # fill_ passes the value as a kernel argument, so the host does not wait.
