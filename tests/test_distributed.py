@@ -85,7 +85,7 @@ def test_user_error_on_all_ranks_is_printed_once(tmp_path):
              "--num_workers", "0"],
         ],
         "there are 3 classes": [[*linear, str(tmp_path / "new"), "--num_labels", "2"]],
-        "is of a pretraining run": [[*linear, str(tmp_path / "run")]],
+        "holds a pretraining run": [[*linear, str(tmp_path / "run")]],
         "of another probe": [[*linear, str(tmp_path / "probe"), "--epochs", "2"]],
     }  # fmt: skip
     probe = [*linear, str(tmp_path / "probe"), "--epochs", "1", "--num_workers", "0"]
