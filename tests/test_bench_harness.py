@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fastdino.bench.harness import Effort, Harness, Outcome, Sample, measure_workers
+from fastdino.bench.harness import Harness, Outcome, Sample, choose_baselines, measure_workers
 from fastdino.bench.report import median
 from fastdino.bench.worker_process import WorkerError
 
-EFFORT = Effort(rounds=3, seconds=2.0, limit=7.0, step=2)
+EFFORT = {"rounds": 3, "seconds": 2.0, "limit": 7.0, "multiple": 2}
 
 
 class FakeWorker:
@@ -36,7 +36,7 @@ class FakeWorker:
 def test_workers_warm_up_and_are_measured_in_alternating_order():
     calls = []
     slow, fast = FakeWorker("slow", calls, 1.0), FakeWorker("fast", calls, 0.125)
-    outcomes = measure_workers({"slow": lambda: slow, "fast": lambda: fast}, EFFORT)
+    outcomes = measure_workers({"slow": lambda: slow, "fast": lambda: fast}, **EFFORT)
     assert calls[:4] == [("slow", 2, 7), ("slow", 2, 7), ("fast", 2, 7), ("fast", 2, 7)]
     # Batches for about 2 s, a multiple of 2; the time limit is ten rounds more than the answer's.
     rounds = [("slow", 2, 27), ("fast", 16, 27)]
@@ -58,7 +58,9 @@ def test_workers_warm_up_and_are_measured_in_alternating_order():
 def test_a_failure_is_recorded_and_the_others_continue(at, error, status):
     calls, lines = [], []
     bad, good = FakeWorker("bad", calls, error=error, at=at), FakeWorker("good", calls)
-    outcomes = measure_workers({"bad": lambda: bad, "good": lambda: good}, EFFORT, lines.append)
+    outcomes = measure_workers(
+        {"bad": lambda: bad, "good": lambda: good}, **EFFORT, log=lines.append
+    )
     assert (outcomes["bad"].status, outcomes["bad"].reason) == (status, str(error))
     assert outcomes["bad"].samples == []
     assert len(outcomes["good"].samples) == 3
@@ -73,7 +75,7 @@ def test_workers_are_closed_after_an_interrupt():
         FakeWorker("two", calls, error=KeyboardInterrupt(), at=3),
     ]
     with pytest.raises(KeyboardInterrupt):
-        measure_workers({worker.name: lambda worker=worker: worker for worker in workers}, EFFORT)
+        measure_workers({worker.name: lambda worker=worker: worker for worker in workers}, **EFFORT)
     assert all(worker.closed for worker in workers)
 
 
@@ -108,3 +110,20 @@ def test_figures_are_medians_over_the_rounds():
     assert ours.cpu_saving(twice) == 2  # of 2, 3, 0.8
     assert ours.cpu_saving(Outcome()) is None
     assert Outcome(samples=[Sample(10, 9, 0.0)]).cpu_saving(twice) is None  # below a clock tick
+
+
+PROBLEMS = {"paper": None, "ours": None, "ours-fast": None, "ours-graph": "no GPU", "other": "no"}
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen", "missing"),
+    [
+        (None, ["paper", "ours", "ours-fast"], {"ours-graph": "no GPU", "other": "no"}),
+        ("ours-fast, paper", ["paper", "ours-fast"], {}),
+        ("ours", ["ours", "ours-fast"], {"ours-graph": "no GPU"}),
+    ],
+)
+def test_baselines_are_chosen_by_name_and_availability(text, chosen, missing):
+    assert choose_baselines(text, PROBLEMS, ["ours", "ours-fast", "ours-graph"]) == (
+        chosen, missing,
+    )  # fmt: skip

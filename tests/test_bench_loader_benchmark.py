@@ -98,7 +98,7 @@ def test_data_path_accepts_a_tar(pictures, make_tar, tmp_path):
     ("words", "message"),
     [
         ("--arms paper,ffcv", "--baselines ffcv: expected some of paper, lightly"),
-        ("--baselines kernel", "--baselines kernel needs a GPU"),
+        ("--baselines kernel", "--baselines kernel cannot run: it needs a GPU"),
         ("--images 3", "3 images are fewer than a batch of 4"),
         ("--images 0", "--images must be at least 1, got 0"),
         ("--num_workers 0", "--num_workers must be at least 1, got 0"),
@@ -121,7 +121,7 @@ def test_a_failed_baseline_makes_the_command_fail(monkeypatch, capsys):
         "paper": Outcome(status="failed", reason="no answer within 120 s"),
         "decode-pillow": Outcome(samples=[Sample(100, 2.0)]),
     }
-    monkeypatch.setattr(loader_benchmark, "measure_workers", lambda *_: outcomes)
+    monkeypatch.setattr(loader_benchmark, "measure_workers", lambda *_, **options: outcomes)
     assert cli.main([*TINY, "--baselines", "paper,decode-pillow"]) == 1
     out = capsys.readouterr().out
     assert "| paper | failed | - | - | - | - | - | - | the paper's loader" in out

@@ -20,7 +20,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from fastdino.bench.baselines.training_step import vit_sizes
 from fastdino.bench.measurement import host_seconds
+from fastdino.config import TrainConfig
 
 Shape = tuple[int, ...]
 HEAD_HIDDEN, HEAD_BOTTLENECK = 2048, 256
@@ -48,31 +50,27 @@ class ModelFlops:
         return self.backbone + self.head
 
 
-def model_flops(
-    width: int,
-    depth: int,
-    patch_size: int,
-    *,
-    global_size: int = 224,
-    local_size: int = 96,
-    local_number: int = 8,
-    K: int = 65536,
-) -> ModelFlops:
+def model_flops(config: TrainConfig) -> ModelFlops:
     """Return the FLOPs per image: the student on all crops, the teacher on the 2 global ones.
 
     A backward pass takes twice the forward pass, except for the patch embedding: pixels need no
     gradient.
     """
+    sizes = vit_sizes(config)
+    D, patch = sizes["embed_dim"], config.patch_size
     # Side of the crops, their number for the student and for the teacher.
-    passes = ((global_size, 2, 2), (local_size, local_number, 0))
+    passes = (
+        (config.global_crops_size, 2, 2),
+        (config.local_crops_size, config.local_crops_number, 0),
+    )
     backbone = 0.0
     for side, student, teacher in passes:
-        patches = (side // patch_size) ** 2
-        backbone += (3 * student + teacher) * _block_flops(width, depth, 1 + patches)
-        backbone += (2 * student + teacher) * 2 * patches * 3 * patch_size**2 * width
+        patches = (side // patch) ** 2
+        backbone += (3 * student + teacher) * _block_flops(D, sizes["depth"], 1 + patches)
+        backbone += (2 * student + teacher) * 2 * patches * 3 * patch**2 * D
     hidden, bottleneck = HEAD_HIDDEN, HEAD_BOTTLENECK
-    head = 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * K)
-    return ModelFlops(backbone, float((3 * (2 + local_number) + 2) * head))
+    head = 2 * (D * hidden + hidden**2 + hidden * bottleneck + bottleneck * config.out_dim)
+    return ModelFlops(backbone, float((3 * config.ncrops + 2) * head))
 
 
 def _block_flops(D: int, depth: int, N: int) -> float:

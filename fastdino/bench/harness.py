@@ -6,16 +6,19 @@ load affects all of them. A baseline that fails is dropped, and the others conti
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import format_exc
 from typing import Literal
 
+from fastdino.bench.report import median
 from fastdino.bench.worker_process import WorkerError, WorkerProcess, failure_reason
+from fastdino.errors import ConfigError
+
+Status = Literal["measured", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,10 @@ class Sample:
 class Outcome:
     """The samples of one baseline, or the reason why it was not measured."""
 
-    status: Literal["measured", "skipped", "failed"] = "measured"
+    status: Status = "measured"
     reason: str = ""
     samples: list[Sample] = field(default_factory=list)
     traceback: str = ""
-
-    def fail(self, reason: str, *, skipped: bool = False, traceback: str = "") -> None:
-        """Replace the samples by the reason of a failure."""
-        self.status = "skipped" if skipped else "failed"
-        self.reason, self.traceback = reason, traceback
-        self.samples.clear()
 
     @property
     def rates(self) -> list[float]:
@@ -53,12 +50,12 @@ class Outcome:
     @property
     def cores(self) -> float | None:
         """Return the median CPU seconds per wall second."""
-        return _median(s.cpu_seconds and s.cpu_seconds / s.seconds for s in self.samples)
+        return median(s.cpu_seconds and s.cpu_seconds / s.seconds for s in self.samples)
 
     @property
     def cpu_ms(self) -> float | None:
         """Return the median CPU milliseconds per image."""
-        return _median(s.cpu_seconds and 1e3 * s.cpu_seconds / s.count for s in self.samples)
+        return median(s.cpu_seconds and 1e3 * s.cpu_seconds / s.count for s in self.samples)
 
     def speedups(self, base: Outcome) -> list[float]:
         """Return the rate relative to `base`, for each round that both have."""
@@ -69,15 +66,37 @@ class Outcome:
         pairs = list(zip(self.samples, base.samples, strict=False))
         if any(not own.cpu_seconds or other.cpu_seconds is None for own, other in pairs):
             return None
-        return _median(
+        return median(
             (other.cpu_seconds or 0.0) / other.count / ((own.cpu_seconds or 0.0) / own.count)
             for own, other in pairs
         )
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def choose_baselines(
+    text: str | None, problems: Mapping[str, str | None], ours: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Parse --baselines into the names to run, in the order of `problems`, and those left out.
+
+    Args:
+        text: comma-separated names; None: every baseline that can run.
+        problems: name -> why the baseline cannot run, or None.
+        ours: baselines that the name "ours" selects too, if they can run.
+
+    Returns: the names to run, and name -> reason for those left out.
+
+    Raises: ConfigError: a baseline was requested by name but is unknown or cannot run.
+    """
+    requested = {name.strip() for name in text.split(",")} if text else set()
+    if unknown := requested - problems.keys():
+        raise ConfigError(
+            f"--baselines {', '.join(sorted(unknown))}: expected some of {', '.join(problems)}"
+        )
+    for name in sorted(requested):
+        if problems[name]:
+            raise ConfigError(f"--baselines {name} cannot run: {problems[name]}")
+    wanted = requested.union(ours if "ours" in requested else ()) or problems.keys()
+    missing = {name: why for name, why in problems.items() if why and name in wanted}
+    return [name for name in problems if name in wanted and name not in missing], missing
 
 
 class Harness:
@@ -115,9 +134,12 @@ class Harness:
 
     def fail(self, name: str, reason: str, *, skipped: bool = False, traceback: str = "") -> None:
         """Drop a baseline."""
+        status: Status = "skipped" if skipped else "failed"
+        # In place: reports refer to the outcome.
         outcome = self.outcomes[name]
-        outcome.fail(reason, skipped=skipped, traceback=traceback)
-        self._log(f"{name}: {outcome.status}, {reason}")
+        outcome.status, outcome.reason, outcome.traceback = status, reason, traceback
+        outcome.samples.clear()
+        self._log(f"{name}: {status}, {reason}")
         self._on_failure(name)
 
     def run(
@@ -142,44 +164,38 @@ class Harness:
             self._log(f"round {done + 1} of {rounds}")
 
 
-@dataclass(frozen=True)
-class Effort:
-    """Size of a measurement in worker processes.
-
-    rounds: per baseline. seconds: per round. limit: seconds to wait for an answer. step: the
-    batches of a round are a multiple of it.
-    """
-
-    rounds: int
-    seconds: float
-    limit: float
-    step: int
-
-
 def measure_workers(
     start: Mapping[str, Callable[[], WorkerProcess]],
-    effort: Effort,
+    *,
+    rounds: int,
+    seconds: float,
+    limit: float,
+    multiple: int,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Outcome]:
     """Measure baselines that each run in a process of their own; returns name -> outcome.
 
     A worker is called with a number of batches and returns a Sample.
+
+    Args:
+        seconds: approximate duration of a round per baseline.
+        limit: seconds to wait for the first answers; a round may take 10 times `seconds` longer.
+        multiple: the batches of a round are a multiple of it.
     """
     harness = Harness(start, log)
     workers: dict[str, WorkerProcess] = {}
     measures: dict[str, Callable[[], Sample]] = {}
-    limit = effort.limit + 10 * effort.seconds  # a round that takes ten times as long hangs
     try:
         for name, make in start.items():
             worker = workers[name] = make()
             with harness.guard(name):
-                worker.wait_until_ready(effort.limit)
-                worker.call(effort.step, effort.limit)  # compiles, starts workers
-                sample: Sample = worker.call(effort.step, effort.limit)
+                worker.wait_until_ready(limit)
+                worker.call(multiple, limit)  # compiles, starts workers
+                sample: Sample = worker.call(multiple, limit)
                 log(f"{name}: {sample.count / sample.seconds:.0f} images/s at first")
-                batches = max(1, round(effort.seconds / sample.seconds)) * effort.step
-                measures[name] = partial(worker.call, batches, limit)
-        harness.run(measures, effort.rounds)
+                batches = max(1, round(seconds / sample.seconds)) * multiple
+                measures[name] = partial(worker.call, batches, limit + 10 * seconds)
+        harness.run(measures, rounds)
     finally:
         for worker in workers.values():
             worker.close()

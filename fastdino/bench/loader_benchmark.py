@@ -20,14 +20,14 @@ import numpy as np
 
 from fastdino.bench import generated_photos
 from fastdino.bench.baselines.loaders import BASE, BASELINES, GPU_ONLY, LoaderTask, start_loader
-from fastdino.bench.harness import Effort, Outcome, measure_workers
+from fastdino.bench.harness import Outcome, choose_baselines, measure_workers
 from fastdino.bench.report import cell, facts_table, log, median, table, write_report
 from fastdino.bench.worker_process import WorkerProcess
 from fastdino.config import TrainConfig, add_arguments, check_at_least
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.environment import cpu_count, environment
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import DataError
 from fastdino.runtime import choose_device
 
 # The settings of a run that a loader depends on.
@@ -73,7 +73,9 @@ def main(args: argparse.Namespace) -> int:
     check_at_least(args, 1, "images", "rounds", "num_workers")
     load = os.getloadavg()[0]
     device = choose_device(args.device)
-    names = choose_baselines(args.baselines, on_gpu=device.type == "cuda")
+    unavailable = () if device.type == "cuda" else GPU_ONLY
+    problems = {name: "it needs a GPU" if name in unavailable else None for name in BASELINES}
+    names, _ = choose_baselines(args.baselines, problems)
     with tempfile.TemporaryDirectory() as folder:
         source, images = load_images(args, Path(folder))
         task = LoaderTask(source, _config(args, len(source)), str(device))
@@ -88,19 +90,6 @@ def main(args: argparse.Namespace) -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes.values()))
 
 
-def choose_baselines(text: str | None, *, on_gpu: bool) -> list[str]:
-    """Parse --baselines into names in the order of the table; raises ConfigError."""
-    if text is None:
-        return [name for name in BASELINES if on_gpu or name not in GPU_ONLY]
-    wanted = [name.strip() for name in text.split(",")]
-    for name in wanted:
-        if name not in BASELINES:
-            raise ConfigError(f"--baselines {name}: expected some of {', '.join(BASELINES)}")
-        if name in GPU_ONLY and not on_gpu:
-            raise ConfigError(f"--baselines {name} needs a GPU; the run is on the CPU")
-    return [name for name in BASELINES if name in wanted]
-
-
 def measure(names: Sequence[str], task: LoaderTask, args: argparse.Namespace) -> dict[str, Outcome]:
     """Measure the baselines in interleaved rounds."""
     processors = task.config.num_workers
@@ -108,8 +97,14 @@ def measure(names: Sequence[str], task: LoaderTask, args: argparse.Namespace) ->
         name: partial(WorkerProcess, partial(start_loader, name, task), processors=processors)
         for name in names
     }
-    effort = Effort(args.rounds, args.seconds, limit=args.timeout, step=processors)
-    return measure_workers(start, effort, log)
+    return measure_workers(
+        start,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        limit=args.timeout,
+        multiple=processors,
+        log=log,
+    )
 
 
 def _config(args: argparse.Namespace, images: int) -> TrainConfig:

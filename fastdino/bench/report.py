@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def median(values: Sequence[float]) -> float | None:
-    """Return the median; None for no values."""
-    return statistics.median(values) if values else None
+def median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the values that are not None; None without any."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def write_report(folder: Path, name: str, markdown: str, record: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastdino.bench.baselines.loaders import training_loader
-from fastdino.bench.baselines.steps import OURS, StepBaseline, choose_baselines
+from fastdino.bench.baselines.steps import BASELINES, OURS, StepBaseline
 from fastdino.bench.baselines.training_step import (
     TOLERANCE,
     TrainingStep,
@@ -26,8 +26,8 @@ from fastdino.bench.baselines.training_step import (
     vit_sizes,
 )
 from fastdino.bench.correctness import CorrectnessCheck
-from fastdino.bench.flops import ModelFlops, executed_flops, model_flops, peak_of
-from fastdino.bench.harness import Harness, Sample
+from fastdino.bench.flops import executed_flops, model_flops, peak_of
+from fastdino.bench.harness import Harness, Sample, choose_baselines
 from fastdino.bench.measurement import free_memory, host_seconds, saved_bytes, synchronize
 from fastdino.bench.report import log, write_report
 from fastdino.bench.scaling import Scaling, StepTime, model_scaling
@@ -98,8 +98,9 @@ def main(args: argparse.Namespace) -> int:
         print(model_scaling(config, given, "given", on_cpu=False).markdown())
         return 0
     args.keep_memory = args.keep_memory and device.type == "cpu" and keep_freed_memory()
-    names = [name.strip() for name in args.baselines.split(",")] if args.baselines else None
-    baselines, missing = choose_baselines(names, device, args.dino_repo)
+    problems = {name: one.problem(device, args.dino_repo) for name, one in BASELINES.items()}
+    names, missing = choose_baselines(args.baselines, problems, OURS)
+    baselines = {name: BASELINES[name] for name in names}
     report = StepBenchmark(config, device, args).run(baselines, missing)
     print(report.markdown())
     if args.output:
@@ -166,7 +167,7 @@ class StepBenchmark:
             kind=self.device.type,
             results=list(self.results.values()),
             missing=missing,
-            flops=flops_of(self.config),
+            flops=model_flops(self.config),
             peak=peak_of(self.device),
             problem=problem,
             feed=self.feed() if self.args.data_path and not problem else None,
@@ -323,17 +324,3 @@ def feed_from_disk(
         return DiskFeed(name, loader.description, rate, wait / steps, synthetic / seconds)
     finally:
         loader.close()
-
-
-def flops_of(config: TrainConfig) -> ModelFlops:
-    """Return the model's FLOPs per image."""
-    sizes = vit_sizes(config)
-    return model_flops(
-        sizes["embed_dim"],
-        sizes["depth"],
-        config.patch_size,
-        global_size=config.global_crops_size,
-        local_size=config.local_crops_size,
-        local_number=config.local_crops_number,
-        K=config.out_dim,
-    )

@@ -18,7 +18,6 @@ from fastdino.bench.baselines.dino_repository import DinoRepositoryStep
 from fastdino.bench.baselines.lightly_step import LightlyStep
 from fastdino.bench.baselines.paper_step import PaperStep
 from fastdino.bench.baselines.training_step import StepSetup, TrainingStep
-from fastdino.errors import ConfigError
 from fastdino.models.compile import compile_problem
 from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
@@ -94,33 +93,3 @@ BASELINES = {
     ),
 }
 OURS = [name for name in BASELINES if name.startswith("ours")]
-
-
-def choose_baselines(
-    names: Sequence[str] | None, device: torch.device, dino_repo: Path | None
-) -> tuple[dict[str, StepBaseline], dict[str, str]]:
-    """Select the baselines to run, in order, and the reasons for those left out.
-
-    Args:
-        names: "ours" selects each of ours that can run. None: every baseline that can run.
-
-    Raises: ConfigError: a baseline was requested by name but is unknown or cannot run.
-    """
-    requested = set(names or ())
-    if unknown := requested - BASELINES.keys():
-        raise ConfigError(
-            f"--baselines {', '.join(sorted(unknown))}: expected some of {', '.join(BASELINES)}"
-        )
-    wanted = requested.union(OURS if "ours" in requested else ()) or BASELINES.keys()
-    chosen, missing = {}, {}
-    for name, baseline in BASELINES.items():
-        if name not in wanted:
-            continue
-        problem = baseline.problem(device, dino_repo)
-        if problem is None:
-            chosen[name] = baseline
-        elif name in requested:
-            raise ConfigError(f"--baselines {name} cannot run: {problem}")
-        else:
-            missing[name] = problem
-    return chosen, missing
