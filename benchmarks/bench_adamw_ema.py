@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import fastdino_kernels
@@ -14,7 +13,7 @@ from fastdino_kernels import AdamWEMA, reference
 
 from benchmarks.bench_clip import paper_clip
 from benchmarks.bench_ema import MOMENTUM, paper_loop
-from benchmarks.comparison import Baseline, Compare, Comparison, assert_close
+from benchmarks.comparison import Compare, Comparison, assert_close, build_baselines
 from benchmarks.networks import MAX_NORM, SIZES, Network, Size, make_network
 from fastdino.bench.measurement import Call
 
@@ -131,25 +130,19 @@ def adamw_ema_comparison(size: Size, with_shadow: bool, device: torch.device) ->
         network.restore_gradients()
         return step_of(make)
 
-    baselines = [
-        Baseline(
-            name,
-            partial(prepare, make),
-            partial(check, make, size, with_shadow, device),
-            role,
-            host_reads=make is paper,
-        )
-        for name, (role, make) in BASELINES.items()
-    ]
+    baselines = build_baselines(
+        BASELINES,
+        prepare,
+        lambda make: check(make, size, with_shadow, device),
+        host_reads=paper,
+    )
     title = f"Clip, AdamW, EMA{' and bf16 copies' if with_shadow else ''}, {size}"
     return Comparison(title, baselines, *counted_bytes(size, with_shadow), calls=1)
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_adamw_ema(compare: Compare, size: Size, baseline: str) -> None:
-    compare(adamw_ema_comparison, size, False, baseline=baseline)
+CASES = [(with_shadow, name) for with_shadow in (False, True) for name in BASELINES]
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_adamw_ema_with_shadow(compare: Compare, size: Size, baseline: str) -> None:
-    compare(adamw_ema_comparison, size, True, baseline=baseline)
+@pytest.mark.parametrize(("with_shadow", "baseline"), CASES)
+def test_adamw_ema(compare: Compare, size: Size, with_shadow: bool, baseline: str) -> None:
+    compare(adamw_ema_comparison, size, with_shadow, baseline=baseline)

@@ -12,7 +12,7 @@ import torch
 from fastdino_kernels import reference
 from torch import Tensor
 
-from benchmarks.comparison import Baseline, Compare, Comparison, assert_close
+from benchmarks.comparison import Compare, Comparison, assert_close, build_baselines
 from benchmarks.networks import MAX_NORM, SIZES, Network, Size, grad_of, make_network
 from fastdino.bench.measurement import Call
 
@@ -44,17 +44,16 @@ def ours_global(parameters: list[Tensor], impl: str = "auto") -> Tensor:
     return fastdino_kernels.clip_grad_norm_(parameters, MAX_NORM, impl=impl)
 
 
-EACH: dict[str, tuple[str, Clip]] = {
-    "the paper's loop": ("paper", paper_clip),
-    "fastdino_kernels": ("ours", ours),
-}
-GLOBAL: dict[str, tuple[str, Clip]] = {
-    "torch.nn.utils.clip_grad_norm_": ("", torch_global),
-    "fastdino_kernels": ("ours", ours_global),
+BASELINES: dict[bool, dict[str, tuple[str, Clip]]] = {
+    False: {"the paper's loop": ("paper", paper_clip), "fastdino_kernels": ("ours", ours)},
+    True: {
+        "torch.nn.utils.clip_grad_norm_": ("", torch_global),
+        "fastdino_kernels": ("ours", ours_global),
+    },
 }
 if torch.cuda.is_available():  # on a CPU, "auto" already selects it
-    EACH["fastdino_kernels, torch"] = ("", partial(ours, impl="torch"))
-    GLOBAL["fastdino_kernels, torch"] = ("", partial(ours_global, impl="torch"))
+    for all_by_one, run in ((False, ours), (True, ours_global)):
+        BASELINES[all_by_one]["fastdino_kernels, torch"] = ("", partial(run, impl="torch"))
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,25 +86,19 @@ def clip_comparison(size: Size, all_by_one: bool, device: torch.device) -> Compa
     def prepare(clip: Clip) -> Call:
         return partial(clip, network.restore_gradients())
 
-    baselines = [
-        Baseline(
-            name,
-            partial(prepare, clip),
-            partial(check, clip, size, all_by_one, device),
-            role,
-            host_reads=clip is paper_clip,
-        )
-        for name, (role, clip) in (GLOBAL if all_by_one else EACH).items()
-    ]
+    baselines = build_baselines(
+        BASELINES[all_by_one],
+        prepare,
+        lambda clip: check(clip, size, all_by_one, device),
+        host_reads=paper_clip,
+    )
     title = f"Clip {'by the global norm' if all_by_one else 'each by its own norm'}, {size}"
     return Comparison(title, baselines, *counted_bytes(size, all_by_one), calls=1)
 
 
-@pytest.mark.parametrize("baseline", EACH)
-def test_clip_each(compare: Compare, size: Size, baseline: str) -> None:
-    compare(clip_comparison, size, False, baseline=baseline)
+CASES = [(all_by_one, name) for all_by_one, names in BASELINES.items() for name in names]
 
 
-@pytest.mark.parametrize("baseline", GLOBAL)
-def test_clip_global(compare: Compare, size: Size, baseline: str) -> None:
-    compare(clip_comparison, size, True, baseline=baseline)
+@pytest.mark.parametrize(("all_by_one", "baseline"), CASES)
+def test_clip(compare: Compare, size: Size, all_by_one: bool, baseline: str) -> None:
+    compare(clip_comparison, size, all_by_one, baseline=baseline)

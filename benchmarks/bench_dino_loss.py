@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import fastdino_kernels
 import pytest
@@ -104,16 +105,10 @@ def ours(
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
-    inplace_backward: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    return fastdino_kernels.dino_loss(
-        student,
-        teacher,
-        center,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-        inplace_backward=inplace_backward,
-    )
+    temps: dict[str, Any] = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    return fastdino_kernels.dino_loss(student, teacher, center, **temps, **options)
 
 
 def forward(loss: Loss, inputs: Inputs) -> Tensor:

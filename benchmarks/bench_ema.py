@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastdino_kernels import reference
 
-from benchmarks.comparison import Baseline, Compare, Comparison, assert_close
+from benchmarks.comparison import Compare, Comparison, assert_close, build_baselines
 from benchmarks.networks import SIZES, Network, Size, make_network
 
 __all__ = ["SIZES"]
@@ -88,24 +88,18 @@ def check(update: Update, size: Size, with_shadow: bool, device: torch.device) -
 
 def ema_comparison(size: Size, with_shadow: bool, device: torch.device) -> Comparison:
     network = make_network(size, device)  # several times the L2 cache
-    baselines = [
-        Baseline(
-            name,
-            partial(partial, update, network),
-            partial(check, update, size, with_shadow, device),
-            role,
-        )
-        for name, (role, update) in BASELINES[with_shadow].items()
-    ]
+    baselines = build_baselines(
+        BASELINES[with_shadow],
+        lambda update: partial(update, network),
+        lambda update: check(update, size, with_shadow, device),
+    )
     title = f"EMA{' and its bf16 copy' if with_shadow else ''}, {size}"
     return Comparison(title, baselines, *counted_bytes(size, with_shadow))
 
 
-@pytest.mark.parametrize("baseline", BASELINES[False])
-def test_ema(compare: Compare, size: Size, baseline: str) -> None:
-    compare(ema_comparison, size, False, baseline=baseline)
+CASES = [(with_shadow, name) for with_shadow, names in BASELINES.items() for name in names]
 
 
-@pytest.mark.parametrize("baseline", BASELINES[True])
-def test_ema_with_shadow(compare: Compare, size: Size, baseline: str) -> None:
-    compare(ema_comparison, size, True, baseline=baseline)
+@pytest.mark.parametrize(("with_shadow", "baseline"), CASES)
+def test_ema(compare: Compare, size: Size, with_shadow: bool, baseline: str) -> None:
+    compare(ema_comparison, size, with_shadow, baseline=baseline)

@@ -18,7 +18,7 @@ from benchmarks.bench_adamw_ema import BASELINES as OPTIMIZERS
 from benchmarks.bench_dino_loss import Size as LossSize
 from benchmarks.bench_dino_loss import forward, forward_backward, make_inputs, ours, paper
 from benchmarks.bench_ema import MOMENTUM, foreach_lerp
-from benchmarks.comparison import Baseline, Compare, Comparison
+from benchmarks.comparison import Compare, Comparison, build_baselines
 from benchmarks.networks import MAX_NORM, Network, Size, network_of
 
 CALLS = 50
@@ -39,10 +39,7 @@ def host_comparison(
     title: str, calls: Mapping[str, tuple[str, Callable[[], object]]]
 ) -> Comparison:
     """Build a comparison of calls (name -> role, call), whose results other suites check."""
-    baselines = [
-        Baseline(name, partial(lambda call: call, call), role=role)
-        for name, (role, call) in calls.items()
-    ]
+    baselines = build_baselines(calls, lambda call: call, lambda call: None)
     note = "microseconds of the host"
     return Comparison(f"Host time of {title}", baselines, note=note, calls=CALLS, host_only=True)
 

@@ -7,8 +7,9 @@ pytest-benchmark through a clock of our own, for its statistics and its JSON.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ class Baseline:
     check: Callable[[], None] = lambda: None
     role: str = ""
     host_reads: bool = False
+
+
+def build_baselines(
+    implementations: Mapping[str, tuple[str, Any]],
+    prepare: Callable[[Any], Call],
+    check: Callable[[Any], None],
+    host_reads: Any = None,
+) -> list[Baseline]:
+    """Build the baselines of a table name -> (role, implementation).
+
+    prepare, check: as in Baseline, for an implementation. host_reads: the one that reads values.
+    """
+    return [
+        Baseline(name, partial(prepare, run), partial(check, run), role, run is host_reads)
+        for name, (role, run) in implementations.items()
+    ]
 
 
 @dataclass(frozen=True)
