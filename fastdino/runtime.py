@@ -84,6 +84,14 @@ class Runtime:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: choice for name, choice in values.items() if choice is not None}
 
+    def summary(self) -> list[str]:
+        """Return "name: value (reason)" for each choice; leave out what is off by a flag."""
+        return [
+            f"{name}: {choice}"
+            for name, choice in self.choices().items()
+            if choice.value != "off" or not choice.reason.startswith("--")
+        ]
+
     def to_dict(self) -> dict[str, dict[str, str]]:
         """Return {name: {"value": ..., "reason": ...}} for JSON."""
         return {name: dataclasses.asdict(choice) for name, choice in self.choices().items()}
@@ -262,7 +270,9 @@ def choose_kernels(device: torch.device) -> Choice:
         raise ConfigError(str(error)) from error
     if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto"):
         return Choice(name, f"{ENVIRONMENT_VARIABLE}={name}")
-    return Choice(name, triton_problem(device.type) or f"the default on {device.type}")
+    on_gpu = device.type == "cuda"
+    problem = triton_problem(device.type) if on_gpu else None
+    return Choice(name, problem or f"the default on a {'GPU' if on_gpu else 'CPU'}")
 
 
 def choose_cuda_graph(config: TrainConfig, device: torch.device, precision: Choice) -> Choice:
@@ -336,7 +346,7 @@ def choose_decode(wanted: str, crops: str, device: torch.device | str) -> Choice
     if problem is None and wanted == "gpu":
         return Choice("gpu", "near Pillow's pixels")
     if problem is None:
-        return Choice("cpu", "Pillow's pixels, decoded by DALI")
+        return Choice("cpu", "Pillow's pixels")
     if wanted != "auto":
         raise ConfigError(f"--decode {wanted}: {problem}; use --decode pillow, which is exact")
     return Choice("pillow", problem)

@@ -45,6 +45,8 @@ def test_runtime_resolves_every_setting_and_serializes(tiny):
         "value": "fused", "reason": EXACT
     }  # fmt: skip
     assert resolved.autocast is None
+    assert "packing: on (one pass for all crop sizes)" in resolved.summary()
+    assert not any("off (--mode parity" in text for text in resolved.summary())
 
 
 def test_runtime_without_a_loader_resolves_no_crop_backend(tiny, problems):

@@ -153,7 +153,7 @@ class Run:
             f"{distributed.world_size()} process(es)",
             f"{len(dataset)} images ({len(dataset.skipped)} skipped), {dataset.kind}",
             f"{self.trainer.steps_per_epoch} steps per epoch",
-            *(f"{name}: {choice}" for name, choice in self.runtime.choices().items()),
+            *self.runtime.summary(),
             f"loader: {self.loader.description}",
         ]
         return " | ".join(parts)
