@@ -23,19 +23,10 @@ from torch.nn import functional as F
 
 from fastdino import distributed
 from fastdino.errors import ConfigError, DataError
+from fastdino.evals import options
 from fastdino.evals.descriptors import Whitening, cls_and_gem
 from fastdino.evals.features import Extractor, ImageFiles
-from fastdino.evals.options import (
-    DEFAULT,
-    add_extraction_flags,
-    add_network_flags,
-    check_extraction_flags,
-    comparison_device,
-    join_ranks,
-    load_network,
-    settings_of,
-    write_scores,
-)
+from fastdino.evals.options import DEFAULT
 from fastdino.evals.ranking_metrics import Indices, copydays_map, micro_ap
 from fastdino.evals.transforms import square
 from fastdino.models.vit import VisionTransformer
@@ -57,8 +48,8 @@ class Block:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino copydays`: the paper's eval_copy_detection.py's, then ours."""
-    add_network_flags(parser, "architecture, a vit_*", default=("vit_base", 8))
-    add_extraction_flags(parser, batch_size=16)
+    options.add_network_flags(parser, "architecture, a vit_*", default=("vit_base", 8))
+    options.add_extraction_flags(parser, batch_size=16)
     add = parser.add_argument_group("images").add_argument
     add("--data_path", default="/path/to/copydays/", help="folder with original/, strong/, ...")
     about = "folder of images to learn a whitening from (default: no whitening)"
@@ -71,10 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino copydays`."""
-    check_extraction_flags(args, "imsize")
-    with join_ranks(args) as device:
+    options.check_extraction_flags(args, "imsize")
+    with options.join_ranks(args) as device:
         originals, blocks, extras = distributed.from_main(lambda: find_images(args))
-        network = load_network(args, device, size_flag="imsize")
+        network = options.load_network(args, device, size_flag="imsize")
         if not isinstance(network, VisionTransformer):
             raise ConfigError("the network gives no patch tokens; expected one of vit_*")
         loading = args.batch_size_per_gpu, args.num_workers, device
@@ -93,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
             whitening = Whitening.learn(extra["whitening"])
             database = whitening(database)
             queries = {name: whitening(features) for name, features in queries.items()}
-        compare_on = comparison_device(args, device)
+        compare_on = options.comparison_device(args, device)
         scores = score_blocks(
             {name: F.normalize(rows, dim=1).to(compare_on) for name, rows in queries.items()},
             F.normalize(database, dim=1).to(compare_on),
@@ -103,8 +94,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
     flags = ("data_path", "imsize", "distractors_path", "whitening_path")
     counts = {ORIGINAL: len(originals), **{name: len(rows) for name, rows in extra.items()}}
-    settings = settings_of(args, network, *flags)
-    write_scores(args, {"settings": settings, "images": counts, "blocks": scores})
+    settings = options.settings_of(args, network, *flags)
+    options.write_scores(args, {"settings": settings, "images": counts, "blocks": scores})
     return 0
 
 

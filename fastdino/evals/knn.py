@@ -16,20 +16,9 @@ from torch.nn import functional as F
 
 from fastdino import checkpoint, distributed
 from fastdino.errors import CheckpointError, ConfigError
+from fastdino.evals import options
 from fastdino.evals.features import Extractor
-from fastdino.evals.options import (
-    DEFAULT,
-    SPLITS_HELP,
-    add_extraction_flags,
-    add_network_flags,
-    check_extraction_flags,
-    comparison_device,
-    join_ranks,
-    load_network,
-    scan_splits,
-    settings_of,
-    write_scores,
-)
+from fastdino.evals.options import DEFAULT
 from fastdino.evals.transforms import center_crop
 from fastdino.files import atomic_write, explain_write_errors
 
@@ -121,10 +110,10 @@ def nearest(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino knn`: those of the paper's eval_knn.py, then this project's."""
-    add_network_flags(parser)
-    add_extraction_flags(parser, batch_size=128)
+    options.add_network_flags(parser)
+    options.add_extraction_flags(parser, batch_size=128)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/imagenet/", help=SPLITS_HELP)
+    add("--data_path", default="/path/to/imagenet/", help=options.SPLITS_HELP)
     add("--resize", type=int, default=256, help=f"resize the short side to this, in px {DEFAULT}")
     add("--crop", type=int, default=224, help=f"side of the centre crop, in px {DEFAULT}")
     add("--raw_pixels", action="store_true", help="baseline: classify pixels, not features")
@@ -138,20 +127,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino knn`."""
-    check_extraction_flags(args, "resize", "crop")
+    options.check_extraction_flags(args, "resize", "crop")
     if min(args.nb_knn) < 1:
         raise ConfigError(f"--nb_knn must be numbers from 1, got {args.nb_knn}")
     if not args.temperature > 0:
         raise ConfigError(f"--temperature must be above 0, got {args.temperature}")
-    with join_ranks(args) as device:
-        model = None if args.load_features or args.raw_pixels else load_network(args, device)
+    with options.join_ranks(args) as device:
+        no_model = args.load_features or args.raw_pixels
+        model = None if no_model else options.load_network(args, device)
         if args.load_features:
             tensors = load_features(args.load_features)
         else:
             tensors = compute_features(args, model, device)
         if args.dump_features:
             distributed.from_main(lambda: dump_features(Path(args.dump_features), tensors))
-        compare_on = comparison_device(args, device)
+        compare_on = options.comparison_device(args, device)
         accuracy = knn_accuracy(
             tensors["trainfeat"],
             tensors["trainlabels"],
@@ -166,11 +156,11 @@ def main(args: argparse.Namespace) -> int:
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     flags = ("data_path", "load_features", "raw_pixels", "resize", "crop", "temperature")
     scores = {
-        "settings": settings_of(args, model, *flags),
+        "settings": options.settings_of(args, model, *flags),
         "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
         **{str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
     }
-    write_scores(args, scores)
+    options.write_scores(args, scores)
     return 0
 
 
@@ -182,7 +172,7 @@ def compute_features(
     model: None for raw pixels.
     """
     # Before any extraction, which takes long; one error for all ranks.
-    datasets = distributed.from_main(lambda: scan_splits(args))
+    datasets = distributed.from_main(lambda: options.scan_splits(args))
     embed = model or torch.nn.Flatten()
     transform = center_crop(args.resize, args.crop)
     loading = args.batch_size_per_gpu, args.num_workers, device

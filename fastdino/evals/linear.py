@@ -15,17 +15,10 @@ import torch
 from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.errors import ConfigError, DataError
+from fastdino.evals import options
 from fastdino.evals.linear_data import Inputs, ProbeData
 from fastdino.evals.linear_probe import Probe
-from fastdino.evals.options import (
-    DEFAULT,
-    SPLITS_HELP,
-    add_network_flags,
-    add_process_flags,
-    join_ranks,
-    print_on_main,
-    weights_digest,
-)
+from fastdino.evals.options import DEFAULT, print_on_main
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.downloads import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
@@ -40,8 +33,8 @@ AT_LEAST_ONE = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino linear`: the paper's eval_linear.py's, then this project's."""
-    add_network_flags(parser)
-    add = add_process_flags(parser).add_argument
+    options.add_network_flags(parser)
+    add = options.add_process_flags(parser).add_argument
     about = f"images per step and process {DEFAULT}"
     add("--batch_size_per_gpu", type=int, default=128, help=about)
     add = parser.add_argument_group("features").add_argument
@@ -57,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     about = f"with --cache: keep N augmented passes, used in turn; 0: one of centre crops {DEFAULT}"
     add("--cache_epochs", type=int, default=0, metavar="N", help=about)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/imagenet/", help=SPLITS_HELP)
+    add("--data_path", default="/path/to/imagenet/", help=options.SPLITS_HELP)
     about = f"resize the short side of validation images to this, in px {DEFAULT}"
     add("--resize", type=int, default=256, help=about)
     add("--crop", type=int, default=224, help=f"side of all crops, in px {DEFAULT}")
@@ -77,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino linear`."""
     _check_flags(args)
-    with join_ranks(args) as device:
+    with options.join_ranks(args) as device:
         return evaluate(args, device) if args.evaluate else train(args, device)
 
 
@@ -144,7 +137,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         probe.load_classifier(local_file(path))
     scores = _validate(probe, data, Inputs(data.images("val"), data.features))
     print_on_main(_accuracies(scores))
-    classifier = {"linear_weights": path, "classifier": weights_digest(probe.linear)}
+    classifier = {"linear_weights": path, "classifier": options.weights_digest(probe.linear)}
     result = {"settings": data.settings() | classifier, **scores, "images": int(scores["images"])}
     if distributed.rank() == 0:
         write_json(result, Path(args.output_dir) / "evaluate.json")

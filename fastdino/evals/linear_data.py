@@ -20,15 +20,10 @@ from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError
+from fastdino.evals import options
 from fastdino.evals.feature_cache import FeatureCache, cache_key
 from fastdino.evals.linear_probe import UNREADABLE, FrozenFeatures
-from fastdino.evals.options import (
-    load_network,
-    print_on_main,
-    scan_splits,
-    settings_of,
-    weights_digest,
-)
+from fastdino.evals.options import print_on_main
 from fastdino.evals.transforms import Transform, center_crop, random_crop
 
 Labelled = Dataset[Any]  # of images or features, with labels
@@ -96,7 +91,7 @@ class ProbeData:
 
         Raises: UserError: invalid weights, flags or folders.
         """
-        model = load_network(args, device)
+        model = options.load_network(args, device)
         features = FrozenFeatures(
             model, blocks=args.n_last_blocks, avgpool=args.avgpool_patchtokens
         )
@@ -106,7 +101,7 @@ class ProbeData:
             if dataset.skipped:
                 print_on_main(f"{split}: {len(dataset.skipped)} images left out", stderr=True)
         protocol = {
-            "weights": weights_digest(model),
+            "weights": options.weights_digest(model),
             "n_last_blocks": args.n_last_blocks,
             "avgpool_patchtokens": args.avgpool_patchtokens,
             "cache_epochs": None if args.cache is None else args.cache_epochs,
@@ -117,7 +112,7 @@ class ProbeData:
     def settings(self, *flags: str) -> dict[str, Any]:
         """Return the settings for the JSON report, including the values of `flags`."""
         model = self.features.model
-        return settings_of(self.args, model, "data_path", "resize", *flags) | self.protocol
+        return options.settings_of(self.args, model, "data_path", "resize", *flags) | self.protocol
 
     def images(self, split: str, epoch: int | None = None) -> LabelledImages:
         """Return a split's images: augmented for a training epoch, or centre crops."""
@@ -199,7 +194,7 @@ class ProbeData:
 
 
 def _scan(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, ImageDataset]:
-    datasets = scan_splits(args, splits)
+    datasets = options.scan_splits(args, splits)
     classes = len(datasets["val"].classes)
     if args.num_labels and args.num_labels < classes:
         raise ConfigError(f"--num_labels {args.num_labels}: there are {classes} classes")

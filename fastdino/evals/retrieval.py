@@ -12,19 +12,10 @@ from torch.nn import functional as F
 from fastdino import distributed
 from fastdino.config import parse_bool
 from fastdino.environment import cpu_count
+from fastdino.evals import options
 from fastdino.evals.descriptors import SCALES, multi_scale
 from fastdino.evals.features import Extractor, ImageFiles
-from fastdino.evals.options import (
-    DEFAULT,
-    add_extraction_flags,
-    add_network_flags,
-    check_extraction_flags,
-    comparison_device,
-    join_ranks,
-    load_network,
-    settings_of,
-    write_scores,
-)
+from fastdino.evals.options import DEFAULT
 from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import DATASETS, RetrievalDataset, read_dataset
 from fastdino.evals.transforms import fit_within
@@ -32,8 +23,8 @@ from fastdino.evals.transforms import fit_within
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino retrieval`: the paper's eval_image_retrieval.py's, then ours."""
-    add_network_flags(parser)
-    add_extraction_flags(parser, batch_size=16)
+    options.add_network_flags(parser)
+    options.add_extraction_flags(parser, batch_size=16)
     add = parser.add_argument_group("images").add_argument
     add("--data_path", default="/path/to/revisited_paris_oxford/", help="folder with <dataset>/")
     add("--dataset", choices=DATASETS, default="roxford5k", help=f"dataset {DEFAULT}")
@@ -46,16 +37,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino retrieval`."""
-    check_extraction_flags(args, "imsize")
-    with join_ranks(args) as device:
+    options.check_extraction_flags(args, "imsize")
+    with options.join_ranks(args) as device:
         dataset = distributed.from_main(
             lambda: read_dataset(Path(args.data_path), args.dataset, crop_queries=args.crop_queries)
         )
-        network = load_network(args, device, size_flag="imsize")
+        network = options.load_network(args, device, size_flag="imsize")
         queries, database = compute_features(build_extractor(args, network, device), dataset)
         if distributed.rank() > 0:
             return 0
-        compare_on = comparison_device(args, device)
+        compare_on = options.comparison_device(args, device)
         scores = revisited_scores(
             queries.to(compare_on), database.to(compare_on), dataset.relevance
         )
@@ -66,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.dataset} {difficulty}: {shown}")
     flags = ("data_path", "dataset", "imsize", "multiscale", "crop_queries")
     counts = {"queries": len(dataset.queries), "database": len(dataset.database)}
-    write_scores(args, {"settings": settings_of(args, network, *flags), "images": counts, **scores})
+    settings = options.settings_of(args, network, *flags)
+    options.write_scores(args, {"settings": settings, "images": counts, **scores})
     return 0
 
 
