@@ -1,4 +1,4 @@
-"""Logits of crops for the tests of losses, and losses run on them."""
+"""Logits of crops, and losses run on them, for the tests of losses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def draw(S, T, B=3, K=7, dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor]:
 
 
 def draw_probs(S, T, B=3, K=7, dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor]:
-    """Logits, and probabilities whose rows do not quite sum to 1, as after Sinkhorn-Knopp."""
+    """Draw logits, and probabilities whose rows do not sum to 1, as after Sinkhorn-Knopp."""
     student, teacher = draw(S, T, B, K, torch.float64, seed)
     return student.to(dtype), (1.1 * torch.softmax(teacher / 0.5, dim=-1)).to(dtype)
 
 
 def run(loss_fn, crops: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of the crops): loss_fn(crops, ...) on a copy that requires a gradient."""
+    """Run loss_fn(crops, ...) on a copy of the crops; return (loss, gradient of the crops)."""
     crops = crops.clone().requires_grad_()
     loss = loss_fn(crops, *args, **kwargs)
     loss.sum().backward()
@@ -34,8 +34,8 @@ def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], rto
         torch.testing.assert_close(g, e, rtol=rtol, atol=rtol)
 
 
-def of_both(ours, theirs, teacher: Tensor, student: Tensor, **arguments):
-    """run() of two lightly losses on lists of crops."""
+def run_both(ours, theirs, teacher: Tensor, student: Tensor, **arguments):
+    """Run two lightly losses on lists of crops."""
     return [
         run(lambda s, f=f: f(list(teacher), list(s), **arguments), student) for f in (ours, theirs)
     ]

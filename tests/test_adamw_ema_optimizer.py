@@ -1,4 +1,4 @@
-"""AdamWEMA against clip, torch.optim.AdamW and EMA, one after the other; and its checkpoints."""
+"""AdamWEMA and its checkpoints against separate clip, torch.optim.AdamW and EMA."""
 
 import copy
 import io
@@ -9,18 +9,18 @@ import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
 
-numpy_warns = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+from tests.multi_tensor import needs_cuda, numpy_warns
 
 
 def networks(device="cpu", count=2):
-    """Equal networks: a linear, an activation, a linear; fp32."""
+    """Make equal fp32 networks: linear, activation, linear."""
     torch.manual_seed(0)
     first = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3))
     return [copy.deepcopy(first).to(device) for _ in range(count)]
 
 
 def groups_of(network):
-    """Weights decayed, biases not, each with a rate of its own."""
+    """Return two groups with their own rates: decayed weights, and biases without decay."""
     weights, biases = ([p for p in network.parameters() if p.ndim == n] for n in (2, 1))
     return [
         {"params": weights, "lr": 0.02, "weight_decay": 0.3},
@@ -40,7 +40,7 @@ def assert_networks_close(x, y, rtol=1e-5, atol=1e-6):
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
-def test_the_optimizer_is_clip_adamw_and_ema_one_after_the_other(target):
+def test_optimizer_equals_clip_adamw_and_ema(target):
     ours, theirs, our_teacher, their_teacher = networks(target["device"], 4)
     optimizer = AdamWEMA(
         groups_of(ours), max_norm=1.0, impl=target["impl"],
@@ -65,7 +65,7 @@ def test_the_optimizer_is_clip_adamw_and_ema_one_after_the_other(target):
     assert counts == [4, 4, 2, 2]
 
 
-def test_what_is_in_no_group_is_followed_all_the_same(target):
+def test_parameters_outside_all_groups_are_averaged(target):
     student, teacher = networks(target["device"])
     student[2].weight.requires_grad_(False).add_(1)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -83,7 +83,7 @@ def test_what_is_in_no_group_is_followed_all_the_same(target):
     assert sorted(optimizer.state_dict()["state"]) == [0, 1, 2]
 
 
-def test_teachers_may_be_a_list_with_gaps():
+def test_teachers_may_be_a_list_with_none():
     student, teacher = networks()
     teachers = [*list(teacher.parameters())[:3], None]
     before = teacher[2].bias.clone()
@@ -104,14 +104,14 @@ THEIRS = {
 
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("kind", THEIRS)
-def test_checkpoints_move_from_and_to_pytorchs_adamw(kind, saved, target):
+def test_checkpoints_are_interchangeable_with_adamw(kind, saved, target):
     if kind == "capturable" and target["device"] == "cpu":
         pytest.skip("capturable is for accelerators")
     if target == {"impl": "triton", "device": "cpu"} and (kind != "fused" or not saved):
         pytest.skip("the interpreter is slow, and one kind shows it")
 
     def carry(state):
-        """Through a file, or by hand."""
+        """Copy a state, through a file if `saved`."""
         if not saved:
             return copy.deepcopy(state)
         file = io.BytesIO()
@@ -150,7 +150,7 @@ def test_checkpoints_move_from_and_to_pytorchs_adamw(kind, saved, target):
             torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"])
 
 
-def test_a_state_dict_is_that_of_a_fused_adamw():
+def test_state_dict_has_the_format_of_fused_adamw():
     ours, theirs = networks()
     optimizers = AdamWEMA(groups_of(ours)), torch.optim.AdamW(groups_of(theirs), fused=True)
     for network, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -174,7 +174,7 @@ def assert_counts_are_views(optimizer):
 
 @pytest.mark.parametrize("load", ["a dict", "a copy", "a pickle", "by hand", "another group"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_counts_stay_views_of_one_tensor(load, device):
+def test_step_counts_stay_views_of_one_tensor(load, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     (network,) = networks(device, 1)
@@ -202,7 +202,7 @@ def test_counts_stay_views_of_one_tensor(load, device):
         extra = torch.nn.Parameter(torch.zeros(3, device=device))
         optimizer.add_param_group({"params": [extra]})
         extra.grad = torch.ones_like(extra)
-    set_gradients(network, 3, without=(1,))  # whose count is taken over all the same
+    set_gradients(network, 3, without=(1,))  # its count is copied too
     optimizer.step()
     assert optimizer.steps.tolist() == [3.0, 3.0, 2.0, 3.0] + [1.0] * (load == "another group")
     set_gradients(network, 4)
@@ -211,8 +211,8 @@ def test_counts_stay_views_of_one_tensor(load, device):
     assert optimizer.steps.tolist() == [4.0, 4.0, 3.0, 4.0] + [2.0] * (load == "another group")
 
 
-def test_what_is_loaded_is_copied_into_what_is_there():
-    """As a captured graph needs it."""
+def test_loaded_state_is_copied_into_existing_tensors():
+    """A captured graph reads the existing tensors."""
     (network,) = networks(count=1)
     lr = torch.tensor(0.1)
     optimizer = AdamWEMA(network.parameters(), lr=lr)
@@ -233,11 +233,11 @@ def test_what_is_loaded_is_copied_into_what_is_there():
     assert before[bias]["step"].item() == 9
     set_gradients(network, 1)
     optimizer.step()
-    assert optimizer.steps.tolist() == [1.0, 10.0, 2.0, 2.0]  # what was not saved starts anew
+    assert optimizer.steps.tolist() == [1.0, 10.0, 2.0, 2.0]  # a missing state starts from 0
 
 
 @numpy_warns
-def test_a_gradient_that_is_not_finite_is_skipped_on_the_device(target):
+def test_nonfinite_gradient_is_skipped_on_the_device(target):
     student, teacher = networks(target["device"])
     optimizer = AdamWEMA(
         student.parameters(), lr=0.1, max_norm=1.0, teacher=list(teacher.parameters()),
@@ -262,7 +262,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_the_device(target):
 
 @numpy_warns
 @pytest.mark.parametrize("unscaled", [False, True])
-def test_a_grad_scaler_scales_skips_and_recovers(unscaled, target):
+def test_grad_scaler_scales_skips_and_recovers(unscaled, target):
     device = target["device"]
     if unscaled and target == {"impl": "triton", "device": "cpu"}:
         pytest.skip("the interpreter is slow, and the other form is the harder one")
@@ -295,7 +295,7 @@ def test_a_grad_scaler_scales_skips_and_recovers(unscaled, target):
     assert not hasattr(optimizer, "found_inf")
 
 
-def test_a_grad_scaler_and_no_gradient_at_all():
+def test_grad_scaler_without_gradients():
     student, teacher = networks()
     optimizer = AdamWEMA(student.parameters(), teacher=list(teacher.parameters()), momentum=0.0)
     scaler = torch.amp.GradScaler("cpu")
@@ -305,7 +305,7 @@ def test_a_grad_scaler_and_no_gradient_at_all():
     assert torch.equal(teacher[0].weight, student[0].weight)
 
 
-def test_a_closure_is_evaluated_with_gradients():
+def test_closure_is_evaluated_with_gradients():
     (network,) = networks(count=1)
     optimizer = AdamWEMA(network.parameters(), lr=0.01)
 
@@ -319,7 +319,7 @@ def test_a_closure_is_evaluated_with_gradients():
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_schedulers_drive_the_rate():
+def test_schedulers_change_the_learning_rate():
     (network,) = networks(count=1)
     optimizer = AdamWEMA(network.parameters(), lr=torch.tensor(0.5))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -347,12 +347,12 @@ P, Q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
 )
-def test_mistakes_of_the_constructor_are_told(options, raises, match):
+def test_invalid_constructor_arguments(options, raises, match):
     with pytest.raises(raises, match=match):
         AdamWEMA(**({"params": [P, Q]} | options))
 
 
-def test_a_group_that_is_refused_is_not_added():
+def test_invalid_group_is_not_added():
     optimizer = AdamWEMA([P])
     with pytest.raises(ValueError, match="weight_decay must be >= 0"):
         optimizer.add_param_group({"params": [Q], "weight_decay": -1.0})
@@ -360,7 +360,7 @@ def test_a_group_that_is_refused_is_not_added():
 
 
 @pytest.mark.parametrize("name", ["amsgrad", "maximize"])
-def test_the_state_of_another_algorithm_is_refused(name):
+def test_state_with_amsgrad_or_maximize_is_an_error(name):
     ours, theirs = networks()
     adamw = torch.optim.AdamW(theirs.parameters(), **{name: True})
     optimizer = AdamWEMA(ours.parameters())
@@ -369,7 +369,7 @@ def test_the_state_of_another_algorithm_is_refused(name):
     assert not optimizer.param_groups[0][name]
 
 
-def test_the_state_of_another_optimizer_is_refused():
+def test_state_of_another_optimizer_is_an_error():
     ours, theirs = networks()
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
     set_gradients(theirs, 0)
@@ -378,13 +378,10 @@ def test_the_state_of_another_optimizer_is_refused():
         AdamWEMA(ours.parameters()).load_state_dict(sgd.state_dict())
 
 
-# On a GPU
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("gradients_in_graph", [False, True])
-def test_a_captured_step_follows_the_numbers_on_the_device(gradients_in_graph):
+def test_captured_step_reads_hyperparameters_anew(gradients_in_graph):
     student, teacher = networks("cuda")
     numbers = {
         name: torch.tensor(value, dtype=torch.float64, device="cuda")
@@ -443,8 +440,8 @@ def test_a_captured_step_follows_the_numbers_on_the_device(gradients_in_graph):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_capture_without_state_is_refused():
+@needs_cuda
+def test_capture_without_state_is_an_error():
     (network,) = networks("cuda", 1)
     optimizer = AdamWEMA(network.parameters())
     set_gradients(network, 0)
@@ -454,13 +451,13 @@ def test_a_capture_without_state_is_refused():
             optimizer.step()
 
 
-def test_unit_rows_need_a_copy_to_write_to():
+def test_unit_rows_need_a_teacher_shadow():
     p = torch.nn.Parameter(torch.ones(2, 4))
     with pytest.raises(ValueError, match="unit_rows must be a parameter that has a teacher_shadow"):
         AdamWEMA([p], teacher=[torch.ones(2, 4)], unit_rows=p)
 
 
-def test_unit_rows_are_still_these_in_a_copy_of_the_optimizer():
+def test_unit_rows_survive_a_copy_of_the_optimizer():
     p = torch.nn.Parameter(torch.full((2, 4), 2.0))
     made = AdamWEMA(
         [p], teacher=[p.detach().clone()], teacher_shadow=[torch.zeros(2, 4)], unit_rows=p

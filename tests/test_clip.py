@@ -1,28 +1,27 @@
-"""Clipping each gradient by its own norm, and all by one, against plain loops in float64."""
+"""clip_grad_norms_ and clip_grad_norm_ against plain loops in float64."""
 
 import math
 
 import pytest
 import torch
 from fastdino_kernels import clip, clip_grad_norm_, clip_grad_norms_, reference
-from fastdino_kernels.pointer_table import POINTER, ROW, PointerTable
+from fastdino_kernels.pointer_table import POINTER
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests import multi_tensor
+from tests.multi_tensor import (
+    EPS,
+    FLOATS,
+    far_table,
+    lengths_around,
+    needs_cuda,
+    numpy_warns,
+    triton_only,
+)
 from tests.properties import given, settings, st
 
 SHAPES = [(3, 5), (7,), (), (64, 32), (2, 3, 4), (0, 3)]
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-EPS = torch.finfo(torch.float32).eps
-TARGETS = [
-    ("torch", "cpu"),
-    ("triton", "cpu"),
-    pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
-]
-triton_only = pytest.mark.parametrize("target", TARGETS[1::2], indirect=True, ids="-".join)
 both = pytest.mark.parametrize("clip_", [clip_grad_norms_, clip_grad_norm_])
-# The interpreter's, of inf * 0.
-numpy_warns = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
 def parameter(grad):
@@ -32,16 +31,9 @@ def parameter(grad):
 
 
 def draw(*dtypes, device="cpu", shapes=SHAPES, seed=0):
-    """Parameters whose gradients' norms lie on both sides of 1; dtypes in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        parameter(
-            (torch.randn(shape, generator=generator) * 0.5**index).to(
-                device, dtypes[index % len(dtypes)]
-            )
-        )
-        for index, shape in enumerate(shapes)
-    ]
+    """Make parameters with gradients whose norms are below and above 1; dtypes take turns."""
+    drawn = multi_tensor.draw(dtypes, seed, device, shapes)
+    return [parameter(x * 0.5**index) for index, x in enumerate(drawn)]
 
 
 def truth(params, max_norm):
@@ -79,14 +71,14 @@ def test_each_gradient_is_clipped_by_its_own_norm(dtypes, target):
     assert not all(untouched)
 
 
-def test_the_factor_has_the_papers_epsilon():
+def test_factor_uses_the_papers_epsilon():
     param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     param.grad = torch.full((1,), 1e-5, dtype=torch.float64)
     clip_grad_norms_([param], 1e-6)
     assert param.grad.item() == pytest.approx(1e-5 * 1e-6 / (1e-5 + 1e-6), rel=1e-12)
 
 
-def test_missing_gradients_are_passed_over(target):
+def test_missing_gradients_are_skipped(target):
     params = draw(torch.float32, device=target["device"])
     expected, expected_norms = truth(params, 0.5)
     for index in (0, 3):
@@ -99,7 +91,7 @@ def test_missing_gradients_are_passed_over(target):
     torch.testing.assert_close(params[1].grad.double(), expected[1], rtol=1e-6, atol=1e-8)
 
 
-def test_the_same_gradients_at_other_places_of_the_list(target):
+def test_same_gradients_at_other_list_positions(target):
     x, y = (parameter(torch.full((4,), v, device=target["device"])) for v in (1.0, 2.0))
     without = torch.nn.Parameter(torch.zeros(4, device=target["device"]))
     for params in ([x, without, y], [without, x, y], [x, y], [x, y, without]):
@@ -108,7 +100,7 @@ def test_the_same_gradients_at_other_places_of_the_list(target):
         assert norms.tolist() == pytest.approx(expected)
 
 
-def test_no_gradients_at_all(target):
+def test_no_gradients(target):
     params = [torch.nn.Parameter(torch.zeros(2, device=target["device"])) for _ in range(3)]
     norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
     assert torch.equal(norms, torch.zeros(3, device=target["device"]))
@@ -119,13 +111,13 @@ def test_no_gradients_at_all(target):
 
 
 @both
-def test_the_implementation_is_checked_without_gradients_too(clip_):
+def test_impl_is_checked_without_gradients(clip_):
     for params in ([], [torch.nn.Parameter(torch.zeros(2))]):
         with pytest.raises(ValueError, match=r"impl must be one of .*got 'foo'"):
             clip_(params, 1.0, impl="foo")
 
 
-def test_one_tensor_stands_for_a_list_of_one(target):
+def test_single_tensor_is_accepted(target):
     param = draw(torch.float32, device=target["device"])[0]
     expected = param.grad.norm()
     norms = clip_grad_norms_(param, 1.0, impl=target["impl"])
@@ -135,7 +127,7 @@ def test_one_tensor_stands_for_a_list_of_one(target):
 
 
 @numpy_warns
-def test_infinite_and_nan_norms_do_what_the_paper_code_does(target):
+def test_infinite_and_nan_norms_match_the_paper_code(target):
     values = torch.tensor([[1.0, math.inf], [1.0, math.nan], [3.0, 4.0], [0.0, 0.0]])
     params = [parameter(value.to(target["device"])) for value in values.clone()]
     norms = clip_grad_norms_(params, 1.0, impl=target["impl"])
@@ -147,7 +139,7 @@ def test_infinite_and_nan_norms_do_what_the_paper_code_does(target):
 
 
 @both
-def test_half_gradients_whose_norm_overflows_half(clip_, target):
+def test_norm_may_overflow_half_precision(clip_, target):
     grad = torch.full((10_000,), 1000.0, dtype=torch.float16, device=target["device"])
     param = parameter(grad)
     norms = clip_([param], 100.0, impl=target["impl"])
@@ -156,7 +148,7 @@ def test_half_gradients_whose_norm_overflows_half(clip_, target):
 
 
 @both
-def test_an_infinite_max_norm_only_measures(clip_, target):
+def test_infinite_max_norm_only_measures(clip_, target):
     params = draw(torch.float32, device=target["device"])
     before = [p.grad.clone() for p in params]
     norms = clip_(params, math.inf, impl=target["impl"])
@@ -167,7 +159,7 @@ def test_an_infinite_max_norm_only_measures(clip_, target):
 
 @pytest.mark.parametrize("max_norm", [0.3, 100.0])
 @pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS[1:], FLOATS])
-def test_all_gradients_are_clipped_by_their_common_norm(dtypes, max_norm, target):
+def test_gradients_are_clipped_by_the_global_norm(dtypes, max_norm, target):
     if target["impl"] == "triton" and torch.float64 in dtypes:
         pytest.skip("Triton computes in fp32")
     params = draw(*dtypes, device=target["device"])
@@ -191,7 +183,7 @@ def test_all_gradients_are_clipped_by_their_common_norm(dtypes, max_norm, target
 @numpy_warns
 @pytest.mark.parametrize("odd", [1.0, 0.0, math.inf, math.nan])
 @pytest.mark.parametrize("max_norm", [0.5, 5.0, 1e-5])
-def test_the_common_norm_does_what_torchs_own_function_does(max_norm, odd, target):
+def test_global_norm_matches_torch(max_norm, odd, target):
     ours, theirs = (
         draw(torch.float32, device=target["device"], shapes=[(3, 4), (5,), (2,)]) for _ in range(2)
     )
@@ -205,7 +197,7 @@ def test_the_common_norm_does_what_torchs_own_function_does(max_norm, odd, targe
 
 
 @both
-def test_gradients_with_gaps_or_in_another_order(clip_, target):
+def test_gradients_with_gaps_or_other_strides(clip_, target):
     wide = torch.randn(4, 6, device=target["device"])
     params = [parameter(torch.randn(5, 4, device=target["device"]).t()) for _ in range(2)]
     params.append(torch.nn.Parameter(torch.zeros(4, 3, device=target["device"])))
@@ -220,7 +212,7 @@ def test_gradients_with_gaps_or_in_another_order(clip_, target):
 
 
 @triton_only
-def test_transposed_gradients_are_left_to_the_kernel(target, monkeypatch):
+def test_transposed_gradients_use_the_kernel(target, monkeypatch):
     monkeypatch.delattr(clip, "torch_norms")
     params = [parameter(torch.randn(5, 4, device=target["device"]).t())]
     expected, _ = truth(params, 0.1)
@@ -231,10 +223,10 @@ def test_transposed_gradients_are_left_to_the_kernel(target, monkeypatch):
 @both
 @triton_only
 @pytest.mark.parametrize("dtype", FLOATS[1:])
-def test_every_length_around_a_chunk_is_covered_and_nothing_else(clip_, target, dtype):
+def test_lengths_around_a_chunk_write_nothing_outside(clip_, target, dtype):
     from fastdino_kernels.clip_triton import CHUNK
 
-    lengths = [1, 15, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1025]
+    lengths = lengths_around(CHUNK)
     frames, params = [], []
     for index, length in enumerate(lengths * 2):
         # The second half starts one element in: such addresses are not multiples of 16.
@@ -256,7 +248,7 @@ def test_every_length_around_a_chunk_is_covered_and_nothing_else(clip_, target, 
 
 @both
 @triton_only
-def test_more_chunks_than_are_added_at_once(clip_, target, monkeypatch):
+def test_more_chunks_than_one_reduction_step(clip_, target, monkeypatch):
     from fastdino_kernels import clip_triton
 
     monkeypatch.setattr(clip_triton, "TENSOR_PARTIALS", 2)
@@ -270,23 +262,18 @@ def test_more_chunks_than_are_added_at_once(clip_, target, monkeypatch):
 
 @triton_only
 def test_offsets_beyond_31_bits(target):
-    """The last chunk of a gradient of 2**31 elements and a few, of which only that chunk exists."""
     from fastdino_kernels.clip_triton import CHUNK, _scale, _sum_squares
 
-    before = 2**31
     grad = torch.full((100,), 2.0, device=target["device"])
-    row = [-(before // CHUNK), before + 100, 0, 0, grad.data_ptr() - 4 * before]
-    row += [0] * (ROW - len(row))
-    owners = torch.zeros(1, dtype=torch.int64, device=target["device"])
-    table = PointerTable(torch.tensor([row], device=target["device"]), owners, (0,))
+    table = far_table(CHUNK, [grad], (0,))
     assert _sum_squares(table).item() == 400.0
     _scale(table, torch.full((1,), 0.25, device=target["device"]), each=True)
     assert torch.equal(grad, torch.full_like(grad, 0.5))
 
 
 @triton_only
-def test_only_what_is_clipped_is_written(target, monkeypatch):
-    """A gradient in read-only memory, so to speak: its address is wrong when the scaling starts."""
+def test_unclipped_gradients_are_not_written(target, monkeypatch):
+    """The table's address of the unclipped gradient is invalid when the scaling starts."""
     from fastdino_kernels import clip_triton
 
     scale = clip_triton._scale
@@ -303,7 +290,7 @@ def test_only_what_is_clipped_is_written(target, monkeypatch):
 
 
 @both
-def test_gradients_may_be_made_anew_and_come_and_go(clip_, target):
+def test_gradients_may_be_new_or_missing_in_each_call(clip_, target):
     params = draw(*FLOATS[1:], device=target["device"])
     kept = []
     for step in range(4):
@@ -325,7 +312,7 @@ def test_gradients_may_be_made_anew_and_come_and_go(clip_, target):
 
 
 @both
-def test_the_same_input_gives_the_same_bits(clip_, target):
+def test_same_input_gives_same_bits(clip_, target):
     runs = []
     for _ in range(2):
         params = draw(torch.float32, device=target["device"], shapes=[(20_000,), (77,)])
@@ -335,7 +322,7 @@ def test_the_same_input_gives_the_same_bits(clip_, target):
 
 
 @both
-def test_autograd_sees_that_gradients_were_changed(clip_, target):
+def test_autograd_versions_are_incremented(clip_, target):
     params = draw(torch.float32, device=target["device"])
     versions = [p.grad._version for p in params]
     clip_(params, 0.1, impl=target["impl"])
@@ -350,13 +337,13 @@ def test_autograd_sees_that_gradients_were_changed(clip_, target):
     each=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_lists_of_any_kind(sizes, dtypes, max_norm, seed, each):
+def test_random_lists_of_gradients(sizes, dtypes, max_norm, seed, each):
     impl = "torch" if torch.cuda.is_available() else "triton"
     params = draw(*dtypes, shapes=sizes, seed=seed)
     expected, norms = (truth if each else truth_of_all)(params, max_norm)
-    found = (clip_grad_norms_ if each else clip_grad_norm_)(params, max_norm, impl=impl)
+    measured = (clip_grad_norms_ if each else clip_grad_norm_)(params, max_norm, impl=impl)
     norms = torch.stack(norms) if each else norms
-    torch.testing.assert_close(found.double(), norms, rtol=4 * EPS, atol=1e-12)
+    torch.testing.assert_close(measured.double(), norms, rtol=4 * EPS, atol=1e-12)
     assert_one_rounding(params, expected)
 
 
@@ -398,8 +385,8 @@ def test_fake_tensors_have_fake_norms(target):
 
 @both
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_makes_and_clips_its_gradients(clip_):
+@needs_cuda
+def test_captured_graph_with_new_gradients(clip_):
     params = draw(torch.float32, device="cuda")
     inputs = [torch.randn_like(p) for p in params]
 
@@ -430,7 +417,7 @@ def test_a_captured_step_makes_and_clips_its_gradients(clip_):
 
 
 @both
-def test_two_gradients_in_one_place_are_refused(clip_, target):
+def test_gradients_that_share_memory_are_an_error(clip_, target):
     buffer = torch.ones(6, device=target["device"])
     params = [parameter(buffer[:4]), parameter(buffer[4:])]
     clip_(params, 10.0, impl=target["impl"])
@@ -442,15 +429,9 @@ def test_two_gradients_in_one_place_are_refused(clip_, target):
     assert torch.equal(buffer, torch.ones_like(buffer))
 
 
-def test_environment_variable_names_an_implementation(monkeypatch):
-    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
-    with pytest.raises(ValueError, match=r"FASTDINO_KERNELS must be one of 'auto'.*'abacus'"):
-        clip_grad_norms_(draw(torch.float32), 1.0)
-
-
 @both
 @pytest.mark.parametrize("parameters", [None, 3])
-def test_parameters_are_tensors_to_go_through(clip_, parameters):
+def test_parameters_must_be_an_iterable_of_tensors(clip_, parameters):
     name = type(parameters).__name__
     with pytest.raises(TypeError, match=f"parameters must be .*iterable of them, got {name}"):
         clip_(parameters, 1.0)
@@ -495,7 +476,7 @@ def overlapping_parameter():
     ],
 )
 @both
-def test_callers_mistakes_change_nothing(clip_, params, max_norm, options, raises, match):
+def test_invalid_arguments_change_nothing(clip_, params, max_norm, options, raises, match):
     params = draw(torch.float32) if params is None else params
     before = [p.grad.clone() for p in params if getattr(p, "grad", None) is not None]
     with pytest.raises(raises, match=match):

@@ -1,4 +1,4 @@
-"""The drop-ins of fastdino_kernels.compat together: on Triton, and the guide's own code.
+"""All drop-ins of fastdino_kernels.compat on Triton, and the code of the guide.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -22,7 +22,7 @@ GUIDE = ROOT / "kernels/README.md"
 
 
 def losses_and_gradients(device: str) -> list[tuple[Tensor, Tensor]]:
-    """run() of every drop-in on fp32 logits on the device, with its implementation as it is set."""
+    """Run every drop-in on fp32 logits on the device, with FASTDINO_KERNELS' implementation."""
     student, teacher = (x.to(device) for x in draw(4, 2, K=70, dtype=torch.float32))
     few, probs = (x.to(device) for x in draw_probs(1, 2, K=70, dtype=torch.float32))
     alike, targets = (x.to(device) for x in draw_probs(2, 2, K=70, dtype=torch.float32))
@@ -39,7 +39,7 @@ def losses_and_gradients(device: str) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_drop_ins_give_the_same_on_triton(device, monkeypatch):
+def test_drop_ins_give_the_same_on_triton(device, monkeypatch):
     problem = triton_problem(device)
     if problem is not None or (device == "cuda" and not torch.cuda.is_available()):
         pytest.skip(problem or "no GPU")
@@ -47,7 +47,7 @@ def test_the_drop_ins_give_the_same_on_triton(device, monkeypatch):
     for impl in ("torch", "triton"):
         monkeypatch.setenv("FASTDINO_KERNELS", impl)
         results[impl] = losses_and_gradients(device)
-    assert not torch.equal(results["torch"][0][1], results["triton"][0][1])  # it was another one
+    assert not torch.equal(results["torch"][0][1], results["triton"][0][1])  # both ran
     for got, expected in zip(results["triton"], results["torch"], strict=True):
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-6)
@@ -58,11 +58,11 @@ def guide_snippets() -> list[str]:
 
 
 @pytest.mark.parametrize("snippet", guide_snippets())
-def test_the_guides_code_runs(snippet):
+def test_code_of_the_guide_runs(snippet):
     exec(snippet, {"__name__": "guide"})
 
 
-def test_the_guides_names_exist():
+def test_names_in_the_guide_exist():
     guide = GUIDE.read_text(encoding="utf-8")
     imports = set(re.findall(r"(from fastdino_kernels[\w.]* import \w+)", guide))
     assert {line.split()[-1] for line in imports} >= {"DINOLoss", "cross_entropy"}

@@ -19,7 +19,7 @@ def plain_cross_entropy(s: Tensor, t: Tensor, temp: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 5, 1000), (4, 7), (2, 3, 2, 7), (1, 0, 7)])
 @pytest.mark.parametrize("temp", [0.1, torch.tensor(0.25)])
-def test_cross_entropy_is_the_equation_row_by_row(shape, temp):
+def test_cross_entropy_matches_the_equation(shape, temp):
     s, t = (x.reshape(shape) for x in draw_probs(1, 1, B=s_rows(shape), K=shape[-1]))
     got = run(lambda s: cross_entropy(s, t, temp), s)
     assert got[0].shape == shape[:-1]
@@ -43,7 +43,7 @@ def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7)])
 def test_cross_entropy_as_dinov2_calls_it(shape):
-    # What its patch loss does: fp32 copies of a slice, and a sign that it takes back.
+    # As in its patch loss: fp32 copies of a slice, negated.
     def lossfunc(t, s, temp):
         s, t = s.float(), t.float()
         if s.ndim == 2:
@@ -70,7 +70,7 @@ def test_cross_entropy_as_dinov2_calls_it(shape):
         lambda s, t, inplace: dino_cross_entropy(s, t, inplace_backward=inplace),
     ],
 )
-def test_the_gradient_is_written_over_the_logits_only_when_asked(loss_fn):
+def test_gradient_is_written_over_the_logits_only_on_request(loss_fn):
     s, t = draw_probs(2, 2)
     expected = run(lambda s: loss_fn(s, t, False), s)[1]
     for inplace in (False, True):
@@ -102,12 +102,12 @@ def test_cross_entropy_compiles():
         ((2, 3, 0), (2, 3, 0), "K >= 1"),
     ],
 )
-def test_cross_entropys_mistaken_shapes(s, t, match):
+def test_invalid_shapes_of_cross_entropy(s, t, match):
     with pytest.raises(ValueError, match=match):
         cross_entropy(torch.ones(s), torch.ones(t), 0.1)
 
 
-def test_cross_entropys_other_mistakes():
+def test_invalid_arguments_of_cross_entropy():
     s = torch.ones(2, 3, 7)
     with pytest.raises(ValueError, match="temp must be > 0 and finite, got 0.0"):
         cross_entropy(s, s, 0.0)
@@ -120,7 +120,7 @@ def test_cross_entropys_other_mistakes():
 
 
 def plain_clstoken_loss(student: Tensor, probs: Tensor, temp: float) -> Tensor:
-    """Every pair's mean over the batch, summed and not divided."""
+    """Sum the batch means of all pairs, without dividing by their number."""
     return sum(plain_cross_entropy(s, p, temp).mean() for s in student for p in probs)
 
 
@@ -146,7 +146,7 @@ def plain_einsum(student: Tensor, probs: Tensor, temp: float, ignore_diagonal: b
 
 @pytest.mark.parametrize(("S", "T"), [(10, 2), (2, 2), (2, 1), (1, 3), (8, 2)])
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
-def test_dino_cross_entropy_is_the_einsum(S, T, ignore_diagonal):
+def test_dino_cross_entropy_matches_the_einsum(S, T, ignore_diagonal):
     student, probs = draw_probs(S, T)
     options = {"student_temp": 0.2, "ignore_diagonal": ignore_diagonal}
     expected = run(lambda s: plain_einsum(s, probs, 0.2, ignore_diagonal), student)
@@ -158,18 +158,18 @@ def test_dino_cross_entropy_is_the_einsum(S, T, ignore_diagonal):
         assert_same(got, expected)
 
 
-def test_dino_cross_entropys_defaults():
+def test_defaults_of_dino_cross_entropy():
     student, probs = draw_probs(3, 2)
     expected = plain_einsum(student, probs, 0.1, ignore_diagonal=False)
     torch.testing.assert_close(dino_cross_entropy(student, probs), expected)
 
 
 @pytest.mark.parametrize("loss_fn", [dino_cross_entropy, dino_clstoken_loss])
-def test_an_empty_batch_has_no_loss(loss_fn):
+def test_empty_batch_has_loss_zero(loss_fn):
     assert loss_fn(*draw_probs(3, 2, B=0)) == 0
 
 
-def test_dino_cross_entropys_mistakes():
+def test_invalid_arguments_of_dino_cross_entropy():
     student, probs = draw_probs(1, 1)
     with pytest.raises(ValueError, match="S = T = 1 with ignore_diagonal leaves no pairs"):
         dino_cross_entropy(student, probs, ignore_diagonal=True)

@@ -12,16 +12,16 @@ import torch
 from fastdino_kernels.compat import lightly
 from fastdino_kernels.compat.stacking import stack_crops
 
-from tests.logits import assert_same, draw, of_both, run
+from tests.logits import assert_same, draw, run, run_both
 from tests.processes import run_two
 
-# Exact in fp32: lightly rounds its temperatures to it, which fp64 would show.
+# Exact in fp32, to which lightly rounds its temperatures.
 WARM_UP = {"warmup_teacher_temp": 0.03125, "teacher_temp": 0.0625, "warmup_teacher_temp_epochs": 3}
 
 
 @pytest.fixture
 def original():
-    """Class lightly.loss.DINOLoss of the installed package."""
+    """The class lightly.loss.DINOLoss of the installed package."""
     return pytest.importorskip("lightly.loss").DINOLoss
 
 
@@ -42,7 +42,7 @@ def test_lightly_gives_the_same_losses_gradients_and_centers(original, S, T, arg
     ours, theirs = (cls(7, **settings).double() for cls in (lightly.DINOLoss, original))
     for step in range(5):
         student, teacher = draw(S, T, seed=step)
-        got, expected = of_both(ours, theirs, teacher, student, **arguments(step))
+        got, expected = run_both(ours, theirs, teacher, student, **arguments(step))
         assert_same(got, expected)
         assert ours.center.shape == (1, 1, 7)
         torch.testing.assert_close(ours.center, theirs.center, rtol=1e-12, atol=1e-14)
@@ -52,7 +52,7 @@ def test_lightly_by_default_and_in_float32(original):
     ours, theirs = lightly.DINOLoss(1000), original(1000)
     for step in range(3):
         student, teacher = draw(4, 2, 5, 1000, torch.float32, seed=step)
-        got, expected = of_both(ours, theirs, teacher, student, epoch=40)
+        got, expected = run_both(ours, theirs, teacher, student, epoch=40)
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-8)
         torch.testing.assert_close(ours.center, theirs.center, rtol=1e-5, atol=1e-8)
@@ -101,7 +101,7 @@ def test_lightly_temperatures_may_be_tensors_and_change_between_calls():
 
 
 @pytest.mark.parametrize("form", [lambda t: t, list])
-def test_lightly_update_center_by_itself(original, form):
+def test_lightly_update_center(original, form):
     ours, theirs = (cls(7, center_momentum=0.25).double() for cls in (lightly.DINOLoss, original))
     for seed in range(2):
         _, teacher = draw(2, 2, seed=seed)
@@ -110,7 +110,7 @@ def test_lightly_update_center_by_itself(original, form):
     torch.testing.assert_close(ours.center, theirs.center, rtol=1e-12, atol=1e-14)
 
 
-def test_lightly_the_teacher_gets_no_gradient_and_the_graph_keeps_the_old_center():
+def test_lightly_teacher_gets_no_gradient_and_graph_keeps_the_old_center():
     student, teacher = draw(3, 2)
     loss_fn = lightly.DINOLoss(7).double()
     teacher.requires_grad_()
@@ -123,7 +123,7 @@ def test_lightly_the_teacher_gets_no_gradient_and_the_graph_keeps_the_old_center
     assert torch.equal(student.grad, again[1])
 
 
-def test_lightly_an_empty_batch_has_no_loss_and_leaves_the_center():
+def test_lightly_empty_batch_has_loss_zero_and_keeps_the_center():
     for S in (3, 1):
         loss_fn = lightly.DINOLoss(7)
         student, teacher = draw(S, 2, B=0, dtype=torch.float32)
@@ -131,7 +131,7 @@ def test_lightly_an_empty_batch_has_no_loss_and_leaves_the_center():
         assert torch.equal(loss_fn.center, torch.zeros(1, 1, 7))
 
 
-def test_one_crop_alone_is_the_same_error_and_leaves_the_center(original):
+def test_single_crop_is_an_error_and_keeps_the_center(original):
     student, teacher = draw(1, 1, dtype=torch.float32)
     for cls, match in ((original, "no cross-view terms"), (lightly.DINOLoss, "in teacher_out or")):
         loss_fn = cls(7)
@@ -169,7 +169,7 @@ def test_lightly_compiles(arguments):
         ([(3, 7)] * 2, [(3, 1, 7)] * 2, r"student_out\[0\] must be \[B, K\], got shape \(3, 1, 7"),
     ],
 )
-def test_lightly_mistaken_shapes(teacher, student, match):
+def test_lightly_invalid_shapes(teacher, student, match):
     loss_fn = lightly.DINOLoss(7)
     with pytest.raises(ValueError, match=match):
         loss_fn([torch.ones(s) for s in teacher], [torch.ones(s) for s in student])
@@ -187,13 +187,13 @@ def test_lightly_mistaken_shapes(teacher, student, match):
     ],
 )
 @pytest.mark.parametrize("S", [3, 1])
-def test_lightly_mistaken_temperatures(error, arguments, match, S):
+def test_lightly_invalid_temperatures(error, arguments, match, S):
     student, teacher = draw(S, 2, dtype=torch.float32)
     with pytest.raises(error, match=match):
         lightly.DINOLoss(7)(list(teacher), list(student), **arguments)
 
 
-def test_lightly_mistaken_types_and_devices():
+def test_lightly_invalid_types_and_devices():
     loss_fn = lightly.DINOLoss(7)
     with pytest.raises(TypeError, match=r"student_out\[1\] must be a torch.Tensor, got str"):
         loss_fn(torch.ones(2, 3, 7), [torch.ones(3, 7), "crop"])
@@ -221,13 +221,13 @@ def test_lightly_mistaken_types_and_devices():
         ({"center_mode": "median"}, "center_mode must be 'mean', got 'median'"),
     ],
 )
-def test_lightly_mistaken_settings(changes, match):
+def test_lightly_invalid_constructor_arguments(changes, match):
     with pytest.raises(ValueError, match=match):
         lightly.DINOLoss(**{"output_dim": 7, **changes})
 
 
 def distributed_steps(folder: Path) -> None:
-    """One of two processes: lightly's loss and ours on its part of the batch, which is not half."""
+    """Run lightly's loss and ours on this rank's part of the batch; the parts are not equal."""
     from lightly.loss import DINOLoss as Original
 
     torch.distributed.init_process_group("gloo")
@@ -235,7 +235,7 @@ def distributed_steps(folder: Path) -> None:
     ours, theirs = (cls(7, **WARM_UP).double() for cls in (lightly.DINOLoss, Original))
     for step in range(3):
         student, teacher = draw(4, 2, B=2 + rank, seed=2 * step + rank)
-        got, expected = of_both(ours, theirs, teacher, student, epoch=step)
+        got, expected = run_both(ours, theirs, teacher, student, epoch=step)
         assert_same(got, expected)
         torch.testing.assert_close(ours.center, theirs.center, rtol=1e-12, atol=1e-14)
     torch.save({"center": ours.center}, folder / f"{rank}.pt")
@@ -244,7 +244,7 @@ def distributed_steps(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_lightly_in_two_processes(original, tmp_path):
+def test_lightly_on_two_ranks(original, tmp_path):
     run_two(distributed_steps, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first["center"], second["center"])

@@ -13,7 +13,7 @@ from fastdino_kernels.compat import solo_learn
 from tests.logits import assert_same, draw, run
 
 
-def test_solo_learn_takes_its_constructor_and_its_epoch():
+def test_solo_learn_constructor_and_epoch():
     ours = solo_learn.DINOLoss(
         num_prototypes=7,
         student_temp=0.2,

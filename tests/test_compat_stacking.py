@@ -16,7 +16,7 @@ from tests.logits import draw, draw_probs
 
 
 def flat(S=4, B=3, K=7) -> tuple[Tensor, Tensor]:
-    """A leaf [S*B, K], and a tensor computed from it."""
+    """Return a leaf [S*B, K] and a tensor computed from it."""
     leaf = torch.randn(
         S * B, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).requires_grad_()
@@ -84,7 +84,7 @@ def one_detached(out: Tensor) -> list[Tensor]:
         lambda out: (2 * out.T).T.chunk(4),
     ],
 )
-def test_everything_else_is_stacked_as_torch_stacks(cut):
+def test_other_lists_are_stacked_like_torch_stack(cut):
     grads = []
     for stack in (torch.stack, lambda pieces: stack_crops("crops", pieces)):
         leaf, out = flat()
@@ -100,24 +100,24 @@ def run_backward(stacked: Tensor, leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def test_pieces_may_require_a_gradient_by_themselves():
+def test_pieces_may_be_leaves_that_require_a_gradient():
     pieces = [piece.requires_grad_() for piece in torch.zeros(12, 7).chunk(4)]
     stack_crops("crops", pieces).sum().backward()
     assert all(torch.equal(piece.grad, torch.ones(3, 7)) for piece in pieces)
 
 
-def test_pieces_read_as_another_dtype_keep_it():
+def test_pieces_viewed_as_another_dtype_keep_it():
     pieces = [piece.view(torch.bfloat16) for piece in torch.ones(12, 7).half().chunk(4)]
     assert torch.equal(stack_crops("crops", pieces), torch.stack(pieces))
     assert stack_crops("crops", pieces).dtype == torch.bfloat16
 
 
-def test_a_stacked_tensor_is_taken_as_it_is():
+def test_stacked_tensor_is_returned_unchanged():
     crops = torch.randn(4, 3, 7)
     assert stack_crops("crops", crops) is crops
 
 
-def test_the_losses_take_pieces_and_lists_alike():
+def test_losses_accept_pieces_and_lists():
     _, probs = draw_probs(4, 2)
     teacher = draw(4, 2)[1]
     for loss_fn in (

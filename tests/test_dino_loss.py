@@ -1,4 +1,4 @@
-"""fastdino_kernels.dino_loss against the plain equations in float64.
+"""fastdino_kernels.dino_loss against the reference in float64.
 
 `target` is an implementation and a device: PyTorch, and Triton on a GPU or interpreted on a CPU.
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
@@ -11,7 +11,6 @@ import pytest
 import torch
 import triton
 from fastdino_kernels import (
-    chosen_impl,
     dino_loss,
     reference,
     soft_cross_entropy,
@@ -24,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 HALF = [torch.float16, torch.bfloat16]
 FLOATS = [*HALF, torch.float32]
-# One unit in the last place, relative, of what a gradient is stored in.
+# Relative spacing of the dtype in which a gradient is stored.
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (*HALF, torch.float32, torch.float64)}
 
 
@@ -39,7 +38,7 @@ def draw(S=4, T=2, B=3, K=7, dtype=torch.float32, seed=0, spread=1.0):
 
 
 def truth(student, teacher, center, scale=1.0, dtype=torch.float64, **temps):
-    """Loss, gradient of scale*loss, and teacher sum, by the plain equations in `dtype`."""
+    """Return the reference's loss, gradient of scale*loss, and teacher sum in `dtype`."""
     student = student.detach().to(dtype).requires_grad_()
     loss, total = reference.dino_loss(
         student, teacher.to(dtype), center.to(dtype), **(temps or TEMPS)
@@ -49,7 +48,7 @@ def truth(student, teacher, center, scale=1.0, dtype=torch.float64, **temps):
 
 
 def ours(student, teacher, center, scale=1.0, impl="torch", device="cpu", **options):
-    """The same of dino_loss, computed on `device`, returned on the CPU."""
+    """Return the same of dino_loss, computed on `device`, on the CPU."""
     student = student.detach().to(device, copy=True).requires_grad_()
     options = {name: on(device, value) for name, value in (TEMPS | options).items()}
     loss, total = dino_loss(student, teacher.to(device), center.to(device), impl=impl, **options)
@@ -66,7 +65,7 @@ def interpreted(target):
 
 
 def wide_blocks(monkeypatch, prototypes):
-    """A program of the interpreter costs the same whatever its width: fewer and wider ones."""
+    """Use fewer, wider blocks: a program of the interpreter costs the same for any width."""
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     width = max(pairwise_triton.FORWARD_BLOCK, triton.next_power_of_2(prototypes // 4))
     monkeypatch.setattr(pairwise_triton, "FORWARD_BLOCK", width)
@@ -74,14 +73,14 @@ def wide_blocks(monkeypatch, prototypes):
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value."""
+    """Return the largest difference relative to the largest expected value."""
     difference = (got.double() - expected.double()).abs().max()
     return (difference / expected.double().abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize(("S", "T"), [(2, 1), (2, 2), (10, 2), (5, 3), (3, 3)])
 @pytest.mark.parametrize(("B", "K"), [(1, 1), (3, 7), (2, 1000), (3, 4096)])
-def test_equals_the_plain_equations_in_float64(S, T, B, K):
+def test_matches_the_reference_in_float64(S, T, B, K):
     inputs = draw(S, T, B, K, torch.float64)
     for got, expected in zip(ours(*inputs), truth(*inputs), strict=True):
         assert got.dtype == torch.float64
@@ -93,10 +92,10 @@ def test_equals_the_plain_equations_in_float64(S, T, B, K):
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("S", [2, 4, 10, 12])
 @pytest.mark.parametrize("K", [1, 7, 1000, 4096, 65536, 65537])
-def test_is_no_less_accurate_than_plain_pytorch(dtype, S, T, K, target, monkeypatch):
+def test_is_at_least_as_accurate_as_plain_pytorch(dtype, S, T, K, target, monkeypatch):
     if interpreted(target):
         if K >= 4096 and dtype != FLOATS[(S // 2 + T + K) % 3]:
-            pytest.skip("the interpreter is slow: one dtype a size")
+            pytest.skip("the interpreter is slow: one dtype per size")
         wide_blocks(monkeypatch, K)
     inputs = draw(S, T, 2, K, dtype)
     expected = truth(*inputs)
@@ -110,9 +109,9 @@ def test_is_no_less_accurate_than_plain_pytorch(dtype, S, T, K, target, monkeypa
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("S", "T", "B", "K"), [(3, 3, 2, 700), (4, 2, 5, 600)])
-def test_groups_of_images_in_the_shipped_blocks(S, T, B, K, target, monkeypatch):
+def test_groups_of_images_with_default_blocks(S, T, B, K, target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
-    monkeypatch.setattr(pairwise_triton, "MAX_GROUPS", 2)  # of five images: three and two
+    monkeypatch.setattr(pairwise_triton, "MAX_GROUPS", 2)  # five images: three and two
     monkeypatch.setattr(pairwise_triton, "SUM_GROUPS", 1)  # added one after the other
     inputs = draw(S, T, B, K)
     expected = truth(*inputs)
@@ -122,7 +121,7 @@ def test_groups_of_images_in_the_shipped_blocks(S, T, B, K, target, monkeypatch)
     assert error(total, expected[2]) < 5e-7
 
 
-def test_the_last_program_adds_up_the_rows_in_several_rounds(target, monkeypatch):
+def test_last_program_sums_rows_in_several_rounds(target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "FINISH_BLOCK", 8)
     inputs = draw(3, 2, 7, 20)
@@ -132,7 +131,7 @@ def test_the_last_program_adds_up_the_rows_in_several_rounds(target, monkeypatch
     assert error(total, expected[2]) < 5e-7
 
 
-def test_dinos_own_size_in_the_shipped_configuration(target):
+def test_dino_size_with_default_configuration(target):
     inputs = draw(2, 2, 1, 65536, torch.bfloat16)
     expected = truth(*inputs)
     loss, grad, total = ours(*inputs, **target)
@@ -182,7 +181,7 @@ def test_adding_a_constant_to_a_row_changes_nothing(dtype, target):
     ("dtype", "size"),
     [(torch.float32, 1e4), (torch.float32, 1e30), (torch.float16, 6e4), (torch.bfloat16, 1e30)],
 )
-def test_extreme_logits_stay_finite_and_right(dtype, size, target):
+def test_extreme_logits_stay_finite_and_accurate(dtype, size, target):
     student, teacher, center = draw(4, 2, 3, 64, dtype)
     student[:, :, 5], student[:, :, 6] = size, -size
     teacher[:, :, 5], teacher[:, :, 7] = size, -size
@@ -206,7 +205,7 @@ def test_large_logits_far_from_zero_lose_no_digits(target):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, interpreting
-def test_infinite_logits_give_what_pytorch_gives(target):
+def test_infinite_logits_match_pytorch(target):
     student, teacher, center = draw(2, 2, 6, 600)
     student[1, 0] = -math.inf  # no distribution: NaN
     student[1, 1, 3] = -math.inf  # an infinite loss, as the teacher gives it some probability
@@ -229,7 +228,7 @@ def test_infinite_logits_give_what_pytorch_gives(target):
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_offsets_beyond_32_bits(inplace_backward, target):
-    # The last image lies 2^31 elements on, in memory that is reserved and not touched.
+    # The last image is at an offset of 2^31 elements, in reserved memory that is not touched.
     S, T, B, K, stride = 2, 2, 3, 24, 1 << 30
     dense = draw(S, T, B, K, torch.float16)
     shapes = (((S, B, K), (K, stride, 1)), ((T, B, K), (K, stride, 1)))
@@ -244,7 +243,7 @@ def test_offsets_beyond_32_bits(inplace_backward, target):
     student = far[0].requires_grad_()
     center = dense[2].to(target["device"])
     options = TEMPS | {"impl": target["impl"], "inplace_backward": inplace_backward}
-    if inplace_backward:  # the teacher in memory of its own
+    if inplace_backward:  # the teacher needs its own memory
         far[1] = far[1].clone()
     loss, total = dino_loss(student, far[1], center, **options)
     (grad,) = torch.autograd.grad(loss, student)
@@ -252,7 +251,7 @@ def test_offsets_beyond_32_bits(inplace_backward, target):
         assert torch.equal(got.cpu(), want)
 
 
-def test_blocks_of_images_cover_a_batch_that_they_do_not_divide():
+def test_blocks_cover_a_batch_they_do_not_divide():
     B = 2 * torch.get_num_threads() + 1
     inputs = draw(3, 2, B, 40_000)
     expected = truth(*inputs)
@@ -269,7 +268,7 @@ def test_empty_batch_has_loss_zero(target):
     assert torch.equal(total, torch.zeros(7))
 
 
-def test_empty_batch_by_the_plain_equations():
+def test_reference_loss_of_an_empty_batch_is_zero():
     loss, total = reference.dino_loss(*draw(4, 2, 0, 7), **TEMPS)
     assert loss == 0
     assert torch.equal(total, torch.zeros(7))
@@ -311,7 +310,7 @@ def test_gradient_may_be_written_over_the_logits(target):
         loss.backward()
 
 
-def test_logits_that_share_memory_are_not_written_over():
+def test_inplace_backward_rejects_shared_memory():
     student, teacher, center = draw(4, 2, 3, 8)
     options = TEMPS | {"inplace_backward": True}
     with pytest.raises(ValueError, match=r"share no memory, got strides \(0, 8, 1\)"):
@@ -334,7 +333,7 @@ def test_teacher_and_center_are_constants():
     assert torch.equal(center, before)
 
 
-def test_the_center_may_change_before_the_backward_pass(target):
+def test_center_may_change_before_the_backward_pass(target):
     inputs = draw()
     expected = ours(*inputs, **target)[1]
     student, teacher, center = (x.to(target["device"], copy=True) for x in inputs)
@@ -353,7 +352,7 @@ def test_temperatures_may_be_tensors(target):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
-def test_mixed_dtypes_compute_in_the_wider_one():
+def test_mixed_dtypes_compute_in_the_wider_dtype():
     student, teacher, center = draw(dtype=torch.bfloat16)
     loss, grad, total = ours(student, teacher.double(), center.bfloat16().double())
     assert (loss.dtype, grad.dtype, total.dtype) == (torch.float64, student.dtype, torch.float64)
@@ -368,7 +367,7 @@ def test_student_and_teacher_may_differ_in_dtype(target):
     assert error(grad, expected[1]) < EPS[torch.bfloat16]
 
 
-def test_same_input_same_bits(target):
+def test_same_input_gives_same_bits(target):
     inputs = draw(4, 2, 3, 1200)
     for first, second in zip(ours(*inputs, **target), ours(*inputs, **target), strict=True):
         assert torch.equal(first, second)
@@ -376,7 +375,7 @@ def test_same_input_same_bits(target):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_whoever_finishes_last_sees_every_row():
+def test_last_program_sees_every_row():
     student, teacher, center = (x.cuda() for x in draw(10, 2, 600, 32))
     probs = torch.softmax((teacher - center) / 0.04, dim=-1)
     rows = soft_cross_entropy(student, probs, student_temp=0.1, ignore_diagonal=True)
@@ -389,7 +388,7 @@ def test_whoever_finishes_last_sees_every_row():
         assert torch.equal(dino_loss(student, teacher, center, impl="triton", **TEMPS)[0], first)
 
 
-def test_a_new_temperature_is_not_compiled_anew(target):
+def test_new_temperature_does_not_recompile(target):
     student, teacher, center = (x.to(target["device"]) for x in draw())
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -425,7 +424,7 @@ def test_gradcheck():
     )
 
 
-def test_the_gradient_of_the_gradient_says_that_it_is_missing():
+def test_second_derivative_is_an_error():
     student, teacher, center = draw()
     loss, _ = dino_loss(student.requires_grad_(), teacher, center, **TEMPS)
     with pytest.raises(RuntimeError, match="no second derivative.*without create_graph"):
@@ -464,7 +463,7 @@ def test_fake_tensors_pass_through(target):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_graph_follows_its_inputs_and_temperatures():
+def test_captured_graph_reads_inputs_and_temperatures_anew():
     student, teacher, center = (x.cuda() for x in draw(4, 2, 3, 4096, torch.bfloat16))
     student.requires_grad_()
     temps = {name: torch.tensor(value, device="cuda") for name, value in TEMPS.items()}
@@ -491,20 +490,6 @@ def test_a_captured_graph_follows_its_inputs_and_temperatures():
     expected = ours(*others, impl="triton", device="cuda", student_temp=0.1, teacher_temp=0.07)
     for got, want in zip(captured, expected, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-8)
-
-
-def test_environment_variable_sets_the_default(monkeypatch):
-    inputs = draw(dtype=torch.bfloat16)
-    automatic = ours(*inputs, impl="auto")
-    assert (
-        "Pairwise" in dino_loss(inputs[0].requires_grad_(), *inputs[1:], **TEMPS)[0].grad_fn.name()
-    )
-    monkeypatch.setenv("FASTDINO_KERNELS", "torch")
-    assert chosen_impl() == "torch"
-    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
-    with pytest.raises(ValueError, match=r"FASTDINO_KERNELS must be one of 'auto'.*'abacus'"):
-        dino_loss(*inputs, **TEMPS)
-    assert torch.equal(ours(*inputs, impl="torch")[1], automatic[1])
 
 
 def call(student=(4, 3, 7), teacher=(2, 3, 7), center=(7,), **changes):
@@ -539,7 +524,7 @@ def call(student=(4, 3, 7), teacher=(2, 3, 7), center=(7,), **changes):
         ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'torch'.*got 'cuda'"),
     ],
 )
-def test_callers_mistakes(changes, raises, match):
+def test_invalid_arguments(changes, raises, match):
     with pytest.raises(raises, match=match):
         call(**changes)
 
@@ -558,7 +543,7 @@ def test_teacher_entropy():
         teacher_entropy(torch.zeros(2, 0, 7), torch.zeros(7), 0.04)
 
 
-def test_loss_minus_entropy_is_zero_where_the_student_is_the_teacher():
+def test_loss_equals_entropy_if_student_equals_teacher():
     logits = draw(1, 1, 3, 20, torch.float64)[0].expand(4, 3, 20)
     center = torch.zeros(20, dtype=torch.float64)
     loss, _ = dino_loss(logits, logits[:2], center, student_temp=0.1, teacher_temp=0.1)

@@ -1,4 +1,4 @@
-"""fastdino_kernels.DINOLoss against what the paper's code computes, in one process and in two.
+"""fastdino_kernels.DINOLoss against the paper's equations, on one rank and on two.
 
 Legend: S crops of the student, B images, K prototypes.
 """
@@ -24,7 +24,7 @@ def draw(S, T, B, K, dtype=torch.float32, seed=0):
 
 
 class PaperLoss:
-    """What facebookresearch/dino's DINOLoss computes, by the plain equations."""
+    """Reference of facebookresearch/dino's DINOLoss."""
 
     def __init__(self, K, schedule, dtype, momentum=0.9):
         self.center, self.schedule, self.momentum = torch.zeros(1, K).to(dtype), schedule, momentum
@@ -39,7 +39,7 @@ class PaperLoss:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_module_follows_the_paper_over_several_steps(dtype):
+def test_module_matches_the_paper_over_several_steps(dtype):
     S, B, K = 5, 3, 11
     loss_fn = DINOLoss(K, S, 0.04, 0.07, 3, 5).to(dtype)
     schedule = [0.04, 0.055, 0.07, 0.07, 0.07]
@@ -62,7 +62,7 @@ def test_module_follows_the_paper_over_several_steps(dtype):
     assert loss_fn.center.abs().max() > 0.01
 
 
-def test_accumulated_halves_give_the_whole_batch():
+def test_accumulated_halves_equal_the_whole_batch():
     S, B, K = 4, 6, 9
     student, teacher = draw(S, 2, B, K, torch.float64)
     whole = DINOLoss(K, S, 0.04, 0.04, 0, 1).double()
@@ -83,7 +83,7 @@ def test_accumulated_halves_give_the_whole_batch():
     assert torch.equal(kept, sum(sums))
 
 
-def test_state_dict_is_the_paper_codes():
+def test_state_dict_matches_the_paper_code():
     loss_fn = DINOLoss(8, 3, 0.04, 0.04, 0, 2)
     assert {name: value.shape for name, value in loss_fn.state_dict().items()} == {"center": (1, 8)}
     assert list(loss_fn.parameters()) == []
@@ -125,7 +125,7 @@ def test_center_update_can_be_skipped_on_the_device(skip):
     assert torch.equal(loss_fn.center, plain.center)
 
 
-def test_empty_batch_leaves_the_center():
+def test_empty_batch_keeps_the_center():
     loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 1)
     loss_fn.center.fill_(2)
     assert loss_fn(torch.zeros(0, 7), torch.zeros(0, 7), 0) == 0
@@ -145,7 +145,7 @@ def test_empty_batch_leaves_the_center():
         ({"center_momentum": 1.5}, r"center_momentum must be in \[0, 1\], got 1.5"),
     ],
 )
-def test_constructors_mistakes(changes, match):
+def test_invalid_constructor_arguments(changes, match):
     arguments = {
         "out_dim": 7,
         "ncrops": 4,
@@ -158,7 +158,7 @@ def test_constructors_mistakes(changes, match):
         DINOLoss(**{**arguments, **changes})
 
 
-def test_modules_mistakes():
+def test_invalid_inputs():
     loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 2)
     student, teacher = torch.zeros(12, 7), torch.zeros(6, 7)
     for wrong in ((student[:11], teacher), (student, teacher[:5]), (student[:, :6], teacher)):
@@ -175,7 +175,7 @@ def test_modules_mistakes():
 
 
 def distributed_step(folder: Path) -> None:
-    """One of two processes: two steps on its half of the batch; writes what it then has."""
+    """Run two steps on this rank's half of the batch and save the losses and the center."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     S, B, K = 4, 6, 9
@@ -193,7 +193,7 @@ def distributed_step(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_one_center(tmp_path):
+def test_two_ranks_share_one_center(tmp_path):
     run_two(distributed_step, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     S, B, K = 4, 6, 9

@@ -1,15 +1,25 @@
-"""Which implementation of a kernel runs, and why Triton's cannot."""
+"""Selection between Triton and PyTorch, and the reasons why Triton cannot run."""
 
 from __future__ import annotations
 
 import pytest
-from fastdino_kernels import dispatch
+import torch
+from fastdino_kernels import (
+    adamw_ema_update_,
+    chosen_impl,
+    clip_grad_norm_,
+    clip_grad_norms_,
+    dino_loss,
+    dispatch,
+    ema_update_,
+    soft_cross_entropy,
+)
 from fastdino_kernels.dispatch import triton_problem
 
 
 @pytest.fixture
 def compilers(tmp_path, monkeypatch):
-    """A folder that is all of PATH; no CC."""
+    """A folder that is the whole PATH; CC is not set."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     dispatch._compiler_problem.cache_clear()
@@ -22,18 +32,50 @@ def test_triton_on_a_gpu_needs_a_c_compiler(compilers):
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
-def test_either_compiler_will_do(compilers, name):
+def test_gcc_and_clang_are_accepted(compilers, name):
     (compilers / name).touch(mode=0o755)
     assert triton_problem("cuda") is None
 
 
-def test_a_compiler_may_be_named(compilers, monkeypatch):
+def test_variable_cc_names_a_compiler(compilers, monkeypatch):
     monkeypatch.setenv("CC", "/opt/cc")
     assert triton_problem("cuda") is None
 
 
-def test_the_interpreter_needs_none(compilers, monkeypatch):
+def test_interpreter_needs_no_compiler(compilers, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_problem("cpu") is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "Triton needs CUDA tensors" in triton_problem("cpu")
+
+
+def test_environment_variable_selects_the_implementation(monkeypatch):
+    assert chosen_impl() == "torch"
+    monkeypatch.setenv("FASTDINO_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen_impl() == "triton"
+
+
+def with_gradient() -> torch.Tensor:
+    parameter = torch.zeros(2)
+    parameter.grad = torch.ones(2)
+    return parameter
+
+
+X = torch.zeros(3, 2, 4)
+CALLS = {
+    "dino_loss": lambda: dino_loss(X, X[:2], X[0, 0], student_temp=0.1, teacher_temp=0.1),
+    "soft_cross_entropy": lambda: soft_cross_entropy(X, X[:2], student_temp=0.1),
+    "ema_update_": lambda: ema_update_([X], [X.clone()], 0.9),
+    "clip_grad_norms_": lambda: clip_grad_norms_(with_gradient(), 1.0),
+    "clip_grad_norm_": lambda: clip_grad_norm_(with_gradient(), 1.0),
+    "adamw_ema_update_": lambda: adamw_ema_update_([X], [None], [None], [None], X[0, 0, :1], lr=1),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unknown_name_in_the_environment_variable_is_an_error(name, monkeypatch):
+    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
+    expected = r"FASTDINO_KERNELS must be one of 'auto', 'triton', 'torch', got 'abacus'"
+    with pytest.raises(ValueError, match=expected):
+        CALLS[name]()

@@ -6,30 +6,19 @@ import math
 import pytest
 import torch
 from fastdino_kernels import ema, ema_update_, pointer_table, reference
-from fastdino_kernels.pointer_table import ROW, PointerTable
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.multi_tensor import (
+    FLOATS,
+    HALVES,
+    draw,
+    far_table,
+    lengths_around,
+    needs_cuda,
+    numpy_warns,
+    triton_only,
+)
 from tests.properties import given, settings, st
-
-SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TARGETS = [
-    ("torch", "cpu"),
-    ("triton", "cpu"),
-    pytest.param(("torch", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
-]
-triton_only = pytest.mark.parametrize("target", TARGETS[1::2], indirect=True, ids="-".join)
-
-
-def draw(dtype=torch.float32, seed=0, device="cpu", shapes=SHAPES):
-    """Normal tensors; dtypes in turn where several are given."""
-    dtypes = [dtype] if isinstance(dtype, torch.dtype) else dtype
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(shape, generator=generator).to(device, dtypes[index % len(dtypes)])
-        for index, shape in enumerate(shapes)
-    ]
 
 
 def truth(teacher, student, momentum):
@@ -46,7 +35,7 @@ def assert_one_rounding(teacher, expected, *, roundings=1.0):
 
 @contextlib.contextmanager
 def only_the_kernel(monkeypatch):
-    """Within it, PyTorch must have nothing left to do."""
+    """Fail if PyTorch updates a tensor inside this context."""
     with monkeypatch.context() as patch:
         patch.delattr(ema, "torch_ema_")
         yield
@@ -55,7 +44,7 @@ def only_the_kernel(monkeypatch):
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("student_dtype", FLOATS)
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
-def test_is_right_to_one_rounding(teacher_dtype, student_dtype, momentum, target):
+def test_update_is_exact_to_one_rounding(teacher_dtype, student_dtype, momentum, target):
     if target["impl"] == "triton" and torch.float64 in (teacher_dtype, student_dtype):
         pytest.skip("Triton computes in fp32")
     device = target["device"]
@@ -102,8 +91,8 @@ def test_momentum_may_be_a_tensor(student_dtype, teacher_dtype, target):
 
 @triton_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_double_momentum_keeps_what_a_float_rounds(target, dtype):
-    teacher, student = [torch.zeros(3, device=target["device"])], []
+def test_fp64_momentum_is_not_rounded_to_fp32(target, dtype):
+    teacher = [torch.zeros(3, device=target["device"])]
     student = [torch.ones(3, device=target["device"])]
     momentum = torch.tensor(0.9996, dtype=dtype, device=target["device"])
     ema_update_(teacher, student, momentum, impl="triton")
@@ -111,7 +100,7 @@ def test_a_double_momentum_keeps_what_a_float_rounds(target, dtype):
     assert error < 1e-7 if dtype == torch.float64 else 1e-5 < error < 1e-4
 
 
-def test_a_momentum_of_one_keeps_the_teacher_to_the_bit(target):
+def test_momentum_of_one_keeps_the_teacher_bit_exact(target):
     teacher, student = draw(device=target["device"]), draw(seed=1, device=target["device"])
     before = [t.clone() for t in teacher]
     ema_update_(teacher, student, 1.0, impl=target["impl"])
@@ -119,9 +108,9 @@ def test_a_momentum_of_one_keeps_the_teacher_to_the_bit(target):
 
 
 @triton_only
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@numpy_warns
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_both_ends_of_the_momentum_are_exact_whatever_the_other_side_holds(target, as_tensor):
+def test_momenta_of_zero_and_one_are_exact_with_nan_and_inf(target, as_tensor):
     odd = torch.tensor([-0.0, math.inf, math.nan, 1e-40, 3.0], device=target["device"])
     even = torch.tensor([1.0, 1.0, 2.0, 1e30, math.nan], device=target["device"])
     for momentum, kept in ((1.0, odd), (0.0, even)):
@@ -138,10 +127,7 @@ def test_shadow_is_the_updated_teacher_rounded(target):
     assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
 
 
-HALVES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def test_shadow_is_rounded_from_what_the_teacher_keeps(target):
+def test_shadow_is_rounded_from_the_stored_teacher(target):
     """Rounding to fp16 and then to bf16 is not rounding to bf16."""
     from fastdino_kernels.ema_triton import CHUNK
 
@@ -165,7 +151,7 @@ def test_dtypes_may_differ_within_one_call(target):
         assert torch.equal(copy, t.to(copy.dtype))
 
 
-def test_modules_parameters_are_updated_without_a_graph(target):
+def test_module_parameters_are_updated_without_autograd(target):
     student, teacher = (torch.nn.Linear(3, 4, device=target["device"]) for _ in range(2))
     expected = truth(list(teacher.parameters()), list(student.parameters()), 0.9)
     versions = [t._version for t in teacher.parameters()]
@@ -179,14 +165,14 @@ def test_modules_parameters_are_updated_without_a_graph(target):
 
 
 def strided(device):
-    """Pairs whose memory is laid out alike, with no gaps."""
+    """Make pairs of dense tensors with equal strides that are not contiguous."""
     images = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)] * 2
     columns = [torch.randn(5, 4, device=device).t()] * 2
     return [(images[0], images[1].clone() + 1), (columns[0], columns[1].clone() - 1)]
 
 
 @triton_only
-def test_pairs_laid_out_alike_are_left_to_the_kernel(target, monkeypatch):
+def test_pairs_with_equal_strides_use_the_kernel(target, monkeypatch):
     teacher, student = map(list, zip(*strided(target["device"]), strict=True))
     assert not any(tensor.is_contiguous() for tensor in teacher + student)
     expected = truth(teacher, student, 0.7)
@@ -213,10 +199,10 @@ def test_non_contiguous_tensors(target):
 
 @triton_only
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_length_around_a_chunk_is_covered_and_nothing_else(target, dtype):
+def test_lengths_around_a_chunk_write_nothing_outside(target, dtype):
     from fastdino_kernels.ema_triton import CHUNK
 
-    lengths = [1, 15, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1025]
+    lengths = lengths_around(CHUNK)
     frames, teacher, student = [], [], []
     for index, length in enumerate(lengths * 2):
         # The second half starts one element in: such addresses are not multiples of 16.
@@ -237,17 +223,11 @@ def test_every_length_around_a_chunk_is_covered_and_nothing_else(target, dtype):
 
 @triton_only
 def test_offsets_beyond_31_bits(target):
-    """The last chunk of a tensor of 2**31 elements and a few, of which only that chunk exists."""
     from fastdino_kernels.ema_triton import CHUNK, launch_ema
 
     device = target["device"]
-    before = 2**31
     teacher, student = torch.zeros(100, device=device), torch.ones(100, device=device)
-    row = [-(before // CHUNK), before + 100, 0, 0]
-    row += [tensor.data_ptr() - 4 * before for tensor in (teacher, student)]
-    row += [0] * (ROW - len(row))
-    rows = torch.tensor([row], device=device)
-    table = PointerTable(rows, torch.zeros(1, dtype=torch.int64, device=device), (0, 0))
+    table = far_table(CHUNK, [teacher, student], (0, 0))
     launch_ema(table, 0.25)
     assert torch.equal(teacher, torch.full_like(teacher, 0.75))
 
@@ -259,22 +239,22 @@ def test_storage_may_move_between_calls(target):
     ema_update_(teacher, student, 0.5, impl="triton")
     kept = []
     for change in (
-        lambda t: t.clone(),  # elsewhere
+        lambda t: t.clone(),  # another address
         lambda t: t.bfloat16(),
-        lambda t: t.view(-1),  # the same place, another shape
-        lambda t: t[: len(t) // 2],  # and another size
+        lambda t: t.view(-1),  # same address, another shape
+        lambda t: t[: len(t) // 2],  # same address, another size
         lambda t: t.float(),
     ):
         for tensors in (teacher, student):
             for tensor in tensors:
-                kept.append(tensor.data)  # so that addresses are not taken again by chance
+                kept.append(tensor.data)  # so that addresses are not reused
                 tensor.data = change(tensor.data.view(-1))
         expected = truth(teacher, student, 0.5)
         ema_update_(teacher, student, 0.5, impl="triton")
         assert_one_rounding(teacher, expected)
 
 
-def test_another_shape_at_the_same_addresses_is_checked_again(target):
+def test_new_shape_at_the_same_address_is_checked(target):
     t, s = (torch.zeros(6, device=target["device"]) for _ in range(2))
     ema_update_([t.view(2, 3)], [s.view(2, 3)], 0.5, impl=target["impl"])
     with pytest.raises(ValueError, match=r"same shape, got \(3, 2\) and \(2, 3\)"):
@@ -283,7 +263,7 @@ def test_another_shape_at_the_same_addresses_is_checked_again(target):
         ema_update_([t.view(torch.int32)], [s], 0.5, impl=target["impl"])
 
 
-def test_the_same_input_gives_the_same_bits(target):
+def test_same_input_gives_same_bits(target):
     runs = []
     for _ in range(2):
         teacher = draw(device=target["device"], shapes=[(5000,), (77,)])
@@ -300,7 +280,7 @@ def test_the_same_input_gives_the_same_bits(target):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
-def test_lists_of_any_kind(sizes, dtypes, momentum, seed):
+def test_random_lists_of_tensors(sizes, dtypes, momentum, seed):
     impl = "torch" if torch.cuda.is_available() else "triton"
     teacher, student, shadow = (draw(d, seed + i, "cpu", sizes) for i, d in enumerate(dtypes))
     expected = truth(teacher, student, momentum)
@@ -309,7 +289,7 @@ def test_lists_of_any_kind(sizes, dtypes, momentum, seed):
     assert all(torch.equal(c, t.to(c.dtype)) for c, t in zip(shadow, teacher, strict=True))
 
 
-def test_nothing_to_update(target):
+def test_empty_lists_and_tensors(target):
     ema_update_([], [], 0.9, impl=target["impl"])
     ema_update_([], [], torch.tensor(0.9), shadow=[], impl=target["impl"])
     empty = [torch.zeros(0, 3, device=target["device"])]
@@ -325,7 +305,7 @@ def test_compiles_as_one_graph(target, as_tensor):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def update(teacher, student, copies, momentum):
         ema_update_(teacher, student, momentum, shadow=copies, impl=target["impl"])
-        return teacher[0] + 1  # sees the update
+        return teacher[0] + 1  # reads the updated value
 
     for momentum in (0.9, 0.25):
         ema_update_(expected, student, momentum, impl=target["impl"])
@@ -348,7 +328,7 @@ def test_opcheck(target, with_shadow):
     torch.library.opcheck(operator, (teacher, student, shadow, 0.5, momentum))
 
 
-def test_fake_tensors_are_checked_and_left_alone(target):
+def test_fake_tensors_are_checked_and_not_updated(target):
     with FakeTensorMode():
         teacher, student = draw(device=target["device"]), draw(device=target["device"])
         ema_update_(teacher, student, 0.9, impl=target["impl"])
@@ -382,8 +362,8 @@ def test_distributed_tensors_are_updated_shard_by_shard(mesh, impl):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_graph_follows_the_momentum_on_the_device():
+@needs_cuda
+def test_captured_graph_reads_the_momentum_anew():
     teacher, student = draw(device="cuda"), draw(torch.bfloat16, 1, "cuda")
     copies = [t.bfloat16() for t in teacher]
     momentum = torch.tensor(1.0, dtype=torch.float64, device="cuda")
@@ -400,8 +380,8 @@ def test_a_captured_graph_follows_the_momentum_on_the_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_outlives_the_cache_that_its_table_was_in():
+@needs_cuda
+def test_captured_graph_keeps_its_table_alive():
     teacher, student = draw(device="cuda"), draw(seed=1, device="cuda")
     ema_update_(teacher, student, 0.5)
     graph = torch.cuda.CUDAGraph()
@@ -416,9 +396,9 @@ def test_a_graph_outlives_the_cache_that_its_table_was_in():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_another_stream_waits_for_what_it_shares_with_one_that_is_late():
-    shapes = [(n,) for n in (40_001, 3, 12_345)]  # of no other test: their owners are made here
+@needs_cuda
+def test_streams_wait_for_shared_tables():
+    shapes = [(n,) for n in (40_001, 3, 12_345)]  # unique, so that their owners are made here
     pairs = [[draw(seed=seed + i, device="cuda", shapes=shapes) for i in (0, 1)] for seed in (0, 2)]
     expected = [truth(*pair, 0.5) for pair in pairs]
     late, early = torch.cuda.Stream(), torch.cuda.Stream()
@@ -431,12 +411,6 @@ def test_another_stream_waits_for_what_it_shares_with_one_that_is_late():
     torch.cuda.synchronize()
     for (teacher, _), values in zip(pairs, expected, strict=True):
         assert_one_rounding(teacher, values, roundings=3)
-
-
-def test_environment_variable_names_an_implementation(monkeypatch):
-    monkeypatch.setenv("FASTDINO_KERNELS", "abacus")
-    with pytest.raises(ValueError, match=r"FASTDINO_KERNELS must be one of 'auto'.*'abacus'"):
-        ema_update_(draw(), draw(seed=1), 0.9)
 
 
 A, B = torch.zeros(2, 3), torch.ones(2, 3)
@@ -499,7 +473,7 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
         (([A.double()], [B], 0.9), {"impl": "triton"}, ValueError, "fp32.*float64"),
     ],
 )
-def test_callers_mistakes_change_nothing(arguments, options, raises, match):
+def test_invalid_arguments_change_nothing(arguments, options, raises, match):
     with pytest.raises(raises, match=match):
         ema_update_(*arguments, **options)
     assert torch.equal(A, torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""fastdino_kernels.multi_crop against Pillow and torchvision: equal to the last bit."""
+"""fastdino_kernels.multi_crop equals Pillow and torchvision to the last bit."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def assert_equal(ours, theirs):
 
 
 def affordable(images, impl):
-    """A few small ones for the interpreter, which takes a second or so for a large box."""
+    """Select a few small images for the interpreter, which needs about a second per large box."""
     return [images[i] for i in (5, 9)] if impl == "triton" and DEVICE == "cpu" else images
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_alone_is_pillows(stage, impl, ragged_images, draw_any_crops, crops_by_pil):
+def test_each_stage_matches_pillow(stage, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = affordable(ragged_images, impl)
     params = draw_any_crops(images, 2, **(PLAIN | STAGES[stage]))
     assert_equal(crops(images, params, 17, impl=impl), crops_by_pil(images, params, 17))
@@ -56,14 +56,14 @@ def test_each_stage_alone_is_pillows(stage, impl, ragged_images, draw_any_crops,
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("n", "size"), [(20, 24), (10, 1), (10, 2), (10, 35)])
-def test_whole_crops_are_pillows(n, size, impl, ragged_images, draw_any_crops, crops_by_pil):
+def test_crops_match_pillow(n, size, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = affordable(ragged_images, impl)
     params = draw_any_crops(images, n if images is ragged_images else 2, seed=size)
     assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_every_image_gives_a_whole_crop(impl, ragged_images, draw_any_crops, crops_by_pil):
+def test_crops_of_every_image_match_pillow(impl, ragged_images, draw_any_crops, crops_by_pil):
     params = draw_any_crops(ragged_images, 1, seed=7)
     ours = crops(ragged_images, params, 48, impl=impl)
     assert_equal(ours, crops_by_pil(ragged_images, params, 48))
@@ -71,7 +71,7 @@ def test_every_image_gives_a_whole_crop(impl, ragged_images, draw_any_crops, cro
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("kind", "size"), [(0, 224), (1, 96)])
-def test_the_papers_crops_at_their_size(kind, size, impl, ragged_images, tiny, crops_by_pil):
+def test_paper_sized_crops_match_pillow(kind, size, impl, ragged_images, tiny, crops_by_pil):
     images = ragged_images[:1]
     config = tiny(local_crops_number=2)
     params = draw_crops(config, 0, [3], [image.shape[:2] for image in images])[kind]
@@ -102,7 +102,7 @@ def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_factors_at_their_ends(impl, ragged_images, draw_any_crops, crops_by_pil):
+def test_extreme_jitter_factors(impl, ragged_images, draw_any_crops, crops_by_pil):
     ends = torch.tensor([[0, 0, 0, -0.5], [1, 1, 1, 0], [2, 3, 5, 0.5], [0.5, 0.5, 0.5, -1e-3]])
     images = ragged_images[:1]
     params = draw_any_crops(images, 4, **(PLAIN | {"jitter": True}))
@@ -111,7 +111,7 @@ def test_factors_at_their_ends(impl, ragged_images, draw_any_crops, crops_by_pil
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_strided_images_are_read_right(impl, ragged_images, draw_any_crops):
+def test_strided_images(impl, ragged_images, draw_any_crops):
     image = ragged_images[-1]
     params = draw_any_crops([image], 2)
     expected = crops([image], params, 8, impl=impl)
@@ -135,7 +135,7 @@ def test_no_crops(b, n, impl, ragged_images, draw_any_crops):
     assert crops(images, draw_any_crops(images, n), 8, impl=impl).shape == (b, n, 3, 8, 8)
 
 
-def test_resize_and_blur_of_hundreds_of_shapes_and_radii():
+def test_resize_and_blur_match_pillow_for_random_sizes():
     rng = np.random.default_rng(0)
     for _ in range(200):
         height, width = rng.integers(1, 150, 2)
@@ -149,7 +149,7 @@ def test_resize_and_blur_of_hundreds_of_shapes_and_radii():
 
 
 def all_colours(step):
-    """uint8 [n, 4096, 3]: every colour but for those between steps."""
+    """Return all colours whose levels are multiples of `step`: uint8 [n, 4096, 3]."""
     levels = torch.arange(0, 256, step, dtype=torch.uint8)
     colours = torch.cartesian_prod(levels, levels, levels)
     padded = torch.zeros(-(-len(colours) // 4096) * 4096, 3, dtype=torch.uint8)
@@ -158,7 +158,7 @@ def all_colours(step):
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_hsv_of_every_colour_is_pillows_both_ways(step):
+def test_hsv_conversions_match_pillow_for_every_colour(step):
     for rows in all_colours(step).split(256):
         pixels, array = rows.int(), rows.numpy()
         hsv = np.asarray(Image.fromarray(array).convert("HSV"))
@@ -169,7 +169,7 @@ def test_hsv_of_every_colour_is_pillows_both_ways(step):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_hue_of_every_colour_is_pillows(step, impl, draw_any_crops, crops_by_pil):
+def test_hue_matches_pillow_for_every_colour(step, impl, draw_any_crops, crops_by_pil):
     colours = all_colours(step).flatten(0, 1)
     side = math.isqrt(len(colours))
     image = colours[: side * side].view(side, side, 3)
@@ -181,7 +181,7 @@ def test_hue_of_every_colour_is_pillows(step, impl, draw_any_crops, crops_by_pil
     assert_equal(ours, crops_by_pil([image], params, side))
 
 
-def test_torch_compile_takes_it_whole(ragged_images, draw_any_crops):
+def test_compiles_as_one_graph(ragged_images, draw_any_crops):
     images = ragged_images[:2]
     params = draw_any_crops(images, 2)
 
@@ -192,7 +192,7 @@ def test_torch_compile_takes_it_whole(ragged_images, draw_any_crops):
     assert torch.equal(compiled(images, params), 2 * crops(images, params, 8, impl="torch"))
 
 
-def test_the_operator_is_registered_right(ragged_images, draw_any_crops):
+def test_opcheck(ragged_images, draw_any_crops):
     op = torch.ops.fastdino_kernels.multi_crop.default
     packed = draw_any_crops(ragged_images[:2], 2).pack()
     arguments = (ragged_images[:2], packed, 8, MEAN, STD, torch.bfloat16, "torch")
@@ -214,7 +214,7 @@ def test_the_operator_is_registered_right(ragged_images, draw_any_crops):
     ],
 )
 @pytest.mark.parametrize("impl", IMPLS)
-def test_values_that_cannot_be_made_are_told(impl, changes, message, ragged_images, draw_any_crops):
+def test_invalid_values_raise(impl, changes, message, ragged_images, draw_any_crops):
     images = ragged_images[-1:]
     params = draw_any_crops(images, 1, **changes)
     with pytest.raises(ValueError, match=message):
@@ -241,7 +241,7 @@ def test_values_that_cannot_be_made_are_told(impl, changes, message, ragged_imag
         ({"params": None}, TypeError, "params must be CropParams, got NoneType"),
     ],
 )
-def test_bad_arguments_are_told(changes, error, message, ragged_images, draw_any_crops):
+def test_invalid_arguments_raise(changes, error, message, ragged_images, draw_any_crops):
     arguments = {
         "images": ragged_images[:1],
         "params": draw_any_crops(ragged_images[:1], 2),
@@ -255,7 +255,7 @@ def test_bad_arguments_are_told(changes, error, message, ragged_images, draw_any
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CropParams)])
-def test_wrong_fields_of_params_are_named(field, ragged_images, draw_any_crops):
+def test_invalid_fields_of_params_raise(field, ragged_images, draw_any_crops):
     params = draw_any_crops(ragged_images[:1], 2)
     value = getattr(params, field)
     if field != "top":

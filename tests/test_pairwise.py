@@ -1,4 +1,4 @@
-"""The operators beneath dino_loss and soft_cross_entropy: registration and the kernels' care.
+"""Registration of the operators of dino_loss and soft_cross_entropy.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """

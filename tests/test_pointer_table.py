@@ -1,4 +1,4 @@
-"""fastdino_kernels.pointer_table: what a table says, when it holds, and how long it lives."""
+"""fastdino_kernels.pointer_table: contents, cache keys and lifetime of tables."""
 
 import itertools
 import weakref
@@ -36,14 +36,14 @@ def empty_caches(monkeypatch):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """A switch: while it holds True, a CUDA graph is being captured, as far as the module knows."""
+    """A switch that simulates CUDA-graph capture while it is [True]."""
     switch = [False]
     monkeypatch.setattr(pointer_table, "_is_capturing", lambda device: switch[0])
     return switch
 
 
 class Stream:
-    """Stands for a CUDA stream; an event is who recorded it, and when."""
+    """Fake CUDA stream; an event is (stream, index)."""
 
     def __init__(self):
         self.recorded, self.waited = [], []
@@ -57,7 +57,7 @@ class Stream:
 
 
 class OnDevice:
-    """Stands for a tensor of a table."""
+    """Fake tensor of a table."""
 
     def __init__(self):
         self.streams = []
@@ -68,7 +68,7 @@ class OnDevice:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Two streams, the first of which is the current one: `streams.reverse()` changes that."""
+    """Two fake streams; the first is current until `streams.reverse()`."""
     streams = [Stream(), Stream()]
     monkeypatch.setattr(pointer_table, "_current_stream", lambda device: streams[0])
     return streams
@@ -76,7 +76,7 @@ def streams(monkeypatch):
 
 @pytest.fixture
 def arena(monkeypatch):
-    """A new arena, of memory that is not pinned."""
+    """A new arena with memory that is not pinned."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
     monkeypatch.setattr(pointer_table, "_arena", pointer_table._Arena())
@@ -84,7 +84,7 @@ def arena(monkeypatch):
 
 
 def counted():
-    """A maker of plans, and how often it was called so far."""
+    """Return a function that makes plans and the list of its calls."""
     calls = []
 
     def make():
@@ -94,7 +94,7 @@ def counted():
     return make, calls
 
 
-def test_rows_say_where_everything_is():
+def test_rows_hold_addresses_dtypes_and_sizes():
     x = [torch.zeros(5), torch.zeros(0, 3), torch.zeros(3, 3, dtype=torch.float16)]
     y = [torch.zeros(5).bfloat16(), torch.zeros(0, 3).bfloat16(), torch.zeros(3, 3).bfloat16()]
     table = build_table([x, y], [7, 8, 9], chunk=4)
@@ -107,7 +107,7 @@ def test_rows_say_where_everything_is():
     assert table.codes == (MIXED, BF16)
 
 
-def test_rows_say_where_there_is_nothing():
+def test_rows_mark_missing_tensors():
     x, y = [torch.zeros(5), None, torch.zeros(0)], [None, None, torch.zeros(0).half()]
     table = build_table([x, y, [None] * 3], range(3), chunk=4)
     assert table.rows.tolist() == [
@@ -122,7 +122,7 @@ def test_rows_say_where_there_is_nothing():
     assert len(nothing.owners) == 0
 
 
-def test_a_plan_holds_for_the_same_memory_whichever_objects_show_it():
+def test_plan_is_reused_for_new_objects_with_the_same_memory():
     make, calls = counted()
     tensors = [torch.zeros(2, 3), torch.zeros(4)]
     plan = plan_for("head", tensors, make)
@@ -143,7 +143,7 @@ def test_a_plan_holds_for_the_same_memory_whichever_objects_show_it():
         lambda t: t.as_strided((16, 1), (4, 1)),  # the same strides and number of elements
     ],
 )
-def test_whatever_a_table_depends_on_makes_another_plan(change):
+def test_other_memory_or_layout_makes_a_new_plan(change):
     make, calls = counted()
     tensor = torch.zeros(64)[:16].view(4, 4)
     for some in (tensor, change(tensor), tensor):
@@ -151,11 +151,11 @@ def test_whatever_a_table_depends_on_makes_another_plan(change):
     assert len(calls) == 2
 
 
-def test_a_tensor_whose_storage_moves_has_another_plan():
+def test_moved_storage_makes_a_new_plan():
     make, calls = counted()
     tensor = torch.zeros(4, 4)
     plan_for("head", [tensor], make)
-    before = tensor.data  # keeps its address from being taken again
+    before = tensor.data  # so that its address is not reused
     tensor.data = tensor.data.clone()
     plan_for("head", [tensor], make)
     tensor.set_(before)
@@ -163,7 +163,7 @@ def test_a_tensor_whose_storage_moves_has_another_plan():
     assert len(calls) == 2
 
 
-def test_the_head_and_the_number_of_tensors_count_too():
+def test_head_and_number_of_tensors_are_part_of_the_key():
     make, calls = counted()
     tensors = [torch.zeros(2), torch.zeros(2)]
     for head, some in (("a", tensors), ("b", tensors), ("a", tensors[:1]), ("a", tensors[::-1])):
@@ -171,7 +171,7 @@ def test_the_head_and_the_number_of_tensors_count_too():
     assert len(calls) == 4
 
 
-def test_a_refused_call_is_not_remembered():
+def test_failed_check_is_not_cached():
     tensor = torch.zeros(2)
 
     def refuse():
@@ -182,7 +182,7 @@ def test_a_refused_call_is_not_remembered():
             plan_for("head", [tensor], refuse)
 
 
-def test_the_cache_is_bounded_and_keeps_what_is_in_use():
+def test_cache_is_bounded_and_keeps_recent_plans():
     make, calls = counted()
     kept = [torch.zeros(3)]
     others = [[torch.zeros(4)] for _ in range(3 * pointer_table._CACHED)]
@@ -195,7 +195,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_in_use():
     assert len(calls) == 1 + len(others) + 1
 
 
-def test_no_tensor_of_the_callers_is_kept_alive():
+def test_cache_keeps_no_tensor_alive():
     tensors = [torch.zeros(3), torch.zeros(4)]
     plan = Plan("triton", build_table([tensors], range(2), 4))
     plan_for("head", tensors, lambda: plan)
@@ -204,7 +204,7 @@ def test_no_tensor_of_the_callers_is_kept_alive():
     assert [ref() for ref in dead] == [None, None]
 
 
-def test_a_plan_made_during_capture_serves_that_capture_alone(capturing):
+def test_plan_made_during_capture_is_not_cached(capturing):
     make, calls = counted()
     tensors = [torch.zeros(3)]
     capturing[0] = True
@@ -217,7 +217,7 @@ def test_a_plan_made_during_capture_serves_that_capture_alone(capturing):
     assert len(calls) == 2
 
 
-def test_a_plan_that_a_graph_reads_outlives_the_cache(capturing):
+def test_plan_used_by_a_graph_outlives_the_cache(capturing):
     def make():
         return Plan("torch")
 
@@ -232,7 +232,7 @@ def test_a_plan_that_a_graph_reads_outlives_the_cache(capturing):
     assert captured() is not None
 
 
-def test_a_plan_is_used_on_another_stream_after_what_fills_its_table(streams, arena):
+def test_other_stream_waits_for_the_upload(streams, arena):
     tensors, table = [torch.zeros(3)], PointerTable(OnDevice(), OnDevice(), (FP32,))
     plan = Plan("triton", table)
     first, second = streams
@@ -251,7 +251,7 @@ def test_a_plan_is_used_on_another_stream_after_what_fills_its_table(streams, ar
     assert table.rows.streams == table.owners.streams == [first, first, second, second]
 
 
-def test_what_two_tables_share_is_waited_for_too(streams):
+def test_other_stream_waits_for_shared_owners(streams):
     first, second = streams
     tables = [build_table([[torch.zeros(9)]], [0], chunk=4)]
     streams.reverse()
@@ -260,7 +260,7 @@ def test_what_two_tables_share_is_waited_for_too(streams):
     assert second.waited == first.recorded != []
 
 
-def test_nothing_is_waited_for_during_capture(streams, arena, capturing):
+def test_capture_does_not_wait_for_events(streams, arena, capturing):
     make, _ = counted()
     tensors = [torch.zeros(3)]
     plan_for("head", tensors, make)
@@ -273,7 +273,7 @@ def test_nothing_is_waited_for_during_capture(streams, arena, capturing):
     assert len(streams[1].recorded) == recorded
 
 
-def test_a_call_that_finds_its_table_sets_memory_aside_for_a_capture(streams, arena, capturing):
+def test_cached_call_reserves_memory_for_capture(streams, arena, capturing):
     plan = Plan("triton", PointerTable(OnDevice(), OnDevice(), (FP32,)))
     tensors = [torch.zeros(3)]
 
@@ -293,7 +293,7 @@ def test_a_call_that_finds_its_table_sets_memory_aside_for_a_capture(streams, ar
     assert len(arena._blocks) == 2
 
 
-def test_a_tensor_without_memory_is_left_to_the_checks():
+def test_tensors_without_memory_are_not_cached():
     make, calls = counted()
     for _ in range(2):
         plan_for("head", [torch.zeros(2), torch.zeros(2).to_sparse()], make)
@@ -301,7 +301,7 @@ def test_a_tensor_without_memory_is_left_to_the_checks():
     assert len(pointer_table._plans) == 0
 
 
-def test_the_arena_hands_out_memory_once_and_refuses_when_it_has_none(arena):
+def test_arena_never_reuses_memory_and_raises_when_full(arena):
     with pytest.raises(RuntimeError, match="for 8 words .*before capturing"):
         arena.take(8)
     arena.reserve()
@@ -321,7 +321,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=4)
 
 
 @given(SHAPES, st.lists(st.integers(0, 12), min_size=4, max_size=4))
-def test_dense_means_one_range_each_element_once(shape, strides):
+def test_is_dense_matches_brute_force(shape, strides):
     tensor = torch.empty(200).as_strided(shape, strides[: len(shape)])
     indices = itertools.product(*map(range, shape))
     offsets = sorted(sum(i * s for i, s in zip(index, strides, strict=False)) for index in indices)
@@ -330,7 +330,7 @@ def test_dense_means_one_range_each_element_once(shape, strides):
 
 
 @given(SHAPES, st.lists(st.integers(0, 12), min_size=4, max_size=4))
-def test_no_two_elements_in_one_place_are_missed(shape, strides):
+def test_overlaps_itself_finds_every_overlap(shape, strides):
     tensor = torch.empty(200).as_strided(shape, strides[: len(shape)])
     indices = itertools.product(*map(range, shape))
     offsets = [sum(i * s for i, s in zip(index, strides, strict=False)) for index in indices]
@@ -346,7 +346,7 @@ SLICES = st.builds(slice, st.integers(0, 2), st.integers(1, 6), st.integers(1, 3
     st.tuples(SLICES, SLICES, SLICES),
     st.permutations(range(3)),
 )
-def test_slices_transposes_and_diagonals_do_not_overlap_themselves(shape, slices, order):
+def test_views_by_slicing_do_not_overlap_themselves(shape, slices, order):
     view = torch.zeros(shape)[slices].permute(order)
     assert not overlaps_itself(view)
     assert not overlaps_itself(view.diagonal(dim1=0, dim2=2))
@@ -354,7 +354,7 @@ def test_slices_transposes_and_diagonals_do_not_overlap_themselves(shape, slices
     assert not overlaps_itself(view[:, None].expand(-1, 1, -1, -1))
 
 
-def test_logits_that_overlap_are_not_written_over():
+def test_inplace_backward_rejects_overlapping_logits():
     teacher, center = torch.zeros(2, 3, 8), torch.zeros(8)
     student = torch.zeros(40).as_strided((2, 3, 8), (4, 8, 1)).requires_grad_()
     options = {"student_temp": 0.1, "teacher_temp": 0.04, "inplace_backward": True}
@@ -364,7 +364,7 @@ def test_logits_that_overlap_are_not_written_over():
     dino_loss(padded[..., :8], teacher, center, **options)
 
 
-def test_flat_means_dense_and_alike():
+def test_are_flat_needs_dense_tensors_with_equal_strides():
     x = torch.zeros(2, 3, 4, 5)
     y = x.to(memory_format=torch.channels_last)
     assert are_flat([x])
@@ -383,7 +383,7 @@ def test_flat_means_dense_and_alike():
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), min_size=1, max_size=6),
     st.integers(0, 6),
 )
-def test_an_overlap_is_found_where_there_is_one(ranges, written):
+def test_find_overlap_matches_brute_force(ranges, written):
     base = torch.zeros(40)
     tensors = [base[start : start + size] for start, size in ranges]
     cells = [set(range(start, start + size)) for start, size in ranges]
@@ -392,12 +392,12 @@ def test_an_overlap_is_found_where_there_is_one(ranges, written):
         for x, y in itertools.combinations(range(len(cells)), 2)
         if x < written and cells[x] & cells[y]
     }
-    found = find_overlap(tensors, written)
-    assert (found in pairs) if pairs else (found is None)
+    overlap = find_overlap(tensors, written)
+    assert (overlap in pairs) if pairs else (overlap is None)
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(0, 60), st.integers(0, 9))
-def test_memory_that_is_written_is_known(sizes, start, size):
+def test_overlaps_ranges_matches_brute_force(sizes, start, size):
     base = torch.zeros(120)
     written, taken, at = [], set(), 0
     for index, length in enumerate(sizes):
@@ -410,7 +410,7 @@ def test_memory_that_is_written_is_known(sizes, start, size):
     assert overlaps_ranges(tensor, ranges_of(written[::-1])) == expected
 
 
-def test_a_long_range_hides_no_overlap_behind_a_short_one():
+def test_long_range_does_not_hide_an_overlap():
     base = torch.zeros(10)
     assert find_overlap([base[5:6], base, base[1:2]], written=1) == (0, 1)
 

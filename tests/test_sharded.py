@@ -1,4 +1,4 @@
-"""Clip and optimizer over DTensors, in two processes, against whole tensors in one."""
+"""Clipping and AdamWEMA of DTensors on two ranks against whole tensors on one."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ IMPLS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 
 
 def network():
-    """Of its rows, 7 are not split evenly, and 1 leaves the second process without any."""
+    """Make a network whose 7 rows split unevenly and whose 1 row leaves rank 1 without rows."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 1))
 
@@ -28,8 +28,8 @@ def whole(tensors):
 
 
 def run(student, teacher, impl, give):
-    """Two steps, and both clips; give(gradient, like) makes a gradient of a parameter."""
-    found = {}
+    """Run two steps and both clips; give(gradient, like) makes a gradient of a parameter."""
+    results = {}
     optimizer = AdamWEMA(
         student.parameters(), lr=0.1, max_norm=0.8, teacher=list(teacher.parameters()),
         momentum=0.9, skip_nonfinite=True, impl=impl,
@@ -38,25 +38,25 @@ def run(student, teacher, impl, give):
         for p, g in zip(student.parameters(), gradients_of(student, step), strict=True):
             p.grad = give(g, p)
         list(student.parameters())[step].grad = None
-        if step == 1:  # in the one row that the first process alone has
+        if step == 1:  # in the row that only rank 0 has
             student[2].weight.grad = give(torch.full((1, 7), float("nan")), student[2].weight)
         optimizer.step()
-        found[f"norms of step {step}"] = optimizer.norms
+        results[f"norms of step {step}"] = optimizer.norms
     for name, clip in (("each", clip_grad_norms_), ("all", clip_grad_norm_)):
         for p, g in zip(student.parameters(), gradients_of(student, 9), strict=True):
             p.grad = give(g, p)
         student[0].bias.grad = None
-        found[name] = clip(student.parameters(), 0.8, impl=impl)
+        results[name] = clip(student.parameters(), 0.8, impl=impl)
         left = [p.grad for p in student.parameters() if p.grad is not None]
-        found[f"clipped {name}"] = whole(left)
-    found["student"] = whole(p.detach() for p in student.parameters())
-    found["teacher"] = whole(p.detach() for p in teacher.parameters())
-    found["counts"] = [optimizer.steps, optimizer.refused_steps]
-    return found
+        results[f"clipped {name}"] = whole(left)
+    results["student"] = whole(p.detach() for p in student.parameters())
+    results["teacher"] = whole(p.detach() for p in teacher.parameters())
+    results["counts"] = [optimizer.steps, optimizer.refused_steps]
+    return results
 
 
 def of_two(folder: Path) -> None:
-    """One of two processes: the same with FSDP2; writes what it then has."""
+    """Run the same with FSDP2 on one of two ranks and save the results."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     from torch.distributed.device_mesh import init_device_mesh
@@ -72,7 +72,7 @@ def of_two(folder: Path) -> None:
     for impl in IMPLS:
         student, teacher = network(), network()
         for module in (student, teacher):
-            fully_shard(module[0], mesh=mesh)  # the other layer stays whole, but for its weight
+            fully_shard(module[0], mesh=mesh)  # the other layer is whole, except for its weight
             module[2].weight = torch.nn.Parameter(
                 distribute_tensor(module[2].weight.detach(), hybrid, [Replicate(), Shard(0)])
             )
@@ -95,7 +95,7 @@ def of_two(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> Path:
-    """The folder that two processes wrote to."""
+    """The folder with the results of two ranks."""
     folder: Path = tmp_path_factory.mktemp("sharded")
     run_two(of_two, folder)
     return folder
@@ -103,9 +103,9 @@ def outcomes(tmp_path_factory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
 @pytest.mark.parametrize("impl", IMPLS)
-def test_shards_come_to_what_whole_tensors_do(impl, outcomes):
+def test_shards_give_the_same_result_as_whole_tensors(impl, outcomes):
     expected = run(network(), network(), impl, lambda gradient, like: gradient)
     assert expected["counts"][1].item() == 1
     for rank in range(2):
-        found = torch.load(outcomes / f"{impl}{rank}.pt")
-        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
+        results = torch.load(outcomes / f"{impl}{rank}.pt")
+        torch.testing.assert_close(results, expected, equal_nan=True, rtol=1e-6, atol=1e-7)

@@ -1,4 +1,4 @@
-"""fastdino_kernels.soft_cross_entropy against the plain equations in float64.
+"""fastdino_kernels.soft_cross_entropy against the reference in float64.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -22,7 +22,7 @@ def draw(S=3, T=2, B=4, K=600, dtype=torch.float32, probs_dtype=torch.float32):
 
 
 def truth(student, probs, weights, ignore_diagonal=False, dtype=torch.float64):
-    """Rows, and the gradient of their weighted sum, by the plain equations in `dtype`."""
+    """Return the reference's rows and the gradient of their weighted sum in `dtype`."""
     student = student.detach().to(dtype).requires_grad_()
     rows = reference.soft_cross_entropy(student, probs.to(dtype), 0.1, ignore_diagonal)
     (rows * weights).sum().backward()
@@ -30,7 +30,7 @@ def truth(student, probs, weights, ignore_diagonal=False, dtype=torch.float64):
 
 
 def ours(student, probs, weights, impl="torch", device="cpu", student_temp=0.1, **options):
-    """The same of soft_cross_entropy, computed on `device`, returned on the CPU."""
+    """Return the same of soft_cross_entropy, computed on `device`, on the CPU."""
     student = student.detach().to(device, copy=True).requires_grad_()
     if isinstance(student_temp, torch.Tensor):
         student_temp = student_temp.to(device)
@@ -42,7 +42,7 @@ def ours(student, probs, weights, impl="torch", device="cpu", student_temp=0.1, 
 
 
 def error(got, expected):
-    """Largest difference, in units of the largest expected value."""
+    """Return the largest difference relative to the largest expected value."""
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -50,7 +50,7 @@ def error(got, expected):
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("S", "T"), [(1, 1), (3, 2), (2, 4)])
-def test_is_no_less_accurate_than_plain_pytorch(S, T, dtype, ignore_diagonal, target):
+def test_is_at_least_as_accurate_as_plain_pytorch(S, T, dtype, ignore_diagonal, target):
     inputs = draw(S, T, dtype=dtype)
     if S == T == 1 and ignore_diagonal:  # no pairs
         rows, grad = ours(*inputs, ignore_diagonal=True, **target)
@@ -89,7 +89,7 @@ def test_gradcheck():
     )
 
 
-def test_is_dino_loss_where_the_probabilities_are_its_own(target):
+def test_equals_dino_loss_with_its_probabilities(target):
     student, logits, _ = draw(4, 2)
     center = torch.linspace(-1, 1, 600)
     probs = ((logits - center) / 0.04).softmax(-1)
@@ -115,7 +115,7 @@ def test_gradient_may_be_written_over_the_logits(target):
     assert torch.equal(logits.detach().cpu(), expected)
 
 
-def test_many_rows_share_few_programs(target, monkeypatch):
+def test_many_rows_with_few_programs(target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "MAX_ROWS_OF_PROGRAMS", 4)
     inputs = draw(1, 1, 11, 40)
@@ -168,6 +168,6 @@ S, P = torch.zeros(3, 4, 5), torch.zeros(2, 4, 5)
         (S, S[:2], {"inplace_backward": True}, ValueError, "student and probs in the same storage"),
     ],
 )
-def test_callers_mistakes(student, probs, options, raises, match):
+def test_invalid_arguments(student, probs, options, raises, match):
     with pytest.raises(raises, match=match):
         soft_cross_entropy(student, probs, **({"student_temp": 0.1} | options))

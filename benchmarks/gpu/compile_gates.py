@@ -39,8 +39,8 @@ class Budget:
     stores: int = 1
 
 
-# The first pattern that matches a case's name decides. A row of odd length may start anywhere, so
-# its accesses are narrow. The counts are those of one pass over a program's tile: for the loss at
+# The first pattern that matches a case's name decides. Rows of odd length may start anywhere, so
+# their accesses are narrow. The counts are those of one pass over a program's tile: for the loss at
 # least the logits of T + S = 12 crops, for the others 4 vectors per thread and tensor.
 BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("pairwise_* K odd*", Budget(registers=168, loads=0, stores=0)),
@@ -85,7 +85,7 @@ def problems_of(code: MachineCode, shared_bytes: int, budget: Budget) -> list[st
     """List the ways in which a compiled kernel exceeds its budget."""
     problems = []
     if code.stack:
-        problems.append(f"spills {code.stack} bytes a thread")
+        problems.append(f"spills {code.stack} bytes per thread")
     if code.local_accesses:
         problems.append(f"{code.local_accesses} accesses to local memory")
     if code.float_atomics:

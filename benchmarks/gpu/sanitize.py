@@ -1,9 +1,9 @@
-"""One small call of each kernel, of sizes that fill no block: for compute-sanitizer.
+"""Launch each kernel once, with sizes that fill no block, for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \\
         python3 -m benchmarks.gpu.sanitize
 
-Without the allocator's cache each tensor is an allocation, so that memcheck sees where it ends.
+Without the allocator's cache each tensor is an allocation, so that memcheck knows its end.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.config import TrainConfig
 from fastdino.runtime import choose_device
 
-# Around the chunks of the multi-tensor kernels; the last one's copy has rows of norm 1.
+# Sizes next to the chunks of the multi-tensor kernels; the last one's copy has rows of norm 1.
 SHAPES = [(3,), (129, 7), (2049,), (1,), (5000,), (37, 64)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def losses(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Forward and backward of both losses, into memory of their own and over the logits."""
+    """Run forward and backward of both losses, with separate gradients and in place."""
     teacher = _normal((2, 3, 1037), dtype, device)
     center = _normal((1037,), torch.float32, device)
     made: list[Tensor] = []
@@ -53,7 +53,7 @@ def losses(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 
 def updates(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """EMA, both clips, and all of the optimizer's pass, with copies and a flag."""
+    """Run the EMA, both clips and the optimizer step, with copies and a flag."""
     students = [_normal(shape, dtype, device).requires_grad_() for shape in SHAPES]
     for student in students:
         student.grad = torch.ones_like(student)
@@ -77,7 +77,7 @@ def updates(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 
 def crops(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Crops of every kind, of images of odd sizes."""
+    """Make global and local crops of images of odd sizes."""
     sizes = [(37, 53), (1, 9), (64, 31)]
     images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, device=device) for size in sizes]
     config = TrainConfig(local_crops_number=3)

@@ -1,6 +1,6 @@
-"""Reads a compiled kernel: its registers, its spills, and how wide it reaches into memory.
+"""Registers, spills and widths of memory accesses of a compiled kernel.
 
-The cuobjdump and nvdisasm are those of Triton's wheel, so no CUDA toolkit is needed.
+cuobjdump and nvdisasm come with Triton's wheel, so no CUDA toolkit is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-# A product of RZ, which is 0, is no product: dividing in fp64 looks at exponents that way.
+# FFMA with RZ, which is 0, multiplies nothing: fp64 division inspects exponents with it.
 _FUSED = re.compile(r"\bFFMA\S*\s+R\d+, (?!RZ)")
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 _LOADS = {"LDG", "LDGSTS"}
@@ -29,9 +29,9 @@ _BITS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """registers a thread; stack: bytes of local memory a thread, which only spills need here.
+    """Registers per thread, and bytes of local memory per thread (stack), which only spills use.
 
-    loads and stores count the instructions on global memory by their width in bits a thread.
+    loads and stores count the instructions on global memory by their width in bits per thread.
     """
 
     registers: int
@@ -45,12 +45,12 @@ class MachineCode:
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
-    """Resource usage and instruction counts of a cubin that holds one kernel."""
+    """Return resource usage and instruction counts of a cubin with one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _run("cuobjdump", "-res-usage", file)
-        listing = _run("nvdisasm", "-c", "-ndf", file)  # code alone; no data flow: it takes longer
+        listing = _run("nvdisasm", "-c", "-ndf", file)  # only code; data flow takes longer
     resources = {name: int(value) for name, value in _RESOURCE.findall(usage)}
     return MachineCode(
         registers=resources["REG"],
@@ -61,7 +61,7 @@ def read_cubin(cubin: bytes) -> MachineCode:
 
 
 def count_instructions(listing: str) -> dict[str, Any]:
-    """The counts of MachineCode, from nvdisasm's listing."""
+    """Return the counts of MachineCode from nvdisasm's listing."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     local = atomics = 0
