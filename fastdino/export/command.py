@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--model_card", action="store_true", help=about)
     about = "JSON reports of `fastdino knn` and `fastdino linear`, for the model card"
     add("--figures", nargs="+", default=[], metavar="JSON", help=about)
-    add("--report", metavar="JSON", help="write what was exported and the largest error")
+    add("--report", metavar="JSON", help="write the properties of the export and its error")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -191,7 +191,7 @@ def _read_hf(network: Network, path: Path) -> Features:
     from transformers.utils import logging
 
     progress_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would show even when stderr is a file
+    logging.disable_progress_bar()  # it is shown even if stderr is redirected
     try:
         with _no_warnings():
             model, report = ViTModel.from_pretrained(
