@@ -396,7 +396,7 @@ def test_resume_warns_of_other_images(config, tmp_path, pictures, capsys, interr
     captured = capsys.readouterr()
     assert "resuming with other images: 18 with fingerprint" in captured.err
     assert f"(was 18 with {state['images']['fingerprint']}" in captured.err
-    assert "1 of 18 are new or changed and were looked at" in captured.out
+    assert "1 of 18 images are new or changed" in captured.out
 
 
 def test_run_on_shards_matches_run_on_folder(config, tmp_path, pictures, make_tar, interrupt):
