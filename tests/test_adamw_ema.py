@@ -710,7 +710,7 @@ def test_random_lists_of_tensors(sizes, dtypes, absent, seed):
         lists.gradients[i] = None
     expected = step_by_step(lists)
     lists.step({"impl": "torch" if torch.cuda.is_available() else "triton"})
-    # If a second moment is near 0, a step is several times as large as a parameter.
+    # If a second moment is near 0, a step is several times as large as the parameter.
     assert_right(lists, expected, roundings=16)
     assert_copies(lists)
 

@@ -1,4 +1,4 @@
-"""All drop-ins of fastdino_kernels.compat on Triton, and the code of the guide.
+"""Drop-ins of fastdino_kernels.compat on Triton, and the code of the guide.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """

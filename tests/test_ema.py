@@ -35,7 +35,7 @@ def assert_one_rounding(teacher, expected, *, roundings=1.0):
 
 @contextlib.contextmanager
 def only_the_kernel(monkeypatch):
-    """Fail if PyTorch updates a tensor inside this context."""
+    """Fail if PyTorch updates any tensor inside this context."""
     with monkeypatch.context() as patch:
         patch.delattr(ema, "torch_ema_")
         yield

@@ -39,7 +39,7 @@ class Budget:
     stores: int = 1
 
 
-# The first pattern that matches a case's name decides. Rows of odd length may start anywhere, so
+# The first pattern that matches decides. Rows of odd length may start anywhere, so
 # their accesses are narrow. The counts are those of one pass over a program's tile: for the loss at
 # least the logits of T + S = 12 crops, for the others 4 vectors per thread and tensor.
 BUDGETS: tuple[tuple[str, Budget], ...] = (

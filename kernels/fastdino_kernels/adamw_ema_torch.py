@@ -109,7 +109,7 @@ def _update_group(
     gaps: frozenset[int],
     stays: Tensor | None = None,
 ) -> None:
-    """Scale some parameters' gradients by floats or 0-d tensors and step AdamW, unless `stays`."""
+    """Scale gradients by their factors and step AdamW; nothing changes if `stays` is 1."""
     steps = _count_steps(call.steps, indices, stays)
     quadruples = {i: _quadruple(call.tensors, i) for i in indices}
     scaled = [i for i in indices if i in factors]

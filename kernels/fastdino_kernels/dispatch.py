@@ -72,7 +72,7 @@ def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
         return requested
     problem = _triton_problem(tensors)
     if requested == "auto":
-        # bool() of a tuple is what older PyTorch cannot trace.
+        # Older PyTorch cannot trace bool() of a tuple.
         on_gpu = len(tensors) > 0 and tensors[0].device.type == "cuda"
         return "triton" if on_gpu and problem is None else "torch"
     if problem is not None:

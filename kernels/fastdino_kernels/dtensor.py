@@ -24,7 +24,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_parts(named: Mapping[str, Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-    """Return the local shards of lists of tensors, None where there is no tensor.
+    """Return the local shards of lists of tensors; None stays None.
 
     Raises: ValueError: a tensor is sharded unlike the tensor of the same index in the first list.
     """

@@ -61,7 +61,7 @@ def ema_update_(
 
     Triton needs a pair to be dense with the same strides on both sides (both contiguous, both
     channels_last, both transposed, ...) and on the first pair's device; PyTorch updates the other
-    pairs of the same call. Under torch.compile pass the momentum as a tensor: a new float causes a
+    pairs of the same call. Under torch.compile pass a tensor as momentum: a new float causes a
     recompilation. DTensors are updated shard by shard.
 
     Args:
@@ -156,7 +156,7 @@ def _run(plan: Plan, tensors: _Tensors, momentum: float | Tensor) -> None:
         from .ema_triton import launch_ema
 
         launch_ema(plan.table, momentum)
-        # Autograd cannot see what a kernel writes.
+        # Autograd cannot see the writes of a kernel.
         torch.autograd.graph.increment_version([*tensors.teacher, *tensors.copies])
     if not plan.rest:
         return

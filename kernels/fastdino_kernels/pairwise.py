@@ -96,7 +96,7 @@ def _empty_gradient(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -
 
 def _backward_(grad_rows: Tensor, scale: float, student: Tensor, *rest: Any) -> None:
     _write_gradient(student, grad_rows, scale, student, *rest)
-    # Autograd cannot see what a kernel writes: graphs that saved the logits must become invalid.
+    # Autograd cannot see the writes of a kernel: graphs that saved the logits become invalid.
     torch.autograd.graph.increment_version(student)
 
 
