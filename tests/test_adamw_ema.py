@@ -6,13 +6,7 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
-from fastdino_kernels import (
-    adamw_ema,
-    adamw_ema_torch,
-    adamw_ema_update_,
-    pointer_table,
-    reference,
-)
+from fastdino_kernels import adamw_ema, adamw_ema_torch, adamw_ema_update_, pointer_table, reference
 
 from tests.multi_tensor import EPS, HALVES, draw, far_table, numpy_warns
 from tests.properties import given, settings, st

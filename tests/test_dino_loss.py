@@ -10,12 +10,7 @@ import math
 import pytest
 import torch
 import triton
-from fastdino_kernels import (
-    dino_loss,
-    reference,
-    soft_cross_entropy,
-    teacher_entropy,
-)
+from fastdino_kernels import dino_loss, reference, soft_cross_entropy, teacher_entropy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -419,8 +414,7 @@ def test_autocast_changes_nothing(dtype, target):
 def test_gradcheck():
     student, teacher, center = draw(3, 2, 2, 5, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda s: dino_loss(s, teacher, center, impl="torch", **TEMPS)[0],
-        student.requires_grad_(),
+        lambda s: dino_loss(s, teacher, center, impl="torch", **TEMPS)[0], student.requires_grad_()
     )
 
 

@@ -47,10 +47,7 @@ def _loss_calls() -> Calls:
         for crops in (10, 12):
             yield f"{NAMES[dtype]} S{crops}", partial(_dino_loss, dtype, crops)
     yield "bf16 S10 K odd", partial(_dino_loss, BF16, 10, prototypes=65537)
-    yield (
-        "bf16 S10 device temperatures",
-        partial(_dino_loss, BF16, 10, temp=torch.tensor(0.1)),
-    )
+    yield ("bf16 S10 device temperatures", partial(_dino_loss, BF16, 10, temp=torch.tensor(0.1)))
     yield "bf16 rows of probs", _soft_cross_entropy
 
 

@@ -213,10 +213,7 @@ def _copies(tensors: Tensors, unit_rows: int | None) -> list[tuple[Tensor, Tenso
 
 
 def _average(
-    tensors: Tensors,
-    momentum: float | Tensor,
-    unit_rows: int | None,
-    nothing: Tensor | None = None,
+    tensors: Tensors, momentum: float | Tensor, unit_rows: int | None, nothing: Tensor | None = None
 ) -> None:
     """Update teachers and copies, or keep all their values if `nothing` is true."""
     averaged = [i for i, t in enumerate(tensors.teachers) if t is not None]

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import (
-    check_float_tensor,
-    check_inplace_backward,
-    check_same_device,
-    check_temperature,
-)
+from .checks import check_float_tensor, check_inplace_backward, check_same_device, check_temperature
 from .dispatch import choose_impl, compute_dtype
 from .pairwise import PairwiseCrossEntropy
 
