@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
+from fastdino.data import loader_fused, loader_torchvision
 from fastdino.data.image_dataset import scan_images as scan_images
 from fastdino.data.loader import build_loader as build_resolved
 from fastdino.runtime import resolve_crops
@@ -140,8 +141,10 @@ def undrawn(monkeypatch, **kept):
     def draw(*args):
         return tuple(plain(params) for params in draw_crops(*args))
 
-    for name in ("torchvision", "fused", *["dali"] * bool(HAS_DALI)):
-        monkeypatch.setattr(f"fastdino.data.loader_{name}.draw_crops", draw)
+    for module in (loader_torchvision, loader_fused):
+        monkeypatch.setattr(module, "draw_crops", draw)
+    if HAS_DALI:
+        monkeypatch.setattr("fastdino.data.loader_dali.draw_crops", draw)
 
 
 def run_script(code, *args):

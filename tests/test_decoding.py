@@ -112,9 +112,6 @@ class Refusing:
         self.given += files
         return [None if data in self.refused else pixels(data) for data in files]
 
-    def close(self):
-        pass
-
 
 @pytest.fixture
 def dali_decoder():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 
 import numpy as np
 import pytest
@@ -13,22 +12,18 @@ from torchvision.transforms import RandomResizedCrop
 
 from fastdino.augmentation import params as crops_module
 from fastdino.augmentation.params import CropParams, draw_crops, philox4x32, select
+from tests.loaders import make_config
 
 ONES = 0xFFFFFFFF
 
 
-def make_config(**changes):
-    values = {
-        "seed": 0,
-        "global_crops_scale": (0.4, 1.0),
-        "local_crops_scale": (0.05, 0.4),
-        "local_crops_number": 8,
-    }
-    return types.SimpleNamespace(**(values | changes))
-
-
 def draw(n, size=(375, 500), epoch=0, **changes):
-    return draw_crops(make_config(**changes), epoch, np.arange(n), np.tile(size, (n, 1)))
+    return draw_crops(
+        make_config(**({"local_crops_number": 8} | changes)),
+        epoch,
+        np.arange(n),
+        np.tile(size, (n, 1)),
+    )
 
 
 def assert_equal(one: CropParams, other: CropParams):
