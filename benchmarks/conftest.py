@@ -53,7 +53,7 @@ def copy_gbps(request: pytest.FixtureRequest) -> float:
 
 @pytest.fixture(scope="session")
 def timings(request: pytest.FixtureRequest) -> Callable[..., dict[str, Timing]]:
-    """Timings of a comparison, which runs when the first of its baselines is needed."""
+    """A cached function that runs a comparison and returns its timings."""
 
     @functools.cache
     def get(make: Callable[..., Comparison], *arguments: Any) -> dict[str, Timing]:

@@ -33,7 +33,7 @@ def event(name, start, end, parent=None, *, sequence=-1, self_time=0.0, kernels=
 
 
 def events_of_a_step():
-    """Events in microseconds, in the order of a step: forward, head, loss, backward, update."""
+    """Build the events of forward, head, loss, backward and update, in microseconds."""
     backward = "autograd::engine::evaluate_function: "
     head = event("fastdino part: head", 30, 40, self_time=100)
     passes = [event(f"{backward}{i}", 50 + i, 51 + i, sequence=7 - i) for i in range(3)]

@@ -105,7 +105,7 @@ REDUCED_BENCHES = {
 
 @dataclass
 class GpuReport:
-    """All results; written again after every task, so that nothing measured is lost."""
+    """The results so far, written again after every task, so that nothing measured is lost."""
 
     environment: dict[str, str]
     reduced: bool
