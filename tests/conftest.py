@@ -47,7 +47,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch) -> None:
-    """Patch Triton's interpreter to round fp32 to bf16 as a GPU does; it truncates."""
+    """Patch Triton's interpreter to round fp32 to bf16 as GPUs do; it truncates."""
     if importlib.util.find_spec("triton") is None:
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
