@@ -49,6 +49,13 @@ def test_features_come_in_the_order_of_the_files(folder, pictures, workers):
     torch.testing.assert_close(flat.extract_all(dataset, ""), expected)
 
 
+def test_reading_an_image_does_not_list_all_paths(pictures, monkeypatch):
+    dataset = scan_images(pictures)
+    listing = property(lambda _: pytest.fail("the time per image grows with the dataset"))
+    monkeypatch.setattr(type(dataset), "paths", listing)
+    extractor(transform=center_crop(16, 8)).extract_all(dataset, "")
+
+
 def test_shares_of_the_ranks_add_up_to_the_whole(folder, monkeypatch):
     (folder / "1.png").write_text("no picture")
     images = ImageFiles.in_folder(folder)

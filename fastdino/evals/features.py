@@ -50,6 +50,10 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, index: int) -> Path:
+        """Return the path of an image."""
+        return self.paths[index]
+
     def read_rgb(self, index: int) -> Image.Image:
         """Decode an image and cut out its box."""
         image = read_rgb(self.paths[index])
@@ -85,7 +89,7 @@ class _Inputs(Dataset["tuple[int, Tensor | str]"]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        path = self.images.paths[index]
+        path = self.images.path(index)
         try:
             with explained_reading(path):
                 image = self.images.read_rgb(index)

@@ -131,7 +131,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     root = Path(args.output_dir)
     records: list[dict[str, Any]] = []
     for index, image in _read_images(images):
-        path, folder = images.paths[index], folders[index]
+        path, folder = images.path(index), folders[index]
         picture = fit_to_patches(image, args.image_size, model.patch_size)
         maps = attention_maps(model, to_input(picture)[None].to(device))[0].cpu()
         title = f"{Path(path).name}: CLS attention in the last block of {arch}"
