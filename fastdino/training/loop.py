@@ -17,7 +17,7 @@ from fastdino import distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.errors import CheckpointError, NonFiniteError, UserError
-from fastdino.files import explain_write_errors, file_lock, write_json
+from fastdino.files import file_lock, write_json
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -56,14 +56,17 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
 
     Raises: CheckpointError: the folder cannot be written, or another run uses it.
     """
-    with explain_write_errors(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(file_lock(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise CheckpointError(
-                f"--output_dir {folder}: another run is writing there; use another folder"
-            ) from None
+        stack.enter_context(file_lock(folder / ".lock", wait=False))
+    except BlockingIOError:
+        raise CheckpointError(
+            f"--output_dir {folder}: another run is writing there; use another folder"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"--output_dir {folder} cannot be written ({error}): use another folder"
+        ) from error
 
 
 class StepMetrics(NamedTuple):
