@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,15 +212,36 @@ def nano_model(nano_weights) -> torch.nn.Module:
 
 
 @pytest.fixture
+def nano_settings(nano_weights, nano_model) -> dict[str, Any]:
+    """The settings of nano_weights in the JSON report of a command."""
+    from fastdino.evals.options import weights_digest
+
+    return {
+        "pretrained_weights": str(nano_weights),
+        "checkpoint_key": "teacher",
+        "weights": weights_digest(nano_model),
+        "arch": "vit_nano",
+        "patch_size": 8,
+    }
+
+
+@pytest.fixture
 def run_nano(nano_weights, capsys) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs a command on nano_weights; returns exit status, stdout and stderr."""
+    """A function that runs a command on nano_weights; returns exit status, stdout and stderr.
+
+    It checks that an error is one line.
+    """
     from fastdino import cli
 
     def run(command: str, *words: Any) -> tuple[int, str, str]:
         network = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
         network += ["--pretrained_weights", str(nano_weights)]
         status = cli.main([command, *network, *map(str, words)])
-        return status, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        if status:
+            assert (status, out) == (2, "")
+            assert re.fullmatch(rf"fastdino {command}: error: .+\n", err)
+        return status, out, err
 
     return run
 

@@ -54,13 +54,12 @@ def test_overlay_mixes_the_image_with_the_map():
 def test_mask_picture_is_tinted_inside_and_dark_outside():
     pixels = np.full((8, 8, 3), (50, 100, 150), np.uint8)
     mask = torch.tensor([[True, False], [False, False]])
-    pictures = [mask_picture(pixels, mask, head) for head in (0, 1)]
-    for picture, head in zip(pictures, (0, 1), strict=True):
+    for head in (0, 1):
+        picture = mask_picture(pixels, mask, head)
         assert (picture[4:] == round(100 * DIMMED)).all()
         assert (picture[:4, 4:] == round(100 * DIMMED)).all()
         inside = (1 - TINT) * pixels[0, 0] + 255 * TINT * np.array(colormaps["tab10"](head)[:3])
         assert np.abs(picture[:4, :4] - inside).max() <= 0.51
-    assert not np.array_equal(*pictures)
 
 
 def test_heads_picture_has_tiles_row_by_row():

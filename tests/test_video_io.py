@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+import weakref
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.errors import CheckpointError, DataError
+from fastdino.errors import DataError
 from fastdino.evals import video_io
 from fastdino.evals.video_io import FORMATS, open_frames, video_writer
 
@@ -44,16 +45,13 @@ def test_written_video_is_read_back(tmp_path, ending):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_odd_sides_are_padded_with_the_last_row_and_column(tmp_path):
-    frames = open_frames(str(write_video(tmp_path / "odd.mp4", count=2, size=(31, 45))))
+def test_odd_sides_are_padded_and_fractional_frame_rates_are_exact(tmp_path):
+    path = write_video(tmp_path / "odd.mp4", count=2, size=(31, 45), fps=30000 / 1001)
+    frames = open_frames(str(path))
+    assert Fraction(frames.fps).limit_denominator(1001) == Fraction(30000, 1001)
     assert frames.size == (32, 46)
     picture = np.asarray(next(iter(frames))).astype(int)
     assert np.abs(picture[31] - picture[30]).mean() < 8
-
-
-def test_fractional_frame_rates_are_exact(tmp_path):
-    frames = open_frames(str(write_video(tmp_path / "ntsc.mp4", fps=30000 / 1001)))
-    assert Fraction(frames.fps).limit_denominator(1001) == Fraction(30000, 1001)
 
 
 def test_rotation_of_a_phones_video_is_applied(tmp_path):
@@ -73,24 +71,20 @@ def test_rotation_of_a_phones_video_is_applied(tmp_path):
 
 def test_frames_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.mp4", count=7)
-    alive, most = set(), []
+    references, counts = [], []
     make = Image.fromarray
 
-    class Kept:
-        def __init__(self, array):
-            self.image = make(array)
-            self.height, self.width = self.image.height, self.image.width
-            alive.add(id(self))
-            most.append(len(alive))
+    def counted(array):
+        picture = make(array)
+        references.append(weakref.ref(picture))
+        counts.append(sum(reference() is not None for reference in references))
+        return picture
 
-        def __del__(self):
-            alive.discard(id(self))
-
-    monkeypatch.setattr(video_io.Image, "fromarray", Kept)
+    monkeypatch.setattr(video_io.Image, "fromarray", counted)
     for _ in open_frames(str(path)):
         pass
-    assert len(most) >= 7
-    assert max(most) <= 3
+    assert len(counts) >= 7
+    assert max(counts) <= 3
 
 
 def test_frames_of_a_folder_are_in_numeric_order(tmp_path):
@@ -103,30 +97,23 @@ def test_frames_of_a_folder_are_in_numeric_order(tmp_path):
 
 
 def test_frames_of_different_sizes_are_rejected(tmp_path):
-    for name, size in (("a.png", (20, 10)), ("b.png", (20, 12))):
-        Image.new("RGB", size).save(tmp_path / name)
-    with pytest.raises(DataError, match=r"b.png is 12 x 20 px, but .*a.png is 10 x 20 px: resize"):
-        open_frames(str(tmp_path))
-
-
-def test_frame_that_changes_size_after_opening_is_rejected(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (20, 10)).save(tmp_path / name)
     frames = open_frames(str(tmp_path))
     Image.new("RGB", (20, 12)).save(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"frame 1 is 12 x 20 px, .* before are 10 x 20"):
         list(frames)
+    with pytest.raises(DataError, match=r"b.png is 12 x 20 px, but .*a.png is 10 x 20 px: resize"):
+        open_frames(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("missing.mp4", "missing.mp4: no such file or folder"),
         ("text.mp4", "text.mp4 cannot be decoded.*: Invalid data"),
         ("empty.mp4", "empty.mp4 cannot be decoded"),
         ("cut.mp4", "cut.mp4 cannot be decoded"),
         ("sound.mkv", "sound.mkv cannot be decoded: it has no video stream"),
-        ("folder", "no frames in .*folder"),
         ("broken", r"broken.1.png (is|cannot)"),
     ],
 )
@@ -140,25 +127,8 @@ def test_undecodable_input_is_reported(tmp_path, name, part):
         sound = video_io.av.AudioFrame(format="s16", layout="stereo", samples=80)
         sound.sample_rate = 8000
         container.mux(stream.encode(sound))
-    (tmp_path / "folder").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/1.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match=part) as raised:
         open_frames(str(tmp_path / name))
     assert "\n" not in str(raised.value)
-
-
-def test_interrupted_video_leaves_no_file(tmp_path):
-    def interrupt():
-        with video_writer(tmp_path / "a.mp4", 10) as write:
-            write(frame(0))
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        interrupt()
-    assert not list(tmp_path.iterdir())
-
-
-def test_unwritable_folder_is_reported(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot write .*gone.a.mp4"):
-        write_video(tmp_path / "gone/a.mp4")

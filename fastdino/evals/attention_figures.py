@@ -49,8 +49,7 @@ def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) ->
 
 def overlay_picture(pixels: Pixels, map_: Tensor) -> Pixels:
     """Blend a map [h, w] over an image."""
-    heat = map_picture(map_, pixels.shape[:2], smooth=True)
-    return blend(pixels, heat, OVERLAY)
+    return blend(pixels, map_picture(map_, pixels.shape[:2], smooth=True), OVERLAY)
 
 
 def mask_picture(pixels: Pixels, mask: Tensor, head: int = 0) -> Pixels:
@@ -72,8 +71,7 @@ def heads_picture(maps: Tensor, size: tuple[int, int]) -> Pixels:
         return picture
     for head, map_ in enumerate(maps):
         top, left = head // columns * height, head % columns * width
-        tile = map_picture(map_, (height, width))
-        picture[top : top + height, left : left + width] = tile
+        picture[top : top + height, left : left + width] = map_picture(map_, (height, width))
     return picture
 
 
@@ -94,7 +92,7 @@ def draw_attention(
         threshold: add a row per picture with the masks that keep this share of the mass.
         title: printed above the sheet.
     """
-    rows: list[list[Pixels | None]] = []
+    rows: list[list[Pixels | None]] = []  # None leaves a cell empty
     for picture, heads in zip(pictures, maps, strict=True):
         pixels = np.asarray(picture)
         panels = torch.cat((heads.mean(0, keepdim=True), heads))
@@ -103,16 +101,7 @@ def draw_attention(
             masks = keep_mass(panels, threshold)
             rows.append([None, *(mask_picture(pixels, mask, i) for i, mask in enumerate(masks))])
     names = ["image", "mean", *(f"head {head}" for head in range(maps.shape[1]))]
-    _save_grid(rows, names, path, title)
-
-
-def _save_grid(
-    rows: Sequence[Sequence[Pixels | None]], names: Sequence[str], path: Path, title: str
-) -> None:
-    """Save pictures of one size as a grid with column names; None leaves a cell empty."""
-    pixels = rows[0][0]
-    assert pixels is not None
-    height = min(max(CELL * pixels.shape[0] / pixels.shape[1], CELL / 4), 4 * CELL)
+    height = min(max(CELL * pictures[0].height / pictures[0].width, CELL / 4), 4 * CELL)
     figure = Figure(figsize=(CELL * len(names), height * len(rows) + 0.5), layout="compressed")
     axes = figure.subplots(len(rows), len(names), squeeze=False)
     figure.suptitle(title, fontsize=9, parse_math=False)  # file names may contain $

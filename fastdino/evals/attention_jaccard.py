@@ -67,7 +67,12 @@ def find_masked(root: Path, split: str) -> MaskedImages:
     if (root / "JPEGImages").is_dir():
         masked = _find_voc(root, split)
     elif (root / "masks" / split).is_dir():
-        masked = _find_class_folders(root, split)
+        folder = root / split
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        if not images:
+            raise DataError(f"no images in {folder}")
+        masks = [root / "masks" / path.relative_to(root).with_suffix(".png") for path in images]
+        masked = MaskedImages("class folders", images, masks, None)
     else:
         raise DataError(
             f"--data_path {root} has neither JPEGImages/ (PASCAL VOC) nor masks/{split}/ "
@@ -88,27 +93,12 @@ def _find_voc(root: Path, split: str) -> MaskedImages:
     if not names:
         raise DataError(f"{listing} lists no image")
     # Both folders have the same foreground; only the objects are numbered differently.
-    folders = [root / "SegmentationClass", root / "SegmentationObject"]
-    masks = next((folder for folder in folders if folder.is_dir()), None)
-    if masks is None:
-        raise DataError(f"{root} has neither SegmentationClass/ nor SegmentationObject/")
-    return MaskedImages(
-        "PASCAL VOC",
-        [root / "JPEGImages" / f"{name}.jpg" for name in names],
-        [masks / f"{name}.png" for name in names],
-        VOC_VOID,
-    )
-
-
-def _find_class_folders(root: Path, split: str) -> MaskedImages:
-    """List <split>/<class>/* with masks/<split>/<class>/*.png."""
-    folder = root / split
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not images:
-        raise DataError(f"no images in {folder}")
-    below = root / "masks" / split
-    masks = [below / path.relative_to(folder).with_suffix(".png") for path in images]
-    return MaskedImages("class folders", images, masks, None)
+    for folder in (root / "SegmentationClass", root / "SegmentationObject"):
+        if folder.is_dir():
+            images = [root / f"JPEGImages/{name}.jpg" for name in names]
+            masks = [folder / f"{name}.png" for name in names]
+            return MaskedImages("PASCAL VOC", images, masks, VOC_VOID)
+    raise DataError(f"{root} has neither SegmentationClass/ nor SegmentationObject/")
 
 
 def read_labels(path: Path, void: int | None) -> NDArray[np.uint8]:
@@ -188,7 +178,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
     models = {"trained" if args.pretrained_weights else "untrained": model}
     if args.baseline and args.pretrained_weights:
-        models["untrained"] = _untrained_like(model, arch, args.seed, device)
+        torch.manual_seed(args.seed)
+        side = math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size
+        untrained, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
+        assert isinstance(untrained, VisionTransformer)
+        models["untrained"] = untrained.eval().to(device)
     parts: dict[str, list[Tensor]] = {name: [] for name in models}
 
     def load(paths: tuple[Path, Path]) -> tuple[Tensor, Tensor]:
@@ -221,13 +215,3 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             for i in (~empty).nonzero().flatten().tolist()
         },
     }
-
-
-def _untrained_like(
-    model: VisionTransformer, arch: str, seed: int, device: torch.device
-) -> VisionTransformer:
-    torch.manual_seed(seed)
-    side = math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size  # of the position embedding
-    untrained, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
-    assert isinstance(untrained, VisionTransformer)
-    return untrained.eval().to(device)

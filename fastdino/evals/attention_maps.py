@@ -5,6 +5,7 @@ Shapes: B images, H heads, h x w patches of P x P pixels.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from fastdino.config import check_at_least
 from fastdino.errors import ConfigError, DataError
 from fastdino.models.vit import VisionTransformer
 
@@ -71,20 +73,16 @@ def head_statistics(maps: Tensor, threshold: float | None = None) -> list[dict[s
     flat = maps.flatten(1).double()
     mass = flat.sum(1)
     distribution = flat / mass[:, None]
-    entropy = torch.special.entr(distribution).sum(1).tolist()
-    statistics = []
-    for head, peak in enumerate(flat.argmax(1).tolist()):
-        row = {
-            "head": head,
-            "patch_mass": float(mass[head]),
-            "entropy": entropy[head],
-            "peak": list(divmod(peak, maps.shape[2])),
-            "peak_share": float(distribution[head, peak]),
-        }
-        if threshold is not None:
-            row["kept_patches"] = float(keep_mass(maps[head], threshold).double().mean())
-        statistics.append(row)
-    return statistics
+    columns: dict[str, Any] = {
+        "head": range(len(maps)),
+        "patch_mass": mass.tolist(),
+        "entropy": torch.special.entr(distribution).sum(1).tolist(),
+        "peak": [list(divmod(peak, maps.shape[2])) for peak in flat.argmax(1).tolist()],
+        "peak_share": distribution.amax(1).tolist(),
+    }
+    if threshold is not None:
+        columns["kept_patches"] = keep_mass(maps, threshold).double().mean((1, 2)).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def fit_to_patches(
@@ -112,16 +110,14 @@ def fit_to_patches(
     return image.crop((0, 0, width, height))
 
 
-def check_threshold(threshold: float | None) -> None:
-    """Raise ConfigError unless --threshold is a share above 0."""
-    if threshold is not None and not 0 < threshold <= 1:
-        raise ConfigError(f"--threshold must be above 0 and at most 1, got {threshold}")
-
-
-def check_size(flag: str, size: Sequence[int] | None) -> None:
-    """Raise ConfigError unless a flag holds one or two numbers of at least 1."""
+def check_flags(args: argparse.Namespace, size_flag: str) -> None:
+    """Raise ConfigError if a flag that `fastdino attention` and `video` share is out of range."""
+    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        raise ConfigError(f"--threshold must be above 0 and at most 1, got {args.threshold}")
+    size = getattr(args, size_flag)
     if size is not None and (len(size) > 2 or min(size) < 1):
         raise ConfigError(
-            f"--{flag} must be a height and a width, or the shorter side alone, in pixels from 1; "
-            f"got {' '.join(map(str, size))}"
+            f"--{size_flag} must be a height and a width, or the shorter side alone, in pixels "
+            f"from 1; got {' '.join(map(str, size))}"
         )

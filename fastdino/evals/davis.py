@@ -25,13 +25,7 @@ from fastdino.augmentation.pillow import MEAN
 from fastdino.config import check_at_least
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.batching import batches, load_batches
-from fastdino.evals.davis_dataset import (
-    Sequence,
-    find_sequences,
-    read_frame,
-    read_mask,
-    write_mask,
-)
+from fastdino.evals.davis_dataset import Sequence, find_sequences, read_frame, read_mask, write_mask
 from fastdino.evals.davis_scores import Results, describe, describe_total, score
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.evals.masks import draw_sheet, overlay
@@ -90,10 +84,9 @@ def main(args: argparse.Namespace) -> int:
     with join_ranks(args) as device:
         sequences = distributed.from_main(lambda: checked_sequences(args))
         model = build_model(args, device)
+        settings = davis_settings(args, model, sequences)
         path = Path(args.output_dir) / "davis.json"
-        results = distributed.from_main(
-            lambda: Results(path, davis_settings(args, model, sequences))
-        )
+        results = distributed.from_main(lambda: Results(path, settings))
         remaining = distributed.from_main(lambda: remaining_sequences(results, sequences))
         evaluate(model, remaining, args, results)
         distributed.from_main(lambda: results.finish(sequences))
@@ -104,20 +97,14 @@ def main(args: argparse.Namespace) -> int:
 
 def remaining_sequences(results: Results, sequences: list[Sequence]) -> list[Sequence]:
     """Return the sequences that are not done, and print the names of the others."""
-    remaining = []
-    for sequence in sequences:
-        if results.has(sequence):
-            print(f"{sequence.name}: already done")
-        else:
-            remaining.append(sequence)
-    return remaining
+    done = [sequence for sequence in sequences if results.has(sequence)]
+    for sequence in done:
+        print(f"{sequence.name}: already done")
+    return [sequence for sequence in sequences if sequence not in done]
 
 
 def evaluate(
-    model: VisionTransformer,
-    sequences: list[Sequence],
-    args: argparse.Namespace,
-    results: Results,
+    model: VisionTransformer, sequences: list[Sequence], args: argparse.Namespace, results: Results
 ) -> None:
     """Follow the objects of all sequences; rank 0 adds the scores to its results.
 
@@ -156,7 +143,10 @@ def follow(
         truth = [read_mask(path, binary=sequence.binary) for path in sequence.annotations]
         stacks.append(np.stack(truth))
     with explain_write_errors(output):
-        write_masks(sequence, masks, output)
+        folder = output / sequence.name  # in the benchmark's layout: <sequence>/<frame>.png
+        folder.mkdir(parents=True, exist_ok=True)
+        for frame, mask in zip(sequence.frames, masks, strict=True):
+            write_mask(mask, folder / f"{frame.stem}.png", binary=sequence.binary)
         if args.overlays != "none":
             write_overlays(sequence, stacks, output / "overlays", every=args.overlays == "all")
     return score(masks, stacks[1], model.pos_embed.device) if sequence.is_scored else None
@@ -269,14 +259,6 @@ def segment(
         masks[i] = numbers[hard_labels(soft, model.patch_size, sequence.size)]
         bar.update(1)
     return masks
-
-
-def write_masks(sequence: Sequence, masks: NDArray[np.uint8], output: Path) -> None:
-    """Write the masks of a sequence in the benchmark's layout: <sequence>/<frame>.png."""
-    folder = output / sequence.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for frame, mask in zip(sequence.frames, masks, strict=True):
-        write_mask(mask, folder / f"{frame.stem}.png", binary=sequence.binary)
 
 
 def write_overlays(

@@ -27,10 +27,8 @@ from fastdino.evals.frames import common_size, frame_files
 from fastdino.evals.masks import palette_colors, read_mask_pixels
 
 VOID = 255
-LISTS = {
-    "2017": ("ImageSets/2017",),
-    "2016": (f"ImageSets/{RESOLUTION}", "ImageSets/2016"),
-}
+PACKED = np.array([1 << 16, 1 << 8, 1])  # colors @ PACKED: one number per color
+LISTS = {"2017": ("ImageSets/2017",), "2016": (f"ImageSets/{RESOLUTION}", "ImageSets/2016")}
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ def read_mask(path: Path, *, binary: bool) -> NDArray[np.uint8]:
 def _numbers_of_colors(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
     pixels = np.where(pixels == 191, 192, pixels)  # some writers round 191.25 down
     numbers = np.full(1 << 24, -1, np.int16)
-    numbers[_packed(palette_colors())] = np.arange(256)
-    mask = numbers[_packed(pixels)]
+    numbers[palette_colors() @ PACKED] = np.arange(256)
+    mask = numbers[pixels @ PACKED]
     if (mask < 0).any():
         y, x = np.argwhere(mask < 0)[0]
         raise DataError(
@@ -129,10 +127,6 @@ def _numbers_of_colors(pixels: NDArray[np.uint8], path: Path) -> NDArray[np.uint
             "DAVIS's palette; expected object numbers (a palette or gray PNG) or its colors"
         )
     return mask.astype(np.uint8)
-
-
-def _packed(colors: NDArray[np.uint8]) -> NDArray[np.int64]:
-    return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
 def write_mask(mask: NDArray[np.uint8], path: Path, *, binary: bool) -> None:

@@ -26,18 +26,17 @@ def common_size(files: Iterable[Path]) -> tuple[int, int]:
 
     Raises: DataError: a header cannot be read, or a size differs from the first.
     """
-    first: tuple[Path, tuple[int, int]] | None = None
+    sizes: dict[tuple[int, int], Path] = {}
     for path in files:
         with quiet_pillow():
             header = read_header(str(path))
         if not isinstance(header, Header):
             raise DataError(f"{path} {header.reason}")
-        size = header.height, header.width
-        first = first or (path, size)
-        if size != first[1]:
+        sizes.setdefault((header.height, header.width), path)
+        if len(sizes) > 1:
+            (height, width), first = next(iter(sizes.items()))
             raise DataError(
-                f"{path} is {size[0]} x {size[1]} px, but {first[0]} is "
-                f"{first[1][0]} x {first[1][1]} px: resize frames and annotations to one size"
+                f"{path} is {header.height} x {header.width} px, but {first} is "
+                f"{height} x {width} px: resize frames and annotations to one size"
             )
-    assert first is not None
-    return first[1]
+    return next(iter(sizes))

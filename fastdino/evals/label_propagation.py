@@ -29,7 +29,6 @@ def propagate_video(
     n_last_frames: int,
     radius: int,
     topk: int,
-    temperature: float = TEMPERATURE,
 ) -> Iterator[Tensor]:
     """Yield the soft labels [C, h, w] of the second and each later frame.
 
@@ -39,7 +38,7 @@ def propagate_video(
     Args:
         features: [h, w, D] of every frame including the first, in order.
         first_labels: [C, h, w], one-hot, with the dtype and device of the features.
-        n_last_frames, radius, topk, temperature: see `propagate`.
+        radius, topk: see `propagate`.
     """
     frames = (F.normalize(frame, dim=-1) for frame in features)
     first = next(frames)
@@ -47,7 +46,7 @@ def propagate_video(
     for frame in frames:
         context = [(first, first_labels), *recent]
         keys, labels = (torch.stack(parts) for parts in zip(*context, strict=True))
-        soft = propagate(frame, keys, labels, radius=radius, topk=topk, temperature=temperature)
+        soft = propagate(frame, keys, labels, radius=radius, topk=topk)
         recent.append((frame, soft))
         yield soft
 
@@ -83,44 +82,22 @@ def propagate(
                 slice(max(0, top - reach), top + _SQUARE + reach),
                 slice(max(0, left - reach), left + _SQUARE + reach),
             )
-            row_near = (rows[square[0], None] - rows[None, near[0]]).abs() <= reach
-            column_near = (columns[square[1], None] - columns[None, near[1]]).abs() <= reach
+            far_rows = (rows[square[0], None] - rows[near[0]]).abs() > reach
+            far_columns = (columns[square[1], None] - columns[near[1]]).abs() > reach
             # [query row, query column, key row, key column] -> [queries, keys of a frame]
-            allowed = row_near[:, None, :, None] & column_near[None, :, None, :]
-            allowed = allowed.flatten(2).flatten(0, 1)
-            queries = query[square]
-            averages = _nearest_labels(
-                queries.flatten(0, 1),
-                keys[:, near[0], near[1]].flatten(1, 2),
-                labels[:, :, near[0], near[1]].flatten(2),
-                allowed,
-                topk=topk,
-                temperature=temperature,
-            )
-            out[:, square[0], square[1]] = averages.T.unflatten(1, queries.shape[:2])
+            far = far_rows[:, None, :, None] | far_columns[None, :, None, :]
+            far = far.flatten(2).flatten(0, 1)
+            near_keys, near_labels = keys[:, near[0], near[1]], labels[:, :, near[0], near[1]]
+            cosine = query[square].flatten(0, 1) @ near_keys.flatten(0, 2).T
+            cosine.masked_fill_(far.repeat(1, len(keys)), -torch.inf)
+            best = cosine.topk(min(topk, cosine.shape[1]), dim=1).values
+            # Subtracting the maximum keeps the ratios, and avoids overflow at low temperatures.
+            weights = ((cosine - best[:, :1]) / temperature).exp_()
+            weights.masked_fill_(cosine < best[:, -1:], 0)
+            weights /= weights.sum(1, keepdim=True)
+            averages = weights @ near_labels.flatten(2).transpose(1, 2).flatten(0, 1)
+            out[:, square[0], square[1]] = averages.T.unflatten(1, query[square].shape[:2])
     return out
-
-
-def _nearest_labels(
-    query: Tensor,
-    keys: Tensor,
-    labels: Tensor,
-    allowed: Tensor,
-    *,
-    topk: int,
-    temperature: float,
-) -> Tensor:
-    """Average the labels [n, C, S] of keys [n, S, D] for queries [Q, D]: [Q, C].
-
-    allowed: [Q, S], the pairs that are compared.
-    """
-    cosine = query @ keys.flatten(0, 1).T
-    cosine.masked_fill_(~allowed.repeat(1, len(keys)), -torch.inf)
-    best = cosine.topk(min(topk, cosine.shape[1]), dim=1).values
-    # Subtracting the maximum keeps the ratios, and avoids overflow at low temperatures.
-    weights = ((cosine - best[:, :1]) / temperature).exp_()
-    weights.masked_fill_(cosine < best[:, -1:], 0)
-    return (weights / weights.sum(1, keepdim=True)) @ labels.transpose(1, 2).flatten(0, 1)
 
 
 def one_hot_patches(mask: NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:

@@ -43,10 +43,9 @@ def blend(
 
 def overlay(frame: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Draw the objects of a mask [H, W] over a frame [H, W, 3] in the colors of DAVIS."""
-    share = np.where(mask > 0, np.float32(_OBJECT_SHARE), 0)
     objects = torch.from_numpy(mask == np.unique(mask)[:, None, None])
     outline = boundary(objects).any(0).numpy()
-    share[outline & (mask > 0)] = 1
+    share = np.where(mask > 0, np.where(outline, 1, _OBJECT_SHARE), 0).astype(np.float32)
     return blend(frame, palette_colors().astype(np.float32)[mask], share[..., None])
 
 

@@ -61,24 +61,18 @@ def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
     return jaccard(masks, truth).nan_to_num(1.0)
 
 
-def boundary_accuracy(
-    masks: Tensor, truth: Tensor, *, tolerance: float = BOUNDARY_TOLERANCE
-) -> Tensor:
+def boundary_accuracy(masks: Tensor, truth: Tensor) -> Tensor:
     """Compute F = 2 P R / (P + R), [T] float64, of the boundaries of bool masks [T, H, W].
 
     P is the share of the masks' boundary pixels within the tolerance of a true boundary pixel, and
     R the reverse. The share of no pixels is 1, so F is 1 if neither mask has a boundary and 0 if
-    only one has.
-
-    Args:
-        masks, truth: on one device.
-        tolerance: as a share of the diagonal.
+    only one has. Masks and truth are on one device.
 
     Raises: ValueError: the masks are not two boolean stacks of one shape.
     """
     _check_masks(masks, truth)
     height, width = masks.shape[1:]
-    radius = math.ceil(tolerance * math.hypot(height, width))
+    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(height, width))
     frames = max(1, _CHUNK_PIXELS // (height * width))
     scores = []
     for chunk, true_chunk in zip(masks.split(frames), truth.split(frames), strict=True):

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino.config import check_at_least
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention_figures import (
     Pixels,
@@ -35,8 +35,7 @@ from fastdino.evals.attention_jaccard import THRESHOLD
 from fastdino.evals.attention_maps import (
     NO_CLS_ATTENTION,
     attention_maps,
-    check_size,
-    check_threshold,
+    check_flags,
     fit_to_patches,
     head_statistics,
     keep_mass,
@@ -45,7 +44,7 @@ from fastdino.evals.batching import batches
 from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
-from fastdino.files import explain_write_errors, write_json
+from fastdino.files import write_json
 from fastdino.runtime import choose_device
 
 PANELS = ("frame", "mean", "overlay", "mask", "heads")  # values of --show
@@ -93,15 +92,13 @@ class AttentionVideo:
         self.panels = list(args.show or DEFAULT_PANELS)
         self.threshold = THRESHOLD if args.threshold is None else args.threshold
         self.totals = np.zeros(1)  # [H, len(AVERAGED)] after the first frame
+        self.fit = partial(fit_to_patches, size=args.resize, patch_size=self.model.patch_size)
         # Fit an empty picture to check the size before a file is created.
-        self.size = self._fit(Image.new("RGB", frames.size[::-1])).size[::-1]
-
-    def _fit(self, frame: Image.Image) -> Image.Image:
-        return fit_to_patches(frame, self.args.resize, self.model.patch_size)
+        self.size = self.fit(Image.new("RGB", frames.size[::-1])).size[::-1]
 
     def __iter__(self) -> Iterator[Pixels]:
         for batch in batches(self.frames, self.args.batch_size_per_gpu):
-            pictures = [self._fit(frame) for frame in batch]
+            pictures = [self.fit(frame) for frame in batch]
             images = torch.stack([to_input(picture) for picture in pictures])
             batch_maps = attention_maps(self.model, images.to(self.device)).cpu()
             for picture, maps in zip(pictures, batch_maps, strict=True):
@@ -124,24 +121,6 @@ class AttentionVideo:
                 for head, row in enumerate((self.totals / count).tolist())
             ],
         }
-
-
-def write_video(drawings: Iterable[Pixels], path: Path, *, fps: float, total: int | None) -> int:
-    """Encode pictures as a video; return their number.
-
-    Args:
-        total: the expected number, for the progress bar.
-
-    Raises: CheckpointError: the file cannot be written.
-    """
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with video_writer(path, fps) as write:
-        for pixels in tqdm(drawings, total=total, unit="frame", disable=not sys.stderr.isatty()):
-            write(pixels)
-            count += 1
-    return count
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -171,13 +150,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino video`."""
-    check_threshold(args.threshold)
-    check_size("resize", args.resize)
-    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
+    check_flags(args, "resize")
     if args.fps is not None and not 0.1 <= args.fps <= 1000:
         raise ConfigError(f"--fps must be from 0.1 to 1000, got {args.fps}")
-    if args.video_only:
-        check_video_only(args)
+    given = [f"--{name}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, "")]
+    if args.video_only and given:
+        raise ConfigError(f"--video_only runs without a network: remove {', '.join(given)}")
+    if args.video_only and os.path.isfile(args.input_path):
+        raise DataError(
+            f"--input_path {args.input_path}: --video_only needs a folder of images, not a file"
+        )
     path = output_file(args.output_path, args.video_format)
     if os.path.realpath(path) == os.path.realpath(args.input_path):
         raise ConfigError(f"--output_path {path} is also the input: choose another file")
@@ -185,7 +167,12 @@ def main(args: argparse.Namespace) -> int:
     fps = args.fps or frames.fps
     attention = None if args.video_only else AttentionVideo(frames, args)
     drawings = map(np.asarray, frames) if attention is None else attention
-    count = write_video(drawings, path, fps=fps, total=frames.count)
+    bar = tqdm(drawings, total=frames.count, unit="frame", disable=not sys.stderr.isatty())
+    count = 0
+    with video_writer(path, fps) as write:
+        for pixels in bar:
+            write(pixels)
+            count += 1
     record = {
         "settings": {"input_path": args.input_path},
         "output_path": str(path),
@@ -197,24 +184,10 @@ def main(args: argparse.Namespace) -> int:
         record |= attention.record(count)
     write_json(record, path.with_suffix(".json"))
     if frames.count not in (None, count):
-        print(
-            f"{args.input_path}: the header announces {frames.count} frames, but {count} were "
-            "decoded",
-            file=sys.stderr,
-        )
+        warning = f"the header announces {frames.count} frames, but {count} were decoded"
+        print(f"{args.input_path}: {warning}", file=sys.stderr)
     print(f"{path}: {count} frames, {fps:g} a second")
     return 0
-
-
-def check_video_only(args: argparse.Namespace) -> None:
-    """Raise an error if --video_only is combined with network flags or with a video file."""
-    given = [f"--{name}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, "")]
-    if given:
-        raise ConfigError(f"--video_only runs without a network: remove {', '.join(given)}")
-    if os.path.isfile(args.input_path):
-        raise DataError(
-            f"--input_path {args.input_path}: --video_only needs a folder of images, not a file"
-        )
 
 
 def output_file(path: str, video_format: str) -> Path:
@@ -222,10 +195,10 @@ def output_file(path: str, video_format: str) -> Path:
 
     Raises: ConfigError: the suffix is of an unsupported format.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix in FORMATS and not os.path.isdir(path):
+    suffix = "" if os.path.isdir(path) else Path(path).suffix.lower()
+    if suffix in FORMATS:
         return Path(path)
-    if suffix in OTHER_FORMATS and not os.path.isdir(path):
+    if suffix in OTHER_FORMATS:
         raise ConfigError(
             f"--output_path {path}: expected a folder, or a file that ends in {' '.join(FORMATS)}"
         )

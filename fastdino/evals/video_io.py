@@ -96,7 +96,7 @@ def _open_video(path: str) -> Frames:
     first = next(_decode(path), None)
     if first is None:
         raise DataError(f"{path} cannot be decoded: it has no frames; {EXPECTED}")
-    with _decoding(path), av.open(path) as container:
+    with av.open(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
         count = stream.frames
@@ -108,25 +108,20 @@ def _open_video(path: str) -> Frames:
 def _decode(path: str) -> Iterator[Image.Image]:
     """Decode the first video stream of a file, rotated for display."""
     number = 0
-    with _decoding(path, lambda: f" at frame {number}"), av.open(path) as container:
-        if not container.streams.video:
-            raise DataError(f"{path} cannot be decoded: it has no video stream; {EXPECTED}")
-        container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(video=0):
-            # Phones store frames in the sensor's orientation, with a counterclockwise rotation.
-            turns = round(frame.rotation / 90) % 4
-            yield Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-            number += 1
-
-
-@contextmanager
-def _decoding(path: str, position: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Convert PyAV's errors into a DataError with the path."""
     try:
-        yield
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} cannot be decoded: it has no video stream; {EXPECTED}")
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(video=0):
+                # Phones store frames in the sensor's orientation, with a counterclockwise rotation.
+                turns = round(frame.rotation / 90) % 4
+                yield Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                number += 1
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__
-        raise DataError(f"{path} cannot be decoded{position()}: {reason}; {EXPECTED}") from error
+        where = f"{path} cannot be decoded at frame {number}"
+        raise DataError(f"{where}: {reason}; {EXPECTED}") from error
 
 
 @contextmanager
@@ -134,7 +129,8 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]
     """Provide a function that appends a frame, uint8 [height, width, 3], to a new video.
 
     All frames must have one size. Odd sides are padded with the last row or column, because most
-    players need even sides. The file appears only if the block ends without an error.
+    players need even sides. The file appears only if the block ends without an error; missing
+    parent folders are created.
 
     Args:
         path: ends in one of FORMATS.
@@ -143,28 +139,25 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]
     Raises: CheckpointError: the file cannot be written.
     """
     name, codecs = FORMATS[path.suffix.lower()]
-    rate = Fraction(fps).limit_denominator(1001)
-    with (
-        explain_write_errors(path),
-        atomic_write(path) as file,
-        av.open(file, "w", format=name) as container,
-    ):
-        codec = next((codec for codec in codecs if codec in av.codecs_available), codecs[-1])
-        stream: Any = container.add_stream(codec, rate=rate)
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": QUALITY, "b": "0"} if name == "webm" else {"crf": QUALITY}
-        started = False
+    codec = next((codec for codec in codecs if codec in av.codecs_available), codecs[-1])
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file, av.open(file, "w", format=name) as container:
+            stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": QUALITY, "b": "0"} if name == "webm" else {"crf": QUALITY}
+            started = False
 
-        def write(pixels: NDArray[np.uint8]) -> None:
-            nonlocal started
-            height, width = pixels.shape[:2]
-            pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            if not started:
-                stream.height, stream.width = pixels.shape[:2]
-                started = True
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            container.mux(stream.encode(frame))
+            def write(pixels: NDArray[np.uint8]) -> None:
+                nonlocal started
+                height, width = pixels.shape[:2]
+                pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                if not started:
+                    stream.height, stream.width = pixels.shape[:2]
+                    started = True
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(frame))
 
-        yield write
-        if started:
-            container.mux(stream.encode())
+            yield write
+            if started:
+                container.mux(stream.encode())

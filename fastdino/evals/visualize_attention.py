@@ -19,7 +19,6 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,7 @@ from fastdino.evals.attention_jaccard import THRESHOLD, measure
 from fastdino.evals.attention_maps import (
     NO_CLS_ATTENTION,
     attention_maps,
-    check_size,
-    check_threshold,
+    check_flags,
     fit_to_patches,
     head_statistics,
     keep_mass,
@@ -109,10 +107,14 @@ def draw_image(
     return ["img.png", *drawings, sheet.name]
 
 
-def _read_images(images: ImageDataset) -> Iterator[tuple[int, Image.Image]]:
-    """Decode the images with their index; add unreadable ones to images.skipped."""
-    bar = tqdm(images.paths, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
-    for index, path in enumerate(bar):
+def draw_images(args: argparse.Namespace, device: torch.device) -> int:
+    """Draw the images of --image_path and write attention.json; return the number of images."""
+    images, folders = find_images(args.image_path)
+    model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
+    root = Path(args.output_dir)
+    records: list[dict[str, Any]] = []
+    bar = tqdm(folders, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
+    for index, (path, folder) in enumerate(zip(images.paths, bar, strict=True)):
         try:
             with quiet_pillow():
                 image = images.read_rgb(index)
@@ -121,17 +123,6 @@ def _read_images(images: ImageDataset) -> Iterator[tuple[int, Image.Image]]:
         except Exception as error:  # Pillow's plugins raise all kinds on broken files.
             images.skipped[path] = reason_of(error)
             continue
-        yield index, image
-
-
-def draw_images(args: argparse.Namespace, device: torch.device) -> int:
-    """Draw the images of --image_path and write attention.json; return the number of images."""
-    images, folders = find_images(args.image_path)
-    model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
-    root = Path(args.output_dir)
-    records: list[dict[str, Any]] = []
-    for index, image in _read_images(images):
-        path, folder = images.path(index), folders[index]
         picture = fit_to_patches(image, args.image_size, model.patch_size)
         maps = attention_maps(model, to_input(picture)[None].to(device))[0].cpu()
         title = f"{Path(path).name}: CLS attention in the last block of {arch}"
@@ -165,26 +156,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino attention`: those of visualize_attention.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
     add = parser.add_argument
-    add(
-        "--image_size",
-        type=int,
-        nargs="+",
-        default=[480, 480],
-        metavar="PX",
-        help="resize images to this height and width, or shorter side (default: 480 480)",
-    )
+    about = "resize images to this height and width, or shorter side (default: 480 480)"
+    add("--image_size", type=int, nargs="+", default=[480, 480], metavar="PX", help=about)
     about = "output folder (default: the current folder)"
     add("--output_dir", default=".", help=about)
     about = f"share of a map's mass that masks keep (default: no masks; {THRESHOLD} for scores)"
     add("--threshold", type=float, help=about)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--image_path", help="image to draw, or folder of images")
-    inputs.add_argument(
-        "--data_path",
-        help="dataset with masks to score against: a PASCAL VOC folder (JPEGImages/, "
-        "SegmentationClass/ or SegmentationObject/, ImageSets/Segmentation/), or a folder written "
-        "by `fastdino shapes`",
+    about = (
+        "dataset with masks to score against: a PASCAL VOC folder (JPEGImages/, SegmentationClass/ "
+        "or SegmentationObject/, ImageSets/Segmentation/), or a folder written by `fastdino shapes`"
     )
+    inputs.add_argument("--data_path", help=about)
     add = parser.add_argument_group("scores (--data_path)").add_argument
     add("--split", default="val", help=f"split to score {DEFAULT}")
     about = f"also score random weights {DEFAULT}"
@@ -195,9 +179,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino attention`."""
-    check_threshold(args.threshold)
-    check_size("image_size", args.image_size)
-    check_at_least(args, 1, "batch_size_per_gpu", "patch_size")
+    check_flags(args, "image_size")
     check_at_least(args, 0, "num_workers")
     device = choose_device(args.device)
     root = Path(args.output_dir)
