@@ -323,9 +323,11 @@ def breakable(tmp_path) -> ImageDataset:
 def make_tar() -> Callable[..., Path]:
     """A function that writes a tar of named members: bytes, or a TarInfo without content."""
 
-    def make(path: Path, members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> Path:
+    def make(
+        path: Path, members: dict[str, bytes | tarfile.TarInfo], mode: str = "w", **options: Any
+    ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, mode) as tar:
+        with tarfile.open(path, mode, **options) as tar:
             for name, content in members.items():
                 info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo()
                 info.name = name

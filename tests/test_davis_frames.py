@@ -23,12 +23,12 @@ def davis(tmp_path, picture):
             size = (40, 30) if "Full" in folder else (20, 15)
             for i in range(2):
                 (below / f"{i:05}.{suffix}").write_bytes(picture(i, size, form))
-    lists = {"2017/train": "dog\nbear\n", "2017/val": "camel\n", "480p/trainval": ""}
-    lists["480p/trainval"] = "".join(
+    pairs = [
         f"/JPEGImages/480p/{name}/{i:05}.jpg /Annotations/480p/{name}/{i:05}.png\n"
         for name in ("camel", "dog")
         for i in range(2)
-    )
+    ]
+    lists = {"2017/train": "dog\nbear\n", "2017/val": "camel\n", "480p/trainval": "".join(pairs)}
     for name, text in lists.items():
         path = tmp_path / "ImageSets" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,19 +36,16 @@ def davis(tmp_path, picture):
     return tmp_path
 
 
-def names(root, options="", **more):
-    dataset = scan_images(f"{root}{options}", **more)
-    frames = [os.path.relpath(path, root) for path in dataset.paths]
-    return dataset, frames
+def names(root, options=""):
+    dataset = scan_images(f"{root}{options}")
+    return dataset, [os.path.relpath(path, root) for path in dataset.paths]
 
 
 def test_dataset_contains_frames_but_not_masks(davis):
     dataset, frames = names(davis)
-    assert frames == [
-        f"JPEGImages/480p/{name}/{i:05}.jpg" for name in ("bear", "camel", "dog") for i in range(2)
-    ]
-    assert dataset.classes == ["bear", "camel", "dog"]
-    assert dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    classes = ["bear", "camel", "dog"]
+    assert frames == [f"JPEGImages/480p/{name}/{i:05}.jpg" for name in classes for i in range(2)]
+    assert (dataset.classes, dataset.labels.tolist()) == (classes, [0, 0, 1, 1, 2, 2])
     assert dataset.kind == "DAVIS sequences, 480p"
 
 
@@ -74,10 +71,7 @@ def test_resolution_option(davis):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            "split=tset",
-            "no split 'tset'; its splits are 2017/train, 2017/val, 480p/trainval",
-        ),
+        ("split=tset", "no split 'tset'; its splits are 2017/train, 2017/val, 480p/trainval"),
         ("resolution=1080p", "no resolution '1080p'; available: 480p, Full-Resolution"),
         ("size=1", "DAVIS has no option 'size'; supported: split, train, val, resolution"),
     ],

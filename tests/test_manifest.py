@@ -28,13 +28,11 @@ def manifest():
 
 def assert_same(one, other):
     for name, column in vars(one).items():
-        if isinstance(column, np.ndarray):
-            assert column.dtype == getattr(other, name).dtype, name
-            assert np.array_equal(column, getattr(other, name)), name
-        elif isinstance(column, dict):
+        if isinstance(column, dict):
             assert column == getattr(other, name), name
         else:
-            assert list(column) == list(getattr(other, name)), name
+            assert np.array_equal(column, getattr(other, name)), name
+            assert getattr(column, "dtype", None) == getattr(getattr(other, name), "dtype", None)
 
 
 def test_saved_manifest_is_loaded_unchanged(manifest, tmp_path):
@@ -75,22 +73,18 @@ def test_selected_images_may_be_repeated(manifest):
     assert selected.headers.tolist() == manifest.headers[[2, 0, 2]].tolist()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
-def test_damaged_file_is_value_error(manifest, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "another Pillow"])
+def test_damaged_or_outdated_file_is_value_error(manifest, tmp_path, monkeypatch, damage):
     path = tmp_path / "t.npz"
     save(manifest, path)
-    data = bytearray(path.read_bytes())
-    data[data.index(b"parts.npy") + 40] ^= 0xFF
-    path.write_bytes({"cut": data[:-100], "flip": data, "text": b"text", "empty": b""}[damage])
-    with pytest.raises(ValueError, match="."):
+    if damage == "another Pillow":
+        monkeypatch.setattr(manifests.PIL, "__version__", "0.1")
+    else:
+        data = bytearray(path.read_bytes())
+        data[data.index(b"parts.npy") + 40] ^= 0xFF
+        path.write_bytes({"cut": data[:-100], "flip": data, "text": b"text", "empty": b""}[damage])
+    with pytest.raises(ValueError, match="Pillow" if damage == "another Pillow" else "."):
         load(path)
-
-
-def test_file_of_another_pillow_is_value_error(manifest, tmp_path, monkeypatch):
-    save(manifest, tmp_path / "t.npz")
-    monkeypatch.setattr(manifests.PIL, "__version__", "0.1")
-    with pytest.raises(ValueError, match="Pillow"):
-        load(tmp_path / "t.npz")
 
 
 @pytest.mark.parametrize(

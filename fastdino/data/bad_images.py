@@ -12,19 +12,21 @@ _SHOWN = 5
 def raise_if_many_bad(
     bad: dict[str, str], total: int, max_bad_share: float, broken: int = 0
 ) -> None:
-    """Raise DataError, with the first few paths, if more than max_bad_share of all are bad.
+    """Raise DataError, with the first few paths, if all or more than max_bad_share are bad.
 
     Args:
         bad: path -> reason.
         total: images, the bad ones included.
         broken: further bad images, not included in `bad` and `total`.
     """
-    count = len(bad) + broken
-    if count > max_bad_share * (total + broken):
+    count, total = len(bad) + broken, total + broken
+    if count > max_bad_share * total:
         raise DataError(
-            f"{count} of {total + broken} images cannot be read, more than --max_bad_share "
+            f"{count} of {total} images cannot be read, more than --max_bad_share "
             f"{max_bad_share:g} allows: {first_names(bad)}"
         )
+    if count == total:
+        raise DataError(f"none of the {total} images can be read: {first_names(bad)}")
 
 
 def first_names(bad: dict[str, str]) -> str:
@@ -50,13 +52,11 @@ class BadImages:
         self.reasons: dict[int, str] = {}
 
     def add(self, index: int, path: str, reason: str) -> None:
-        """Record a broken sample; raise DataError if there are too many."""
+        """Record a broken sample; raise DataError if there are too many, or no good one is left."""
         self.reasons[index] = self.skipped[path] = reason
         raise_if_many_bad(self.skipped, self.n, self.max_bad_share, self.broken)
 
     def next_good(self, index: int) -> int:
-        """Return the first sample from index on that is not broken; DataError if all are."""
-        for candidate in itertools.chain(range(index, self.n), range(index)):
-            if candidate not in self.reasons:
-                return candidate
-        raise DataError(f"none of the {self.n} images can be read: {first_names(self.skipped)}")
+        """Return the first sample from index on that is not broken."""
+        candidates = itertools.chain(range(index, self.n), range(index))
+        return next(one for one in candidates if one not in self.reasons)

@@ -130,21 +130,20 @@ def scan_images(
         reason = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
         raise DataError(f"no images in {data_path}: {reason}")
     raise_if_many_bad(bad, total, max_bad_share)
-    if len(images.reasons) == total:
-        raise DataError(
-            f"none of the {total} images in {data_path} can be read: {first_names(bad)}"
-        )
     labels, classes, kind = files.labels, files.classes, files.kind
     if labels is None:
         labels, classes, kind = label_images(files, images)
     kept = np.array([i for i in range(total) if i not in images.reasons])
     readable = images.select_images(kept)
+    sizes = readable.headers[:, :2]
+    if exif:
+        sizes = np.where(readable.headers[:, 2:] == 1, sizes[:, ::-1], sizes)
     return ImageDataset(
         base=files.base,
         manifest=readable,
         labels=np.array(labels, dtype=np.int64)[kept],
         classes=classes,
-        sizes=_decoded_sizes(readable.headers, exif),
+        sizes=sizes,
         kind=kind,
         skipped=skipped | bad,
         broken=len(bad),
@@ -157,12 +156,6 @@ def scan_images(
 def _image_path(base: str, images: Manifest, index: int) -> str:
     file = os.path.join(base, images.files[images.file_ids[index]])
     return f"{file}/{images.members[index]}" if images.members[index] else file
-
-
-def _decoded_sizes(headers: NDArray[np.int32], exif: bool) -> NDArray[np.int32]:
-    """Return height and width, [n, 2], swapped for images that EXIF rotates by 90 degrees."""
-    sizes = headers[:, :2]
-    return np.where(headers[:, 2:] == 1, sizes[:, ::-1], sizes) if exif else sizes
 
 
 def _fingerprint(images: Manifest) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
+from typing import IO, NamedTuple, ParamSpec, TypeVar
 
 from PIL import Image, UnidentifiedImageError
+from PIL.ContainerIO import ContainerIO
 
 from fastdino.errors import DataError
 
@@ -28,14 +29,11 @@ T = TypeVar("T")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # Errors of a network file system that may disappear; any other error is raised at once.
-TRANSIENT = {
-    getattr(errno, name)
-    for name in (
-        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EIO",
-        "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
-    )
-    if hasattr(errno, name)
-}  # fmt: skip
+_NETWORK_ERRORS = (
+    "EAGAIN EBUSY ECONNABORTED ECONNRESET EHOSTDOWN EHOSTUNREACH EIO ENETDOWN ENETRESET "
+    "ENETUNREACH ENOTCONN EREMOTEIO ESTALE ETIMEDOUT"
+)
+TRANSIENT = {getattr(errno, n) for n in _NETWORK_ERRORS.split() if hasattr(errno, n)}
 # Seconds before each retry.
 PAUSES = (0.1, 0.5, 2.0)
 
@@ -85,31 +83,6 @@ class Part(NamedTuple):
     inflated: int = 0
 
 
-class Window(io.RawIOBase):
-    """A file-like view of `length` bytes from `offset` of an open file descriptor."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = max(0, min(len(buffer), self._length - self._position))
-        data = os.pread(self._descriptor, wanted, self._offset + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
 def retrying(read: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function to be called again after each of PAUSES on a transient OSError."""
 
@@ -147,18 +120,14 @@ def read_part(path: str, part: Part) -> bytes:
     data = read_file(path, part.offset, part.length)
     if len(data) < part.length:
         raise UnusableImageError(f"is cut off: {os.path.basename(path)} ends within it")
-    return _inflate(data, part.inflated) if part.inflated else data
-
-
-def _inflate(data: bytes, length: int) -> bytes:
-    """Inflate raw Deflate data, as stored in zips, to `length` bytes."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    if not part.inflated:
+        return data
     try:
-        inflated = inflater.decompress(data, length)
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, part.inflated)
     except zlib.error as error:
         raise UnusableImageError(f"cannot be inflated: {error}") from error
-    if len(inflated) < length:
-        raise UnusableImageError(f"is cut off: {len(inflated)} of {length} bytes")
+    if len(inflated) < part.inflated:
+        raise UnusableImageError(f"is cut off: {len(inflated)} of {part.inflated} bytes")
     return inflated
 
 
@@ -180,30 +149,22 @@ def _read_header(path: str, part: Part | None) -> Header:
     if part is not None and part.inflated:
         return _parse_header(io.BytesIO(read_part(path, part)))
     with open(path, "rb") as file:
-        if part is None:
-            return _parse_header(file)
-        with io.BufferedReader(Window(file.fileno(), part.offset, part.length)) as window:
-            return _parse_header(window)
+        return _parse_header(ContainerIO(file, part.offset, part.length) if part else file)
 
 
-def _parse_header(file: BinaryIO) -> Header:
-    if file.seek(0, os.SEEK_END) == 0:
+def _parse_header(file: IO[bytes]) -> Header:
+    file.seek(0, os.SEEK_END)
+    if file.tell() == 0:
         raise UnusableImageError("is empty (0 bytes)")
     file.seek(0)
     with Image.open(file) as image:
         width, height = image.size
-        if not _has_end_marker(file, image.format):
+        position, marker = file.tell(), _END_MARKERS.get(image.format or "", b"")
+        file.seek(-len(marker), os.SEEK_END)
+        if file.read() != marker:
+            file.seek(position)
             image.load()
         return Header(height, width, orientation(image) >= 5)
-
-
-def _has_end_marker(file: BinaryIO, image_format: str | None) -> bool:
-    marker = _END_MARKERS.get(image_format or "", b"")
-    position = file.tell()
-    file.seek(-min(len(marker), file.seek(0, os.SEEK_END)), os.SEEK_END)
-    has_marker = file.read() == marker
-    file.seek(position)
-    return has_marker
 
 
 def orientation(image: Image.Image) -> int:

@@ -143,30 +143,22 @@ def unread_manifest(
 
 def concatenate(manifests: Sequence[Manifest]) -> Manifest:
     """Return one manifest with the files of all, in order."""
-    files: list[str] = []
-    members: list[str] = []
+    columns: dict[str, Any] = {name: [] for name in ("files", "members", "labels")}
     notes: dict[int, str] = {}
     reasons: dict[int, str] = {}
     file_ids = []
     for one in manifests:
-        notes |= {len(files) + i: note for i, note in one.notes.items()}
-        reasons |= {len(members) + i: reason for i, reason in one.reasons.items()}
-        file_ids.append(one.file_ids + np.int32(len(files)))
-        files += one.files
-        members += one.members
+        first_file, first_image = len(columns["files"]), len(columns["members"])
+        notes |= {first_file + i: note for i, note in one.notes.items()}
+        reasons |= {first_image + i: reason for i, reason in one.reasons.items()}
+        file_ids.append(one.file_ids + np.int32(first_file))
+        for name in ("files", "members", "labels"):
+            columns[name] += getattr(one, name)
     if not manifests:
         return unread_manifest([])
-    return Manifest(
-        files=files,
-        file_ids=np.concatenate(file_ids),
-        members=members,
-        parts=np.concatenate([one.parts for one in manifests]),
-        labels=[label for one in manifests for label in one.labels],
-        reasons=reasons,
-        notes=notes,
-        stamps=np.concatenate([one.stamps for one in manifests]),
-        headers=np.concatenate([one.headers for one in manifests]),
-    )
+    for name in ("parts", "stamps", "headers"):
+        columns[name] = np.concatenate([getattr(one, name) for one in manifests])
+    return Manifest(file_ids=np.concatenate(file_ids), reasons=reasons, notes=notes, **columns)
 
 
 def save(manifest: Manifest, path: Path) -> None:
@@ -218,8 +210,6 @@ def load(path: Path) -> Manifest:
 
 def _renumber(texts: dict[int, str], kept: NDArray[np.int64]) -> dict[int, str]:
     """Return the texts of the kept rows under their new indices."""
-    if not texts:
-        return {}
     return {new: texts[old] for new, old in enumerate(kept.tolist()) if old in texts}
 
 

@@ -27,20 +27,17 @@ _SUFFIX = re.compile(r"\.(tar|zip)$", re.IGNORECASE)
 def archive_kind(path: str) -> str:
     """Return "tar", "zip" or "", by a file's name or first bytes.
 
-    Raises: OSError: it cannot be read. DataError: it is a compressed tar.
+    Raises: DataError: the file cannot be read, or is a compressed tar.
     """
-    return "tar" if tars.is_tar(path) else "zip" if zips.is_zip(path) else ""
+    try:
+        return "tar" if tars.is_tar(path) else "zip" if zips.is_zip(path) else ""
+    except OSError as error:
+        raise DataError(f"--data_path: {path} cannot be read: {error}") from error
 
 
 def is_archive(data_path: DataPath) -> bool:
     """Return whether the path is a tar or a zip; raise DataError if it cannot be read."""
-    path = data_path.path
-    if not os.path.isfile(path):
-        return False
-    try:
-        return bool(archive_kind(path))
-    except OSError as error:
-        raise data_path.error(f"cannot be read: {error}") from error
+    return os.path.isfile(data_path.path) and bool(archive_kind(data_path.path))
 
 
 def find_archive(data_path: DataPath) -> FileList:
@@ -65,10 +62,7 @@ def find_pattern(data_path: DataPath) -> FileList:
         paths += matches
     if not paths:
         raise data_path.error(f"no file matches; {EXPECTED}")
-    try:
-        others = [path for path in paths if os.path.isdir(path) or not archive_kind(path)]
-    except OSError as error:
-        raise data_path.error(f"{error.filename} cannot be read: {error}") from error
+    others = [path for path in paths if os.path.isdir(path) or not archive_kind(path)]
     if others:
         raise data_path.error(f"expected only tars or zips, but it matches {others[0]}")
     archives = list_archives(*common_base(paths), numbered=is_range)

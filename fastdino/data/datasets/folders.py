@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastdino.data.datasets import tars
-from fastdino.data.datasets.archives import list_archives
+from fastdino.data.datasets.archives import archive_kind, list_archives
 from fastdino.data.datasets.data_path import DataPath
 from fastdino.data.datasets.file_list import FileList
 from fastdino.data.datasets.splits import requested_split
+from fastdino.data.datasets.tars import COMPRESSED_SUFFIXES
 from fastdino.data.datasets.yfcc import find_metadata, select_photos
 from fastdino.data.image_files import EXTENSIONS, retrying
 from fastdino.errors import DataError
@@ -63,11 +63,9 @@ def _find_files(root: str) -> FileList:
             "to class folders are not used. Move them into a folder, or move the folders away"
         )
     if loose and archives and not images:
-        suffixes = {name.lower()[-3:] for name in archives}
         raise DataError(
-            f"{root} contains {len(loose)} images and {len(archives)} "
-            f"{'archives' if len(suffixes) > 1 else suffixes.pop() + 's'}: move those away that "
-            "are not meant"
+            f"{root} contains {len(loose)} images and {len(archives)} archives: move those away "
+            "that are not meant"
         )
     if images:
         reason = "is next to the class folders"
@@ -80,7 +78,9 @@ def _find_files(root: str) -> FileList:
         return FileList("a flat folder", root, loose, [0] * len(loose), [name])
     if archives:
         return list_archives(root, archives)
-    tars.raise_if_compressed([os.path.join(root, name) for name in files])
+    for name in files:
+        if name.lower().endswith(COMPRESSED_SUFFIXES):
+            archive_kind(os.path.join(root, name))  # raises DataError if it is compressed
     raise DataError(
         f"no images in {root}: it contains no file that ends in {', '.join(EXTENSIONS)}, directly "
         "or in a folder, and no .tar or .zip"
@@ -93,10 +93,8 @@ def _list_folder(root: str) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     files: list[str] = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        try:
-            is_dir = entry.is_dir()
-        except OSError:  # a link to itself
-            is_dir = False
+        # os.path.isdir is False for a link to itself.
+        is_dir = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
         (folders if is_dir else files).append(entry.name)
     return folders, files
 
@@ -116,13 +114,12 @@ def _walk(folder: str) -> list[str]:
     for current, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         ancestors = above.pop(current)
         real = {name: os.path.realpath(os.path.join(current, name)) for name in folders}
-        folders[:] = [name for name in folders if not _contains_any(real[name], ancestors)]
+        folders[:] = [name for name in folders if not _is_above_any(real[name], ancestors)]
         above |= {os.path.join(current, name): [*ancestors, real[name]] for name in folders}
         images.append((current, sorted(n for n in names if n.lower().endswith(EXTENSIONS))))
     return [os.path.join(current, name) for current, names in sorted(images) for name in names]
 
 
-def _contains_any(folder: str, others: Sequence[str]) -> bool:
+def _is_above_any(folder: str, others: Sequence[str]) -> bool:
     """Return whether one of the others is this folder or is below it."""
-    start = os.path.join(folder, "")
-    return any(os.path.join(other, "").startswith(start) for other in others)
+    return any(os.path.commonpath([folder, other]) == folder for other in others)

@@ -25,6 +25,7 @@ from fastdino.errors import DataError
 
 _INSTALL = 'pip install -U "fastdino[data]"'
 _OLDEST_VERSION = 3  # major version of `datasets`
+_SAVED = ("dataset_dict.json", "state.json")  # in folders of save_to_disk
 # Preferred columns if there are several, or if no type marks a column as labels.
 _IMAGE = "image"
 _LABELS = ("label", "labels", "class", "cls")
@@ -109,16 +110,16 @@ def _load(library: Any, data_path: DataPath) -> dict[str, Any]:
     if os.path.isfile(path) and kind is None:
         raise data_path.error("expected a folder, or a .parquet or .arrow file")
     try:
-        if os.path.exists(os.path.join(path, "dataset_dict.json")):
-            return dict(library.load_from_disk(path, keep_in_memory=False))
-        if os.path.exists(os.path.join(path, "state.json")):
-            dataset = library.load_from_disk(path, keep_in_memory=False)
-            return {str(dataset.split or "train"): dataset}
-        if os.path.isfile(path):
-            return dict(library.load_dataset(kind, data_files=path, keep_in_memory=False))
-        revision = {name: options[name] for name in ("revision",) if name in options}
-        config = options.get("config")
-        return dict(library.load_dataset(path, config, keep_in_memory=False, **revision))
+        if any(os.path.exists(os.path.join(path, name)) for name in _SAVED):
+            saved = library.load_from_disk(path, keep_in_memory=False)
+            return saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        return library.load_dataset(
+            kind or path,
+            options.get("config"),
+            data_files=path if os.path.isfile(path) else None,
+            revision=options.get("revision"),
+            keep_in_memory=False,
+        )
     except MemoryError:
         raise
     except Exception as error:  # of any type: from the network, the files or their contents
@@ -220,19 +221,13 @@ def _rows(
                 for batch in batches:
                     column = batch.column(image)
                     paths = _field(column, "path")
-                    names = [""] * len(column)
-                    if paths is not None:
-                        names = [name or "" for name in paths.to_pylist()]
+                    names = _texts(paths) if paths is not None else [""] * len(column)
                     labels = _texts(batch.column(label)) if label else [""] * len(column)
                     yield _parts(column, start, size), names, labels
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
         if getattr(error, "errno", None):  # raised by the system, not by the file's contents
             raise
-        raise DataError(f"--data_path: {path} is damaged or truncated: {error}") from error
-    except KeyError as error:
-        raise DataError(f"--data_path: {path} has no column {error}") from error
-    except ValueError as error:
-        raise DataError(f"--data_path: {path} {error}") from error
+        raise DataError(f"--data_path: {path} is damaged or compressed: {error}") from error
 
 
 def _parts(column: Any, start: int, size: int) -> NDArray[np.int64]:
@@ -252,7 +247,7 @@ def _parts(column: Any, start: int, size: int) -> NDArray[np.int64]:
     bounds = bounds[: len(stored) + 1].astype(np.int64)
     offset = data.address - start
     if not 0 <= offset <= offset + int(bounds[-1]) <= size:
-        raise ValueError("is compressed, which does not allow random access")
+        raise ValueError("compressed columns do not allow random access")
     # A null struct can still contain a value, so both levels are checked.
     valid = [one.is_valid().to_numpy(zero_copy_only=False) for one in (column, stored)]
     present = valid[0] & valid[1]
@@ -274,5 +269,5 @@ def _field(column: Any, name: str) -> Any:
 
 
 def _texts(column: Any) -> list[str]:
-    """Return labels as text; "" for null, and for -1, which the Hub uses for hidden labels."""
+    """Return values as text; "" for null, and for -1, which the Hub uses for hidden labels."""
     return ["" if value in (None, -1) else str(value) for value in column.to_pylist()]

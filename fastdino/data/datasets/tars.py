@@ -5,15 +5,14 @@ Tars within tars, as in ImageNet's ILSVRC2012_img_train.tar, are indexed too.
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import tarfile
-from collections.abc import Sequence
-from typing import BinaryIO
+from typing import IO
+
+from PIL.ContainerIO import ContainerIO
 
 from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
-from fastdino.data.image_files import Part, Window, read_file, retrying
+from fastdino.data.image_files import Part, read_file, retrying
 from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
@@ -23,7 +22,8 @@ _COMPRESSED = {
     b"\xfd7zXZ\0": ("xz", "unxz"),
     b"(\xb5/\xfd": ("zstd", "unzstd"),
 }
-_COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+# Endings of compressed archives, also without .tar.
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 
 
 def is_tar(path: str) -> bool:
@@ -41,16 +41,6 @@ def is_tar(path: str) -> bool:
     return start[257:262] == b"ustar" or path.lower().endswith(".tar")
 
 
-def raise_if_compressed(names: Sequence[str]) -> None:
-    """Raise DataError if one of the files is a compressed tar by its name."""
-    for name in names:
-        if _COMPRESSED_NAME.search(name):
-            raise DataError(
-                f"--data_path: {name} is a compressed tar, which does not allow random access: "
-                "unpack it to a plain .tar (gunzip, bunzip2, unxz, unzstd), or to a folder"
-            )
-
-
 @retrying
 def index_tar(path: str) -> Manifest:
     """Read all headers of a tar, and the small members that hold labels.
@@ -66,7 +56,7 @@ def index_tar(path: str) -> Manifest:
 class _TarIndexer:
     """A collector of the members of a tar and of the tars in it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file, self._collector = file, MemberCollector()
 
     def index(self, path: str) -> Manifest:
@@ -88,21 +78,18 @@ class _TarIndexer:
             note = "contains no images"
         return self._collector.manifest(path, note)
 
-    def _walk(self, file: BinaryIO, start: int, length: int, folder: str) -> bool:
+    def _walk(self, file: IO[bytes], start: int, length: int, folder: str) -> bool:
         """Add the members of the tar at offset `start`; return False if it is truncated."""
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while True:
-                try:
-                    member = tar.next()
-                except tarfile.ReadError:
-                    return False
-                if member is None:
-                    break
-                tar.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
-                self._add(tar, member, start, length, folder)
-            file.seek(tar.offset)
-            # A tar ends with two blocks of zeros, but tarfile accepts any garbage as its end.
-            return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            try:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
+                    self._add(tar, member, start, length, folder)
+                file.seek(tar.offset)
+                # A tar ends with two blocks of zeros, but tarfile accepts any garbage as its end.
+                return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            except tarfile.ReadError:
+                return False
 
     def _add(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, start: int, length: int, folder: str
@@ -122,17 +109,18 @@ class _TarIndexer:
         elif not member.isreg():
             return
         elif name.lower().endswith(".tar"):
-            self._add_tar(name, start + offset, min(size, length - offset))
+            part = Part(start + offset, max(0, min(size, length - offset)))
+            self._add_tar(name, part)
         else:
             content = tar.extractfile(member) if is_whole else None
             self._collector.add_other(name, size, content.read if content else bytes)
 
-    def _add_tar(self, name: str, start: int, length: int) -> None:
-        with io.BufferedReader(Window(self._file.fileno(), start, length)) as inner:
-            try:
-                is_whole = self._walk(inner, start, length, f"{name}/")
-                reason = "" if is_whole else "is truncated or damaged"
-            except tarfile.ReadError as error:
-                reason = f"is not a tar: {error}"
+    def _add_tar(self, name: str, part: Part) -> None:
+        inner = ContainerIO(self._file, part.offset, part.length)
+        try:
+            is_whole = self._walk(inner, part.offset, part.length, f"{name}/")
+            reason = "" if is_whole else "is truncated or damaged"
+        except tarfile.ReadError as error:
+            reason = f"is not a tar: {error}"
         if reason:
-            self._collector.add_image(name, Part(start, length), reason)
+            self._collector.add_image(name, part, reason)

@@ -31,6 +31,7 @@ from fastdino.files import atomic_write, file_lock
 
 ROOT_VARIABLE = "FASTDINO_DATA"
 CONVERTED = "fastdino"  # folder below the root for converted datasets, locks and downloads
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _INSTALL = 'pip install -U "fastdino[data]"'
 
 
@@ -154,15 +155,13 @@ def _open(data_path: DataPath, name: str, root: Path, arguments: dict[str, Any])
 
     Raises: DataError: it is damaged, cannot be downloaded, or this torchvision does not support it.
     """
-    create = getattr(torchvision.datasets, name, None)
-    if create is None:
-        raise DataError(f"torchvision {torchvision.__version__} has no {name}: {_INSTALL}")
     location = root / _location(name, arguments)
     try:
+        create = getattr(torchvision.datasets, name)
         return create(root, **arguments)
     except ModuleNotFoundError as error:
         raise DataError(f"torchvision:{name} needs the package {error.name}: {_INSTALL}") from error
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise DataError(
             f"torchvision {torchvision.__version__} is too old for {name} ({error}): {_INSTALL}"
         ) from error
@@ -194,16 +193,13 @@ def _download(create: Any, name: str, root: Path, arguments: dict[str, Any]) -> 
         part.rmdir()
     except Exception as error:  # of any type: from the network, an archive or the disk
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"the disk of {root} is full"
-        elif isinstance(error, ModuleNotFoundError):
-            problem = f"the package {error.name} is missing, {_INSTALL}"
-        else:
-            text = " ".join(str(error).split()) or type(error).__name__
-            problem = f"it cannot be downloaded ({text})"
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"torchvision:{name} is not in {root}, and {problem}: put {_location(name, arguments)} "
-            f"there as distributed, or name its folder with ?root=... or ${ROOT_VARIABLE}"
+            f"torchvision:{name} is not in {root}, and it cannot be downloaded ({text}): put "
+            f"{_location(name, arguments)} there as distributed, or name its folder with "
+            f"?root=... or ${ROOT_VARIABLE}"
         ) from error
 
 
@@ -234,27 +230,20 @@ def _convert(dataset: Any, tar: Path, metadata: Path) -> None:
 
     The tar is renamed last: if it exists, the conversion is complete.
     """
+    largest = -1
     with atomic_write(tar) as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
-            largest = _add_samples(archive, dataset, f"writing {tar.name}")
+            for i in tqdm(range(len(dataset)), f"writing {tar.name}", disable=None, leave=False):
+                image, label = dataset[i]
+                pixels = io.BytesIO()
+                image.save(pixels, "PPM")
+                _add(archive, f"{i:07}.{'pgm' if image.mode == 'L' else 'ppm'}", pixels.getvalue())
+                if label is not None and label >= 0:
+                    _add(archive, f"{i:07}.cls", str(int(label)).encode())
+                    largest = max(largest, int(label))
         names = {"classes": _class_names(dataset, largest + 1), "images": len(dataset)}
         with atomic_write(metadata) as json_file:
             json_file.write(json.dumps(names).encode())
-
-
-def _add_samples(archive: tarfile.TarFile, dataset: Any, title: str) -> int:
-    """Add all images with their labels; return the largest label, -1 if there are no labels."""
-    largest = -1
-    for i in tqdm(range(len(dataset)), desc=title, disable=None, leave=False):
-        image, label = dataset[i]
-        pixels = io.BytesIO()
-        image.save(pixels, "PPM")
-        suffix = "pgm" if image.mode == "L" else "ppm"
-        _add(archive, f"{i:07}.{suffix}", pixels.getvalue())
-        if label is not None and label >= 0:
-            _add(archive, f"{i:07}.cls", str(int(label)).encode())
-            largest = max(largest, int(label))
-    return largest
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -271,9 +260,8 @@ def _locked(lock: Path, target: Path, data_path: DataPath) -> Iterator[None]:
         with file_lock(lock, wait=True):
             yield
     except OSError as error:
-        advice = "link the dataset into a writable folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "the disk is full: make room"
+        is_full = error.errno in _DISK_FULL
+        advice = "the disk is full: make room" if is_full else "link it into a writable folder"
         raise data_path.error(
             f"cannot write {target} ({error.strerror or error}): {advice}, or name another folder "
             f"with ?root=... or ${ROOT_VARIABLE}"

@@ -32,30 +32,25 @@ def index_zip(path: str) -> Manifest:
 
     Raises: DataError: the file is not a zip, or is truncated. OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END)
-        if length == 0:
-            return unread_manifest([path], [], note="is empty (0 bytes)")
-        try:
-            return _index(path, file, length)
-        except zipfile.BadZipFile as error:
-            raise DataError(
-                f"--data_path: {path} is not a complete zip ({error}); its directory is at its "
-                "end. Copy it again, or move it away"
-            ) from error
-
-
-def _index(path: str, file: BinaryIO, length: int) -> Manifest:
+    length = os.stat(path).st_size
+    if length == 0:
+        return unread_manifest([path], [], note="is empty (0 bytes)")
     collector = MemberCollector()
-    with zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
-            name = member.filename
-            if member.is_dir() or is_hidden(name):
-                continue
-            if is_image(name):
-                collector.add_image(name, *_locate(file, member, length))
-            else:
-                collector.add_other(name, member.file_size, partial(_read, archive, member))
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                name = member.filename
+                if member.is_dir() or is_hidden(name):
+                    continue
+                if is_image(name):
+                    collector.add_image(name, *_locate(file, member, length))
+                else:
+                    collector.add_other(name, member.file_size, partial(_read, archive, member))
+    except zipfile.BadZipFile as error:
+        raise DataError(
+            f"--data_path: {path} is not a complete zip ({error}); its directory is at its end. "
+            "Copy it again, or move it away"
+        ) from error
     return collector.manifest(path, "" if collector.members else "contains no images")
 
 
@@ -67,17 +62,14 @@ def _locate(file: BinaryIO, member: zipfile.ZipInfo, length: int) -> tuple[Part,
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         name = _METHODS.get(member.compress_type, f"method {member.compress_type}")
         return nowhere, f"is compressed with {name}; supported are Stored and Deflate"
-    misplaced = "is not at the offset in the zip's directory: the zip is damaged"
-    if member.header_offset < 0:  # the beginning of the file is missing
-        return nowhere, misplaced
-    # The directory does not store the length of the local header.
-    header = os.pread(file.fileno(), _LOCAL_HEADER.size, member.header_offset)
-    if len(header) < _LOCAL_HEADER.size:
-        return nowhere, "is cut off: the zip ends within it"
-    signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    header = b""
+    if member.header_offset >= 0:  # else the beginning of the file is missing
+        # The directory does not store the length of the local header.
+        header = os.pread(file.fileno(), _LOCAL_HEADER.size, member.header_offset)
+    signature, *lengths = _LOCAL_HEADER.unpack(header.ljust(_LOCAL_HEADER.size))
     if signature != b"PK\3\4":
-        return nowhere, misplaced
-    start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        return nowhere, "is not at the offset in the zip's directory: the zip is damaged"
+    start = member.header_offset + _LOCAL_HEADER.size + sum(lengths)
     if start + member.compress_size > length:
         return nowhere, "is cut off: the zip ends within it"
     if member.compress_type == zipfile.ZIP_DEFLATED and member.file_size:
