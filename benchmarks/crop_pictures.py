@@ -26,9 +26,9 @@ def pictures(count: int, folder: str | None = None) -> dict[str, list[bytes]]:
     The photograph, matplotlib's sample, is one file repeated: only its crops differ.
     """
     if folder is not None:
-        source = scan_images(folder)
-        chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
-        return {Path(folder).name: [source.read_bytes(i) for i in chosen]}
+        dataset = scan_images(folder)
+        chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
+        return {Path(folder).name: [dataset.read_bytes(i) for i in chosen]}
     photos = count // (len(VIVIDNESS) + 1)
     files: dict[str, list[bytes]] = {kind: [] for kind in VIVIDNESS}
     for i in range(count - photos):

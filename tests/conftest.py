@@ -295,10 +295,10 @@ def build() -> Iterator[Callable[..., Any]]:
 
     built = []
 
-    def build_one(source, rank=0, world_size=1, **changes):
+    def build_one(dataset, rank=0, world_size=1, **changes):
         built.append(
             build_loader(
-                make_config(**changes), source, rank=rank, world_size=world_size, device="cpu"
+                make_config(**changes), dataset, rank=rank, world_size=world_size, device="cpu"
             )
         )
         return built[-1]

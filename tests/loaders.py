@@ -50,11 +50,11 @@ def make_config(**changes):
     return types.SimpleNamespace(**(values | changes))
 
 
-def build_loader(config, source, device="cpu", **options):
+def build_loader(config, dataset, device="cpu", **options):
     """Build the loader that a run of this config has."""
     crops, decode = resolve_crops(config, device)
     return build_resolved(
-        config, source, crops=crops.value, decode=decode.value, device=device, **options
+        config, dataset, crops=crops.value, decode=decode.value, device=device, **options
     )
 
 
@@ -103,16 +103,16 @@ def odd_folder(root):
     return folder
 
 
-def break_files(source, names):
+def break_files(dataset, names):
     """Break the files of (index, "cut" | "gone" | "text" | "empty") pairs; return their paths."""
     for index, how in names:
-        path = Path(source.paths[index])
+        path = Path(dataset.paths[index])
         if how == "gone":
             path.unlink()
         else:
             contents = {"cut": path.read_bytes()[:-600], "text": b"not an image", "empty": b""}
             path.write_bytes(contents[how])
-    return {source.paths[index] for index, _ in names}
+    return {dataset.paths[index] for index, _ in names}
 
 
 def levels(crop, other):

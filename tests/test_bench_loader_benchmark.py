@@ -173,11 +173,11 @@ class FakeEvent:
 def test_the_kernel_baseline_makes_the_crops(pictures, tiny, monkeypatch, crops_by_pil):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     config = tiny(global_crops_size=10, local_crops_size=8, batch_size_per_gpu=2)
-    source = scan_images(pictures)
-    kernel = loaders.KernelTimer(loaders.LoaderTask(source, config, "cpu"))
+    dataset = scan_images(pictures)
+    kernel = loaders.KernelTimer(loaders.LoaderTask(dataset, config, "cpu"))
     sample = kernel(3)
     assert (sample.count, sample.seconds) == (6, 0.005)
-    images = [torch.from_numpy(np.array(source.read_rgb(i))) for i in range(2)]
+    images = [torch.from_numpy(np.array(dataset.read_rgb(i))) for i in range(2)]
     made = kernel.make()
     assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
     for crops, (params, size) in zip(made, kernel._launches, strict=True):

@@ -128,12 +128,12 @@ def dali_decoder():
         decoder.close()
 
 
-def read_all(source, decoder, batch=8):
+def read_all(dataset, decoder, batch=8):
     """Read all samples in order, twice: indices, images and skipped files."""
-    bad = BadImages(len(source.files), 1.0)
+    bad = BadImages(len(dataset.files), 1.0)
     with ThreadPoolExecutor(2) as pool:
-        reader = PictureReader(source, bad, pool, decoder)
-        places = range(len(source.files))
+        reader = PictureReader(dataset, bad, pool, decoder)
+        places = range(len(dataset.files))
         parts = [reader.read(places[n : n + batch]) for n in places[::batch]]
         assert [reader.read(places[n : n + batch])[0] for n in places[::batch]] == [
             indices for indices, _ in parts
@@ -285,13 +285,13 @@ def test_unusual_formats_give_the_images_of_pillow(dali_decoder, tmp_path):
     (tmp_path / "k" / "huge.png").unlink()
     exact = scan_images(tmp_path)
     for exif in (False, True):
-        source = scan_images(tmp_path, exif=exif)
-        bad = BadImages(len(source), 0.0)
+        dataset = scan_images(tmp_path, exif=exif)
+        bad = BadImages(len(dataset), 0.0)
         with ThreadPoolExecutor(2) as pool:
-            reader = PictureReader(source, bad, pool, dali_decoder(32))
-            _, pictures = reader.read(range(len(source)))
+            reader = PictureReader(dataset, bad, pool, dali_decoder(32))
+            _, pictures = reader.read(range(len(dataset)))
         for n, picture in enumerate(pictures):
-            assert np.array_equal(picture, np.asarray(source.read_rgb(n))), source.paths[n]
+            assert np.array_equal(picture, np.asarray(dataset.read_rgb(n))), dataset.paths[n]
     assert len(exact) == len(paths) - 1
 
 

@@ -29,11 +29,11 @@ def test_file_broken_after_the_scan_does_not_crash_dali(tmp_path):
     for n in range(192):
         photo(n, (64, 48)).save(tmp_path / f"{n:03}.jpg")
     code = """
-source = t.scan_images(sys.argv[1])
+dataset = t.scan_images(sys.argv[1])
 config = t.make_config(crops="dali", batch_size_per_gpu=64, num_workers=2)
-loader = t.build_loader(config, source)
+loader = t.build_loader(config, dataset)
 for index in (5, 6, 100, 191):
-    t.Path(source.paths[index]).write_text("bad")
+    t.Path(dataset.paths[index]).write_text("bad")
 print(len(list(loader.epoch(0))), len(loader.skipped))
 loader.close()
 """
@@ -45,15 +45,15 @@ def test_unusual_formats_give_the_same_images_with_dali(tmp_path, build, monkeyp
     odd_folder(tmp_path)
     (tmp_path / "k" / "huge.png").unlink()
     undrawn(monkeypatch)
-    source = scan_images(tmp_path)
+    dataset = scan_images(tmp_path)
     exact, near = (
-        next(iter(build(source, crops=crops, batch_size_per_gpu=17).epoch(0)))
+        next(iter(build(dataset, crops=crops, batch_size_per_gpu=17).epoch(0)))
         for crops in ("torchvision", "dali")
     )
-    order = build(source, batch_size_per_gpu=17)._plan.batches(0, 0)[0]
+    order = build(dataset, batch_size_per_gpu=17)._plan.batches(0, 0)[0]
     for b, index in enumerate(order):
         for n in range(4):
-            assert levels(exact[n][b], near[n][b]) < 0.5, source.paths[index]
+            assert levels(exact[n][b], near[n][b]) < 0.5, dataset.paths[index]
 
 
 def test_dali_crops_equal_those_of_the_loader(photos, build):

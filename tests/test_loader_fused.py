@@ -33,15 +33,15 @@ def test_fused_crops_equal_torchvisions_bit_for_bit(tmp_path, build):
     (odd_folder(tmp_path) / "huge.png").unlink()
     for n in range(19):
         photo(n, (100 + n, 75 + 3 * n)).save(tmp_path / "k" / f"{n:02}.jpg", quality=92)
-    source = scan_images(tmp_path)
+    dataset = scan_images(tmp_path)
     options = {"global_crops_size": 96, "local_crops_size": 40, "local_crops_number": 4}
     options["batch_size_per_gpu"] = 6
-    exact = build(source, crops="torchvision", **options)
+    exact = build(dataset, crops="torchvision", **options)
     ours = [
-        build(source, crops="fused", decode=decode, num_workers=workers, **options)
+        build(dataset, crops="fused", decode=decode, num_workers=workers, **options)
         for decode, workers in (("pillow", 1), *[("cpu", 1), ("cpu", 2)] * bool(HAS_DALI))
     ]
-    break_files(source, [(4, "cut"), (9, "gone"), (30, "text")])
+    break_files(dataset, [(4, "cut"), (9, "gone"), (30, "text")])
     for epoch, start in ((0, 0), (1, 0), (1, 4)):
         expected = list(exact.epoch(epoch, start))
         assert len(expected) == 6 - start
@@ -169,8 +169,8 @@ def on_cuda():
     """Build fused loaders for a GPU, closed at the end of the test."""
     built = []
 
-    def build_one(source, **changes):
-        built.append(build_loader(make_config(crops="fused", **changes), source, device="cuda"))
+    def build_one(dataset, **changes):
+        built.append(build_loader(make_config(crops="fused", **changes), dataset, device="cuda"))
         return built[-1]
 
     yield build_one
@@ -275,10 +275,10 @@ def test_batches_are_correct_while_the_main_thread_captures_a_graph(
 @on_gpu
 def test_crops_on_a_gpu_are_exact_for_unusual_and_broken_files(tmp_path, build, on_cuda):
     (odd_folder(tmp_path) / "huge.png").unlink()
-    source = scan_images(tmp_path)
-    exact = build(source, crops="torchvision", batch_size_per_gpu=4)
-    loader = on_cuda(source, batch_size_per_gpu=4, num_workers=2)
-    break_files(source, [(4, "cut"), (9, "gone")])
+    dataset = scan_images(tmp_path)
+    exact = build(dataset, crops="torchvision", batch_size_per_gpu=4)
+    loader = on_cuda(dataset, batch_size_per_gpu=4, num_workers=2)
+    break_files(dataset, [(4, "cut"), (9, "gone")])
     for epoch in range(3):
         assert_same([[c.cpu() for c in batch] for batch in loader.epoch(epoch)], exact.epoch(epoch))
     assert exact.skipped.keys() == loader.skipped.keys()

@@ -41,7 +41,7 @@ def test_batch_shapes(photos, build, crops):
         assert [tuple(crop.shape) for crop in batch] == [(6, 3, 48, 48)] * 2 + [(6, 3, 24, 24)] * 2
         assert all(crop.dtype == torch.float32 and crop.device.type == "cpu" for crop in batch)
         assert all(crop.is_contiguous() and crop.isfinite().all() for crop in batch)
-    assert loader.source is photos
+    assert loader.dataset is photos
     assert loader.skipped == {}
     libraries = {"torchvision": "torchvision", "fused": "Numba", "dali": "DALI"}
     assert loader.description.startswith(f"{libraries[crops]} ")
@@ -130,14 +130,14 @@ def test_images_in_tars_give_the_same_crops_as_in_folders(photos, build, crops, 
         assert_same(loader.epoch(1, 2), expected[2:])
     # A member that breaks after the scan is replaced too.
     tar = tmp_path / "class1.tar"
-    source = scan_images(tmp_path)
-    offset, length, _ = source.manifest.parts[8].tolist()
+    dataset = scan_images(tmp_path)
+    offset, length, _ = dataset.manifest.parts[8].tolist()
     data = bytearray(tar.read_bytes())
     data[offset : offset + length] = bytes(length)
     tar.write_bytes(data)
-    loader = build(source, crops=crops, batch_size_per_gpu=18)
+    loader = build(dataset, crops=crops, batch_size_per_gpu=18)
     assert len(list(loader.epoch(0))) == 1
-    assert list(loader.skipped) == [source.paths[8]] == [str(tar / "07.jpg")]
+    assert list(loader.skipped) == [dataset.paths[8]] == [str(tar / "07.jpg")]
 
 
 @all_loaders
@@ -163,16 +163,16 @@ def test_exif_orientation_is_applied_only_on_request(
         upright.save(tmp_path / "upright" / f"{value}.png")
     expected_folder = tmp_path.parent / f"{tmp_path.name}-upright"
     shutil.move(tmp_path / "upright", expected_folder)
-    expected_source, source = scan_images(expected_folder), scan_images(tmp_path, exif=True)
-    assert source.sizes.tolist() == expected_source.sizes.tolist()
+    expected_dataset, dataset = scan_images(expected_folder), scan_images(tmp_path, exif=True)
+    assert dataset.sizes.tolist() == expected_dataset.sizes.tolist()
     options = {"batch_size_per_gpu": 8}
-    (expected,) = build(expected_source, **options).epoch(0)
-    (ours,) = build(source, crops=crops, **options).epoch(0)
+    (expected,) = build(expected_dataset, **options).epoch(0)
+    (ours,) = build(dataset, crops=crops, **options).epoch(0)
     (stored,) = build(scan_images(tmp_path), crops=crops, **options).epoch(0)
-    for b, index in enumerate(build(source, **options)._plan.batches(0, 0)[0]):
-        assert levels(ours[0][b], expected[0][b]) < 0.5, source.paths[index]
+    for b, index in enumerate(build(dataset, **options)._plan.batches(0, 0)[0]):
+        assert levels(ours[0][b], expected[0][b]) < 0.5, dataset.paths[index]
         if form != "TIFF" and index > 0:  # Pillow always rotates TIFF.
-            assert levels(stored[0][b], expected[0][b]) > 5, source.paths[index]
+            assert levels(stored[0][b], expected[0][b]) > 5, dataset.paths[index]
 
 
 @all_loaders
@@ -184,9 +184,9 @@ def test_fewer_images_than_a_batch_is_an_error(photos, build, crops):
 @all_loaders
 def test_unusual_formats_are_read(tmp_path, build, crops):
     odd_folder(tmp_path)
-    source = scan_images(tmp_path)
-    assert len(source) == 18
-    loader = build(source, crops=crops, batch_size_per_gpu=18)
+    dataset = scan_images(tmp_path)
+    assert len(dataset) == 18
+    loader = build(dataset, crops=crops, batch_size_per_gpu=18)
     assert len(list(loader.epoch(0))) == 1
     assert loader.skipped == {}
 
@@ -225,10 +225,10 @@ def test_too_many_unreadable_files_end_the_run(breakable, build, crops, workers)
 @pytest.mark.parametrize("crops", ["fused", pytest.param("dali", marks=needs_dali)])
 def test_workers_can_be_forked_while_another_loader_has_threads(breakable, crops):
     code = """
-source = t.scan_images(sys.argv[1])
-loader = t.build_loader(t.make_config(crops=sys.argv[2], num_workers=2), source)
+dataset = t.scan_images(sys.argv[1])
+loader = t.build_loader(t.make_config(crops=sys.argv[2], num_workers=2), dataset)
 first = len(list(loader.epoch(0)))
-other = t.build_loader(t.make_config(num_workers=2), source)
+other = t.build_loader(t.make_config(num_workers=2), dataset)
 if sys.platform == "linux":
     other._loader.multiprocessing_context = "fork"
 print(first, len(list(other.epoch(0))), len(list(loader.epoch(1))))
@@ -242,8 +242,8 @@ loader.close()
 @pytest.mark.parametrize("crops", ["torchvision", "fused"])
 def test_error_during_an_epoch_ends_the_process(breakable, crops):
     code = """
-source = t.scan_images(sys.argv[1])
-loader = t.build_loader(t.make_config(num_workers=2, crops=sys.argv[2]), source)
+dataset = t.scan_images(sys.argv[1])
+loader = t.build_loader(t.make_config(num_workers=2, crops=sys.argv[2]), dataset)
 for batch in loader.epoch(0):
     raise KeyError("a bug")
 """
@@ -264,10 +264,10 @@ def test_only_unreadable_files_end_the_run(breakable, build, crops, workers):
 @all_loaders
 def test_max_bad_share_includes_files_skipped_by_the_scan(breakable, build, crops):
     break_files(breakable, [(n, "text") for n in range(3)])
-    source = scan_images(Path(breakable.paths[0]).parent, max_bad_share=0.3)
-    break_files(source, [(n, "text") for n in range(3)])
+    dataset = scan_images(Path(breakable.paths[0]).parent, max_bad_share=0.3)
+    break_files(dataset, [(n, "text") for n in range(3)])
     with pytest.raises(DataError, match="6 of 18 images cannot be read"):
-        list(build(source, crops=crops, max_bad_share=0.3).epoch(0))
+        list(build(dataset, crops=crops, max_bad_share=0.3).epoch(0))
 
 
 @all_loaders

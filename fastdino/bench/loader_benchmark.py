@@ -77,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
     problems = {name: "it needs a GPU" if name in unavailable else None for name in BASELINES}
     names, _ = choose_baselines(args.baselines, problems)
     with tempfile.TemporaryDirectory() as folder:
-        source, images = load_images(args, Path(folder))
-        task = LoaderTask(source, _config(args, len(source)), str(device))
+        dataset, images = load_images(args, Path(folder))
+        task = LoaderTask(dataset, _config(args, len(dataset)), str(device))
         outcomes = measure(names, task, args)
     facts = environment(device, PACKAGES, {"load average": f"{load:.1f} before"})
     settings = {name: getattr(task.config, name) for name in SETTINGS}
@@ -127,14 +127,14 @@ def load_images(args: argparse.Namespace, folder: Path) -> tuple[ImageDataset, d
     if args.data_path is None:
         log(f"generating {args.images} images")
         generated_photos.write_photos(folder, args.images, args.seed)
-    source = scan_images(folder if args.data_path is None else args.data_path)
-    kind = generated_photos.DESCRIPTION if args.data_path is None else source.kind
-    count = min(args.images, len(source))
-    source = source.subset(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
-    height, width = np.median(source.sizes, axis=0).astype(int).tolist()
-    size = sum(len(source.read_bytes(i)) for i in range(count)) / count
+    dataset = scan_images(folder if args.data_path is None else args.data_path)
+    kind = generated_photos.DESCRIPTION if args.data_path is None else dataset.kind
+    count = min(args.images, len(dataset))
+    dataset = dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
+    height, width = np.median(dataset.sizes, axis=0).astype(int).tolist()
+    size = sum(len(dataset.read_bytes(i)) for i in range(count)) / count
     about = {"number": count, "width": width, "height": height, "mean_bytes": round(size)}
-    return source, about | {"kind": kind}
+    return dataset, about | {"kind": kind}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def dali_decode_problem() -> str | None:
 
 
 def read_first_good(
-    source: ImageDataset, bad: BadImages, index: int, read: Callable[[int], T]
+    dataset: ImageDataset, bad: BadImages, index: int, read: Callable[[int], T]
 ) -> tuple[int, T]:
     """Read the first readable sample from `index` on, recording unreadable ones in `bad`.
 
@@ -80,7 +80,7 @@ def read_first_good(
             raise
         except Exception as error:  # Pillow's plugins raise many types for broken files.
             reason = reason_of(error)
-        bad.add(index, source.path(index), reason)
+        bad.add(index, dataset.path(index), reason)
 
 
 class PictureReader:
@@ -92,9 +92,9 @@ class PictureReader:
     """
 
     def __init__(
-        self, source: ImageDataset, bad: BadImages, pool: Executor, decoder: Decoder | None
+        self, dataset: ImageDataset, bad: BadImages, pool: Executor, decoder: Decoder | None
     ) -> None:
-        self._source, self._bad, self._pool, self._decoder = source, bad, pool, decoder
+        self._dataset, self._bad, self._pool, self._decoder = dataset, bad, pool, decoder
         self._refused: set[int] = set()  # samples that the decoder refused: Pillow decodes them
 
     def read(self, batch: Sequence[int]) -> tuple[list[int], list[Picture]]:
@@ -134,21 +134,21 @@ class PictureReader:
         """Return the first readable sample from index on: its image, or a file for the decoder."""
 
         def load(index: int) -> bytes | Picture:
-            data = self._source.read_bytes(index)
+            data = self._dataset.read_bytes(index)
             with Image.open(io.BytesIO(data)) as image:
                 if self._is_for_decoder(index, image, data):
                     return data
-                exif = self._source.exif
+                exif = self._dataset.exif
                 return np.asarray(upright(image) if exif else image.convert("RGB"))
 
-        return read_first_good(self._source, self._bad, index, load)
+        return read_first_good(self._dataset, self._bad, index, load)
 
     def _is_for_decoder(self, index: int, image: Image.Image, data: bytes) -> bool:
         if self._decoder is None or index in self._refused:
             return False
         if image.format != "JPEG" or image.mode not in _MODES:
             return False
-        if self._source.exif and orientation(image) != 1:
+        if self._dataset.exif and orientation(image) != 1:
             return False
         return is_one_whole_jpeg(data)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def build_loader(
     config: TrainConfig,
-    source: ImageDataset,
+    dataset: ImageDataset,
     *,
     crops: str,
     decode: str,
@@ -35,10 +35,10 @@ def build_loader(
     options: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
     if crops == "fused":
         fused = importlib.import_module("fastdino.data.loader_fused")
-        return fused.FusedLoader(config, source, decode=decode, **options)
+        return fused.FusedLoader(config, dataset, decode=decode, **options)
     if crops == "dali":
         return importlib.import_module("fastdino.data.loader_dali").DaliLoader(
-            config, source, **options
+            config, dataset, **options
         )
     chain = importlib.import_module("fastdino.data.loader_torchvision")
-    return chain.TorchvisionLoader(config, source, **options)
+    return chain.TorchvisionLoader(config, dataset, **options)

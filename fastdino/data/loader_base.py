@@ -25,15 +25,15 @@ AHEAD = 2  # batches prepared beyond the one that is waited for
 
 
 class CropLoader(ABC):
-    """Batches of crops, fully determined by (config, source, rank, world_size, epoch, step).
+    """Batches of crops, fully determined by (config, dataset, rank, world_size, epoch, step).
 
     Unreadable images are replaced by the next readable one. Only one epoch runs at a time: starting
     another ends the current one. B = batch_size_per_gpu * grad_accum; N = local_crops_number.
 
     Attributes:
-        source: the images.
+        dataset: the images.
         steps_per_epoch: batches per epoch.
-        skipped: path -> reason of the files that became unreadable after the scan; source.skipped
+        skipped: path -> reason of the files that became unreadable after the scan; dataset.skipped
             has those of the scan.
         description: libraries, device and workers, for the first line of a run's log.
 
@@ -46,21 +46,21 @@ class CropLoader(ABC):
     def __init__(
         self,
         config: TrainConfig,
-        source: ImageDataset,
+        dataset: ImageDataset,
         *,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.source = source
+        self.dataset = dataset
         self._device = torch.device(device)
         self._config = config
         self._batch_size = config.batch_size_per_gpu * config.grad_accum
         self._plan = EpochPlan(
-            len(source), self._batch_size, config.seed, rank, world_size, config.last_batch
+            len(dataset), self._batch_size, config.seed, rank, world_size, config.last_batch
         )
         self.steps_per_epoch = self._plan.steps
-        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
+        self._bad = BadImages(len(dataset), config.max_bad_share, dataset.broken)
         self.skipped = self._bad.skipped
         self._run = 0  # counts the started epochs
         self._closed = False
@@ -114,8 +114,8 @@ class CropLoader(ABC):
 class ThreadedLoader(CropLoader, Generic[T]):
     """A loader whose threads prepare batches ahead: _prepare's results of type T."""
 
-    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
-        super().__init__(config, source, **options)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, **options: Any) -> None:
+        super().__init__(config, dataset, **options)
         self._num_threads = max(1, min(config.num_workers, cpu_count()))
         self._threads = ThreadPoolExecutor(self._num_threads)  # one task per image
         self._preparers = ThreadPoolExecutor(AHEAD)  # one task per batch

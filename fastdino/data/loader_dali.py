@@ -40,8 +40,8 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
     passed on decoded. Batches are on the device of the pipeline.
     """
 
-    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
-        super().__init__(config, source, **options)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, **options: Any) -> None:
+        super().__init__(config, dataset, **options)
         self._device_id = dali.device_index(self._device)
         self._prepared: Iterator[dali.Batch] = iter(())
         sizes = [config.global_crops_size] * 2
@@ -51,7 +51,7 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
             sizes,
             dali.SOLARIZED,
             self._device_id is not None,
-            source.exif,
+            dataset.exif,
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             device_id=self._device_id,
@@ -100,11 +100,11 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
         )
 
     def _read(self, index: int) -> tuple[int, tuple[tuple[int, int], NDArray[np.uint8]]]:
-        return read_first_good(self.source, self._bad, index, self._load)
+        return read_first_good(self.dataset, self._bad, index, self._load)
 
     def _load(self, index: int) -> tuple[tuple[int, int], NDArray[np.uint8]]:
         """Return (height, width), and the pixels; for a GPU, which decodes again, a file."""
-        data, exif = self.source.read_bytes(index), self.source.exif
+        data, exif = self.dataset.read_bytes(index), self.dataset.exif
         encoded = np.frombuffer(data, np.uint8)
         with Image.open(io.BytesIO(data)) as image:
             same = image.format in _SAME_FORMATS and image.mode in _SAME_MODES
@@ -120,7 +120,7 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
         """Decode a file with this thread's decoder; None if DALI refuses it."""
         decoder: DaliDecoder | None = getattr(self._thread, "decoder", None)
         if decoder is None:
-            decoder = self._thread.decoder = DaliDecoder(1, 1, exif=self.source.exif)
+            decoder = self._thread.decoder = DaliDecoder(1, 1, exif=self.dataset.exif)
             self._decoders.append(decoder)
         (pixels,) = decoder.decode([data])
         assert not isinstance(pixels, Tensor)

@@ -49,9 +49,9 @@ class FusedLoader(ThreadedLoader["_Batch"]):
     """
 
     def __init__(
-        self, config: TrainConfig, source: ImageDataset, *, decode: str = "pillow", **options: Any
+        self, config: TrainConfig, dataset: ImageDataset, *, decode: str = "pillow", **options: Any
     ) -> None:
-        super().__init__(config, source, **options)
+        super().__init__(config, dataset, **options)
         self._backend: _CpuBackend | _CudaBackend
         if self._device.type == "cuda":
             self._backend = _CudaBackend(self._device)
@@ -67,7 +67,7 @@ class FusedLoader(ThreadedLoader["_Batch"]):
                 stream=self._backend.stream if decode == "gpu" else None,
                 hw_decoder_load=config.hw_decoder_load,
             )
-        self._reader = PictureReader(source, self._bad, self._threads, self._decoder)
+        self._reader = PictureReader(dataset, self._bad, self._threads, self._decoder)
         decoder = self._decoder.name if self._decoder else f"Pillow {PIL.__version__}"
         self.description = (
             f"{self._backend.name}, {self._num_threads} threads, decoded by {decoder}"

@@ -41,12 +41,12 @@ class TorchvisionLoader(CropLoader):
     Each image is decoded once. Batches are on the CPU (pinned for CUDA).
     """
 
-    def __init__(self, config: TrainConfig, source: ImageDataset, **options: Any) -> None:
-        super().__init__(config, source, **options)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, **options: Any) -> None:
+        super().__init__(config, dataset, **options)
         workers = min(config.num_workers, cpu_count())
         self._sampler = _EpochSampler()
         self._loader: DataLoader[Any] | None = DataLoader(
-            _CropDataset(config, source),
+            _CropDataset(config, dataset),
             batch_sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -73,7 +73,7 @@ class TorchvisionLoader(CropLoader):
             atexit.register(self._at_exit)
         for crops, skipped in iterator:
             for index, reason in skipped:
-                self._bad.add(index, self.source.path(index), reason)
+                self._bad.add(index, self.dataset.path(index), reason)
             if isinstance(crops, str):
                 raise DataError(crops)
             yield crops
@@ -102,12 +102,12 @@ class _EpochSampler:
 class _CropDataset(Dataset[Any]):
     """Crops of a sample, and the unreadable samples it replaces, for keys (epoch, index)."""
 
-    def __init__(self, config: TrainConfig, source: ImageDataset) -> None:
-        self._config, self._source = config, source
-        self._bad = BadImages(len(source), config.max_bad_share, source.broken)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        self._config, self._dataset = config, dataset
+        self._bad = BadImages(len(dataset), config.max_bad_share, dataset.broken)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         with quiet_pillow():
@@ -116,7 +116,7 @@ class _CropDataset(Dataset[Any]):
     def _sample(self, epoch: int, index: int) -> _Sample:
         reasons = self._bad.reasons
         try:
-            used, image = read_first_good(self._source, self._bad, index, self._source.read_rgb)
+            used, image = read_first_good(self._dataset, self._bad, index, self._dataset.read_rgb)
         except DataError as error:
             return str(error), list(reasons.items())
         # Includes samples already known as unreadable: the main process may not have received the

@@ -123,9 +123,9 @@ class Run:
     def run(self) -> Status:
         """Train until the last epoch or a signal."""
         self.progress.info(self.headline())
-        for note in self.loader.source.notes:
+        for note in self.loader.dataset.notes:
             self.progress.info(note)
-        self._list_skipped(self.loader.source.skipped)
+        self._list_skipped(self.loader.dataset.skipped)
         if not self._synchronises_batch_norm():
             self.progress.warn(
                 "SyncBN needs GPUs: each rank computes its own batch norm statistics"
@@ -149,7 +149,7 @@ class Run:
         device = self.runtime.device.value
         if self.trainer.device.type == "cuda":
             device += f" ({torch.cuda.get_device_name(self.trainer.device)})"
-        dataset = self.loader.source
+        dataset = self.loader.dataset
         parts = [
             f"fastdino {fastdino.__version__}: {self.config.arch} on {device}",
             f"--mode {self.config.mode}",
@@ -193,7 +193,7 @@ class Run:
         self.progress.end_epoch(
             epoch,
             images_per_second=images / seconds,
-            skipped_images=len(self.loader.source.skipped) + len(skipped),
+            skipped_images=len(self.loader.dataset.skipped) + len(skipped),
         )
         frequency = self.config.saveckp_freq
         keep = bool(frequency) and epoch % frequency == 0

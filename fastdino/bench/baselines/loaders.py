@@ -47,7 +47,7 @@ _STEPS = 1 << 12
 class LoaderTask:
     """Inputs of a loader; equal for all baselines."""
 
-    source: ImageDataset
+    dataset: ImageDataset
     config: TrainConfig
     device: str
 
@@ -82,8 +82,8 @@ class OwnLoader:
         elif crops == "fused" and not task.on_gpu:
             importlib.import_module("fastdino.augmentation.cpu_kernels")
         config = dataclasses.replace(task.config, crops=crops, decode=decode)
-        images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.source)
-        self._loader = training_loader(config, task.source.subset(images), task.device)
+        images = np.arange(_STEPS * config.batch_size_per_gpu) % len(task.dataset)
+        self._loader = training_loader(config, task.dataset.subset(images), task.device)
         self._epoch = 0
 
     def batches(self, number: int) -> Iterator[list[Tensor]]:
@@ -105,9 +105,9 @@ class WorkerLoader:
 
     def __init__(self, task: LoaderTask, crops: Callable[[TrainConfig], MultiCrop]) -> None:
         config = task.config
-        self._indices = _CyclicBatches(len(task.source), config.batch_size_per_gpu)
+        self._indices = _CyclicBatches(len(task.dataset), config.batch_size_per_gpu)
         self._loader: DataLoader[Any] | None = DataLoader(
-            _CropDataset(crops(config), task.source),
+            _CropDataset(crops(config), task.dataset),
             batch_sampler=self._indices,
             num_workers=config.num_workers,
             persistent_workers=True,
@@ -126,15 +126,15 @@ class WorkerLoader:
 
 
 class _CropDataset(Dataset[Sequence[Tensor]]):
-    def __init__(self, crops: MultiCrop, source: ImageDataset) -> None:
-        self._crops, self._source = crops, source
+    def __init__(self, crops: MultiCrop, dataset: ImageDataset) -> None:
+        self._crops, self._dataset = crops, dataset
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sequence[Tensor]:
         """Return the crops of one image."""
-        return self._crops(self._source.read_rgb(index))
+        return self._crops(self._dataset.read_rgb(index))
 
 
 class _CyclicBatches:
@@ -158,7 +158,7 @@ class Decoding:
     """Decoded images from files in memory, without crops."""
 
     def __init__(self, task: LoaderTask, decode: Callable[[list[bytes]], Any]) -> None:
-        self._files = [task.source.read_bytes(i) for i in range(len(task.source))]
+        self._files = [task.dataset.read_bytes(i) for i in range(len(task.dataset))]
         self._indices = _CyclicBatches(len(self._files), task.config.batch_size_per_gpu)
         self._decode = decode
 
@@ -220,9 +220,9 @@ class KernelTimer:
     """Measure multi_crop alone, on images and parameters that are already on the GPU."""
 
     def __init__(self, task: LoaderTask) -> None:
-        config, source = task.config, task.source
-        indices = np.arange(config.batch_size_per_gpu) % len(source)
-        images = [np.array(source.read_rgb(int(i))) for i in indices]
+        config, dataset = task.config, task.dataset
+        indices = np.arange(config.batch_size_per_gpu) % len(dataset)
+        images = [np.array(dataset.read_rgb(int(i))) for i in indices]
         self._images = [torch.from_numpy(image).to(task.device) for image in images]
         drawn = draw_crops(config, 0, indices, [image.shape[:2] for image in images])
         sizes = (config.global_crops_size, config.local_crops_size)
