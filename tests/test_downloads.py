@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,6 +98,24 @@ def test_one_of_several_processes_downloads_a_file(cache, web):
 def _download_again(cache, url):
     torch.hub.set_dir(cache)
     assert local_file(url).read_text() == "0123456789"
+
+
+def test_processes_without_file_locks_do_not_share_a_partial_download(cache, web, monkeypatch):
+    address, requests = web
+    both, copy = threading.Barrier(2, timeout=20), shutil.copyfileobj
+
+    def copy_at_once(*files):
+        both.wait()
+        copy(*files)
+        both.wait()
+
+    monkeypatch.setattr(downloads, "file_lock", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(shutil, "copyfileobj", copy_at_once)
+    with ThreadPoolExecutor(2) as pool:
+        files = list(pool.map(local_file, [f"{address}/whole.pth"] * 2))
+    assert [file.read_text() for file in files] == ["0123456789"] * 2
+    assert len(requests) == 2
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".pth"]
 
 
 def test_existing_paths_come_before_names_of_released_weights(tmp_path, monkeypatch):

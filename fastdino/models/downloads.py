@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import shutil
 import sys
+import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fastdino.errors import CheckpointError
-from fastdino.files import atomic_write, file_lock
+from fastdino.files import file_lock
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,16 @@ def _fetch(url: str, path: Path) -> None:
     Raises: OSError, ValueError, HTTPException: the download failed.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "fastdino"})
-    with atomic_write(path) as file, urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        length = response.headers.get("Content-Length")
-        size = None if length is None else int(length)
-        hide = not sys.stderr.isatty()
-        with tqdm.wrapattr(response, "read", total=size, desc=path.name, disable=hide) as source:
-            shutil.copyfileobj(source, file)
-        if size not in (None, file.tell()):
-            raise OSError(f"received {file.tell()} of {size} bytes")
+    # In a folder of its own: without file locks, several processes may download at once.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        with open(part, "wb") as file, urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            size = None if length is None else int(length)
+            hide = not sys.stderr.isatty()
+            bar = tqdm.wrapattr(response, "read", total=size, desc=path.name, disable=hide)
+            with bar as source:
+                shutil.copyfileobj(source, file)
+            if size not in (None, file.tell()):
+                raise OSError(f"received {file.tell()} of {size} bytes")
+        os.replace(part, path)
