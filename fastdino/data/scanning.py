@@ -160,13 +160,9 @@ def _parallel(
     size = chunk or _CHUNK
     chunks = [items[i : i + size] for i in range(0, len(items), size)]
     results: list[R] = []
-    pool = ThreadPoolExecutor(max(1, workers))
     bar = tqdm(total=len(items), desc=title, unit=unit, disable=None, delay=BAR_AFTER, leave=False)
-    try:
+    with bar, ThreadPoolExecutor(max(1, workers)) as pool:  # map cancels the others on an error
         for done in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
             results += done
             bar.update(len(done))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        bar.close()
     return results

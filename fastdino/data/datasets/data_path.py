@@ -62,9 +62,8 @@ def parse(text: str, schemes: Sequence[str], role: str = "") -> DataPath:
     if name in schemes:
         return DataPath(text, name, rest, options, role)
     similar = difflib.get_close_matches(name.lower(), schemes, n=1)
-    if similar:
-        raise whole.error(f"unknown scheme {name}:; did you mean {similar[0]}:{rest}?")
-    if rest.startswith("//"):
-        supported = ", ".join(f"{one}:" for one in schemes)
-        raise whole.error(f"unknown scheme {name}:; supported are {supported}")
+    if similar or rest.startswith("//"):
+        supported = f"supported are {', '.join(f'{one}:' for one in schemes)}"
+        hint = f"did you mean {similar[0]}:{rest}?" if similar else supported
+        raise whole.error(f"unknown scheme {name}:; {hint}")
     return DataPath(text, "", path, options, role)

@@ -31,7 +31,12 @@ def find_davis(data_path: DataPath) -> FileList:
     Raises: DataError: no such split or resolution, or a sequence has no frames.
     """
     root = Path(data_path.path)
-    frames = root / "JPEGImages" / _choose_resolution(root, data_path)
+    available = _resolutions(root)
+    default = RESOLUTION if RESOLUTION in available else available[0]
+    resolution = data_path.options.get("resolution", default)
+    if resolution not in available:
+        raise data_path.error(f"no resolution {resolution!r}; available: {', '.join(available)}")
+    frames = root / "JPEGImages" / resolution
     existing = sorted(folder.name for folder in frames.iterdir() if folder.is_dir())
     sequences, split = existing, None
     if data_path.role or requested_split(data_path):
@@ -80,15 +85,6 @@ def _resolutions(root: Path) -> list[str]:
         return sorted(f.name for f in folders if any(below.is_dir() for below in f.iterdir()))
     except OSError:
         return []
-
-
-def _choose_resolution(root: Path, data_path: DataPath) -> str:
-    existing, requested = _resolutions(root), data_path.options.get("resolution")
-    if requested is None:
-        return RESOLUTION if RESOLUTION in existing else existing[0]
-    if requested in existing:
-        return requested
-    raise data_path.error(f"no resolution {requested!r}; available: {', '.join(existing)}")
 
 
 def _choose_split(root: Path, data_path: DataPath) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ def find_hugging_face(data_path: DataPath) -> FileList:
             "its rows are not stored in Arrow files in their order: "
             "write them with dataset.flatten_indices().save_to_disk(FOLDER)"
         )
-    if _has_only_paths(files[0], image):
-        return _find_image_files(kind, files, image, label, classes)
+    first = next((batch for batch in _rows(files[0], image, None) if len(batch[0])), None)
+    if first and (first[0][:, 0] < 0).all() and any(first[1]):  # paths instead of bytes
+        rows = [batch for file in files for batch in _rows(file, image, label)]
+        base, names = common_base([path for _, paths, _ in rows for path in paths])
+        labels = [label for _, _, labels in rows for label in labels]
+        return FileList(kind, base, names, *number_labels(labels, Path(base).name, classes))
     base, names = common_base(files)
     return FileList(
         kind,
@@ -75,10 +79,8 @@ def index_arrow(path: str, *, image: str, label: str | None) -> Manifest:
     reasons: dict[int, str] = {}
     for parts, names, labels in _rows(path, image, label):
         for i in np.flatnonzero(parts[:, 0] < 0).tolist():
-            name = names[i]
-            reasons[len(members) + i] = (
-                f"is not in the file, but {name}" if name else "has no image"
-            )
+            reason = f"is not in the file, but {names[i]}" if names[i] else "has no image"
+            reasons[len(members) + i] = reason
         members += [str(len(members) + i) for i in range(len(names))]
         all_parts.append(parts.clip(min=0))
         all_labels += labels
@@ -106,17 +108,17 @@ def _load(library: Any, data_path: DataPath) -> dict[str, Any]:
         raise data_path.error("expected hf:NAME or hf:FOLDER")
     if not os.path.exists(path) and path.startswith(("/", ".", "~")):
         raise data_path.error(f"there is no folder {path}")
-    kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix.lower())
-    if os.path.isfile(path) and kind is None:
+    is_file, suffix = os.path.isfile(path), Path(path).suffix.lower()
+    if is_file and suffix not in (".parquet", ".arrow"):
         raise data_path.error("expected a folder, or a .parquet or .arrow file")
     try:
         if any(os.path.exists(os.path.join(path, name)) for name in _SAVED):
             saved = library.load_from_disk(path, keep_in_memory=False)
             return saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
         return library.load_dataset(
-            kind or path,
+            suffix[1:] if is_file else path,
             options.get("config"),
-            data_files=path if os.path.isfile(path) else None,
+            data_files=path if is_file else None,
             revision=options.get("revision"),
             keep_in_memory=False,
         )
@@ -184,28 +186,6 @@ def _holds_labels(feature: Any) -> bool:
 def _type(feature: Any) -> str:
     name = type(feature).__name__
     return str((name == "Value" and getattr(feature, "dtype", None)) or name)
-
-
-def _has_only_paths(path: str, image: str) -> bool:
-    """Return whether the first rows hold the paths of images instead of their bytes."""
-    for parts, names, _ in _rows(path, image, None):
-        if len(parts):
-            return bool((parts[:, 0] < 0).all() and any(names))
-    return False
-
-
-def _find_image_files(
-    kind: str, files: Sequence[str], image: str, label: str | None, classes: list[str]
-) -> FileList:
-    """Return the image files that the rows name, with their labels."""
-    paths: list[str] = []
-    all_labels: list[str] = []
-    for file in files:
-        for _, names, labels in _rows(file, image, label):
-            paths += names
-            all_labels += labels
-    base, relative = common_base(paths)
-    return FileList(kind, base, relative, *number_labels(all_labels, Path(base).name, classes))
 
 
 def _rows(

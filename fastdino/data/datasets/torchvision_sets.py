@@ -141,13 +141,12 @@ def _match_name(data_path: DataPath) -> str:
 
 
 def _size_argument(data_path: DataPath, name: str) -> dict[str, Any]:
-    size, sizes = data_path.options.get("size"), SETS[name].sizes
-    if size is None:
-        return {}
-    if size not in sizes:
-        available = f"available: {', '.join(sizes)}" if sizes else f"{name} has only one"
-        raise data_path.error(f"no size {size!r}; {available}")
-    return {"size": size}
+    sizes = SETS[name].sizes
+    size = {key: value for key, value in data_path.options.items() if key == "size"}
+    if set(size.values()) <= set(sizes):
+        return size
+    available = f"available: {', '.join(sizes)}" if sizes else f"{name} has only one"
+    raise data_path.error(f"no size {size['size']!r}; {available}")
 
 
 def _open(data_path: DataPath, name: str, root: Path, arguments: dict[str, Any]) -> Any:

@@ -200,14 +200,14 @@ def _find_columns(header: Sequence[str]) -> list[int | None]:
 
 def _layout(values: list[str]) -> Sequence[int | None]:
     """Return the column indices of a table without a header, by its first row."""
-    layout = _LAYOUTS.get(len(values))
-    if layout is None or not values[layout[0] or 0].isdigit():
-        raise ValueError(
-            f"begins with {values[:4]!r}, {len(values)} tab-separated columns: expected YFCC100M's "
-            "table (25, or 23 without row and hash), its subset (row, photo, hash), one photo "
-            "number per line, a header with a column photoid, or SQLite"
-        )
-    return layout
+    layout = _LAYOUTS.get(len(values), (None,))
+    if layout[0] is not None and values[layout[0]].isdigit():
+        return layout
+    raise ValueError(
+        f"begins with {values[:4]!r}, {len(values)} tab-separated columns: expected YFCC100M's "
+        "table (25, or 23 without row and hash), its subset (row, photo, hash), one photo "
+        "number per line, a header with a column photoid, or SQLite"
+    )
 
 
 def _sqlite_rows(path: str) -> Iterator[list[str]]:
