@@ -182,7 +182,7 @@ class TrainConfig:
         self._check_values()
 
     def _check_types(self) -> None:
-        for name, kind in _field_types().items():
+        for name, kind in typing.get_type_hints(TrainConfig).items():
             value = _convert(getattr(self, name), kind)
             if value is None:
                 is_pair = typing.get_origin(kind) is tuple
@@ -272,14 +272,6 @@ _POSITIVE = ("warmup_teacher_temp", "teacher_temp")
 _FRACTIONS = ("momentum_teacher", "drop_path_rate", "max_bad_share", "hw_decoder_load")
 
 
-def _field_types() -> dict[str, Any]:
-    return {
-        name: kind
-        for name, kind in typing.get_type_hints(TrainConfig).items()
-        if name in TrainConfig.__dataclass_fields__
-    }
-
-
 def _convert(value: Any, kind: Any) -> Any:
     """Return `value` as a value of type `kind`; None if it is of another type."""
     if typing.get_origin(kind) is tuple:
@@ -327,7 +319,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse._ActionsContainer, names: Sequence[str]) -> None:
     """Add the flags of some settings, for commands that share them."""
-    kinds = _field_types()
+    kinds = typing.get_type_hints(TrainConfig)
     metavars = {bool: "BOOL", int: "N", float: "X", str: "STR"}
     for field in dataclasses.fields(TrainConfig):
         if field.name not in names:

@@ -279,17 +279,12 @@ def choose_cuda_graph(config: TrainConfig, device: torch.device, precision: Choi
     """Resolve --cuda_graph; "off" if a step cannot be recorded."""
     if not config.cuda_graph:
         return Choice("off", "--cuda_graph false")
+    kind, mode, optimizer = device.type, config.mode, config.optimizer
     problems = {
-        f"a {device.type.upper()} has no CUDA graphs": device.type != "cuda",
-        f"--mode {config.mode} waits for the device in each step, --mode fast does not": (
-            config.mode != "fast"
-        ),
-        f"--optimizer {config.optimizer} waits for the device, adamw does not": (
-            config.optimizer != "adamw"
-        ),
-        "the loss scale of fp16 is kept on the host: use --amp_dtype bf16": (
-            precision.value == "fp16"
-        ),
+        f"a {kind.upper()} has no CUDA graphs": kind != "cuda",
+        f"--mode {mode} waits for the device in each step, --mode fast does not": mode != "fast",
+        f"--optimizer {optimizer} waits for the device, adamw does not": optimizer != "adamw",
+        "the loss scale of fp16 is on the host: use --amp_dtype bf16": precision.value == "fp16",
         "collectives of several processes are not recorded": distributed.world_size() > 1,
     }
     problem = next((text for text, applies in problems.items() if applies), None)

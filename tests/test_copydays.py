@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 from fastdino import cli
 from fastdino.evals import copydays
-from fastdino.evals.options import (
-    load_network,
-    weights_digest,
-)
+from fastdino.evals.options import load_network, weights_digest
 from fastdino.evals.transforms import square
 from tests.commands import error_of, flags_of
 

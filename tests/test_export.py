@@ -12,11 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastdino import TrainConfig, Trainer, cli
-from fastdino.evals.transforms import (
-    center_crop,
-)
+from fastdino.evals.transforms import center_crop
 from fastdino.export import targets
-from fastdino.models.weight_names import to_hf_names, to_paper_names
 from fastdino.models.weights import initial_weights, load_backbone
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -144,16 +141,6 @@ def test_timm_call_matches_the_architecture(arch, patch_size, image_size, call):
     network = targets.Network(torch.nn.Identity(), arch, patch_size, image_size, 0)
     assert targets.timm_call(network) == call
     assert timm.is_model(call[0])
-
-
-def test_hugging_face_names_convert_both_ways(trainer):
-    state = trainer.teacher.backbone.state_dict()
-    named = to_hf_names(state)
-    assert "encoder.layer.5.attention.attention.key.bias" in named
-    assert not set(named) & set(state)
-    back = to_paper_names(named, "it")
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_load_backbone_reads_a_hugging_face_folder(run, trainer):

@@ -16,7 +16,6 @@ from PIL import Image
 
 from fastdino import checkpoint, cli, signals
 from fastdino.data import scan_images
-from fastdino.evals import feature_cache
 from fastdino.evals.feature_cache import FeatureCache
 from fastdino.evals.linear_data import AugmentedImages
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
@@ -227,15 +226,6 @@ def test_cache_is_reused_only_for_the_same_weights_images_and_settings(run, tmp_
     Image.new("RGB", (48, 40)).save(copy / "train" / "red" / "0.png")  # of the same size in pixels
     assert run("g", *cache, "--data_path", copy) == 0
     assert made == centre[:1]
-
-
-def test_cache_interrupted_before_its_end_is_written_again(run, tmp_path, made, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run("a", "--cache", "--epochs", "1") == 130
-    assert run("a", "--cache", "--epochs", "1") == 0
-    assert made == ["train-center.npy.part"] * 2 + ["val.npy.part"]
-    assert not list(tmp_path.rglob("*.part"))
 
 
 CACHED = ["--cache", "--epochs", "1", "--batch_size_per_gpu", "3"]  # batches: 4 of train, 2 of val

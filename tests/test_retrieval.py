@@ -11,10 +11,7 @@ from torch.nn import functional as F
 
 from fastdino import cli
 from fastdino.evals import retrieval
-from fastdino.evals.options import (
-    load_network,
-    weights_digest,
-)
+from fastdino.evals.options import load_network, weights_digest
 from fastdino.evals.ranking_metrics import revisited_scores
 from fastdino.evals.retrieval_dataset import read_dataset
 from fastdino.evals.transforms import to_input

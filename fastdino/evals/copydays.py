@@ -94,8 +94,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
     flags = ("data_path", "imsize", "distractors_path", "whitening_path")
     counts = {ORIGINAL: len(originals), **{name: len(rows) for name, rows in extra.items()}}
-    settings = options.settings_of(args, network, *flags)
-    options.write_scores(args, {"settings": settings, "images": counts, "blocks": scores})
+    options.write_scores(args, network, flags, {"images": counts, "blocks": scores})
     return 0
 
 

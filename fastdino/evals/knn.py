@@ -156,11 +156,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     flags = ("data_path", "load_features", "raw_pixels", "resize", "crop", "temperature")
     scores = {
-        "settings": options.settings_of(args, model, *flags),
         "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},
         **{str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
     }
-    options.write_scores(args, scores)
+    options.write_scores(args, model, flags, scores)
     return 0
 
 

@@ -18,6 +18,7 @@ from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import ConfigError, DataError
 from fastdino.files import write_json
+from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 from fastdino.runtime import choose_device
@@ -84,10 +85,15 @@ def comparison_device(args: argparse.Namespace, device: torch.device) -> torch.d
     return device if args.use_cuda else torch.device("cpu")
 
 
-def write_scores(args: argparse.Namespace, scores: dict[str, Any]) -> None:
-    """Write the scores to the JSON file of --output, if it is given."""
+def write_scores(
+    args: argparse.Namespace,
+    model: torch.nn.Module | None,
+    flags: tuple[str, ...],
+    scores: dict[str, Any],
+) -> None:
+    """Write the scores, after their `settings`, to the JSON file of --output, if it is given."""
     if args.output:
-        write_json(scores, Path(args.output))
+        write_json({"settings": settings_of(args, model, *flags), **scores}, Path(args.output))
 
 
 @contextmanager
@@ -135,13 +141,8 @@ def load_network(
     """
     side = getattr(args, size_flag)
     backbone = _load_backbone(args, img_size=side)
-    try:
-        with torch.no_grad():
-            backbone.module(torch.zeros(1, 3, side, side))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"--arch {backbone.arch} cannot take --{size_flag} {side} px images: {error}"
-        ) from error
+    problem = f"--arch {backbone.arch} cannot take --{size_flag} {side} px images"
+    feature_shape(backbone.module, side, problem)
     return backbone.module.to(device)
 
 

@@ -77,9 +77,12 @@ def revisited_scores(
                 positives, ignored = query.split(difficulty)
                 if len(positives):
                     rows[difficulty].append(_scores(order, positives, ignored))
+    nothing = [None] * (1 + len(PRECISION_AT))
     names = ["mAP", *(f"mP@{k}" for k in PRECISION_AT)]
     return {
-        difficulty: dict(zip(names, _mean_percent(scores, len(names)), strict=True))
+        difficulty: dict(
+            zip(names, (100 * np.mean(scores, axis=0)).tolist() if scores else nothing, strict=True)
+        )
         for difficulty, scores in rows.items()
     }
 
@@ -90,12 +93,6 @@ def _scores(order: Indices, positives: Indices, ignored: Indices) -> list[float]
     ranks = np.flatnonzero(np.isin(kept, positives))
     at = [min(int(ranks[-1]) + 1, k) for k in PRECISION_AT]
     return [average_precision(ranks, len(positives)), *(float((ranks < k).sum() / k) for k in at)]
-
-
-def _mean_percent(scores: list[list[float]], width: int) -> list[float | None]:
-    if not scores:
-        return [None] * width
-    return [float(value) for value in 100 * np.mean(scores, axis=0)]
 
 
 def copydays_map(queries: Tensor, database: Tensor, positives: Sequence[Indices]) -> float:

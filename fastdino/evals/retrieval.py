@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.dataset} {difficulty}: {shown}")
     flags = ("data_path", "dataset", "imsize", "multiscale", "crop_queries")
     counts = {"queries": len(dataset.queries), "database": len(dataset.database)}
-    settings = options.settings_of(args, network, *flags)
-    options.write_scores(args, {"settings": settings, "images": counts, **scores})
+    options.write_scores(args, network, flags, {"images": counts, **scores})
     return 0
 
 

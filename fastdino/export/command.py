@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import nn
 from fastdino.config import check_at_least
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.export.model_card import model_card, read_figures
-from fastdino.export.targets import TARGETS, Network, Target, image_size_of, resize_of
+from fastdino.export.targets import TARGETS, Network, Target, resize_of
 from fastdino.files import explain_write_errors, write_json
+from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 
@@ -133,20 +135,17 @@ def prepare(backbone: Backbone, image_size: int | None) -> Network:
     """
     module = backbone.module.float().eval().requires_grad_(False)
     arch, patch_size = backbone.arch, backbone.patch_size
-    size = image_size or image_size_of(module, patch_size)
+    size = image_size or 224
     if isinstance(module, VisionTransformer):
         arch = arch.replace("deit_", "vit_", 1)
+        size = image_size or math.isqrt(module.pos_embed.shape[1] - 1) * patch_size
         if size % patch_size:
             raise ConfigError(
                 f"--image_size {size} is no multiple of the patch size {patch_size}: "
                 f"the nearest is {max(1, round(size / patch_size)) * patch_size}"
             )
         module.pos_embed = nn.Parameter(module.positions((size, size)), requires_grad=False)
-    try:
-        with torch.no_grad():
-            dim = module(torch.zeros(1, 3, size, size)).shape[1]
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{arch} cannot take --image_size {size}: {error}") from error
+    dim = feature_shape(module, size, f"{arch} cannot take --image_size {size}")[1]
     return Network(module, arch, patch_size, size, dim)
 
 

@@ -6,10 +6,8 @@ Shapes: B images, N tokens, D channels.
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,27 +75,12 @@ class Target:
     vit_only: bool = False
 
 
-def image_size_of(module: nn.Module, patch_size: int) -> int:
-    """Return the image side in pixels of a ViT's position embedding; 224 for other networks."""
-    if isinstance(module, VisionTransformer):
-        return math.isqrt(module.pos_embed.shape[1] - 1) * patch_size
-    return 224
-
-
 def resize_of(image_size: int) -> int:
     """Return the short side to resize to before a centre crop: 256 for 224, as in the paper.
 
     The margin is even, since transformers and torchvision round half an odd one differently.
     """
     return image_size + 2 * round(image_size / 14)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Silence deprecation warnings of other libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -193,7 +176,7 @@ def _read_hf(network: Network, path: Path) -> Features:
     progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it is shown even if stderr is redirected
     try:
-        with _no_warnings():
+        with warnings.catch_warnings(action="ignore"):  # deprecated names in transformers
             model, report = ViTModel.from_pretrained(
                 path, add_pooling_layer=False, output_loading_info=True
             )
@@ -286,7 +269,7 @@ def _write_onnx(network: Network, path: Path) -> None:
     module, images = _traceable(network)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
     names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
-    with _no_warnings():
+    with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(module, (images,), path, external_data=False, verbose=False, **names)
 
 
@@ -311,12 +294,12 @@ session = onnxruntime.InferenceSession({path!r})
 
 
 def _write_torchscript(network: Network, path: Path) -> None:
-    with _no_warnings():  # torch.jit is deprecated
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
         torch.jit.save(torch.jit.trace(*_traceable(network), check_trace=False), path)
 
 
 def _read_torchscript(network: Network, path: Path) -> Features:
-    with _no_warnings():
+    with warnings.catch_warnings(action="ignore"):
         return torch.jit.load(path, map_location="cpu").eval()
 
 

@@ -86,6 +86,20 @@ def _build_timm(name: str, drop_path_rate: float) -> tuple[nn.Module, int]:
     raise ConfigError(f"--arch {name}: timm cannot build it without a classifier")
 
 
+@torch.no_grad()
+def feature_shape(backbone: nn.Module, size: int, problem: str) -> torch.Size:
+    """Return the shape of the features of one image of `size` px.
+
+    Raises: ConfigError: `problem` and the backbone's error, if it does not accept such an image.
+    """
+    image = torch.zeros(1, 3, size, size, dtype=next(backbone.parameters()).dtype)
+    try:
+        features: Tensor = backbone(image)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"{problem}: {error}") from error
+    return features.shape
+
+
 def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Build student and teacher on the CPU, with equal weights; the teacher has no gradients.
 
@@ -119,17 +133,11 @@ def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
     was_training = network.training
     network.eval()
     for size in sorted(sizes):
-        image = torch.zeros(1, 3, size, size, dtype=network.head.last_layer.weight_v.dtype)
-        try:
-            with torch.no_grad():
-                features: Tensor = network.backbone(image)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        problem = f"--arch {config.arch} does not support {size} px crops"
+        shape = feature_shape(network.backbone, size, problem)
+        if shape != (1, network.head.in_dim):
             raise ConfigError(
-                f"--arch {config.arch} does not support {size} px crops: {error}"
-            ) from error
-        if features.shape != (1, network.head.in_dim):
-            raise ConfigError(
-                f"--arch {config.arch} returns {tuple(features.shape)} for one image, "
+                f"--arch {config.arch} returns {tuple(shape)} for one image, "
                 f"expected one vector of {network.head.in_dim}"
             )
     network.train(was_training)
