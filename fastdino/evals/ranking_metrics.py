@@ -77,14 +77,12 @@ def revisited_scores(
                 positives, ignored = query.split(difficulty)
                 if len(positives):
                     rows[difficulty].append(_scores(order, positives, ignored))
-    nothing = [None] * (1 + len(PRECISION_AT))
     names = ["mAP", *(f"mP@{k}" for k in PRECISION_AT)]
-    return {
-        difficulty: dict(
-            zip(names, (100 * np.mean(scores, axis=0)).tolist() if scores else nothing, strict=True)
-        )
-        for difficulty, scores in rows.items()
-    }
+    result: dict[str, dict[str, float | None]] = {}
+    for difficulty, scores in rows.items():
+        means = (100 * np.mean(scores, axis=0)).tolist() if scores else [None] * len(names)
+        result[difficulty] = dict(zip(names, means, strict=True))
+    return result
 
 
 def _scores(order: Indices, positives: Indices, ignored: Indices) -> list[float]:

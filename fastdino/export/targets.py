@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def resize_of(image_size: int) -> int:
     The margin is even, since transformers and torchvision round half an odd one differently.
     """
     return image_size + 2 * round(image_size / 14)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence deprecation warnings of other libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -176,7 +185,7 @@ def _read_hf(network: Network, path: Path) -> Features:
     progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it is shown even if stderr is redirected
     try:
-        with warnings.catch_warnings(action="ignore"):  # deprecated names in transformers
+        with _no_warnings():
             model, report = ViTModel.from_pretrained(
                 path, add_pooling_layer=False, output_loading_info=True
             )
@@ -269,7 +278,7 @@ def _write_onnx(network: Network, path: Path) -> None:
     module, images = _traceable(network)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
     names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings(action="ignore"):
+    with _no_warnings():
         torch.onnx.export(module, (images,), path, external_data=False, verbose=False, **names)
 
 
@@ -294,12 +303,12 @@ session = onnxruntime.InferenceSession({path!r})
 
 
 def _write_torchscript(network: Network, path: Path) -> None:
-    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+    with _no_warnings():  # torch.jit is deprecated
         torch.jit.save(torch.jit.trace(*_traceable(network), check_trace=False), path)
 
 
 def _read_torchscript(network: Network, path: Path) -> Features:
-    with warnings.catch_warnings(action="ignore"):
+    with _no_warnings():
         return torch.jit.load(path, map_location="cpu").eval()
 
 
