@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -53,9 +54,9 @@ def results(function, groups, first_only, *, device=CPU, dtype=torch.float64, he
 @pytest.mark.parametrize("groups", [MIXED, ((4, 3),)], ids=["mixed", "one"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_attend_only_to_themselves(backend, groups, first_only):
-    layout = token_layout(groups, CPU, backend)
-    got = results(lambda *qkv: attend(*qkv, layout, first_only=first_only), groups, first_only)
-    want = results(lambda *qkv: plain_attend(*qkv, groups, first_only), groups, first_only)
+    options = {"groups": groups, "first_only": first_only}
+    kernel = partial(attend, layout=token_layout(groups, CPU, backend), first_only=first_only)
+    got, want = results(kernel, **options), results(partial(plain_attend, **options), **options)
     for ours, plain in zip(got, want, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
 
@@ -70,21 +71,12 @@ def test_gpu_backends_are_as_accurate_as_plain_operations(backend, first_only, d
     problem = attention_problem(backend, AttentionInputs(CUDA, dtype, head_dim))
     if problem is not None:
         pytest.skip(f"no {backend}: {problem}")
-    groups, options = ((4, 197), (16, 37)), {"device": CUDA, "head_dim": head_dim}
-    layout = token_layout(groups, CUDA, backend)
-
-    def plain(*qkv):
-        return plain_attend(*qkv, groups, first_only)
-
-    got = results(
-        lambda *qkv: attend(*qkv, layout, first_only=first_only),
-        groups,
-        first_only,
-        dtype=dtype,
-        **options,
-    )
-    low = results(plain, groups, first_only, dtype=dtype, **options)
-    exact = results(plain, groups, first_only, **options)
+    groups = ((4, 197), (16, 37))
+    run = {"groups": groups, "first_only": first_only, "device": CUDA, "head_dim": head_dim}
+    plain = partial(plain_attend, groups=groups, first_only=first_only)
+    kernel = partial(attend, layout=token_layout(groups, CUDA, backend), first_only=first_only)
+    got, low = (results(function, dtype=dtype, **run) for function in (kernel, plain))
+    exact = results(plain, **run)
     rounding = torch.finfo(dtype).eps
     for ours, theirs, want in zip(got, low, exact, strict=True):
         allowed = (theirs - want).abs().max() + rounding * want.abs().max()

@@ -130,13 +130,7 @@ def test_a_broken_distractor_is_left_out_and_a_broken_copy_is_an_error(
     assert "strong/200001.jpg" in error
 
 
-def test_a_copy_without_its_original_is_an_error(run, folder, capsys):
-    (folder / "copydays" / "original" / "200300.jpg").unlink()
-    assert run() == 2
-    assert "strong/200301.jpg has no original: there is no" in error_of(capsys)
-
-
-def test_missing_folders_and_unsupported_networks_are_errors(run, folder, capsys):
+def test_missing_files_and_unsupported_networks_are_errors(run, folder, capsys):
     root = folder / "copydays"
     for flags, part in (
         (("--data_path", folder), f"there is no folder {folder}/original"),
@@ -148,6 +142,9 @@ def test_missing_folders_and_unsupported_networks_are_errors(run, folder, capsys
     ):
         assert run(*flags) == 2, flags
         assert part in error_of(capsys, printed=True)
+    (root / "original" / "200300.jpg").unlink()
+    assert run() == 2
+    assert "strong/200301.jpg has no original: there is no" in error_of(capsys)
     (root / "strong").rename(folder / "strong")
     (root / "crops").rename(folder / "crops")
     assert run() == 2

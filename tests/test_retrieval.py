@@ -113,9 +113,6 @@ def test_features_and_scores_match_the_papers(run, folder, tmp_path, capsys, mul
     ("flags", "part"),
     [
         ("--imsize 0", "--imsize must be at least 1, got 0"),
-        ("--batch_size_per_gpu 0", "--batch_size_per_gpu must be at least 1"),
-        ("--num_workers -1", "--num_workers must be at least 0"),
-        ("--patch_size 0", "--patch_size must be at least 1"),
         ("--imsize 7", "cannot take --imsize 7 px images"),
         ("--dataset roxford5k", "there is no ground truth"),
         ("--imsize 20 --multiscale true", "expected sides of at least 16 px"),

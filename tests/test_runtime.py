@@ -15,6 +15,7 @@ from fastdino.models.backbones import build_networks
 from fastdino.runtime import Choice, resolve_runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+INPUTS = AttentionInputs(CUDA)
 EXACT = "the paper's crops, exact"
 
 
@@ -109,30 +110,55 @@ def test_precision(tiny, settings, device, precision, reason):
     assert reason in choice.reason
 
 
-def test_compile(problems):
-    assert runtime.choose_compile("off", "fast", CUDA) == Choice("off", "requested")
-    assert runtime.choose_compile("auto", "parity", CUDA) == Choice("off", "--mode parity")
-    assert runtime.choose_compile("auto", "fast", CPU) == Choice("off", "no gain on a CPU")
-    assert runtime.choose_compile("auto", "fast", CUDA) == Choice("on", "--mode fast")
-    assert runtime.choose_compile("on", "parity", CPU) == Choice("on", "requested")
-    problems["compile"] = "no compiler"
-    assert runtime.choose_compile("auto", "fast", CUDA) == Choice("off", "no compiler")
-    with pytest.raises(ConfigError, match=r"--compile on: no compiler; use --compile off"):
-        runtime.choose_compile("on", "parity", CPU)
+@pytest.mark.parametrize(
+    ("name", "args", "broken", "choice"),
+    [
+        ("compile", ("off", "fast", CUDA), None, "off (requested)"),
+        ("compile", ("auto", "parity", CUDA), None, "off (--mode parity)"),
+        ("compile", ("auto", "fast", CPU), None, "off (no gain on a CPU)"),
+        ("compile", ("auto", "fast", CUDA), None, "on (--mode fast)"),
+        ("compile", ("on", "parity", CPU), None, "on (requested)"),
+        ("compile", ("auto", "fast", CUDA), "compile", "off (a problem)"),
+        ("attention", ("auto", INPUTS), None, "xformers (the first of xformers, varlen, sdpa)"),
+        ("attention", ("varlen", INPUTS), None, "varlen (requested)"),
+        ("attention", ("auto", INPUTS), "xformers", "varlen (no xformers: a problem)"),
+        ("crops", ("auto", CPU), None, "fused (the paper's crops, exact)"),
+        ("crops", ("dali", CPU), None, "dali (near PIL; --crops fused and"),
+        ("crops", ("auto", CPU), "fused", "torchvision (the paper's crops, exact; a problem)"),
+        ("crops", ("torchvision", CPU), "fused", "torchvision (the paper's crops, exact)"),
+        ("decode", ("auto", "fused", "cpu"), None, "cpu (Pillow's pixels)"),
+        ("decode", ("auto", "fused", "cuda"), None, "cpu (Pillow's pixels)"),
+        ("decode", ("cpu", "fused", "cuda"), None, "cpu (Pillow's pixels)"),
+        ("decode", ("pillow", "fused", "cuda"), None, "pillow (requested)"),
+        ("decode", ("auto", "fused", "cuda"), "dali_decode", "pillow (a problem)"),
+        ("decode", ("gpu", "fused", "cuda:1"), None, "gpu (near Pillow's pixels)"),
+        ("decode", ("auto", "torchvision", "cuda"), None, "pillow (the decoder of --crops"),
+        ("decode", ("auto", "dali", "cpu"), None, "cpu (the decoder of --crops dali)"),
+        ("decode", ("auto", "dali", "cuda"), None, "gpu (the decoder of --crops dali)"),
+    ],
+)
+def test_auto_depends_on_the_machine_and_working_backends(problems, name, args, broken, choice):
+    problems[broken] = "a problem"
+    assert str(getattr(runtime, f"choose_{name}")(*args)).startswith(choice)
 
 
-def test_auto_attention_is_the_first_backend_that_works(problems):
-    inputs = AttentionInputs(CUDA)
-    assert runtime.choose_attention("auto", inputs) == Choice(
-        "xformers", "the first of xformers, varlen, sdpa"
-    )
-    assert runtime.choose_attention("varlen", inputs) == Choice("varlen", "requested")
-    problems["xformers"] = "it is not installed"
-    assert runtime.choose_attention("auto", inputs) == Choice(
-        "varlen", "no xformers: it is not installed"
-    )
-    with pytest.raises(ConfigError, match=r"xformers does not work: .*; use --attention varlen"):
-        runtime.choose_attention("xformers", inputs)
+@pytest.mark.parametrize(
+    ("name", "args", "broken", "message"),
+    [
+        ("compile", ("on", "parity", CPU), "compile", "on: a problem; use --compile off"),
+        ("attention", ("xformers", INPUTS), "xformers", "xformers does .*; use --attention varlen"),
+        ("crops", ("fused", CPU), "fused", "fused: a problem"),
+        ("crops", ("dali", CPU), "dali", "dali: a problem"),
+        ("decode", ("cpu", "fused", "cpu"), "dali_decode", "cpu: a problem; use --decode pillow"),
+        ("decode", ("gpu", "fused", "cpu"), None, "gpu .*needs a GPU.*: use --decode cpu"),
+        ("decode", ("gpu", "fused", "cuda"), "dali", "gpu: a problem; use --decode"),
+        ("decode", ("gpu", "torchvision", "cuda"), None, "gpu is for --crops fused.*torchvision"),
+    ],
+)
+def test_unsupported_requests_are_errors(problems, name, args, broken, message):
+    problems[broken] = "a problem"
+    with pytest.raises(ConfigError, match=f"--{name} {message}"):
+        getattr(runtime, f"choose_{name}")(*args)
 
 
 def test_auto_attention_on_a_cpu_is_sdpa():
@@ -232,46 +258,3 @@ def test_cuda_graph_is_off_if_a_step_cannot_be_recorded(
     choice = runtime.choose_cuda_graph(config, device, Choice(precision, "test"))
     assert reason in choice.reason
     assert choice.on == (reason == "requested")
-
-
-def test_auto_crops_are_exact_even_without_the_fused_backend(problems):
-    assert runtime.choose_crops("auto", CPU) == Choice("fused", EXACT)
-    assert runtime.choose_crops("dali", CPU).value == "dali"
-    problems["fused"] = "Numba is not installed"
-    assert runtime.choose_crops("auto", CPU) == Choice(
-        "torchvision", f"{EXACT}; Numba is not installed"
-    )
-    assert runtime.choose_crops("torchvision", CPU) == Choice("torchvision", EXACT)
-    with pytest.raises(ConfigError, match="--crops fused: Numba is not installed"):
-        runtime.choose_crops("fused", CPU)
-    problems["dali"] = "DALI is not installed"
-    with pytest.raises(ConfigError, match="--crops dali: DALI is not installed"):
-        runtime.choose_crops("dali", CPU)
-
-
-def test_auto_decodes_with_dali_if_its_pixels_are_exact(problems):
-    for device in ("cpu", "cuda"):
-        assert runtime.choose_decode("auto", "fused", device).value == "cpu"
-        assert runtime.choose_decode("cpu", "fused", device).value == "cpu"
-        assert runtime.choose_decode("pillow", "fused", device) == Choice("pillow", "requested")
-    problems["dali_decode"] = "no DALI"
-    assert runtime.choose_decode("auto", "fused", "cuda") == Choice("pillow", "no DALI")
-    with pytest.raises(ConfigError, match="--decode cpu: no DALI; use --decode pillow"):
-        runtime.choose_decode("cpu", "fused", "cpu")
-
-
-def test_gpu_decoding_needs_a_gpu_and_dali(problems):
-    assert runtime.choose_decode("gpu", "fused", "cuda:1") == Choice("gpu", "near Pillow's pixels")
-    with pytest.raises(ConfigError, match="--decode gpu .*needs a GPU.*: use --decode cpu"):
-        runtime.choose_decode("gpu", "fused", "cpu")
-    problems["dali"] = "DALI is not installed: pip"
-    with pytest.raises(ConfigError, match="--decode gpu: DALI is not installed: pip; use --decode"):
-        runtime.choose_decode("gpu", "fused", "cuda")
-
-
-def test_other_crop_backends_have_their_own_decoder():
-    assert runtime.choose_decode("auto", "torchvision", "cuda").value == "pillow"
-    assert runtime.choose_decode("auto", "dali", "cpu").value == "cpu"
-    assert runtime.choose_decode("auto", "dali", "cuda").value == "gpu"
-    with pytest.raises(ConfigError, match="--decode gpu is for --crops fused.*--crops torchvision"):
-        runtime.choose_decode("gpu", "torchvision", "cuda")

@@ -295,13 +295,8 @@ def test_stochastic_depth_draws_in_the_dtype_of_the_branches(dtype):
 
 @pytest.mark.parametrize(
     "sizes",
-    [
-        [(32, 32)] * 2,
-        [(32, 32)] * 3,
-        [(32, 32)] * 2 + [(16, 16)] * 2,
-        [(32, 16)] * 2 + [(24, 16)] * 2,
-    ],
-    ids=["no local crops", "all of one size", "two sizes", "two heights"],
+    [[(32, 32)] * 3, [(32, 32)] * 2 + [(16, 16)] * 2, [(32, 16)] * 2 + [(24, 16)] * 2],
+    ids=["one size", "two sizes", "two heights"],
 )
 def test_packing_supports_any_combination_of_crops(float64, sizes):
     wrapper = MultiCropWrapper(make_vit(drop_path_rate=0.5), nn.Identity())
