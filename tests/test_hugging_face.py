@@ -214,6 +214,15 @@ def test_compressed_and_truncated_files_are_errors(tmp_path, picture, damage):
         index_arrow(path, image="image", label=None)
 
 
+def test_arrow_file_without_the_column_is_error(tmp_path, picture):
+    path = str(tmp_path / "data.arrow")
+    batch = arrow.record_batch([[picture(1)]], names=["image"])
+    with arrow.OSFile(path, "wb") as file, arrow.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(DataError, match='data.arrow: Field "photo" does not exist'):
+        index_arrow(path, image="photo", label=None)
+
+
 @pytest.mark.parametrize(
     ("data_path", "message"),
     [

@@ -177,7 +177,7 @@ def test_images_above_pillows_pixel_limit_are_skipped(folder, monkeypatch):
     [
         ("missing", "there is no file or folder"),
         ("empty", r"no images in .*\.jpg, \.jpeg, \.png"),
-        ("text", "none of the 1 images"),
+        ("text", "/text: none of the 1 images"),
         ("loose", "3 images, and 1 more in folders.*Move"),
     ],
 )

@@ -307,6 +307,15 @@ def test_without_a_network_the_error_names_the_expected_location(
     assert not list((root / "fastdino").glob("*.part"))
 
 
+def test_package_missing_for_a_download_is_named_with_its_installation(root, monkeypatch):
+    def download(*_, **__):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+    with pytest.raises(DataError, match="the package scipy is missing: .*pip install"):
+        scan_images("torchvision:CIFAR10")
+
+
 def test_incomplete_download_is_discarded(root, monkeypatch, unchecked):
     fails = [True]
 

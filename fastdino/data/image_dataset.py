@@ -129,7 +129,10 @@ def scan_images(
     if not total:
         reason = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
         raise DataError(f"no images in {data_path}: {reason}")
-    raise_if_many_bad(bad, total, max_bad_share)
+    try:
+        raise_if_many_bad(bad, total, max_bad_share)
+    except DataError as error:
+        raise DataError(f"{data_path}: {error}") from None
     labels, classes, kind = files.labels, files.classes, files.kind
     if labels is None:
         labels, classes, kind = label_images(files, images)

@@ -71,7 +71,7 @@ def find_hugging_face(data_path: DataPath) -> FileList:
 def index_arrow(path: str, *, image: str, label: str | None) -> Manifest:
     """Return the byte range and the label of the image in each row of an Arrow file.
 
-    Raises: DataError: the file is damaged or compressed.
+    Raises: DataError: the file is damaged or compressed, or has no such column.
     """
     members: list[str] = []
     all_labels: list[str] = []
@@ -204,6 +204,8 @@ def _rows(
                     names = _texts(paths) if paths is not None else [""] * len(column)
                     labels = _texts(batch.column(label)) if label else [""] * len(column)
                     yield _parts(column, start, size), names, labels
+    except KeyError as error:
+        raise DataError(f"--data_path: {path}: {error.args[0]}") from error
     except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
         if getattr(error, "errno", None):  # raised by the system, not by the file's contents
             raise

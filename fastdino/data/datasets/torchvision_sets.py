@@ -194,9 +194,11 @@ def _download(create: Any, name: str, root: Path, arguments: dict[str, Any]) -> 
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"the package {error.name} is missing: {_INSTALL}"
         raise DataError(
-            f"torchvision:{name} is not in {root}, and it cannot be downloaded ({text}): put "
+            f"torchvision:{name} is not in {root}, and it cannot be downloaded ({reason}): put "
             f"{_location(name, arguments)} there as distributed, or name its folder with "
             f"?root=... or ${ROOT_VARIABLE}"
         ) from error
