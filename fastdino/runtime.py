@@ -15,12 +15,7 @@ from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.config import PATCHED_ARCHS, TrainConfig
 from fastdino.data.decoding import dali_decode_problem
 from fastdino.errors import ConfigError
-from fastdino.models.attention import (
-    BACKENDS,
-    AttentionBackend,
-    AttentionInputs,
-    attention_problem,
-)
+from fastdino.models.attention import BACKENDS, AttentionBackend, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer

@@ -6,12 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fastdino.evals import ranking_metrics
-from fastdino.evals.ranking_metrics import (
-    Relevance,
-    copydays_map,
-    micro_ap,
-    revisited_scores,
-)
+from fastdino.evals.ranking_metrics import Relevance, copydays_map, micro_ap, revisited_scores
 
 
 def indices(*values):

@@ -25,10 +25,6 @@ from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.logging import drop_log_lines
 
 CHECKPOINT = "checkpoint.pth.tar"
-AT_LEAST_ONE = (
-    "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "resize", "crop", "patch_size",
-    "num_labels",
-)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +71,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    check_at_least(args, 1, *AT_LEAST_ONE)
+    check_at_least(args, 1, "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq")
+    check_at_least(args, 1, "resize", "crop", "patch_size", "num_labels")
     check_at_least(args, 0, "num_workers", "cache_epochs", "seed")
     if not 0 < args.lr < float("inf"):
         raise ConfigError(f"--lr must be a finite number above 0, got {args.lr}")

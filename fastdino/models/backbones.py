@@ -17,11 +17,7 @@ from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 
 
 def build_backbone(
-    arch: str,
-    *,
-    patch_size: int = 16,
-    drop_path_rate: float = 0.0,
-    img_size: int = 224,
+    arch: str, *, patch_size: int = 16, drop_path_rate: float = 0.0, img_size: int = 224
 ) -> tuple[nn.Module, int]:
     """Build a backbone [B, 3, H, W] -> [B, D] with random weights; return it and D.
 

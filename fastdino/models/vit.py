@@ -255,10 +255,7 @@ class VisionTransformer(nn.Module):
         if not rates:
             return [None] * len(self.blocks)
         per_image = draw_branch_scales(
-            rates,
-            [images for images, _ in layout.groups],
-            dtype=output_dtype(x),
-            device=x.device,
+            rates, [images for images, _ in layout.groups], dtype=output_dtype(x), device=x.device
         ).to(x.dtype)
         per_token = iter(layout.spread(per_image).unsqueeze(-1))
         scales = [next(per_token) if rate else None for rate in self.drop_path_rates]
