@@ -29,9 +29,45 @@ def draw(dtype=torch.float32, seed=0, device="cpu", shapes=SHAPES) -> list[Tenso
     ]
 
 
-def lengths_around(chunk: int) -> list[int]:
-    """Return lengths next to the boundaries of a kernel's chunks and parts."""
-    return [1, 15, 1023, 1024, 1025, chunk - 1, chunk, chunk + 1, 2 * chunk + 1025]
+def strided(device) -> list[Tensor]:
+    """Make dense tensors that are not contiguous."""
+    images = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    return [images, torch.randn(5, 4, device=device).t()]
+
+
+def frames_around(chunk, fills, dtype, device) -> list[tuple[Tensor, slice]]:
+    """Make tensors [len(fills), n], whose rows are filled, and slices for the tensors inside.
+
+    Lengths are next to the boundaries of a kernel's chunks and parts. The second half of the slices
+    starts one element in: such addresses are not multiples of 16.
+    """
+    lengths = [1, 15, 1023, 1024, 1025, chunk - 1, chunk, chunk + 1, 2 * chunk + 1025]
+    values = torch.tensor(fills, dtype=dtype, device=device)[:, None]
+    return [
+        (values.repeat(1, -(-length // 64) * 64 + 64), slice(start, start + length))
+        for start in (16, 17)
+        for length in lengths
+    ]
+
+
+def assert_frame(frame: Tensor, inside: slice, fills, values, rtol=0.0) -> None:
+    """Compare the rows with `values` inside and with `fills` outside."""
+    expected = frame.new_tensor(fills)[:, None].expand_as(frame).clone()
+    expected[:, inside] = frame.new_tensor(values)[:, None]
+    torch.testing.assert_close(frame, expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def capture(step):
+    """Run step() once to warm up, then capture it; return the CUDA graph and step's result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 def far_table(chunk: int, tensors: list[Tensor], codes: tuple[int | None, ...]) -> PointerTable:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from fastdino_kernels import adamw_ema, adamw_ema_torch, adamw_ema_update_, pointer_table, reference
 
-from tests.multi_tensor import EPS, HALVES, draw, far_table, numpy_warns
+from tests.multi_tensor import (
+    EPS,
+    HALVES,
+    assert_frame,
+    draw,
+    far_table,
+    frames_around,
+    numpy_warns,
+    strided,
+)
 from tests.properties import given, settings, st
 
 SHAPES = [(3, 5), (7,), (), (2100,), (0, 4)]
@@ -90,9 +99,10 @@ def make(device="cpu", shapes=SHAPES, dtype=torch.float32, gradient=torch.float3
         draw(dtype, 4, device, shapes),
     )
     if copies:
-        lists.shadows = [torch.full_like(p, math.nan, dtype=torch.bfloat16) for p in lists.teachers]
-        lists.teacher_shadows = [torch.full_like(p, math.nan, dtype=torch.float16)
-                                 for p in lists.teachers]  # fmt: skip
+        lists.shadows, lists.teacher_shadows = (
+            [torch.full_like(t, math.nan, dtype=copy_dtype) for t in lists.teachers]
+            for copy_dtype in (torch.bfloat16, torch.float16)
+        )
     return lists
 
 
@@ -142,9 +152,8 @@ def assert_close(actual, expected, *, roundings=4.0):
 
 
 def assert_right(lists, expected, **options):
-    assert_close(lists.parameters, expected.parameters, **options)
-    assert_close(lists.exp_avgs, expected.exp_avgs, **options)
-    assert_close(lists.exp_avg_sqs, expected.exp_avg_sqs, **options)
+    for name in ("parameters", "exp_avgs", "exp_avg_sqs"):
+        assert_close(getattr(lists, name), getattr(expected, name), **options)
     assert_close(lists.teachers, expected.teachers_of(lists.parameters), **options)
 
 
@@ -154,12 +163,9 @@ def assert_norms(norms, expected):
 
 
 def assert_copies(lists):
-    for copies, wholes in (
-        (lists.shadows, lists.parameters),
-        (lists.teacher_shadows, lists.teachers),
-    ):
-        for c, whole in zip(copies, wholes, strict=True):
-            assert torch.equal(c, whole.to(c.dtype))
+    copies = [*lists.shadows, *lists.teacher_shadows]
+    for c, stored in zip(copies, [*lists.parameters, *lists.teachers], strict=True):
+        assert c is None or torch.equal(c, stored.to(c.dtype))
 
 
 def assert_unchanged(lists, before, names=""):
@@ -247,9 +253,7 @@ def test_dtypes_may_differ_within_one_call(target):
     expected = step_by_step(lists)
     lists.step(target)
     assert_right(lists, expected, roundings=1.01)
-    for c, whole in (*zip(lists.shadows, lists.parameters, strict=True),
-                     *zip(lists.teacher_shadows, lists.teachers, strict=True)):  # fmt: skip
-        assert c is None or torch.equal(c, whole.to(c.dtype))
+    assert_copies(lists)
 
 
 def test_parameter_without_gradient_is_kept_and_its_teacher_updated(target):
@@ -299,18 +303,19 @@ def test_some_teachers_missing(target):
     assert_right(lists, expected)
 
 
-@pytest.mark.parametrize("max_norm", [None, math.inf, 1e-3])
-def test_max_norm_none_and_inf_do_not_clip(max_norm, target):
+@pytest.mark.parametrize(
+    ("max_norm", "betas"),
+    [(None, (0.8, 0.99)), (math.inf, (0.8, 0.99)), (1e-3, (0.8, 0.99)), (1.0, (0.0, 0.99))],
+)
+def test_max_norm_none_and_inf_do_not_clip_and_beta_may_be_zero(max_norm, betas, target):
     lists = make(target["device"])
-    expected = step_by_step(lists, max_norm=max_norm or math.inf)
-    norms = lists.step(target, max_norm=max_norm)
+    expected = step_by_step(lists, max_norm=max_norm or math.inf, betas=betas)
+    norms = lists.step(target, max_norm=max_norm, betas=betas)
     assert_right(lists, expected)
     if max_norm is None:
         assert norms is None
     else:
-        torch.testing.assert_close(
-            norms.double(), torch.stack(expected.norms), rtol=4 * EPS, atol=0
-        )
+        assert_norms(norms, expected)
 
 
 def test_given_norms_are_used(target):
@@ -357,16 +362,8 @@ def test_small_rates_keep_precision(target):
     moved, right = lists.parameters[0].double() - before, expected.parameters[0] - before
     # The parameter's rounding limits the precision of the step.
     torch.testing.assert_close(moved, right, rtol=1e-5, atol=EPS * before.abs().max().item() / 2)
-    torch.testing.assert_close(
-        lists.exp_avg_sqs[0].double(), expected.exp_avg_sqs[0], rtol=3e-7, atol=0
-    )
-
-
-def test_beta_of_zero(target):
-    lists = make(target["device"])
-    expected = step_by_step(lists, betas=(0.0, 0.99))
-    lists.step(target, betas=(0.0, 0.99))
-    assert_right(lists, expected)
+    second = lists.exp_avg_sqs[0].double()
+    torch.testing.assert_close(second, expected.exp_avg_sqs[0], rtol=3e-7, atol=0)
 
 
 def test_momentum_of_one_and_zero(target):
@@ -499,12 +496,6 @@ def test_gradients_are_divided_by_the_loss_scale(gradient, target):
     assert_right(lists, expected)
 
 
-def strided(device):
-    """Make dense tensors that are not contiguous."""
-    images = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
-    return [images, torch.randn(5, 4, device=device).t()]
-
-
 @triton_only
 def test_tensors_with_equal_strides_use_the_kernel(target, monkeypatch):
     monkeypatch.delattr(adamw_ema, "update_on_device")
@@ -521,22 +512,20 @@ def test_tensors_with_equal_strides_use_the_kernel(target, monkeypatch):
     assert_right(lists, expected)
 
 
-@pytest.mark.parametrize(
-    ("odd", "gaps", "stopped"),
-    [
-        ("parameters", False, None),
-        ("parameters", True, None),
-        ("gradients", False, None),
-        ("gradients", True, "skip"),
-        ("exp_avg_sqs", False, "found_inf"),
-        ("exp_avg_sqs", True, "skip"),
-        ("teachers", False, "skip"),
-        ("teachers", True, "found_inf"),
-        ("shadows", False, None),
-        ("shadows", True, "skip"),
-    ],
-)
-def test_any_layout_gives_the_same_result(odd, gaps, stopped, target):
+# Of each list, how a step with transposed tensors stops, and one with gaps between elements.
+STOPPED = {
+    "parameters": (None, None),
+    "gradients": (None, "skip"),
+    "exp_avg_sqs": ("found_inf", "skip"),
+    "teachers": ("skip", "found_inf"),
+    "shadows": (None, "skip"),
+}
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("odd", STOPPED)
+def test_any_layout_gives_the_same_result(odd, gaps, target):
+    stopped = STOPPED[odd][gaps]
     lists = make(target["device"], [(8, 6), (5,), (2100,)])
     lists.gradients[0] = lists.gradients[0].clone()
     values = getattr(lists, odd)[0]
@@ -566,29 +555,17 @@ def test_any_layout_gives_the_same_result(odd, gaps, stopped, target):
 def test_lengths_around_a_chunk_write_nothing_outside(target, dtype):
     from fastdino_kernels.adamw_ema_triton import CHUNK
 
-    lengths = [1, 15, 1023, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1025]
-    device = target["device"]
-    frames, roles = [], [[] for _ in range(5)]
-    for index, length in enumerate(lengths * 2):
-        # The second half starts one element in: such addresses are not multiples of 16.
-        start = 16 + index // len(lengths)
-        frame = torch.full((5, -(-length // 64) * 64 + 64), 7.0, dtype=dtype, device=device)
-        frames.append((frame, start, length))
-        for role, row, value in zip(roles, frame, (4.0, 1.0, 1.0, 1.0, 2.0), strict=True):
-            role.append(row[start : start + length].fill_(value))
-    n = len(lengths) * 2
+    frames = frames_around(CHUNK, [7.0] * 5, dtype, target["device"])
+    roles = [
+        [frame[row, inside].fill_(value) for frame, inside in frames]
+        for row, value in enumerate((4.0, 1.0, 1.0, 1.0, 2.0))
+    ]
+    steps = torch.full((len(frames),), 200.0, device=target["device"])
     # m = v = g = 1, and all later steps are alike: p = 4 - lr * 1.
     numbers = {"lr": 2.0, "betas": (0.5, 0.5), "eps": 1e-12, "weight_decay": 0.0}
-    adamw_ema_update_(
-        *roles[:4], torch.full((n,), 200.0, device=device), **numbers, max_norm=None,
-        teachers=roles[4], momentum=0.5, impl="triton",
-    )  # fmt: skip
-    for frame, start, length in frames:
-        values = frame[:, start : start + length]
-        for row, value in zip(values, (2.0, 1.0, 1.0, 1.0, 2.0), strict=True):
-            assert bool((row == value).all())
-        assert bool((frame[:, :start] == 7.0).all())
-        assert bool((frame[:, start + length :] == 7.0).all())
+    adamw_ema_update_(*roles[:4], steps, **numbers, teachers=roles[4], momentum=0.5, impl="triton")
+    for frame, inside in frames:
+        assert_frame(frame, inside, [7.0] * 5, [2.0, 1.0, 1.0, 1.0, 2.0])
 
 
 @triton_only
@@ -731,6 +708,9 @@ def test_no_parameters(target):
 
 
 A, B, C, D, E = (torch.full((2, 3), float(x)) for x in range(5))
+NO_MOMENTS = {"exp_avgs": [None], "exp_avg_sqs": [None]}
+NO_TEACHER = {"teachers": [None], "teacher_shadows": [E.half()]}
+REPEATED = torch.zeros(1, 3).expand(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -746,27 +726,12 @@ A, B, C, D, E = (torch.full((2, 3), float(x)) for x in range(5))
         ({"parameters": [1.0]}, {}, TypeError, r"parameters\[0\] .*got float"),
         ({"gradients": [B.to_sparse()]}, {}, TypeError, r"gradients\[0\] .*dense.*sparse_coo"),
         ({"exp_avgs": [None]}, {}, ValueError, r"exp_avgs\[0\] and exp_avg_sqs\[0\].*both or none"),
-        (
-            {"exp_avgs": [None], "exp_avg_sqs": [None]},
-            {},
-            ValueError,
-            r"gradients\[0\] is given: expected exp_avgs\[0\]",
-        ),
+        (NO_MOMENTS, {}, ValueError, r"gradients\[0\] is given: expected exp_avgs\[0\]"),
         ({"teachers": [A]}, {}, ValueError, r"parameters\[0\] and teachers\[0\] share memory"),
         ({"gradients": [A]}, {}, ValueError, r"parameters\[0\] and gradients\[0\] share memory"),
         ({"shadows": [C]}, {}, ValueError, r"exp_avgs\[0\] and shadows\[0\] share memory"),
-        (
-            {"exp_avgs": [torch.zeros(1, 3).expand(2, 3)]},
-            {},
-            ValueError,
-            r"exp_avgs\[0\] is written.*strides \(0, 1\)",
-        ),
-        (
-            {"teachers": [None], "teacher_shadows": [E.half()]},
-            {},
-            ValueError,
-            r"teacher_shadows\[0\] is given: expected teachers\[0\]",
-        ),
+        ({"exp_avgs": [REPEATED]}, {}, ValueError, r"exp_avgs\[0\] is writ.*strides \(0, 1\)"),
+        (NO_TEACHER, {}, ValueError, r"teacher_shadows\[0\] is given: expected teachers\[0\]"),
         ({}, {"unit_rows": 1}, ValueError, "unit_rows must be the index of a parameter, got 1"),
         ({}, {"unit_rows": 0}, ValueError, r"expected parameters\[0\] .* got \(2, 3\), strides"),
         ({"steps": torch.zeros(2)}, {}, ValueError, r"steps must have shape \(1,\), got \(2,\)"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
 
-from tests.multi_tensor import needs_cuda, numpy_warns
+from tests.multi_tensor import capture, needs_cuda, numpy_warns
 
 
 def networks(device="cpu", count=2):
@@ -345,6 +345,11 @@ P, Q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         ({"params": [{"params": []}]}, ValueError, "params must hold at least one parameter"),
         ({"shadow": []}, ValueError, "shadow .*expected 2, got 0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
+        (
+            {"teacher": [torch.ones(2), None], "unit_rows": P},
+            ValueError,
+            "unit_rows must be a parameter that has a teacher_shadow",
+        ),
     ],
 )
 def test_invalid_constructor_arguments(options, raises, match):
@@ -400,14 +405,7 @@ def test_captured_step_reads_hyperparameters_anew(gradients_in_graph):
         optimizer.step()
 
     set_gradients(student, 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = capture(step)
     other, other_teacher = networks("cuda")
     adamw = torch.optim.AdamW(other.parameters())
     adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -449,12 +447,6 @@ def test_capture_without_state_is_an_error():
         torch.zeros(3, device="cuda")  # PyTorch warns of an empty graph
         with pytest.raises(RuntimeError, match="step once.*before capturing"):
             optimizer.step()
-
-
-def test_unit_rows_need_a_teacher_shadow():
-    p = torch.nn.Parameter(torch.ones(2, 4))
-    with pytest.raises(ValueError, match="unit_rows must be a parameter that has a teacher_shadow"):
-        AdamWEMA([p], teacher=[torch.ones(2, 4)], unit_rows=p)
 
 
 def test_unit_rows_survive_a_copy_of_the_optimizer():

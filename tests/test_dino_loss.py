@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.multi_tensor import capture, needs_cuda, numpy_warns
+
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 HALF = [torch.float16, torch.bfloat16]
 FLOATS = [*HALF, torch.float32]
@@ -73,6 +75,13 @@ def error(got: Tensor, expected: Tensor) -> float:
     return (difference / expected.double().abs().max().clamp(min=1e-30)).item()
 
 
+def assert_accurate(inputs, *, loss=math.inf, grad=math.inf, total=math.inf, **options):
+    """Compare with the reference in float64, with limits of the relative errors."""
+    results = zip(ours(*inputs, **options), truth(*inputs), (loss, grad, total), strict=True)
+    for got, expected, limit in results:
+        assert error(got, expected) < limit
+
+
 @pytest.mark.parametrize(("S", "T"), [(2, 1), (2, 2), (10, 2), (5, 3), (3, 3)])
 @pytest.mark.parametrize(("B", "K"), [(1, 1), (3, 7), (2, 1000), (3, 4096)])
 def test_matches_the_reference_in_float64(S, T, B, K):
@@ -108,40 +117,23 @@ def test_groups_of_images_with_default_blocks(S, T, B, K, target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "MAX_GROUPS", 2)  # five images: three and two
     monkeypatch.setattr(pairwise_triton, "SUM_GROUPS", 1)  # added one after the other
-    inputs = draw(S, T, B, K)
-    expected = truth(*inputs)
-    loss, grad, total = ours(*inputs, **target)
-    assert error(loss, expected[0]) < 5e-7
-    assert error(grad, expected[1]) < 2e-6
-    assert error(total, expected[2]) < 5e-7
+    assert_accurate(draw(S, T, B, K), loss=5e-7, grad=2e-6, total=5e-7, **target)
 
 
 def test_last_program_sums_rows_in_several_rounds(target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "FINISH_BLOCK", 8)
-    inputs = draw(3, 2, 7, 20)
-    loss, _, total = ours(*inputs, **target)
-    expected = truth(*inputs)
-    assert error(loss, expected[0]) < 5e-7
-    assert error(total, expected[2]) < 5e-7
+    assert_accurate(draw(3, 2, 7, 20), loss=5e-7, total=5e-7, **target)
 
 
 def test_dino_size_with_default_configuration(target):
     inputs = draw(2, 2, 1, 65536, torch.bfloat16)
-    expected = truth(*inputs)
-    loss, grad, total = ours(*inputs, **target)
-    assert error(loss, expected[0]) < 5e-7
-    assert error(grad, expected[1]) < EPS[torch.bfloat16]
-    assert error(total, expected[2]) < 5e-7
+    assert_accurate(inputs, loss=5e-7, grad=EPS[torch.bfloat16], total=5e-7, **target)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_loss_is_computed_in_fp32(dtype, target):
-    inputs = draw(6, 2, 4, 1000, dtype)
-    expected = truth(*inputs)
-    loss, _, total = ours(*inputs, **target)
-    assert error(loss, expected[0]) < 1e-6
-    assert error(total, expected[2]) < 1e-6
+    assert_accurate(draw(6, 2, 4, 1000, dtype), loss=1e-6, total=1e-6, **target)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -192,14 +184,10 @@ def test_extreme_logits_stay_finite_and_accurate(dtype, size, target):
 def test_large_logits_far_from_zero_lose_no_digits(target):
     # All near 1e4: scaled by 1/0.1 before the maximum is subtracted, they would keep two decimals.
     student, teacher, center = draw(4, 2, 3, 600)
-    student, teacher, center = student + 1e4, teacher + 1e4, 0 * center
-    expected = truth(student, teacher, center)
-    loss, grad, _ = ours(student, teacher, center, **target)
-    assert error(loss, expected[0]) < 1e-6
-    assert error(grad, expected[1]) < 1e-5
+    assert_accurate((student + 1e4, teacher + 1e4, 0 * center), loss=1e-6, grad=1e-5, **target)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, interpreting
+@numpy_warns
 def test_infinite_logits_match_pytorch(target):
     student, teacher, center = draw(2, 2, 6, 600)
     student[1, 0] = -math.inf  # no distribution: NaN
@@ -248,25 +236,15 @@ def test_offsets_beyond_32_bits(inplace_backward, target):
 
 def test_blocks_cover_a_batch_they_do_not_divide():
     B = 2 * torch.get_num_threads() + 1
-    inputs = draw(3, 2, B, 40_000)
-    expected = truth(*inputs)
-    loss, grad, total = ours(*inputs)
-    assert error(loss, expected[0]) < 1e-6
-    assert error(grad, expected[1]) < 1e-5
-    assert error(total, expected[2]) < 1e-6
+    assert_accurate(draw(3, 2, B, 40_000), loss=1e-6, grad=1e-5, total=1e-6)
 
 
 def test_empty_batch_has_loss_zero(target):
-    loss, grad, total = ours(*draw(4, 2, 0, 7), **target)
-    assert loss == 0
-    assert grad.shape == (4, 0, 7)
-    assert torch.equal(total, torch.zeros(7))
-
-
-def test_reference_loss_of_an_empty_batch_is_zero():
-    loss, total = reference.dino_loss(*draw(4, 2, 0, 7), **TEMPS)
-    assert loss == 0
-    assert torch.equal(total, torch.zeros(7))
+    inputs = draw(4, 2, 0, 7)
+    for loss, grad, total in (ours(*inputs, **target), truth(*inputs)):
+        assert loss == 0
+        assert grad.shape == (4, 0, 7)
+        assert torch.equal(total, torch.zeros_like(total))
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
@@ -369,7 +347,7 @@ def test_same_input_gives_same_bits(target):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_last_program_sees_every_row():
     student, teacher, center = (x.cuda() for x in draw(10, 2, 600, 32))
     probs = torch.softmax((teacher - center) / 0.04, dim=-1)
@@ -456,7 +434,7 @@ def test_fake_tensors_pass_through(target):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_captured_graph_reads_inputs_and_temperatures_anew():
     student, teacher, center = (x.cuda() for x in draw(4, 2, 3, 4096, torch.bfloat16))
     student.requires_grad_()
@@ -468,13 +446,7 @@ def test_captured_graph_reads_inputs_and_temperatures_anew():
         loss.backward()
         return loss.detach(), student.grad, total
 
-    warm_up = torch.cuda.Stream()
-    with torch.cuda.stream(warm_up):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     others = draw(4, 2, 3, 4096, torch.bfloat16, seed=1)
     with torch.no_grad():
         for mine, other in zip((student, teacher, center), others, strict=True):

@@ -1,6 +1,5 @@
 """fastdino_kernels.ema_update_ against m*teacher + (1 - m)*student in float64."""
 
-import contextlib
 import math
 
 import pytest
@@ -11,11 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.multi_tensor import (
     FLOATS,
     HALVES,
+    SHAPES,
+    assert_frame,
+    capture,
     draw,
     far_table,
-    lengths_around,
+    frames_around,
     needs_cuda,
     numpy_warns,
+    strided,
     triton_only,
 )
 from tests.properties import given, settings, st
@@ -33,12 +36,9 @@ def assert_one_rounding(teacher, expected, *, roundings=1.0):
         torch.testing.assert_close(t.double(), e, rtol=slack, atol=slack)
 
 
-@contextlib.contextmanager
-def only_the_kernel(monkeypatch):
-    """Fail if PyTorch updates any tensor inside this context."""
-    with monkeypatch.context() as patch:
-        patch.delattr(ema, "torch_ema_")
-        yield
+def assert_shadows(shadow, teacher):
+    for copy, t in zip(shadow, teacher, strict=True):
+        assert torch.equal(copy, t.to(copy.dtype))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
@@ -52,11 +52,9 @@ def test_update_is_exact_to_one_rounding(teacher_dtype, student_dtype, momentum,
     expected = truth(teacher, student, momentum)
     before = [s.clone() for s in student]
     ema_update_(teacher, student, momentum, impl=target["impl"])
-    rounding = torch.finfo(teacher_dtype).eps
-    for t, e, s, b in zip(teacher, expected, student, before, strict=True):
-        assert t.dtype == teacher_dtype
-        torch.testing.assert_close(t.double(), e, rtol=rounding, atol=rounding)
-        assert torch.equal(s, b)
+    assert_one_rounding(teacher, expected)
+    assert all(t.dtype == teacher_dtype for t in teacher)
+    assert all(map(torch.equal, student, before))
 
 
 def test_a_hundred_steps_in_float64_agree_to_1e_12():
@@ -120,22 +118,16 @@ def test_momenta_of_zero_and_one_are_exact_with_nan_and_inf(target, as_tensor):
         assert torch.equal(teacher.view(torch.int32), kept.view(torch.int32))
 
 
-def test_shadow_is_the_updated_teacher_rounded(target):
-    teacher, student = draw(device=target["device"]), draw(seed=1, device=target["device"])
-    shadow = [torch.full_like(t, math.nan, dtype=torch.bfloat16) for t in teacher]
-    ema_update_(teacher, student, 0.9, shadow=shadow, impl=target["impl"])
-    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
-
-
-def test_shadow_is_rounded_from_the_stored_teacher(target):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shadow_is_rounded_from_the_stored_teacher(dtype, target):
     """Rounding to fp16 and then to bf16 is not rounding to bf16."""
     from fastdino_kernels.ema_triton import CHUNK
 
-    device, shapes = target["device"], [(CHUNK + 5,), (2, CHUNK), (100,)]
-    teacher, student = (draw(torch.float16, seed, device, shapes) for seed in (0, 1))
+    device, shapes = target["device"], [*SHAPES, (CHUNK + 5,), (2, CHUNK), (100,)]
+    teacher, student = (draw(dtype, seed, device, shapes) for seed in (0, 1))
     shadow = [torch.full_like(t, math.nan, dtype=torch.bfloat16) for t in teacher]
     ema_update_(teacher, student, 0.3, shadow=shadow, impl=target["impl"])
-    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
+    assert_shadows(shadow, teacher)
 
 
 def test_dtypes_may_differ_within_one_call(target):
@@ -147,8 +139,7 @@ def test_dtypes_may_differ_within_one_call(target):
     expected = truth(teacher, student, 0.4)
     ema_update_(teacher, student, 0.4, shadow=shadow, impl=target["impl"])
     assert_one_rounding(teacher, expected, roundings=3)  # differences of normal numbers reach 8
-    for copy, t in zip(shadow, teacher, strict=True):
-        assert torch.equal(copy, t.to(copy.dtype))
+    assert_shadows(shadow, teacher)
 
 
 def test_module_parameters_are_updated_without_autograd(target):
@@ -164,20 +155,13 @@ def test_module_parameters_are_updated_without_autograd(target):
         torch.testing.assert_close(t.double(), e, rtol=1e-6, atol=1e-7)
 
 
-def strided(device):
-    """Make pairs of dense tensors with equal strides that are not contiguous."""
-    images = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)] * 2
-    columns = [torch.randn(5, 4, device=device).t()] * 2
-    return [(images[0], images[1].clone() + 1), (columns[0], columns[1].clone() - 1)]
-
-
 @triton_only
 def test_pairs_with_equal_strides_use_the_kernel(target, monkeypatch):
-    teacher, student = map(list, zip(*strided(target["device"]), strict=True))
+    teacher, student = (strided(target["device"]) for _ in range(2))
     assert not any(tensor.is_contiguous() for tensor in teacher + student)
     expected = truth(teacher, student, 0.7)
-    with only_the_kernel(monkeypatch):
-        ema_update_(teacher, student, 0.7, impl="triton")
+    monkeypatch.delattr(ema, "torch_ema_")
+    ema_update_(teacher, student, 0.7, impl="triton")
     assert_one_rounding(teacher, expected, roundings=2)
 
 
@@ -194,7 +178,7 @@ def test_non_contiguous_tensors(target):
     expected = truth(teacher, student, 0.7)
     ema_update_(teacher, student, 0.7, shadow=shadow, impl=target["impl"])
     assert_one_rounding(teacher, expected, roundings=2)
-    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(shadow, teacher, strict=True))
+    assert_shadows(shadow, teacher)
 
 
 @triton_only
@@ -202,23 +186,12 @@ def test_non_contiguous_tensors(target):
 def test_lengths_around_a_chunk_write_nothing_outside(target, dtype):
     from fastdino_kernels.ema_triton import CHUNK
 
-    lengths = lengths_around(CHUNK)
-    frames, teacher, student = [], [], []
-    for index, length in enumerate(lengths * 2):
-        # The second half starts one element in: such addresses are not multiples of 16.
-        start = 16 + index // len(lengths)
-        frame = torch.full(
-            (2, -(-length // 64) * 64 + 64), 7.0, dtype=dtype, device=target["device"]
-        )
-        frame[1] = math.nan
-        frames.append((frame[0], start, length))
-        teacher.append(frame[0, start : start + length].fill_(2.0))
-        student.append(frame[1, start : start + length].fill_(4.0))
+    frames = frames_around(CHUNK, [7.0, math.nan], dtype, target["device"])
+    teacher = [frame[0, inside].fill_(2.0) for frame, inside in frames]
+    student = [frame[1, inside].fill_(4.0) for frame, inside in frames]
     ema_update_(teacher, student, 0.5, impl="triton")
-    for frame, start, length in frames:
-        assert bool((frame[start : start + length] == 3.0).all())
-        assert bool((frame[:start] == 7.0).all())
-        assert bool((frame[start + length :] == 7.0).all())
+    for frame, inside in frames:
+        assert_frame(frame, inside, [7.0, math.nan], [3.0, 4.0])
 
 
 @triton_only
@@ -286,7 +259,7 @@ def test_random_lists_of_tensors(sizes, dtypes, momentum, seed):
     expected = truth(teacher, student, momentum)
     ema_update_(teacher, student, momentum, shadow=shadow, impl=impl)
     assert_one_rounding(teacher, expected, roundings=6)  # differences of normal numbers reach 9
-    assert all(torch.equal(c, t.to(c.dtype)) for c, t in zip(shadow, teacher, strict=True))
+    assert_shadows(shadow, teacher)
 
 
 def test_empty_lists_and_tensors(target):
@@ -367,26 +340,20 @@ def test_captured_graph_reads_the_momentum_anew():
     teacher, student = draw(device="cuda"), draw(torch.bfloat16, 1, "cuda")
     copies = [t.bfloat16() for t in teacher]
     momentum = torch.tensor(1.0, dtype=torch.float64, device="cuda")
-    ema_update_(teacher, student, momentum, shadow=copies)  # makes the table
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ema_update_(teacher, student, momentum, shadow=copies)
+    graph, _ = capture(lambda: ema_update_(teacher, student, momentum, shadow=copies))
     for value in (0.9, 0.25, 0.0):
         expected = truth(teacher, student, value)
         momentum.fill_(value)
         graph.replay()
         assert_one_rounding(teacher, expected)
-        assert all(torch.equal(c, t.bfloat16()) for c, t in zip(copies, teacher, strict=True))
+        assert_shadows(copies, teacher)
 
 
 @pytest.mark.gpu
 @needs_cuda
 def test_captured_graph_keeps_its_table_alive():
     teacher, student = draw(device="cuda"), draw(seed=1, device="cuda")
-    ema_update_(teacher, student, 0.5)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ema_update_(teacher, student, 0.5)
+    graph, _ = capture(lambda: ema_update_(teacher, student, 0.5))
     for _ in range(2 * pointer_table._CACHED):
         ema_update_(draw(device="cuda"), draw(seed=1, device="cuda"), 0.5)
     torch.cuda.empty_cache()
@@ -414,67 +381,44 @@ def test_streams_wait_for_shared_tables():
 
 
 A, B = torch.zeros(2, 3), torch.ones(2, 3)
+SPARSE, REPEATED = torch.ones(2, 3).to_sparse(), torch.zeros(1, 3).expand(2, 3)
+OVERLAPPING = torch.zeros(5).as_strided((2, 3), (2, 1))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "raises", "match"),
+    ("teacher", "student", "options", "raises", "match"),
     [
-        (([A], [B, B], 0.9), {}, ValueError, "same length, got 1 and 2"),
-        (([A, A], [B, B.t()], 0.9), {}, ValueError, r"\[1\] .*got \(2, 3\) and \(3, 2\)"),
-        (([A, A], [B, A], 0.9), {}, ValueError, r"teacher_tensors\[1\] .*same tensor"),
-        (([A], [A.detach()], 0.9), {}, ValueError, "share memory"),
-        (([A], [B.to("meta")], 0.9), {}, ValueError, "same device, got cpu and meta"),
-        (([A], [B.long()], 0.9), {}, TypeError, r"student_tensors\[0\] .*torch.int64"),
-        (([A.long()], [B], 0.9), {}, TypeError, r"teacher_tensors\[0\] .*torch.int64"),
-        (([A], [1.0], 0.9), {}, TypeError, r"student_tensors\[0\] .*got float"),
-        (
-            ([A, A + 0], [B, B.to_sparse()], 0.9),
-            {},
-            TypeError,
-            r"student.*\[1\] .*dense.*sparse_coo",
-        ),
-        (([A.to_sparse()], [B], 0.9), {}, TypeError, r"teacher_tensors\[0\] .*dense.*sparse_coo"),
-        (([A], [B], 0.9), {"shadow": [B.to_sparse()]}, TypeError, r"shadow\[0\] .*dense"),
-        (([A], [B], 1.1), {}, ValueError, r"momentum must be in \[0, 1\], got 1\.1"),
-        (([A], [B], math.nan), {}, ValueError, "momentum .*got nan"),
-        (([A], [B], "most"), {}, TypeError, "momentum .*got str"),
-        (([A], [B], torch.ones(1)), {}, ValueError, r"0-d tensor, got shape \(1,\)"),
-        (([A], [B], 0.9), {"shadow": []}, ValueError, "shadow .*got 1 and 0"),
-        (([A], [B], 0.9), {"shadow": [A]}, ValueError, r"shadow\[0\] are the same tensor"),
-        (
-            ([A, B], [B + 1, A], 0.9),
-            {},
-            ValueError,
-            r"teacher_tensors\[0\] and student_tensors\[1\]",
-        ),
-        (
-            ([A, A], [B, B + 1], 0.9),
-            {},
-            ValueError,
-            r"teacher_tensors\[0\] and teacher_tensors\[1\]",
-        ),
-        (([A], [B], 0.9), {"shadow": [B]}, ValueError, r"shadow\[0\] and student_tensors\[0\]"),
-        (([A[0], A.view(-1)[1:4]], [B[0], B[1]], 0.9), {}, ValueError, r"\[1\] share memory"),
-        (([A], [A[:1].expand(2, 3)], 0.9), {}, ValueError, "share memory"),
-        (
-            ([A.as_strided((3, 3), (1, 1))], [torch.ones(3, 3)], 0.9),
-            {},
-            ValueError,
-            r"teacher_tensors\[0\] .*share no memory, got strides \(1, 1\)",
-        ),
-        (
-            ([A], [B], 0.9),
-            {"shadow": [torch.zeros(1, 3).expand(2, 3)]},
-            ValueError,
-            r"shadow\[0\] .*share no memory, got strides \(0, 1\)",
-        ),
-        (([A], [B], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
-        (([], [], 0.9), {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
-        (([A.double()], [B], 0.9), {"impl": "triton"}, ValueError, "fp32.*float64"),
+        ([A], [B, B], {}, ValueError, "same length, got 1 and 2"),
+        ([A, A], [B, B.t()], {}, ValueError, r"\[1\] .*got \(2, 3\) and \(3, 2\)"),
+        ([A, A], [B, A], {}, ValueError, r"teacher_tensors\[1\] .*same tensor"),
+        ([A], [A.detach()], {}, ValueError, "share memory"),
+        ([A], [B.to("meta")], {}, ValueError, "same device, got cpu and meta"),
+        ([A], [B.long()], {}, TypeError, r"student_tensors\[0\] .*torch.int64"),
+        ([A.long()], [B], {}, TypeError, r"teacher_tensors\[0\] .*torch.int64"),
+        ([A], [1.0], {}, TypeError, r"student_tensors\[0\] .*got float"),
+        ([A, A + 0], [B, SPARSE], {}, TypeError, r"student.*\[1\] .*dense.*sparse_coo"),
+        ([SPARSE], [B], {}, TypeError, r"teacher_tensors\[0\] .*dense.*sparse_coo"),
+        ([A], [B], {"shadow": [SPARSE]}, TypeError, r"shadow\[0\] .*dense"),
+        ([A], [B], {"momentum": 1.1}, ValueError, r"momentum must be in \[0, 1\], got 1\.1"),
+        ([A], [B], {"momentum": math.nan}, ValueError, "momentum .*got nan"),
+        ([A], [B], {"momentum": "most"}, TypeError, "momentum .*got str"),
+        ([A], [B], {"momentum": torch.ones(1)}, ValueError, r"0-d tensor, got shape \(1,\)"),
+        ([A], [B], {"shadow": []}, ValueError, "shadow .*got 1 and 0"),
+        ([A], [B], {"shadow": [A]}, ValueError, r"shadow\[0\] are the same tensor"),
+        ([A, B], [B + 1, A], {}, ValueError, r"teacher_tensors\[0\] and student_tensors\[1\]"),
+        ([A, A], [B, B + 1], {}, ValueError, r"teacher_tensors\[0\] and teacher_tensors\[1\]"),
+        ([A], [B], {"shadow": [B]}, ValueError, r"shadow\[0\] and student_tensors\[0\]"),
+        ([A[0], A.view(-1)[1:4]], [B[0], B[1]], {}, ValueError, r"\[1\] share memory"),
+        ([A], [A[:1].expand(2, 3)], {}, ValueError, "share memory"),
+        ([OVERLAPPING], [A], {}, ValueError, r"teacher_tensors\[0\] .*no memory, .* \(2, 1\)"),
+        ([A], [B], {"shadow": [REPEATED]}, ValueError, r"shadow\[0\] .*no memory, .* \(0, 1\)"),
+        ([A], [B], {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+        ([], [], {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+        ([A.double()], [B], {"impl": "triton"}, ValueError, "fp32.*float64"),
     ],
 )
-def test_invalid_arguments_change_nothing(arguments, options, raises, match):
+def test_invalid_arguments_change_nothing(teacher, student, options, raises, match):
     with pytest.raises(raises, match=match):
-        ema_update_(*arguments, **options)
+        ema_update_(teacher, student, **({"momentum": 0.9} | options))
     assert torch.equal(A, torch.zeros(2, 3))
     assert torch.equal(B, torch.ones(2, 3))

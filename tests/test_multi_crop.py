@@ -17,7 +17,6 @@ from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import draw_crops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch", "triton"]
 PLAIN = {"flip": False, "jitter": False, "gray": False, "blur_radius": 0, "solarize": False}
 STAGES = {
     "resize": {},
@@ -27,6 +26,11 @@ STAGES = {
     "blur": {"blur_radius": 1.3},
     "solarize": {"solarize": True},
 }
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request):
+    return request.param
 
 
 def crops(images, params, size, **options):
@@ -46,7 +50,6 @@ def affordable(images, impl):
     return [images[i] for i in (5, 9)] if impl == "triton" and DEVICE == "cpu" else images
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_matches_pillow(stage, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = affordable(ragged_images, impl)
@@ -54,7 +57,6 @@ def test_each_stage_matches_pillow(stage, impl, ragged_images, draw_any_crops, c
     assert_equal(crops(images, params, 17, impl=impl), crops_by_pil(images, params, 17))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("n", "size"), [(20, 24), (10, 1), (10, 2), (10, 35)])
 def test_crops_match_pillow(n, size, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = affordable(ragged_images, impl)
@@ -62,14 +64,12 @@ def test_crops_match_pillow(n, size, impl, ragged_images, draw_any_crops, crops_
     assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_crops_of_every_image_match_pillow(impl, ragged_images, draw_any_crops, crops_by_pil):
     params = draw_any_crops(ragged_images, 1, seed=7)
     ours = crops(ragged_images, params, 48, impl=impl)
     assert_equal(ours, crops_by_pil(ragged_images, params, 48))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("kind", "size"), [(0, 224), (1, 96)])
 def test_paper_sized_crops_match_pillow(kind, size, impl, ragged_images, tiny, crops_by_pil):
     images = ragged_images[:1]
@@ -79,7 +79,6 @@ def test_paper_sized_crops_match_pillow(kind, size, impl, ragged_images, tiny, c
     assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_every_order_of_the_jitter(impl, ragged_images, draw_any_crops, crops_by_pil):
     orders = torch.cartesian_prod(*[torch.arange(4, dtype=torch.int32)] * 4)
     orders = orders[(orders.sort(-1).values == torch.arange(4)).all(-1)]
@@ -92,7 +91,6 @@ def test_every_order_of_the_jitter(impl, ragged_images, draw_any_crops, crops_by
     assert_equal(crops(images, params, 8, impl=impl), crops_by_pil(images, params, 8))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (0, 0, 1, 100), (0, 7, 75, 1), (10, 20, 16, 16)])
 def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = ragged_images[:1]
@@ -101,7 +99,6 @@ def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
     assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_extreme_jitter_factors(impl, ragged_images, draw_any_crops, crops_by_pil):
     ends = torch.tensor([[0, 0, 0, -0.5], [1, 1, 1, 0], [2, 3, 5, 0.5], [0.5, 0.5, 0.5, -1e-3]])
     images = ragged_images[:1]
@@ -110,7 +107,6 @@ def test_extreme_jitter_factors(impl, ragged_images, draw_any_crops, crops_by_pi
     assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_images(impl, ragged_images, draw_any_crops):
     image = ragged_images[-1]
     params = draw_any_crops([image], 2)
@@ -119,7 +115,6 @@ def test_strided_images(impl, ragged_images, draw_any_crops):
     assert_equal(crops([turned], params, 8, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_fp32_rounded_once(dtype, impl, ragged_images, draw_any_crops):
     images = ragged_images[3:4]
@@ -128,7 +123,6 @@ def test_half_precision_is_fp32_rounded_once(dtype, impl, ragged_images, draw_an
     assert_equal(crops(images, params, 8, impl=impl, dtype=dtype), exact.to(dtype))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("b", "n"), [(0, 3), (2, 0)])
 def test_no_crops(b, n, impl, ragged_images, draw_any_crops):
     images = ragged_images[:b]
@@ -167,7 +161,6 @@ def test_hsv_conversions_match_pillow_for_every_colour(step):
         assert np.array_equal(multi_crop_torch.hsv_to_rgb(pixels).numpy(), np.asarray(back))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_hue_matches_pillow_for_every_colour(step, impl, draw_any_crops, crops_by_pil):
     colours = all_colours(step).flatten(0, 1)
@@ -213,7 +206,6 @@ def test_opcheck(ragged_images, draw_any_crops):
         ({"blur_radius": float("nan")}, "from 0 to 100, got nan"),
     ],
 )
-@pytest.mark.parametrize("impl", IMPLS)
 def test_invalid_values_raise(impl, changes, message, ragged_images, draw_any_crops):
     images = ragged_images[-1:]
     params = draw_any_crops(images, 1, **changes)
