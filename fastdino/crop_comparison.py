@@ -128,11 +128,9 @@ def _check(config: TrainConfig, epoch: int, backends: Sequence[str]) -> None:
             raise ConfigError(f"--executors must be some of {allowed}, got {name!r}")
     if not 0 <= epoch < 1 << 32:
         raise ConfigError(f"--epoch must be from 0 to 2^32 - 1, got {epoch}")
-    for name, most in (
-        ("local_crops_number", MOST_CROPS - 2),
-        ("global_crops_size", LARGEST_CROP),
-        ("local_crops_size", LARGEST_CROP),
-    ):
+    limits = {"local_crops_number": MOST_CROPS - 2}
+    limits |= dict.fromkeys(("global_crops_size", "local_crops_size"), LARGEST_CROP)
+    for name, most in limits.items():
         value = getattr(config, name)
         if value > most:
             raise ConfigError(f"--{name} must be at most {most} for a figure, got {value}")
@@ -162,8 +160,10 @@ def comparison_figure(comparison: Comparison, *, words: str = "", amplify: int =
         text = f"{n}: {kind}, {len(shown)} px\n{_operations(crop)}"
         axis.set_title(text, fontsize=6.5, color=[0.75 * c for c in colors[n][:3]])
     for row, name in enumerate(others, start=len(crops)):
-        gaps = _gaps(crops[name], crops[REFERENCE], amplify)
-        _draw_row(axes[row], f"|{name} -\n{REFERENCE}|\nx {amplify}", gaps)
+        pairs = zip(crops[name], crops[REFERENCE], strict=True)
+        gaps = [np.abs(a.astype(int) - b) * amplify for a, b in pairs]
+        shown_gaps = [np.minimum(gap, 255).astype(np.uint8) for gap in gaps]
+        _draw_row(axes[row], f"|{name} -\n{REFERENCE}|\nx {amplify}", shown_gaps)
         for axis, gap in zip(axes[row], comparison.differences[name], strict=True):
             axis.set_title(str(gap), fontsize=6.5)
     return figure
@@ -178,12 +178,6 @@ def save_figure(figure: Figure, path: Path, *, palette: bool = False) -> None:
     if palette:
         picture = picture.quantize(256, kmeans=3)
     picture.save(path, "PNG", optimize=True)
-
-
-def _gaps(crops: Sequence[_Pixels], reference: Sequence[_Pixels], amplify: int) -> list[_Pixels]:
-    """Return the amplified absolute differences."""
-    gaps = [np.abs(a.astype(int) - b.astype(int)) for a, b in zip(crops, reference, strict=True)]
-    return [np.minimum(amplify * gap, 255).astype(np.uint8) for gap in gaps]
 
 
 def _draw_picture(figure: Any, comparison: Comparison, colors: Sequence[Any], words: str) -> None:

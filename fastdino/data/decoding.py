@@ -57,10 +57,10 @@ def dali_decode_problem() -> str | None:
         return problem
     try:
         decoding = importlib.import_module("fastdino.data.dali_decoding")
-        mismatch: str | None = decoding.cpu_problem()
+        problem = decoding.cpu_problem()
     except Exception as error:  # Libraries that do not fit the machine raise many types.
-        return f"DALI does not work here: {first_line(error)}"
-    return mismatch
+        problem = f"DALI does not work here: {first_line(error)}"
+    return problem
 
 
 def read_first_good(
@@ -113,22 +113,16 @@ class PictureReader:
                 else:
                     done[position] = index, data
             pending = {}
-            for position, picture in self._decode(encoded).items():
-                index = encoded[position][0]
+            files = [data for _, data in encoded.values()]
+            pictures = self._decoder.decode(files) if self._decoder and files else []
+            for (position, (index, _)), picture in zip(encoded.items(), pictures, strict=True):
                 if picture is None:
                     self._refused.add(index)
                     pending[position] = index
                 else:
                     done[position] = index, picture
-        indices, pictures = zip(*(done[position] for position in range(len(batch))), strict=True)
-        return list(indices), list(pictures)
-
-    def _decode(self, encoded: dict[int, tuple[int, bytes]]) -> dict[int, Picture | None]:
-        if not encoded:
-            return {}
-        assert self._decoder is not None
-        pictures = self._decoder.decode([data for _, data in encoded.values()])
-        return dict(zip(encoded, pictures, strict=True))
+        in_order = [done[position] for position in range(len(batch))]
+        return [index for index, _ in in_order], [picture for _, picture in in_order]
 
     def _load(self, index: int) -> tuple[int, bytes | Picture]:
         """Return the first readable sample from index on: its image, or a file for the decoder."""
@@ -148,9 +142,8 @@ class PictureReader:
             return False
         if image.format != "JPEG" or image.mode not in _MODES:
             return False
-        if self._dataset.exif and orientation(image) != 1:
-            return False
-        return is_one_whole_jpeg(data)
+        upright_file = not self._dataset.exif or orientation(image) == 1
+        return upright_file and is_one_whole_jpeg(data)
 
 
 def is_one_whole_jpeg(data: bytes) -> bool:

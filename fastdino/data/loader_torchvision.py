@@ -44,10 +44,11 @@ class TorchvisionLoader(CropLoader):
     def __init__(self, config: TrainConfig, dataset: ImageDataset, **options: Any) -> None:
         super().__init__(config, dataset, **options)
         workers = min(config.num_workers, cpu_count())
-        self._sampler = _EpochSampler()
+        # (epoch, index) of each batch's samples, which alone determine the crops.
+        self._keys: list[list[tuple[int, int]]] = []
         self._loader: DataLoader[Any] | None = DataLoader(
             _CropDataset(config, dataset),
-            batch_sampler=self._sampler,
+            batch_sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
@@ -63,7 +64,7 @@ class TorchvisionLoader(CropLoader):
 
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         assert self._loader is not None
-        self._sampler.batches = [[(epoch, index) for index in batch] for batch in batches]
+        self._keys[:] = [[(epoch, index) for index in batch] for batch in batches]
         if self._at_exit is None:
             gc.collect()  # The workers may be forked now: see init_worker.
         iterator = iter(self._loader)
@@ -84,19 +85,6 @@ class TorchvisionLoader(CropLoader):
             atexit.unregister(self._at_exit)
             self._at_exit()
             self._at_exit = None
-
-
-class _EpochSampler:
-    """A batch sampler over (epoch, index), which alone determine the crops."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class _CropDataset(Dataset[Any]):

@@ -224,9 +224,9 @@ class _Actor:
 
     outline: drawing.Points
     texture: drawing.Texture
-    meeting: tuple[float, float]  # position at time 1/2
-    reach: tuple[float, float]  # offset from there at time 0
-    sway: tuple[float, float]  # amplitude of the sideways motion
+    meeting: drawing.Points  # (x, y) at time 1/2
+    reach: drawing.Points  # offset from there at time 0
+    sway: drawing.Points  # amplitude of the sideways motion
     scale: float
     swell: float  # relative change of scale
     angle: float
@@ -234,12 +234,9 @@ class _Actor:
 
     def pose(self, moment: float) -> drawing.Pose:
         away, aside = math.cos(math.pi * moment), math.sin(2 * math.pi * moment)
-        return drawing.Pose(
-            x=self.meeting[0] + away * self.reach[0] + aside * self.sway[0],
-            y=self.meeting[1] + away * self.reach[1] + aside * self.sway[1],
-            scale=self.scale * (1 + self.swell * aside),
-            angle=self.angle + self.spin * (moment - 0.5),
-        )
+        x, y = (self.meeting + away * self.reach + aside * self.sway).tolist()
+        angle = self.angle + self.spin * (moment - 0.5)
+        return drawing.Pose(x, y, self.scale * (1 + self.swell * aside), angle)
 
 
 def _draw_actors(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
@@ -256,17 +253,15 @@ def _draw_actors(rng: np.random.Generator, paints: drawing.Paints) -> list[_Acto
         scale = CLIP_HEIGHT * rng.uniform(0.34, 0.42)
         direction = heading + 2 * math.pi * i / count
         cos, sin = math.cos(direction), math.sin(direction)
+        sideways = np.array([-sin, cos])
         sway = rng.uniform(-0.06, 0.06) * CLIP_HEIGHT
         actors.append(
             _Actor(
                 outline=drawing.outline(CLASSES[form], rng),
                 texture=drawing.Texture.draw(rng, actor_paints, (2.5, 5)),
-                meeting=(
-                    CLIP_WIDTH / 2 - apart * scale * sin,
-                    CLIP_HEIGHT / 2 + apart * scale * cos,
-                ),
-                reach=(0.33 * CLIP_WIDTH * cos, 0.26 * CLIP_HEIGHT * sin),
-                sway=(-sway * sin, sway * cos),
+                meeting=np.array([CLIP_WIDTH, CLIP_HEIGHT]) / 2 + apart * scale * sideways,
+                reach=np.array([0.33 * CLIP_WIDTH * cos, 0.26 * CLIP_HEIGHT * sin]),
+                sway=sway * sideways,
                 scale=scale,
                 swell=rng.uniform(-0.12, 0.12),
                 angle=math.radians(rng.uniform(-30, 30)),
@@ -308,12 +303,11 @@ def draw_clip(
 
 def davis_palette() -> list[int]:
     """Return the flat palette of DAVIS and PASCAL VOC: an id's bits go to R, G, B in rotation."""
-    palette = []
-    for label in range(256):
-        for channel in range(3):
-            bits = [(label >> (3 * k + channel)) & 1 for k in range(3)]
-            palette.append(sum(bit << (7 - k) for k, bit in enumerate(bits)))
-    return palette
+    return [
+        sum(((label >> (3 * k + channel)) & 1) << (7 - k) for k in range(3))
+        for label in range(256)
+        for channel in range(3)
+    ]
 
 
 def _clip_name(index: int) -> str:

@@ -338,22 +338,17 @@ def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
     side = min(height, width)
     crowd = max(height, width) / side  # a long canvas holds proportionally more
     canvas = np.empty((height, width, 3), np.float32)
-    x = np.arange(width, dtype=np.float32)[None]
-    y = np.arange(height, dtype=np.float32)[:, None]
+    columns = np.arange(width, dtype=np.float32)[None]
+    rows = np.arange(height, dtype=np.float32)[:, None]
     base = Texture.draw(rng, paints, (4, 10))
-    canvas[:] = base.sample(Pose(width / 2, height / 2, side), x, y)
+    canvas[:] = base.sample(Pose(width / 2, height / 2, side), columns, rows)
     clutter = ((_blob, 5, 0.15, 0.35), (_stroke, 4, 0.5, 1.2), (_fragment, 7, 0.2, 0.45))
     for shape, count, smallest, largest in clutter:
         for _ in range(round(count * crowd)):
             scale = rng.uniform(smallest, largest)
-            pose = Pose(
-                rng.uniform(0, width),
-                rng.uniform(0, height),
-                scale * side,
-                rng.uniform(0, 2 * math.pi),
-            )
+            x, y, angle = rng.uniform(0, (width, height, 2 * math.pi)).tolist()
             texture = Texture.draw(rng, paints, (4 * scale, 10 * scale))
-            paint(canvas, shape(rng), pose, texture)
+            paint(canvas, shape(rng), Pose(x, y, scale * side, angle), texture)
     return canvas
 
 
