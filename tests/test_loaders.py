@@ -214,10 +214,18 @@ def test_unreadable_files_are_replaced_by_the_next_good_one(breakable, build, cr
 
 @all_loaders
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_unreadable_files_end_the_run(breakable, build, crops, workers):
-    break_files(breakable, [(n, "text") for n in range(3, 9)])
-    loader = build(breakable, crops=crops, max_bad_share=0.2, num_workers=workers)
-    with pytest.raises(DataError, match=r"of 18 images cannot be read.*0.2.*\.jpg ") as error:
+@pytest.mark.parametrize(
+    ("broken", "share", "message"),
+    [
+        (range(3, 9), 0.2, r"of 18 images cannot be read.*0.2.*\.jpg "),
+        (range(18), 1.0, "none of the 18 images"),
+    ],
+    ids=["too many", "all"],
+)
+def test_unreadable_files_end_the_run(breakable, build, crops, workers, broken, share, message):
+    break_files(breakable, [(n, "text") for n in broken])
+    loader = build(breakable, crops=crops, max_bad_share=share, num_workers=workers)
+    with pytest.raises(DataError, match=message) as error:
         list(loader.epoch(0))
     assert "Traceback" not in str(error.value)
 
@@ -250,15 +258,6 @@ for batch in loader.epoch(0):
     done = run_script(code, Path(breakable.paths[0]).parent, crops)
     assert done.returncode == 1
     assert done.stderr.endswith("KeyError: 'a bug'\n")
-
-
-@all_loaders
-@pytest.mark.parametrize("workers", [0, 1])
-def test_only_unreadable_files_end_the_run(breakable, build, crops, workers):
-    break_files(breakable, [(n, "text") for n in range(18)])
-    loader = build(breakable, crops=crops, max_bad_share=1.0, num_workers=workers)
-    with pytest.raises(DataError, match="none of the 18 images"):
-        list(loader.epoch(0))
 
 
 @all_loaders

@@ -68,16 +68,12 @@ def test_philox_matches_the_test_vectors_of_random123(counter, key, words):
 
 def test_shapes_and_dtypes_of_the_fields():
     for params, n in zip(draw(3, local_crops_number=5), (2, 5), strict=True):
+        dtypes = dict.fromkeys(("flip", "jitter", "gray", "solarize"), torch.bool)
+        dtypes |= dict.fromkeys(("jitter_factor", "blur_radius"), torch.float32)
         for field in dataclasses.fields(CropParams):
-            tensor = getattr(params, field.name)
-            assert tensor.shape == ((3, n, 4) if "_order" in field.name else tensor.shape)
-            assert tensor.shape[:2] == (3, n)
-        for name in ("top", "left", "height", "width", "jitter_order"):
-            assert getattr(params, name).dtype == torch.int32
-        for name in ("flip", "jitter", "gray", "solarize"):
-            assert getattr(params, name).dtype == torch.bool
-        assert params.jitter_factor.dtype == params.blur_radius.dtype == torch.float32
-        assert params.jitter_factor.shape == (3, n, 4)
+            tensor, per_operation = getattr(params, field.name), field.name.startswith("jitter_")
+            assert tensor.shape == ((3, n, 4) if per_operation else (3, n)), field.name
+            assert tensor.dtype == dtypes.get(field.name, torch.int32), field.name
         assert (params.jitter_order.sort(dim=-1).values == torch.arange(4)).all()
 
 
@@ -135,12 +131,9 @@ def test_boxes_follow_torchvisions_random_resized_crop(size, kind):
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (3, 2), (10_000, 10_000)])
 def test_boxes_are_inside_any_image(size):
     for params in draw(200, size):
-        assert (params.height >= 1).all()
-        assert (params.width >= 1).all()
-        assert (params.top >= 0).all()
-        assert (params.left >= 0).all()
-        assert (params.top + params.height <= size[0]).all()
-        assert (params.left + params.width <= size[1]).all()
+        rows, columns = (params.top, params.height), (params.left, params.width)
+        for (begin, length), whole in zip((rows, columns), size, strict=True):
+            assert ((length >= 1) & (begin >= 0) & (begin + length <= whole)).all()
 
 
 def test_fallback_box_is_torchvisions_central_one():
@@ -201,22 +194,26 @@ def test_batch_is_drawn_in_one_call_of_the_generator(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ids", "sizes", "message"),
+    ("changes", "message"),
     [
-        ([1, 2], [[3, 4]], "image_sizes"),
-        ([1], [[3, 4, 5]], "image_sizes"),
-        ([1], [[0, 4]], "1 x 1"),
-        ([2**32], [[3, 4]], "sample_ids"),
-        ([-1], [[3, 4]], "sample_ids"),
+        ({"ids": [1, 2]}, "image_sizes"),
+        ({"sizes": [[3, 4, 5]]}, "image_sizes"),
+        ({"sizes": [[0, 4]]}, "1 x 1"),
+        ({"ids": [2**32]}, "sample_ids"),
+        ({"ids": [-1]}, "sample_ids"),
+        ({"epoch": 2**32}, "epoch must be from 0 to 2"),
+        ({"epoch": -1}, "epoch must be from 0 to 2"),
+        ({"seed": 2**64}, "seed must be from 0 to 2"),
+        ({"seed": -1}, "seed must be from 0 to 2"),
     ],
+    ids=str,
 )
-def test_invalid_ids_and_sizes_are_refused(ids, sizes, message):
+def test_arguments_out_of_range_are_refused(changes, message):
+    largest = {"seed": 2**64 - 1, "epoch": 2**32 - 1, "ids": [2**32 - 1], "sizes": [[3, 4]]}
+
+    def draw_these(seed, epoch, ids, sizes):
+        draw_crops(make_config(seed=seed), epoch, ids, sizes)
+
+    draw_these(**largest)
     with pytest.raises(ValueError, match=message):
-        draw_crops(make_config(), 0, ids, sizes)
-
-
-@pytest.mark.parametrize(("epoch", "seed"), [(2**32, 0), (-1, 0), (0, 2**64), (0, -1)])
-def test_epoch_and_seed_out_of_range_are_refused(epoch, seed):
-    with pytest.raises(ValueError, match="must be from 0 to 2"):
-        draw_crops(make_config(seed=seed), epoch, [1], [[3, 4]])
-    draw_crops(make_config(seed=2**64 - 1), 2**32 - 1, [2**32 - 1], [[3, 4]])
+        draw_these(**(largest | changes))
