@@ -50,19 +50,26 @@ def _fail_together(failing, kind, folder):
     (folder / f"{rank}.json").write_text(json.dumps(raised))
 
 
-def test_from_main_shares_result_and_error_of_rank_0(tmp_path):
-    run_two(_ask_main, tmp_path)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["made by 0, no"] * 2
+def test_from_main_shares_results_and_errors_and_total_sums_in_slices(tmp_path):
+    run_two(_call_collectives, tmp_path)
+    sums = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
+    for rank in (0, 1):
+        results = json.loads((tmp_path / str(rank)).read_text())
+        assert results == ["made by 0", "no", rank == 1, sums, 3]
 
 
-def _ask_main(folder):
-    rank = os.environ["RANK"]
+def _call_collectives(folder):
+    rank = int(os.environ["RANK"])
+    distributed.SLICE_ELEMENTS = 3
     with distributed.process_group(CPU, "env://"):
         made = distributed.from_main(lambda: f"made by {rank}")
-        with pytest.raises(ConfigError, match="^no$") as error:
+        with pytest.raises(ConfigError) as error:
             distributed.from_main(_refuse)
-    assert error.value.reported == (rank == "1")
-    (folder / rank).write_text(f"{made}, {error.value}")
+        values = (rank + 1) * torch.arange(8.0).view(4, 2)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            summed = distributed.total(values).tolist()
+    results = [made, str(error.value), error.value.reported, summed, reduced.call_count]
+    (folder / str(rank)).write_text(json.dumps(results))
 
 
 def _refuse():
@@ -107,22 +114,6 @@ def _make_mistakes(lines, folder):
             assert cli.main(line) == 2
         printed.append(stderr.getvalue())
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(printed))
-
-
-def test_total_sums_in_slices(tmp_path):
-    run_two(_sum_in_slices, tmp_path)
-    expected = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
-    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[expected, 3]] * 2
-
-
-def _sum_in_slices(folder):
-    rank = int(os.environ["RANK"])
-    distributed.SLICE_ELEMENTS = 3
-    with distributed.process_group(CPU, "env://"):
-        values = (rank + 1) * torch.arange(8.0).view(4, 2)
-        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
-            summed = distributed.total(values)
-        (folder / str(rank)).write_text(json.dumps([summed.tolist(), reduced.call_count]))
 
 
 def test_errors_in_a_single_process_are_unchanged():

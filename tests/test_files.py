@@ -27,16 +27,6 @@ def test_interrupted_write_keeps_old_file(tmp_path, monkeypatch, error):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_full_disk_error_suggests_freeing_space_and_mentions_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with (
-        pytest.raises(CheckpointError, match="device.*: .*free some space; the previous file is"),
-        explain_write_errors(path),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_errors_unrelated_to_the_disk_are_not_converted(tmp_path):
     with pytest.raises(RuntimeError, match="illegal memory"), explain_write_errors(tmp_path):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

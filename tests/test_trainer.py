@@ -104,21 +104,17 @@ def test_mixed_precision_on_a_gpu_stays_close_to_recorded_trajectory(attention, 
     problem = attention_problem(attention, AttentionInputs(torch.device("cuda"), torch.bfloat16))
     if problem is not None:
         pytest.skip(f"no {attention}: {problem}")
-    trainer = golden_trainer(
-        attention=attention, packing=packing, device="cuda", use_fp16=True, amp_dtype="bf16"
-    )
-    for i, expected in enumerate(GOLDEN["steps"]):
-        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(
-            expected["loss"], rel=2e-2
-        )
+    settings = {"device": "cuda", "use_fp16": True, "amp_dtype": "bf16"}
+    assert_golden_losses(golden_trainer(attention=attention, packing=packing, **settings), 2e-2)
 
 
 def test_float32_matches_recorded_trajectory_within_rounding():
-    trainer = golden_trainer()
-    for i, expected in enumerate(GOLDEN["steps"]):
-        assert trainer.train_step(golden_crops(i)).item() == pytest.approx(
-            expected["loss"], rel=1e-4
-        )
+    assert_golden_losses(golden_trainer(), 1e-4)
+
+
+def assert_golden_losses(trainer: Trainer, rel: float) -> None:
+    losses = [trainer.train_step(golden_crops(i)).item() for i in range(len(GOLDEN["steps"]))]
+    assert losses == pytest.approx([step["loss"] for step in GOLDEN["steps"]], rel=rel)
 
 
 class PlainDINO:
@@ -215,30 +211,6 @@ def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_frozen_last_layer_has_no_update_and_no_moments(tiny, crops_of):
-    trainer = Trainer(tiny(freeze_last_layer=1, epochs=2), steps_per_epoch=2)
-    last = trainer.student.head.last_layer.weight_v
-    before = last.detach().clone()
-    for i in range(2):
-        trainer.train_step(crops_of(trainer.config, i))
-    assert torch.equal(last, before)
-    assert last not in trainer.optimizer.state
-    trainer.train_step(crops_of(trainer.config, 2))
-    assert not torch.equal(last, before)
-
-
-def test_loaded_state_continues_bit_for_bit(tiny, crops_of):
-    config = tiny(drop_path_rate=0.3)
-    uninterrupted = Trainer(config, steps_per_epoch=2)
-    for i in range(3):
-        uninterrupted.train_step(crops_of(config, i))
-    resumed = Trainer(tiny(drop_path_rate=0.3, seed=7), steps_per_epoch=2)
-    state = copy.deepcopy(uninterrupted.state_dict())
-    expected = [uninterrupted.train_step(crops_of(config, i)).item() for i in (3, 4)]
-    resumed.load_state_dict(state)
-    assert [resumed.train_step(crops_of(config, i)).item() for i in (3, 4)] == expected
-
-
 def test_paper_checkpoint_is_loaded(tiny, crops_of):
     config = tiny()
     source = Trainer(config, steps_per_epoch=2)
@@ -255,29 +227,21 @@ def test_paper_checkpoint_is_loaded(tiny, crops_of):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "steps", "message"),
     [
-        ({"out_dim": 32}, r"head.last_layer.weight_g is \(64, 1\), expected \(32, 1\)"),
-        ({"arch": "vit_tiny"}, "more; use the --arch"),
-        (
-            {"norm_last_layer": False},
-            r"adamw over 31 \+ 54 parameters, this run's is adamw over 32",
-        ),
-        ({"optimizer": "sgd"}, "optimizer is adamw .*, this run's is sgd"),
-        ({"optimizer": "lars"}, "optimizer is adamw .*, this run's is lars"),
+        ({}, 3, "had 2 steps per epoch, this one has 3"),
+        ({"out_dim": 32}, 2, r"head.last_layer.weight_g is \(64, 1\), expected \(32, 1\)"),
+        ({"arch": "vit_tiny"}, 2, "more; use the --arch"),
+        ({"norm_last_layer": False}, 2, r"over 31 \+ 54 parameters, this run's is adamw over 32"),
+        ({"optimizer": "sgd"}, 2, "optimizer is adamw .*, this run's is sgd"),
+        ({"optimizer": "lars"}, 2, "optimizer is adamw .*, this run's is lars"),
     ],
 )
-def test_checkpoint_of_another_network_lists_the_tensors(tiny, settings, message):
+def test_checkpoint_of_another_network_or_length_is_rejected(tiny, settings, steps, message):
     state = Trainer(tiny(), steps_per_epoch=2).state_dict()
-    other = Trainer(tiny(**settings), steps_per_epoch=2)
+    other = Trainer(tiny(**settings), steps_per_epoch=steps)
     with pytest.raises(CheckpointError, match=message):
         other.load_state_dict(state)
-
-
-def test_checkpoint_with_another_number_of_steps_per_epoch_is_rejected(tiny):
-    state = Trainer(tiny(), steps_per_epoch=2).state_dict()
-    with pytest.raises(CheckpointError, match="had 2 steps per epoch, this one has 3"):
-        Trainer(tiny(), steps_per_epoch=3).load_state_dict(state)
 
 
 def snapshot(trainer):
@@ -357,14 +321,11 @@ def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, crops_of):
         (lambda crops: [crop[:0] for crop in crops], "a batch of 0 cannot be split"),
     ],
 )
-def test_invalid_crops_are_rejected(tiny, crops, message, crops_of):
-    trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2), steps_per_epoch=1)
+def test_invalid_crops_and_steps_after_the_last_epoch_are_rejected(tiny, crops, message, crops_of):
+    trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2, epochs=1), steps_per_epoch=1)
+    valid = crops_of(trainer.config, 0)
     with pytest.raises(ValueError, match=message):
-        trainer.train_step(crops(crops_of(trainer.config, 0)))
-
-
-def test_step_after_the_last_epoch_is_rejected(tiny, crops_of):
-    trainer = Trainer(tiny(epochs=1), steps_per_epoch=1)
-    trainer.train_step(crops_of(trainer.config, 0))
+        trainer.train_step(crops(valid))
+    trainer.train_step(valid)
     with pytest.raises(ValueError, match="the run is over"):
-        trainer.train_step(crops_of(trainer.config, 1))
+        trainer.train_step(valid)

@@ -84,7 +84,9 @@ class GraphedStep:
             ):
                 outputs = self._step(self._crops, **flags)
         except RuntimeError as error:
-            first = _first_error(error)
+            first: BaseException = error
+            while first.__context__ is not None:  # ending a failed capture raises another error
+                first = first.__context__
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             # A failed capture leaves PyTorch's random generator unusable, so there is no fallback.
@@ -95,22 +97,12 @@ class GraphedStep:
         return graph, outputs
 
     def _check(self, crops: Sequence[Tensor]) -> None:
-        got = [(tuple(crop.shape), crop.dtype) for crop in crops]
         if not self._crops:
-            self._crops = [
-                torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in got
-            ]
-        expected = [(tuple(crop.shape), crop.dtype) for crop in self._crops]
-        for i, (new, old) in enumerate(zip(got, expected, strict=True)):
-            if new != old:
+            self._crops = [crop.new_empty(crop.shape, device=self._device) for crop in crops]
+        for i, (crop, own) in enumerate(zip(crops, self._crops, strict=True)):
+            if (crop.shape, crop.dtype) != (own.shape, own.dtype):
                 raise ValueError(
-                    f"crop {i} must be {old[0]} of {old[1]}, got {new[0]} of {new[1]}: with "
-                    "--cuda_graph, all batches must have the size of the first one"
+                    f"crop {i} must be {tuple(own.shape)} of {own.dtype}, got "
+                    f"{tuple(crop.shape)} of {crop.dtype}: with --cuda_graph, all batches must "
+                    "have the size of the first one"
                 )
-
-
-def _first_error(error: BaseException) -> BaseException:
-    """Return the first error of a chain: ending a failed capture raises another one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error

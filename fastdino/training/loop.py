@@ -246,10 +246,8 @@ class Run:
             "fastdino": fastdino.__version__,
             "torch": torch.__version__,
         }
-        write_json(
-            {"config": self.config.to_dict(), "resolved": resolved},
-            self.output_dir / "config.json",
-        )
+        path = self.output_dir / "config.json"
+        write_json({"config": self.config.to_dict(), "resolved": resolved}, path)
 
     def _synchronises_batch_norm(self) -> bool:
         if distributed.world_size() == 1 or self.trainer.device.type == "cuda":

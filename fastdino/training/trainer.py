@@ -21,18 +21,11 @@ from fastdino.models.backbones import build_networks
 from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
 from fastdino.runtime import Runtime, resolve_runtime
+from fastdino.training import sharding
 from fastdino.training.cuda_graph import GraphedStep
 from fastdino.training.nonfinite import FiniteGuard
 from fastdino.training.optimizers import check_optimizer
 from fastdino.training.schedules import cosine_schedule
-from fastdino.training.sharding import (
-    check_sharding,
-    full_tensors,
-    load_module,
-    load_optimizer,
-    no_gradient_sync,
-    shard,
-)
 from fastdino.training.update import FusedUpdate, SeparateUpdate
 
 
@@ -96,7 +89,7 @@ class Trainer:
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
         if config.fsdp:
-            check_sharding(student)
+            sharding.check_sharding(student)
         self.student = self._prepare(student)
         self.teacher = self._prepare(teacher)
         self._forward_student: nn.Module = self.student
@@ -117,7 +110,7 @@ class Trainer:
         if self.runtime.compile.on:
             compile_network(network)
         if self.config.fsdp:
-            shard(network, self.device)
+            sharding.shard(network, self.device)
         return network
 
     def _init_update(self) -> None:
@@ -146,11 +139,9 @@ class Trainer:
         config = self.config
         length = {"epochs": config.epochs, "steps_per_epoch": self.steps_per_epoch}
         global_batch = config.images_per_step * distributed.world_size()
+        lr = config.lr * global_batch / 256
         self.lr_schedule = cosine_schedule(
-            config.lr * global_batch / 256,
-            config.min_lr,
-            warmup_epochs=config.warmup_epochs,
-            **length,
+            lr, config.min_lr, warmup_epochs=config.warmup_epochs, **length
         )
         self.weight_decay_schedule = cosine_schedule(
             config.weight_decay, config.weight_decay_end, **length
@@ -250,6 +241,7 @@ class Trainer:
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
         epoch = self.epoch if self._device_epoch is None else self._device_epoch
+        dtype = self.runtime.autocast
         losses, teacher_sums, entropies = [], [], []
         for part in range(parts):
             batch = [
@@ -258,7 +250,7 @@ class Trainer:
             ]
             last = part == parts - 1
             with contextlib.nullcontext() if last else self._no_gradient_sync():
-                with self._autocast():
+                with torch.autocast(self.device.type, dtype or torch.bfloat16, dtype is not None):
                     with torch.no_grad():
                         teacher = self.teacher(batch[:2])
                     student = self._forward_student(batch)
@@ -278,16 +270,12 @@ class Trainer:
         entropy = torch.stack(entropies).mean() if measure else None
         return mean_loss, entropy, finish_center
 
-    def _autocast(self) -> torch.autocast:
-        dtype = self.runtime.autocast
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
     def _no_gradient_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for the backward pass of every part of the batch but the last."""
         if isinstance(self._forward_student, nn.parallel.DistributedDataParallel):
             return self._forward_student.no_sync()
         if self.config.fsdp:
-            return no_gradient_sync(self.student)
+            return sharding.no_gradient_sync(self.student)
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,12 +286,12 @@ class Trainer:
         Raises: NonFiniteError: see `verify`.
         """
         self.verify()
-        optimizer = full_tensors(self.optimizer.state_dict())
+        optimizer = sharding.full_tensors(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:  # with a CUDA graph, lr and decay are tensors
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
         state = {
-            "student": full_tensors(self.student.state_dict()),
-            "teacher": full_tensors(self.teacher.state_dict()),
+            "student": sharding.full_tensors(self.student.state_dict()),
+            "teacher": sharding.full_tensors(self.teacher.state_dict()),
             "optimizer": optimizer,
             "dino_loss": self.loss.state_dict(),
             "epoch": self.epoch,
@@ -346,8 +334,8 @@ class Trainer:
                 ) from error
         check_optimizer(self.optimizer, state["optimizer"])
         for name, module in modules.items():
-            load_module(module, tensors[name])
-        load_optimizer(self.optimizer, state["optimizer"])
+            sharding.load_module(module, tensors[name])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and "fp16_scaler" in state:
             self.scaler.load_state_dict(state["fp16_scaler"])
         self.iteration = state.get("iteration", state["epoch"] * self.steps_per_epoch)
@@ -365,9 +353,9 @@ class Trainer:
         named = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
         for network in (self.student, self.teacher):
             state = {k: v for k, v in network.state_dict().items() if not k.startswith("backbone.")}
-            state = {**full_tensors(state), **named}
+            state = {**sharding.full_tensors(state), **named}
             check_shapes(network, state, "the backbone to start from")
-            load_module(network, state)
+            sharding.load_module(network, state)
         self._after_load()
 
     def _after_load(self) -> None:
