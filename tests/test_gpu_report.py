@@ -107,20 +107,12 @@ def test_reports_of_fastdino_bench_are_included(tmp_path):
     assert record["benches"] == [{"arms": 3}]
 
 
-def test_the_second_report_has_its_own_files_and_pictures(tmp_path):
-    raw, folder = tmp_path / "raw", tmp_path / "results"
-    (raw / "training").mkdir(parents=True)
-    (raw / "training" / "modes.png").write_bytes(b"a picture")
-    report = gpu_report.GpuReport({}, reduced=False, name="more")
-    run(report, [python("works", "pass")], raw, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["modes.png", "more.json", "more.md"]
-
-
-def test_the_command_prints_and_writes_the_report(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_writes_the_second_report(tmp_path, monkeypatch, capsys):
     def planned(raw, *, reduced):
         assert reduced
         folder = raw / "bench"
         folder.mkdir()
+        (folder / "modes.png").write_bytes(b"a picture")
         code = "from pathlib import Path; Path({!r}).write_text({!r})"
         return [
             python("table", code.format(f"{folder}/step.md", "# A step\n")),
@@ -133,6 +125,7 @@ def test_the_command_prints_and_writes_the_report(tmp_path, monkeypatch, capsys)
     assert "\n## A step\n" in out
     assert "| commit | " in out
     (folder,) = tmp_path.iterdir()  # named after the device
+    assert sorted(path.name for path in folder.iterdir()) == ["modes.png", "more.json", "more.md"]
     assert "\n## A step\n" in (folder / "more.md").read_text(encoding="utf-8")
 
 
