@@ -130,12 +130,8 @@ def adamw_ema_comparison(size: Size, with_shadow: bool, device: torch.device) ->
         network.restore_gradients()
         return step_of(make)
 
-    baselines = build_baselines(
-        BASELINES,
-        prepare,
-        lambda make: check(make, size, with_shadow, device),
-        host_reads=paper,
-    )
+    checked = functools.partial(check, size=size, with_shadow=with_shadow, device=device)
+    baselines = build_baselines(BASELINES, prepare, checked, host_reads=paper)
     title = f"Clip, AdamW, EMA{' and bf16 copies' if with_shadow else ''}, {size}"
     return Comparison(title, baselines, *counted_bytes(size, with_shadow), calls=1)
 

@@ -86,12 +86,8 @@ def clip_comparison(size: Size, all_by_one: bool, device: torch.device) -> Compa
     def prepare(clip: Clip) -> Call:
         return partial(clip, network.restore_gradients())
 
-    baselines = build_baselines(
-        BASELINES[all_by_one],
-        prepare,
-        lambda clip: check(clip, size, all_by_one, device),
-        host_reads=paper_clip,
-    )
+    checked = partial(check, size=size, all_by_one=all_by_one, device=device)
+    baselines = build_baselines(BASELINES[all_by_one], prepare, checked, host_reads=paper_clip)
     title = f"Clip {'by the global norm' if all_by_one else 'each by its own norm'}, {size}"
     return Comparison(title, baselines, *counted_bytes(size, all_by_one), calls=1)
 

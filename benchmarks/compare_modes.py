@@ -178,11 +178,9 @@ def markdown(results: Sequence[Result], config: TrainConfig, facts: dict[str, st
     heads = ["run", "last loss", "20-NN top-1, %", "mean distance from the first", "largest"]
     rows = []
     for result in results:
-        mean, largest = distance(result, base)
-        last = smoothed(result.losses)[-1]
-        rows.append(
-            [result.name, f"{last:.3f}", f"{result.top1:.1f}", f"{mean:.4f}", f"{largest:.4f}"]
-        )
+        last, distances = smoothed(result.losses)[-1], distance(result, base)
+        rows.append([result.name, f"{last:.3f}", f"{result.top1:.1f}"])
+        rows[-1] += [f"{value:.4f}" for value in distances]
     if on_cpu:
         about += " Products in bf16 are computed in fp32 and rounded once to bf16."
     else:

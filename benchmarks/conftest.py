@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.comparison import (
-    CLOCK,
-    Compare,
-    Comparison,
-    Effort,
-    Timing,
-    replay,
-    run_comparison,
-)
+from benchmarks.comparison import CLOCK, Compare, Comparison, Effort, Timing, replay, run_comparison
 from fastdino.bench.measurement import copy_bandwidth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

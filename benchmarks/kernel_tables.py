@@ -16,6 +16,7 @@ from typing import Any
 
 from fastdino.bench.report import table, write_report
 
+STATISTICS = ("median", "iqr", "rounds")  # of pytest-benchmark
 RATIOS = {"paper": "x paper's code", "compile": "x torch.compile"}
 EXPLANATION = """\
 Medians. GB/s: the bytes that the operation must move, equal for all baselines of a table, per
@@ -52,14 +53,11 @@ class Row:
 
 def read_rows(files: Iterable[Path]) -> list[Row]:
     """Read the rows of pytest-benchmark's JSON files in the order in which they ran."""
-    rows = []
-    for file in files:
-        for record in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]:
-            stats, info = record["stats"], record["extra_info"]
-            rows.append(
-                Row(median=stats["median"], iqr=stats["iqr"], rounds=stats["rounds"], **info)
-            )
-    return rows
+    return [
+        Row(**{name: record["stats"][name] for name in STATISTICS}, **record["extra_info"])
+        for file in files
+        for record in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    ]
 
 
 def speedup(row: Row, base: Row) -> float:

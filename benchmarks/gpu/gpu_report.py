@@ -145,8 +145,7 @@ class GpuReport:
             ],
             "benchmarks": as_json(self.rows),
             "benches": [
-                json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
-                for written in self.benches
+                json.loads(file.with_suffix(".json").read_text("utf-8")) for file in self.benches
             ],
         }
 

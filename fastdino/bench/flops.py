@@ -14,17 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastdino.bench.baselines.training_step import vit_sizes
 from fastdino.bench.measurement import host_seconds
 from fastdino.config import TrainConfig
 
-Shape = tuple[int, ...]
 HEAD_HIDDEN, HEAD_BOTTLENECK = 2048, 256
 # FLOP/s of dense bf16 products from the data sheets, by a part of the device's name.
 PEAKS = {
@@ -89,20 +84,15 @@ def executed_flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(
-    grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object
-) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
 # PyTorch's counter only supports the attention operators of GPUs.
+_aten = torch.ops.aten
 _CPU_ATTENTION: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
 }
 
 

@@ -97,14 +97,8 @@ def measure(names: Sequence[str], task: LoaderTask, args: argparse.Namespace) ->
         name: partial(WorkerProcess, partial(start_loader, name, task), processors=processors)
         for name in names
     }
-    return measure_workers(
-        start,
-        rounds=args.rounds,
-        seconds=args.seconds,
-        limit=args.timeout,
-        multiple=processors,
-        log=log,
-    )
+    effort = {"rounds": args.rounds, "seconds": args.seconds, "limit": args.timeout}
+    return measure_workers(start, **effort, multiple=processors, log=log)
 
 
 def _config(args: argparse.Namespace, images: int) -> TrainConfig:
@@ -169,12 +163,9 @@ class LoaderReport:
             "crops", "what",
         )  # fmt: skip
         rows = [self._row(name, outcome) for name, outcome in self.outcomes.items()]
-        parts = [
-            "# Loaders",
-            "Written by `fastdino bench --loader`.",
-            facts_table(self.environment),
-        ]
-        return "\n\n".join([*parts, about, crops, EXPLANATION, table(heads, rows)]) + "\n"
+        parts = ["# Loaders", "Written by `fastdino bench --loader`."]
+        parts += [facts_table(self.environment), about, crops, EXPLANATION, table(heads, rows)]
+        return "\n\n".join(parts) + "\n"
 
     def _row(self, name: str, outcome: Outcome) -> list[str]:
         baseline = BASELINES[name]

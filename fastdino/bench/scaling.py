@@ -96,11 +96,8 @@ def scale(
     time: StepTime, messages: Sequence[Message], center_size: int, gpus: Sequence[int] = GPUS
 ) -> list[Scaled]:
     """Return the images/s per GPU for each number of GPUs, relative to one GPU."""
-    exposed = [exposed_seconds(time, messages, center_size, number) for number in gpus]
-    return [
-        Scaled(number, seconds, time.step / (time.step + seconds))
-        for number, seconds in zip(gpus, exposed, strict=True)
-    ]
+    exposed = {number: exposed_seconds(time, messages, center_size, number) for number in gpus}
+    return [Scaled(n, seconds, time.step / (time.step + seconds)) for n, seconds in exposed.items()]
 
 
 def exposed_seconds(

@@ -162,14 +162,14 @@ class StepBenchmark:
             problem = "interrupted: the missing values were not measured"
         settings = {name: getattr(self.config, name) for name in SETTINGS}
         return StepReport(
-            environment=facts,
-            settings=settings | {"rounds": self.args.rounds, "device": str(self.device)},
-            kind=self.device.type,
-            results=list(self.results.values()),
-            missing=missing,
-            flops=model_flops(self.config),
-            peak=peak_of(self.device),
-            problem=problem,
+            facts,
+            settings | {"rounds": self.args.rounds, "device": str(self.device)},
+            self.device.type,
+            list(self.results.values()),
+            missing,
+            model_flops(self.config),
+            peak_of(self.device),
+            problem,
             feed=self.feed() if self.args.data_path and not problem else None,
             scaling=self.scaling() if self.args.scaling and not problem else None,
         )
@@ -203,7 +203,8 @@ class StepBenchmark:
         setup = initial_setup(self.config, self.device, self.args.dino_repo)
         for name in self.harness.active:
             with self.harness.guard(name):
-                before = _allocated(self.device)
+                on_gpu = self.device.type == "cuda"
+                before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
                 step = self.steps[name] = baselines[name].build(setup)
                 result = self.results[name]
                 result.precision = step.precision
@@ -257,9 +258,8 @@ class StepBenchmark:
 
     def environment(self) -> dict[str, str]:
         """Return the hardware, versions and settings of the measurement."""
-        facts = {}
-        if self.device.type == "cpu":
-            facts["freed memory"] = "kept" if self.args.keep_memory else "C library's default"
+        memory = "kept" if self.args.keep_memory else "C library's default"
+        facts = {"freed memory": memory} if self.device.type == "cpu" else {}
         return environment(self.device, PACKAGES, facts)
 
     def _fastest(self, names: Sequence[str]) -> str | None:
@@ -291,10 +291,6 @@ class StepBenchmark:
         self.results[name].breakdown = None
         self.steps.pop(name, None)
         free_memory(self.device)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def feed_from_disk(

@@ -142,7 +142,8 @@ def break_down(events: Sequence[Any], seconds: float, *, on_gpu: bool) -> Breakd
     classifier = _Classifier(on_host)
     parts, backward, launches, reads = dict.fromkeys(PARTS, 0.0), 0.0, 0, 0
     for event in on_host:
-        spent = _device_seconds(event) if on_gpu else event.self_cpu_time_total * 1e-6
+        on_device = sum(kernel.duration for kernel in event.kernels)
+        spent = 1e-6 * (on_device if on_gpu else event.self_cpu_time_total)
         if spent and not event.name.startswith(_MARK):
             parts[classifier.part_of(event)] += spent
         if _root(event).name.startswith(_BACKWARD):
@@ -216,10 +217,6 @@ def _root(event: Any) -> Any:
 
 def _in_optimizer(event: Any) -> bool:
     return any(ancestor.name.startswith("Optimizer.") for ancestor in _lineage(event))
-
-
-def _device_seconds(event: Any) -> float:
-    return sum(kernel.duration for kernel in event.kernels) * 1e-6
 
 
 def _is_leaf_operator(event: Any) -> bool:

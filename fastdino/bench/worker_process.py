@@ -40,7 +40,10 @@ class WorkerProcess:
     """
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], *, processors: int) -> None:
-        context = _context()
+        context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+        if sys.platform == "linux":
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_PRELOADED)
         self._pipe, theirs = context.Pipe()
         # Not a daemon: daemons may not have children.
         self._process = context.Process(target=_serve, args=(theirs, make, processors))
@@ -97,14 +100,6 @@ class WorkerProcess:
             self._process.kill()
         self._process.join()
         self._pipe.close()
-
-
-def _context() -> SpawnContext | ForkServerContext:
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    return context
 
 
 def _serve(

@@ -69,18 +69,16 @@ class CompiledStep(paper_step.PaperStep):
 
     def build(self, setup: StepSetup) -> tuple[nn.Module, nn.Module, Any]:
         config, rate = setup.config, setup.config.drop_path_rate
+        loss = paper_step.Loss(config, einsum_loss)
         student, teacher = (
             paper_step.Network(
                 paper_step.Backbone(config, drop_path_rate=rate, make_block=block),
                 config.out_dim,
-                norm_last_layer=norm_last_layer,
+                norm_last_layer=fixed,
             )
-            for block, norm_last_layer in (
-                (student_block, config.norm_last_layer),
-                (teacher_block, True),
-            )
+            for block, fixed in ((student_block, config.norm_last_layer), (teacher_block, True))
         )
-        return student, teacher, paper_step.Loss(config, einsum_loss)
+        return student, teacher, loss
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameter_groups(self.student), fused=True)

@@ -23,12 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdino.augmentation.pillow import MEAN, STD
-from fastdino.bench.baselines.crop_transforms import (
-    MultiCrop,
-    lightly_crops,
-    paper_crops,
-    v2_crops,
-)
+from fastdino.bench.baselines.crop_transforms import MultiCrop, lightly_crops, paper_crops, v2_crops
 from fastdino.bench.harness import Sample
 from fastdino.bench.measurement import synchronize
 from fastdino.bench.worker_process import session_cpu_seconds
@@ -253,8 +248,7 @@ class KernelTimer:
 
 
 def _to_device(params: CropParams, device: str) -> CropParams:
-    names = [field.name for field in dataclasses.fields(params)]
-    return CropParams(**{name: getattr(params, name).to(device) for name in names})
+    return CropParams(**{name: tensor.to(device) for name, tensor in vars(params).items()})
 
 
 @dataclass(frozen=True)

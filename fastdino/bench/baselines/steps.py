@@ -39,9 +39,7 @@ class TrainerStep(TrainingStep):
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.precision = self.trainer.runtime.precision.value
-        if (
-            self.trainer.runtime.cuda_graph.on
-        ):  # steps that measure the entropy have a graph of their own
+        if self.trainer.runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warmup_steps = config.print_freq * WARMUP_STEPS + 1
 
     def step(self, crops: Sequence[Tensor]) -> Tensor:
