@@ -30,3 +30,6 @@ def test_no_good_image_is_error():
     bad.add(0, "a", "is broken")
     with pytest.raises(DataError, match="none of the 2"):
         bad.add(1, "b", "is broken")
+    for index in range(2):  # also for callers that did not see the first error
+        with pytest.raises(DataError, match="none of the 2"):
+            bad.next_good(index)

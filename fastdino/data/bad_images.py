@@ -52,11 +52,13 @@ class BadImages:
         self.reasons: dict[int, str] = {}
 
     def add(self, index: int, path: str, reason: str) -> None:
-        """Record a broken sample; raise DataError if there are too many, or no good one is left."""
+        """Record a broken sample; raise DataError if there are too many."""
         self.reasons[index] = self.skipped[path] = reason
         raise_if_many_bad(self.skipped, self.n, self.max_bad_share, self.broken)
 
     def next_good(self, index: int) -> int:
-        """Return the first sample from index on that is not broken."""
-        candidates = itertools.chain(range(index, self.n), range(index))
-        return next(one for one in candidates if one not in self.reasons)
+        """Return the first sample from index on that is not broken; DataError if all are."""
+        for candidate in itertools.chain(range(index, self.n), range(index)):
+            if candidate not in self.reasons:
+                return candidate
+        raise DataError(f"none of the {self.n} images can be read: {first_names(self.skipped)}")

@@ -21,10 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.augmentation import dali_problem, first_line
-from fastdino.data.bad_images import BadImages, first_names
+from fastdino.data.bad_images import BadImages
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import orientation, reason_of, upright
-from fastdino.errors import DataError
 
 T = TypeVar("T")
 # uint8 [height, width, 3], RGB: an array on the CPU, a tensor on a GPU.
@@ -74,11 +73,7 @@ def read_first_good(
     Raises: DataError: too many unreadable files, or no readable one.
     """
     while True:
-        try:
-            index = bad.next_good(index)
-        except StopIteration:  # which would silently end the epoch of a DataLoader
-            names = first_names(bad.skipped)
-            raise DataError(f"none of the {bad.n} images can be read: {names}") from None
+        index = bad.next_good(index)
         try:
             return index, read(index)
         except MemoryError:
