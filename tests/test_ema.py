@@ -65,8 +65,7 @@ def test_a_hundred_steps_in_float64_agree_to_1e_12():
         student = draw(torch.float64, seed=step)
         ema_update_(teacher, student, momentum)
         expected = reference.ema_update(expected, student, momentum)
-    for t, e in zip(teacher, expected, strict=True):
-        torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(teacher, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
@@ -243,7 +242,7 @@ def test_same_input_gives_same_bits(target):
         student = draw(torch.bfloat16, 1, target["device"], [(5000,), (77,)])
         ema_update_(teacher, student, 0.9, impl=target["impl"])
         runs.append(teacher)
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    assert all(map(torch.equal, *runs))
 
 
 @given(
@@ -284,9 +283,8 @@ def test_compiles_as_one_graph(target, as_tensor):
         ema_update_(expected, student, momentum, impl=target["impl"])
         value = torch.tensor(momentum, dtype=torch.float64, device=device)
         after = update(teacher, student, copies, value if as_tensor else momentum)
-        for t, e, copy in zip(teacher, expected, copies, strict=True):
-            torch.testing.assert_close(t, e)
-            torch.testing.assert_close(copy, e.bfloat16())
+        torch.testing.assert_close(teacher, expected)
+        torch.testing.assert_close(copies, [e.bfloat16() for e in expected])
         torch.testing.assert_close(after, expected[0] + 1)
 
 

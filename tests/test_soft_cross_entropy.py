@@ -46,6 +46,11 @@ def error(got, expected):
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+def assert_accurate(inputs, **options):
+    for got, expected in zip(ours(*inputs, **options), truth(*inputs), strict=True):
+        assert error(got, expected) < 1e-6
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -67,18 +72,12 @@ def test_is_at_least_as_accurate_as_plain_pytorch(S, T, dtype, ignore_diagonal, 
 @pytest.mark.parametrize("probs_dtype", [torch.bfloat16, torch.float32])
 def test_rows_of_probabilities_need_not_sum_to_one(probs_dtype, target):
     student, probs, weights = draw(probs_dtype=probs_dtype)
-    inputs = student, 3 * probs, weights
-    expected = truth(*inputs)
-    rows, grad = ours(*inputs, **target)
-    assert error(rows, expected[0]) < 1e-6
-    assert error(grad, expected[1]) < 1e-6
+    assert_accurate((student, 3 * probs, weights), **target)
 
 
 def test_float64_is_computed_in_float64():
     inputs = draw(dtype=torch.float64, probs_dtype=torch.float64)
-    for got, expected in zip(ours(*inputs), truth(*inputs), strict=True):
-        assert got.dtype == torch.float64
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours(*inputs), truth(*inputs), rtol=1e-12, atol=1e-14)
 
 
 def test_gradcheck():
@@ -101,16 +100,11 @@ def test_equals_dino_loss_with_its_probabilities(target):
 def test_gradient_may_be_written_over_the_logits(target):
     student, probs, weights = draw()
     expected = ours(student, probs, weights, **target)[1]
-    leaf = student.to(target["device"]).requires_grad_()
+    student, probs, weights = (x.to(target["device"]) for x in (student, probs, weights))
+    leaf = student.requires_grad_()
     logits = 1 * leaf
-    rows = soft_cross_entropy(
-        logits,
-        probs.to(target["device"]),
-        student_temp=0.1,
-        inplace_backward=True,
-        impl=target["impl"],
-    )
-    (rows * weights.to(target["device"])).sum().backward()
+    options = {"student_temp": 0.1, "inplace_backward": True, "impl": target["impl"]}
+    (soft_cross_entropy(logits, probs, **options) * weights).sum().backward()
     assert torch.equal(leaf.grad.cpu(), expected)
     assert torch.equal(logits.detach().cpu(), expected)
 
@@ -118,21 +112,13 @@ def test_gradient_may_be_written_over_the_logits(target):
 def test_many_rows_with_few_programs(target, monkeypatch):
     pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
     monkeypatch.setattr(pairwise_triton, "MAX_ROWS_OF_PROGRAMS", 4)
-    inputs = draw(1, 1, 11, 40)
-    expected = truth(*inputs)
-    rows, grad = ours(*inputs, **target)
-    assert error(rows, expected[0]) < 1e-6
-    assert error(grad, expected[1]) < 1e-6
+    assert_accurate(draw(1, 1, 11, 40), **target)
 
 
 def test_temperature_may_be_a_tensor_and_the_batch_empty(target):
     inputs = draw()
-    for got, want in zip(
-        ours(*inputs, student_temp=torch.tensor(0.1), **target),
-        ours(*inputs, **target),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    got = ours(*inputs, student_temp=torch.tensor(0.1), **target)
+    torch.testing.assert_close(got, ours(*inputs, **target), rtol=1e-5, atol=1e-7)
     rows, grad = ours(*draw(B=0), **target)
     assert (rows.shape, grad.shape) == ((3, 0), (3, 0, 600))
 
