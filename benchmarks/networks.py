@@ -87,7 +87,7 @@ def network_of(student: list[Tensor], teacher: list[Tensor], gradients: list[Ten
     parameters: list[Tensor] = [torch.nn.Parameter(p) for p in student]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    shadows = [[torch.empty_like(p, dtype=torch.bfloat16) for p in student] for _ in range(2)]
+    shadows = [[torch.zeros_like(p, dtype=torch.bfloat16) for p in student] for _ in range(2)]
     return Network(parameters, teacher, shadows[0], shadows[1], gradients)
 
 
