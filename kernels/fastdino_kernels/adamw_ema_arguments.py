@@ -91,7 +91,7 @@ def check_hyperparameter(
     A 0-d tensor on the CPU becomes a number if the device is another one.
 
     Raises:
-        TypeError: something else.
+        TypeError: neither a number nor a tensor.
         ValueError: a number out of range, a tensor of another shape or on another device.
     """
     scalar = check_scalar(name, value)

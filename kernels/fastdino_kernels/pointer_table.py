@@ -1,10 +1,10 @@
 """Lists of tensors as one table in device memory, so that one launch serves a whole network.
 
 A table depends only on the addresses, dtypes, sizes and strides of its tensors. These are its cache
-key, read anew by each call (half a microsecond of host time per tensor). If they equal those of an
-earlier call, its table and the results of its checks are reused, whichever objects the tensors are
-now. Storage that moved (`.data =`, a reshard, new gradients) is another key. The cache is small and
-keeps no caller's tensor alive. A table may be used on another stream than the one that filled it;
+key, read again by each call (half a microsecond of host time per tensor). If they equal those of an
+earlier call, its table and the results of its checks are reused, even for other tensor objects. The
+key changes when storage moves (`.data =`, a reshard, new gradients). The cache is small and keeps
+no caller's tensor alive. A table may be used on another stream than the one that filled it;
 that stream then waits for the upload.
 
 CUDA graphs: a call whose table exists uploads nothing while it is captured; the table then stays
