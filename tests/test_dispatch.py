@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from fastdino_kernels import (
@@ -14,7 +16,31 @@ from fastdino_kernels import (
     ema_update_,
     soft_cross_entropy,
 )
-from fastdino_kernels.dispatch import triton_problem
+from fastdino_kernels.dispatch import backend_options, triton_problem
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "expected"), [("cuda", 90, {"maxnreg": 80}), ("hip", "gfx942", {})]
+)
+def test_backend_options_are_those_that_the_active_backend_has(
+    monkeypatch, backend, arch, expected
+):
+    compiler = pytest.importorskip("triton.backends.compiler")
+    runtime = pytest.importorskip("triton.runtime.driver")
+    target = compiler.GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    monkeypatch.setattr(runtime.driver, "_active", Mock(get_current_target=lambda: target))
+    monkeypatch.setattr(dispatch, "triton_interprets", lambda: False)
+    assert backend_options(maxnreg=80) == expected
+
+
+def test_interpreter_takes_no_compiler_options(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend_options(maxnreg=80) == {}
+
+
+def test_misspelled_compiler_option_is_an_error():
+    with pytest.raises(TypeError, match="maxregs"):
+        backend_options(maxregs=80)
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,6 +50,27 @@ def triton_problem(device_type: str) -> str | None:
     if device_type == "cuda":
         return _compiler_problem()
     return f"Triton needs CUDA tensors (or, on a CPU, TRITON_INTERPRET=1), got {device_type}"
+
+
+def backend_options(*, maxnreg: int) -> dict[str, int]:
+    """Return those of the compiler's options that the active Triton backend has.
+
+    An option that a backend does not have makes each launch fail.
+
+    Args:
+        maxnreg: most registers per thread; NVIDIA's backend has it, AMD's does not.
+    """
+    if triton_interprets():
+        return {}
+    driver = importlib.import_module("triton.runtime.driver").driver.active
+    return {"maxnreg": maxnreg} if "maxnreg" in _option_names(driver) else {}
+
+
+@functools.lru_cache(maxsize=8)
+def _option_names(driver: Any) -> frozenset[str]:
+    """Return the names of the compiler options of a driver's backend."""
+    backend = importlib.import_module("triton.compiler").make_backend(driver.get_current_target())
+    return frozenset(vars(backend.parse_options({})))
 
 
 def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
