@@ -15,6 +15,7 @@ from torch import Tensor
 from .checks import check_float_tensor, check_memory, is_number
 from .dispatch import choose_impl, compute_dtype
 from .dtensor import is_sharded, local_part, norms_over_shards
+from .operators import LIBRARY, ops, register_fake
 from .pointer_table import Plan, are_flat, are_plain, build_table, plan_for
 from .reference import CLIP_EPS
 
@@ -142,11 +143,10 @@ def _clip_by_triton(
     plan: Plan, grads: list[Tensor], positions: Sequence[int], total: int | None, max_norm: float
 ) -> Tensor:
     if plan.table is None:  # traced
-        operators = torch.ops.fastdino_kernels
         traced: Tensor = (
-            operators.clip_grad_norm_(grads, max_norm)
+            ops.clip_grad_norm_(grads, max_norm)
             if total is None
-            else operators.clip_grad_norms_(grads, list(positions), total, max_norm)
+            else ops.clip_grad_norms_(grads, list(positions), total, max_norm)
         )
         return traced
     from .clip_triton import launch_clip, launch_global_clip
@@ -232,23 +232,16 @@ def _clip_grad_norm_op(grads: list[Tensor], max_norm: float) -> Tensor:
 
 
 # Used by traced graphs; for eager calls the dispatcher would take longer than the kernels.
-_LIBRARY = torch.library.Library("fastdino_kernels", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "clip_grad_norms_(Tensor(a!)[] grads, int[] positions, int total, float max_norm) -> Tensor"
 )
-_LIBRARY.define("clip_grad_norm_(Tensor(a!)[] grads, float max_norm) -> Tensor")
-_LIBRARY.impl("clip_grad_norms_", _clip_grad_norms_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("clip_grad_norm_", _clip_grad_norm_op, "CompositeExplicitAutograd")
+LIBRARY.define("clip_grad_norm_(Tensor(a!)[] grads, float max_norm) -> Tensor")
+LIBRARY.impl("clip_grad_norms_", _clip_grad_norms_op, "CompositeExplicitAutograd")
+LIBRARY.impl("clip_grad_norm_", _clip_grad_norm_op, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastdino_kernels::clip_grad_norms_", lib=_LIBRARY)
-def _(grads: list[Tensor], positions: list[int], total: int, max_norm: float) -> Tensor:
-    return grads[0].new_empty(total, dtype=torch.float32)
-
-
-@torch.library.register_fake("fastdino_kernels::clip_grad_norm_", lib=_LIBRARY)
-def _(grads: list[Tensor], max_norm: float) -> Tensor:
-    return grads[0].new_empty((), dtype=torch.float32)
+register_fake("clip_grad_norms_", lambda grads, _, total, __: grads[0].new_empty(total).float())
+register_fake("clip_grad_norm_", lambda grads, _: grads[0].new_empty(()).float())
 
 
 def _groups(grads: Sequence[Tensor]) -> list[list[int]]:

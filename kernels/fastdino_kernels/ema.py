@@ -23,6 +23,7 @@ from .checks import (
 )
 from .dispatch import choose_impl
 from .dtensor import local_parts
+from .operators import LIBRARY, ops, register_fake
 from .pointer_table import Plan, are_flat, are_plain, build_table, plan_for
 
 
@@ -129,7 +130,7 @@ def _traceable_ema_(tensors: _Tensors, momentum: float | Tensor, impl: str) -> N
         return
     if chosen == "triton":
         scalar, on_device = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-        torch.ops.fastdino_kernels.ema_update_(*tensors, scalar, on_device)
+        ops.ema_update_(*tensors, scalar, on_device)
     else:
         _run(Plan(chosen, rest=tuple(range(len(tensors.teacher)))), tensors, momentum)
 
@@ -179,13 +180,12 @@ def _ema_op(
 
 
 # Not torch.library.custom_op, whose wrappers take longer than the kernel.
-_LIBRARY = torch.library.Library("fastdino_kernels", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor(b!)[] shadow, float momentum, "
     "Tensor? momentum_tensor) -> ()"
 )
-_LIBRARY.impl("ema_update_", _ema_op, "CompositeExplicitAutograd")
-torch.library.register_fake("fastdino_kernels::ema_update_", lambda *_: None, lib=_LIBRARY)
+LIBRARY.impl("ema_update_", _ema_op, "CompositeExplicitAutograd")
+register_fake("ema_update_", lambda *_: None)
 
 
 def torch_ema_(

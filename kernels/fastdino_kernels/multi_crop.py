@@ -20,6 +20,7 @@ from torch import Tensor
 from . import multi_crop_torch
 from .crop_params import CropParams, check_params, check_values
 from .dispatch import choose_impl
+from .operators import add_op_namespace_prefix
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,7 +67,7 @@ def multi_crop(
     return _multi_crop_op(images, params.pack(), size, mean, std, dtype, chosen)
 
 
-@torch.library.custom_op("fastdino_kernels::multi_crop", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("multi_crop"), mutates_args=())
 def _multi_crop_op(
     images: Sequence[Tensor],
     packed: Tensor,

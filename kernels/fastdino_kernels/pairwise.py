@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
+from .operators import LIBRARY, ops, register_fake
 from .pairwise_arguments import Crops, PairwiseOptions, pair_count
-
-_LIBRARY = torch.library.Library("fastdino_kernels", "FRAGMENT")
 
 # A temperature is a float, or a 0-d tensor on the device, in which case the float is unused.
 _OPTIONS = (
@@ -41,19 +40,19 @@ _OPTIONS = (
 # center for the backward pass, since the caller may change it before. Without one the teacher has
 # probabilities, and they are (rows [S, B], [0], [0], stats). stats [2, S + T, B] are private to the
 # implementation. All have the compute dtype.
-_LIBRARY.define(
+LIBRARY.define(
     f"pairwise_forward(Tensor student, Tensor teacher, Tensor? center, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # The gradient [S, B, K] of the sum of scale * grad_rows [S, B] * rows, in the student's dtype.
-_LIBRARY.define(
+LIBRARY.define(
     "pairwise_backward(Tensor grad_rows, float scale, Tensor student, Tensor teacher, "
     f"Tensor? center, Tensor stats, {_OPTIONS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # The same, written over the student's logits.
-_LIBRARY.define(
+LIBRARY.define(
     "pairwise_backward_(Tensor grad_rows, float scale, Tensor(a!) student, Tensor teacher, "
     f"Tensor? center, Tensor stats, {_OPTIONS}) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
@@ -129,12 +128,12 @@ def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
 
 
 for _key in ("CPU", "CUDA", "MPS"):
-    _LIBRARY.impl("pairwise_forward", _forward, _key)
-    _LIBRARY.impl("pairwise_backward", _backward, _key)
-    _LIBRARY.impl("pairwise_backward_", _backward_, _key)
-torch.library.register_fake("fastdino_kernels::pairwise_forward", _empty_results, lib=_LIBRARY)
-torch.library.register_fake("fastdino_kernels::pairwise_backward", _empty_gradient, lib=_LIBRARY)
-torch.library.register_fake("fastdino_kernels::pairwise_backward_", lambda *_: None, lib=_LIBRARY)
+    LIBRARY.impl("pairwise_forward", _forward, _key)
+    LIBRARY.impl("pairwise_backward", _backward, _key)
+    LIBRARY.impl("pairwise_backward_", _backward_, _key)
+register_fake("pairwise_forward", _empty_results)
+register_fake("pairwise_backward", _empty_gradient)
+register_fake("pairwise_backward_", lambda *_: None)
 
 
 class PairwiseCrossEntropy(torch.autograd.Function):
@@ -157,7 +156,7 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         options = (*_float_and_tensor(student_temp, teacher_temp), ignore_diagonal, impl)
-        result, teacher_sum, center_used, stats = torch.ops.fastdino_kernels.pairwise_forward(
+        result, teacher_sum, center_used, stats = ops.pairwise_forward(
             student, teacher, center, *options
         )
         ctx.save_for_backward(student, teacher, None if center is None else center_used, stats)
@@ -182,10 +181,10 @@ class PairwiseCrossEntropy(torch.autograd.Function):
             scale = 1.0 / max(pair_count(S, T, ctx.ignore_diagonal) * B, 1)
         arguments = (grad_result, scale, student, teacher, center, stats, *ctx.options)
         if ctx.inplace_backward:
-            torch.ops.fastdino_kernels.pairwise_backward_(*arguments)
+            ops.pairwise_backward_(*arguments)
             grad = student
         else:
-            grad = torch.ops.fastdino_kernels.pairwise_backward(*arguments)
+            grad = ops.pairwise_backward(*arguments)
         return grad, None, None, None, None, None, None, None
 
 
