@@ -37,7 +37,7 @@ def report() -> dict[str, str]:
     facts |= {name: version(name) for name in PACKAGES}
     problems: dict[str, dict[str, str | None]] = {
         "attention": {name: attention_problem(name, AttentionInputs(device)) for name in BACKENDS},
-        "kernels": {"triton": triton_problem(device.type), "torch": None},
+        "kernels": {"triton": triton_problem(device), "torch": None},
         "compile": {"on": compile_problem(device)},
         "crops": {"fused": fused_problem(device), "torchvision": None, "dali": dali_problem()},
         "decode": {

@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from fastdino_kernels import chosen_impl
-from fastdino_kernels.dispatch import ENVIRONMENT_VARIABLE, triton_problem
+from fastdino_kernels.dispatch import explain_impl
 
 from fastdino import distributed
 from fastdino.augmentation import dali_problem, fused_problem
@@ -260,14 +259,9 @@ def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
 def choose_kernels(device: torch.device) -> Choice:
     """Resolve the implementation of fastdino_kernels; raise ConfigError if it is not supported."""
     try:
-        name = chosen_impl(device)
+        return Choice(*explain_impl(device))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto"):
-        return Choice(name, f"{ENVIRONMENT_VARIABLE}={name}")
-    on_gpu = device.type == "cuda"
-    problem = triton_problem(device.type) if on_gpu else None
-    return Choice(name, problem or f"the default on a {'GPU' if on_gpu else 'CPU'}")
 
 
 def choose_cuda_graph(config: TrainConfig, device: torch.device, precision: Choice) -> Choice:

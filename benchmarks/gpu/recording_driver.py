@@ -99,6 +99,6 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
     recorder.launches.clear()
     with (
         mock.patch.object(driver, "_active", recorder),  # reset_active() would look for a GPU
-        mock.patch.object(dispatch, "triton_problem", return_value=None),
+        mock.patch.object(dispatch, "triton_problem", lambda device: None),
     ):
         yield recorder.launches

@@ -11,7 +11,7 @@ from fastdino_kernels.dispatch import triton_problem
 def fused_problem(device: torch.device | str) -> str | None:
     """Return why the fused crops are unavailable on this device, or None if they work."""
     if torch.device(device).type == "cuda":
-        problem = triton_problem("cuda")
+        problem = triton_problem(device)
         return problem and f"no fused crops on CUDA: {problem}"
     return _import_problem("cpu", "Numba", "numba", 'pip install "fastdino[train]"')
 

@@ -87,7 +87,7 @@ def description(name: str, device: torch.device) -> str:
 
 def multi_crop_impl(device: torch.device) -> str:
     """Return "triton" if it can run on the device (on a CPU: interpreted), else "torch"."""
-    return "torch" if triton_problem(device.type) else "triton"
+    return "torch" if triton_problem(device) else "triton"
 
 
 def make_crops(

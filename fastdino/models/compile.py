@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastdino_kernels.dispatch import triton_problem
+from fastdino_kernels.dispatch import toolchain_problem
 from torch import Tensor
 
 from fastdino.models.head import MultiCropWrapper
@@ -23,7 +23,7 @@ def compile_problem(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 7:
             return f"Triton needs sm_70 or newer, this GPU is sm_{major}{minor}"
-        return triton_problem(device.type)
+        return toolchain_problem()
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if any(shutil.which(compiler) for compiler in compilers):
         return None

@@ -100,7 +100,7 @@ class AdamWEMA(torch.optim.Optimizer):
         impl: str = "auto",
     ):
         if max_norm is not None:
-            check_max_norm(max_norm)
+            max_norm = check_max_norm(max_norm)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | _AS_ADAMW)
         parameters = self._parameters()

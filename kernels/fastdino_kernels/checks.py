@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,10 +27,22 @@ def check_float_tensor(name: str, tensor: object) -> Tensor:
 
 
 def is_number(value: object) -> bool:
-    """Return True for a real number, not a bool; symbolic numbers of torch.compile count too."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt))
+    """Return True for a real number, not a bool.
+
+    NumPy's scalars count, and the symbolic numbers of torch.compile.
+    """
+    if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
+
+
+def check_number(name: str, value: object, expected: str = "a float") -> float:
+    """Return a real number as Python's own type; raise TypeError if it is something else."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if isinstance(value, (torch.SymFloat, torch.SymInt)) or type(value) in (int, float):
+        return value  # type: ignore[return-value]
+    return float(value)  # type: ignore[arg-type]
 
 
 def check_scalar(name: str, value: object) -> float | Tensor:
@@ -44,16 +57,15 @@ def check_scalar(name: str, value: object) -> float | Tensor:
                 f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}"
             )
         return value.detach()
-    if not is_number(value):
-        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    assert isinstance(value, (int, float))
-    return value
+    return check_number(name, value, "a float or a 0-d tensor")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless a number is > 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+def check_positive(name: str, value: object) -> float:
+    """Return a number that is > 0 and finite; raise ValueError or TypeError otherwise."""
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {number}")
+    return number
 
 
 def check_range(name: str, value: float | Tensor, most: float = math.inf) -> None:
@@ -75,7 +87,7 @@ def check_temperature(
         if temp.device != device:
             raise ValueError(f"{name} must be on {device} like the logits, got {temp.device}")
         return temp.to(dtype)
-    check_positive(name, temp)
+    temp = check_positive(name, temp)
     if torch.compiler.is_compiling():
         # Each new float argument of an operator would be compiled anew.
         return torch.ones((), dtype=dtype, device=device) * temp

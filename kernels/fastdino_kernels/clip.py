@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_float_tensor, check_memory, is_number
+from .checks import check_float_tensor, check_memory, check_number
 from .dispatch import choose_impl, compute_dtype
 from .dtensor import is_sharded, local_part, norms_over_shards
 from .operators import LIBRARY, ops, register_fake
@@ -50,7 +50,8 @@ def clip_grad_norms_(
         RuntimeError: a CUDA graph is being captured, and no earlier call had gradients on the GPU.
 
     """
-    params = _check_arguments(parameters, max_norm)
+    max_norm = check_max_norm(max_norm)
+    params = _check_parameters(parameters)
     positions, grads = _present_grads(params)
     device = params[0].device if params else torch.device("cpu")
     if not grads:
@@ -78,7 +79,8 @@ def clip_grad_norm_(
     Raises: as clip_grad_norms_.
 
     """
-    params = _check_arguments(parameters, max_norm)
+    max_norm = check_max_norm(max_norm)
+    params = _check_parameters(parameters)
     positions, grads = _present_grads(params)
     if not grads:
         choose_impl(impl, [])
@@ -258,17 +260,15 @@ def norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def check_max_norm(max_norm: object) -> None:
-    """Raise TypeError unless it is a number, ValueError unless it is > 0."""
-    if not is_number(max_norm):
-        raise TypeError(f"max_norm must be a float, got {type(max_norm).__name__}")
-    assert isinstance(max_norm, (int, float))
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be > 0, got {max_norm}")
+def check_max_norm(max_norm: object) -> float:
+    """Return a number > 0; raise TypeError for something else, ValueError unless it is > 0."""
+    number = check_number("max_norm", max_norm)
+    if not number > 0:
+        raise ValueError(f"max_norm must be > 0, got {number}")
+    return number
 
 
-def _check_arguments(parameters: Iterable[Tensor] | Tensor, max_norm: object) -> list[Tensor]:
-    check_max_norm(max_norm)
+def _check_parameters(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     elif not isinstance(parameters, Iterable):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float_tensor, check_positive, check_range
+from .checks import check_float_tensor, check_number, check_positive, check_range
 from .dino_loss import dino_loss, teacher_entropy
 
 
@@ -63,10 +63,9 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f"ncrops must be >= 2, as the first two crops are the teacher's, got {ncrops}"
             )
-        check_range("center_momentum", center_momentum, most=1)
-        check_positive("student_temp", student_temp)
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
+        self.student_temp = check_positive("student_temp", student_temp)
+        self.center_momentum = check_number("center_momentum", center_momentum)
+        check_range("center_momentum", self.center_momentum, most=1)
         self.ncrops = ncrops
         self.inplace_backward = inplace_backward
         self.teacher_temp_schedule = _temperature_schedule(
@@ -214,8 +213,8 @@ def _temperature_schedule(
     warmup: float, final: float, warmup_epochs: int, epochs: int
 ) -> tuple[float, ...]:
     """Return linspace(warmup, final, warmup_epochs), then `final` for the remaining epochs."""
-    check_positive("warmup_teacher_temp", warmup)
-    check_positive("teacher_temp", final)
+    warmup = check_positive("warmup_teacher_temp", warmup)
+    final = check_positive("teacher_temp", final)
     if warmup_epochs < 0:
         raise ValueError(f"warmup_teacher_temp_epochs must be >= 0, got {warmup_epochs}")
     if warmup_epochs > epochs:

@@ -15,6 +15,8 @@ import torch
 
 ENVIRONMENT_VARIABLE = "FASTDINO_KERNELS"
 IMPLS = ("auto", "triton", "torch")
+# The oldest GPUs that Triton's documentation lists (Ampere). Its compiler does not check this.
+OLDEST_CAPABILITY = (8, 0)
 
 
 @torch.compiler.assume_constant_result
@@ -41,15 +43,34 @@ def _compiler_problem() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def triton_problem(device_type: str) -> str | None:
-    """Return why Triton's kernels cannot run on a device type, or None if they can."""
-    if not _has_triton():
-        return "triton is not installed"
-    if device_type == "cpu" and triton_interprets():
+def toolchain_problem() -> str | None:
+    """Return why Triton cannot compile for any GPU, or None if it can."""
+    return _compiler_problem() if _has_triton() else "triton is not installed"
+
+
+@functools.cache
+def _capability_problem(device: torch.device) -> str | None:
+    # Without a GPU, "cuda" is a fake tensor's device, or a question about other machines.
+    if torch.version.hip or not torch.cuda.is_available():
         return None
-    if device_type == "cuda":
-        return _compiler_problem()
-    return f"Triton needs CUDA tensors (or, on a CPU, TRITON_INTERPRET=1), got {device_type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    oldest, got = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
+    return f"Triton supports GPUs of compute capability {oldest} or newer, this one has {got}"
+
+
+@torch.compiler.assume_constant_result
+def triton_problem(device: torch.device | str) -> str | None:
+    """Return why Triton's kernels cannot run on a device, or None if they can."""
+    device = torch.device(device)
+    if not _has_triton():
+        return toolchain_problem()
+    if device.type == "cpu" and triton_interprets():
+        return None
+    if device.type == "cuda":
+        return toolchain_problem() or _capability_problem(device)
+    return f"Triton needs CUDA tensors (or, on a CPU, TRITON_INTERPRET=1), got {device.type}"
 
 
 def backend_options(*, maxnreg: int) -> dict[str, int]:
@@ -78,43 +99,69 @@ def choose_impl(impl: str, tensors: Sequence[torch.Tensor]) -> str:
 
     Args:
         impl: "auto", "triton" or "torch". "auto" reads the environment variable FASTDINO_KERNELS.
-            If that is unset or "auto" too, CUDA tensors of at most 32 bits use Triton and all
-            others use PyTorch.
+            If that is unset or "auto" too, CUDA tensors of at most 32 bits use Triton if the GPU
+            supports it, and all others use PyTorch.
         tensors: all tensors that the kernel will read and write.
 
     Raises: ValueError: an unknown name, or Triton was requested and cannot run.
 
     """
+    requested, source = _requested(impl)
+    if requested == "torch":
+        return requested
+    # Older PyTorch cannot trace bool() of a tuple.
+    on_gpu = len(tensors) > 0 and tensors[0].device.type == "cuda"
+    return _resolve(requested, source, on_gpu, _triton_problem(tensors))
+
+
+def explain_impl(device: torch.device | str) -> tuple[str, str]:
+    """Return the implementation that impl="auto" selects on a device, and the reason.
+
+    Raises: ValueError: as choose_impl, for the value of FASTDINO_KERNELS.
+    """
+    device = torch.device(device)
+    requested, source = _requested("auto")
+    problem = triton_problem(device)
+    if requested != "auto":
+        return _resolve(requested, source, False, problem), f"{source}={requested}"
+    chosen = _resolve(requested, source, device.type == "cuda", problem)
+    if chosen == "torch" and device.type != "cpu":
+        assert problem is not None
+        return chosen, problem
+    return chosen, f"the default on a {'CPU' if device.type == 'cpu' else 'GPU'}"
+
+
+def chosen_impl(device: torch.device | str = "cpu") -> str:
+    """Return the implementation that impl="auto" selects on a device."""
+    return explain_impl(device)[0]
+
+
+def _requested(impl: str) -> tuple[str, str]:
+    """Return the requested implementation and the name of the setting that requests it."""
     requested, source = impl, "impl"
     if impl == "auto":
         requested, source = _environment_default(), ENVIRONMENT_VARIABLE
     if requested not in IMPLS:
         allowed = ", ".join(repr(name) for name in IMPLS)
         raise ValueError(f"{source} must be one of {allowed}, got {requested!r}")
-    if requested == "torch":
-        return requested
-    problem = _triton_problem(tensors)
-    if requested == "auto":
-        # Older PyTorch cannot trace bool() of a tuple.
-        on_gpu = len(tensors) > 0 and tensors[0].device.type == "cuda"
-        return "triton" if on_gpu and problem is None else "torch"
+    return requested, source
+
+
+def _resolve(requested: str, source: str, on_gpu: bool, problem: str | None) -> str:
+    if requested == "torch" or (requested == "auto" and (problem or not on_gpu)):
+        return "torch"
     if problem is not None:
         raise ValueError(f"{source}='triton': {problem}; use 'torch' or 'auto'")
     return "triton"
 
 
 def _triton_problem(tensors: Sequence[torch.Tensor]) -> str | None:
-    for device_type in {tensor.device.type for tensor in tensors}:
-        if (problem := triton_problem(device_type)) is not None:
+    for device in {tensor.device for tensor in tensors}:
+        if (problem := triton_problem(device)) is not None:
             return problem
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "the kernels compute in fp32, got a tensor of torch.float64"
     return None
-
-
-def chosen_impl(device: torch.device | str = "cpu") -> str:
-    """Return the implementation that impl="auto" selects on a device."""
-    return choose_impl("auto", [torch.empty(0, device=device)])
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

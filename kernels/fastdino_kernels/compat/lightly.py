@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive, check_range, check_temperature
+from ..checks import check_number, check_positive, check_range, check_temperature
 from ..dino_loss import dino_loss
 from ..dispatch import compute_dtype
 from ..pairwise_arguments import pair_count
@@ -66,13 +66,14 @@ class DINOLoss(nn.Module):
         super().__init__()
         if output_dim < 1:
             raise ValueError(f"output_dim must be >= 1, got {output_dim}")
-        check_positive("warmup_teacher_temp", warmup_teacher_temp)
-        check_positive("teacher_temp", teacher_temp)
-        check_positive("student_temp", student_temp)
+        warmup_teacher_temp = check_positive("warmup_teacher_temp", warmup_teacher_temp)
+        teacher_temp = check_positive("teacher_temp", teacher_temp)
+        student_temp = check_positive("student_temp", student_temp)
         if warmup_teacher_temp_epochs < 0:
             raise ValueError(
                 f"warmup_teacher_temp_epochs must be >= 0, got {warmup_teacher_temp_epochs}"
             )
+        center_momentum = check_number("center_momentum", center_momentum)
         check_range("center_momentum", center_momentum, most=1)
         if center_mode != "mean":
             raise ValueError(f"center_mode must be 'mean', got {center_mode!r}")
