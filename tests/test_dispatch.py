@@ -16,7 +16,7 @@ from fastdino_kernels import (
     ema_update_,
     soft_cross_entropy,
 )
-from fastdino_kernels.dispatch import backend_options, triton_problem
+from fastdino_kernels.dispatch import backend_options, choose_impl, explain_impl, triton_problem
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,63 @@ def test_unknown_name_in_the_environment_variable_is_an_error(name, monkeypatch)
     expected = r"FASTDINO_KERNELS must be one of 'auto', 'triton', 'torch', got 'abacus'"
     with pytest.raises(ValueError, match=expected):
         CALLS[name]()
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """A function that makes PyTorch report one GPU of a compute capability."""
+    monkeypatch.setenv("CC", "cc")
+
+    def pretend(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        dispatch._capability_problem.cache_clear()
+
+    yield pretend
+    dispatch._capability_problem.cache_clear()
+
+
+def tensor_on(device: str, dtype=torch.float32) -> Mock:
+    return Mock(device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 0), (7, 5)])
+def test_gpu_that_triton_does_not_support_uses_pytorch(gpu_of, capability):
+    gpu_of(*capability)
+    reason = "8.0 or newer, this one has " + "{}.{}".format(*capability)
+    assert choose_impl("auto", [tensor_on("cuda:0")]) == "torch"
+    impl, why = explain_impl("cuda:0")
+    assert impl == "torch"
+    assert reason in why
+    with pytest.raises(ValueError, match=rf"impl='triton': .*{reason}; use 'torch' or 'auto'"):
+        choose_impl("triton", [tensor_on("cuda:0")])
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpu_that_triton_supports_uses_triton(gpu_of, capability):
+    gpu_of(*capability)
+    assert explain_impl("cuda:0") == ("triton", "the default on a GPU")
+    assert choose_impl("auto", [tensor_on("cuda:0")]) == "triton"
+    assert choose_impl("auto", [tensor_on("cuda:0", torch.float64)]) == "torch"
+
+
+def test_amd_gpus_have_no_compute_capability(gpu_of, monkeypatch):
+    gpu_of(7, 0)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert explain_impl("cuda:0") == ("triton", "the default on a GPU")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "privateuseone", "hpu", "meta"])
+def test_other_devices_use_pytorch(device):
+    impl, reason = explain_impl(device)
+    assert (impl, chosen_impl(device)) == ("torch", "torch")
+    assert reason.endswith(f"got {device}")
+    assert choose_impl("auto", [tensor_on(device)]) == "torch"
+    with pytest.raises(ValueError, match=f"Triton needs CUDA tensors .*, got {device}; use"):
+        choose_impl("triton", [tensor_on(device)])
+
+
+def test_variable_is_the_reason_if_it_selects_the_implementation(monkeypatch):
+    assert explain_impl("cpu") == ("torch", "the default on a CPU")
+    monkeypatch.setenv("FASTDINO_KERNELS", "torch")
+    assert explain_impl("cuda") == ("torch", "FASTDINO_KERNELS=torch")

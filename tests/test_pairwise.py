@@ -7,6 +7,7 @@ import fastdino_kernels  # noqa: F401 (it defines the operators)
 import pytest
 import torch
 
+BACKENDS = ("CPU", "CUDA", "HIP", "XLA", "MPS", "XPU", "HPU", "MTIA", "PrivateUse1", "Meta")
 OPS = torch.ops.fastdino_kernels
 
 
@@ -31,3 +32,11 @@ def test_opcheck(impl, centered):
     for grad_rows in (torch.rand(4, 3), torch.tensor(2.0).expand(4, 3)):
         torch.library.opcheck(OPS.pairwise_backward.default, (grad_rows, 0.5, *saved, *options))
         torch.library.opcheck(OPS.pairwise_backward_.default, (grad_rows, 0.5, *saved, *options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["pairwise_forward", "pairwise_backward", "pairwise_backward_"])
+def test_operators_run_on_every_backend(name, backend):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+        f"fastdino_kernels::{name}", backend
+    )

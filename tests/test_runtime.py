@@ -238,6 +238,11 @@ def test_kernels_follow_the_environment_variable(monkeypatch):
         runtime.choose_kernels(CPU)
 
 
+def test_kernels_report_why_a_gpu_does_not_run_them(monkeypatch):
+    monkeypatch.setattr("fastdino_kernels.dispatch.triton_problem", lambda device: "it is too old")
+    assert runtime.choose_kernels(CUDA) == Choice("torch", "it is too old")
+
+
 @pytest.mark.parametrize(
     ("settings", "device", "precision", "processes", "reason"),
     [

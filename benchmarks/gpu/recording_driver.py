@@ -84,6 +84,10 @@ def _driver_for(arch: int) -> _RecordingDriver:
     return _RecordingDriver(GPUTarget("cuda", arch, 32))
 
 
+def _no_problem(device: object) -> None:
+    """Replace dispatch.triton_problem; a mock would take as long as a launch."""
+
+
 @contextmanager
 def record_launches(arch: int) -> Iterator[list[Launch]]:
     """Record the launches of calls on CPU tensors, compiled for a compute capability.
@@ -99,6 +103,6 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
     recorder.launches.clear()
     with (
         mock.patch.object(driver, "_active", recorder),  # reset_active() would look for a GPU
-        mock.patch.object(dispatch, "triton_problem", lambda device: None),
+        mock.patch.object(dispatch, "triton_problem", _no_problem),
     ):
         yield recorder.launches

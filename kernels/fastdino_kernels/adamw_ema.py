@@ -33,7 +33,7 @@ from .adamw_ema_arguments import (
 )
 from .adamw_ema_torch import update_on_device, update_on_host
 from .checks import check_float_tensor, check_lengths
-from .clip import norm_dtype, spread, torch_norms
+from .clip import check_max_norm, norm_dtype, spread, torch_norms
 from .dispatch import choose_impl
 from .dtensor import local_parts, norms_over_shards
 from .pointer_table import (
@@ -147,7 +147,7 @@ def adamw_ema_update_(
         [make_group(0, n, numbers, device)],
         steps,
         norms,
-        max_norm,
+        None if max_norm is None else check_max_norm(max_norm),
         check_hyperparameter("momentum", momentum, device, most=1),
         skip,
         found_inf,

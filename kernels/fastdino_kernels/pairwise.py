@@ -127,10 +127,10 @@ def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
     return importlib.import_module(f".pairwise_{impl}", __package__), options
 
 
-for _key in ("CPU", "CUDA", "MPS"):
-    LIBRARY.impl("pairwise_forward", _forward, _key)
-    LIBRARY.impl("pairwise_backward", _backward, _key)
-    LIBRARY.impl("pairwise_backward_", _backward_, _key)
+# On every backend that PyTorch knows: impl="torch" runs wherever its operations do.
+LIBRARY.impl("pairwise_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("pairwise_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("pairwise_backward_", _backward_, "CompositeExplicitAutograd")
 register_fake("pairwise_forward", _empty_results)
 register_fake("pairwise_backward", _empty_gradient)
 register_fake("pairwise_backward_", lambda *_: None)
