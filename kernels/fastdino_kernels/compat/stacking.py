@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ..checks import check_float_tensor
+
+# Nodes of the autograd graph whose forward pass only selects elements of a tensor.
+_PIECE_NODES = frozenset(
+    f"{name}Backward0"
+    for name in ("AsStrided", "Select", "Slice", "Split", "SplitWithSizes", "Unbind", "View")
+)
 
 
 def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
     """Stack S crops [B, K] into a tensor [S, B, K]; return a tensor [S, B, K] unchanged.
 
-    Consecutive pieces of one contiguous tensor, all of them and in order, as `out.chunk(S)` or
-    iteration returns them, are not copied: the result is a view of that tensor, and the gradient
-    goes to it directly. `torch.autograd.grad` with respect to such a piece therefore reports it as
-    unused. Pieces with a hook or `retain_grad()` are stacked, and so are all crops under
-    torch.compile, which removes the copy if it can.
+    Consecutive pieces of one tensor in memory, in order, are not copied. If they are the whole
+    tensor and nothing lies between it and them in the autograd graph, as for `out.chunk(S)`, the
+    gradient goes to that tensor directly, and `torch.autograd.grad` with respect to such a piece
+    reports it as unused. Otherwise each piece receives its part. All other crops are copied, and
+    so are all crops under torch.compile, which removes the copy if it can.
 
     Args:
         name: the argument's name in error messages.
@@ -54,32 +62,63 @@ def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
                 f"{name} must hold crops on one device, got {pieces[0].device} "
                 f"and, at index {index}, {piece.device}"
             )
-    whole = _whole(pieces)
-    return torch.stack(pieces) if whole is None else whole
-
-
-def _whole(pieces: Sequence[Tensor]) -> Tensor | None:
-    """Return the tensor whose consecutive pieces these are, as [S, B, K], or None."""
-    if torch.compiler.is_compiling():
-        return None
+    if len(pieces) == 1:
+        return pieces[0].unsqueeze(0)
+    if torch.compiler.is_compiling() or not _are_consecutive(pieces):
+        return torch.stack(pieces)
     base = pieces[0]._base
-    size = pieces[0].numel()
-    if base is None or not base.is_contiguous() or base.numel() != len(pieces) * size:
-        return None
+    if base is not None and _are_all_of(base, pieces):
+        return base.view(len(pieces), *pieces[0].shape)
+    joined: Tensor = _Joined.apply(*pieces)
+    return joined
+
+
+class _Joined(torch.autograd.Function):
+    """Consecutive pieces [B, K] of one tensor as a view [S, B, K] of its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *pieces: Tensor) -> Tensor:
+        first = pieces[0]
+        shape = (len(pieces), *first.shape)
+        # Detached, it is no view for autograd, but still notices changes of the pieces.
+        return first.as_strided(shape, (first.numel(), *first.stride())).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.unbind()
+
+
+def _are_consecutive(pieces: Sequence[Tensor]) -> bool:
+    """Return True if the pieces are views of one tensor, one after the other in memory."""
+    first = pieces[0]
+    if first._base is None and not first.is_inference():
+        return False  # a change of one piece would not be noticed at the others
+    memory, start, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()
     for index, piece in enumerate(pieces):
-        follows = piece.storage_offset() == base.storage_offset() + index * size
-        if piece._base is not base or not follows or not piece.is_contiguous():
-            return None
-        if piece.dtype != base.dtype or not _same_gradient(piece, base):
-            return None
-    return base.view(len(pieces), *pieces[0].shape)
+        if piece._base is not first._base or piece.dtype != first.dtype:
+            return False
+        if not piece.is_contiguous() or piece.storage_offset() != start + index * size:
+            return False
+        if piece.untyped_storage()._cdata != memory or piece.is_neg() != first.is_neg():
+            return False
+    return True
 
 
-def _same_gradient(piece: Tensor, base: Tensor) -> bool:
-    """Return True if the gradient can go to `base` because nothing observes it at `piece`."""
-    if piece.requires_grad != base.requires_grad:
+def _are_all_of(base: Tensor, pieces: Sequence[Tensor]) -> bool:
+    """Return True if consecutive pieces are all of `base`, and it may get the gradient itself."""
+    first = pieces[0]
+    whole = base.is_contiguous() and base.numel() == len(pieces) * first.numel()
+    if not whole or base.dtype != first.dtype or base.is_neg() != first.is_neg():
         return False
-    if piece.retains_grad or piece._backward_hooks:
+    if not base.requires_grad:
+        return not any(piece.requires_grad for piece in pieces)
+    node, output = torch.autograd.graph.get_gradient_edge(base)[:2]
+    return all(_is_piece_of(node, output, piece) for piece in pieces)
+
+
+def _is_piece_of(node: Node, output: int, piece: Tensor) -> bool:
+    """Return True if the gradient of `piece`, which nothing observes, goes to this output only."""
+    if piece.grad_fn is None or piece.retains_grad or piece._backward_hooks:
         return False
-    # A piece made under no_grad is detached from its base, although requires_grad is True.
-    return piece.grad_fn is not None or not base.requires_grad
+    plain = type(piece.grad_fn).__name__ in _PIECE_NODES
+    return plain and piece.grad_fn.next_functions == ((node, output),)
