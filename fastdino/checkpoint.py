@@ -7,29 +7,35 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path, PosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastdino import numpy_pickles
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.files import atomic_write, explain_write_errors
 
 # Types allowed in a checkpoint in addition to torch's defaults. The paper's code saves its flags as
-# a Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars, whose module
-# has two names depending on the NumPy version. Constructing any of these runs no code of the file.
-_SCALAR = np.float64(0).__reduce__()[0]
+# a Namespace, on clusters with paths in it, and lr and weight decay as NumPy scalars. Both modules
+# have two names, depending on the versions. Constructing any of these runs no code of the file.
+_PATHS = {
+    "PosixPath": PurePosixPath,
+    "PurePosixPath": PurePosixPath,
+    "WindowsPath": PureWindowsPath,
+    "PureWindowsPath": PureWindowsPath,
+}
 SAFE_TYPES: list[Any] = [
     argparse.Namespace,
-    PosixPath,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (numpy_pickles.PlainDtype, "numpy.dtype"),
+    *((numpy_pickles.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (path, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name, path in _PATHS.items()
+    ),
 ]
 
 
@@ -104,8 +110,10 @@ def _read(path: Path) -> Any:
             ) from error
         reason = "unexpected content"
         cause: Exception = error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken or crafted file raises many types
+        reason = str(error).partition("\n")[0] or type(error).__name__
         cause = error
     raise CheckpointError(
         f"{path} cannot be read ({reason}): it is truncated or not a checkpoint written by "

@@ -33,6 +33,7 @@ ROWS = (
     ("fastdino.augmentation",),
     (
         "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.files",
+        "fastdino.numpy_pickles",
         "fastdino.signals",
     ),
     ("fastdino.environment", "fastdino.errors"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdino import numpy_pickles
 from fastdino.errors import DataError
 from fastdino.evals.features import Box, ImageFiles
 from fastdino.evals.ranking_metrics import Indices, Relevance
@@ -71,22 +72,15 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# Functions that rebuild NumPy arrays and scalars, under the names that NumPy's versions use.
-_NUMPY_FUNCTIONS = {
-    "multiarray._reconstruct": np.zeros(0).__reduce__()[0],
-    "multiarray.scalar": np.float64(0).__reduce__()[0],
-    "numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-}
 _ALLOWED: dict[str, Any] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
+    "numpy.ndarray": object(),  # an argument of the functions below, which ignore it
+    "numpy.dtype": numpy_pickles.PlainDtype,
     "_codecs.encode": _encode,
-    **{
-        f"numpy.{core}.{name}": function
-        for core in ("core", "_core")
-        for name, function in _NUMPY_FUNCTIONS.items()
-    },
 }
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_core}.multiarray._reconstruct"] = numpy_pickles.reconstruct
+    _ALLOWED[f"{_core}.multiarray.scalar"] = numpy_pickles.scalar
+    _ALLOWED[f"{_core}.numeric._frombuffer"] = numpy_pickles.frombuffer
 
 
 class _SafeUnpickler(pickle.Unpickler):
