@@ -126,6 +126,11 @@ def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
+def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return `state` with `prefix` in front of every name."""
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
 def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Raise CheckpointError, listing up to three tensors, unless `state` fits `module`.
 

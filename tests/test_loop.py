@@ -110,7 +110,7 @@ def test_run_writes_the_papers_files_once_and_prints_a_headline(config, tmp_path
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= set(state)
     assert state["epoch"] == 3
     assert state["args"]["arch"] == "vit_nano"
-    assert "backbone.blocks.0.attn.qkv.weight" in state["student"]
+    assert "module.backbone.blocks.0.attn.qkv.weight" in state["student"]
     assert "head.last_layer.weight_v" in state["teacher"]
     lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
@@ -408,7 +408,8 @@ def test_init_from_loads_a_backbone_and_is_ignored_on_resume(config, tmp_path, c
     fresh = Trainer(config(**settings), STEPS).student.state_dict()
     assert train(config(**settings)) == "interrupted"
     for key in ("student", "teacher"):  # unchanged by two steps with lr 0
-        for name, tensor in weights_of(tmp_path / "run")[key].items():
+        weights = checkpoint.strip_prefix(weights_of(tmp_path / "run")[key], "module.")
+        for name, tensor in weights.items():
             expected = start if name.startswith("backbone.") else fresh
             torch.testing.assert_close(tensor, expected[name])
     loaded = f"loaded the backbone of {path} (teacher) into student and teacher"

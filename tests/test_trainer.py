@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from fastdino_kernels import reference
+from torch import nn
 
 from fastdino import TrainConfig, Trainer
+from fastdino.checkpoint import strip_prefix
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
 from tests.test_schedules import paper_schedule
@@ -211,19 +213,36 @@ def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_paper_checkpoint_is_loaded(tiny, crops_of):
+@pytest.mark.parametrize("written_by", ["this version", "the paper's code", "version 0"])
+def test_checkpoints_are_resumed(tiny, crops_of, written_by):
     config = tiny()
     source = Trainer(config, steps_per_epoch=2)
     for i in range(2):
         source.train_step(crops_of(config, i))
     state = source.state_dict()
-    paper = {key: state[key] for key in ("teacher", "optimizer", "dino_loss", "epoch")}
-    paper["student"] = {f"module.{name}": t for name, t in state["student"].items()}
+    if written_by == "the paper's code":
+        keys = ("student", "teacher", "optimizer", "dino_loss", "epoch")
+        state = {key: state[key] for key in keys}
+    elif written_by == "version 0":
+        state["student"] = strip_prefix(state["student"], "module.")
     trainer = Trainer(config, steps_per_epoch=2)
-    trainer.load_state_dict(paper)
+    trainer.load_state_dict(state)
     assert trainer.iteration == 2
     crops = crops_of(config, 2)
     assert trainer.train_step(crops).item() == source.train_step(crops).item()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_bn_in_head": True}, {"arch": "resnet18"}], ids=lambda s: str(s)
+)
+def test_the_papers_code_resumes_a_checkpoint(tiny, settings):
+    """The paper's code loads with strict=False, so that other names are passed over in silence."""
+    trainer = Trainer(tiny(**settings), steps_per_epoch=2)
+    state = trainer.state_dict()
+    wrapped = nn.ModuleDict({"module": trainer.student})  # the names of DistributedDataParallel
+    teacher = nn.ModuleDict({"module": trainer.teacher}) if settings else trainer.teacher
+    assert wrapped.load_state_dict(state["student"], strict=False) == ([], [])
+    assert teacher.load_state_dict(state["teacher"], strict=False) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,8 @@ def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
                 f"expected one vector of {network.head.in_dim}"
             )
     network.train(was_training)
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Return True if a layer normalizes over the batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())

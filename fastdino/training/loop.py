@@ -18,6 +18,7 @@ from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.errors import CheckpointError, NonFiniteError, UserError
 from fastdino.files import file_lock, write_json
+from fastdino.models.backbones import has_batch_norm
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -252,10 +253,7 @@ class Run:
     def _synchronises_batch_norm(self) -> bool:
         if distributed.world_size() == 1 or self.trainer.device.type == "cuda":
             return True
-        return not any(
-            isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-            for module in self.trainer.student.modules()
-        )
+        return not has_batch_norm(self.trainer.student)
 
 
 @contextlib.contextmanager

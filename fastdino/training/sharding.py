@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from fastdino.errors import ConfigError
+from fastdino.models.backbones import has_batch_norm
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
 
@@ -30,7 +31,7 @@ def check_sharding(network: nn.Module) -> None:
         raise ConfigError(
             "--fsdp true needs several processes, and this run has one: start it with torchrun"
         )
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+    if has_batch_norm(network):
         raise ConfigError(
             "--fsdp true does not support batch norm, whose statistics are not sharded: remove "
             "--fsdp or --use_bn_in_head, or use a vit_* or xcit_* architecture"

@@ -14,10 +14,10 @@ from fastdino_kernels import DINOLoss
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.checkpoint import check_shapes, strip_prefix
+from fastdino.checkpoint import add_prefix, check_shapes, strip_prefix
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError
-from fastdino.models.backbones import build_networks
+from fastdino.models.backbones import build_networks, has_batch_norm
 from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
 from fastdino.runtime import Runtime, resolve_runtime
@@ -279,7 +279,7 @@ class Trainer:
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, under the paper's keys.
+        """Return everything needed to resume, with the keys and tensor names of the paper's code.
 
         All ranks must call it: it gathers their random generators.
 
@@ -289,9 +289,12 @@ class Trainer:
         optimizer = sharding.full_tensors(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:  # with a CUDA graph, lr and decay are tensors
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
+        student = sharding.full_tensors(self.student.state_dict())
+        teacher = sharding.full_tensors(self.teacher.state_dict())
         state = {
-            "student": sharding.full_tensors(self.student.state_dict()),
-            "teacher": sharding.full_tensors(self.teacher.state_dict()),
+            # The paper's code wraps the student, and with batch norm the teacher, for DDP.
+            "student": add_prefix(student, "module."),
+            "teacher": add_prefix(teacher, "module.") if has_batch_norm(self.teacher) else teacher,
             "optimizer": optimizer,
             "dino_loss": self.loss.state_dict(),
             "epoch": self.epoch,
