@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,12 +56,38 @@ def web():
         def do_GET(self):
             requests.append(self.path)
             self.send_response(200)
-            self.send_header("Content-Length", "10")
+            if "chunked" in self.path:
+                self.send_header("Transfer-Encoding", "chunked")
+            elif self.path != "/unknown-length.pth":
+                self.send_header("Content-Length", "10")
             self.end_headers()
-            self.wfile.write(b"0123456789"[: 10 if self.path == "/whole.pth" else 5])
+            getattr(self, self.path[1:].removesuffix(".pth").replace("-", "_"))()
+
+        def whole(self):
+            self.wfile.write(b"0123456789")
+
+        def cut(self):
+            self.wfile.write(b"01234")
+
+        unknown_length = cut
+
+        def silent(self):
+            self.cut()
             self.wfile.flush()
-            if self.path == "/silent.pth":
-                stop.wait(60)
+            stop.wait(60)
+
+        def dripping(self):
+            with contextlib.suppress(OSError):
+                for digit in b"0123456789":
+                    self.wfile.write(bytes([digit]))
+                    self.wfile.flush()
+                    stop.wait(0.1)
+
+        def chunked(self):
+            self.wfile.write(b"5\r\n01234\r\n5\r\n56789\r\n0\r\n\r\n")
+
+        def chunked_cut(self):
+            self.wfile.write(b"5\r\n01234\r\n5\r\n56")
 
         def log_message(self, *_):
             pass
@@ -89,6 +114,48 @@ def test_truncated_and_stalled_downloads_are_not_kept(cache, web, monkeypatch):
     assert [path.name.partition("-")[2] for path in cache.rglob("*.pth")] == ["whole.pth"]
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("unknown-length", "does not state the file's length"),
+        ("chunked-cut", "IncompleteRead"),
+        ("dripping", "received only . bytes"),
+    ],
+)
+def test_downloads_whose_end_is_unknown_are_not_kept(cache, web, monkeypatch, name, problem):
+    monkeypatch.setattr(downloads, "PATIENCE", 0.2)
+    address, _ = web
+    with pytest.raises(CheckpointError, match=problem):
+        local_file(f"{address}/{name}.pth")
+    assert not list(cache.rglob("*.pth"))
+
+
+def test_a_chunked_download_is_complete_and_a_large_one_is_refused(cache, web, monkeypatch):
+    address, _ = web
+    assert local_file(f"{address}/chunked.pth").read_text() == "0123456789"
+    monkeypatch.setattr(downloads, "LARGEST", 9)
+    with pytest.raises(CheckpointError, match="received more than"):
+        local_file(f"{address}/whole.pth")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://[::1", "nothing://x/y.pth", "http://a b/c.pth", "http://:x/y.pth", "http:///"]
+)
+def test_an_invalid_url_is_one_line(cache, url):
+    with pytest.raises(CheckpointError, match="cannot be downloaded") as error:
+        local_file(url)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unencrypted_download_is_warned_of(cache, web, capsys, monkeypatch):
+    address, _ = web
+    local_file(f"{address}/whole.pth")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(downloads, "_LOCAL_HOSTS", ())
+    local_file(f"{address}/chunked.pth")
+    assert "is not encrypted" in capsys.readouterr().err
+
+
 def test_one_of_several_processes_downloads_a_file(cache, web):
     address, requests = web
     run_two(_download_again, str(cache), f"{address}/whole.pth")
@@ -102,15 +169,15 @@ def _download_again(cache, url):
 
 def test_processes_without_file_locks_do_not_share_a_partial_download(cache, web, monkeypatch):
     address, requests = web
-    both, copy = threading.Barrier(2, timeout=20), shutil.copyfileobj
+    both, copy = threading.Barrier(2, timeout=20), downloads._copy
 
     def copy_at_once(*files):
         both.wait()
-        copy(*files)
+        yield from copy(*files)
         both.wait()
 
     monkeypatch.setattr(downloads, "file_lock", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(shutil, "copyfileobj", copy_at_once)
+    monkeypatch.setattr(downloads, "_copy", copy_at_once)
     with ThreadPoolExecutor(2) as pool:
         files = list(pool.map(local_file, [f"{address}/whole.pth"] * 2))
     assert [file.read_text() for file in files] == ["0123456789"] * 2

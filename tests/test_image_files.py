@@ -33,13 +33,13 @@ def failing(monkeypatch):
         pauses, remaining = [], [times]
         monkeypatch.setattr(image_files.time, "sleep", pauses.append)
 
-        def fails(path, *args, **options):
+        def fails(path):
             if remaining[0] > 0:
                 remaining[0] -= 1
                 raise OSError(number, os.strerror(number), path)
-            return open(path, *args, **options)
+            return open(path, "rb")
 
-        monkeypatch.setattr(image_files, "open", fails, raising=False)
+        monkeypatch.setattr(image_files, "open_file", fails)
         return pauses
 
     return fail

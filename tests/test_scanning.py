@@ -140,12 +140,12 @@ def test_transient_failure_is_not_cached(folder, tars, tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "PAUSES", ())
     cache = tmp_path / "images.npz"
 
-    def fails(path, *args):
+    def fails(path):
         if str(path).endswith("3.jpg"):
             raise OSError(errno.EIO, "Input/output error", path)
-        return open(path, *args)
+        return open(path, "rb")
 
-    monkeypatch.setattr(image_files, "open", fails, raising=False)
+    monkeypatch.setattr(image_files, "open_file", fails)
     dataset = scanned(folder, cache)
     assert dataset.broken == 2
     assert manifest.load(cache).stamps[3].tolist() == [-1, -1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import time
 import warnings
 import zlib
@@ -25,9 +26,6 @@ from fastdino.errors import DataError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# File name extensions of images, as in torchvision.datasets.ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
 # Errors of a network file system that may disappear; any other error is raised at once.
 _NETWORK_ERRORS = (
     "EAGAIN EBUSY ECONNABORTED ECONNRESET EHOSTDOWN EHOSTUNREACH EIO ENETDOWN ENETRESET "
@@ -39,6 +37,10 @@ PAUSES = (0.1, 0.5, 2.0)
 
 # Last bytes of a complete file, for formats whose header does not give the file's length.
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+# Bytes of the largest encoded image that is read: a gigapixel camera's file. A file or member that
+# claims more is broken, or made to fill the memory.
+LARGEST_IMAGE = 1 << 29
 
 # Modes with one number per pixel: palette, 8-bit gray, 1-bit, 32-bit, 16-bit.
 NUMBERS = ("P", "L", "1", "I", "I;16")
@@ -103,10 +105,20 @@ def retrying(read: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def open_file(path: str) -> IO[bytes]:
+    """Open a regular file for reading; anything else could block or never end.
+
+    Raises: OSError: it cannot be opened. UnusableImageError: it is a pipe, socket or device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UnusableImageError("is not a regular file")
+    return open(path, "rb")
+
+
 @retrying
 def read_file(path: str, offset: int = 0, length: int = -1) -> bytes:
     """Read a file, or `length` bytes from an offset; raise OSError if it keeps failing."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(offset)
         return file.read(length)
 
@@ -146,16 +158,27 @@ def read_header(path: str, part: Part | None = None) -> Header | Unusable:
 
 @retrying
 def _read_header(path: str, part: Part | None) -> Header:
+    if part is not None:
+        check_size(max(part.length, part.inflated))
     if part is not None and part.inflated:
         return _parse_header(io.BytesIO(read_part(path, part)))
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return _parse_header(ContainerIO(file, part.offset, part.length) if part else file)
+
+
+def check_size(size: int) -> None:
+    """Raise UnusableImageError unless this can be the number of bytes of an encoded image."""
+    if size == 0:
+        raise UnusableImageError("is empty (0 bytes)")
+    if size > LARGEST_IMAGE:
+        raise UnusableImageError(
+            f"has {size / 1e6:,.0f} MB, more than {LARGEST_IMAGE / 1e6:,.0f} MB of an image"
+        )
 
 
 def _parse_header(file: IO[bytes]) -> Header:
     file.seek(0, os.SEEK_END)
-    if file.tell() == 0:
-        raise UnusableImageError("is empty (0 bytes)")
+    check_size(file.tell())
     file.seek(0)
     with Image.open(file) as image:
         width, height = image.size

@@ -24,7 +24,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from fastdino.data.image_files import EXTENSIONS, quiet_pillow, read_rgb
+from fastdino.data.image_files import quiet_pillow, read_rgb
+from fastdino.data.image_names import image_files
 from fastdino.errors import DataError
 from fastdino.evals.attention_maps import (
     NO_CLS_ATTENTION,
@@ -68,7 +69,7 @@ def find_masked(root: Path, split: str) -> MaskedImages:
         masked = _find_voc(root, split)
     elif (root / "masks" / split).is_dir():
         folder = root / split
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        images = image_files(folder, below=True)
         if not images:
             raise DataError(f"no images in {folder}")
         masks = [root / "masks" / path.relative_to(root).with_suffix(".png") for path in images]

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastdino.data.datasets.davis_frames import RESOLUTION, sequence_names
 from fastdino.data.image_files import read_rgb
+from fastdino.data.image_names import image_files
 from fastdino.errors import DataError
-from fastdino.evals.frames import common_size, frame_files
+from fastdino.evals.frames import common_size
 from fastdino.evals.masks import palette_colors, read_mask_pixels
 
 VOID = 255
@@ -74,7 +75,7 @@ def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
     folder = root / "JPEGImages" / RESOLUTION / name
     if not folder.is_dir():
         raise DataError(f"sequence {name}: folder {folder} is missing")
-    frames = frame_files(folder)
+    frames = image_files(folder)
     if len(frames) < 3:
         raise DataError(
             f"sequence {name}: {folder} has {len(frames)} frames; expected at least 3, because "

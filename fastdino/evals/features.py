@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from fastdino import distributed
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import EXTENSIONS, explained_reading, read_rgb
+from fastdino.data.image_files import explained_reading, open_file, read_rgb
+from fastdino.data.image_names import EXTENSIONS, image_files
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import print_on_main
@@ -42,7 +43,7 @@ class ImageFiles:
         """List the images of a folder by name; raise DataError if it has none."""
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+        paths = image_files(folder)
         if not paths:
             raise DataError(f"no images in {folder}: no file name ends in {', '.join(EXTENSIONS)}")
         return cls(paths)
@@ -67,7 +68,7 @@ class ImageFiles:
             if box is not None:
                 return box[2] - box[0], box[3] - box[1]
             try:
-                with Image.open(path) as image:
+                with open_file(str(path)) as file, Image.open(file) as image:
                     return image.size
             except Exception:  # Pillow raises many types; decoding will report the file.
                 return ()

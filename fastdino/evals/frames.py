@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastdino.data.image_files import EXTENSIONS, Header, quiet_pillow, read_header
+from fastdino.data.image_files import Header, quiet_pillow, read_header
 from fastdino.errors import DataError
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """List the images of a folder in the numeric order of their names (2.png before 10.png)."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
-    return sorted(files, key=lambda path: _numeric_order(path.name))
-
-
-def _numeric_order(name: str) -> list[tuple[int, str]]:
-    parts = re.findall(r"\d+|\D+", name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def common_size(files: Iterable[Path]) -> tuple[int, int]:

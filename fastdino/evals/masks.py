@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data.image_files import NUMBERS, explained_reading
+from fastdino.data.image_files import NUMBERS, explained_reading, open_file
 from fastdino.data.shapes import davis_palette
 from fastdino.evals.segmentation_metrics import boundary
 
@@ -29,7 +29,7 @@ def read_mask_pixels(path: Path) -> NDArray[Any]:
 
     Raises: DataError: the file cannot be read.
     """
-    with explained_reading(path), Image.open(path) as image:
+    with explained_reading(path), open_file(str(path)) as file, Image.open(file) as image:
         return np.array(image if image.mode in NUMBERS else image.convert("RGB"))
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data.image_files import EXTENSIONS, quiet_pillow, read_rgb
+from fastdino.data.image_files import quiet_pillow, read_rgb
+from fastdino.data.image_names import EXTENSIONS, image_files
 from fastdino.errors import DataError
-from fastdino.evals.frames import common_size, frame_files
+from fastdino.evals.frames import common_size
 from fastdino.files import atomic_write, explain_write_errors
 
 # Suffix -> container, and codecs in order of preference.
@@ -79,7 +80,7 @@ def open_frames(path: str) -> Frames:
 
 
 def _open_folder(folder: Path) -> Frames:
-    files = frame_files(folder)
+    files = image_files(folder)
     if not files:
         raise DataError(f"no frames in {folder}: no file ends in {', '.join(EXTENSIONS)}")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
 import sys
 import tempfile
+import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.parse import urlsplit
 
 import torch
@@ -29,6 +31,9 @@ class ReleasedWeights:
 
 
 TIMEOUT = 20  # seconds without data after which a download fails
+# A download fails if it is slower than SLOWEST bytes per second after PATIENCE seconds, or larger.
+PATIENCE, SLOWEST, LARGEST = 60, 1024, 32 << 30
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 BASE_URL = "https://dl.fbaipublicfiles.com/dino/"
 # Named as in the authors' hubconf.py. Their XCiTs use tensor names that are not supported here.
 RELEASED = {
@@ -64,12 +69,16 @@ def local_file(weights: str) -> Path:
 
 def _download(url: str) -> Path:
     """Return the cached file of a URL; the file name contains a hash of the URL."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    name = PurePosixPath(urlsplit(url).path).name
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
-    if path.exists():
-        return path
     try:
+        address = urlsplit(url)
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        name = PurePosixPath(address.path).name
+        path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+        if path.exists():
+            return path
+        if address.scheme == "http" and address.hostname not in _LOCAL_HOSTS:
+            advice = "is not encrypted: anyone in between can change it; use https"
+            print(f"warning: {url} {advice}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / f"{path.name}.lock", wait=True):  # one process downloads
             if not path.exists():
@@ -86,7 +95,7 @@ def _fetch(url: str, path: Path) -> None:
 
     torch.hub.download_url_to_file keeps truncated downloads and waits forever for a silent server.
 
-    Raises: OSError, ValueError, HTTPException: the download failed.
+    Raises: OSError, ValueError, HTTPException: the download failed, is too slow, or too large.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "fastdino"})
     # In a folder of its own: without file locks, several processes may download at once.
@@ -95,10 +104,28 @@ def _fetch(url: str, path: Path) -> None:
         with open(part, "wb") as file, urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             length = response.headers.get("Content-Length")
             size = None if length is None else int(length)
+            # Only these two show where the file ends.
+            if size is None and response.headers.get("Transfer-Encoding") != "chunked":
+                raise OSError("the server does not state the file's length")
             hide = not sys.stderr.isatty()
-            bar = tqdm.wrapattr(response, "read", total=size, desc=path.name, disable=hide)
-            with bar as source:
-                shutil.copyfileobj(source, file)
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=hide) as bar:
+                for received in _copy(response, file):
+                    bar.update(received)
             if size not in (None, file.tell()):
                 raise OSError(f"received {file.tell()} of {size} bytes")
         os.replace(part, path)
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> Iterator[int]:
+    """Copy a file, yielding the bytes of each part; raise OSError if it is endless or too slow."""
+    started, total = time.monotonic(), 0
+    # read1 returns what has arrived, so that a server that sends a byte a minute is noticed.
+    while part := source.read1(1 << 20):  # type: ignore[attr-defined]
+        target.write(part)
+        total += len(part)
+        yield len(part)
+        seconds = time.monotonic() - started
+        if seconds > PATIENCE and total < SLOWEST * seconds:
+            raise OSError(f"received only {total} bytes in {seconds:.0f} s")
+        if total > LARGEST:
+            raise OSError(f"received more than {LARGEST >> 30} GiB")

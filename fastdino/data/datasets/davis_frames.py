@@ -14,7 +14,7 @@ from pathlib import Path
 from fastdino.data.datasets.data_path import DataPath
 from fastdino.data.datasets.file_list import FileList
 from fastdino.data.datasets.splits import choose_split, requested_split
-from fastdino.data.image_files import EXTENSIONS
+from fastdino.data.image_names import image_files, is_leftover
 from fastdino.errors import DataError
 
 RESOLUTION = "480p"
@@ -37,7 +37,7 @@ def find_davis(data_path: DataPath) -> FileList:
     if resolution not in available:
         raise data_path.error(f"no resolution {resolution!r}; available: {', '.join(available)}")
     frames = root / "JPEGImages" / resolution
-    existing = sorted(folder.name for folder in frames.iterdir() if folder.is_dir())
+    existing = _folders(frames)
     sequences, split = existing, None
     if data_path.role or requested_split(data_path):
         split = _choose_split(root, data_path)
@@ -50,8 +50,8 @@ def find_davis(data_path: DataPath) -> FileList:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(sequences):
-        images = [p.name for p in (frames / name).iterdir() if p.suffix.lower() in EXTENSIONS]
-        files += [f"{name}/{image}" for image in sorted(images)]
+        images = image_files(frames / name)
+        files += [f"{name}/{image.name}" for image in images]
         labels += [label] * len(images)
     if not files:
         raise DataError(f"no images in {frames}: its {len(sequences)} folders contain no frames")
@@ -66,7 +66,7 @@ def sequence_names(path: Path) -> list[str]:
     """
     names: dict[str, None] = {}
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list {path} cannot be read: {error}") from error
     for line in lines:
@@ -81,10 +81,15 @@ def sequence_names(path: Path) -> list[str]:
 def _resolutions(root: Path) -> list[str]:
     """Return the folders of JPEGImages that contain folders; PASCAL VOC has none."""
     try:
-        folders = [folder for folder in (root / "JPEGImages").iterdir() if folder.is_dir()]
-        return sorted(f.name for f in folders if any(below.is_dir() for below in f.iterdir()))
+        images = root / "JPEGImages"
+        return [name for name in _folders(images) if _folders(images / name)]
     except OSError:
         return []
+
+
+def _folders(path: Path) -> list[str]:
+    names = (folder.name for folder in path.iterdir() if folder.is_dir())
+    return sorted(name for name in names if not is_leftover(name))
 
 
 def _choose_split(root: Path, data_path: DataPath) -> str:

@@ -12,7 +12,13 @@ from fastdino.data.datasets.file_list import FileList
 from fastdino.data.datasets.splits import requested_split
 from fastdino.data.datasets.tars import COMPRESSED_SUFFIXES
 from fastdino.data.datasets.yfcc import find_metadata, select_photos
-from fastdino.data.image_files import EXTENSIONS, retrying
+from fastdino.data.image_files import retrying
+from fastdino.data.image_names import (
+    EXTENSIONS,
+    is_image_name,
+    is_leftover,
+    is_unsupported_image,
+)
 from fastdino.errors import DataError
 
 
@@ -49,13 +55,15 @@ def find_folder(data_path: DataPath) -> FileList:
 
 def _find_files(root: str) -> FileList:
     folders, files = _list_folder(root)
-    loose = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    loose = list(filter(is_image_name, files))
     archives = [name for name in files if name.lower().endswith((".tar", ".zip"))]
     images: list[str] = []
     labels: list[int] = []
+    unsupported = [os.path.join(root, name) for name in filter(is_unsupported_image, files)]
     for label, folder in enumerate(folders):
-        below = _walk(os.path.join(root, folder))
+        below, others = _walk(os.path.join(root, folder))
         images += below
+        unsupported += others
         labels += [label] * len(below)
     if len(loose) > len(images) > 0:
         raise DataError(
@@ -67,20 +75,26 @@ def _find_files(root: str) -> FileList:
             f"{root} contains {len(loose)} images and {len(archives)} archives: move those away "
             "that are not meant"
         )
+    skipped = dict.fromkeys(unsupported, "is in a format that this version of Pillow cannot read")
     if images:
         reason = "is next to the class folders"
-        skipped = {os.path.join(root, name): reason for name in [*loose, *archives]}
+        skipped |= {os.path.join(root, name): reason for name in [*loose, *archives]}
         start = len(os.path.join(root, ""))
         relative = [path[start:] for path in images]
         return FileList("class folders", root, relative, labels, folders, skipped=skipped)
     if loose:
         name = Path(root).resolve().name
-        return FileList("a flat folder", root, loose, [0] * len(loose), [name])
+        return FileList("a flat folder", root, loose, [0] * len(loose), [name], skipped=skipped)
     if archives:
         return list_archives(root, archives)
     for name in files:
         if name.lower().endswith(COMPRESSED_SUFFIXES):
             archive_kind(os.path.join(root, name))  # raises DataError if it is compressed
+    if unsupported:
+        raise DataError(
+            f"no usable images in {root}: {unsupported[0]} and {len(unsupported) - 1} more are in "
+            "a format that this version of Pillow cannot read: convert them to JPEG or PNG"
+        )
     raise DataError(
         f"no images in {root}: it contains no file that ends in {', '.join(EXTENSIONS)}, directly "
         "or in a folder, and no .tar or .zip"
@@ -89,10 +103,12 @@ def _find_files(root: str) -> FileList:
 
 @retrying
 def _list_folder(root: str) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the folders and of the files in a folder."""
+    """Return the sorted names of the folders and of the files in a folder, without leftovers."""
     folders: list[str] = []
     files: list[str] = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if is_leftover(entry.name):
+            continue
         # os.path.isdir is False for a link to itself.
         is_dir = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
         (folders if is_dir else files).append(entry.name)
@@ -100,10 +116,10 @@ def _list_folder(root: str) -> tuple[list[str], list[str]]:
 
 
 @retrying
-def _walk(folder: str) -> list[str]:
-    """Return all images below a folder, in the order of torchvision's ImageFolder.
+def _walk(folder: str) -> tuple[list[str], list[str]]:
+    """Return the images below a folder that Pillow reads, and the others.
 
-    Links are followed, but not in circles.
+    The order is that of torchvision's ImageFolder. Links are followed, but not in circles.
     """
 
     def fail(error: OSError) -> None:
@@ -114,10 +130,20 @@ def _walk(folder: str) -> list[str]:
     for current, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         ancestors = above.pop(current)
         real = {name: os.path.realpath(os.path.join(current, name)) for name in folders}
-        folders[:] = [name for name in folders if not _is_above_any(real[name], ancestors)]
+        folders[:] = [
+            name
+            for name in folders
+            if not is_leftover(name) and not _is_above_any(real[name], ancestors)
+        ]
         above |= {os.path.join(current, name): [*ancestors, real[name]] for name in folders}
-        images.append((current, sorted(n for n in names if n.lower().endswith(EXTENSIONS))))
-    return [os.path.join(current, name) for current, names in sorted(images) for name in names]
+        images.append((current, sorted(names)))
+    paths = [
+        (name, os.path.join(current, name)) for current, names in sorted(images) for name in names
+    ]
+    return (
+        [path for name, path in paths if is_image_name(name)],
+        [path for name, path in paths if is_unsupported_image(name)],
+    )
 
 
 def _is_above_any(folder: str, others: Sequence[str]) -> bool:

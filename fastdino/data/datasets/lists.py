@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fastdino.data.datasets.data_path import EXPECTED, DataPath
 from fastdino.data.datasets.file_list import FileList, number_labels
-from fastdino.data.image_files import EXTENSIONS, read_file
+from fastdino.data.image_files import read_file
+from fastdino.data.image_names import EXTENSIONS
 from fastdino.errors import DataError
 
 

@@ -11,8 +11,9 @@ from typing import IO
 
 from PIL.ContainerIO import ContainerIO
 
-from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
-from fastdino.data.image_files import Part, read_file, retrying
+from fastdino.data.datasets.webdataset import MemberCollector
+from fastdino.data.image_files import Part, open_file, read_file, retrying
+from fastdino.data.image_names import is_image_name, is_leftover
 from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
@@ -49,7 +50,7 @@ def index_tar(path: str) -> Manifest:
 
     Raises: DataError: the file is not a tar. OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return _TarIndexer(file).index(path)
 
 
@@ -97,9 +98,9 @@ class _TarIndexer:
         name = folder + member.name.removeprefix("./")
         offset, size = member.offset_data, member.size
         is_whole = offset + size <= length
-        if is_hidden(name):
+        if is_leftover(name):
             return
-        if is_image(name):
+        if is_image_name(name):
             reason = ""
             if not member.isreg() or member.issparse():
                 reason = "is a link or a sparse member of the tar, which is not supported"

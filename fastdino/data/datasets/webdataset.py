@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import PurePosixPath
 
-from fastdino.data.image_files import EXTENSIONS, Part
+from fastdino.data.image_files import Part
 from fastdino.data.manifest import Manifest, unread_manifest
 
 _LARGEST_LABEL = 1 << 20  # bytes
@@ -57,16 +56,6 @@ class MemberCollector:
             {new: self.reasons[old] for new, old in enumerate(kept) if old in self.reasons},
             note,
         )
-
-
-def is_image(name: str) -> bool:
-    """Return whether the extension of a member is that of an image."""
-    return name.lower().endswith(EXTENSIONS)
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a member is metadata that macOS adds to archives."""
-    return PurePosixPath(name).name.startswith("._") or name.startswith("__MACOSX/")
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ SUFFIXES = ("", ".tsv", ".txt", ".bz2", ".tsv.bz2", ".sql", ".sqlite", ".db")
 _TABLE = "yfcc100m_dataset"
 _VIDEO = "1"  # in the column `marker`
 _SQLITE = b"SQLite format 3\0"
+_LONGEST_LINE = 1 << 20  # bytes; a compressed line can claim any length
 # The columns that are read, with their usual names; a missing one reads as "".
 _COLUMNS = {
     "number": ("photoid", "photo_id", "id"),
@@ -176,7 +177,9 @@ def _text_rows(path: str) -> Iterator[list[str]]:
     """Yield the columns of a tab-separated table, with or without a header."""
     with (bz2.open if path.endswith(".bz2") else open)(path, "rb") as file:
         columns: Sequence[int | None] = ()
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+            if len(line) == _LONGEST_LINE:
+                raise ValueError(f"has more than {_LONGEST_LINE} bytes in line {number}")
             values = [value.strip() for value in line.decode("utf-8", "replace").split("\t")]
             if values == [""]:
                 continue

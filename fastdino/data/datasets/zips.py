@@ -7,10 +7,11 @@ import struct
 import zipfile
 import zlib
 from functools import partial
-from typing import BinaryIO
+from typing import IO
 
-from fastdino.data.datasets.webdataset import MemberCollector, is_hidden, is_image
-from fastdino.data.image_files import Part, read_file, retrying
+from fastdino.data.datasets.webdataset import MemberCollector
+from fastdino.data.image_files import Part, open_file, read_file, retrying
+from fastdino.data.image_names import is_image_name, is_leftover
 from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
 
@@ -37,12 +38,12 @@ def index_zip(path: str) -> Manifest:
         return unread_manifest([path], [], note="is empty (0 bytes)")
     collector = MemberCollector()
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 name = member.filename
-                if member.is_dir() or is_hidden(name):
+                if member.is_dir() or is_leftover(name):
                     continue
-                if is_image(name):
+                if is_image_name(name):
                     collector.add_image(name, *_locate(file, member, length))
                 else:
                     collector.add_other(name, member.file_size, partial(_read, archive, member))
@@ -54,7 +55,7 @@ def index_zip(path: str) -> Manifest:
     return collector.manifest(path, "" if collector.members else "contains no images")
 
 
-def _locate(file: BinaryIO, member: zipfile.ZipInfo, length: int) -> tuple[Part, str]:
+def _locate(file: IO[bytes], member: zipfile.ZipInfo, length: int) -> tuple[Part, str]:
     """Return the bytes of a member, and why they cannot be used ("" if they can)."""
     nowhere = Part(max(0, member.header_offset), 0)
     if member.flag_bits & _ENCRYPTED:
