@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from benchmarks.comparison import CLOCK, Compare, Comparison, Effort, Timing, replay, run_comparison
 from fastdino.bench.measurement import copy_bandwidth
+from fastdino.bench.report import quartiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EFFORT = {"cuda": Effort(1.2, 30), "cpu": Effort(8.0, 9), "quick": Effort(0.3, 5)}
@@ -16,6 +20,7 @@ EFFORT = {"cuda": Effort(1.2, 30), "cpu": Effort(8.0, 9), "quick": Effort(0.3, 5
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small sizes, to see that all of it runs")
+    parser.addoption("--rows", type=Path, help="append each result to this file as it is measured")
 
 
 def mode(config: pytest.Config) -> str:
@@ -30,10 +35,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the first size of every suite before any second size."""
+    items.sort(key=size_index)
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
         # Warnings of compilers and profilers are no failures here.
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def size_index(item: pytest.Item) -> int:
+    """Return the position of an item's size in SIZES."""
+    callspec = getattr(item, "callspec", None)
+    return 0 if callspec is None else callspec.indices.get("size", 0)
+
+
+def append_row(file: Path, timing: Timing, copy_gbps: float) -> None:
+    """Append one baseline's row of kernel_tables.py as a line of JSON."""
+    low, high = quartiles(timing.seconds)
+    row = timing.info | {
+        "median": statistics.median(timing.seconds),
+        "iqr": high - low,
+        "rounds": len(timing.seconds),
+        "call_seconds": timing.call_seconds,
+        "queued": timing.queued,
+        "copy_gbps": copy_gbps,
+    }
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +83,19 @@ def timings(request: pytest.FixtureRequest) -> Callable[..., dict[str, Timing]]:
 
 
 @pytest.fixture
-def compare(benchmark: Any, timings: Callable[..., dict[str, Timing]], copy_gbps: float) -> Compare:
+def compare(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    timings: Callable[..., dict[str, Timing]],
+    copy_gbps: float,
+) -> Compare:
     """compare(make_comparison, *arguments, baseline=name): the benchmark of one baseline."""
 
     def run(make: Callable[..., Comparison], *arguments: Any, baseline: str) -> None:
         benchmark.extra_info["copy_gbps"] = copy_gbps
-        replay(benchmark, timings(make, *arguments)[baseline])
+        timing = timings(make, *arguments)[baseline]
+        replay(benchmark, timing)
+        if rows := request.config.getoption("--rows"):
+            append_row(rows, timing, copy_gbps)
 
     return run

@@ -60,6 +60,14 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
     ]
 
 
+def read_row_lines(file: Path) -> list[Row]:
+    """Read the rows that the suites appended with --rows; none without a file."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # without an incomplete line
+    return [Row(**json.loads(line)) for line in lines]
+
+
 def speedup(row: Row, base: Row) -> float:
     """Compare device times; whole calls if the GPU waited for the host in either."""
     if row.queued and base.queued:

@@ -46,6 +46,35 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-per-dtype",
+        action="store_true",
+        help="of each test and combination of dtypes, run one case with the kernels' code",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the selections of -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the middle case of each test and combination of dtypes; the first and last are edges."""
+    if not config.getoption("--one-per-dtype"):
+        return
+    cases: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if "triton" in item.name:
+            cases.setdefault((item.function, dtypes_of(item)), []).append(item)
+    selected = [group[(len(group) - 1) // 2] for group in cases.values()]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
+
+
+def dtypes_of(item: pytest.Item) -> tuple[str, ...]:
+    """Return the parameters of a case that are dtypes or lists of them."""
+    callspec = getattr(item, "callspec", None)
+    values = [] if callspec is None else callspec.params.values()
+    return tuple(str(value) for value in values if "torch." in str(value))
+
+
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch) -> None:
     """Patch Triton's interpreter to round fp32 to bf16 as GPUs do; it truncates."""

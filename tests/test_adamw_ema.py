@@ -179,6 +179,7 @@ def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("gradient", [torch.float64, *HALVES])
 def test_one_step_matches_the_equations(gradient, target):
     if target["impl"] == "triton" and gradient == torch.float64:
@@ -234,6 +235,7 @@ def test_eight_steps_are_as_accurate_as_plain_pytorch(target):
             assert o <= p + EPS * largest, name
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", HALVES[1:])
 def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype, target):
     lists = make(target["device"], dtype=dtype, gradient=torch.float32)
@@ -378,6 +380,7 @@ def test_momentum_of_one_and_zero(target):
 UNIT_SHAPES = [(7,), (37, 64), (9, 256), (1, 1024), (5, 1)]
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("index", [1, 2, 3, 4])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

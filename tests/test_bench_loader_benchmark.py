@@ -15,6 +15,7 @@ from fastdino import cli
 from fastdino.bench import loader_benchmark
 from fastdino.bench.baselines import loaders
 from fastdino.bench.harness import Outcome, Sample
+from fastdino.bench.measurement import DeviceTime
 from fastdino.data import scan_images
 from tests.loaders import HAS_DALI, build_loader
 
@@ -119,15 +120,19 @@ def test_the_table_shows_the_figures_and_a_failure_fails_the_command(monkeypatch
 
 
 def test_the_kernel_baseline_makes_the_crops(pictures, tiny, monkeypatch, crops_by_pil):
-    event = SimpleNamespace(
-        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 5.0
-    )
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    queued = []
+
+    def device_time(calls, device, sleep):
+        queued.append(len(calls))
+        return DeviceTime(0.001 * len(queued), queued=True)
+
+    monkeypatch.setattr(loaders, "device_time", device_time)
     config = tiny(global_crops_size=10, local_crops_size=8, batch_size_per_gpu=2)
     dataset = scan_images(pictures)
     kernel = loaders.KernelTimer(loaders.LoaderTask(dataset, config, "cpu"))
-    sample = kernel(3)
-    assert (sample.count, sample.seconds) == (6, 0.005)
+    sample = kernel(120)
+    assert queued == [50, 50, 20]  # no more than fit into the queue of a GPU
+    assert (sample.count, sample.seconds) == (240, pytest.approx(0.05 + 0.1 + 0.06))
     images = [torch.from_numpy(np.array(dataset.read_rgb(i))) for i in range(2)]
     made = kernel.make()
     assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]

@@ -417,6 +417,24 @@ def test_a_wrong_or_broken_baseline_fails_the_command_but_not_the_others(monkeyp
     assert "| paper | not timed |" not in text
 
 
+def test_baselines_that_are_not_ready_in_time_are_left_out(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(step_benchmark.time, "perf_counter", lambda: now[0])
+
+    class Slow(PaperStep):
+        def step(self, crops):
+            now[0] += 30.0
+            return super().step(crops)
+
+    monkeypatch.setitem(steps.BASELINES, "ours", steps.StepBaseline("slow", Slow))
+    assert bench("--baselines", "paper,ours,ours-fast", "--time_limit", 50) == 1
+    text = capsys.readouterr().out
+    late = "not ready after half of --time_limit"
+    assert f"| ours | passed, 0.0e+00 at most (loss) | - | {late} |" in text  # checked, not warm
+    assert f"| ours-fast | failed: {late} | - | {late} |" in text
+    assert "| paper | not timed |" in text
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_freed_memory_is_kept_on_request(keep, monkeypatch, capsys):
     calls = []

@@ -56,6 +56,7 @@ def assert_one_rounding(params, expected, *, factor_eps=0.0):
         torch.testing.assert_close(p.grad.double(), e, rtol=slack, atol=6e-8 * (1 - double))
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS[1:], FLOATS])
 def test_each_gradient_is_clipped_by_its_own_norm(dtypes, target):
     if target["impl"] == "triton" and torch.float64 in dtypes:
@@ -154,6 +155,7 @@ def test_infinite_max_norm_only_measures(clip_, target):
     assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("max_norm", [0.3, 100.0])
 @pytest.mark.parametrize("dtypes", [[dtype] for dtype in FLOATS] + [FLOATS[1:], FLOATS])
 def test_gradients_are_clipped_by_the_global_norm(dtypes, max_norm, target):

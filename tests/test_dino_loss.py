@@ -89,6 +89,7 @@ def test_matches_the_reference_in_float64(S, T, B, K):
     torch.testing.assert_close(ours(*inputs), truth(*inputs), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.accuracy
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("T", [1, 2])

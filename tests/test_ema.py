@@ -41,6 +41,7 @@ def assert_shadows(shadow, teacher):
         assert torch.equal(copy, t.to(copy.dtype))
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("student_dtype", FLOATS)
 @pytest.mark.parametrize("teacher_dtype", FLOATS)

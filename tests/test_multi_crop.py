@@ -17,6 +17,8 @@ from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import draw_crops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    pytestmark = pytest.mark.gpu
 PLAIN = {"flip": False, "jitter": False, "gray": False, "blur_radius": 0, "solarize": False}
 STAGES = {
     "resize": {},
@@ -64,12 +66,14 @@ def test_crops_match_pillow(n, size, impl, ragged_images, draw_any_crops, crops_
     assert_equal(crops(images, params, size, impl=impl), crops_by_pil(images, params, size))
 
 
+@pytest.mark.accuracy
 def test_crops_of_every_image_match_pillow(impl, ragged_images, draw_any_crops, crops_by_pil):
     params = draw_any_crops(ragged_images, 1, seed=7)
     ours = crops(ragged_images, params, 48, impl=impl)
     assert_equal(ours, crops_by_pil(ragged_images, params, 48))
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize(("kind", "size"), [(0, 224), (1, 96)])
 def test_paper_sized_crops_match_pillow(kind, size, impl, ragged_images, tiny, crops_by_pil):
     images = ragged_images[:1]
@@ -115,6 +119,7 @@ def test_strided_images(impl, ragged_images, draw_any_crops):
     assert_equal(crops([turned], params, 8, impl=impl), expected)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_fp32_rounded_once(dtype, impl, ragged_images, draw_any_crops):
     images = ragged_images[3:4]

@@ -51,6 +51,7 @@ def assert_accurate(inputs, **options):
         assert error(got, expected) < 1e-6
 
 
+@pytest.mark.accuracy
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,12 +1,14 @@
-"""One command for a machine with a GPU: environment, GPU tests, benchmarks, one report.
+"""One command for a machine with a GPU: correctness, benchmarks, GPU tests, one report.
 
     python3 -m benchmarks.gpu.gpu_report [--more] [--output FOLDER] [--reduced]
 
---more writes a second report: compute-sanitizer, other sizes of the step, a short training.
+The first report takes at most 7.5 minutes, --more at most 3.5: what the first report showed broken,
+other sizes of the step, compute-sanitizer. Parts run in order of their value. Each has a time
+limit, and what it does not use goes to the next one. A part that fails or hangs is killed with all
+its processes and reported; the others still run. The report is written again after every part.
 
-It needs no network and installs nothing. Each task has a time limit, all together below nine
-minutes; one that fails or hangs is reported, and the others still run. Without a GPU, or with
---reduced, a small form of each runs on the CPU, which only shows that the command works.
+It needs no network and installs nothing; lightly, xformers and DALI are used if installed. Without
+a GPU, or with --reduced, a small form runs on the CPU, which only shows that the command works.
 """
 
 from __future__ import annotations
@@ -15,134 +17,253 @@ import argparse
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
-from benchmarks.gpu.subprocesses import ROOT, Result, Task, run_task
-from benchmarks.kernel_tables import Row, as_json, read_rows, tables
+from benchmarks.gpu.subprocesses import GRACE, ROOT, Result, Task, run_tasks
+from benchmarks.kernel_tables import Row, as_json, read_row_lines, tables
+from benchmarks.results_table import prediction_table
 from fastdino.bench.report import facts_table, table, write_report
 
-TAIL = 60  # lines of output of a failed task
-# Time limits in seconds. With the grace after each, the sum is below nine minutes.
-ENVIRONMENT_TIME = 20
-ENVIRONMENT = """
-import json, torch
-from fastdino.environment import environment
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-print(json.dumps(environment(device, ("torch", "triton"))))
-"""
-TESTS_TIME = 100
-SUITES = {"dino_loss": 75, "ema": 20, "clip": 20, "adamw_ema": 30, "overhead": 10}
-# Flags of `fastdino bench`, and seconds; torch.compile takes most of the first step benchmark.
-BENCHES = {
-    "step vit_small": (
-        "--arch vit_small --batch_size_per_gpu 64 --rounds 5 --seconds 0.6 --scaling",
-        120,
-    ),
-    "step vit_base": (
-        "--arch vit_base --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
-        "--baselines paper,ours,ours-fast",
-        45,
-    ),
-    "loaders": ("--loader --batch_size_per_gpu 64 --rounds 2 --seconds 1", 40),
-}
-MORE_BENCHES = {
-    "step vit_small, B = 16": (
-        "--arch vit_small --batch_size_per_gpu 16 --rounds 5 --seconds 0.6 "
-        "--baselines paper,lightly,ours-fast,ours-graph",
-        70,
-    ),
-    "step vit_small, B = 128": (
-        "--arch vit_small --batch_size_per_gpu 128 --rounds 3 --seconds 0.6 "
-        "--baselines paper,ours-fast,compiled",
-        60,
-    ),
-    "step vit_small, patches of 8": (
-        "--arch vit_small --patch_size 8 --batch_size_per_gpu 64 --rounds 3 --seconds 0.6 "
-        "--baselines paper,ours-fast",
-        70,
-    ),
-}
+TAIL = 60  # lines of output of a failed task in the Markdown; the .log file has all of it
+TOTAL, TOTAL_MORE = 445, 205  # seconds; imports and the last report need a few more
+LEAST = 3  # seconds below which a part is not started
+
+PYTHON = sys.executable
+PYTEST = (PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40")
+BENCH = (PYTHON, "-m", "fastdino", "bench")
+KERNEL_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("multi_crop", "dino_loss", "soft_cross_entropy", "adamw_ema", "clip", "ema")
+)
+# The first suites are the most valuable; each runs its first size before any runs its second one.
+SUITES = tuple(
+    f"benchmarks/bench_{name}.py" for name in ("dino_loss", "adamw_ema", "ema", "clip", "overhead")
+)
+STEP = "--arch vit_small --batch_size_per_gpu 64 --seconds 0.6"
+STEP_BASELINES = "paper,ours-fast,ours-graph,compiled,lightly"
+TINY_STEP = (
+    "--arch vit_nano --out_dim 1024 --global_crops_size 64 --local_crops_size 32 --steps 1 "
+    "--device cpu --batch_size_per_gpu 2 --rounds 2"
+)
+TINY_LOADER = (
+    "--batch_size_per_gpu 4 --images 8 --rounds 1 --seconds 0.5 --global_crops_size 64 "
+    "--local_crops_size 32 --device cpu"
+)
+SANITIZE = (PYTHON, "-m", "benchmarks.gpu.sanitize")
 SANITIZER = (
     "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9",
     "--tool",
 )  # fmt: skip
-SANITIZER_TIME = 60
-TRAINING = ("--arch vit_small --batch_size_per_gpu 64 --images 356 --epochs 10", 120)
-TINY_STEP = (
-    "--arch vit_nano --out_dim 1024 --global_crops_size 64 --local_crops_size 32 --steps 1 "
-    "--device cpu"
-)
-REDUCED_MORE_BENCHES = {
-    "step vit_nano, B = 1": (
-        f"{TINY_STEP} --batch_size_per_gpu 1 --rounds 1 --baselines paper,ours-fast",
-        60,
-    ),
-}
-REDUCED_TRAINING = ("--batch_size_per_gpu 8 --images 2 --epochs 1 --val_images 1 --device cpu", 120)
-# Kernels under the interpreter, which is slow for the largest sizes.
-REDUCED_TESTS = (
-    "-k", "triton-cpu and not 4096 and not 6553 and not own_size and not accurate",
-    "tests/test_ema.py", "tests/test_clip.py", "tests/test_dino_loss.py",
-)  # fmt: skip
-REDUCED_TIME = 120  # per suite
-REDUCED_BENCHES = {
-    "step vit_nano": (
-        f"{TINY_STEP} --batch_size_per_gpu 2 --rounds 2 --baselines paper,ours",
-        60,
-    ),
-    "loaders": (
-        "--loader --baselines paper,fused --batch_size_per_gpu 4 --images 8 --rounds 1 "
-        "--seconds 0.5 --global_crops_size 64 --local_crops_size 32 --device cpu",
-        90,
-    ),
-}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tasks that run at the same time, and the seconds planned for them.
+
+    Only tasks whose duration is not measured may run next to others.
+    """
+
+    name: str
+    seconds: float
+    tasks: Sequence[Task]
+
+
+def part(name: str, seconds: float, **commands: Sequence[str]) -> Part:
+    """Build a part of commands; `_` in a task's name stands for a space."""
+    tasks = [Task(task.replace("_", " "), line, seconds) for task, line in commands.items()]
+    return Part(name, seconds, tasks)
+
+
+def plan(raw: Path) -> list[Part]:
+    """Plan the first report; the parts write into `raw`."""
+    step = f"{STEP} --rounds 5 --time_limit 100"
+    rest = ("-m", "gpu", "--continue-on-collection-errors", "tests")
+    warm = f"{STEP} --baselines ours-fast,ours-graph,compiled --rounds 1 --steps 1"
+    loaders = "--baselines kernel,fused,paper --batch_size_per_gpu 64 --rounds 2 --seconds 1"
+    return [
+        device_part(20),
+        part(
+            "correctness", 60,
+            one_case_per_kernel_and_dtype=(
+                *PYTEST, *workers(8), "--one-per-dtype", "-m", "accuracy and gpu", *KERNEL_TESTS
+            ),
+            compile_the_step=(*BENCH, *warm.split()),
+        ),
+        part("kernels", 90, suites=(*PYTEST, *SUITES, f"--rows={raw / 'rows.jsonl'}")),
+        part("step", 120, vit_small=bench(raw / "step", step, STEP_BASELINES)),
+        part("loader", 45, loaders=bench(raw / "loader", f"--loader {loaders}")),
+        part("remaining GPU tests", 110, tests=(*PYTEST, *workers(12), *rest)),
+    ]  # fmt: skip
+
+
+def plan_more(raw: Path, before: dict[str, object]) -> list[Part]:
+    """Plan the second report; `before` is the JSON of the first one, {} without."""
+    step = "--rounds 5 --seconds 0.6 --time_limit 50 --arch"
+    small = f"{step} vit_small --batch_size_per_gpu 16"
+    base = f"{step} vit_base --batch_size_per_gpu 64"
+    return [
+        device_part(15),
+        *broken_parts(raw, before),
+        part(
+            "step, B = 16", 50,
+            vit_small=bench(raw / "step-16", small, "paper,ours-fast,ours-graph,lightly"),
+        ),
+        part("step, ViT-B/16", 50, vit_base=bench(raw / "step-base", base, "paper,ours-fast")),
+        part("memcheck", 45, memcheck=(*SANITIZER, "memcheck", *SANITIZE)),
+        part("racecheck", 40, racecheck=(*SANITIZER, "racecheck", *SANITIZE)),
+    ]  # fmt: skip
+
+
+def device_part(seconds: float) -> Part:
+    """Measure the device while the kernels are compiled on all cores."""
+    return part(
+        "device", seconds,
+        device=(PYTHON, "-m", "benchmarks.gpu.device_facts"),
+        compile_the_kernels=(PYTHON, "-m", "benchmarks.gpu.compile_ahead"),
+    )  # fmt: skip
+
+
+def broken_parts(raw: Path, before: dict[str, object]) -> Iterator[Part]:
+    """Yield the failed tests and the other parts with a problem of the first report."""
+    failed = before.get("failed_tests", [])
+    assert isinstance(failed, list)
+    if failed:
+        yield part("tests that failed", 60, tests=(*PYTEST, *workers(8), *failed[:100]))
+    parts = before.get("parts", [])
+    assert isinstance(parts, list)
+    names = [one["name"] for one in parts if one["problem"]]
+    for one in plan(raw):
+        if one.name in names and one.name in ("kernels", "step", "loader"):
+            yield one
+
+
+def reduced_plan(raw: Path) -> list[Part]:
+    """Plan the small form of the first report, which runs on a CPU."""
+    first = ("--one-per-dtype", "-m", "accuracy", "-k", "triton-cpu", *KERNEL_TESTS[3:])
+    rest = ("-k", "triton-cpu and streams", "tests/test_ema.py")
+    loaders = bench(raw / "loader", f"--loader {TINY_LOADER}", "paper,fused")
+    return [
+        part("device", 60, device=(PYTHON, "-m", "benchmarks.gpu.device_facts", "--reduced")),
+        part(
+            "correctness", 240,
+            one_case_per_kernel_and_dtype=(*PYTEST, *workers(2), *first),
+        ),
+        part("kernels", 400, suites=(*PYTEST, *SUITES, f"--rows={raw / 'rows.jsonl'}", "--quick")),
+        part("step", 120, vit_nano=bench(raw / "step", TINY_STEP, "paper,ours")),
+        part("loader", 120, loaders=loaders),
+        part("remaining GPU tests", 60, tests=(*PYTEST, *rest)),
+    ]  # fmt: skip
+
+
+def reduced_plan_more(raw: Path) -> list[Part]:
+    """Plan the small form of the second report."""
+    return [
+        part("each kernel", 200, sanitize=("env", "TRITON_INTERPRET=1", *SANITIZE)),
+        part("step, B = 2", 120, vit_nano=bench(raw / "step-2", TINY_STEP, "paper,ours-fast")),
+    ]
+
+
+def bench(output: Path, flags: str, baselines: str = "") -> tuple[str, ...]:
+    """Return a command of `fastdino bench`."""
+    chosen = ("--baselines", baselines_here(baselines)) if baselines else ()
+    return (*BENCH, *flags.split(), *chosen, "--output", str(output))
+
+
+def baselines_here(names: str) -> str:
+    """Leave out lightly, which would be an error, if it is not installed."""
+    missing = importlib.util.find_spec("lightly") is None
+    return ",".join(name for name in names.split(",") if not (missing and name == "lightly"))
+
+
+def workers(number: int) -> tuple[str, ...]:
+    """Return pytest's flags for processes that share the GPU."""
+    return ("-n", str(number), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
 
 
 @dataclass
 class GpuReport:
-    """The results so far, written again after every task, so that nothing measured is lost."""
+    """The results so far, written again after every part, so that nothing measured is lost."""
 
-    environment: dict[str, str]
     reduced: bool
+    raw: Path
     name: str = "report"
-    results: list[Result] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    benches: list[Path] = field(default_factory=list)  # reports of `fastdino bench`, no suffix
+    results: list[tuple[str, Result]] = field(default_factory=list)  # name of the part
+    seconds: float = 0.0
+
+    @property
+    def device(self) -> dict[str, dict[str, str | float]]:
+        """Return the environment and the rates of device_facts; empty if it failed."""
+        for _, result in self.results:
+            if result.name == "device" and result.last_line.startswith('{"environment"'):
+                found: dict[str, dict[str, str | float]] = json.loads(result.last_line)
+                return found
+        return {"environment": {}, "rates": {}}
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return what the suites have measured, complete or not."""
+        return read_row_lines(self.raw / "rows.jsonl")
+
+    @property
+    def benches(self) -> list[Path]:
+        """Return the reports of `fastdino bench`, without suffix."""
+        return sorted(file.with_suffix("") for file in self.raw.glob("*/*.json"))
+
+    def write(self, folder: Path) -> None:
+        """Write NAME.md, NAME.json, and NAME.log with the whole output of the tasks."""
+        write_report(folder, self.name, self.markdown(), self.as_json())
+        log = [f"#### {part}: {one.name}\n{one.output}\n" for part, one in self.results]
+        (folder / f"{self.name}.log").write_text("\n".join(log), encoding="utf-8")
 
     def markdown(self) -> str:
-        lines = [f"# {self.environment.get('device', 'unknown')}", ""]
+        environment = {key: str(value) for key, value in self.device["environment"].items()}
+        lines = [f"# {environment.get('device', 'unknown')}", ""]
         if self.reduced:
             lines += ["Reduced: small sizes, to see that all of it runs. These times mean nothing."]
-        lines += ["Written by `make gpu-report`.", "", facts_table(self.environment), ""]
-        rows = []
-        for index, result in enumerate(self.results):
-            verdict = f"**{result.problem}**" if result.problem else "passed"
-            last_line = result.last_line.replace("|", "/") if index else ""
-            rows.append([result.name, f"{result.seconds:.0f}", verdict, last_line])
-        lines += [table(["task", "seconds", "result", "last line of output"], rows), ""]
-        lines += [tables(self.rows)] if self.rows or not self.benches else []
+        lines += [f"Written by `make gpu-report` in {self.seconds:.0f} s.", ""]
+        lines += [facts_table(environment), "", *self._rates(), self._parts_table(), ""]
+        lines += ["## Predictions", "", prediction_table(self.as_json()), ""]
         for written in self.benches:  # headings one level lower
             text = written.with_suffix(".md").read_text(encoding="utf-8")
             lines += [re.sub("^#", "##", text, flags=re.MULTILINE), ""]
-        for result in self.results:
+        lines += ["## Kernels", "", tables(self.rows)] if self.rows else []
+        for _, result in self.results:
             if result.problem:
                 tail = "\n".join(result.output.splitlines()[-TAIL:])
                 lines += [f"## {result.name}: {result.problem}", "", f"```\n{tail}\n```", ""]
         return "\n".join(lines)
 
+    def _rates(self) -> list[str]:
+        rates = self.device["rates"]
+        if not rates:
+            return ["Copy bandwidth and matrix product: not measured.", ""]
+        copy, product = (float(rates[name]) for name in ("copy_gbps", "product_tflops"))
+        return [f"Copy: {copy:.0f} GB/s. Matrix product: {product:.3g} TFLOP/s.", ""]
+
+    def _parts_table(self) -> str:
+        rows = []
+        for name, result in self.results:
+            verdict = f"**{result.problem}**" if result.problem else "passed"
+            last_line = "" if result.name == "device" else result.last_line.replace("|", "/")
+            rows.append([name, result.name, f"{result.seconds:.0f}", verdict, last_line])
+        return table(["part", "task", "seconds", "result", "last line of output"], rows)
+
     def as_json(self) -> dict[str, object]:
         return {
             "reduced": self.reduced,
-            "environment": self.environment,
+            "seconds": round(self.seconds, 1),
+            **self.device,
             "parts": [
-                {"name": r.name, "seconds": round(r.seconds, 1), "problem": r.problem}
-                for r in self.results
+                {"name": part, "task": r.name, "seconds": round(r.seconds, 1), "problem": r.problem}
+                for part, r in self.results
             ],
+            "failed_tests": failed_tests([result for _, result in self.results]),
             "benchmarks": as_json(self.rows),
             "benches": [
                 json.loads(file.with_suffix(".json").read_text("utf-8")) for file in self.benches
@@ -150,65 +271,12 @@ class GpuReport:
         }
 
 
-def environment_of(result: Result) -> dict[str, str]:
-    """Parse the last line that ENVIRONMENT printed; {} if it failed."""
-    try:
-        return dict(json.loads(result.last_line))
-    except ValueError:
-        return {}
-
-
-def plan(raw: Path, *, reduced: bool) -> list[Task]:
-    """Plan the tests, the suites and BENCHES, which write into `raw`."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    workers = "2" if reduced else "8"
-    parallel = ("-n", workers) if importlib.util.find_spec("xdist") else ()
-    selection = (
-        REDUCED_TESTS if reduced else ("-m", "gpu", "--continue-on-collection-errors", "tests")
-    )
-    tasks = [Task("tests", (*pytest, *parallel, *selection), TESTS_TIME)]
-    for name, seconds in SUITES.items():
-        options = [f"--benchmark-json={raw / name}.json", "--benchmark-quiet"]
-        quick = ["--quick"] if reduced else []
-        command = (*pytest, f"benchmarks/bench_{name}.py", *options, *quick)
-        limit = REDUCED_TIME if reduced else seconds
-        tasks.append(Task(f"benchmark {name}", command, limit))
-    return tasks + _bench_tasks(REDUCED_BENCHES if reduced else BENCHES, raw)
-
-
-def plan_more(raw: Path, *, reduced: bool) -> list[Task]:
-    """Plan the tasks of --more; `reduced` leaves out compute-sanitizer, which needs a GPU."""
-    kernels = (sys.executable, "-m", "benchmarks.gpu.sanitize")
-    if reduced:
-        tasks = [Task("each kernel", ("env", "TRITON_INTERPRET=1", *kernels), SANITIZER_TIME)]
-    else:
-        tasks = [
-            Task(tool, (*SANITIZER, tool, *kernels), SANITIZER_TIME)
-            for tool in ("memcheck", "racecheck")
-        ]
-    tasks += _bench_tasks(REDUCED_MORE_BENCHES if reduced else MORE_BENCHES, raw)
-    flags, seconds = REDUCED_TRAINING if reduced else TRAINING
-    command = (sys.executable, "-m", "benchmarks.compare_modes", *flags.split())
-    return [*tasks, Task("training", (*command, "--write", str(raw / "training")), seconds)]
-
-
-def _bench_tasks(flags_of: Mapping[str, tuple[str, int]], raw: Path) -> list[Task]:
-    command = (sys.executable, "-m", "fastdino", "bench")
-    return [
-        Task(name, (*command, *flags.split(), "--output", str(raw / name)), seconds)
-        for name, (flags, seconds) in flags_of.items()
-    ]
-
-
-def read_suites(raw: Path) -> list[Row]:
-    """Read the rows of all suites that have written their JSON, complete or not."""
-    rows = []
-    for name in SUITES:
-        try:
-            rows += read_rows([raw / f"{name}.json"])
-        except (OSError, ValueError):
-            continue
-    return rows
+def failed_tests(results: Sequence[Result]) -> list[str]:
+    """Return the ids of the tests that pytest -v reported as failed, also by interrupted runs."""
+    verdict, test = "(?:FAILED|ERROR)", r"(tests/\S+::\S+)"
+    pattern = re.compile(rf"(?:^|\] ){verdict} {test}|^{test} {verdict}")
+    matches = (pattern.search(line) for r in results for line in r.output.splitlines())
+    return list(dict.fromkeys(match[1] or match[2] for match in matches if match))
 
 
 def slug(device: str) -> str:
@@ -216,25 +284,49 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def run_and_report(report: GpuReport, tasks: Sequence[Task], raw: Path, folder: Path) -> int:
-    """Run the tasks; returns 1 if one has a problem, else 0.
+def run_parts(
+    report: GpuReport,
+    parts: Sequence[Part],
+    folder: Path,
+    total: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Path:
+    """Run the parts within `total` seconds and write the report after each; returns its folder.
 
-    Unused time goes to the next task, because the duration of torch.compile is hard to predict.
+    A part ends when the sum of the planned seconds so far has passed, at the latest.
     """
-    spare = 0.0
-    for task in tasks:
-        task = replace(task, timeout=task.timeout + spare)
-        print(f"{task.name}, at most {task.timeout:.0f} s", flush=True)
-        result = run_task(task)
-        spare = max(0.0, task.timeout - result.seconds)
-        print(f"    {result.problem or 'passed'} after {result.seconds:.0f} s", flush=True)
-        report.results.append(result)
-        report.rows = read_suites(raw)
-        report.benches = sorted(file.with_suffix("") for file in raw.glob("*/*.json"))
-        write_report(folder, report.name, report.markdown(), report.as_json())
-        for picture in raw.glob("*/*.png"):
-            shutil.copy(picture, folder)
-    return int(any(result.problem for result in report.results))
+    start = clock()
+    ends = accumulate(part.seconds for part in parts)
+    written = folder
+    for part, end in zip(parts, ends, strict=True):
+        left = start + min(end, total) - clock()
+        print(f"{part.name}, at most {left:.0f} s", flush=True)
+        if left < LEAST + GRACE:
+            results = [Result(task.name, 0.0, "not run: no time left", "") for task in part.tasks]
+        else:
+            results = run_tasks([replace(task, seconds=left) for task in part.tasks])
+        for result in results:
+            line = f"{result.name}: {result.problem or 'passed'} after {result.seconds:.0f} s"
+            print(f"    {line}", flush=True)
+        report.results += [(part.name, result) for result in results]
+        report.seconds = clock() - start
+        written = folder / slug(str(report.device["environment"].get("device", "unknown")))
+        report.write(written)
+    return written
+
+
+def read_first_report(folder: Path) -> dict[str, object]:
+    """Return the JSON of the only first report in the folder's folders, {} without one."""
+    files = sorted(folder.glob("*/report.json"), key=lambda file: file.stat().st_mtime)
+    first: dict[str, object] = json.loads(files[-1].read_text("utf-8")) if files else {}
+    return first
+
+
+def has_gpu() -> bool:
+    """Return True if PyTorch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,19 +336,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reduced", action="store_true", help="small sizes, on the CPU")
     options = parser.parse_args(arguments)
 
-    first = run_task(Task("environment", (sys.executable, "-c", ENVIRONMENT), ENVIRONMENT_TIME))
-    environment = environment_of(first)
-    device = environment.get("device", "unknown")
-    reduced = options.reduced or device in ("cpu", "unknown")
-    report = GpuReport(environment, reduced, "more" if options.more else "report", [first])
-    make_plan = plan_more if options.more else plan
+    reduced = options.reduced or not has_gpu()
     default = ROOT / ("runs/gpu-report" if reduced else "benchmarks/results")
-    folder = (options.output or default).resolve() / slug(device)
+    folder = (options.output or default).resolve()
     with tempfile.TemporaryDirectory() as temporary:
         raw = Path(temporary)
-        status = run_and_report(report, make_plan(raw, reduced=reduced), raw, folder)
-        print(f"\n{report.markdown()}\nWritten to {folder}")
-    return status
+        report = GpuReport(reduced, raw, "more" if options.more else "report")
+        if reduced:
+            parts = reduced_plan_more(raw) if options.more else reduced_plan(raw)
+            total = sum(part.seconds for part in parts)
+        else:
+            parts = plan_more(raw, read_first_report(folder)) if options.more else plan(raw)
+            total = TOTAL_MORE if options.more else TOTAL
+        written = run_parts(report, parts, folder, total)
+        print(f"\n{report.markdown()}\nWritten to {written}")
+    return int(any(result.problem for _, result in report.results))
 
 
 if __name__ == "__main__":

@@ -92,10 +92,12 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+KERNELS: tuple[Callable[[torch.dtype, torch.device], list[Tensor]], ...] = (losses, updates, crops)
+
+
 def main() -> int:
     device = choose_device("auto")
-    kernels: list[Callable[[torch.dtype, torch.device], list[Tensor]]] = [losses, updates, crops]
-    for kernel in kernels:
+    for kernel in KERNELS:
         for dtype in DTYPES:
             made = kernel(dtype, device)
             if not all(bool(torch.isfinite(tensor).all()) for tensor in made):

@@ -8,21 +8,25 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds after SIGINT, to write partial results
+# Marks a task's processes. They inherit it, also those that leave the process group.
+MARK = "FASTDINO_TASK"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command and its time limit in seconds."""
+    """A command that may take `seconds`, killing included."""
 
     name: str
     command: Sequence[str]
-    timeout: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,35 @@ class Result:
 
 
 def run_task(task: Task, grace: float = GRACE) -> Result:
-    """Run a task; at its time limit interrupt it, then kill it and its children."""
+    """Run a task; `grace` seconds before its limit interrupt it, then kill all its processes."""
     start = time.perf_counter()
+    mark = uuid.uuid4().hex
     # The output goes to a file: a grandchild could keep a pipe open. A session of its own allows
-    # to kill the whole process group.
+    # to interrupt the whole process group.
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            task.command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_variables(),
-            start_new_session=True,
-            preexec_fn=_accept_interrupts,
-        )
-        problem = _wait(process, task.timeout, grace)
+        try:
+            process = subprocess.Popen(
+                task.command,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_variables() | {MARK: mark},
+                start_new_session=True,
+                preexec_fn=_accept_interrupts,
+            )
+        except OSError as error:
+            return Result(task.name, 0.0, f"not started: {error}", "")
+        problem = _wait(process, max(task.seconds - grace, 0.0), grace)
+        if not _kill(process, mark):
+            problem = f"{problem}; its process could not be killed".removeprefix("; ")
         output.seek(0)
         return Result(task.name, time.perf_counter() - start, problem, output.read())
+
+
+def run_tasks(tasks: Sequence[Task], grace: float = GRACE) -> list[Result]:
+    """Run tasks at the same time."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return list(pool.map(lambda task: run_task(task, grace), tasks))
 
 
 def _accept_interrupts() -> None:
@@ -66,19 +82,46 @@ def _accept_interrupts() -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float, grace: float) -> str:
-    """Wait for the process and kill its group; returns the problem or ""."""
+    """Wait for the process, interrupting it at the end; returns the problem or ""."""
     try:
         code = process.wait(timeout)
-        problem = f"exit status {code}" if code else ""
+        return f"exit status {code}" if code else ""
     except subprocess.TimeoutExpired:
-        problem = f"stopped after {timeout:.0f} s"
         with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
             process.wait(grace)
+        return f"stopped after {timeout:.0f} s"
+
+
+def _kill(process: subprocess.Popen[bytes], mark: str) -> bool:
+    """Kill the task's processes; returns False if its first one does not end.
+
+    A process that waits inside the GPU's driver may ignore SIGKILL.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return problem
+    for _ in range(10):  # one that is being killed may have started another
+        marked = list(_marked(mark))
+        if not marked:
+            break
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _marked(mark: str) -> Iterator[int]:
+    """Yield the processes with this mark in their environment; none without /proc."""
+    wanted = f"{MARK}={mark}".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if wanted in environment.read_bytes().split(b"\0"):
+                yield int(environment.parent.name)
 
 
 def _variables() -> dict[str, str]:

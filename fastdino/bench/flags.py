@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     for flag, default in _flags_of(step_benchmark if args.loader else loader_benchmark).items():
         if getattr(args, flag) != default:
             raise ConfigError(f"--{flag} {'does not go' if args.loader else 'goes'} with --loader")
-    for flag in ("seconds", "timeout", "step_ms", "backward_ms"):
+    for flag in ("seconds", "timeout", "time_limit", "step_ms", "backward_ms"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{flag} must be a finite number above 0, got {value}")

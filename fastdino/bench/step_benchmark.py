@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from fastdino.bench.baselines.training_step import (
     synthetic_crops,
     vit_sizes,
 )
-from fastdino.bench.correctness import CorrectnessCheck
+from fastdino.bench.correctness import CorrectnessCheck, Verdict
 from fastdino.bench.flops import executed_flops, model_flops, peak_of
 from fastdino.bench.harness import Harness, Sample, choose_baselines
 from fastdino.bench.measurement import free_memory, host_seconds, saved_bytes, synchronize
@@ -51,6 +52,7 @@ DEFAULTS = {
     "cpu": {"arch": "vit_tiny", "batch_size_per_gpu": 8},
 }
 PACKAGES = ("torch", "triton", "torchvision", "timm", "lightly", "xformers", "fastdino")
+TOO_LATE = "not ready after half of --time_limit"
 WARMUP_STEPS = {"cuda": 5, "cpu": 1}  # after the first
 
 
@@ -65,6 +67,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     names = ("patch_size", "out_dim", "drop_path_rate", "use_fp16", "amp_dtype", "recompute")
     add_arguments(group, names)
     group.add_argument("--steps", type=int, help="steps per round, instead of --seconds")
+    group.add_argument(
+        "--time_limit",
+        type=float,
+        help="seconds of the whole benchmark; baselines that are not ready after half of them are "
+        "left out (default: none)",
+    )
     group.add_argument(
         "--dino_repo", type=Path, help="checkout of facebookresearch/dino, added as a baseline"
     )
@@ -143,6 +151,7 @@ class StepBenchmark:
     def __init__(self, config: TrainConfig, device: torch.device, args: argparse.Namespace):
         self.config, self.device, self.args = config, device, args
         self.crops = synthetic_crops(config, device)
+        self.ready_by = math.inf
         self.results: dict[str, StepResult] = {}
         self.steps: dict[str, TrainingStep] = {}
         self.harness = Harness([])
@@ -151,6 +160,8 @@ class StepBenchmark:
         """Run all phases and return the report; an interrupted run reports what is measured."""
         self.harness = Harness(baselines, log, self._drop)
         problem = ""
+        if self.args.time_limit:
+            self.ready_by = time.perf_counter() + self.args.time_limit / 2
         facts = self.environment()
         try:
             self.check(baselines)
@@ -178,7 +189,10 @@ class StepBenchmark:
         """Check every baseline against the paper's step."""
         checker = CorrectnessCheck(self.config, self.device, self.args.dino_repo)
         for name, baseline in baselines.items():
-            verdict = checker.check(baseline.build, one_size=bool(baseline.one_size))
+            if self._late():
+                verdict = Verdict({}, TOO_LATE)
+            else:
+                verdict = checker.check(baseline.build, one_size=bool(baseline.one_size))
             notes = []
             if baseline.one_size:
                 notes.append(f"on crops of one size: {baseline.one_size}")
@@ -195,13 +209,17 @@ class StepBenchmark:
             )
             log(f"{name}: {verdict}")
             if not verdict.passed:
-                self.harness.fail(name, "incorrect: not timed")
+                late = verdict.error == TOO_LATE
+                self.harness.fail(name, TOO_LATE if late else "incorrect: not timed", skipped=late)
             free_memory(self.device)
 
     def prepare(self, baselines: dict[str, StepBaseline]) -> None:
         """Build the baselines, warm them up, and measure the memory of a step."""
         setup = initial_setup(self.config, self.device, self.args.dino_repo)
         for name in self.harness.active:
+            if self._late():
+                self.harness.fail(name, TOO_LATE, skipped=True)
+                continue
             with self.harness.guard(name):
                 on_gpu = self.device.type == "cuda"
                 before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
@@ -261,6 +279,9 @@ class StepBenchmark:
         memory = "kept" if self.args.keep_memory else "C library's default"
         facts = {"freed memory": memory} if self.device.type == "cpu" else {}
         return environment(self.device, PACKAGES, facts)
+
+    def _late(self) -> bool:
+        return time.perf_counter() > self.ready_by
 
     def _fastest(self, names: Sequence[str]) -> str | None:
         timed = [name for name in names if name in self.steps and self.results[name].seconds]

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.bench.baselines.crop_transforms import MultiCrop, lightly_crops, paper_crops, v2_crops
 from fastdino.bench.harness import Sample
-from fastdino.bench.measurement import synchronize
+from fastdino.bench.measurement import Call, device_time, synchronize
 from fastdino.bench.worker_process import session_cpu_seconds
 from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
@@ -36,6 +36,9 @@ from fastdino.runtime import resolve_crops
 
 # Batches per epoch of our loaders: enough that an epoch rarely ends within a round.
 _STEPS = 1 << 12
+# Batches whose launches fit into a GPU's queue, and an upper bound of the host's time for each. The
+# GPU sleeps until they are queued.
+_QUEUED, _HOST_SECONDS = 50, 4e-3
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class KernelTimer:
     """Measure multi_crop alone, on images and parameters that are already on the GPU."""
 
     def __init__(self, task: LoaderTask) -> None:
-        config, dataset = task.config, task.dataset
+        config, dataset, self._device = task.config, task.dataset, task.device
         indices = np.arange(config.batch_size_per_gpu) % len(dataset)
         images = [np.array(dataset.read_rgb(int(i))) for i in indices]
         self._images = [torch.from_numpy(image).to(task.device) for image in images]
@@ -228,15 +231,11 @@ class KernelTimer:
         ]
 
     def __call__(self, batches: int) -> Sample:
-        """Make the crops of `batches` batches; the seconds are the GPU's."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cpu = session_cpu_seconds()
-        begin.record()
-        for _ in range(batches):
-            self.make()
-        end.record()
-        end.synchronize()
-        seconds = begin.elapsed_time(end) * 1e-3
+        """Make the crops of `batches` batches; the seconds are the GPU's, without gaps."""
+        cpu, device, seconds = session_cpu_seconds(), torch.device(self._device), 0.0
+        for start in range(0, batches, _QUEUED):
+            calls: list[Call] = [self.make] * min(_QUEUED, batches - start)
+            seconds += len(calls) * device_time(calls, device, _HOST_SECONDS * len(calls)).seconds
         return Sample(batches * len(self._images), seconds, _since(cpu))
 
     def make(self) -> list[Tensor]:
