@@ -4,6 +4,7 @@ bench_*.py             pytest-benchmark suites: loss, EMA, clip, optimizer, host
 comparison.py          baselines of one operation: checked, then timed in interleaved rounds
 networks.py            parameters in the shapes of a network
 kernel_tables.py       pytest-benchmark's JSON -> Markdown tables
+results_table.py       predictions next to measurements; the measured rows of the README
 compare_modes.py       short trainings by --mode fast and --mode parity
 crop_differences.py    differences of the crop backends, for docs/crops.md
 gpu/                   compile gates, sanitizer, tuning, GPU report

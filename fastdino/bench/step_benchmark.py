@@ -164,7 +164,6 @@ class StepBenchmark:
             self.ready_by = time.perf_counter() + self.args.time_limit / 2
         facts = self.environment()
         try:
-            self.check(baselines)
             self.prepare(baselines)
             self.measure()
             facts = self.environment()  # with the GPU's clocks under load
@@ -185,50 +184,51 @@ class StepBenchmark:
             scaling=self.scaling() if self.args.scaling and not problem else None,
         )
 
-    def check(self, baselines: dict[str, StepBaseline]) -> None:
-        """Check every baseline against the paper's step."""
-        checker = CorrectnessCheck(self.config, self.device, self.args.dino_repo)
-        for name, baseline in baselines.items():
-            if self._late():
-                verdict = Verdict({}, TOO_LATE)
-            else:
-                verdict = checker.check(baseline.build, one_size=bool(baseline.one_size))
-            notes = []
-            if baseline.one_size:
-                notes.append(f"on crops of one size: {baseline.one_size}")
-            if verdict.loss_tolerance > TOLERANCE:
-                notes.append(f"the loss, one long fp32 sum, to {verdict.loss_tolerance:g}")
-            self.results[name] = StepResult(
-                name,
-                baseline.title,
-                verdict,
-                self.harness.outcomes[name],
-                images=self.config.batch_size_per_gpu,
-                note="; ".join(notes),
-                first_steps=verdict.seconds,
-            )
-            log(f"{name}: {verdict}")
-            if not verdict.passed:
-                late = verdict.error == TOO_LATE
-                self.harness.fail(name, TOO_LATE if late else "incorrect: not timed", skipped=late)
-            free_memory(self.device)
-
     def prepare(self, baselines: dict[str, StepBaseline]) -> None:
-        """Build the baselines, warm them up, and measure the memory of a step."""
+        """Check and warm up the baselines, one after the other, as long as there is time."""
+        checker = CorrectnessCheck(self.config, self.device, self.args.dino_repo)
         setup = initial_setup(self.config, self.device, self.args.dino_repo)
-        for name in self.harness.active:
-            if self._late():
+        for name, baseline in baselines.items():
+            if time.perf_counter() > self.ready_by:
+                self._add_result(name, baseline, Verdict({}, TOO_LATE))
                 self.harness.fail(name, TOO_LATE, skipped=True)
                 continue
+            verdict = checker.check(baseline.build, one_size=bool(baseline.one_size))
+            self._add_result(name, baseline, verdict)
+            log(f"{name}: {verdict}")
+            free_memory(self.device)
+            if not verdict.passed:
+                self.harness.fail(name, "incorrect: not timed")
+                continue
             with self.harness.guard(name):
-                on_gpu = self.device.type == "cuda"
-                before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
-                step = self.steps[name] = baselines[name].build(setup)
-                result = self.results[name]
-                result.precision = step.precision
-                result.first_steps += self._seconds(name, 1)
-                self._seconds(name, WARMUP_STEPS[self.device.type] + step.warmup_steps)
-                result.memory = self._memory(name, before)
+                self._warm_up(name, partial(baseline.build, setup))
+
+    def _add_result(self, name: str, baseline: StepBaseline, verdict: Verdict) -> None:
+        notes = []
+        if baseline.one_size:
+            notes.append(f"on crops of one size: {baseline.one_size}")
+        if verdict.loss_tolerance > TOLERANCE:
+            notes.append(f"the loss, one long fp32 sum, to {verdict.loss_tolerance:g}")
+        self.results[name] = StepResult(
+            name,
+            baseline.title,
+            verdict,
+            self.harness.outcomes[name],
+            images=self.config.batch_size_per_gpu,
+            note="; ".join(notes),
+            first_steps=verdict.seconds,
+        )
+
+    def _warm_up(self, name: str, build: Callable[[], TrainingStep]) -> None:
+        """Build a step, run its first steps, and measure the memory of one."""
+        on_gpu = self.device.type == "cuda"
+        before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
+        step = self.steps[name] = build()
+        result = self.results[name]
+        result.precision = step.precision
+        result.first_steps += self._seconds(name, 1)
+        self._seconds(name, WARMUP_STEPS[self.device.type] + step.warmup_steps)
+        result.memory = self._memory(name, before)
 
     def measure(self) -> None:
         """Measure the interleaved rounds."""
@@ -279,9 +279,6 @@ class StepBenchmark:
         memory = "kept" if self.args.keep_memory else "C library's default"
         facts = {"freed memory": memory} if self.device.type == "cpu" else {}
         return environment(self.device, PACKAGES, facts)
-
-    def _late(self) -> bool:
-        return time.perf_counter() > self.ready_by
 
     def _fastest(self, names: Sequence[str]) -> str | None:
         timed = [name for name in names if name in self.steps and self.results[name].seconds]
