@@ -126,6 +126,11 @@ def check_inplace_backward(name: str, student: Tensor, other: Tensor) -> None:
     """Raise ValueError if writing over the student's logits would change other values as well."""
     if torch.compiler.is_compiling():  # traced tensors have no address
         return
+    if student.is_neg():
+        raise ValueError(
+            "inplace_backward writes over the student's logits: expected a tensor of its own, got "
+            "a negative view; call resolve_neg() first"
+        )
     if overlaps_itself(student):
         raise ValueError(
             "inplace_backward writes over the student's logits: expected a tensor whose elements "

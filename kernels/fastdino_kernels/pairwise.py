@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .dispatch import compute_dtype
 from .operators import LIBRARY, ops, register_fake
-from .pairwise_arguments import Crops, PairwiseOptions, pair_count
+from .pairwise_arguments import Crops, PairwiseOptions
 
 # A temperature is a float, or a 0-d tensor on the device, in which case the float is unused.
 _OPTIONS = (
@@ -45,15 +45,16 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-# The gradient [S, B, K] of the sum of scale * grad_rows [S, B] * rows, in the student's dtype.
+# The gradient [S, B, K] of the student's logits, in their dtype, from that of the result: of the
+# loss [], or of rows [S, B].
 LIBRARY.define(
-    "pairwise_backward(Tensor grad_rows, float scale, Tensor student, Tensor teacher, "
+    "pairwise_backward(Tensor grad_result, Tensor student, Tensor teacher, "
     f"Tensor? center, Tensor stats, {_OPTIONS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # The same, written over the student's logits.
 LIBRARY.define(
-    "pairwise_backward_(Tensor grad_rows, float scale, Tensor(a!) student, Tensor teacher, "
+    "pairwise_backward_(Tensor grad_result, Tensor(a!) student, Tensor teacher, "
     f"Tensor? center, Tensor stats, {_OPTIONS}) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -83,26 +84,25 @@ def _empty_results(
     return tuple(torch.empty(shape, dtype=dtype, device=student.device) for shape in shapes)
 
 
-def _backward(grad_rows: Tensor, scale: float, student: Tensor, *rest: Any) -> Tensor:
-    grad = _empty_gradient(grad_rows, scale, student)
-    _write_gradient(grad, grad_rows, scale, student, *rest)
+def _backward(grad_result: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    grad = _empty_gradient(grad_result, student)
+    _write_gradient(grad, grad_result, student, *rest)
     return grad
 
 
-def _empty_gradient(grad_rows: Tensor, scale: float, student: Tensor, *_: Any) -> Tensor:
+def _empty_gradient(grad_result: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _backward_(grad_rows: Tensor, scale: float, student: Tensor, *rest: Any) -> None:
-    _write_gradient(student, grad_rows, scale, student, *rest)
+def _backward_(grad_result: Tensor, student: Tensor, *rest: Any) -> None:
+    _write_gradient(student, grad_result, student, *rest)
     # Autograd cannot see the writes of a kernel: graphs that saved the logits become invalid.
     torch.autograd.graph.increment_version(student)
 
 
 def _write_gradient(
     grad: Tensor,
-    grad_rows: Tensor,
-    scale: float,
+    grad_result: Tensor,
     student: Tensor,
     teacher: Tensor,
     center: Tensor | None,
@@ -112,7 +112,7 @@ def _write_gradient(
     if grad.numel() > 0:
         implementation, options = _unpack(flat)
         crops = Crops(student, teacher, center)
-        implementation.backward(grad, grad_rows, scale, crops, stats, options)
+        implementation.backward(grad, grad_result, crops, stats, options)
 
 
 def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
@@ -159,27 +159,29 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         result, teacher_sum, center_used, stats = ops.pairwise_forward(
             student, teacher, center, *options
         )
-        ctx.save_for_backward(student, teacher, None if center is None else center_used, stats)
-        ctx.options, ctx.inplace_backward = options, inplace_backward
-        ctx.ignore_diagonal = ignore_diagonal
+        # Everything that the backward pass reads is saved, so that autograd refuses changes of it.
+        center_used = None if center is None else center_used
+        temps = options[2:4]
+        ctx.save_for_backward(student, teacher, center_used, stats, *temps)
+        ctx.numbers, ctx.settings = options[:2], options[4:]
+        ctx.inplace_backward = inplace_backward
         ctx.mark_non_differentiable(teacher_sum)
+        ctx.set_materialize_grads(False)  # or zeros [K] would be made for teacher_sum
         return result, teacher_sum
 
     @staticmethod
     def backward(
-        ctx: Any, grad_result: Tensor, _grad_teacher_sum: Tensor
+        ctx: Any, grad_result: Tensor | None, _grad_teacher_sum: None
     ) -> tuple[Tensor | None, ...]:
+        if grad_result is None:
+            return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the loss has no second derivative: expected a backward pass without create_graph"
             )
-        student, teacher, center, stats = ctx.saved_tensors
-        (S, B, _), T = student.shape, teacher.shape[0]
-        scale = 1.0
-        if center is not None:
-            grad_result = grad_result.expand(S, B)
-            scale = 1.0 / max(pair_count(S, T, ctx.ignore_diagonal) * B, 1)
-        arguments = (grad_result, scale, student, teacher, center, stats, *ctx.options)
+        student, teacher, center, stats, *temps = ctx.saved_tensors
+        options = (*ctx.numbers, *temps, *ctx.settings)
+        arguments = (grad_result, student, teacher, center, stats, *options)
         if ctx.inplace_backward:
             ops.pairwise_backward_(*arguments)
             grad = student

@@ -25,6 +25,11 @@ class Crops(NamedTuple):
         S, B, K = self.student.shape
         return S, self.teacher.shape[0], B, K
 
+    def terms(self, options: PairwiseOptions) -> int:
+        """Return the number of cross-entropies whose mean is the loss; 1 without a center."""
+        S, T, B, _ = self.sizes()
+        return 1 if self.center is None else pair_count(S, T, options.ignore_diagonal) * B
+
 
 class PairwiseOptions(NamedTuple):
     """Temperatures, each a float or a 0-d tensor on the device, and the pairs to leave out."""

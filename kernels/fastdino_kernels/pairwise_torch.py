@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
-from .pairwise_arguments import Crops, PairwiseOptions, pair_count
+from .pairwise_arguments import Crops, PairwiseOptions
 
 # Elements of one temporary per CPU thread: 256 KB in fp32, so that a few stay in a core's L2.
 _BLOCK_ELEMENTS = 1 << 16
@@ -64,14 +64,12 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
                 rows[views, block] = (target.mass * total.log2() - cross) * math.log(2)
     if center is None:
         return rows, teacher_sum, center_used, stats
-    loss = rows.sum() / max(pair_count(S, T, ignore_diagonal) * B, 1)
-    return loss, teacher_sum, center_used, stats
+    return rows.sum() / crops.terms(options), teacher_sum, center_used, stats
 
 
 def backward(
     grad: Tensor,
-    grad_rows: Tensor,
-    scale: float,
+    grad_result: Tensor,
     crops: Crops,
     stats: Tensor,
     options: PairwiseOptions,
@@ -83,9 +81,10 @@ def backward(
     dtype, device = stats.dtype, student.device
     student_scale = _log2_scale(student_temp, device)
     # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
-    grad_rows = grad_rows.to(dtype) * (scale * math.log(2) * student_scale)
+    factors = grad_result.to(dtype) * (math.log(2) / crops.terms(options) * student_scale)
     # If all rows have the same factor (the loss is a mean), the targets are scaled only once.
-    factor = grad_rows[0, 0] if grad_rows.stride() == (0, 0) else None
+    factor = factors if center is not None else None
+    factors = factors.expand(S, B)
     for block in blocks_of_images(B, K, device):
         targets = []
         for q, crop in enumerate(teacher[:, block]):
@@ -102,7 +101,7 @@ def backward(
             if others is None:
                 grad[views, block] = 0
                 continue
-            g = grad_rows[views, block, None]
+            g = factors[views, block, None]
             largest, total = stats[:, views, block]
             z, _ = _scaled(student[views, block], dtype, student_scale, largest)
             share = z.exp2_().mul_((others.mass / total)[..., None])

@@ -347,8 +347,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
 
 def backward(
     grad: Tensor,
-    grad_rows: Tensor,
-    scale: float,
+    grad_result: Tensor,
     crops: Crops,
     stats: Tensor,
     options: PairwiseOptions,
@@ -361,11 +360,12 @@ def backward(
     S, T, B, K = crops.sizes()
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
     rows = min(B, MAX_ROWS_OF_PROGRAMS)
+    strides = (0, 0) if center is not None else grad_result.stride()
     with device_guard(student):
         pairwise_backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
-            grad_rows, student, teacher, center, stats, grad,
-            options.student_temp, options.teacher_temp, scale, B, K,
-            *grad_rows.stride(), *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2],
+            grad_result, student, teacher, center, stats, grad,
+            options.student_temp, options.teacher_temp, 1.0 / crops.terms(options), B, K,
+            *strides, *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2],
             S=S, T=T, CENTERED=center is not None, IGNORE_DIAGONAL=options.ignore_diagonal,
             **_temperature_flags(options), EVEN=K % block == 0, BLOCK=block,
             num_warps=BACKWARD_WARPS,
