@@ -48,8 +48,12 @@ bench: install  ## benchmark the kernels; tables and JSON in BENCH (QUICK=1: sma
 gates: install  ## compile every kernel ahead of time, without a GPU; table in benchmarks/results
 	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.gpu.compile_gates --write benchmarks/results
 
-gpu-report:  ## on a GPU: tests, benchmarks, a report in benchmarks/results (MORE=1: part two; REDUCED=1: on a CPU)
+gpu-report:  ## on a GPU: one report in benchmarks/results (MORE=1: the second; REDUCED=1: on a CPU; REHEARSE=1: its time budget)
+ifdef REHEARSE
+	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.rehearsal --write $(or $(OUTPUT),benchmarks/results)
+else
 	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
+endif
 
 clean:  ## remove the environment, runs and build outputs
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ TEMPS = (0.1, 0.04)
 # Relative; the paper's code divides half-precision logits by the temperature before upcasting.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-3}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-L2_BYTES = 50 << 20  # of an H100; the rotated inputs are several times larger
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,18 @@ CASES = [
 ]
 
 
+def rotated_inputs(size: Size, device: torch.device) -> list[Inputs]:
+    """Make inputs for consecutive calls that together are several times larger than the L2."""
+    sets = 2
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        sets = min(max(2, math.ceil(4 * cache / counted_bytes(size, "forward")[0])), 10)
+    return [make_inputs(size, seed, device) for seed in range(sets)]
+
+
 def loss_comparison(size: Size, phase: str, device: torch.device) -> Comparison:
     counted, note = counted_bytes(size, phase)
-    once = counted_bytes(size, "forward")[0]
-    sets = max(2, 4 * L2_BYTES // once) if device.type == "cuda" else 2
-    inputs = [make_inputs(size, seed, device) for seed in range(min(sets, 8))]
+    inputs = rotated_inputs(size, device)
     baselines = []
     for name in (name for case, name in CASES if case == phase):
         role, loss = BASELINES[name]
@@ -178,6 +185,27 @@ def loss_comparison(size: Size, phase: str, device: torch.device) -> Comparison:
         make = partial(prepare, loss, phase, itertools.cycle(inputs), "in place" in name)
         baselines.append(Baseline(name, make, partial(check, loss, size, device), role))
     return Comparison(f"DINO loss, {phase}, {size}", baselines, counted, note)
+
+
+def crops_comparison(sizes: tuple[Size, ...], device: torch.device) -> Comparison:
+    """Compare our forward pass for several numbers of crops, which other tests check."""
+    baselines = []
+    for size in sizes:
+        rotation = itertools.cycle(rotated_inputs(size, device))
+        make = partial(prepare, ours, "forward", rotation, clone=False)
+        baselines.append(Baseline(f"S = {size.V}", make))
+    size = sizes[0]
+    title = f"DINO loss, forward by crops, B{size.B} K{size.K}"
+    return Comparison(title, baselines, note="the kernels of this project")
+
+
+CROPS = {name: (sizes[0], replace(sizes[0], V=12)) for name, sizes in SIZES.items()}
+
+
+@pytest.mark.parametrize("baseline", [0, 1])
+def test_crops(compare: Compare, kind: str, baseline: int) -> None:
+    sizes = CROPS[kind]
+    compare(crops_comparison, sizes, baseline=f"S = {sizes[baseline].V}")
 
 
 @pytest.mark.parametrize(("phase", "baseline"), CASES)

@@ -64,6 +64,12 @@ def append_row(file: Path, timing: Timing, copy_gbps: float) -> None:
         lines.write(json.dumps(row) + "\n")
 
 
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    """The key of a module's SIZES: "cuda", "cpu" or "quick"."""
+    return mode(request.config)
+
+
 @pytest.fixture(scope="session")
 def copy_gbps(request: pytest.FixtureRequest) -> float:
     """GB/s of a copy on this machine, in this run."""

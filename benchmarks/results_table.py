@@ -4,8 +4,8 @@
     python -m benchmarks.results_table --readme README.md   # replace the measured rows
 
 Measurements are the JSON files in benchmarks/results/<device>/: report.json and more.json of
-`make gpu-report`, or benchmarks.json, step.json and loader.json of the single commands. Predictions
-are benchmarks/results/predictions.json.
+`make gpu-report`, or benchmarks.json, step.json and loader.json of the single commands. Predicted
+ranges, floors and goals are in benchmarks/results/targets.json.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Prediction:
         return None
 
 
-def read_predictions(file: Path = RESULTS / "predictions.json") -> list[Prediction]:
+def read_predictions(file: Path = RESULTS / "targets.json") -> list[Prediction]:
     """Read the predictions."""
     return [Prediction(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
 

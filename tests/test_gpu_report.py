@@ -135,7 +135,7 @@ def test_all_parts_run_and_failures_are_reported(tmp_path):
         "| passed | 13 passed |",
         "These times mean nothing",
         "| loss forward, S = 10, us | 23 | ",
-        "not measured",
+        " | not measured | - |",
     ):
         assert line in text
     record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -210,7 +210,10 @@ def test_measurements_of_the_parts_are_included(tmp_path):
         "role": "ours", "median": 4e-5, "iqr": 1e-6, "rounds": 9, "call_seconds": 4e-5,
         "queued": True, "bytes": 100, "note": "read once", "peak_bytes": 1, "copy_gbps": 4300.0,
     }  # fmt: skip
-    # A suite that was killed may leave half a line.
+    # A command that was killed may leave half a line or half a file.
+    (raw / "step").mkdir()
+    (raw / "step" / "step.md").write_text("# Training step\n")
+    (raw / "step" / "step.json").write_text('{"arms": [')
     (raw / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row)[:30])
     _, folder = run([part("works", 60, works=python("pass"))], tmp_path, reduced=False)
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -224,6 +227,16 @@ def test_measurements_of_the_parts_are_included(tmp_path):
     made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert made["benches"] == [record]
     assert [one["group"] for one in made["benchmarks"]] == [row["group"]]
+
+
+def test_a_report_that_cannot_be_written_stops_no_part(tmp_path, monkeypatch, capsys):
+    def fail(record):
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr(gpu_report, "prediction_table", fail)
+    report, _ = run([part(name, 60, **{name: python("pass")}) for name in "ab"], tmp_path)
+    assert [result.name for _, result in report.results] == ["a", "b"]
+    assert "RuntimeError: no table" in capsys.readouterr().err
 
 
 def test_a_device_part_that_printed_something_else_is_no_measurement(tmp_path):
@@ -279,8 +292,8 @@ def test_the_second_report_repeats_what_the_first_one_showed_broken(tmp_path):
         "parts": [{"name": name, "problem": problem} for name, problem in problems.items()],
     }
     parts = gpu_report.plan_more(tmp_path, before)
-    assert [one.name for one in parts[:3]] == ["tests that failed", "kernels", "step, B = 16"]
-    assert "tests/test_ema.py::test_x[triton-cuda-1]" in parts[0].tasks[0].command
+    assert [one.name for one in parts[1:4]] == ["tests that failed", "kernels", "step, B = 16"]
+    assert "tests/test_ema.py::test_x[triton-cuda-1]" in parts[1].tasks[0].command
 
 
 def test_failed_tests_are_read_from_the_output_of_pytest():
@@ -302,17 +315,26 @@ benchmarks/bench_ema.py::test_ema FAILED
 def test_the_first_check_has_one_case_per_kernel_and_dtype():
     command = (
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only",
-        "--one-per-dtype", "-m", "accuracy", *gpu_report.KERNEL_TESTS,
+        "--one-per-dtype", "-m", "accuracy", *gpu_report.kernel_tests(),
     )  # fmt: skip
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     cases = [line for line in listed.splitlines() if "::" in line]
     assert all("triton" in case for case in cases)
-    for file in gpu_report.KERNEL_TESTS:
+    names = ("adamw_ema", "clip", "dino_loss", "ema", "multi_crop", "soft_cross_entropy")
+    for file in (f"tests/test_{name}.py" for name in names):
         of_file = [case for case in cases if case.startswith(file)]
         least = 1 if "multi_crop" in file else 3  # dtypes
         assert len(of_file) >= least, file
         assert len(of_file) <= 24, file
-    assert len(cases) <= 90
+    assert len(cases) <= 120  # they have a minute
+
+
+def test_all_suites_run_and_the_loss_comes_first():
+    suites = gpu_report.suites()
+    assert suites[0] == "benchmarks/bench_dino_loss.py"
+    assert sorted(suites) == sorted(
+        str(file.relative_to(ROOT)) for file in (ROOT / "benchmarks").glob("bench_*.py")
+    )
 
 
 def test_the_command_writes_the_second_report(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -37,12 +38,8 @@ LEAST = 3  # seconds below which a part is not started
 PYTHON = sys.executable
 PYTEST = (PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40")
 BENCH = (PYTHON, "-m", "fastdino", "bench")
-KERNEL_TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in ("multi_crop", "dino_loss", "soft_cross_entropy", "adamw_ema", "clip", "ema")
-)
 # The first suites are the most valuable; each runs its first size before any runs its second one.
-SUITES = tuple(
+FIRST_SUITES = tuple(
     f"benchmarks/bench_{name}.py" for name in ("dino_loss", "adamw_ema", "ema", "clip", "overhead")
 )
 STEP = "--arch vit_small --batch_size_per_gpu 64 --seconds 0.6"
@@ -91,11 +88,12 @@ def plan(raw: Path) -> list[Part]:
         part(
             "correctness", 60,
             one_case_per_kernel_and_dtype=(
-                *PYTEST, *workers(8), "--one-per-dtype", "-m", "accuracy and gpu", *KERNEL_TESTS
+                *PYTEST, *workers(8), "--one-per-dtype", "-m", "accuracy and gpu", *kernel_tests()
             ),
             compile_the_step=(*BENCH, *warm.split()),
+            compile_the_loss=(*PYTEST, FIRST_SUITES[0], "-k", "B64 and V10 and compile"),
         ),
-        part("kernels", 90, suites=(*PYTEST, *SUITES, f"--rows={raw / 'rows.jsonl'}")),
+        part("kernels", 90, suites=(*PYTEST, *suites(), f"--rows={raw / 'rows.jsonl'}")),
         part("step", 120, vit_small=bench(raw / "step", step, STEP_BASELINES)),
         part("loader", 45, loaders=bench(raw / "loader", f"--loader {loaders}")),
         part("remaining GPU tests", 110, tests=(*PYTEST, *workers(12), *rest)),
@@ -145,16 +143,17 @@ def broken_parts(raw: Path, before: dict[str, object]) -> Iterator[Part]:
 
 def reduced_plan(raw: Path) -> list[Part]:
     """Plan the small form of the first report, which runs on a CPU."""
-    first = ("--one-per-dtype", "-m", "accuracy", "-k", "triton-cpu", *KERNEL_TESTS[3:])
+    first = ("--one-per-dtype", "-m", "accuracy", "-k", "triton-cpu", "tests/test_clip.py")
     rest = ("-k", "triton-cpu and streams", "tests/test_ema.py")
     loaders = bench(raw / "loader", f"--loader {TINY_LOADER}", "paper,fused")
+    rows = f"--rows={raw / 'rows.jsonl'}"
     return [
         part("device", 60, device=(PYTHON, "-m", "benchmarks.gpu.device_facts", "--reduced")),
         part(
             "correctness", 240,
             one_case_per_kernel_and_dtype=(*PYTEST, *workers(2), *first),
         ),
-        part("kernels", 400, suites=(*PYTEST, *SUITES, f"--rows={raw / 'rows.jsonl'}", "--quick")),
+        part("kernels", 400, suites=(*PYTEST, *suites(), rows, "--quick")),
         part("step", 120, vit_nano=bench(raw / "step", TINY_STEP, "paper,ours")),
         part("loader", 120, loaders=loaders),
         part("remaining GPU tests", 60, tests=(*PYTEST, *rest)),
@@ -179,6 +178,19 @@ def baselines_here(names: str) -> str:
     """Leave out lightly, which would be an error, if it is not installed."""
     missing = importlib.util.find_spec("lightly") is None
     return ",".join(name for name in names.split(",") if not (missing and name == "lightly"))
+
+
+def kernel_tests() -> list[str]:
+    """Return the files with tests that are marked as the first check of a kernel."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    marked = (file for file in files if "@pytest.mark.accuracy" in file.read_text("utf-8"))
+    return [str(file.relative_to(ROOT)) for file in marked]
+
+
+def suites() -> list[str]:
+    """Return the benchmark suites, the most valuable first."""
+    files = [str(file.relative_to(ROOT)) for file in (ROOT / "benchmarks").glob("bench_*.py")]
+    return [*FIRST_SUITES, *sorted(set(files) - set(FIRST_SUITES))]
 
 
 def workers(number: int) -> tuple[str, ...]:
@@ -211,9 +223,10 @@ class GpuReport:
         return read_row_lines(self.raw / "rows.jsonl")
 
     @property
-    def benches(self) -> list[Path]:
-        """Return the reports of `fastdino bench`, without suffix."""
-        return sorted(file.with_suffix("") for file in self.raw.glob("*/*.json"))
+    def benches(self) -> list[dict[str, object]]:
+        """Return the JSON of the runs of `fastdino bench`, without files that a killed run left."""
+        records = (read_json(file) for file in sorted(self.raw.glob("*/*.json")))
+        return [record for record in records if record]
 
     def write(self, folder: Path) -> None:
         """Write NAME.md, NAME.json, and NAME.log with the whole output of the tasks."""
@@ -228,9 +241,10 @@ class GpuReport:
             lines += ["Reduced: small sizes, to see that all of it runs. These times mean nothing."]
         lines += [f"Written by `make gpu-report` in {self.seconds:.0f} s.", ""]
         lines += [facts_table(environment), "", *self._rates(), self._parts_table(), ""]
-        lines += ["## Predictions", "", prediction_table(self.as_json()), ""]
-        for written in self.benches:  # headings one level lower
-            text = written.with_suffix(".md").read_text(encoding="utf-8")
+        measured = {} if self.reduced else self.as_json()
+        lines += ["## Predictions", "", prediction_table(measured), ""]
+        for file in sorted(self.raw.glob("*/*.md")):  # headings one level lower
+            text = file.read_text(encoding="utf-8")
             lines += [re.sub("^#", "##", text, flags=re.MULTILINE), ""]
         lines += ["## Kernels", "", tables(self.rows)] if self.rows else []
         for _, result in self.results:
@@ -265,9 +279,7 @@ class GpuReport:
             ],
             "failed_tests": failed_tests([result for _, result in self.results]),
             "benchmarks": as_json(self.rows),
-            "benches": [
-                json.loads(file.with_suffix(".json").read_text("utf-8")) for file in self.benches
-            ],
+            "benches": self.benches,
         }
 
 
@@ -311,15 +323,26 @@ def run_parts(
         report.results += [(part.name, result) for result in results]
         report.seconds = clock() - start
         written = folder / slug(str(report.device["environment"].get("device", "unknown")))
-        report.write(written)
+        try:
+            report.write(written)
+        except Exception:  # the parts that remain are worth more than this version of the report
+            traceback.print_exc()
     return written
 
 
 def read_first_report(folder: Path) -> dict[str, object]:
-    """Return the JSON of the only first report in the folder's folders, {} without one."""
+    """Return the JSON of the newest first report in the folder's folders, {} without one."""
     files = sorted(folder.glob("*/report.json"), key=lambda file: file.stat().st_mtime)
-    first: dict[str, object] = json.loads(files[-1].read_text("utf-8")) if files else {}
-    return first
+    return read_json(files[-1]) if files else {}
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """Read an object; {} if the file is incomplete."""
+    try:
+        record: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return record
 
 
 def has_gpu() -> bool:
