@@ -20,7 +20,7 @@ from fastdino.evals.attention_figures import (
 from fastdino.evals.attention_maps import attention_maps, fit_to_patches, head_statistics, keep_mass
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video import AVERAGED, PANELS, draw_frame, output_file
-from fastdino.evals.video_io import open_frames, video_writer
+from fastdino.evals.video_io import CLOCK, open_frames, video_writer
 from tests.commands import error_of
 
 
@@ -99,12 +99,37 @@ def test_video_keeps_its_frame_rate_and_is_resized(run, tmp_path):
     source = tmp_path / "in.mkv"
     with video_writer(source, 12.5) as write:
         for number in range(3):
-            write(np.full((40, 80, 3), 60 * number, np.uint8))
+            write(np.full((40, 80, 3), 60 * number, np.uint8), number / 12.5)
     out = tmp_path / "out.webm"
     assert run("--input_path", source, "--output_path", out, "--resize", 20)[::2] == (0, "")
     written = open_frames(str(out))
     assert (written.size, written.fps) == ((16, 3 * 40), 12.5)
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 3
+
+
+@pytest.mark.parametrize("source", ["in.mkv", "in.webm"])
+@pytest.mark.parametrize("target", ["out.mp4", "out.mkv", "out.webm", "out.avi"])
+def test_a_varying_frame_rate_is_kept(run, tmp_path, source, target):
+    times = np.cumsum(np.random.default_rng(0).choice([0, 0.033, 0.066, 0.1], 20))
+    times = np.unique(times - times[0])
+    with video_writer(tmp_path / source, 20, CLOCK) as write:
+        for number, seconds in enumerate(times):
+            write(np.full((32, 48, 3), 9 * number, np.uint8), seconds)
+    if source.endswith("webm"):  # as a browser's MediaRecorder, which states no rate
+        data = (tmp_path / source).read_bytes()
+        at = data.index(b"\x23\xe3\x83")  # DefaultDuration
+        length = 4 + (data[at + 3] & 127)
+        void = b"\xec" + bytes([128 | length - 2]) + bytes(length - 2)
+        (tmp_path / source).write_bytes(data[:at] + void + data[at + length :])
+    out = tmp_path / target
+    assert run("--input_path", tmp_path / source, "--output_path", out)[::2] == (0, "")
+    written = [seconds for _, seconds in open_frames(str(out)).timed()]
+    if target.endswith("avi"):  # has one rate only
+        assert written[-1] == pytest.approx(times[-1], rel=0.2)
+    else:
+        assert written == pytest.approx(times.tolist(), abs=2e-3)
+    rate = (len(times) - 1) / times[-1]
+    assert json.loads(out.with_suffix(".json").read_text())["fps"] == pytest.approx(rate, rel=0.1)
 
 
 def test_video_only_encodes_images_without_a_network(folder, tmp_path, capsys):

@@ -26,7 +26,7 @@ def frame(number, size=(32, 48)):
 def write_video(path, count=7, size=(32, 48), fps=12.5):
     with video_writer(path, fps) as write:
         for number in range(count):
-            write(frame(number, size))
+            write(frame(number, size), number / fps)
     return path
 
 
@@ -34,7 +34,8 @@ def write_video(path, count=7, size=(32, 48), fps=12.5):
 def test_written_video_is_read_back(tmp_path, ending):
     path = write_video(tmp_path / f"video{ending}")
     frames = open_frames(str(path))
-    assert (frames.size, frames.fps, frames.count) == ((32, 48), 12.5, 7)
+    count = None if ending in (".mkv", ".webm") else 7  # Matroska states no count
+    assert (frames.size, frames.fps, frames.count) == ((32, 48), 12.5, count)
     for _ in range(2):  # frames can be iterated twice
         decoded = list(frames)
         assert len(decoded) == 7

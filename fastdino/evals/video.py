@@ -43,7 +43,14 @@ from fastdino.evals.attention_maps import (
 from fastdino.evals.batching import batches
 from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
 from fastdino.evals.transforms import to_input
-from fastdino.evals.video_io import FORMATS, OTHER_FORMATS, Frames, open_frames, video_writer
+from fastdino.evals.video_io import (
+    CLOCK,
+    FORMATS,
+    OTHER_FORMATS,
+    Frames,
+    open_frames,
+    video_writer,
+)
 from fastdino.files import write_json
 from fastdino.runtime import choose_device
 
@@ -96,15 +103,15 @@ class AttentionVideo:
         # Fit an empty picture to check the size before a file is created.
         self.size = self.fit(Image.new("RGB", frames.size[::-1])).size[::-1]
 
-    def __iter__(self) -> Iterator[Pixels]:
-        for batch in batches(self.frames, self.args.batch_size_per_gpu):
-            pictures = [self.fit(frame) for frame in batch]
+    def __iter__(self) -> Iterator[tuple[Pixels, float]]:
+        for batch in batches(self.frames.timed(), self.args.batch_size_per_gpu):
+            pictures = [self.fit(frame) for frame, _ in batch]
             images = torch.stack([to_input(picture) for picture in pictures])
             batch_maps = attention_maps(self.model, images.to(self.device)).cpu()
-            for picture, maps in zip(pictures, batch_maps, strict=True):
+            for picture, maps, (_, seconds) in zip(pictures, batch_maps, batch, strict=True):
                 heads = head_statistics(maps, self.threshold)
                 self.totals = self.totals + [[head[name] for name in AVERAGED] for head in heads]
-                yield draw_frame(picture, maps, self.panels, self.threshold)
+                yield draw_frame(picture, maps, self.panels, self.threshold), seconds
 
     def record(self, count: int) -> dict[str, Any]:
         """Return the entries of the JSON file that depend on the network, after `count` frames."""
@@ -164,15 +171,17 @@ def main(args: argparse.Namespace) -> int:
     if os.path.realpath(path) == os.path.realpath(args.input_path):
         raise ConfigError(f"--output_path {path} is also the input: choose another file")
     frames = open_frames(args.input_path)
-    fps = args.fps or frames.fps
+    fps, time_base = args.fps or frames.fps, None if args.fps else frames.time_base
     attention = None if args.video_only else AttentionVideo(frames, args)
-    drawings = map(np.asarray, frames) if attention is None else attention
+    drawings = attention or ((np.asarray(frame), seconds) for frame, seconds in frames.timed())
     bar = tqdm(drawings, total=frames.count, unit="frame", disable=not sys.stderr.isatty())
-    count = 0
-    with video_writer(path, fps) as write:
-        for pixels in bar:
-            write(pixels)
-            count += 1
+    count, last = 0, 0.0
+    with video_writer(path, fps, time_base) as write:
+        for pixels, seconds in bar:
+            write(pixels, count / fps if args.fps else seconds)
+            count, last = count + 1, seconds
+    if time_base == CLOCK and last:  # the rate may vary
+        fps = (count - 1) / last
     record = {
         "settings": {"input_path": args.input_path},
         "output_path": str(path),

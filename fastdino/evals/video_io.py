@@ -36,6 +36,11 @@ FORMATS = {
 OTHER_FORMATS = (".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".jpg", ".png")
 EXPECTED = "expected a complete video that FFmpeg can read, or a folder of frames: convert it"
 FOLDER_FPS = 30.0  # for folders of frames, as in the paper's video_generation.py
+# A higher rate is that of a clock, as in recordings of browsers, and not one of frames.
+HIGHEST_FPS = 240.0
+# Seconds; a multiple of it lies between frames at 23.976, 24, 25, 29.97, 30, 50 and 60 fps. MPEG-4
+# Part 2 has only 16 bits for it.
+CLOCK, COARSE_CLOCK = Fraction(1, 720000), Fraction(1, 60000)
 QUALITY = "18"  # constant rate factor of x264 and VP9, high enough to keep the edges of patches
 
 
@@ -45,26 +50,32 @@ class Frames:
 
     Attributes:
         size: height and width in pixels, as displayed.
-        fps: frames per second.
+        fps: frames per second, on average if the rate is not constant.
         count: number of frames according to the header; None if it has no count.
-        decode: starts decoding.
+        decode: starts decoding; yields each frame with its time in seconds from the first.
+        time_base: seconds that all times are multiples of.
     """
 
     path: str
     size: tuple[int, int]
     fps: float
     count: int | None
-    decode: Callable[[], Iterator[Image.Image]]
+    decode: Callable[[], Iterator[tuple[Image.Image, float]]]
+    time_base: Fraction
 
     def __iter__(self) -> Iterator[Image.Image]:
         """Decode the frames; raise DataError if one is broken or has another size."""
-        for number, frame in enumerate(self.decode()):
+        return (frame for frame, _ in self.timed())
+
+    def timed(self) -> Iterator[tuple[Image.Image, float]]:
+        """Decode the frames with their times in seconds; raise DataError as iteration does."""
+        for number, (frame, seconds) in enumerate(self.decode()):
             if (frame.height, frame.width) != self.size:
                 raise DataError(
                     f"{self.path}: frame {number} is {frame.height} x {frame.width} px, but the "
                     f"frames before are {self.size[0]} x {self.size[1]} px: expected one size"
                 )
-            yield frame
+            yield frame, seconds
 
 
 def open_frames(path: str) -> Frames:
@@ -84,40 +95,53 @@ def _open_folder(folder: Path) -> Frames:
     if not files:
         raise DataError(f"no frames in {folder}: no file ends in {', '.join(EXTENSIONS)}")
 
-    def decode() -> Iterator[Image.Image]:
-        for file in files:
+    def decode() -> Iterator[tuple[Image.Image, float]]:
+        for number, file in enumerate(files):
             with quiet_pillow():
                 frame = read_rgb(file)
-            yield frame
+            yield frame, number / FOLDER_FPS
 
-    return Frames(str(folder), common_size(files), FOLDER_FPS, len(files), decode)
+    size, time_base = common_size(files), frame_time(FOLDER_FPS)
+    return Frames(str(folder), size, FOLDER_FPS, len(files), decode, time_base)
+
+
+def frame_time(fps: float) -> Fraction:
+    """Return the seconds between frames at a constant rate."""
+    return 1 / Fraction(fps).limit_denominator(1001)
 
 
 def _open_video(path: str) -> Frames:
-    first = next(_decode(path), None)
+    first, _ = next(_decode(path), (None, 0.0))
     if first is None:
         raise DataError(f"{path} cannot be decoded: it has no frames; {EXPECTED}")
     with av.open(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
         count = stream.frames
-        if not count and container.duration:
-            count = round(container.duration / av.time_base * rate)
-    return Frames(path, (first.height, first.width), rate, count or None, lambda: _decode(path))
+        seconds = (container.duration or 0) / av.time_base
+    if rate > HIGHEST_FPS:
+        rate = count / seconds if count and seconds else FOLDER_FPS
+    size = (first.height, first.width)
+    return Frames(path, size, rate, count or None, lambda: _decode(path), CLOCK)
 
 
-def _decode(path: str) -> Iterator[Image.Image]:
-    """Decode the first video stream of a file, rotated for display."""
-    number = 0
+def _decode(path: str) -> Iterator[tuple[Image.Image, float]]:
+    """Decode the first video stream of a file, rotated for display, with the frames' times."""
+    number, start, seconds = 0, 0.0, 0.0
     try:
         with av.open(path) as container:
             if not container.streams.video:
                 raise DataError(f"{path} cannot be decoded: it has no video stream; {EXPECTED}")
-            container.streams.video[0].thread_type = "AUTO"
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            step = 1 / float(stream.average_rate or FOLDER_FPS)
             for frame in container.decode(video=0):
                 # Phones store frames in the sensor's orientation, with a counterclockwise rotation.
                 turns = round(frame.rotation / 90) % 4
-                yield Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+                seconds = seconds + step if frame.time is None else frame.time
+                start = start if number else seconds
+                yield Image.fromarray(pixels), seconds - start
                 number += 1
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__
@@ -126,8 +150,12 @@ def _decode(path: str) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """Provide a function that appends a frame, uint8 [height, width, 3], to a new video.
+def video_writer(
+    path: Path, fps: float, time_base: Fraction | None = None
+) -> Iterator[Callable[[NDArray[np.uint8], float], None]]:
+    """Provide a function that appends a frame to a new video.
+
+    It takes the pixels, uint8 [height, width, 3], and the time in seconds from the first frame.
 
     All frames must have one size. Odd sides are padded with the last row or column, because most
     players need even sides. The file appears only if the block ends without an error; missing
@@ -135,7 +163,8 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]
 
     Args:
         path: ends in one of FORMATS.
-        fps: frames per second.
+        fps: frames per second, on average.
+        time_base: unit of the times in seconds; default: 1 / fps. AVI has no other.
 
     Raises: CheckpointError: the file cannot be written.
     """
@@ -144,19 +173,26 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[NDArray[np.uint8]
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file, av.open(file, "w", format=name) as container:
-            stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            stream: Any = container.add_stream(codec, rate=1 / frame_time(fps))
+            if time_base is None or name == "avi":
+                time_base = frame_time(fps)
+            if codec == "mpeg4":
+                time_base = max(time_base, COARSE_CLOCK)
+            stream.codec_context.time_base = time_base
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": QUALITY, "b": "0"} if name == "webm" else {"crf": QUALITY}
-            started = False
+            started, last = False, -1
 
-            def write(pixels: NDArray[np.uint8]) -> None:
-                nonlocal started
+            def write(pixels: NDArray[np.uint8], seconds: float) -> None:
+                nonlocal started, last
                 height, width = pixels.shape[:2]
                 pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 if not started:
                     stream.height, stream.width = pixels.shape[:2]
                     started = True
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                last = max(last + 1, round(seconds / time_base))
+                frame.pts, frame.time_base = last, time_base
                 container.mux(stream.encode(frame))
 
             yield write
