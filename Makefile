@@ -1,5 +1,5 @@
 # Every target installs what it needs into VENV with the interpreter PYTHON, except gpu-report, which uses
-# PYTHON with the torch, triton and pytest already installed there.
+# PYTHON with the torch, triton and pytest already installed there, and gates with GATES_PYTHON.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,8 +45,8 @@ bench: install  ## benchmark the kernels; tables and JSON in BENCH (QUICK=1: sma
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet --benchmark-json=$(BENCH)/raw.json $(if $(QUICK),--quick); \
 	status=$$?; $(BIN)/python -m benchmarks.kernel_tables $(BENCH)/raw.json --write $(BENCH) && exit $$status
 
-gates: install  ## compile every kernel ahead of time, without a GPU; table in benchmarks/results
-	PYTHONPATH=kernels:. $(BIN)/python -m benchmarks.gpu.compile_gates --write benchmarks/results
+gates: $(if $(GATES_PYTHON),,install)  ## compile every kernel ahead of time, without a GPU (GATES_PYTHON=python: another torch and triton)
+	PYTHONPATH=kernels:. $(or $(GATES_PYTHON),$(BIN)/python) -m benchmarks.gpu.compile_gates --write benchmarks/results
 
 gpu-report:  ## on a GPU: one report in benchmarks/results (MORE=1: the second; REDUCED=1: on a CPU; REHEARSE=1: its time budget)
 ifdef REHEARSE

@@ -6,13 +6,13 @@ compiled.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
@@ -40,18 +40,36 @@ def rows(x, y, n, BLOCK: tl.constexpr, ATOMIC: tl.constexpr, FUSED: tl.constexpr
         tl.store(y + columns, row * tl.sum(row, 0), mask=columns < n)
 
 
-def call(block=1024, atomic=False, first=0, fused=False):
-    x, y = (torch.zeros(block + 16)[first:] for _ in range(2))
-    rows[(1,)](x, y, block, block, atomic, fused, num_warps=1, enable_fp_fusion=False)
+@triton.jit
+def polynomial(x, y, BLOCK: tl.constexpr):
+    """Products and sums in fp64, with a division and a root, which consist of fused products."""
+    columns = tl.arange(0, BLOCK)
+    z = tl.load(x + columns).to(tl.float64)
+    z = (z * z + 1.0) / tl.sqrt(z)
+    tl.store(y + columns, z.to(tl.float32))
+
+
+def call(device, block=1024, first=0, fusion=False, **options):
+    x, y = (torch.zeros(block + 16, device=device)[first:] for _ in range(2))
+    flags = {"ATOMIC": False, "FUSED": False} | options
+    rows[(1,)](x, y, block, block, **flags, num_warps=1, enable_fp_fusion=fusion)
+
+
+def call_polynomial(device, fusion):
+    x, y = torch.zeros(1024, device=device), torch.zeros(1024, device=device)
+    polynomial[(1,)](x, y, 1024, num_warps=1, enable_fp_fusion=fusion)
 
 
 def kernel_calls():
     yield "good", call
-    yield "spilling", partial(call, block=8192)
+    yield "spilling", partial(call, block=32768)
     yield "narrow", partial(call, first=1)
-    yield "unordered", partial(call, atomic=True)
+    yield "unordered", partial(call, ATOMIC=True)
     yield "greedy", partial(call, block=4096)
-    yield "fused", partial(call, fused=True)
+    yield "fused", partial(call, FUSED=True)
+    yield "allowed to fuse", partial(call, FUSED=True, fusion=True)
+    yield "separate", partial(call_polynomial, fusion=False)
+    yield "mixed", partial(call_polynomial, fusion=True)
 '''
 
 
@@ -70,33 +88,54 @@ def rows_of(output: str) -> dict[str, str]:
     return {cells[0]: cells[-1] for cells in rows if len(cells) == 10}
 
 
-slow = pytest.mark.slow
+@pytest.mark.slow  # make gates does the same
+def test_every_shipped_kernel_passes_the_gates():
+    done = run_gates()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(list(rows_of(done.stdout).values())[2:]) == {"ok"}
+
+
+@pytest.fixture(scope="module", params=["90", "gfx942"])
+def verdicts(request, tmp_path_factory) -> dict[str, str]:
+    """The last cell of each row of the table of BAD_KERNELS."""
+    folder = tmp_path_factory.mktemp("gates")
+    (folder / "bad_kernels.py").write_text(BAD_KERNELS, encoding="utf-8")
+    done = run_gates(
+        "--arch", request.param, "--calls", "bad_kernels", "--write", str(folder), path=folder
+    )
+    assert done.returncode == 1, done.stderr
+    rows = rows_of(done.stdout)
+    version = ".".join(triton.__version__.split(".")[:2])
+    table = (folder / f"compile_gates_triton_{version}.md").read_text(encoding="utf-8")
+    assert f"Triton {triton.__version__}" in table
+    assert rows_of(table) == rows
+    record = json.loads((folder / f"compile_gates_triton_{version}.json").read_text("utf-8"))
+    assert [result["case"] for result in record["results"]] == list(rows)[2:]
+    return rows
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param("80", marks=slow), "90", pytest.param("100", marks=slow)]
+    ("case", "problem"),
+    [
+        ("rows, spilling", "spills"),
+        ("rows, spilling", "local memory"),
+        ("rows, narrow", "0 loads of"),
+        ("rows, narrow", "0 stores of"),
+        ("rows, unordered", "atomic additions of floats"),
+        ("rows, greedy", "registers, the budget is"),
+        ("rows, fused", "fused multiply-adds"),
+    ],
 )
-def test_every_shipped_kernel_passes_the_gates(arch):
-    if Version(triton.__version__) < Version("3.7"):
-        pytest.skip("Triton 3.6 exceeds the loss's budget by 10 registers")
-    done = run_gates("--arch", arch)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(list(rows_of(done.stdout).values())[1:]) == {"ok"}
+def test_slow_and_inexact_kernels_are_refused(verdicts, case, problem):
+    assert problem in verdicts[case]
 
 
-def test_gates_refuse_slow_and_inexact_kernels(tmp_path):
-    (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS, encoding="utf-8")
-    done = run_gates(
-        "--arch", "90", "--calls", "bad_kernels", "--write", str(tmp_path), path=tmp_path
-    )
-    assert done.returncode == 1, done.stderr
-    verdicts = rows_of(done.stdout)
-    assert verdicts["rows, good"] == "ok"
-    assert "spills" in verdicts["rows, spilling"]
-    assert "local memory" in verdicts["rows, spilling"]
-    assert "0 loads of 128 bits" in verdicts["rows, narrow"]
-    assert "0 stores of 128 bits" in verdicts["rows, narrow"]
-    assert "atomic additions of floats" in verdicts["rows, unordered"]
-    assert "registers, the budget is 128" in verdicts["rows, greedy"]
-    assert "fused multiply-adds" in verdicts["rows, fused"]
-    assert rows_of((tmp_path / "compile_gates.md").read_text(encoding="utf-8")) == verdicts
+@pytest.mark.parametrize("case", ["rows, good", "rows, allowed to fuse", "polynomial, separate"])
+def test_good_kernels_pass(verdicts, case):
+    assert verdicts[case] == "ok"
+
+
+def test_unknown_architecture_is_an_error():
+    done = run_gates("--arch", "75")
+    assert done.returncode == 2
+    assert "expected one of 80, 90, 100, gfx942, got 75" in done.stderr

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks.gpu import gpu_report, sanitize
+from benchmarks.gpu import gpu_report
 from benchmarks.gpu.gpu_report import GpuReport, Part, part
+from benchmarks.gpu.option_calls import boundary_calls
 from benchmarks.gpu.subprocesses import GRACE, ROOT, Result, Task, run_task, run_tasks
 from fastdino.bench import flags
 from fastdino.bench.baselines import loaders, steps
@@ -348,9 +349,11 @@ def test_the_command_writes_the_second_report(tmp_path, monkeypatch, capsys):
     assert names == ["more.json", "more.log", "more.md"]
 
 
-@pytest.mark.parametrize("kernels", [sanitize.losses, sanitize.updates, sanitize.crops])
-def test_the_sanitized_kernels_run(kernels):
-    for tensor in kernels(torch.bfloat16, torch.device("cpu")):
+@pytest.mark.parametrize(
+    ("name", "call"), [case for case in boundary_calls() if " bf16" in case[0]]
+)
+def test_sanitized_calls_run(name, call):
+    for tensor in call(torch.device("cpu")):
         assert tensor.isfinite().all()
 
 

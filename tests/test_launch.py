@@ -1,73 +1,205 @@
-"""Every kernel can be launched: Triton's launch path binds its arguments and compiles it.
+"""Every public function can launch its kernels with every option, on every architecture.
 
-Launches are recorded by a driver that needs no GPU, in a process without the interpreter.
+Launches are recorded by a driver that needs no GPU, on a device that stands for one, in processes
+without the interpreter, which replaces the kernels.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fastdino_kernels
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 KERNELS = Path(fastdino_kernels.__file__).parent
+ARCHS = ("80", "90", "100", "gfx942")
 
+# Prints what went wrong, the kernels launched, and the public arguments that no call passes.
 LAUNCH_EVERYTHING = """
-from benchmarks.gpu.kernel_calls import kernel_calls
-from benchmarks.gpu.recording_driver import record_launches
+import functools
+import inspect
+import itertools
+import json
 
-with record_launches(90) as launches:
-    for name, call in kernel_calls():
-        call()
-print(*sorted({launch.kernel for launch in launches}))
+import fastdino_kernels
+from fastdino_kernels.compat import dinov2
+
+unused = set()
+
+def watch(module, name):
+    function = getattr(module, name)
+    signature = inspect.signature(function)
+    unused.update(f"{name}({parameter})" for parameter in signature.parameters)
+
+    @functools.wraps(function)
+    def watched(*arguments, **options):
+        bound = signature.bind(*arguments, **options).arguments
+        unused.difference_update(f"{name}({parameter})" for parameter in bound)
+        return function(*arguments, **options)
+
+    setattr(module, name, watched)
+
+launch_nothing = {"Crop", "CropParams", "chosen_impl", "teacher_entropy"}
+for name in set(fastdino_kernels.__all__) - launch_nothing:
+    watch(fastdino_kernels, name)
+for name in ("cross_entropy", "dino_clstoken_loss", "dino_cross_entropy"):
+    watch(dinov2, name)
+
+from benchmarks.gpu.emulated_gpu import emulated_gpu
+from benchmarks.gpu.kernel_calls import kernel_calls
+from benchmarks.gpu.option_calls import option_calls
+from benchmarks.gpu.recording_driver import ARCHS, record_launches
+
+def launch(arch):
+    problems, kernels = [], set()
+    with record_launches(arch, compiles=False) as launches, emulated_gpu() as device:
+        for name, call in itertools.chain(kernel_calls(), option_calls()):
+            launches.clear()
+            try:
+                call(device)
+            except Exception as error:
+                problems.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                if not launches:
+                    problems.append(f"{name}: no launch")
+            kernels.update(launch.kernel for launch in launches)
+    return {"problems": problems, "kernels": sorted(kernels)}
+
+print(json.dumps({str(arch): launch(arch) for arch in ARCHS} | {"unused": sorted(unused)}))
 """
 
-LAUNCH_RESERVED_NAME = """
+# Prints the error of each launch that must fail.
+LAUNCH_BROKEN = """
+import json
+
 import torch
 import triton
 import triton.language as tl
-from benchmarks.gpu.recording_driver import record_launches
+from fastdino_kernels.pointer_table import build_table
+from benchmarks.gpu.emulated_gpu import emulated_gpu
+from benchmarks.gpu.recording_driver import ARCHS, record_launches
+
+@triton.jit
+def kernel(x, y):
+    tl.store(x, 1.0)
 
 @triton.jit
 def reserved_kernel(params):
     tl.store(params, 0)
 
-with record_launches(90):
-    reserved_kernel[(1,)](torch.zeros(16))
+@triton.jit
+def undefined_kernel(x):
+    tl.store(x, missing)
+
+def broken(gpu):
+    x, host = torch.zeros(16, device=gpu), torch.zeros(16)
+    yield "good", lambda: kernel[(1,)](x, x[1:])
+    yield "reserved name", lambda: reserved_kernel[(1,)](x)
+    yield "register limit", lambda: kernel[(1,)](x, x, maxnreg=64)
+    yield "misspelled option", lambda: kernel[(1,)](x, x, num_warp=4)
+    yield "wrong device", lambda: kernel[(1,)](x, host)
+    yield "scalar on a wrong device", lambda: kernel[(1,)](x, torch.tensor(1.0))
+    yield "address of a wrong device", lambda: build_table([[x], [host]], [0], 16)
+    yield "dtype", lambda: kernel[(1,)](x, x.to(torch.complex64))
+    yield "object", lambda: kernel[(1,)](x, object())
+    yield "list", lambda: kernel[(1,)](x, [x])
+    yield "missing argument", lambda: kernel[(1,)](x)
+    yield "undefined name", lambda: undefined_kernel[(1,)](x)
+    yield "read on the host", lambda: kernel[(1,)](x, x.sum().item())
+
+def errors(arch):
+    found = {}
+    with record_launches(arch, compiles=False) as launches, emulated_gpu() as gpu:
+        for name, launch in broken(gpu):
+            try:
+                launch()
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+print(json.dumps({str(arch): errors(arch) for arch in ARCHS}))
 """
 
 
-def run_script(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script from a file, whose source Triton can read, without the interpreter."""
+def run_script(folder: Path, script: str) -> Any:
+    """Return what a script prints; it runs from a file, whose source Triton can read."""
     file = folder / "script.py"
     file.write_text(script, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT)))
-    command = [sys.executable, str(file)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        env=environment, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_public_functions_launch_every_kernel(tmp_path):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Any:
+    return run_script(tmp_path_factory.mktemp("launches"), LAUNCH_EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> Any:
+    return run_script(tmp_path_factory.mktemp("errors"), LAUNCH_BROKEN)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_call_launches(launched, arch):
+    assert launched[arch]["problems"] == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_is_launched(launched, arch):
     sources = "".join(file.read_text("utf-8") for file in KERNELS.glob("*_triton.py"))
     kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)
-    done = run_script(tmp_path, LAUNCH_EVERYTHING)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted(kernels)
+    assert launched[arch]["kernels"] == sorted(kernels)
 
 
-def test_argument_name_that_the_launcher_reserves_is_an_error(tmp_path):
-    done = run_script(tmp_path, LAUNCH_RESERVED_NAME)
-    assert done.returncode != 0
-    assert "failed to specialize argument of type: dict" in done.stderr
+def test_every_public_argument_is_passed_by_a_call(launched):
+    assert launched["unused"] == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("reserved name", "failed to specialize argument of type: dict"),
+        ("misspelled option", "Keyword argument num_warp was specified but unrecognised"),
+        ("wrong device", "ValueError: a GPU cannot use the address of a tensor on cpu"),
+        ("scalar on a wrong device", "ValueError: a GPU cannot use the address of a tensor on cpu"),
+        ("address of a wrong device", "ValueError: a GPU cannot use the address of a tensor"),
+        ("dtype", "complex64"),
+        ("object", "failed to specialize argument of type: object"),
+        ("list", "failed to specialize argument of type: list"),
+        ("missing argument", "missing 1 required positional argument: 'y'"),
+        ("undefined name", "missing is not defined"),
+        ("read on the host", "cannot be called on meta tensors"),
+    ],
+)
+def test_launch_that_would_fail_on_a_gpu_is_an_error(errors, arch, case, message):
+    assert message in errors[arch][case]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_good_launch_is_no_error(errors, arch):
+    assert "good" not in errors[arch]
+
+
+def test_option_that_only_nvidia_has_is_an_error_elsewhere(errors):
+    assert [arch for arch in ARCHS if "register limit" in errors[arch]] == ["gfx942"]
+    assert "maxnreg was specified but unrecognised" in errors["gfx942"]["register limit"]
 
 
 def test_interpreted_kernels_cannot_be_recorded(monkeypatch):
@@ -76,3 +208,17 @@ def test_interpreted_kernels_cannot_be_recorded(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), record_launches(90):
         pass
+
+
+def test_emulated_gpu_is_restored(monkeypatch):
+    from benchmarks.gpu.emulated_gpu import emulated_gpu
+
+    monkeypatch.delenv("FASTDINO_KERNELS", raising=False)
+    with emulated_gpu() as device:
+        tensor = torch.zeros(8, device=device)
+        assert tensor.data_ptr() % 16 == 0 < tensor.data_ptr()
+        assert tensor[1:].data_ptr() == tensor.data_ptr() + 4
+        assert torch.zeros(8, device=device).data_ptr() != tensor.data_ptr()
+    assert tensor.data_ptr() == 0
+    assert torch.zeros(8).data_ptr() > 0
+    assert "FASTDINO_KERNELS" not in os.environ

@@ -25,8 +25,8 @@ from triton import knobs
 
 from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema
 from benchmarks.comparison import Comparison
-from benchmarks.gpu import sanitize
 from benchmarks.gpu.kernel_calls import kernel_calls
+from benchmarks.gpu.option_calls import boundary_calls
 from benchmarks.gpu.recording_driver import record_launches
 from fastdino.environment import cpu_count
 
@@ -38,8 +38,7 @@ def calls() -> Calls:
     """Yield every call; those of the suites with the sizes of a GPU."""
     yield from (call for _, call in kernel_calls())
     yield from suite_calls()
-    for kernels in sanitize.KERNELS:
-        yield from (partial(kernels, dtype, CPU) for dtype in sanitize.DTYPES)
+    yield from (partial(call, CPU) for _, call in boundary_calls())
 
 
 def suite_calls() -> Calls:

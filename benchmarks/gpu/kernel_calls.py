@@ -1,7 +1,8 @@
-"""Calls of the public functions that launch every kernel of fastdino_kernels.
+"""Calls of the public functions that launch every kernel, as training does.
 
-They cover the variants that training uses and the most general ones. Sizes are those of training
-where a kernel is compiled for them, and small elsewhere.
+They cover the variants that training uses and the most general ones; option_calls.py covers all
+options. Sizes are those of training where a kernel is compiled for them, and small elsewhere. A
+call makes its tensors on the device that it is given, see emulated_gpu.py.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -25,7 +26,9 @@ from fastdino_kernels import (
 )
 from torch import Tensor
 
-Calls = Iterator[tuple[str, Callable[[], object]]]
+CPU = torch.device("cpu")
+Call = Callable[..., Any]  # of a device, by default the CPU
+Calls = Iterator[tuple[str, Call]]
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
@@ -47,29 +50,31 @@ def _loss_calls() -> Calls:
         for crops in (10, 12):
             yield f"{NAMES[dtype]} S{crops}", partial(_dino_loss, dtype, crops)
     yield "bf16 S10 K odd", partial(_dino_loss, BF16, 10, prototypes=65537)
-    yield ("bf16 S10 device temperatures", partial(_dino_loss, BF16, 10, temp=torch.tensor(0.1)))
+    yield "bf16 S10 device temperatures", partial(_dino_loss, BF16, 10, on_device=True)
     yield "bf16 rows of probs", _soft_cross_entropy
 
 
 def _dino_loss(
-    dtype: torch.dtype, crops: int, prototypes: int = 65536, temp: float | Tensor = 0.1
+    dtype: torch.dtype,
+    crops: int,
+    device: torch.device = CPU,
+    *,
+    prototypes: int = 65536,
+    on_device: bool = False,
 ) -> None:
-    student = torch.zeros(crops, 2, prototypes, dtype=dtype, requires_grad=True)
-    teacher = torch.zeros(2, 2, prototypes, dtype=dtype)
+    student = torch.zeros(crops, 2, prototypes, dtype=dtype, device=device, requires_grad=True)
+    teacher = torch.zeros(2, 2, prototypes, dtype=dtype, device=device)
+    center = torch.zeros(prototypes, device=device)
+    temp = torch.full((), 0.1, device=device) if on_device else 0.1
     loss, _ = dino_loss(
-        student,
-        teacher,
-        torch.zeros(prototypes),
-        student_temp=temp,
-        teacher_temp=temp,
-        impl="triton",
+        student, teacher, center, student_temp=temp, teacher_temp=temp, impl="triton"
     )
     loss.backward()
 
 
-def _soft_cross_entropy() -> None:
-    student = torch.zeros(1, 2, 65536, dtype=BF16, requires_grad=True)
-    probs = torch.zeros(1, 2, 65536)
+def _soft_cross_entropy(device: torch.device = CPU) -> None:
+    student = torch.zeros(1, 2, 65536, dtype=BF16, device=device, requires_grad=True)
+    probs = torch.zeros(1, 2, 65536, device=device)
     soft_cross_entropy(student, probs, student_temp=0.1, impl="triton").sum().backward()
 
 
@@ -95,13 +100,17 @@ def _ema_calls() -> Calls:
 
 
 def _ema(
-    teacher: Dtype, student: Dtype, shadow: Dtype | None, momentum: torch.dtype | None
+    teacher: Dtype,
+    student: Dtype,
+    shadow: Dtype | None,
+    momentum: torch.dtype | None,
+    device: torch.device = CPU,
 ) -> None:
     ema_update_(
-        _tensors(teacher),
-        _tensors(student),
-        0.9 if momentum is None else torch.tensor(0.9, dtype=momentum),
-        shadow=None if shadow is None else _tensors(shadow),
+        _tensors(teacher, device),
+        _tensors(student, device),
+        0.9 if momentum is None else torch.full((), 0.9, dtype=momentum, device=device),
+        shadow=None if shadow is None else _tensors(shadow, device),
         impl="triton",
     )
 
@@ -112,8 +121,8 @@ def _clip_calls() -> Calls:
         yield f"all {_name(dtype)}", partial(_clip, clip_grad_norm_, dtype)
 
 
-def _clip(clip: Callable[..., Tensor], dtype: Dtype) -> None:
-    parameters = _tensors(dtype)
+def _clip(clip: Callable[..., Tensor], dtype: Dtype, device: torch.device = CPU) -> None:
+    parameters = _tensors(dtype, device)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     clip(parameters, 1.0, impl="triton")
@@ -121,9 +130,8 @@ def _clip(clip: Callable[..., Tensor], dtype: Dtype) -> None:
 
 def _adamw_ema_calls() -> Calls:
     """Each call states what differs from fp32 everywhere, with a teacher and without copies."""
-    skip, momentum = torch.tensor(False), torch.tensor(0.9, dtype=FP64)
-    overflow, refused = torch.tensor(0.0), torch.tensor(0)
-    yield "fp32", partial(_adamw_ema)
+    skip, momentum, refused = (False, torch.bool), (0.9, FP64), (0, torch.int64)
+    yield "fp32", _adamw_ema
     yield "bf16 gradients", partial(_adamw_ema, gradients=BF16)
     yield "fp16 gradients, skip", partial(_adamw_ema, gradients=FP16, skip=skip)
     yield "momentum fp64, skip", partial(_adamw_ema, momentum=momentum, skip=skip)
@@ -138,20 +146,39 @@ def _adamw_ema_calls() -> Calls:
     )
     yield "no teacher", partial(_adamw_ema, teachers=None)
     yield "no teacher, bf16 copy", partial(_adamw_ema, teachers=None, shadows=BF16)
-    yield "all bf16", partial(_adamw_ema, BF16, BF16, BF16, BF16, BF16)
+    yield (
+        "all bf16",
+        partial(
+            _adamw_ema,
+            parameters=BF16,
+            gradients=BF16,
+            teachers=BF16,
+            shadows=BF16,
+            teacher_shadows=BF16,
+        ),
+    )
     yield (
         "all mixed, momentum fp64, skip",
-        partial(_adamw_ema, MIXED, MIXED, MIXED, MIXED, MIXED, momentum=momentum, skip=skip),
+        partial(
+            _adamw_ema,
+            parameters=MIXED,
+            gradients=MIXED,
+            teachers=MIXED,
+            shadows=MIXED,
+            teacher_shadows=MIXED,
+            momentum=momentum,
+            skip=skip,
+        ),
     )
     for dtype in (FP32, FP64):
-        number = torch.tensor(0.1, dtype=dtype)
+        number = (0.1, dtype)
         yield (
             f"lr and weight_decay {_name(dtype)}, grad_scale, max_norm, skip",
             partial(
                 _adamw_ema,
                 lr=number,
                 weight_decay=number,
-                grad_scale=torch.tensor(1.0),
+                grad_scale=(1.0, FP32),
                 max_norm=1.0,
                 skip=skip,
             ),
@@ -159,33 +186,42 @@ def _adamw_ema_calls() -> Calls:
     yield "refused_steps", partial(_adamw_ema, refused_steps=refused)
     yield (
         "skip, found_inf, refused_steps",
-        partial(_adamw_ema, skip=skip, found_inf=overflow, refused_steps=refused),
+        partial(_adamw_ema, skip=skip, found_inf=(0.0, FP32), refused_steps=refused),
     )
 
 
 def _adamw_ema(
+    device: torch.device = CPU,
+    *,
     parameters: Dtype = FP32,
     gradients: Dtype = FP32,
     teachers: Dtype | None = FP32,
     shadows: Dtype | None = None,
     teacher_shadows: Dtype | None = None,
-    momentum: float | Tensor = 0.9,
-    lr: float | Tensor = 1e-3,
+    momentum: float | tuple[float, torch.dtype] = 0.9,
+    lr: float | tuple[float, torch.dtype] = 1e-3,
     **options: Any,
 ) -> None:
+    """Call adamw_ema_update_; an option (value, dtype) is a 0-d tensor on the device."""
     copies = {"teachers": teachers, "shadows": shadows, "teacher_shadows": teacher_shadows}
+    options |= {"momentum": momentum, "lr": lr}
     adamw_ema_update_(
-        _tensors(parameters),
-        _tensors(gradients),
-        _tensors(parameters),
-        _tensors(parameters),
-        torch.zeros(2),
-        lr=lr,
-        momentum=momentum,
-        **{name: _tensors(dtype) for name, dtype in copies.items() if dtype is not None},
-        **options,
+        _tensors(parameters, device),
+        _tensors(gradients, device),
+        _tensors(parameters, device),
+        _tensors(parameters, device),
+        torch.zeros(2, device=device),
+        **{name: _tensors(dtype, device) for name, dtype in copies.items() if dtype is not None},
+        **{name: _scalar(value, device) for name, value in options.items()},
         impl="triton",
     )
+
+
+def _scalar(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    number, dtype = value
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def _multi_crop_calls() -> Calls:
@@ -194,12 +230,12 @@ def _multi_crop_calls() -> Calls:
             yield f"{size} {NAMES[dtype]}", partial(_multi_crop, size, dtype)
 
 
-def _multi_crop(size: int, dtype: torch.dtype) -> None:
+def _multi_crop(size: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
     box, off = torch.full((1, 2), 30, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.bool)
     order = torch.arange(4, dtype=torch.int32).expand(1, 2, 4).contiguous()
     factor, radius = torch.ones(1, 2, 4), torch.zeros(1, 2)
     params = CropParams(0 * box, 0 * box, box, box, off, off, order, factor, off, radius, off)
-    image = torch.zeros(37, 50, 3, dtype=torch.uint8)
+    image = torch.zeros(37, 50, 3, dtype=torch.uint8, device=device)
     multi_crop(
         [image], params, size=size, mean=(0, 0, 0), std=(1, 1, 1), dtype=dtype, impl="triton"
     )
@@ -209,7 +245,7 @@ def _name(dtype: Dtype) -> str:
     return NAMES[dtype] if isinstance(dtype, torch.dtype) else "mixed"
 
 
-def _tensors(dtype: Dtype) -> list[Tensor]:
+def _tensors(dtype: Dtype, device: torch.device) -> list[Tensor]:
     """Return two tensors [64, 256], the second of rows that unit_rows can normalise."""
     dtypes = (dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
-    return [torch.zeros(64, 256, dtype=each) for each in dtypes]
+    return [torch.zeros(64, 256, dtype=each, device=device) for each in dtypes]

@@ -8,58 +8,84 @@ refuses) shows here, and the recorded machine code is the one that a GPU would r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from fastdino_kernels import dispatch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
 
-# Limits of an H100, which decide whether a compiled kernel may be loaded.
-MAX_SHARED_BYTES, MAX_THREADS = 232448, 1024
+Arch = int | str  # as in Triton's GPUTarget: 90 for sm_90, "gfx942"
+
+# Bytes of shared memory of one block, which decide whether a compiled kernel may be loaded.
+SHARED_BYTES: Mapping[Arch, int] = {
+    80: 166_912,
+    90: 232_448,
+    100: 232_448,
+    "gfx942": 65_536,
+}
+ARCHS = tuple(SHARED_BYTES)
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name and options, and the machine code compiled for the target."""
+    """One launch: the kernel's name and options, and the code compiled for the target."""
 
     kernel: str
+    arch: Arch
     num_warps: int
     shared_bytes: int
     fp_fusion: bool  # products and sums may be fused into one rounding
     binary: bytes
+    files: Mapping[str, str]  # path of each stage of compilation, by file name
+
+    def text(self, suffix: str) -> str:
+        """Return the text of a stage of compilation, such as "ptx" or "amdgcn"."""
+        path = next(path for name, path in self.files.items() if name.endswith("." + suffix))
+        return Path(path).read_text(encoding="utf-8")
 
 
 class _RecordingDriver:
     """The part of Triton's driver interface that a launch uses."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    def __init__(self, target: GPUTarget, *, compiles: bool) -> None:
         self.target = target
         self.launches: list[Launch] = []
         self.utils = SimpleNamespace(
             # (module, function, registers, spills, threads); the "function" is the machine code.
             load_binary=lambda name, binary, shared, device: (None, binary, 0, 0, MAX_THREADS),
-            get_device_properties=lambda device: {"max_shared_mem": MAX_SHARED_BYTES},
+            get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[target.arch]},
         )
+        # Triton caches compiled kernels per device.
+        self._device = f"{target.arch}" if compiles else f"{target.arch}, front end"
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return the function that Triton calls for each launch of one compiled kernel."""
+        files = get_cache_manager(metadata.hash).get_group(f"{source.name[:150]}.json") or {}
 
         def launch(x: int, y: int, z: int, stream: int, binary: bytes, *arguments: Any) -> None:
             self.launches.append(
                 Launch(
-                    metadata.name,
+                    source.name,
+                    self.target.arch,
                     metadata.num_warps,
                     metadata.shared,
                     metadata.enable_fp_fusion,
                     binary,
+                    files,
                 )
             )
 
@@ -68,8 +94,8 @@ class _RecordingDriver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int | str:
-        return self.target.arch  # Triton caches compiled kernels per device
+    def get_current_device(self) -> str:
+        return self._device
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -79,9 +105,11 @@ class _RecordingDriver:
 
 
 @functools.cache
-def _driver_for(arch: int) -> _RecordingDriver:
+def _driver_for(arch: Arch, compiles: bool) -> _RecordingDriver:
     """Return the only driver of an architecture, which its compiled kernels keep a reference to."""
-    return _RecordingDriver(GPUTarget("cuda", arch, 32))
+    is_nvidia = isinstance(arch, int)
+    target = GPUTarget("cuda" if is_nvidia else "hip", arch, 32 if is_nvidia else 64)
+    return _RecordingDriver(target, compiles=compiles)
 
 
 def _no_problem(device: object) -> None:
@@ -89,20 +117,50 @@ def _no_problem(device: object) -> None:
 
 
 @contextmanager
-def record_launches(arch: int) -> Iterator[list[Launch]]:
-    """Record the launches of calls on CPU tensors, compiled for a compute capability.
+def record_launches(arch: Arch, *, compiles: bool = True) -> Iterator[list[Launch]]:
+    """Record the launches of calls on tensors of any device, compiled for a GPU.
 
     Args:
-        arch: 90 for sm_90.
+        arch: one of ARCHS: 90 for sm_90.
+        compiles: False stops after Triton's own language is checked and lowered to its first
+            intermediate form, which takes a tenth of the time; the recorded code is then empty.
 
     Raises: RuntimeError: TRITON_INTERPRET=1 has replaced the kernels by interpreted ones.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels: unset it to compile them")
-    recorder = _driver_for(arch)
+    recorder = _driver_for(arch, compiles)
     recorder.launches.clear()
     with (
         mock.patch.object(driver, "_active", recorder),  # reset_active() would look for a GPU
         mock.patch.object(dispatch, "triton_problem", _no_problem),
+        contextlib.nullcontext() if compiles else _front_end_only(),
     ):
         yield recorder.launches
+
+
+@contextmanager
+def _front_end_only() -> Iterator[None]:
+    """Compile no further than Triton's intermediate form, in a cache of its own."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _keep_first_stage),
+    ):
+        knobs.cache.dir = folder
+        yield
+
+
+def _keep_first_stage(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+    """Replace all stages of compilation but the first; without arguments return a cache key."""
+    if backend is None:
+        return "front end", "front end"
+
+    def no_code(module: Any, metadata: dict[str, Any]) -> bytes:
+        metadata.update(name="", shared=0)
+        return b""
+
+    first = stages["ttir"]
+    stages.clear()
+    stages.update({"ttir": first, backend.binary_ext: no_code})
+    return None

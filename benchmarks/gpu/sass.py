@@ -17,8 +17,11 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-# FFMA with RZ, which is 0, multiplies nothing: fp64 division inspects exponents with it.
-_FUSED = re.compile(r"\bFFMA\S*\s+R\d+, (?!RZ)")
+# A product without a rounding modifier may be fused by ptxas. FFMA and DFMA in the machine code do
+# not tell: divisions consist of them.
+_FUSED = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?(?:fma(?:\.\w+)*|mul(?:\.ftz|\.sat)*)\.f(?:32|64)(?:x2)?\s", re.MULTILINE
+)
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 _LOADS = {"LDG", "LDGSTS"}
 _STORES = {"STG"}
@@ -41,7 +44,7 @@ class MachineCode:
     stores: dict[int, int] = field(default_factory=dict)
     local_accesses: int = 0
     float_atomics: int = 0
-    fused: int = 0  # fp32 products and sums with one rounding
+    fused: int = 0  # products and sums with one rounding; those inside divisions do not count
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
@@ -74,14 +77,20 @@ def count_instructions(listing: str) -> dict[str, Any]:
         elif name in _LOCAL:
             local += 1
         elif name in _ATOMICS:
-            atomics += any(modifier.startswith(("F16", "F32", "BF16")) for modifier in modifiers)
+            atomics += any(
+                modifier.startswith(("F16", "F32", "F64", "BF16")) for modifier in modifiers
+            )
     return {
         "loads": dict(loads),
         "stores": dict(stores),
         "local_accesses": local,
         "float_atomics": atomics,
-        "fused": len(_FUSED.findall(listing)),
     }
+
+
+def count_fused(ptx: str) -> int:
+    """Count the products and sums, fp32 and fp64, that are or may be rounded once."""
+    return len(_FUSED.findall(ptx))
 
 
 def _width(modifiers: list[str]) -> int:

@@ -31,7 +31,7 @@ from .chunk_triton import (
     load_chunk,
     store_chunk,
 )
-from .dispatch import device_guard
+from .dispatch import backend_options, device_guard
 from .ema_triton import blend, ema_weights
 from .pointer_table import PointerTable
 
@@ -305,7 +305,7 @@ def launch_adamw_ema(table: PointerTable, gradients: PointerTable, call: Call) -
             0.0 if on_device else float(call.momentum),
             call.momentum if on_device else None,
             call.unit_rows, **codes, UNIT_COLUMNS=unit_columns, CHUNK=CHUNK,
-            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
+            num_warps=NUM_WARPS, **backend_options(maxnreg=MAX_REGISTERS),
         )  # fmt: skip
     return decision
 

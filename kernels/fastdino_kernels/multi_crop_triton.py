@@ -44,7 +44,7 @@ from .crop_params import (
     ORDER,
     SOLARIZE,
 )
-from .dispatch import device_guard, triton_interprets
+from .dispatch import backend_options, device_guard, triton_interprets
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
 # Output rows whose input rows are resized along x together.
@@ -461,5 +461,7 @@ def _tiles(size: int) -> dict[str, int | bool]:
         "PIXELS": 2048 if size >= 128 else 1024,
         "num_warps": 16 if size >= 128 else 8,
         "enable_fp_fusion": False,
-        "maxnreg": 128,  # otherwise ptxas aims at 64, for occupancy, and spills a few
+        **backend_options(
+            maxnreg=128
+        ),  # otherwise ptxas aims at 64, for occupancy, and spills a few
     }

@@ -340,7 +340,7 @@ def _upload(values: Iterable[int], device: torch.device) -> Tensor:
     """Copy at least one integer to a 1-D int64 tensor on `device` without synchronising."""
     host = torch.frombuffer(array.array("q", values), dtype=torch.int64)
     if device.type != "cuda":
-        return host
+        return host.to(device)
     capturing = _is_capturing(device)
     pinned = _arena.take(len(host)).copy_(host) if capturing else host.pin_memory()
     return pinned.to(device, non_blocking=True)
