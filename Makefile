@@ -50,9 +50,9 @@ gates: $(if $(GATES_PYTHON),,install)  ## compile every kernel ahead of time, wi
 
 gpu-report:  ## on a GPU: one report in benchmarks/results (MORE=1: the second; REDUCED=1: on a CPU; REHEARSE=1: its time budget)
 ifdef REHEARSE
-	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.rehearsal --write $(or $(OUTPUT),benchmarks/results)
+	PYTHONPATH=kernels:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu.rehearsal --write $(or $(OUTPUT),benchmarks/results)
 else
-	PYTHONPATH=kernels:. $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
+	PYTHONPATH=kernels:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 endif
 
 clean:  ## remove the environment, runs and build outputs

@@ -29,7 +29,6 @@ def test_no_start_command_measures_or_uses_workers(tmp_path):
                 assert "--collect-only" in command
                 assert not {"-n", "--dist"} & set(command)
                 assert "--rows" not in " ".join(command)
-                assert command[-1] == task.command[-1] or command[-1].endswith(".py")
             else:
                 assert command[1] == "-c"
                 assert command[2].startswith("import torch, ")

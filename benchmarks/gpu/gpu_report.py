@@ -42,6 +42,9 @@ BENCH = (PYTHON, "-m", "fastdino", "bench")
 FIRST_SUITES = tuple(
     f"benchmarks/bench_{name}.py" for name in ("dino_loss", "adamw_ema", "ema", "clip", "overhead")
 )
+TRAINING_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("trainer", "fast", "loader_fused", "attention", "vit")
+)
 STEP = "--arch vit_small --batch_size_per_gpu 64 --seconds 0.6"
 STEP_BASELINES = "paper,ours-fast,ours-graph,compiled,lightly"
 TINY_STEP = (
@@ -80,7 +83,8 @@ def part(name: str, seconds: float, **commands: Sequence[str]) -> Part:
 def plan(raw: Path) -> list[Part]:
     """Plan the first report; the parts write into `raw`."""
     step = f"{STEP} --rounds 5 --time_limit 100"
-    rest = ("-m", "gpu", "--continue-on-collection-errors", "tests")
+    rest = ("tests", *(f"--ignore={file}" for file in TRAINING_TESTS))
+    gpu_tests = (*PYTEST, "-m", "gpu", "--continue-on-collection-errors")
     warm = f"{STEP} --baselines ours-fast,ours-graph,compiled --rounds 1 --steps 1"
     loaders = "--baselines kernel,fused,paper --batch_size_per_gpu 64 --rounds 2 --seconds 1"
     return [
@@ -96,7 +100,11 @@ def plan(raw: Path) -> list[Part]:
         part("kernels", 90, suites=(*PYTEST, *suites(), f"--rows={raw / 'rows.jsonl'}")),
         part("step", 120, vit_small=bench(raw / "step", step, STEP_BASELINES)),
         part("loader", 45, loaders=bench(raw / "loader", f"--loader {loaders}")),
-        part("remaining GPU tests", 110, tests=(*PYTEST, *workers(12), *rest)),
+        part(
+            "GPU tests", 110,
+            training_tests=(*gpu_tests, *workers(4), *TRAINING_TESTS),
+            other_tests=(*gpu_tests, *workers(8), *rest),
+        ),
     ]  # fmt: skip
 
 
@@ -156,7 +164,7 @@ def reduced_plan(raw: Path) -> list[Part]:
         part("kernels", 400, suites=(*PYTEST, *suites(), rows, "--quick")),
         part("step", 120, vit_nano=bench(raw / "step", TINY_STEP, "paper,ours")),
         part("loader", 120, loaders=loaders),
-        part("remaining GPU tests", 60, tests=(*PYTEST, *rest)),
+        part("GPU tests", 60, tests=(*PYTEST, *rest)),
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds after SIGINT, to write partial results
-# Marks a task's processes. They inherit it, also those that leave the process group.
+# Marks a task's processes, so that those which leave its process group are found. They inherit it.
 MARK = "FASTDINO_TASK"
 
 
