@@ -5,7 +5,6 @@ In a run with one process no process group exists, and every function here is a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdino.errors import ConfigError, UserError
+from fastdino.errors import UserError
+from fastdino.launch import read_launch
 
 T = TypeVar("T")
 SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
@@ -23,20 +23,23 @@ SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
 
 @contextmanager
 def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
-    """Join the process group of torchrun (nccl on GPUs, gloo on CPUs) and leave it at the end."""
-    if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            raise ConfigError(
-                "srun started several processes without RANK and WORLD_SIZE: start one process "
-                "per machine, `srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...`"
-            )
+    """Join the process group of torchrun or srun and leave it at the end.
+
+    It uses nccl on GPUs and gloo on CPUs. A run of one process has none.
+
+    Raises: ConfigError: variables of a launcher that contradict each other.
+    """
+    launch = read_launch()
+    if dist.is_initialized() or launch.world_size == 1:
         yield
         return
+    if launch.master and dist_url == "env://":
+        dist_url = "tcp://{}:{}".format(*launch.master)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=dist_url,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=launch.rank,
+        world_size=launch.world_size,
         device_id=device if device.type == "cuda" else None,
         # Rank 0 reads the image headers of a large dataset while the others wait.
         timeout=timedelta(hours=2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.config import PATCHED_ARCHS, TrainConfig
 from fastdino.data.decoding import dali_decode_problem
 from fastdino.errors import ConfigError
+from fastdino.launch import read_launch
 from fastdino.models.attention import BACKENDS, AttentionBackend, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
 from fastdino.models.head import MultiCropWrapper
@@ -136,7 +136,7 @@ def resolve_runtime(
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Resolve --device {auto, cuda, cpu}; with several GPUs, LOCAL_RANK is the index.
+    """Resolve --device {auto, cuda, cpu}; with several GPUs, the local rank is the index.
 
     The GPU becomes PyTorch's current device.
 
@@ -146,7 +146,7 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no GPU; `fastdino info` shows the reason")
-    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local_rank, count = read_launch().local_rank, torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
             f"local rank {local_rank} has no GPU, this machine has {count}: start one process per "

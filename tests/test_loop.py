@@ -317,7 +317,8 @@ def test_output_folder_in_use_is_rejected_and_an_old_log_is_renamed(config, tmp_
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("SLURM_STEP_NUM_TASKS", "8", "torchrun"),
+        ("SLURM_STEP_NUM_TASKS", "8", "SLURM_PROCID must be a number"),
+        ("WORLD_SIZE", "2", "no RANK"),
         ("FASTDINO_KERNELS", "abacus", "FASTDINO_KERNELS must be one of .*'abacus'"),
     ],
 )

@@ -36,7 +36,7 @@ ROWS = (
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),
-    ("fastdino.environment", "fastdino.errors"),
+    ("fastdino.environment", "fastdino.errors", "fastdino.launch"),
     ("fastdino_kernels",),
 )  # fmt: skip
 # fastdino/__init__.py re-exports the public names lazily, so it belongs to no row.

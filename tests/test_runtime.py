@@ -59,6 +59,13 @@ def test_runtime_without_a_loader_resolves_no_crop_backend(tiny, problems):
     assert "crops" not in resolved.choices()
 
 
+def start_as(monkeypatch, rank):
+    """Set the variables that torchrun sets for a rank of three on one machine."""
+    environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3}
+    for name, value in (environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.parametrize(
     ("wanted", "gpus", "rank", "device", "reason"),
     [
@@ -72,7 +79,7 @@ def test_device_is_the_gpu_of_the_local_rank(
     tiny, problems, monkeypatch, wanted, gpus, rank, device, reason
 ):
     current = []
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    start_as(monkeypatch, rank)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -85,7 +92,7 @@ def test_a_missing_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device cuda: PyTorch sees no GPU"):
         runtime.choose_device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    start_as(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"local rank 2 has no GPU, this machine has 2"):

@@ -1,0 +1,100 @@
+"""How this process was started: alone, by torchrun, or as one of the tasks of srun."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fastdino.errors import ConfigError
+
+# Ports for the rendezvous of a Slurm job, chosen by its number so that jobs of one node differ.
+_PORTS = range(20000, 60000)
+_FIRST_HOST = re.compile(r"([^,\[\s]+)(?:\[(\d+)[^\]]*\]([^,\[\s]*))?")
+
+
+class Launch(NamedTuple):
+    """The place of this process among those of the run.
+
+    local_rank: its number on its machine, which selects the GPU.
+    master: address and port of rank 0, if the launcher states them in another way than torchrun.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master: tuple[str, int] | None = None
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Return how the environment says that this process was started.
+
+    torchrun's variables come first: it can be started by srun itself. Variables of an interactive
+    Slurm allocation, or those that an earlier launcher left, start a run of one process.
+
+    Raises: ConfigError: variables that contradict each other, or from which one is missing.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _of_torchrun(environ)
+    # Tasks of the current step; SLURM_NTASKS is that of the allocation, in every shell in it.
+    if _number(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        return _of_slurm(environ)
+    return Launch()
+
+
+def _of_torchrun(environ: Mapping[str, str]) -> Launch:
+    world_size = _number(environ, "WORLD_SIZE", default=1)
+    if world_size == 1 and "MASTER_ADDR" not in environ:
+        return Launch()
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in wanted if name not in environ]:
+        given = [f"{name}={environ[name]}" for name in wanted if name in environ]
+        raise ConfigError(
+            f"the environment has {', '.join(given)} but no {', '.join(missing)}: start the run "
+            "with torchrun, or unset these variables for a run of one process"
+        )
+    rank = _number(environ, "RANK")
+    if not rank < world_size:
+        raise ConfigError(
+            f"RANK must be below WORLD_SIZE, got RANK={rank}, WORLD_SIZE={world_size}"
+        )
+    return Launch(rank, world_size, _number(environ, "LOCAL_RANK", default=0))
+
+
+def _of_slurm(environ: Mapping[str, str]) -> Launch:
+    rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
+    if not rank < world_size:
+        raise ConfigError(
+            "SLURM_PROCID must be below SLURM_STEP_NUM_TASKS, "
+            f"got {rank} and {world_size}: start the run with srun"
+        )
+    address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    job = _number(environ, "SLURM_JOB_ID", default=0)
+    port = _number(environ, "MASTER_PORT", default=_PORTS[job % len(_PORTS)])
+    local_rank = _number(environ, "SLURM_LOCALID", default=0)
+    return Launch(rank, world_size, local_rank, (address, port))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list: a1 of "a1,b2", a01 of "a[01-03,07]"."""
+    match = _FIRST_HOST.match(nodes)
+    if match is None:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST must be a list of nodes as node[1-4], got {nodes!r}: set "
+            "MASTER_ADDR to the host of rank 0"
+        )
+    name, number, rest = match.groups()
+    return f"{name}{number or ''}{rest or ''}"
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, default)
+    try:
+        number = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        given = "no value" if text is None else repr(text)
+        raise ConfigError(f"the environment variable {name} must be a number, got {given}")
+    return number

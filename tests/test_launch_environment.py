@@ -1,0 +1,113 @@
+"""fastdino.launch: variables of torchrun and Slurm, and those that launchers leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastdino.errors import ConfigError
+from fastdino.launch import Launch, first_host, read_launch
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]", "SLURM_NTASKS": "8",
+}  # fmt: skip
+
+
+def without(environ, *names):
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launch()),
+        (TORCHRUN, Launch(3, 8, 1)),
+        (without(TORCHRUN, "LOCAL_RANK"), Launch(3, 8, 0)),
+        (SRUN, Launch(5, 8, 1, ("gpu07", 20123))),
+        (SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "29500"}, Launch(5, 8, 1, ("b", 29500))),
+        (SRUN | TORCHRUN, Launch(3, 8, 1)),  # srun started torchrun
+        # What is left over starts a run of one process.
+        ({"LOCAL_RANK": "3"}, Launch()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch()),
+        ({"WORLD_SIZE": "1"}, Launch()),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, Launch()),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, Launch()),  # srun --pty bash
+        (without(SRUN, "SLURM_STEP_NUM_TASKS"), Launch()),  # salloc
+    ],
+)
+def test_the_environment_states_the_place_of_this_process(environ, expected):
+    assert read_launch(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (without(TORCHRUN, "MASTER_ADDR"), "but no MASTER_ADDR: start the run with torchrun"),
+        (without(TORCHRUN, "MASTER_PORT"), "but no MASTER_PORT"),
+        (without(TORCHRUN, "RANK"), "but no RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "but no MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"RANK": "8"}, "RANK must be below WORLD_SIZE"),
+        (TORCHRUN | {"RANK": "x"}, "variable RANK must be a number, got 'x'"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "variable WORLD_SIZE must be a number, got ''"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "variable LOCAL_RANK must be a number, got '-1'"),
+        (SRUN | {"SLURM_PROCID": "9"}, "SLURM_PROCID must be below"),
+        (without(SRUN, "SLURM_PROCID"), "variable SLURM_PROCID must be a number, got no value"),
+        (without(SRUN, "SLURM_STEP_NODELIST"), "must be a list of nodes"),
+        (SRUN | {"SLURM_STEP_NODELIST": "[1-2]"}, "must be a list of nodes"),
+    ],
+)
+def test_contradictory_variables_are_one_line(environ, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        read_launch(environ)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("a-b[003-007]", "a-b003"),
+        ("a[3,5-7]-ib,b1", "a3-ib"),
+        ("node.example.org", "node.example.org"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+TASK = """
+import json, sys, torch
+from fastdino import distributed
+with distributed.process_group(torch.device("cpu"), "env://"):
+    value = torch.tensor([float(distributed.rank())])
+    mean = distributed.mean(value).item()
+    print(json.dumps([distributed.rank(), distributed.world_size(), mean]))
+"""
+
+
+def test_tasks_of_srun_form_a_process_group(tmp_path):
+    job = str(os.getpid())
+    tasks = []
+    for rank in range(3):
+        environ = SRUN | {
+            "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job,
+        }  # fmt: skip
+        environ = without(os.environ, *TORCHRUN) | environ
+        tasks.append(subprocess.Popen([sys.executable, "-c", TASK], env=environ, text=True,
+                                      stdout=subprocess.PIPE))  # fmt: skip
+    results = [json.loads(task.communicate(timeout=120)[0]) for task in tasks]
+    assert results == [[rank, 3, 1.0] for rank in range(3)]
