@@ -46,9 +46,29 @@ def test_torchvision_models_without_an_fc_layer_are_refused(arch):
         build_backbone(arch)
 
 
-def test_unsupported_crop_sizes_are_an_error_before_the_run(tiny):
-    with pytest.raises(ConfigError, match="does not support 16 px crops"):
-        build_networks(tiny(arch="mixer_s32_224", global_crops_size=224))
+@pytest.mark.parametrize(
+    ("arch", "size", "message"),
+    [
+        ("mixer_s32_224", 16, "does not support 16 px crops; use --local_crops_size 224"),
+        ("vit_tiny_patch16_224", 50, "does not support 50 px crops; use --local_crops_size 48"),
+    ],
+)
+def test_unsupported_crop_sizes_are_an_error_that_names_a_size_that_works(
+    tiny, arch, size, message
+):
+    with pytest.raises(ConfigError, match=message) as error:
+        build_networks(tiny(arch=arch, global_crops_size=224, local_crops_size=size))
+    assert "\n" not in str(error.value)
+
+
+def test_batch_norm_over_one_value_is_an_error_before_the_run(tiny):
+    settings = {"arch": "resnet18", "global_crops_size": 64, "batch_size_per_gpu": 1}
+    one = {"local_crops_number": 1, "local_crops_size": 32}
+    with pytest.raises(ConfigError, match="batch norm of --arch resnet18 would see one value"):
+        build_networks(tiny(**settings, **one))
+    build_networks(tiny(**settings, **one | {"local_crops_number": 2}))
+    build_networks(tiny(**settings, **one | {"local_crops_size": 64}))
+    build_networks(tiny(**settings | one | {"batch_size_per_gpu": 2}))
 
 
 def test_networks_start_equal_and_the_teacher_has_no_gradients(tiny):

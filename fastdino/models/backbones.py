@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -122,23 +124,73 @@ def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrap
 
 
 def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
-    """Raise ConfigError unless the backbone maps an image of each crop size to one vector."""
-    sizes = {config.global_crops_size}
-    if config.local_crops_number:
-        sizes.add(config.local_crops_size)
+    """Raise ConfigError unless the backbone maps an image of each crop size to one vector.
+
+    Each batch norm must also see more than one value per channel.
+    """
+    crops = {"global": 2, "local": config.local_crops_number}
     was_training = network.training
     network.eval()
-    for size in sorted(sizes):
-        problem = f"--arch {config.arch} does not support {size} px crops"
-        shape = feature_shape(network.backbone, size, problem)
+    for kind, number in crops.items():
+        flag = f"--{kind}_crops_size"
+        size = getattr(config, flag[2:])
+        if number == 0:
+            continue
+        with _batch_norm_inputs(network.backbone) as values:
+            try:
+                shape = feature_shape(network.backbone, size, "")
+            except ConfigError as error:
+                hint = _working_size(network.backbone, size)
+                use = f"; use {flag} {hint}" if hint else ""
+                raise ConfigError(
+                    f"--arch {config.arch} does not support {size} px crops{use}{error}"
+                ) from error
         if shape != (1, network.head.in_dim):
             raise ConfigError(
                 f"--arch {config.arch} returns {tuple(shape)} for one image, "
                 f"expected one vector of {network.head.in_dim}"
             )
+        # The two networks process crops of one size together.
+        same_size = config.global_crops_size == config.local_crops_size
+        together = sum(crops.values()) if same_size else number
+        if min(values, default=2) * together * config.batch_size_per_gpu == 1:
+            raise ConfigError(
+                f"a batch norm of --arch {config.arch} would see one value per channel: "
+                f"{number} {kind} crop of {size} px; raise --batch_size_per_gpu or {flag}"
+            )
     network.train(was_training)
+
+
+@contextlib.contextmanager
+def _batch_norm_inputs(module: nn.Module) -> Iterator[list[int]]:
+    """Collect the number of values per channel that each batch norm sees."""
+    values: list[int] = []
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values.append(inputs[0].numel() // inputs[0].shape[1])
+
+    layers = [layer for layer in module.modules() if _is_batch_norm(layer)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    yield values
+    for hook in hooks:
+        hook.remove()
+
+
+def _working_size(backbone: nn.Module, size: int) -> int | None:
+    """Return the closest size in pixels that the backbone accepts, of those that are usual."""
+    fixed = getattr(backbone, "pretrained_cfg", {}).get("input_size", ())[1:]  # timm's
+    multiples = {max(1, round(size / step)) * step for step in (8, 14, 16, 32)}
+    for candidate in sorted({*multiples, *fixed}, key=lambda candidate: abs(candidate - size)):
+        with contextlib.suppress(ConfigError):
+            feature_shape(backbone, candidate, "")
+            return int(candidate)
+    return None
 
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Return True if a layer normalizes over the batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    return any(map(_is_batch_norm, network.modules()))
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
