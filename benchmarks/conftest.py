@@ -34,19 +34,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("size", sizes, ids=str)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the first size of every suite before any second size."""
-    items.sort(key=size_index)
+    items.sort(key=functools.partial(size_index, mode(config)))
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
         # Warnings of compilers and profilers are no failures here.
         item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-def size_index(item: pytest.Item) -> int:
-    """Return the position of an item's size in SIZES."""
-    callspec = getattr(item, "callspec", None)
-    return 0 if callspec is None else callspec.indices.get("size", 0)
+def size_index(kind: str, item: Any) -> int:
+    """Return the position of an item's size in SIZES[kind]; 0 without one."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return item.module.SIZES[kind].index(parameters["size"]) if "size" in parameters else 0
 
 
 def append_row(file: Path, timing: Timing, copy_gbps: float) -> None:

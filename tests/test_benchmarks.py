@@ -24,6 +24,7 @@ from benchmarks import (
     comparison,
     kernel_tables,
 )
+from benchmarks import conftest as benchmark_conftest
 from benchmarks.compare_modes import Bf16Products
 from benchmarks.comparison import (
     LONGEST_SLEEP,
@@ -32,12 +33,14 @@ from benchmarks.comparison import (
     Clock,
     Comparison,
     Effort,
+    Timing,
     assert_close,
     replay,
     run_comparison,
 )
 from benchmarks.networks import MAX_NORM, Size
 from fastdino.bench.baselines.losses import einsum_loss
+from fastdino.bench.harness import Outcome, Sample
 from fastdino.bench.measurement import device_time, peak_bytes
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
@@ -56,6 +59,41 @@ def row(**changes) -> kernel_tables.Row:
         "note": "read once", "peak_bytes": 2_000_000, "copy_gbps": 3000.0,
     }  # fmt: skip
     return kernel_tables.Row(**(values | changes))
+
+
+# Suites
+
+
+def test_the_first_sizes_of_all_suites_run_first():
+    """Items in the order in which pytest collects them."""
+
+    def item(module, **parameters):
+        return SimpleNamespace(module=module, callspec=SimpleNamespace(params=parameters))
+
+    small, large = bench_dino_loss.SIZES["quick"]
+    (toy,) = bench_ema.SIZES["quick"]
+    without = SimpleNamespace(module=bench_ema)
+    items = [item(bench_dino_loss, size=size, phase=p) for p in "xy" for size in (small, large)]
+    items += [item(bench_ema, size=toy), without]
+    ordered = sorted(items, key=partial(benchmark_conftest.size_index, "quick"))
+    assert ordered == [items[0], items[2], *items[4:], items[1], items[3]]
+
+
+def test_a_row_is_appended_as_it_is_measured(tmp_path):
+    info = {
+        "group": "a group", "baseline": "ours", "role": "ours", "bytes": 10, "note": "",
+        "peak_bytes": 3,
+    }  # fmt: skip
+    samples = [Sample(1, seconds) for seconds in (1.0, 2.0, 4.0)]
+    timing = Timing(Outcome(samples=samples), info, queued=False, host_samples=[5.0])
+    for _ in range(2):
+        benchmark_conftest.append_row(tmp_path / "rows", timing, 3000.0)
+    made = kernel_tables.read_row_lines(tmp_path / "rows")
+    assert len(made) == 2
+    assert made[0] == kernel_tables.Row(
+        **info, median=2.0, iqr=1.5, rounds=3, call_seconds=5.0, queued=False, copy_gbps=3000.0
+    )
+    assert kernel_tables.read_row_lines(tmp_path / "none") == []
 
 
 # Tables

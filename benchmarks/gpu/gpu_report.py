@@ -151,20 +151,19 @@ def broken_parts(raw: Path, before: dict[str, object]) -> Iterator[Part]:
 
 def reduced_plan(raw: Path) -> list[Part]:
     """Plan the small form of the first report, which runs on a CPU."""
-    first = ("--one-per-dtype", "-m", "accuracy", "-k", "triton-cpu", "tests/test_clip.py")
-    rest = ("-k", "triton-cpu and streams", "tests/test_ema.py")
+    one_each = (*PYTEST, *workers(2), "--one-per-dtype", "-m", "accuracy", "-k", "triton-cpu")
     loaders = bench(raw / "loader", f"--loader {TINY_LOADER}", "paper,fused")
     rows = f"--rows={raw / 'rows.jsonl'}"
     return [
         part("device", 60, device=(PYTHON, "-m", "benchmarks.gpu.device_facts", "--reduced")),
         part(
             "correctness", 240,
-            one_case_per_kernel_and_dtype=(*PYTEST, *workers(2), *first),
+            one_case_per_kernel_and_dtype=(*one_each, "tests/test_clip.py"),
         ),
         part("kernels", 400, suites=(*PYTEST, *suites(), rows, "--quick")),
         part("step", 120, vit_nano=bench(raw / "step", TINY_STEP, "paper,ours")),
         part("loader", 120, loaders=loaders),
-        part("GPU tests", 60, tests=(*PYTEST, *rest)),
+        part("GPU tests", 60, tests=(*one_each, "tests/test_ema.py")),
     ]  # fmt: skip
 
 

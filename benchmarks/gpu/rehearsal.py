@@ -90,14 +90,22 @@ def compile_costs(folder: Path) -> list[Cost]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
-    kernels = (PYTHON, "-m", "benchmarks.gpu.compile_ahead", "--processes", "1", "--arch", "90")
-    step = (*BENCH, *COMPILED_STEP.split())
-    costs = []
-    for name, command in (("kernels", kernels), ("graphs of a step", step)):
-        (cold, problem), (warm, _) = (cpu_seconds(command, caches) for _ in range(2))
-        costs.append(Cost(f"{name}, cold", warm, max(cold - warm, 0.0), problem))
-        costs.append(Cost(f"{name}, cached", warm, 0.0, problem))
-    return costs
+    kernels = Task("", (PYTHON, "-m", "benchmarks.gpu.compile_ahead"), LIMIT)
+    one_process = (*kernels.command, "--processes", "1", "--arch", "90")
+    start, _ = cpu_seconds(start_command(kernels), {})
+    costs = [
+        Cost(f"kernels, {state}", start, max(seconds - start, 0.0), problem)
+        for state, (seconds, problem) in _twice(one_process, caches)
+    ]
+    (_, (cold, problem)), (_, (warm, _)) = _twice((*BENCH, *COMPILED_STEP.split()), caches)
+    costs.append(Cost("graphs of a step, cold", warm, max(cold - warm, 0.0), problem))
+    return [*costs, Cost("graphs of a step, cached", warm)]
+
+
+def _twice(
+    command: Sequence[str], caches: Mapping[str, str]
+) -> list[tuple[str, tuple[float, str]]]:
+    return [(state, cpu_seconds(command, caches)) for state in ("cold", "cached")]
 
 
 def start_cost(part: Part) -> Cost:
