@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -38,7 +41,58 @@ def test_a_kill_while_a_resumed_cache_is_finished_loses_no_features(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             fill(path)
     cached = fill(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["val.labels.npy", "val.npy"]
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["val.labels.npy", "val.lock", "val.npy"]
+    assert_complete(cached)
+
+
+def assert_complete(cached):
     for index, (features, label) in enumerate(cached[i] for i in range(10)):
         assert torch.equal(features, IMAGES[index].flatten())
         assert label == index
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no labels", "other shape", "garbage"])
+def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, capsys, damage):
+    path = tmp_path / "val.npy"
+    fill(path)
+    content = path.read_bytes()
+    if damage == "no labels":
+        (tmp_path / "val.labels.npy").unlink()
+    elif damage == "other shape":
+        np.save(path, np.zeros((9, 3), np.float32))
+    else:
+        path.write_bytes({"cut": content[:-20], "empty": b"", "garbage": b"x" * 200}[damage])
+    assert_complete(fill(path))
+    assert f"warning: {path} is damaged" in capsys.readouterr().err
+    assert_complete(fill(path))
+    assert capsys.readouterr().err == ""
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import torch
+from tests import test_feature_cache as module
+
+def slow(batch):
+    time.sleep(0.3)
+    return batch.flatten(1)
+
+cache = module.FeatureCache(slow, 3, 2, 0, torch.device("cpu"))
+images = module.TensorDataset(module.IMAGES, torch.arange(10))
+print("started", flush=True)
+module.assert_complete(cache.load_or_write(Path(sys.argv[1]), images))
+"""
+
+
+def test_of_two_writers_one_waits_for_the_other(tmp_path):
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "val.npy")]
+    options = {"env": {**os.environ, "PYTHONPATH": path}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first, second = (subprocess.Popen(command, **options, **pipes) for _ in range(2))
+    errors = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert sum("waiting for the process" in error for error in errors) <= 1

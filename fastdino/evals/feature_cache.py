@@ -8,6 +8,7 @@ Shapes: B images per batch, N images, D channels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import weights_digest
-from fastdino.files import explain_write_errors, write_json
+from fastdino.files import explain_write_errors, file_lock, write_json
 
 
 def load_features(path: Path) -> TensorDataset:
@@ -84,7 +85,8 @@ class FeatureCache:
         """Return the features of `images` stored at `path`; extract and write them if missing.
 
         In a distributed run each rank writes a share, so all ranks must see the folder. An
-        interrupted write leaves no file that looks complete.
+        interrupted write leaves no file that looks complete, a damaged file is written again with
+        a warning, and a second run waits until the first has written the file.
 
         Args:
             path: a .npy file; the labels are stored next to it.
@@ -93,17 +95,29 @@ class FeatureCache:
             written.
         Raises: CheckpointError: the file cannot be written.
         """
-        if not distributed.from_main(path.exists):
-            part = path.with_name(path.name + ".part")
-            number = len(images)  # type: ignore[arg-type]
-            done = distributed.from_main(lambda: _create(part, number, self.dim))
-            done = self._write_share(part, images, done)
-            distributed.gather(None)  # wait until all shares are on disk
-            if done < number:
-                distributed.from_main(lambda: write_json(done, _done_path(part)))
-                return None
-            distributed.from_main(lambda: _finish(part, path))
+        shape = (len(images), self.dim)  # type: ignore[arg-type]
+        with contextlib.ExitStack() as stack:
+            if not distributed.from_main(lambda: _is_complete(path, shape)):
+                distributed.from_main(lambda: _lock(path, stack))
+                # Another run may have written it while this one waited.
+                complete = distributed.from_main(lambda: _is_complete(path, shape))
+                if not complete and not self._write(path, images, shape):
+                    return None
         return load_features(path)
+
+    def _write(
+        self, path: Path, images: Dataset[tuple[Tensor, int]], shape: tuple[int, int]
+    ) -> bool:
+        """Write the features; return False if `stopped` did."""
+        part = path.with_name(path.name + ".part")
+        done = distributed.from_main(lambda: _create(part, *shape))
+        done = self._write_share(part, images, done)
+        distributed.gather(None)  # wait until all shares are on disk
+        if done < shape[0]:
+            distributed.from_main(lambda: write_json(done, _done_path(part)))
+            return False
+        distributed.from_main(lambda: _finish(part, path))
+        return True
 
     def _write_share(self, part: Path, images: Dataset[tuple[Tensor, int]], done: int) -> int:
         """Write this rank's share of the rows after the first `done`.
@@ -147,6 +161,28 @@ def labels_path(path: Path) -> Path:
 def _done_path(part: Path) -> Path:
     """Return the path of the JSON that holds how many first rows of a stopped file are written."""
     return part.with_suffix(".done")
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> None:
+    """Keep other runs from writing `path` until `stack` closes."""
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(file_lock(path.with_suffix(".lock"), wait=True))
+
+
+def _is_complete(path: Path, shape: tuple[int, int]) -> bool:
+    """Return True if features and labels of this shape are stored; warn if they are damaged."""
+    if not path.exists():
+        return False
+    try:
+        features = np.load(path, mmap_mode="r")
+        labels = np.load(labels_path(path), mmap_mode="r")
+        problem = "" if (features.shape, labels.shape) == (shape, shape[:1]) else "wrong shape"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error).partition("\n")[0] or type(error).__name__
+    if problem:
+        print(f"warning: {path} is damaged ({problem}) and is written again", file=sys.stderr)
+    return not problem
 
 
 def _create(part: Path, number: int, dim: int) -> int:
