@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,3 +156,20 @@ def test_invalid_arguments_are_refused(changes, error, message, ragged_images, d
     arguments = {"images": [ragged_images[0].numpy()], "size": 8} | changes
     with pytest.raises(error, match=message):
         fused_crops(arguments["images"], [(params, arguments["size"])])
+
+
+def test_the_crops_work_without_a_folder_for_compiled_code():
+    """In a read-only container without a home, Numba has nowhere to keep compiled functions."""
+    code = (
+        "from numba.core import caching\n"
+        "base = getattr(caching, 'CacheImpl', None) or caching._CacheImpl\n"
+        "base._locator_classes = []\n"
+        "from fastdino.augmentation import fused_problem\n"
+        "problem = fused_problem('cpu')\n"
+        "assert problem is None, problem\n"
+        "from fastdino.augmentation import cpu_kernels\n"
+        "assert cpu_kernels.up8(9) == 16\n"
+    )
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "kernels"))
+    environ = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)

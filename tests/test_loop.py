@@ -400,6 +400,23 @@ def test_padded_epoch_has_every_image(config, tmp_path, capsys):
     assert "5 steps per epoch" in capsys.readouterr().out
 
 
+def test_resolved_settings_that_change_the_result_are_compared(config, tmp_path, capsys):
+    train(config(epochs=1))
+    path = tmp_path / "run/checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    assert state["resolved"] == {"precision": "fp32", "crops": "torchvision", "decode": "pillow"}
+    for resolved, warning in (
+        ({"precision": "fp32", "crops": "fused", "decode": "cpu"}, ""),
+        ({"precision": "fp32", "crops": "dali", "decode": "cpu"}, "crops torchvision (was dali)"),
+        ({"precision": "bf16"}, "precision fp32 (was bf16)"),
+    ):
+        torch.save(state | {"resolved": resolved}, path)
+        train(config(epochs=1))
+        message = capsys.readouterr().err
+        assert warning in message
+        assert bool(warning) == ("computes other results" in message)
+
+
 def test_init_from_loads_a_backbone_and_is_ignored_on_resume(config, tmp_path, capsys, interrupt):
     train(config(epochs=1, seed=5, output_dir=str(tmp_path / "before")))
     path = tmp_path / "before" / "checkpoint.pth"

@@ -9,6 +9,7 @@ called for every line take offsets into arrays: creating a slice would cost as m
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,11 @@ _ZERO, _TOP = np.float32(0), np.float32(255)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    return njit(cache=True, nogil=True, error_model="numpy")(function)
+    compiled = njit(nogil=True, error_model="numpy")(function)
+    # Without a folder that can be written, as in a read-only container, each process compiles.
+    with contextlib.suppress(RuntimeError):
+        compiled.enable_caching()
+    return compiled
 
 
 @_compiled

@@ -18,6 +18,10 @@ MAX_ROLLBACKS = 5
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
 NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 
+# Resolved settings that change the result, and values that give the same result.
+RESULT_SETTINGS = ("precision", "crops", "decode")
+_SAME_RESULT = ({"fused", "torchvision"}, {"cpu", "pillow"})
+
 
 class RunCheckpoint:
     """checkpoint.pth of a run.
@@ -43,6 +47,7 @@ class RunCheckpoint:
         state = {
             **self.trainer.state_dict(),
             "args": self.config.to_dict(),
+            "resolved": self._resolved(),
             "progress": self.progress.state_dict(),
             "left_out": self.left_out,
             "images": self._images,
@@ -93,6 +98,7 @@ class RunCheckpoint:
                 f"cannot resume {self.path}: {error}; or use another --output_dir"
             ) from error
         self._compare_settings(state.get("args"))
+        self._compare_resolved(state.get("resolved"))
         self._compare_images(state.get("images"))
         self.left_out = list(state.get("left_out", []))
         self.progress.restart(self.trainer.iteration, state.get("progress"))
@@ -108,6 +114,28 @@ class RunCheckpoint:
         ]
         if changed:
             self.progress.warn(f"resuming with other settings: {', '.join(changed)}")
+
+    def _resolved(self) -> dict[str, str]:
+        choices = self.trainer.runtime.choices()
+        return {name: choices[name].value for name in RESULT_SETTINGS if name in choices}
+
+    def _compare_resolved(self, saved: Any) -> None:
+        """Warn if the machine gives settings another value than the checkpoint's did.
+
+        Two runs with the same flags, such as --crops auto, can differ in these.
+        """
+        if not isinstance(saved, dict):  # an older checkpoint
+            return
+        changed = [
+            f"{name} {value} (was {saved[name]})"
+            for name, value in self._resolved().items()
+            if name in saved and saved[name] != value and {saved[name], value} not in _SAME_RESULT
+        ]
+        if changed:
+            self.progress.warn(
+                f"this machine computes other results than the checkpoint's: {', '.join(changed)}; "
+                "request the former value by its flag"
+            )
 
     def _compare_images(self, saved: Any) -> None:
         """Warn if the dataset differs from the checkpoint's."""
