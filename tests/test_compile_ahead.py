@@ -1,0 +1,72 @@
+"""benchmarks.gpu.compile_ahead: kernels compiled by one process are found by another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.comparison import Baseline, Comparison
+from benchmarks.gpu import compile_ahead
+
+pytest.importorskip("triton")
+
+# The first launches of each kind of call, in one of two processes that share them.
+FEW = """
+import itertools, json, sys
+from benchmarks.gpu import compile_ahead
+calls = list(compile_ahead.calls())
+few = [calls[0], next(call for call in calls if "clip" in str(call)), calls[-1]]
+compile_ahead.calls = lambda: iter(few)
+print(json.dumps([compile_ahead.compile_share(index, 2, 90) for index in range(2)]))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    variables = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    shares = []
+    for _ in range(2):
+        done = subprocess.run(
+            (sys.executable, "-c", FEW), env=environment, capture_output=True, text=True, check=True
+        )
+        shares.append(json.loads(done.stdout.splitlines()[-1]))
+    compiled, cached = (sum(column) for column in zip(*shares[0], strict=True))
+    assert compiled >= 5  # the loss has three kernels, the clip and the crops at least one each
+    assert all(compiled for compiled, _ in shares[0])  # both shares have work
+    assert [tuple(share) for share in shares[1]] == [(0, sum(share)) for share in shares[0]], (
+        "kernels were compiled again"
+    )
+    assert compiled + cached == sum(sum(share) for share in shares[1])
+
+
+def test_every_suite_and_kernel_is_compiled(monkeypatch):
+    ran = []
+    monkeypatch.setattr(compile_ahead, "run_ours", ran.append)
+    calls = list(compile_ahead.calls())
+    names = {name for name, _ in compile_ahead.kernel_calls()}
+    assert len(calls) > len(names)
+    for call in compile_ahead.suite_calls():
+        call()
+    made = {str(call.func.__module__) for call in ran}
+    assert made == {f"benchmarks.bench_{n}" for n in ("dino_loss", "ema", "clip", "adamw_ema")}
+
+
+def test_only_our_baselines_are_called():
+    called = []
+    baselines = [
+        Baseline(name, lambda name=name: lambda: called.append(name), role=role)
+        for name, role in (("the paper's", "paper"), ("ours", "ours"), ("torch", ""))
+    ]
+    compile_ahead.run_ours(lambda: Comparison("x", baselines))
+    assert called == ["ours"]
+
+
+def test_without_a_gpu_an_h100s_architecture_is_compiled():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU decides")
+    assert compile_ahead.device_arch() == 90
