@@ -152,7 +152,8 @@ def check_launch(case: str, launch: Launch) -> Compiled:
     )
 
 
-Checked = dict[str, Compiled]  # by the machine code's hash
+# By the hash of the machine code and by whether it may fuse products and sums.
+Checked = dict[tuple[str, bool], Compiled]
 
 _checked: Checked = {}  # of this process
 
@@ -164,7 +165,7 @@ def check_call(module: str, index: int, arch: Arch) -> Checked:
     with record_launches(arch) as launches, emulated_gpu() as device:
         call(device)
         for launch in launches:
-            key = hashlib.sha256(launch.binary).hexdigest()
+            key = hashlib.sha256(launch.binary).hexdigest(), launch.fp_fusion
             if key not in _checked:
                 _checked[key] = check_launch(f"{launch.kernel}, {name}", launch)
             found[key] = _checked[key]
