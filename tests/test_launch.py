@@ -130,6 +130,65 @@ def errors(arch):
 print(json.dumps({str(arch): errors(arch) for arch in ARCHS}))
 """
 
+# Each call twice, in an order that mixes the calls; every launch must use the machine code that
+# Triton itself selects for its arguments.
+LAUNCH_AGAIN = """
+import itertools
+import json
+import random
+import torch
+from fastdino_kernels import dino_loss, kernel_launch, soft_cross_entropy
+from benchmarks.gpu.recording_driver import record_launches
+
+def crops(count, B, K, dtype, form):
+    if form == "contiguous":
+        return torch.zeros(count, B, K, dtype=dtype)
+    if form == "unaligned":
+        return torch.zeros(count * B * K + 1, dtype=dtype)[1:].view(count, B, K)
+    return torch.zeros(count, B, K + 3, dtype=dtype)[..., :K]
+
+def temperature(kind):
+    if kind == "unaligned tensor":
+        return torch.full((2,), 0.1)[1]
+    return torch.tensor(0.1) if kind == "tensor" else kind
+
+def call(B, K, dtype, form, kind, centered):
+    student = crops(3, B, K, dtype, form).requires_grad_()
+    options = {"student_temp": temperature(kind), "impl": "triton"}
+    if centered:
+        teacher = crops(2, B, K, torch.float32, form)
+        center = crops(1, 1, K, torch.float32, form)[0]
+        dino_loss(student, teacher, center, teacher_temp=temperature(kind), **options)[0].backward()
+    else:
+        soft_cross_entropy(student, crops(2, B, K, dtype, form), **options).sum().backward()
+
+cases = list(itertools.product(
+    (1, 2, 16), (16, 40), (torch.float32, torch.bfloat16),
+    ("contiguous", "unaligned", "padded"), (1, 0.1, "tensor", "unaligned tensor"), (True, False),
+))
+random.Random(0).shuffle(cases)
+cases = cases[:24]
+
+def run(arch, forget):
+    codes = []
+    for case in cases + cases[::-1]:
+        if forget:
+            kernel_launch._compiled.clear()
+        with record_launches(arch) as launches:
+            call(*case)
+            codes.append([(x.kernel, x.binary) for x in launches])
+    return codes
+
+for arch in (80, 90):
+    expected = run(arch, forget=True)
+    kernel_launch._compiled.clear()
+    if arch == 90:
+        run(80, forget=False)
+    assert run(arch, forget=False) == expected, arch
+assert kernel_launch._compiled
+print(json.dumps([len(expected), len({code for codes in expected for code in codes})]))
+"""
+
 
 def run_script(folder: Path, script: str) -> Any:
     """Return what a script prints; it runs from a file, whose source Triton can read."""
@@ -200,6 +259,12 @@ def test_good_launch_is_no_error(errors, arch):
 def test_option_that_only_nvidia_has_is_an_error_elsewhere(errors):
     assert [arch for arch in ARCHS if "register limit" in errors[arch]] == ["gfx942"]
     assert "maxnreg was specified but unrecognised" in errors["gfx942"]["register limit"]
+
+
+def test_repeated_launches_use_the_code_that_triton_selects(tmp_path):
+    calls, kernels = run_script(tmp_path, LAUNCH_AGAIN)
+    assert calls == 48
+    assert kernels > 15
 
 
 def test_interpreted_kernels_cannot_be_recorded(monkeypatch):

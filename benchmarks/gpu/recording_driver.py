@@ -65,8 +65,10 @@ class _RecordingDriver:
         self.target = target
         self.launches: list[Launch] = []
         self.utils = SimpleNamespace(
-            # (module, function, registers, spills, threads); the "function" is the machine code.
-            load_binary=lambda name, binary, shared, device: (None, binary, 0, 0, MAX_THREADS),
+            # (module, function, registers, spills, threads); the "function" is the machine code. A
+            # module that is None would be loaded anew by each launch.
+            load_binary=lambda name, binary, shared, device: (binary, binary, 0, 0, MAX_THREADS),
+            unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[target.arch]},
         )
         # Triton caches compiled kernels per device.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_float_tensor, check_inplace_backward, check_same_device, check_temperature
 from .dispatch import choose_impl, compute_dtype
-from .pairwise import PairwiseCrossEntropy
+from .pairwise import PairwiseCrossEntropy, without_gradient
 from .pairwise_torch import blocks_of_images
 
 
@@ -61,7 +61,9 @@ def dino_loss(
     dtype = compute_dtype(student, teacher)
     student_temp = check_temperature("student_temp", student_temp, dtype, student.device)
     teacher_temp = check_temperature("teacher_temp", teacher_temp, dtype, student.device)
-    teacher, center = teacher.detach(), center.detach().reshape(-1).contiguous()
+    teacher, center = without_gradient(teacher), without_gradient(center)
+    if center.dim() != 1 or not center.is_contiguous():
+        center = center.reshape(-1).contiguous()
     if inplace_backward:
         check_inplace_backward("teacher", student, teacher)
     loss, teacher_sum = PairwiseCrossEntropy.apply(

@@ -5,8 +5,10 @@ Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +111,8 @@ class DINOLoss(nn.Module):
         """
         check_float_tensor("student_output", student_output)
         check_float_tensor("teacher_output", teacher_output)
-        rows, prototypes = len(teacher_output) // 2, self.center.shape[-1]
+        center = self.center  # looked up once: a module searches several dictionaries
+        rows, prototypes = len(teacher_output) // 2, center.shape[-1]
         expected = ((self.ncrops * rows, prototypes), (2 * rows, prototypes))
         if (tuple(student_output.shape), tuple(teacher_output.shape)) != expected:
             raise ValueError(
@@ -120,13 +123,12 @@ class DINOLoss(nn.Module):
         return dino_loss(
             student_output.reshape(self.ncrops, rows, prototypes),
             teacher_output.reshape(2, rows, prototypes),
-            self.center,
+            center,
             student_temp=self.student_temp,
             teacher_temp=self._teacher_temp(epoch),
             inplace_backward=self.inplace_backward,
         )
 
-    @torch.no_grad()
     def update_center(self, teacher_sum: Tensor, rows: int) -> None:
         """Update the center to m*center + (1 - m)*mean over the teacher rows of all ranks (Eq. 4).
 
@@ -134,7 +136,6 @@ class DINOLoss(nn.Module):
         """
         self.start_center_update(teacher_sum, rows)()
 
-    @torch.no_grad()
     def start_center_update(self, teacher_sum: Tensor, rows: int) -> Callable[..., None]:
         """Start the all-reduce and return a function that waits for it and updates the center.
 
@@ -152,9 +153,10 @@ class DINOLoss(nn.Module):
             several ranks.
 
         """
-        if teacher_sum.numel() != self.center.numel():
+        center = self.center
+        if teacher_sum.numel() != center.numel():
             raise ValueError(
-                f"teacher_sum must be [K] with K = {self.center.numel()}, "
+                f"teacher_sum must be [K] with K = {center.numel()}, "
                 f"got shape {tuple(teacher_sum.shape)}"
             )
         world = 1
@@ -162,25 +164,26 @@ class DINOLoss(nn.Module):
             world = torch.distributed.get_world_size()
         if rows < 0 or (rows == 0 and world > 1):
             raise ValueError(f"rows must be >= {int(world > 1)}, got {rows}")
-        total = teacher_sum.detach().reshape(self.center.shape)
+        total = teacher_sum.detach().reshape(center.shape)
         work = None
         if world > 1:
             total = total.clone()
             work = torch.distributed.all_reduce(total, async_op=True)
+        return functools.partial(self._finish_center_update, total, rows * world, work)
 
-        @torch.no_grad()
-        def finish(*, skip: Tensor | None = None) -> None:
-            if rows == 0:
-                return
-            if work is not None:
-                work.wait()
-            mean = (total / (rows * world)).to(self.center.dtype)
-            center = self.center if skip is None else self.center.clone()
-            center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
-            if skip is not None:
-                self.center.copy_(torch.where(skip > 0, self.center, center))
-
-        return finish
+    @torch.no_grad()
+    def _finish_center_update(
+        self, total: Tensor, rows: int, work: Any, *, skip: Tensor | None = None
+    ) -> None:
+        if rows == 0:
+            return
+        if work is not None:
+            work.wait()
+        center = self.center if skip is None else self.center.clone()
+        weight = (1 - self.center_momentum) / rows
+        center.mul_(self.center_momentum).add_(total, alpha=weight)
+        if skip is not None:
+            self.center.copy_(torch.where(skip > 0, self.center, center))
 
     @torch.no_grad()
     def teacher_entropy(self, teacher_output: Tensor, epoch: int | Tensor) -> Tensor:

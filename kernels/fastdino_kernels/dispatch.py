@@ -159,16 +159,14 @@ def _triton_problem(tensors: Sequence[torch.Tensor]) -> str | None:
     for device in {tensor.device for tensor in tensors}:
         if (problem := triton_problem(device)) is not None:
             return problem
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    if torch.float64 in [tensor.dtype for tensor in tensors]:
         return "the kernels compute in fp32, got a tensor of torch.float64"
     return None
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Return fp64 if any tensor is fp64, else fp32: half precision is only a storage format."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return torch.float64
-    return torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -19,7 +19,9 @@ Legend: S crops of the student (v), T crops of the teacher (q), B images, K prot
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
-from .operators import LIBRARY, ops, register_fake
+from .operators import LIBRARY, needs_dispatcher, ops, register_fake
 from .pairwise_arguments import Crops, PairwiseOptions
 
 # A temperature is a float, or a 0-d tensor on the device, in which case the float is unused.
@@ -123,8 +125,13 @@ def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
         teacher_temp if teacher_temp_t is None else teacher_temp_t,
         ignore_diagonal,
     )
-    # Imported on first use, because Triton may be missing.
-    return importlib.import_module(f".pairwise_{impl}", __package__), options
+    return _implementation(impl), options
+
+
+@functools.cache
+def _implementation(impl: str) -> ModuleType:
+    """Import an implementation on first use, because Triton may be missing."""
+    return importlib.import_module(f".pairwise_{impl}", __package__)
 
 
 # On every backend that PyTorch knows: impl="torch" runs wherever its operations do.
@@ -156,9 +163,9 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         options = (*_float_and_tensor(student_temp, teacher_temp), ignore_diagonal, impl)
-        result, teacher_sum, center_used, stats = ops.pairwise_forward(
-            student, teacher, center, *options
-        )
+        arguments = (student, teacher, center, *options)
+        forward = ops.pairwise_forward if _traced(arguments) else _forward
+        result, teacher_sum, center_used, stats = forward(*arguments)
         # Everything that the backward pass reads is saved, so that autograd refuses changes of it.
         center_used = None if center is None else center_used
         temps = options[2:4]
@@ -182,18 +189,28 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         student, teacher, center, stats, *temps = ctx.saved_tensors
         options = (*ctx.numbers, *temps, *ctx.settings)
         arguments = (grad_result, student, teacher, center, stats, *options)
+        traced = _traced(arguments)
         if ctx.inplace_backward:
-            ops.pairwise_backward_(*arguments)
+            (ops.pairwise_backward_ if traced else _backward_)(*arguments)
             grad = student
         else:
-            grad = ops.pairwise_backward(*arguments)
+            grad = (ops.pairwise_backward if traced else _backward)(*arguments)
         return grad, None, None, None, None, None, None, None
+
+
+def _traced(arguments: Sequence[object]) -> bool:
+    return needs_dispatcher([x for x in arguments if isinstance(x, Tensor)])
+
+
+def without_gradient(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, detached if it requires a gradient."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _float_and_tensor(
     student_temp: float | Tensor, teacher_temp: float | Tensor
 ) -> tuple[float, float, Tensor | None, Tensor | None]:
     temps = (student_temp, teacher_temp)
-    floats = [0.0 if isinstance(temp, Tensor) else temp for temp in temps]
+    floats = [0.0 if isinstance(temp, Tensor) else float(temp) for temp in temps]
     tensors = [temp if isinstance(temp, Tensor) else None for temp in temps]
     return floats[0], floats[1], tensors[0], tensors[1]

@@ -22,6 +22,7 @@ chunk: BLOCK prototypes, group: the images of one program of the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import device_guard
+from .kernel_launch import alignment, launch
 from .pairwise_arguments import Crops, PairwiseOptions, pair_count
 
 # A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
@@ -327,19 +329,23 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     arrived = torch.empty((), dtype=torch.int32, device=student.device)
     pairs = pair_count(S, T, options.ignore_diagonal)
     sum_programs = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
+    temps = options.student_temp, options.teacher_temp
     flags = {"S": S, "T": T, "CENTERED": centered, **_temperature_flags(options)}
+    signature = _signature(student, teacher, center, *temps)
     with device_guard(student):
-        pairwise_forward_kernel[chunks, groups](
-            student, teacher, center, partials, column_sums, center_used, arrived,
-            options.student_temp, options.teacher_temp, B, K,
-            *student.stride()[:2], *teacher.stride()[:2],
-            **flags, EVEN=K % block == 0, BLOCK=block, num_warps=FORWARD_WARPS,
+        launch(
+            pairwise_forward_kernel, (chunks, groups, 1), signature,
+            (student, teacher, center, partials, column_sums, center_used, arrived, *temps, B, K,
+             *student.stride()[:2], *teacher.stride()[:2]),
+            {**flags, "EVEN": K % block == 0, "BLOCK": block},
+            num_warps=FORWARD_WARPS,
         )  # fmt: skip
-        pairwise_finish_kernel[(S * B + sum_programs,)](
-            partials, column_sums, rows, stats, teacher_sum, loss, arrived,
-            options.student_temp, options.teacher_temp, B, K, chunks, groups, float(pairs * B),
-            **flags, IGNORE_DIAGONAL=options.ignore_diagonal, CHUNKS=_power_of_2(chunks),
-            BLOCK=FINISH_BLOCK, SUM_GROUPS=SUM_GROUPS, SUM_COLUMNS=SUM_COLUMNS,
+        launch(
+            pairwise_finish_kernel, (S * B + sum_programs, 1, 1), signature,
+            (partials, column_sums, rows, stats, teacher_sum, loss, arrived, *temps, B, K, chunks,
+             groups, float(pairs * B)),
+            {**flags, "IGNORE_DIAGONAL": options.ignore_diagonal, "CHUNKS": _power_of_2(chunks),
+             "BLOCK": FINISH_BLOCK, "SUM_GROUPS": SUM_GROUPS, "SUM_COLUMNS": SUM_COLUMNS},
             num_warps=FINISH_WARPS,
         )  # fmt: skip
     return (loss if centered else rows), teacher_sum, center_used, stats
@@ -361,17 +367,28 @@ def backward(
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
     rows = min(B, MAX_ROWS_OF_PROGRAMS)
     strides = (0, 0) if center is not None else grad_result.stride()
+    temps = options.student_temp, options.teacher_temp
+    signature = _signature(student, teacher, center, *temps, grad_result, stats, grad)
     with device_guard(student):
-        pairwise_backward_kernel[_ceil_div(K, block), rows, _ceil_div(B, rows)](
-            grad_result, student, teacher, center, stats, grad,
-            options.student_temp, options.teacher_temp, 1.0 / crops.terms(options), B, K,
-            *strides, *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2],
-            S=S, T=T, CENTERED=center is not None, IGNORE_DIAGONAL=options.ignore_diagonal,
-            **_temperature_flags(options), EVEN=K % block == 0, BLOCK=block,
+        launch(
+            pairwise_backward_kernel, (_ceil_div(K, block), rows, _ceil_div(B, rows)), signature,
+            (grad_result, student, teacher, center, stats, grad, *temps, 1.0 / crops.terms(options),
+             B, K, *strides, *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2]),
+            {"S": S, "T": T, "CENTERED": center is not None,
+             "IGNORE_DIAGONAL": options.ignore_diagonal, **_temperature_flags(options),
+             "EVEN": K % block == 0, "BLOCK": block},
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     if grad is not target:
         target.copy_(grad)
+
+
+def _signature(*tensors: Tensor | float | None) -> Hashable:
+    """Return what the specialisation of the kernels depends on, besides their constants."""
+    layouts = [
+        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else type(x) for x in tensors
+    ]
+    return (*layouts, *alignment(*tensors))
 
 
 def _temperature_flags(options: PairwiseOptions) -> dict[str, bool]:

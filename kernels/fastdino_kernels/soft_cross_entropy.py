@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_float_tensor, check_inplace_backward, check_same_device, check_temperature
 from .dispatch import choose_impl, compute_dtype
-from .pairwise import PairwiseCrossEntropy
+from .pairwise import PairwiseCrossEntropy, without_gradient
 
 
 def soft_cross_entropy(
@@ -63,7 +63,7 @@ def soft_cross_entropy(
     chosen = choose_impl(impl, (student, probs))
     dtype = compute_dtype(student, probs)
     temp = check_temperature("student_temp", student_temp, dtype, student.device)
-    probs = probs.detach()
+    probs = without_gradient(probs)
     if inplace_backward:
         check_inplace_backward("probs", student, probs)
     rows, _ = PairwiseCrossEntropy.apply(
