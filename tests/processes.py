@@ -1,4 +1,4 @@
-"""Functions and commands in two ranks, like torchrun, with shared imports."""
+"""Functions and commands in several ranks, like torchrun, with shared imports."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ PRELOADED = [
 
 def run_two(function: Callable[..., None], *args: Any) -> None:
     """Run the picklable function(*args) in two ranks; raise the error of a rank."""
+    run_ranks(2, function, *args)
+
+
+def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
+    """Run the picklable function(*args) in several ranks; raise the error of a rank."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -36,8 +41,8 @@ def run_two(function: Callable[..., None], *args: Any) -> None:
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
         _run_rank,
-        (port, dict(os.environ), function, args),
-        nprocs=2,
+        (ranks, port, dict(os.environ), function, args),
+        nprocs=ranks,
         start_method="forkserver",
     )
 
@@ -67,12 +72,17 @@ def run_commands_in_two(*lines: list[str]) -> None:
 
 
 def _run_rank(
-    rank: int, port: int, environment: dict[str, str], function: Callable[..., None], args: Any
+    rank: int,
+    ranks: int,
+    port: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: Any,
 ) -> None:
     # The fork server has the environment of the test that started it.
     os.environ.clear()
     os.environ.update(environment)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
     function(*args)

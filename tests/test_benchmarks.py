@@ -21,6 +21,7 @@ from benchmarks import (
     bench_clip,
     bench_dino_loss,
     bench_ema,
+    bench_sinkhorn,
     comparison,
     kernel_tables,
 )
@@ -224,6 +225,12 @@ def functions(baselines):
         (loss_check(torch.bfloat16), LOSSES, loss_of_all_pairs, "is off by"),
         (loss_check(torch.float32), (), loss_with_smaller_gradient, "the gradient is off"),
         (loss_check(torch.bfloat16), (), loss_with_smaller_gradient, "the gradient is off"),
+        (
+            partial(bench_sinkhorn.check, size=bench_sinkhorn.Size(8, 300), device=CPU),
+            functions(bench_sinkhorn.BASELINES),
+            lambda teacher: teacher.float().softmax(dim=1),
+            "the matrix of targets is off",
+        ),
         (
             update_check(bench_ema, False),
             functions(bench_ema.BASELINES[False]),

@@ -22,6 +22,8 @@ from fastdino_kernels import (
     dino_loss,
     ema_update_,
     multi_crop,
+    sinkhorn_center,
+    sinkhorn_knopp,
     soft_cross_entropy,
 )
 from torch import Tensor
@@ -39,6 +41,7 @@ Dtype = torch.dtype | tuple[torch.dtype, torch.dtype]
 def kernel_calls() -> Calls:
     """Yield (name, call) for every call."""
     yield from _loss_calls()
+    yield from _sinkhorn_calls()
     yield from _ema_calls()
     yield from _clip_calls()
     yield from _adamw_ema_calls()
@@ -76,6 +79,29 @@ def _soft_cross_entropy(device: torch.device = CPU) -> None:
     student = torch.zeros(1, 2, 65536, dtype=BF16, device=device, requires_grad=True)
     probs = torch.zeros(1, 2, 65536, device=device)
     soft_cross_entropy(student, probs, student_temp=0.1, impl="triton").sum().backward()
+
+
+def _sinkhorn_calls() -> Calls:
+    for dtype in (BF16, FP16, FP32):
+        for rows in (64, 3771):  # class tokens, and masked patches
+            yield f"{NAMES[dtype]} N{rows}", partial(_sinkhorn, dtype, rows)
+    yield "bf16 N3771 K odd", partial(_sinkhorn, BF16, 3771, prototypes=65537)
+    yield (
+        "bf16 N3771 device temperature",
+        partial(_sinkhorn, BF16, 3771, temp=torch.tensor(0.07)),
+    )
+    yield "bf16 probabilities", partial(_sinkhorn, BF16, 64, function=sinkhorn_knopp)
+
+
+def _sinkhorn(
+    dtype: torch.dtype,
+    rows: int,
+    prototypes: int = 65536,
+    temp: float | Tensor = 0.07,
+    function: Callable[..., Tensor] = sinkhorn_center,
+) -> None:
+    # Its memory is not touched: launches are recorded, not run.
+    function(torch.empty(rows, prototypes, dtype=dtype), temp, impl="triton")
 
 
 def _ema_calls() -> Calls:

@@ -3,6 +3,7 @@
 dino_loss.py            dino_loss, teacher_entropy; dino_module.py: DINOLoss
 soft_cross_entropy.py   soft_cross_entropy, for targets that are already probabilities
 pairwise*.py            the operators of both losses, in Triton and in PyTorch
+sinkhorn*.py            sinkhorn_center, sinkhorn_knopp: Sinkhorn-Knopp targets
 ema.py                  ema_update_
 clip.py                 clip_grad_norms_ (each by its own norm), clip_grad_norm_ (global norm)
 adamw_ema*.py           adamw_ema_update_ and AdamWEMA: clip, AdamW and EMA in one pass
@@ -20,6 +21,7 @@ from .dino_module import DINOLoss
 from .dispatch import chosen_impl
 from .ema import ema_update_
 from .multi_crop import multi_crop
+from .sinkhorn import sinkhorn_center, sinkhorn_knopp
 from .soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "dino_loss",
     "ema_update_",
     "multi_crop",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
     "soft_cross_entropy",
     "teacher_entropy",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CLIP_EPS = 1e-6
 UNIT_EPS = 1e-12
+KOLEO_EPS = 1e-8
 
 
 def dino_loss(
@@ -126,3 +127,46 @@ def adamw(
 def unit_rows(weight: Tensor) -> Tensor:
     """Divide each row of [K, D] by its L2 norm, at least 1e-12: a weight norm of magnitude 1."""
     return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(UNIT_EPS)
+
+
+def sinkhorn_knopp(teacher: Tensor, temp: float | Tensor, n_iterations: int) -> Tensor:
+    """Balance the teacher's logits [N, K] of all ranks, in the order of SwAV, DINOv2 and DINOv3.
+
+    Q = exp(x/tau)^T; Q /= sum(Q); then n times: Q /= sums of its rows (prototypes), Q /= K,
+    Q /= sums of its columns (samples), Q /= N; finally Q *= N (Caron et al. 2020, arXiv 2006.09882;
+    facebookresearch/dinov2). It overflows in fp32 for x/tau > 88.
+
+    Returns: targets [N, K], whose rows sum to 1.
+    """
+    Q = torch.exp(teacher / temp).t()
+    K, N = Q.shape
+    Q = Q / Q.sum()
+    for _ in range(n_iterations):
+        Q = Q / Q.sum(dim=1, keepdim=True) / K
+        Q = Q / Q.sum(dim=0, keepdim=True) / N
+    return (Q * N).t()
+
+
+def koleo_loss(x: Tensor, others: Tensor, first: int, topk: int) -> Tensor:
+    """Compute -mean log ||x_i - x_j|| over the `topk` nearest neighbours j of each row of x [B, D].
+
+    Sablayrolles et al. 2019, arXiv 1806.03198, as in facebookresearch/dinov2: rows of norm 1;
+    neighbours by dot product; eps = 1e-8 in the norm, elementwise in the difference, and in the
+    logarithm. `others` [M, D] are the rows of all ranks, of which row first + i is x_i itself.
+    """
+    x, others = (rows / rows.norm(dim=1, keepdim=True).clamp_min(KOLEO_EPS) for rows in (x, others))
+    dots = x @ others.t()
+    own = torch.arange(len(x), device=x.device)
+    dots = dots.index_put((own, own + first), torch.full_like(dots[:, 0], -1))
+    nearest = dots.topk(topk, dim=1).indices
+    distances = (x[:, None] - others[nearest] + KOLEO_EPS).norm(dim=2)
+    return -(distances + KOLEO_EPS).log().mean()
+
+
+def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the mean squared difference of the Gram matrices of normalised tokens [G, P, D]."""
+    student, teacher = (
+        tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(UNIT_EPS)
+        for tokens in (student, teacher)
+    )
+    return (student @ student.mT - teacher @ teacher.mT).square().mean()
