@@ -23,6 +23,8 @@ from fastdino_kernels import (
     dino_loss,
     ema_update_,
     multi_crop,
+    sinkhorn_center,
+    sinkhorn_knopp,
     soft_cross_entropy,
 )
 from fastdino_kernels.compat import dinov2, lightly, solo_learn
@@ -43,6 +45,7 @@ def option_calls() -> Calls:
     """Yield (name, call) for every call."""
     yield from _loss_calls()
     yield from _module_calls()
+    yield from _sinkhorn_calls()
     yield from _ema_calls()
     yield from _clip_calls()
     yield from _adamw_ema_calls()
@@ -195,6 +198,31 @@ def _function(function: Callable[..., Tensor], **options: Any) -> Callable[..., 
         return [loss, *torch.autograd.grad(loss.sum(), student)]
 
     return call
+
+
+def _sinkhorn(teacher: Make, temp: Any = 0.07, n_iterations: int = 3) -> Callable[..., Any]:
+    def call(device: torch.device) -> list[Tensor]:
+        made = teacher(device), _made(temp, device), n_iterations
+        return [
+            function(*made, group=None, impl="triton")
+            for function in (sinkhorn_center, sinkhorn_knopp)
+        ]
+
+    return call
+
+
+def _sinkhorn_calls() -> Calls:
+    for K, dtype in itertools.product(PROTOTYPES, FLOATS):
+        yield f"sinkhorn K {K} {NAMES[dtype]}", _sinkhorn(random((5, K), dtype))
+    for N in (1, 1000, 5000):
+        yield f"sinkhorn N {N}", _sinkhorn(random((N, 48), BF16))
+    for dtype, name in NAMES.items():
+        yield f"sinkhorn temp {name}", _sinkhorn(random((5, 48)), scalar(0.07, dtype))
+    for n_iterations in (1, 2):
+        yield f"sinkhorn n {n_iterations}", _sinkhorn(random((5, 48)), 1, n_iterations)
+    for name, change in _views():
+        strided = view(random((4, 2, 1026), BF16), change)
+        yield f"sinkhorn {name}", _sinkhorn(view(strided, lambda x: x[0]))
 
 
 # --- lists of tensors -----------------------------------------------------------------------------
@@ -395,6 +423,7 @@ def boundary_calls() -> Calls:
                 f"soft_cross_entropy {case}",
                 _soft_cross_entropy(student, teacher, ignore_diagonal=True, **options),
             )
+        yield f"sinkhorn {name} K 1037", _sinkhorn(random((13, 1037), dtype))
         yield f"ema_update_ {name} all", _ema(_list(dtype), _list(dtype), 0.9, _list(dtype))
         for clip in (clip_grad_norms_, clip_grad_norm_):
             yield f"{clip.__name__} {name} all", _clip(clip, [*_list(dtype)], 0.3)
