@@ -193,7 +193,7 @@ def test_compiles_as_one_graph(ragged_images, draw_any_crops):
 def test_opcheck(ragged_images, draw_any_crops):
     op = torch.ops.fastdino_kernels.multi_crop.default
     packed = draw_any_crops(ragged_images[:2], 2).pack()
-    arguments = (ragged_images[:2], packed, 8, MEAN, STD, torch.bfloat16, "torch")
+    arguments = (ragged_images[:2], [packed], [8], MEAN, STD, torch.bfloat16, "torch")
     torch.library.opcheck(op, arguments)
 
 

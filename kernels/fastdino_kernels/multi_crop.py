@@ -41,16 +41,17 @@ def multi_crop(
     last bit; fp16 and bf16 round it once.
 
     Args:
-        images: B uint8 RGB tensors [H, W, 3] of any sizes, on one device.
+        images: B uint8 RGB tensors [H, W, 3] of any sizes, on one device. They are read in place if
+            the pixels of each row are contiguous.
         params: of [B, N] crops, on that device or on the CPU. Values on the CPU are checked. Values
             on a device are not read back; the Triton kernel clamps a box to its image instead.
         size: pixels of a crop's side, from 1 to 4096.
         mean, std: of the three channels, for values from 0 to 1.
         dtype: fp32, bf16 or fp16.
-        impl: "triton" (one launch, no host synchronisation), "torch" (one crop at a time; reads
-            params on the host), or "auto".
+        impl: "triton" (no host synchronisation), "torch" (one crop at a time; reads params on the
+            host), or "auto".
 
-    Returns: [B, N, 3, size, size] on the images' device; no gradient.
+    Returns: [B, N, 3, size, size] on the images' device, with crops [:, n] contiguous; no gradient.
 
     Raises:
         ValueError: shapes, devices, boxes or other numbers that do not match. The message has the
@@ -58,54 +59,105 @@ def multi_crop(
         TypeError: images that are not uint8 tensors, or other wrong types.
 
     """
-    images = list(images)
+    options = {"mean": mean, "std": std, "dtype": dtype, "impl": impl}
+    return multi_crop_groups(images, [(params, size)], **options)[0]
+
+
+def multi_crop_groups(
+    images: Sequence[Tensor],
+    groups: Sequence[tuple[CropParams, int]],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """Make the crops of several sizes at once: the results of multi_crop for each group.
+
+    With Triton the number of launches does not depend on the number of groups.
+
+    Args:
+        images, mean, std, dtype, impl: as in multi_crop.
+        groups: pairs (params, size), all params on one device.
+
+    Returns: [B, N, 3, size, size] for each group.
+
+    Raises: ValueError, TypeError: as multi_crop.
+    """
+    images, groups = list(images), list(groups)
     _check_images(images)
-    check_params(params, images)
     mean, std = [float(x) for x in mean], [float(x) for x in std]
-    check_settings(size, mean, std, dtype)
-    chosen = choose_impl(impl, images)
-    return _multi_crop_op(images, params.pack(), size, mean, std, dtype, chosen)
+    for params, size in groups:
+        check_params(params, images)
+        check_settings(size, mean, std, dtype)
+    packed, sizes = [params.pack() for params, _ in groups], [size for _, size in groups]
+    if any(rows.device != packed[0].device for rows in packed):
+        devices = ", ".join(str(rows.device) for rows in packed)
+        raise ValueError(f"the params of all groups must be on one device, got {devices}")
+    chosen = choose_impl(impl, images[:1])
+    outs = _multi_crop_op(images, packed, sizes, mean, std, dtype, chosen)
+    return [out.transpose(0, 1) for out in outs]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("multi_crop"), mutates_args=())
 def _multi_crop_op(
     images: Sequence[Tensor],
-    packed: Tensor,
-    size: int,
+    packed: Sequence[Tensor],
+    sizes: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
     impl: str,
-) -> Tensor:
-    """Run multi_crop; packed: [B, N, 14], the result of CropParams.pack."""
+) -> list[Tensor]:
+    """Run multi_crop_groups; packed: [B, N, 14] per group, results of CropParams.pack.
+
+    Returns [N, B, 3, size, size] per group, so that the batch of one crop is contiguous.
+    """
     if impl == "torch":
-        packed = packed.cpu()
-    if packed.device.type == "cpu":
-        check_values(packed, [(image.shape[0], image.shape[1]) for image in images])
-    out = _empty_crops(images, packed, size, dtype)
-    if out.numel() == 0:
-        return out
-    levels = normalized_levels(tuple(mean), tuple(std), dtype, out.device)
-    images = [image.contiguous() for image in images]
+        packed = [rows.cpu() for rows in packed]
+    image_sizes = [(image.shape[0], image.shape[1]) for image in images]
+    for rows in packed:
+        if rows.device.type == "cpu":
+            check_values(rows, image_sizes)
+    outs = _empty_crops(images, packed, sizes, dtype)
+    present = [(out, rows) for out, rows in zip(outs, packed, strict=True) if out.numel()]
+    if not present:
+        return outs
+    levels = normalized_levels(tuple(mean), tuple(std), dtype, outs[0].device)
     if impl == "torch":
-        multi_crop_torch.multi_crop_(out, images, packed, levels)
+        for out, rows in present:
+            multi_crop_torch.multi_crop_(out.transpose(0, 1), images, rows, levels)
     else:
         from . import multi_crop_triton  # Triton may be absent
 
-        # Unpinned memory is read before this returns, even if the copy is still under way.
-        packed = packed.to(out.device, non_blocking=True)
-        multi_crop_triton.multi_crop_(out, images, packed, levels)
-    return out
+        rows_of_all = torch.cat([rows.transpose(0, 1).flatten(0, 1) for _, rows in present])
+        images = [image if _has_contiguous_rows(image) else image.contiguous() for image in images]
+        multi_crop_triton.multi_crop_([out for out, _ in present], images, rows_of_all, levels)
+    return outs
 
 
-def _empty_crops(images: Sequence[Tensor], packed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    device = images[0].device if images else packed.device
-    return torch.empty((*packed.shape[:2], 3, size, size), dtype=dtype, device=device)
+def _has_contiguous_rows(image: Tensor) -> bool:
+    return image.stride()[1:] == (3, 1)
+
+
+def _empty_crops(
+    images: Sequence[Tensor], packed: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    return [
+        torch.empty(
+            (rows.shape[1], rows.shape[0], 3, size, size),
+            dtype=dtype,
+            device=images[0].device if images else rows.device,
+        )
+        for rows, size in zip(packed, sizes, strict=True)
+    ]
 
 
 @_multi_crop_op.register_fake
-def _(images: Any, packed: Any, size: Any, mean: Any, std: Any, dtype: Any, impl: Any) -> Tensor:
-    return _empty_crops(images, packed, size, dtype)
+def _(
+    images: Any, packed: Any, sizes: Any, mean: Any, std: Any, dtype: Any, impl: Any
+) -> list[Tensor]:
+    return _empty_crops(images, packed, sizes, dtype)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,30 +1,33 @@
-"""multi_crop in Triton: every pixel of every crop in one launch, one program per crop.
+"""multi_crop in Triton: all crops of a batch, of all sizes, in three launches.
 
-A program runs these phases, with a barrier after each:
+A crop is divided into parts, one program each. The direction of the division is such that no part
+computes pixels of another one:
 
-1. the resize coefficients of both axes, in fp64 as Pillow computes them, rounded to 22 bits;
-2. for each strip of output rows: the input rows that the strip needs, resized along x to 8 bits,
-   then along y, mirrored if the crop is flipped;
-3. colours: brightness to hue in the drawn order, in two passes, as contrast needs the mean of the
-   operations before it; gray at the end of the second;
-4. blur: three box passes along x, three along y;
-5. solarize and normalise: a look-up in the 3 x 256 levels.
+1. multi_crop_resize_kernel, bands of columns. For each strip of output rows: the input rows that it
+   needs, resized along x to 8 bits; then along y, flipped, with the color operations that precede
+   contrast. Also the sum of the gray levels, because contrast needs the mean of the whole crop.
+2. multi_crop_color_kernel, bands of rows. Contrast, the operations after it, and gray. Then the
+   output or, if the crop is blurred, three box passes along x.
+3. multi_crop_blur_kernel, bands of columns of the blurred crops. Three box passes along y, then
+   the output.
 
-Between phases a pixel is one 32-bit word (r, g, b in its low bytes, as in Pillow), so that a warp
-moves 128 bytes at a time. All arithmetic is on integers, except for the blends, whose products and
-sums must be rounded separately (enable_fp_fusion=False), and phase 1.
+The output is solarized and normalized by a look-up in the 3 x 256 levels. Crops are sorted by
+estimated work, heaviest first, so that no long program starts last.
 
-Bytes per crop, for a box of h x w: 3 h w read, 1 + 4/STRIP times; 12 size^2 written (fp32; bf16:
-6). In L2: 4 h size for the strips, written once and read by each tap, and 8 size^2 per pass of
-phases 3 (two) and 4 (six), of which a crop holds 8 size^2.
+Between operations a pixel is one 32-bit word (r, g, b in its low bytes, as in Pillow), and a warp
+works on 32 neighbors in a row, so that accesses are coalesced. All arithmetic is on integers,
+except for the blends, whose products and sums must be rounded separately (enable_fp_fusion=False),
+and for the resize coefficients: fp64, as Pillow computes them, rounded to 22 bits.
 
-Legend: B images, N crops per image. The scratch of a crop is `pixels` [size^2] and `work`, which
-holds the coefficients and the strip in phases 1 and 2 and a second [size^2] in phase 4.
+Bytes per crop, for a box of h x w: 3 h w read, 1 + 4/STRIP times, and 12 size^2 written (fp32;
+bf16: 6). Scratch: 4 size^2 bytes for the pixels, and 4 size^2 more if the crop is blurred. The
+second area first holds the coefficients and strips of the resize, about 25 KB per band.
+
+Legend: B images, N crops per image.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import crop_table as columns
 from .crop_params import (
     BLUR,
     COLUMNS,
@@ -44,24 +48,32 @@ from .crop_params import (
     ORDER,
     SOLARIZE,
 )
-from .dispatch import backend_options, device_guard, triton_interprets
+from .crop_table import crop_table
+from .dispatch import device_guard, triton_interprets
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
-# Output rows whose input rows are resized along x together.
-STRIP = 32
-# Columns of the table of images: address, height, width, first word of scratch, words per crop.
-IMAGE_COLUMNS = 5
-
+_TABLE_COLUMNS, _ADDRESS, _HEIGHT, _WIDTH, _PITCH, _SIZE, _OUT, _PARAMS, _PIXELS, _WORK, _WORDS = (
+    tl.constexpr(getattr(columns, name))
+    for name in (
+        "TABLE_COLUMNS", "ADDRESS", "HEIGHT", "WIDTH", "PITCH", "SIZE", "OUT", "PARAMS", "PIXELS",
+        "WORK", "BAND_WORDS",
+    )
+)  # fmt: skip
 _BLUR, _COLUMNS, _FACTOR, _FLAGS = map(tl.constexpr, (BLUR, COLUMNS, FACTOR, FLAGS))
 _FLIP, _GRAY, _JITTER, _ORDER = map(tl.constexpr, (FLIP, GRAY, JITTER, ORDER))
 _SOLARIZE, _MAX_RADIUS = map(tl.constexpr, (SOLARIZE, MAX_BLUR_RADIUS))
-_STRIP, _IMAGE_COLUMNS = tl.constexpr(STRIP), tl.constexpr(IMAGE_COLUMNS)
 _RESIZE_BITS, _GRAY_BITS = tl.constexpr(RESIZE_BITS), tl.constexpr(GRAY_BITS)
 _BLUR_BITS = tl.constexpr(BLUR_BITS)
 _RESIZE_ONE, _RESIZE_HALF = tl.constexpr(1 << RESIZE_BITS), tl.constexpr(1 << (RESIZE_BITS - 1))
 _BLUR_ONE, _BLUR_HALF = tl.constexpr(1 << BLUR_BITS), tl.constexpr(1 << (BLUR_BITS - 1))
 _GRAY_HALF = tl.constexpr(1 << (GRAY_BITS - 1))
 _RED, _GREEN, _BLUE = map(tl.constexpr, GRAY_WEIGHTS)
+
+# Columns of a band of the resize, and output rows whose input rows are resized along x together.
+BAND, STRIP = 64, 32
+# Rows of a part of the color kernel, and columns of one of the blur kernel.
+PART = 32
+NUM_WARPS = 4
 
 
 def _tie_words() -> list[int]:
@@ -74,40 +86,150 @@ def _tie_words() -> list[int]:
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = map(tl.constexpr, _tie_words())
 
 
-@triton.jit
-def multi_crop_kernel(
-    out, images, packed, levels, scratch, crops, size: tl.constexpr, COEFS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PIXELS: tl.constexpr
+@triton.jit(do_not_specialize=["parts"])
+def multi_crop_resize_kernel(
+    table, packed, scratch, parts, BAND: tl.constexpr, STRIP: tl.constexpr, COEFS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Make one crop; see the module's docstring."""
-    crop = tl.program_id(0).to(tl.int64)
-    image = images + (crop // crops) * _IMAGE_COLUMNS
-    param = packed + crop * _COLUMNS
-    flags = tl.load(param + _FLAGS)
-    words = tl.multiple_of(tl.load(image + 4), 16)
-    pixels = scratch + tl.multiple_of(tl.load(image + 3), 16) + (crop % crops) * words
-    work = pixels + size * size
+    """Write pixels [size, size] of columns first to last, and the sum of their gray levels."""
+    crop, part = _crop_and_part(table, parts)
+    size = tl.load(crop + _SIZE).to(tl.int32)
+    first = part * BAND
+    if first < size:
+        last = tl.minimum(first + BAND, size)
+        param = packed + tl.load(crop + _PARAMS) * _COLUMNS
+        source, height, width, pitch = _box(crop, param)
+        taps_x, taps_y = _taps(width, size), _taps(height, size)
+        pixels = scratch + tl.load(crop + _PIXELS)
+        first_x = scratch + tl.load(crop + _WORK) + part * tl.load(crop + _WORDS)
+        first_y = first_x + BAND
+        weights_x = first_y + size
+        weights_y = weights_x + taps_x.to(tl.int64) * BAND
+        strip = weights_y + taps_y.to(tl.int64) * size
+        _coefficients(first_x, weights_x, first, last, width, taps_x, size, BAND, COEFS)
+        _coefficients(first_y, weights_y, 0, size, height, taps_y, size, size, COEFS)
+        tl.debug_barrier()
 
-    _resize(pixels, work, image, param, (flags & _FLIP) != 0, size, COEFS, ROWS, COLS)
-    jitter = (flags & _JITTER) != 0
-    gray = (flags & _GRAY) != 0
-    if jitter | gray:
-        _colours(pixels, param, jitter, gray, size, PIXELS)
+        gray = tl.zeros((ROWS, COLS), tl.int32)
+        for start in range(0, size, STRIP):
+            end = tl.minimum(start + STRIP, size)
+            row0 = tl.load(first_y + start)
+            row1 = tl.minimum(tl.load(first_y + end - 1) + taps_y, height)
+            _along_x(
+                strip, source, pitch, row0, row1, first, last, width, first_x, weights_x, taps_x,
+                BAND, ROWS, COLS
+            )  # fmt: skip
+            tl.debug_barrier()
+            gray = _along_y(
+                gray, pixels, param, strip, row0, row1, start, end, first, last, first_y,
+                weights_y, taps_y, size, BAND, ROWS, COLS
+            )  # fmt: skip
+            tl.debug_barrier()
+        tl.store(pixels + size * size + part, tl.sum(gray))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def multi_crop_color_kernel(
+    table, packed, levels, scratch, parts, BAND: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, SUM_BAND: tl.constexpr
+):  # fmt: skip
+    """Complete the colors of rows first to last, and blur them along x or write the output.
+
+    Four passes from one area to the other leave the pixels of a blurred crop where they were.
+    """
+    crop, part = _crop_and_part(table, parts)
+    size = tl.load(crop + _SIZE).to(tl.int32)
+    first = part * BAND
+    if first < size:
+        last = tl.minimum(first + BAND, size)
+        param = packed + tl.load(crop + _PARAMS) * _COLUMNS
+        pixels, work = scratch + tl.load(crop + _PIXELS), scratch + tl.load(crop + _WORK)
+        mean = _mean(pixels + size * size, size, SUM_BAND)
+        radius = _radius(param)
+        for r in range(first, last, ROWS):
+            y = r + tl.arange(0, ROWS)[:, None]
+            for c in range(0, size, COLS):
+                x = c + tl.arange(0, COLS)[None, :]
+                mask = (y < last) & (x < size)
+                word = tl.load(pixels + y * size + x, mask=mask, other=0)
+                word = _late_colors(word, param, mean)
+                if radius > 0:
+                    tl.store(work + y * size + x, word, mask=mask)
+                else:
+                    _write(crop, param, levels, word, y, x, mask, size)
+        if radius > 0:
+            taps, near, far = _blur_weights(radius)
+            for box in range(3):
+                source = pixels if box == 1 else work
+                target = work if box == 1 else pixels
+                tl.debug_barrier()
+                for r in range(first, last, ROWS):
+                    y = r + tl.arange(0, ROWS)[:, None]
+                    for c in range(0, size, COLS):
+                        x = c + tl.arange(0, COLS)[None, :]
+                        mask = (y < last) & (x < size)
+                        line = source + y * size
+                        word = _box_blur(line, x, 1, mask, size, taps, near, far)
+                        tl.store(target + y * size + x, word, mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def multi_crop_blur_kernel(
+    table, packed, levels, scratch, parts, BAND: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr
+):  # fmt: skip
+    """Blur columns first to last along y and write the output, if the crop is blurred."""
+    crop, part = _crop_and_part(table, parts)
+    size = tl.load(crop + _SIZE).to(tl.int32)
+    param = packed + tl.load(crop + _PARAMS) * _COLUMNS
+    radius = _radius(param)
+    first = part * BAND
+    if (radius > 0) & (first < size):
+        last = tl.minimum(first + BAND, size)
+        pixels, work = scratch + tl.load(crop + _PIXELS), scratch + tl.load(crop + _WORK)
+        taps, near, far = _blur_weights(radius)
+        for box in range(3):
+            source = work if box == 1 else pixels
+            target = pixels if box == 1 else work
+            for r in range(0, size, ROWS):
+                y = r + tl.arange(0, ROWS)[:, None]
+                for c in range(first, last, COLS):
+                    x = c + tl.arange(0, COLS)[None, :]
+                    mask = (y < size) & (x < last)
+                    word = _box_blur(source + x, y, size, mask, size, taps, near, far)
+                    if box < 2:
+                        tl.store(target + y * size + x, word, mask=mask)
+                    else:
+                        _write(crop, param, levels, word, y, x, mask, size)
+            tl.debug_barrier()
+
+
+@triton.jit
+def _crop_and_part(table, parts):
+    """Return the program's row of the table and the number of its part."""
+    program = tl.program_id(0)
+    return table + (program // parts).to(tl.int64) * _TABLE_COLUMNS, program % parts
+
+
+@triton.jit
+def _box(crop, param):
+    """Return the box, clamped to its image: first byte, height, width, bytes per row."""
+    full_height = tl.load(crop + _HEIGHT).to(tl.int32)
+    full_width = tl.load(crop + _WIDTH).to(tl.int32)
+    top = tl.minimum(tl.maximum(tl.load(param), 0), full_height - 1)
+    left = tl.minimum(tl.maximum(tl.load(param + 1), 0), full_width - 1)
+    height = tl.minimum(tl.maximum(tl.load(param + 2), 1), full_height - top)
+    width = tl.minimum(tl.maximum(tl.load(param + 3), 1), full_width - left)
+    pitch = tl.load(crop + _PITCH)
+    image = tl.load(crop + _ADDRESS).to(tl.pointer_type(tl.uint8))
+    return image + top * pitch + left.to(tl.int64) * 3, height, width, pitch
+
+
+@triton.jit
+def _radius(param):
+    """Return the radius of the blur, 0 for none."""
     radius = tl.load((param + _BLUR).to(tl.pointer_type(tl.float32)))
-    if radius > 0:
-        _blur(pixels, work, tl.minimum(radius, _MAX_RADIUS), size, PIXELS)
-
-    solarize = (flags & _SOLARIZE) != 0
-    out += crop * (3 * size * size)
-    for start in range(0, size * size, PIXELS):
-        place = start + tl.arange(0, PIXELS)
-        mask = place < size * size
-        r, g, b = _unpack(tl.load(pixels + place, mask=mask, other=0))
-        if solarize:
-            r, g, b = _solarized(r), _solarized(g), _solarized(b)
-        tl.store(out + place, tl.load(levels + r), mask=mask)
-        tl.store(out + size * size + place, tl.load(levels + 256 + g), mask=mask)
-        tl.store(out + 2 * size * size + place, tl.load(levels + 512 + b), mask=mask)
+    return tl.where(radius > 0, tl.minimum(radius, _MAX_RADIUS), 0.0)
 
 
 @triton.jit
@@ -121,74 +243,47 @@ def _pack(r, g, b):
 
 
 @triton.jit
+def _write(crop, param, levels, word, y, x, mask, size):
+    """Solarize and normalize pixels, and write them into the output [3, size, size]."""
+    r, g, b = _unpack(word)
+    if (tl.load(param + _FLAGS) & _SOLARIZE) != 0:
+        r, g, b = _solarized(r), _solarized(g), _solarized(b)
+    out = tl.load(crop + _OUT).to(tl.pointer_type(levels.dtype.element_ty)) + y * size + x
+    tl.store(out, tl.load(levels + r), mask=mask)
+    tl.store(out + size * size, tl.load(levels + 256 + g), mask=mask)
+    tl.store(out + 2 * size * size, tl.load(levels + 512 + b), mask=mask)
+
+
+@triton.jit
 def _solarized(x):
     return tl.where(x < 128, x, 255 - x)
 
 
 @triton.jit
-def _resize(
-    pixels, work, image, param, flip, size: tl.constexpr, COEFS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr
-):  # fmt: skip
-    """Run phases 1 and 2; a box that leaves its image is clamped."""
-    source = tl.load(image).to(tl.pointer_type(tl.uint8))
-    full_height = tl.load(image + 1).to(tl.int32)
-    full_width = tl.load(image + 2).to(tl.int32)
-    top = tl.minimum(tl.maximum(tl.load(param), 0), full_height - 1)
-    left = tl.minimum(tl.maximum(tl.load(param + 1), 0), full_width - 1)
-    height = tl.minimum(tl.maximum(tl.load(param + 2), 1), full_height - top)
-    width = tl.minimum(tl.maximum(tl.load(param + 3), 1), full_width - left)
-    row_bytes = full_width.to(tl.int64) * 3
-    source += top * row_bytes + left * 3
-
-    taps_x, taps_y = _taps(width, size), _taps(height, size)
-    first_x = work
-    first_y = first_x + size
-    weights_x = first_y + size
-    weights_y = weights_x + taps_x * size
-    strip = weights_y + taps_y * size
-    _coefficients(first_x, weights_x, width, taps_x, size, COEFS)
-    _coefficients(first_y, weights_y, height, taps_y, size, COEFS)
-    tl.debug_barrier()
-
-    for start in range(0, size, _STRIP):
-        end = min(start + _STRIP, size)
-        row0 = tl.load(first_y + start)
-        row1 = tl.minimum(tl.load(first_y + end - 1) + taps_y, height)
-        _along_x(
-            strip, source, row_bytes, row0, row1, width, first_x, weights_x, taps_x,
-            size, ROWS, COLS
-        )  # fmt: skip
-        tl.debug_barrier()
-        _along_y(
-            pixels, strip, row0, row1, start, end, first_y, weights_y, taps_y, flip,
-            size, ROWS, COLS
-        )  # fmt: skip
-        tl.debug_barrier()
-
-
-@triton.jit
-def _taps(length, size: tl.constexpr):
+def _taps(length, size):
     """Return how many input pixels an output pixel may depend on: twice the support, rounded up."""
     return tl.ceil(4.0 * _stretch(length, size)).to(tl.int32)
 
 
 @triton.jit
-def _stretch(length, size: tl.constexpr):
-    return tl.maximum(length.to(tl.float64) / tl.full((), size, tl.float64), 1.0)
+def _stretch(length, size):
+    return tl.maximum(length.to(tl.float64) / size.to(tl.float64), 1.0)
 
 
 @triton.jit
-def _coefficients(first, weights, length, taps, size: tl.constexpr, COEFS: tl.constexpr):
-    """Store first [size], weights [taps, size]: output i is sum_t weights[t, i] in[first[i] + t].
+def _coefficients(
+    first, weights, start, end, length, taps, size, stride, COEFS: tl.constexpr
+):
+    """Store first [n] and weights [taps, n] of the outputs start to end, n of them.
 
-    Rounding of an end may add one tap to `taps`; its weight is 0 to 22 bits.
+    Output i is sum_t weights[t, i - start] in[first[i - start] + t]. Rounding of an end may add one
+    tap to `taps`; its weight is 0 to 22 bits.
     """
-    scale = length.to(tl.float64) / tl.full((), size, tl.float64)
+    scale = length.to(tl.float64) / size.to(tl.float64)
     stretch = _stretch(length, size)
-    for start in range(0, size, COEFS):
-        place = start + tl.arange(0, COEFS)
-        i = tl.minimum(place, size - 1)
+    for chunk in range(start, end, COEFS):
+        place = chunk + tl.arange(0, COEFS)
+        i = tl.minimum(place, end - 1)
         center = (i.to(tl.float64) + 0.5) * scale
         low = tl.maximum((center - 2.0 * stretch + 0.5).to(tl.int32), 0)
         count = tl.minimum((center + 2.0 * stretch + 0.5).to(tl.int32), length) - low
@@ -199,8 +294,9 @@ def _coefficients(first, weights, length, taps, size: tl.constexpr, COEFS: tl.co
             fixed = _cubic(t + low, center, stretch) / total * _RESIZE_ONE
             weight = (fixed + tl.where(fixed < 0, -0.5, 0.5)).to(tl.int32)
             weight = tl.where(t < count, weight, 0)
-            tl.store(weights + t * size + place, weight, mask=place < size)
-        tl.store(first + place, low, mask=place < size)
+            at = weights + tl.cast(t, tl.int64) * stride + (place - start)
+            tl.store(at, weight, mask=place < end)
+        tl.store(first + (place - start), low, mask=place < end)
 
 
 @triton.jit
@@ -218,87 +314,117 @@ def _clip8(total):
 
 @triton.jit
 def _along_x(
-    strip, source, row_bytes, row0, row1, width, first, weights, taps, size: tl.constexpr,
+    strip, source, pitch, row0, row1, start, end, width, first, weights, taps, BAND: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Resize input rows row0 to row1 along x into the strip [row1 - row0, size]."""
+    """Resize input rows row0 to row1 along x into columns start to end: strip [rows, BAND]."""
     for r in range(row0, row1, ROWS):
         row = r + tl.arange(0, ROWS)[:, None]
-        line = source + tl.minimum(row, row1 - 1) * row_bytes
-        for c in range(0, size, COLS):
+        line = source + tl.minimum(row, row1 - 1) * pitch
+        for c in range(0, end - start, COLS):
             x = c + tl.arange(0, COLS)[None, :]
-            low = tl.load(first + x, mask=x < size, other=0)
+            inside = x < end - start
+            low = tl.load(first + x, mask=inside, other=0)
             red = tl.full((ROWS, COLS), _RESIZE_HALF, tl.int32)
             green, blue = red, red
             for t in range(taps):
-                weight = tl.load(weights + t * size + x, mask=x < size, other=0)
+                weight = tl.load(weights + tl.cast(t, tl.int64) * BAND + x, mask=inside, other=0)
                 at = line + tl.minimum(low + t, width - 1) * 3
                 red += weight * tl.load(at).to(tl.int32)
                 green += weight * tl.load(at + 1).to(tl.int32)
                 blue += weight * tl.load(at + 2).to(tl.int32)
             word = _pack(_clip8(red), _clip8(green), _clip8(blue))
-            tl.store(strip + (row - row0) * size + x, word, mask=(row < row1) & (x < size))
+            at = strip + (row - row0).to(tl.int64) * BAND + x
+            tl.store(at, word, mask=(row < row1) & inside)
 
 
 @triton.jit
 def _along_y(
-    pixels, strip, row0, row1, start, end, first, weights, taps, flip, size: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr
+    gray, pixels, param, strip, row0, row1, start, end, left, right, first, weights, taps, size,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Resize the strip along y into rows start to end of pixels [size, size]; mirror if flip."""
+    """Resize the strip along y into rows start to end of pixels, flipped, with the early colors.
+
+    Returns: gray [ROWS, COLS] plus the gray levels of these pixels.
+    """
+    flip = (tl.load(param + _FLAGS) & _FLIP) != 0
     for r in range(start, end, ROWS):
         y = r + tl.arange(0, ROWS)[:, None]
         inside = y < end
         low = tl.load(first + y, mask=inside, other=row0) - row0
-        for c in range(0, size, COLS):
+        for c in range(left, right, COLS):
             x = c + tl.arange(0, COLS)[None, :]
+            mask = inside & (x < right)
             red = tl.full((ROWS, COLS), _RESIZE_HALF, tl.int32)
             green, blue = red, red
-            mask = inside & (x < size)
             for t in range(taps):
-                weight = tl.load(weights + t * size + y, mask=inside, other=0)
-                at = tl.minimum(low + t, row1 - row0 - 1) * size + x
+                at = weights + tl.cast(t, tl.int64) * size + y
+                weight = tl.load(at, mask=inside, other=0)
+                at = tl.minimum(low + t, row1 - row0 - 1).to(tl.int64) * BAND + (x - left)
                 r8, g8, b8 = _unpack(tl.load(strip + at, mask=mask, other=0))
                 red += weight * r8
                 green += weight * g8
                 blue += weight * b8
-            word = _pack(_clip8(red), _clip8(green), _clip8(blue))
-            tl.store(pixels + y * size + tl.where(flip, size - 1 - x, x), word, mask=mask)
+            red, green, blue = _early_colors(_clip8(red), _clip8(green), _clip8(blue), param)
+            gray += tl.where(mask, _luma(red, green, blue), 0)
+            at = pixels + y * size + tl.where(flip, size - 1 - x, x)
+            tl.store(at, _pack(red, green, blue), mask=mask)
+    return gray
 
 
 @triton.jit
-def _colours(pixels, param, jitter, gray, size: tl.constexpr, PIXELS: tl.constexpr):
-    """Run phase 3 in place; contrast, operation 1, begins the second of its two passes."""
-    contrast = tl.full((), 0, tl.int32)
+def _mean(sums, size, SUM_BAND: tl.constexpr):
+    """Return the mean of the gray levels, rounded half up."""
+    total = tl.full((), 0, tl.int64)
+    for part in range((size + SUM_BAND - 1) // SUM_BAND):
+        total += tl.load(sums + part)
+    pixels = size * size
+    return ((2 * total + pixels) // (2 * pixels)).to(tl.int32)
+
+
+@triton.jit
+def _early_colors(r, g, b, param):
+    """Apply the operations before contrast, in the drawn order, if the crop is jittered."""
+    for k in range(0, _contrast_place(param)):
+        r, g, b = _operation(k, param, 0, r, g, b)
+    return r, g, b
+
+
+@triton.jit
+def _late_colors(word, param, mean):
+    """Apply contrast and the operations after it if the crop is jittered, then gray."""
+    r, g, b = _unpack(word)
+    flags = tl.load(param + _FLAGS)
+    last = tl.where((flags & _JITTER) != 0, 4, 0)
+    for k in range(_contrast_place(param), last):
+        r, g, b = _operation(k, param, mean, r, g, b)
+    if (flags & _GRAY) != 0:
+        luma = _luma(r, g, b)
+        r, g, b = luma, luma, luma
+    return _pack(r, g, b)
+
+
+@triton.jit
+def _contrast_place(param):
+    """Return how many operations precede contrast, operation 1; 0 without jitter."""
+    place = tl.full((), 0, tl.int32)
     for k in range(1, 4):
-        contrast = tl.where(tl.load(param + _ORDER + k) == 1, k, contrast)
-    mean = tl.full((), 0, tl.int32)
-    for half in range(2):
-        first = tl.where(half == 0, 0, contrast)
-        last = tl.where(half == 0, contrast, 4)
-        last = tl.where(jitter, last, first)
-        lumas = tl.zeros((PIXELS,), tl.int64)
-        for start in range(0, size * size, PIXELS):
-            place = start + tl.arange(0, PIXELS)
-            mask = place < size * size
-            r, g, b = _unpack(tl.load(pixels + place, mask=mask, other=0))
-            for k in range(first, last):
-                operation = tl.load(param + _ORDER + k)
-                factor = tl.load((param + _FACTOR + operation).to(tl.pointer_type(tl.float32)))
-                r, g, b = _operation(operation, factor, mean, r, g, b)
-            luma = _luma(r, g, b)
-            if gray & (half == 1):
-                r, g, b = luma, luma, luma
-            lumas += tl.where(mask, luma, 0)
-            tl.store(pixels + place, _pack(r, g, b), mask=mask)
-        total = tl.sum(lumas, 0)
-        mean = ((2 * total + size * size) // (2 * size * size)).to(tl.int32)
-        tl.debug_barrier()
+        place = tl.where(_drawn_operation(param, k) == 1, k, place)
+    return tl.where((tl.load(param + _FLAGS) & _JITTER) != 0, place, 0)
 
 
 @triton.jit
-def _operation(operation, factor, mean, r, g, b):
+def _drawn_operation(param, k):
+    return tl.load(param + _ORDER + k) & 3  # values on a device are not checked
+
+
+@triton.jit
+def _operation(k, param, mean, r, g, b):
+    """Apply the k-th operation in the drawn order."""
+    operation = _drawn_operation(param, k)
+    factor = tl.load((param + _FACTOR + operation).to(tl.pointer_type(tl.float32)))
     if operation == 3:
+        factor = tl.where(tl.abs(factor) <= 0.5, factor, 0.0)
         r, g, b = _hue((factor.to(tl.float64) * 255.0).to(tl.int32), r, g, b)
     else:
         other = tl.where(operation == 2, _luma(r, g, b), tl.where(operation == 1, mean, 0))
@@ -314,7 +440,7 @@ def _luma(r, g, b):
 @triton.jit
 def _blend(start, end, factor):
     moved = start.to(tl.float32) + factor * (end - start).to(tl.float32)
-    return tl.minimum(tl.maximum(moved, 0.0), 255.0).to(tl.int32)
+    return tl.minimum(tl.where(moved > 0, moved, 0.0), 255.0).to(tl.int32)  # NaN becomes 0
 
 
 @triton.jit
@@ -360,41 +486,31 @@ def _tie(h):
 
 
 @triton.jit
-def _blur(pixels, work, radius, size: tl.constexpr, PIXELS: tl.constexpr):
-    """Run phase 4: from pixels to work and back three times, with the weights of blur_weights."""
-    taps, near, far = _blur_weights(radius)
-    for box in range(6):
-        along_y = box >= 3
-        source = pixels if box % 2 == 0 else work
-        target = work if box % 2 == 0 else pixels
-        step = tl.where(along_y, size, 1)
-        for start in range(0, size * size, PIXELS):
-            place = start + tl.arange(0, PIXELS)
-            mask = place < size * size
-            x = tl.where(along_y, place // size, place % size)
-            line = source + place - x * step
-            red, green, blue = _unpack(tl.load(line + x * step, mask=mask, other=0))
-            for k in range(1, taps + 1):
-                r0, g0, b0 = _unpack(tl.load(line + tl.maximum(x - k, 0) * step, mask=mask))
-                r1, g1, b1 = _unpack(tl.load(line + tl.minimum(x + k, size - 1) * step, mask=mask))
-                red += r0 + r1
-                green += g0 + g1
-                blue += b0 + b1
-            before = tl.maximum(x - taps - 1, 0) * step
-            after = tl.minimum(x + taps + 1, size - 1) * step
-            r0, g0, b0 = _unpack(tl.load(line + before, mask=mask, other=0))
-            r1, g1, b1 = _unpack(tl.load(line + after, mask=mask, other=0))
-            word = _pack(
-                _box(red, r0 + r1, near, far),
-                _box(green, g0 + g1, near, far),
-                _box(blue, b0 + b1, near, far),
-            )
-            tl.store(target + place, word, mask=mask)
-        tl.debug_barrier()
+def _box_blur(line, place, step, mask, size, taps, near, far):
+    """Blur by multi_crop_torch._box_blur along a line of `size` pixels `step` words apart."""
+    word = tl.load(line + place * step, mask=mask, other=0)
+    red_blue, green = word & 0xFF00FF, (word >> 8) & 255
+    for k in range(1, taps + 1):
+        before, after = _neighbors(line, place, k, step, mask, size)
+        red_blue += (before & 0xFF00FF) + (after & 0xFF00FF)
+        green += ((before >> 8) & 255) + ((after >> 8) & 255)
+    before, after = _neighbors(line, place, taps + 1, step, mask, size)
+    return _pack(
+        _box_mean(red_blue & 0xFFFF, (before & 255) + (after & 255), near, far),
+        _box_mean(green, ((before >> 8) & 255) + ((after >> 8) & 255), near, far),
+        _box_mean((red_blue >> 16) & 0xFFFF, (before >> 16) + (after >> 16), near, far),
+    )
 
 
 @triton.jit
-def _box(inner, ends, near, far):
+def _neighbors(line, place, distance, step, mask, size):
+    before = tl.load(line + tl.maximum(place - distance, 0) * step, mask=mask, other=0)
+    after = tl.load(line + tl.minimum(place + distance, size - 1) * step, mask=mask, other=0)
+    return before, after
+
+
+@triton.jit
+def _box_mean(inner, ends, near, far):
     total = inner.to(tl.uint32) * near + ends.to(tl.uint32) * far + _BLUR_HALF
     return (total >> _BLUR_BITS).to(tl.int32)
 
@@ -419,49 +535,31 @@ def _divide(a, b):
     return (a.to(tl.float64) / tl.cast(b, tl.float64)).to(tl.float32)
 
 
-def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: Tensor) -> None:
-    """Write out [B, N, 3, size, size]; all tensors are on one device.
+def multi_crop_(
+    outs: Sequence[Tensor], images: Sequence[Tensor], packed: Tensor, levels: Tensor
+) -> None:
+    """Write each of outs [N, B, 3, size, size], of several sizes; all are on one device.
 
-    images: B contiguous uint8 [H, W, 3]. packed: int32 [B, N, 14]. levels: [3, 256], out's dtype.
+    images: B uint8 [H, W, 3], the pixels of a row contiguous. packed: int32 [C, 14], all crops in
+    the order of outs, on that device or on the CPU. levels: [3, 256], in the dtype of outs.
     """
-    crops, size = out.shape[1], out.shape[-1]
-    rows, words = [], 0
-    for image in images:
-        height, width, _ = image.shape
-        of_crop = _scratch_words(height, width, size)
-        rows.append((image.data_ptr(), height, width, words, of_crop))
-        words += crops * of_crop
-    table = torch.tensor(rows, dtype=torch.int64).to(out.device, non_blocking=True)
-    scratch = torch.empty(words, dtype=torch.int32, device=out.device)
-    with device_guard(out):
-        multi_crop_kernel[(len(images) * crops,)](
-            out, table, packed.contiguous(), levels, scratch, crops, size=size, **_tiles(size)
-        )
-
-
-def _scratch_words(height: int, width: int, size: int) -> int:
-    """Return the scratch words of an image's largest crop, a multiple of 16 for the kernel."""
-    stretch = [max(length / size, 1.0) for length in (height, width)]
-    taps = [math.ceil(4 * s) for s in stretch]
-    rows = min(math.ceil((STRIP - 1) * stretch[0]) + taps[0] + 2, height)
-    work = max(size * size, size * (2 + sum(taps) + rows))
-    return -(-(size * size + work) // 16) * 16
-
-
-def _tiles(size: int) -> dict[str, int | bool]:
-    """Return the tile sizes; the interpreter is slow per tile, so it gets few large ones."""
-    if triton_interprets():
-        cols = triton.next_power_of_2(size)
-        return {"COEFS": cols, "ROWS": 64, "COLS": cols, "PIXELS": min(cols * cols, 1 << 14)}
-    return {
-        "COEFS": 256,
-        "ROWS": 32,
-        "COLS": 32,
-        # 4 pixels per thread, so that one access is 128 bits wide.
-        "PIXELS": 2048 if size >= 128 else 1024,
-        "num_warps": 16 if size >= 128 else 8,
-        "enable_fp_fusion": False,
-        **backend_options(
-            maxnreg=128
-        ),  # otherwise ptxas aims at 64, for occupancy, and spills a few
-    }
+    table, packed, words = crop_table(outs, images, packed, BAND, STRIP)
+    scratch = torch.empty(words, dtype=torch.int32, device=table.device)
+    largest = max(out.shape[-1] for out in outs)
+    bands, parts = -(-largest // BAND), -(-largest // PART)
+    # The interpreter is slow per tile, so it gets few large ones.
+    rows, cols = (256, 256) if triton_interprets() else (16, 32)
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    with device_guard(table):
+        multi_crop_resize_kernel[(len(table) * bands,)](
+            table, packed, scratch, bands, BAND=BAND, STRIP=STRIP, COEFS=32 * NUM_WARPS,
+            ROWS=min(rows, 64), COLS=min(cols, BAND), **options
+        )  # fmt: skip
+        multi_crop_color_kernel[(len(table) * parts,)](
+            table, packed, levels, scratch, parts, BAND=PART, ROWS=min(rows, PART), COLS=cols,
+            SUM_BAND=BAND, **options
+        )  # fmt: skip
+        multi_crop_blur_kernel[(len(table) * parts,)](
+            table, packed, levels, scratch, parts, BAND=PART, ROWS=rows, COLS=min(cols, PART),
+            **options
+        )  # fmt: skip
