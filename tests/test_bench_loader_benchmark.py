@@ -136,7 +136,7 @@ def test_the_kernel_baseline_makes_the_crops(pictures, tiny, monkeypatch, crops_
     images = [torch.from_numpy(np.array(dataset.read_rgb(i))) for i in range(2)]
     made = kernel.make()
     assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
-    for crops, (params, size) in zip(made, kernel._launches, strict=True):
+    for crops, (params, size) in zip(made, kernel._groups, strict=True):
         assert torch.equal(crops, crops_by_pil(images, params, size))
 
 

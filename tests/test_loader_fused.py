@@ -61,10 +61,10 @@ def test_the_description_names_the_decoder(photos, build, decode):
 
 def test_invalid_crops_are_refused_before_the_kernel(ragged_images):
     image = ragged_images[-1]
-    params, _ = draw_crops(make_config(), 0, [0], [image.shape[:2]])
-    params.left[0, 1] = image.shape[1]
+    groups = draw_crops(make_config(), 0, [0], [image.shape[:2]])
+    groups[1].left[0, 1] = image.shape[1]
     with pytest.raises(ValueError, match=r"must be inside its image.*crop 1 of images\[0\]"):
-        loader_fused._crops([image], params, 8)
+        loader_fused._crops([image], list(zip(groups, (8, 4), strict=True)))
 
 
 class Event:
@@ -106,9 +106,9 @@ def slow_gpu(monkeypatch):
     return log
 
 
-def crops_of_one_pixel(pictures, params, size):
-    first = torch.stack([picture[0, 0] for picture in pictures])
-    return first[:, None, :, None, None].expand(-1, params.top.shape[1], 3, size, size).float()
+def crops_of_one_pixel(pictures, drawn):
+    first = torch.stack([picture[0, 0] for picture in pictures])[:, None, :, None, None]
+    return [first.expand(-1, params.top.shape[1], 3, size, size).float() for params, size in drawn]
 
 
 def make(backend, pictures):

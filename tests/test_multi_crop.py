@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastdino_kernels import CropParams, multi_crop, multi_crop_torch
+from fastdino_kernels import CropParams, crop_table, multi_crop, multi_crop_groups, multi_crop_torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -95,7 +95,25 @@ def test_every_order_of_the_jitter(impl, ragged_images, draw_any_crops, crops_by
     assert_equal(crops(images, params, 8, impl=impl), crops_by_pil(images, params, 8))
 
 
-@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0, 0, 1, 100), (0, 7, 75, 1), (10, 20, 16, 16)])
+def test_several_sizes_in_one_call_equal_separate_calls(impl, ragged_images, draw_any_crops):
+    images = affordable(ragged_images, impl)
+    groups = [(draw_any_crops(images, n, seed=n), size) for n, size in ((2, 40), (0, 9), (3, 7))]
+    made = multi_crop_groups(
+        [image.to(DEVICE) for image in images], groups, mean=MEAN, std=STD, impl=impl
+    )
+    assert len(made) == 3
+    for ours, (params, size) in zip(made, groups, strict=True):
+        assert_equal(ours.cpu(), crops(images, params, size, impl=impl))
+        assert all(ours[:, n].is_contiguous() for n in range(ours.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (0, 0, 1, 1), (74, 99, 1, 1), (0, 0, 1, 100), (0, 7, 75, 1), (10, 20, 16, 16),
+        (0, 0, 75, 100), (40, 60, 35, 40),
+    ],
+)  # fmt: skip
 def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
     images = ragged_images[:1]
     fixed = dict(zip(("top", "left", "height", "width"), box, strict=True))
@@ -111,12 +129,186 @@ def test_extreme_jitter_factors(impl, ragged_images, draw_any_crops, crops_by_pi
     assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
 
 
-def test_strided_images(impl, ragged_images, draw_any_crops):
-    image = ragged_images[-1]
+def strided(image):
+    """Return views of an image by name, and whether the pixels of each row are contiguous."""
+    return {
+        "transposed": (image.transpose(0, 1), False),
+        "planes": (image.permute(2, 0, 1).contiguous().permute(1, 2, 0), False),
+        "every second column": (image[:, ::2], False),
+        "every second row": (image[::2], True),
+        "window at an odd byte": (image[3:7, 5:11], True),
+        "one row repeated": (image[2:3].expand(9, -1, -1), True),
+        "one column": (image[:, 4:5], True),
+    }
+
+
+@pytest.mark.parametrize("name", strided(torch.zeros(9, 12, 3)))
+def test_images_of_any_strides(name, impl, ragged_images, draw_any_crops, monkeypatch):
+    image, in_place = strided(ragged_images[-1].to(DEVICE))[name]
     params = draw_any_crops([image], 2)
-    expected = crops([image], params, 8, impl=impl)
-    turned = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    assert_equal(crops([turned], params, 8, impl=impl), expected)
+    expected = crops([image.contiguous()], params, 8, impl=impl)
+    read = []
+    real = crop_table.crop_table
+    monkeypatch.setattr(
+        "fastdino_kernels.multi_crop_triton.crop_table",
+        lambda outs, images, *rest: (read.extend(images), real(outs, images, *rest))[1],
+    )
+    assert_equal(crops([image], params, 8, impl=impl), expected)
+    if impl == "triton":
+        assert (read[0].data_ptr() == image.data_ptr()) is in_place
+
+
+# Parameters on a device are not checked, so the kernels must not index outside for any value. The
+# second member of a pair is the value that they use instead.
+UNCHECKED = [
+    ({"jitter_order": 5}, {"jitter_order": 1}),
+    ({"jitter_order": -(2**31)}, {"jitter_order": 0}),
+    ({"jitter_order": 2**31 - 1}, {"jitter_order": 3}),
+    ({"jitter_factor": math.nan}, {"jitter_factor": 0.0}),
+    ({"jitter_factor": math.inf}, {"jitter_factor": 0.0}),
+    ({"jitter_factor": -math.inf}, {"jitter_factor": 0.0}),
+    ({"jitter_factor": 0.75, "jitter_order": 3}, {"jitter_factor": 0.0, "jitter_order": 3}),
+    ({"blur_radius": math.nan}, {"blur_radius": 0.0}),
+    ({"blur_radius": -1.0}, {"blur_radius": 0.0}),
+    ({"blur_radius": math.inf}, {"blur_radius": 100.0}),
+    ({"top": -5, "left": -(2**31)}, {"top": 0, "left": 0, "height": 4, "width": 5}),
+    ({"height": 2**31 - 1, "width": 99}, {"top": 3, "left": 2, "height": 6, "width": 10}),
+    ({"height": -1, "width": 0}, {"top": 3, "left": 2, "height": 1, "width": 1}),
+    ({"top": 2**31 - 1}, {"top": 8, "left": 2, "height": 1, "width": 5}),
+]
+
+
+@pytest.mark.parametrize(("values", "used"), UNCHECKED)
+def test_unchecked_values_stay_inside(values, used, ragged_images, draw_any_crops, monkeypatch):
+    from fastdino_kernels import multi_crop_triton
+
+    real = crop_table.crop_table
+
+    def device_table(outs, images, packed, *rest):
+        """Plan for any box and a blur, and leave the parameters, as for those on a device."""
+        height, width, _ = images[0].shape
+        whole = {"top": 0, "left": 0, "height": height, "width": width, "blur_radius": 1.0}
+        worst = draw_any_crops(images, 1, **whole).pack().flatten(0, 1)
+        table, _, words = real(outs, images, worst, *rest)
+        return table, packed, words
+
+    monkeypatch.setattr(multi_crop_triton, "crop_table", device_table)
+    image = ragged_images[-1].to(DEVICE)  # 9 x 12
+    box = {"top": 3, "left": 2, "height": 4, "width": 5}
+    order = torch.tensor([2, 0, 1, 3], dtype=torch.int32).expand(1, 1, 4)
+
+    def make(changes):
+        params = draw_any_crops([image], 1, **(PLAIN | {"jitter": True} | box | changes))
+        if "jitter_order" not in changes:
+            params = dataclasses.replace(params, jitter_order=order)
+        out = torch.empty(1, 1, 3, 8, 8, device=DEVICE)
+        levels = torch.arange(256.0, device=DEVICE).expand(3, 256).contiguous()
+        packed = params.pack().flatten(0, 1).to(DEVICE)
+        multi_crop_triton.multi_crop_([out], [image], packed, levels)
+        return out
+
+    made = make(values)
+    assert ((made >= 0) & (made <= 255)).all()
+    assert torch.equal(made, make(used))
+
+
+def test_heavy_crops_come_first(ragged_images, draw_any_crops):
+    images = ragged_images[:4]
+    groups = [(draw_any_crops(images, n, seed=n), size) for n, size in ((3, 64), (9, 30))]
+    packed = torch.cat([params.pack().transpose(0, 1).flatten(0, 1) for params, _ in groups])
+    outs = [torch.empty(params.top.shape[1], 4, 3, size, size) for params, size in groups]
+    table, same, _ = crop_table.crop_table(outs, images, packed, 64, 32)
+    assert torch.equal(same, packed)
+    assert sorted(table[:, crop_table.PARAMS].tolist()) == list(range(48))
+    rows = [
+        (size, *box, jitter & 2, blur != 0)
+        for size, (box, jitter, blur) in zip(
+            table[:, crop_table.SIZE].tolist(),
+            [(row[2:4], row[4], row[13]) for row in packed[table[:, crop_table.PARAMS]].tolist()],
+            strict=True,
+        )
+    ]
+    for i, lighter in enumerate(rows):
+        for heavier in rows[i + 1 :]:  # no later crop exceeds an earlier one in every respect
+            exceeds = all(a > b for a, b in zip(heavier[:3], lighter[:3], strict=True))
+            assert not (exceeds and heavier[3:] >= lighter[3:] and heavier[4] >= lighter[4])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scratch_is_sufficient(seed, draw_any_crops, monkeypatch):
+    """No launch writes outside a crop's two areas of scratch."""
+    from fastdino_kernels import multi_crop_triton
+
+    rng = np.random.default_rng(seed)
+    shape, size = rng.integers(1, 200, 2), int(rng.integers(1, 90))
+    image = torch.from_numpy(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).to(DEVICE)
+    params = draw_any_crops([image], 1, seed=seed, blur_radius=seed % 2)
+    guard, marker, kept = 4096, 123456789, []
+    real = crop_table.crop_table
+
+    def spread(*args):
+        """Move the areas apart, with guarded words around each."""
+        table, packed, words = real(*args)
+        first, second = (int(table[0, column]) for column in (crop_table.PIXELS, crop_table.WORK))
+        table[0, crop_table.PIXELS] += guard
+        table[0, crop_table.WORK] += 2 * guard
+        kept[:] = [(first, second + guard), (second + guard, words + 2 * guard)]
+        return table, packed, words + 3 * guard
+
+    memory = []
+
+    def marked(*args, **options):
+        memory.append(torch.full(args, marker, **options))
+        return memory[-1]
+
+    monkeypatch.setattr(multi_crop_triton, "crop_table", spread)
+    monkeypatch.setattr(multi_crop_triton.torch, "empty", marked)
+    out = torch.zeros(1, 1, 3, size, size, device=DEVICE)
+    levels = torch.zeros(3, 256, device=DEVICE)
+    multi_crop_triton.multi_crop_([out], [image], params.pack().flatten(0, 1), levels)
+    words = memory[-1].cpu()
+    assert (words != marker).any()
+    for start, end in ((0, guard), (kept[0][1], kept[0][1] + guard), (len(words) - guard, None)):
+        assert (words[start:end] == marker).all()
+
+
+def test_addresses_are_64_bit():
+    outs = [torch.empty(2, 4096, 3, 1024, 1024, device="meta")]
+    images = [torch.empty(3000, 4000, 3, dtype=torch.uint8, device="meta")] * 4096
+    rows = crop_table._unsorted_rows(outs, images)
+    assert rows[:, crop_table.OUT].diff().unique().tolist() == [3 * 1024 * 1024 * 4]
+    stretches = torch.full((8192, 2), 3.0, dtype=torch.float64)
+    blurred = torch.ones(8192, dtype=torch.bool)
+    words = crop_table._assign_scratch(rows, stretches, 4 * stretches, blurred, 64, 32)
+    pixels, work = rows[:, crop_table.PIXELS], rows[:, crop_table.WORK]
+    assert words > 2 * 8192 * 1024 * 1024 > 2**33
+    assert (work - pixels >= 1024 * 1024).all()
+    assert (pixels[1:] - work[:-1] >= 1024 * 1024).all()
+    assert words - work[-1] >= 1024 * 1024
+
+
+def test_parameters_reach_a_device_in_one_pinned_copy(ragged_images, draw_any_crops, monkeypatch):
+    images = [image.to("meta") for image in ragged_images[:3]]
+    packed = draw_any_crops(ragged_images[:3], 2).pack().transpose(0, 1).flatten(0, 1)
+    pinned, copies = [], []
+    real_empty, real_to = torch.empty, torch.Tensor.to
+
+    def empty(*args, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return real_empty(*args, **options)
+
+    def to(tensor, *args, **options):
+        copies.append((args, options))
+        return real_to(tensor, *args, **options)
+
+    outs = [real_empty(2, 3, 3, 8, 8, device="meta")]
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    table, moved, _ = crop_table.crop_table(outs, images, packed, 64, 32)
+    assert (table.device.type, moved.device.type) == ("meta", "meta")
+    assert moved.shape == (6, 14)
+    assert pinned.count(True) == 1
+    assert copies == [((torch.device("meta"),), {"non_blocking": True})]
 
 
 @pytest.mark.accuracy
@@ -192,8 +384,8 @@ def test_compiles_as_one_graph(ragged_images, draw_any_crops):
 
 def test_opcheck(ragged_images, draw_any_crops):
     op = torch.ops.fastdino_kernels.multi_crop.default
-    packed = draw_any_crops(ragged_images[:2], 2).pack()
-    arguments = (ragged_images[:2], [packed], [8], MEAN, STD, torch.bfloat16, "torch")
+    packed = draw_any_crops(ragged_images[:2], 3).pack().transpose(0, 1).contiguous()
+    arguments = (ragged_images[:2], packed, [1, 2], [8, 5], MEAN, STD, torch.bfloat16, "torch")
     torch.library.opcheck(op, arguments)
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 import torchvision
-from fastdino_kernels import multi_crop
+from fastdino_kernels import multi_crop_groups
 from fastdino_kernels.dispatch import triton_problem
 from numpy.typing import NDArray
 from PIL import Image
@@ -119,10 +119,8 @@ def make_crops(
         return [made.cpu() for made in dali_crops(images, crops, device=device)]
     tensors = [torch.tensor(image, device=device) for image in images]
     impl = impl or multi_crop_impl(device)
-    return [
-        multi_crop(tensors, params, size=size, mean=MEAN, std=STD, impl=impl).cpu()
-        for params, size in crops
-    ]
+    made = multi_crop_groups(tensors, crops, mean=MEAN, std=STD, impl=impl)
+    return [of_one_size.cpu() for of_one_size in made]
 
 
 def pillow_crops(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 import torch
-from fastdino_kernels import multi_crop
+from fastdino_kernels import multi_crop_groups
 from torch import Tensor
 
 from fastdino.augmentation.params import CropParams, draw_crops, select
@@ -135,7 +135,7 @@ class _CpuBackend:
 
 
 class _CudaBackend:
-    """Crops made by fastdino_kernels.multi_crop on a separate stream, one launch per resolution.
+    """Crops made by fastdino_kernels.multi_crop_groups on a separate stream.
 
     It is called from several threads. Images must be ready for work on `stream`. Memory is not
     reused too early:
@@ -161,9 +161,7 @@ class _CudaBackend:
             with self._lock:
                 self._release(AHEAD)
                 crops = [
-                    crop
-                    for params, size in drawn
-                    for crop in _crops(on_gpu, params, size).transpose(0, 1).contiguous()
+                    crop for of_one_size in _crops(on_gpu, drawn) for crop in of_one_size.unbind(1)
                 ]
                 complete = self.stream.record_event()
                 self._held.append((complete, [p for p in pictures if isinstance(p, Tensor)]))
@@ -212,9 +210,11 @@ class _Staging(threading.local):
         return [next(uploaded) if isinstance(p, np.ndarray) else p for p in pictures]
 
 
-def _crops(pictures: Sequence[Tensor], params: CropParams, size: int) -> Tensor:
-    """Make crops [B, N, 3, size, size]; params are on the CPU, so multi_crop checks their values.
+def _crops(pictures: Sequence[Tensor], drawn: Sequence[_Drawn]) -> list[Tensor]:
+    """Make crops [B, N, 3, size, size] of each resolution; those of one number are contiguous.
+
+    The parameters are on the CPU, so that their values are checked.
 
     Raises: ValueError: a parameter is out of range.
     """
-    return multi_crop(pictures, params, size=size, mean=MEAN, std=STD, impl="triton")
+    return multi_crop_groups(pictures, drawn, mean=MEAN, std=STD, impl="triton")

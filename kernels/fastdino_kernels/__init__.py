@@ -7,7 +7,8 @@ sinkhorn*.py            sinkhorn_center, sinkhorn_knopp: Sinkhorn-Knopp targets
 ema.py                  ema_update_
 clip.py                 clip_grad_norms_ (each by its own norm), clip_grad_norm_ (global norm)
 adamw_ema*.py           adamw_ema_update_ and AdamWEMA: clip, AdamW and EMA in one pass
-multi_crop*.py          multi_crop; crop_params.py: its parameters
+multi_crop*.py          multi_crop, multi_crop_groups; crop_params.py: their parameters;
+                        crop_table.py: what their kernels read
 reference.py            the paper's equations, written plainly: the oracle of tests and benchmarks
 dispatch.py             choice between Triton and PyTorch: impl=..., or FASTDINO_KERNELS
 """
@@ -20,7 +21,7 @@ from .dino_loss import dino_loss, teacher_entropy
 from .dino_module import DINOLoss
 from .dispatch import chosen_impl
 from .ema import ema_update_
-from .multi_crop import multi_crop
+from .multi_crop import multi_crop, multi_crop_groups
 from .sinkhorn import sinkhorn_center, sinkhorn_knopp
 from .soft_cross_entropy import soft_cross_entropy
 
@@ -36,6 +37,7 @@ __all__ = [
     "dino_loss",
     "ema_update_",
     "multi_crop",
+    "multi_crop_groups",
     "sinkhorn_center",
     "sinkhorn_knopp",
     "soft_cross_entropy",

@@ -68,12 +68,9 @@ class CropParams:
         Columns: top, left, height, width, flags (1 flip, 2 jitter, 4 gray, 8 solarize), 4 of
         order, 4 of factor and the blur radius; fp32 values as their bits.
         """
-        flags = (
-            FLIP * self.flip.to(torch.int32)
-            + JITTER * self.jitter.to(torch.int32)
-            + GRAY * self.gray.to(torch.int32)
-            + SOLARIZE * self.solarize.to(torch.int32)
-        )
+        flags = self.flip.to(torch.int32)  # bit FLIP
+        for bit, flag in ((JITTER, self.jitter), (GRAY, self.gray), (SOLARIZE, self.solarize)):
+            flags = torch.add(flags, flag, alpha=bit)
         box = torch.stack([self.top, self.left, self.height, self.width, flags], dim=-1)
         floats = torch.cat([self.jitter_factor, self.blur_radius[..., None]], dim=-1)
         return torch.cat([box, self.jitter_order, floats.view(torch.int32)], dim=-1)
@@ -127,28 +124,35 @@ def check_values(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
     if packed.numel() == 0:
         return
     bounds = torch.tensor(sizes, dtype=torch.int32)[:, None]
-    start, extent = packed[..., 0:2], packed[..., 2:4]
-    inside = (start >= 0) & (extent >= 1) & (extent <= bounds) & (start <= bounds - extent)
+    box, order = packed[..., :4], packed[..., ORDER:FACTOR]
     expected = "a box (top, left, height, width) must be inside its image"
-    places = [f", {height} x {width}" for height, width in sizes]
-    _raise_at(~inside.all(-1), packed[..., :4], expected, places)
-    order = packed[..., ORDER:FACTOR]
-    wrong = (order.sort(dim=-1).values != torch.arange(4, dtype=torch.int32)).any(-1)
-    _raise_at(wrong, order, "jitter_order must be a permutation of 0, 1, 2, 3")
-    factor = packed[..., FACTOR:BLUR].contiguous().view(torch.float32)
-    jitter = (packed[..., FLAGS] & JITTER) != 0
-    wrong = ~(factor.isfinite().all(-1) & (factor[..., 3].abs() <= 0.5)) & jitter
-    _raise_at(wrong, factor, "jitter_factor must be finite, and the hue's from -0.5 to 0.5")
-    radius = packed[..., BLUR].contiguous().view(torch.float32)
-    wrong = ~((radius >= 0) & (radius <= MAX_BLUR_RADIUS))
-    _raise_at(wrong, radius, f"blur_radius must be from 0 to {MAX_BLUR_RADIUS:g}")
+    _raise_at(box >= _LEAST_BOX, box, expected, sizes)
+    _raise_at(box[..., :2] <= bounds - box[..., 2:], box, expected, sizes)
+    expected = "jitter_order must be a permutation of 0, 1, 2, 3"
+    _raise_at(order.sort(dim=-1).values == _OPERATIONS, order, expected)
+    floats = packed.view(torch.float32)
+    factor, radius = floats[..., FACTOR:BLUR], floats[..., BLUR:]
+    unused = packed[..., FLAGS : FLAGS + 1] & JITTER == 0
+    expected = "jitter_factor must be finite, and the hue's from -0.5 to 0.5"
+    _raise_at((factor.abs() <= _LARGEST_FACTORS) | unused, factor, expected)
+    expected = f"blur_radius must be from 0 to {MAX_BLUR_RADIUS:g}"
+    _raise_at((radius >= 0) & (radius <= MAX_BLUR_RADIUS), radius, expected)
+
+
+_LEAST_BOX = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device="cpu")
+_OPERATIONS = torch.arange(4, dtype=torch.int32, device="cpu")
+_LARGEST_FACTORS = torch.tensor(3 * [torch.finfo(torch.float32).max] + [0.5], device="cpu")
 
 
 def _raise_at(
-    wrong: Tensor, values: Tensor, expected: str, places: Sequence[str] | None = None
+    right: Tensor, values: Tensor, expected: str, sizes: Sequence[tuple[int, int]] = ()
 ) -> None:
-    if not wrong.any():
+    """Raise for the first crop that has a False in right [B, N, ...], naming its image's size."""
+    if right.all():
         return
-    b, n = wrong.nonzero()[0].tolist()
-    place = places[b] if places else ""
-    raise ValueError(f"{expected}, got {values[b, n].tolist()} for crop {n} of images[{b}]{place}")
+    b, n = (~right).any(-1).nonzero()[0].tolist()
+    got = values[b, n].tolist()
+    place = ", {} x {}".format(*sizes[b]) if sizes else ""
+    raise ValueError(
+        f"{expected}, got {got if len(got) > 1 else got[0]} for crop {n} of images[{b}]{place}"
+    )

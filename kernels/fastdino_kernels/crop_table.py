@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -36,13 +37,16 @@ def crop_table(
     """
     device, on_cpu = outs[0].device, packed.device.type == "cpu"
     rows = _unsorted_rows(outs, images)
-    sizes, extents = rows[:, SIZE], rows[:, HEIGHT : WIDTH + 1]
+    # Nothing is read from a device: the boxes there are taken to be whole images, and blurred.
+    boxes = packed[:, 2:4] if on_cpu else rows[:, HEIGHT : WIDTH + 1]
+    blurred = packed[:, BLUR] != 0 if on_cpu else torch.ones(len(rows), dtype=torch.bool)
+    stretches = (boxes / rows[:, SIZE, None].double()).clamp_(min=1.0)
+    taps = (4 * stretches).ceil_()
+    words = _assign_scratch(rows, stretches, taps, blurred, band, strip)
+    work = rows[:, SIZE] * (taps[:, 0] + BLUR_WORK * blurred) + boxes[:, 0] * taps[:, 1]
     if on_cpu:
-        order, blurred = _heaviest_first(sizes, packed), packed[:, BLUR] != 0
-        extents = packed[:, 2:4]
-    else:  # Nothing is read from a device: expect whole images, blurred.
-        order, blurred = sizes.argsort(descending=True), torch.ones_like(sizes)
-    words = _assign_scratch(rows, extents, blurred, band, strip)
+        work += rows[:, SIZE] * JITTER_WORK * (packed[:, FLAGS] & JITTER != 0)
+    order = work.argsort(descending=True)
     table_words, packed_words = rows.numel(), on_cpu * packed.numel() // 2
     memory = torch.empty(
         table_words + packed_words, dtype=torch.int64, pin_memory=device.type != "cpu"
@@ -58,52 +62,43 @@ def crop_table(
 
 def _unsorted_rows(outs: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
     """Return the rows in the order of outs, without those of scratch."""
-    places = torch.tensor([(x.data_ptr(), *x.shape[:2], x.stride(0)) for x in images])
-    rows = torch.empty(sum(out.shape[0] * out.shape[1] for out in outs), TABLE_COLUMNS).long()
+    places = array("q")
+    for image in images:
+        height, width, _ = image.shape
+        places.extend((image.data_ptr(), height, width, image.stride(0)))
+    count = sum(out.shape[0] * out.shape[1] for out in outs)
+    rows = torch.empty(count, TABLE_COLUMNS, dtype=torch.int64)
+    of_images = torch.frombuffer(places, dtype=torch.int64).view(-1, PITCH + 1)
     start = 0
     for out in outs:
-        crops, of_crop = out.shape[0] * out.shape[1], out[0, 0].numel() * out.element_size()
-        group = rows[start : start + crops]
-        group.view(*out.shape[:2], TABLE_COLUMNS)[..., : PITCH + 1] = places
+        end, of_crop = start + out.shape[0] * out.shape[1], out.stride(1) * out.element_size()
+        group, address = rows[start:end], out.data_ptr()
+        group.view(*out.shape[:2], TABLE_COLUMNS)[..., : PITCH + 1] = of_images
         group[:, SIZE] = out.shape[-1]
-        torch.arange(
-            out.data_ptr(), out.data_ptr() + crops * of_crop, of_crop, out=group[:, OUT]
-        )
-        start += crops
+        last = address + (end - start) * of_crop
+        torch.arange(address, last, of_crop, out=group[:, OUT])
+        start = end
     torch.arange(start, out=rows[:, PARAMS])
     return rows
 
 
-def _stretches(sizes: Tensor, extents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale [C, 2] of the resizes along y and x, at least 1, and their taps, all fp64."""
-    stretches = (extents / sizes.double()[:, None]).clamp_(min=1.0)
-    return stretches, (4 * stretches).ceil_()
-
-
-def _heaviest_first(sizes: Tensor, packed: Tensor) -> Tensor:
-    """Return the crops' indices, sorted by the estimated work per part, which is size wide."""
-    _, taps = _stretches(sizes, packed[:, 2:4])
-    operations = JITTER_WORK * (packed[:, FLAGS] & JITTER != 0) + BLUR_WORK * (packed[:, BLUR] != 0)
-    work = packed[:, 2] * taps[:, 1] + sizes * (taps[:, 0] + operations)
-    return work.argsort(descending=True)
-
-
 def _assign_scratch(
-    rows: Tensor, extents: Tensor, blurred: Tensor, band: int, strip: int
+    rows: Tensor, stretches: Tensor, taps: Tensor, blurred: Tensor, band: int, strip: int
 ) -> int:
     """Write the columns of scratch; return the words of all crops.
+
+    stretches, taps: [C, 2], of the resizes along y and x.
 
     First area: the pixels, then the sum of the gray levels of each band. Second: what the bands
     need for the resize, later the pixels between two passes of the blur.
     """
     sizes = rows[:, SIZE]
-    stretches, taps = _stretches(sizes, extents)
-    bands = (sizes + (band - 1)) // band
-    height = torch.minimum((strip - 1) * stretches[:, 0] + taps[:, 0] + 3, extents[:, 0])
-    of_band = band * (1 + taps[:, 1] + height.floor_()) + sizes * (1 + taps[:, 0])
+    bands, area = (sizes + (band - 1)) // band, sizes * sizes
+    of_strip = (strip - 1) * stretches[:, 0] + taps[:, 0] + 3  # input rows, rounded down
+    of_band = band * (1 + taps[:, 1] + of_strip.floor_()) + sizes * (1 + taps[:, 0])
     rows[:, BAND_WORDS] = of_band
-    pixels = _aligned(sizes * sizes + bands)
-    work = _aligned(torch.maximum(bands * rows[:, BAND_WORDS], blurred * sizes * sizes))
+    pixels = _aligned(area + bands)
+    work = _aligned(torch.maximum(bands * rows[:, BAND_WORDS], blurred * area))
     ends = (pixels + work).cumsum_(0)
     torch.sub(ends, work, out=rows[:, WORK])
     torch.sub(rows[:, WORK], pixels, out=rows[:, PIXELS])
@@ -111,4 +106,4 @@ def _assign_scratch(
 
 
 def _aligned(words: Tensor) -> Tensor:
-    return (words + (_ALIGNMENT - 1)) // _ALIGNMENT * _ALIGNMENT
+    return words.add_(_ALIGNMENT - 1).bitwise_and_(-_ALIGNMENT)

@@ -90,49 +90,54 @@ def multi_crop_groups(
     for params, size in groups:
         check_params(params, images)
         check_settings(size, mean, std, dtype)
-    packed, sizes = [params.pack() for params, _ in groups], [size for _, size in groups]
-    if any(rows.device != packed[0].device for rows in packed):
-        devices = ", ".join(str(rows.device) for rows in packed)
-        raise ValueError(f"the params of all groups must be on one device, got {devices}")
+    if len({params.top.device for params, _ in groups}) != 1:
+        devices = ", ".join(str(params.top.device) for params, _ in groups)
+        raise ValueError(
+            f"params of at least one group, all on one device, expected, got {devices}"
+        )
+    packed = torch.cat([params.pack().transpose(0, 1) for params, _ in groups])
+    counts, sizes = [params.top.shape[1] for params, _ in groups], [size for _, size in groups]
     chosen = choose_impl(impl, images[:1])
-    outs = _multi_crop_op(images, packed, sizes, mean, std, dtype, chosen)
+    outs = _multi_crop_op(images, packed, counts, sizes, mean, std, dtype, chosen)
     return [out.transpose(0, 1) for out in outs]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("multi_crop"), mutates_args=())
 def _multi_crop_op(
     images: Sequence[Tensor],
-    packed: Sequence[Tensor],
+    packed: Tensor,
+    counts: Sequence[int],
     sizes: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
     impl: str,
 ) -> list[Tensor]:
-    """Run multi_crop_groups; packed: [B, N, 14] per group, results of CropParams.pack.
+    """Run multi_crop_groups.
 
-    Returns [N, B, 3, size, size] per group, so that the batch of one crop is contiguous.
+    Args:
+        packed: [N, B, 14], the results of CropParams.pack with the N crops of all groups.
+        counts, sizes: number of crops and side of each group.
+
+    Returns: [N, B, 3, size, size] per group, so that the batch of one crop is contiguous.
     """
     if impl == "torch":
-        packed = [rows.cpu() for rows in packed]
-    image_sizes = [(image.shape[0], image.shape[1]) for image in images]
-    for rows in packed:
-        if rows.device.type == "cpu":
-            check_values(rows, image_sizes)
-    outs = _empty_crops(images, packed, sizes, dtype)
-    present = [(out, rows) for out, rows in zip(outs, packed, strict=True) if out.numel()]
-    if not present:
+        packed = packed.cpu()
+    if packed.device.type == "cpu":
+        image_sizes = [image.shape[:2] for image in images]
+        check_values(packed.transpose(0, 1), image_sizes)
+    outs = _empty_crops(images, packed, counts, sizes, dtype)
+    if packed.numel() == 0:
         return outs
     levels = normalized_levels(tuple(mean), tuple(std), dtype, outs[0].device)
     if impl == "torch":
-        for out, rows in present:
-            multi_crop_torch.multi_crop_(out.transpose(0, 1), images, rows, levels)
+        for out, rows in zip(outs, packed.split(list(counts)), strict=True):
+            multi_crop_torch.multi_crop_(out, images, rows, levels)
     else:
         from . import multi_crop_triton  # Triton may be absent
 
-        rows_of_all = torch.cat([rows.transpose(0, 1).flatten(0, 1) for _, rows in present])
         images = [image if _has_contiguous_rows(image) else image.contiguous() for image in images]
-        multi_crop_triton.multi_crop_([out for out, _ in present], images, rows_of_all, levels)
+        multi_crop_triton.multi_crop_(outs, images, packed.flatten(0, 1), levels)
     return outs
 
 
@@ -141,23 +146,31 @@ def _has_contiguous_rows(image: Tensor) -> bool:
 
 
 def _empty_crops(
-    images: Sequence[Tensor], packed: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+    images: Sequence[Tensor],
+    packed: Tensor,
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
+    device = images[0].device if images else packed.device
     return [
-        torch.empty(
-            (rows.shape[1], rows.shape[0], 3, size, size),
-            dtype=dtype,
-            device=images[0].device if images else rows.device,
-        )
-        for rows, size in zip(packed, sizes, strict=True)
+        torch.empty((count, packed.shape[1], 3, size, size), dtype=dtype, device=device)
+        for count, size in zip(counts, sizes, strict=True)
     ]
 
 
 @_multi_crop_op.register_fake
 def _(
-    images: Any, packed: Any, sizes: Any, mean: Any, std: Any, dtype: Any, impl: Any
+    images: Any,
+    packed: Any,
+    counts: Any,
+    sizes: Any,
+    mean: Any,
+    std: Any,
+    dtype: Any,
+    impl: Any,
 ) -> list[Tensor]:
-    return _empty_crops(images, packed, sizes, dtype)
+    return _empty_crops(images, packed, counts, sizes, dtype)
 
 
 @functools.lru_cache(maxsize=16)

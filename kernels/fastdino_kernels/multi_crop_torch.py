@@ -22,22 +22,23 @@ GRAY_WEIGHTS = (19595, 38470, 7471)
 
 
 def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: Tensor) -> None:
-    """Write out [B, N, 3, size, size], one crop at a time.
+    """Write out [N, B, 3, size, size], one crop at a time.
 
-    packed: CropParams.pack(), on the CPU. levels: [3, 256], the output of each level per channel.
+    packed: [N, B, 14], as from CropParams.pack(), on the CPU. levels: [3, 256], the output of each
+    level per channel.
     """
     floats = packed.view(torch.float32)
     channel = torch.arange(3, device=out.device)
     for b, image in enumerate(images):
-        for n in range(out.shape[1]):
-            top, left, height, width, flags = packed[b, n, : FLAGS + 1].tolist()
-            factors, blur_radius = floats[b, n, FACTOR:BLUR].tolist(), floats[b, n, BLUR].item()
+        for n in range(len(out)):
+            top, left, height, width, flags = packed[n, b, : FLAGS + 1].tolist()
+            factors, blur_radius = floats[n, b, FACTOR:BLUR].tolist(), floats[n, b, BLUR].item()
             pixels = image[top : top + height, left : left + width].to(torch.int32)
             pixels = resize(pixels, out.shape[-1])
             if flags & FLIP:
                 pixels = pixels.flip(1)
             if flags & JITTER:
-                for operation in packed[b, n, ORDER:FACTOR].tolist():
+                for operation in packed[n, b, ORDER:FACTOR].tolist():
                     pixels = OPERATIONS[operation](pixels, factors[operation])
             if flags & GRAY:
                 pixels = to_gray(pixels).expand(-1, -1, 3)
@@ -45,7 +46,7 @@ def multi_crop_(out: Tensor, images: Sequence[Tensor], packed: Tensor, levels: T
                 pixels = gaussian_blur(pixels, blur_radius)
             if flags & SOLARIZE:
                 pixels = torch.where(pixels < 128, pixels, 255 - pixels)
-            out[b, n] = levels[channel, pixels.long()].permute(2, 0, 1)
+            out[n, b] = levels[channel, pixels.long()].permute(2, 0, 1)
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:

@@ -62,6 +62,7 @@ _TABLE_COLUMNS, _ADDRESS, _HEIGHT, _WIDTH, _PITCH, _SIZE, _OUT, _PARAMS, _PIXELS
 _BLUR, _COLUMNS, _FACTOR, _FLAGS = map(tl.constexpr, (BLUR, COLUMNS, FACTOR, FLAGS))
 _FLIP, _GRAY, _JITTER, _ORDER = map(tl.constexpr, (FLIP, GRAY, JITTER, ORDER))
 _SOLARIZE, _MAX_RADIUS = map(tl.constexpr, (SOLARIZE, MAX_BLUR_RADIUS))
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _RESIZE_BITS, _GRAY_BITS = tl.constexpr(RESIZE_BITS), tl.constexpr(GRAY_BITS)
 _BLUR_BITS = tl.constexpr(BLUR_BITS)
 _RESIZE_ONE, _RESIZE_HALF = tl.constexpr(1 << RESIZE_BITS), tl.constexpr(1 << (RESIZE_BITS - 1))
@@ -271,9 +272,7 @@ def _stretch(length, size):
 
 
 @triton.jit
-def _coefficients(
-    first, weights, start, end, length, taps, size, stride, COEFS: tl.constexpr
-):
+def _coefficients(first, weights, start, end, length, taps, size, stride, COEFS: tl.constexpr):
     """Store first [n] and weights [taps, n] of the outputs start to end, n of them.
 
     Output i is sum_t weights[t, i - start] in[first[i - start] + t]. Rounding of an end may add one
@@ -423,8 +422,9 @@ def _operation(k, param, mean, r, g, b):
     """Apply the k-th operation in the drawn order."""
     operation = _drawn_operation(param, k)
     factor = tl.load((param + _FACTOR + operation).to(tl.pointer_type(tl.float32)))
+    # Values on a device are not checked: one out of range, or not finite, becomes 0.
+    factor = tl.where(tl.abs(factor) <= tl.where(operation == 3, 0.5, _LARGEST), factor, 0.0)
     if operation == 3:
-        factor = tl.where(tl.abs(factor) <= 0.5, factor, 0.0)
         r, g, b = _hue((factor.to(tl.float64) * 255.0).to(tl.int32), r, g, b)
     else:
         other = tl.where(operation == 2, _luma(r, g, b), tl.where(operation == 1, mean, 0))
@@ -440,7 +440,7 @@ def _luma(r, g, b):
 @triton.jit
 def _blend(start, end, factor):
     moved = start.to(tl.float32) + factor * (end - start).to(tl.float32)
-    return tl.minimum(tl.where(moved > 0, moved, 0.0), 255.0).to(tl.int32)  # NaN becomes 0
+    return tl.minimum(tl.maximum(moved, 0.0), 255.0).to(tl.int32)
 
 
 @triton.jit

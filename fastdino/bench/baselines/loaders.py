@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastdino_kernels import CropParams, multi_crop
+from fastdino_kernels import multi_crop_groups
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -215,7 +215,7 @@ class Delivery:
 
 
 class KernelTimer:
-    """Measure multi_crop alone, on images and parameters that are already on the GPU."""
+    """Measure multi_crop alone, on images that are already on the GPU."""
 
     def __init__(self, task: LoaderTask) -> None:
         config, dataset, self._device = task.config, task.dataset, task.device
@@ -224,11 +224,7 @@ class KernelTimer:
         self._images = [torch.from_numpy(image).to(task.device) for image in images]
         drawn = draw_crops(config, 0, indices, [image.shape[:2] for image in images])
         sizes = (config.global_crops_size, config.local_crops_size)
-        self._launches = [
-            (_to_device(params, task.device), size)
-            for params, size in zip(drawn, sizes, strict=True)
-            if params.top.shape[1]
-        ]
+        self._groups = list(zip(drawn, sizes, strict=True))
 
     def __call__(self, batches: int) -> Sample:
         """Make the crops of `batches` batches; the seconds are the GPU's, without gaps."""
@@ -240,14 +236,7 @@ class KernelTimer:
 
     def make(self) -> list[Tensor]:
         """Make the global and the local crops of one batch, [B, N, 3, size, size] each."""
-        return [
-            multi_crop(self._images, params, size=size, mean=MEAN, std=STD)
-            for params, size in self._launches
-        ]
-
-
-def _to_device(params: CropParams, device: str) -> CropParams:
-    return CropParams(**{name: tensor.to(device) for name, tensor in vars(params).items()})
+        return multi_crop_groups(self._images, self._groups, mean=MEAN, std=STD)
 
 
 @dataclass(frozen=True)
