@@ -95,7 +95,8 @@ def _assign_scratch(
     sizes = rows[:, SIZE]
     bands, area = (sizes + (band - 1)) // band, sizes * sizes
     of_strip = (strip - 1) * stretches[:, 0] + taps[:, 0] + 3  # input rows, rounded down
-    of_band = band * (1 + taps[:, 1] + of_strip.floor_()) + sizes * (1 + taps[:, 0])
+    # The taps along x are padded to a multiple of 4.
+    of_band = band * (4 + taps[:, 1] + of_strip.floor_()) + sizes * (1 + taps[:, 0])
     rows[:, BAND_WORDS] = of_band
     pixels = _aligned(area + bands)
     work = _aligned(torch.maximum(bands * rows[:, BAND_WORDS], blurred * area))

@@ -100,7 +100,7 @@ def multi_crop_resize_kernel(
         last = tl.minimum(first + BAND, size)
         param = packed + tl.load(crop + _PARAMS) * _COLUMNS
         source, height, width, pitch = _box(crop, param)
-        taps_x, taps_y = _taps(width, size), _taps(height, size)
+        taps_x, taps_y = (_taps(width, size) + 3) // 4 * 4, _taps(height, size)
         pixels = scratch + tl.load(crop + _PIXELS)
         first_x = scratch + tl.load(crop + _WORK) + part * tl.load(crop + _WORDS)
         first_y = first_x + BAND
@@ -111,13 +111,13 @@ def multi_crop_resize_kernel(
         _coefficients(first_y, weights_y, 0, size, height, taps_y, size, size, COEFS)
         tl.debug_barrier()
 
-        gray = tl.zeros((ROWS, COLS), tl.int32)
+        gray = tl.zeros((ROWS * COLS,), tl.int32)
         for start in range(0, size, STRIP):
             end = tl.minimum(start + STRIP, size)
             row0 = tl.load(first_y + start)
             row1 = tl.minimum(tl.load(first_y + end - 1) + taps_y, height)
             _along_x(
-                strip, source, pitch, row0, row1, first, last, width, first_x, weights_x, taps_x,
+                strip, source, pitch, row0, row1, last - first, width, first_x, weights_x, taps_x,
                 BAND, ROWS, COLS
             )  # fmt: skip
             tl.debug_barrier()
@@ -148,9 +148,8 @@ def multi_crop_color_kernel(
         mean = _mean(pixels + size * size, size, SUM_BAND)
         radius = _radius(param)
         for r in range(first, last, ROWS):
-            y = r + tl.arange(0, ROWS)[:, None]
             for c in range(0, size, COLS):
-                x = c + tl.arange(0, COLS)[None, :]
+                y, x = _tile(r, c, ROWS, COLS)
                 mask = (y < last) & (x < size)
                 word = tl.load(pixels + y * size + x, mask=mask, other=0)
                 word = _late_colors(word, param, mean)
@@ -165,9 +164,8 @@ def multi_crop_color_kernel(
                 target = work if box == 1 else pixels
                 tl.debug_barrier()
                 for r in range(first, last, ROWS):
-                    y = r + tl.arange(0, ROWS)[:, None]
                     for c in range(0, size, COLS):
-                        x = c + tl.arange(0, COLS)[None, :]
+                        y, x = _tile(r, c, ROWS, COLS)
                         mask = (y < last) & (x < size)
                         line = source + y * size
                         word = _box_blur(line, x, 1, mask, size, taps, near, far)
@@ -193,9 +191,8 @@ def multi_crop_blur_kernel(
             source = work if box == 1 else pixels
             target = pixels if box == 1 else work
             for r in range(0, size, ROWS):
-                y = r + tl.arange(0, ROWS)[:, None]
                 for c in range(first, last, COLS):
-                    x = c + tl.arange(0, COLS)[None, :]
+                    y, x = _tile(r, c, ROWS, COLS)
                     mask = (y < size) & (x < last)
                     word = _box_blur(source + x, y, size, mask, size, taps, near, far)
                     if box < 2:
@@ -312,29 +309,68 @@ def _clip8(total):
 
 
 @triton.jit
+def _tile(first_row, first_column, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the rows y and columns x of a tile, as vectors of ROWS * COLS pixels.
+
+    Triton chooses the order of threads of a matrix by its addresses, and for a look-up differently
+    in each version. Threads of a vector are always neighbors in a row.
+    """
+    place = tl.arange(0, ROWS * COLS)
+    return first_row + place // COLS, first_column + place % COLS
+
+
+@triton.jit
 def _along_x(
-    strip, source, pitch, row0, row1, start, end, width, first, weights, taps, BAND: tl.constexpr,
+    strip, source, pitch, row0, row1, columns, width, first, weights, taps, BAND: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Resize input rows row0 to row1 along x into columns start to end: strip [rows, BAND]."""
+    """Resize input rows row0 to row1 along x into a strip [rows, BAND]; taps: a multiple of 4.
+
+    Four pixels are three words. Aligned words with at least one byte of the row are read, so at
+    most 3 bytes before and after it; those have the weight 0.
+    """
     for r in range(row0, row1, ROWS):
-        row = r + tl.arange(0, ROWS)[:, None]
-        line = source + tl.minimum(row, row1 - 1) * pitch
-        for c in range(0, end - start, COLS):
-            x = c + tl.arange(0, COLS)[None, :]
-            inside = x < end - start
-            low = tl.load(first + x, mask=inside, other=0)
-            red = tl.full((ROWS, COLS), _RESIZE_HALF, tl.int32)
+        for c in range(0, columns, COLS):
+            row, x = _tile(r, c, ROWS, COLS)
+            inside = x < columns
+            line = source.to(tl.int64) + tl.minimum(row, row1 - 1) * pitch
+            begin = line + tl.load(first + x, mask=inside, other=0).to(tl.int64) * 3
+            shift = (begin & 3) * 8
+            word = (begin & -4).to(tl.pointer_type(tl.uint32))
+            last = ((line + width.to(tl.int64) * 3 - 1 - (begin & -4)) >> 2).to(tl.int32)
+            red = tl.full((ROWS * COLS,), _RESIZE_HALF, tl.int32)
             green, blue = red, red
-            for t in range(taps):
-                weight = tl.load(weights + tl.cast(t, tl.int64) * BAND + x, mask=inside, other=0)
-                at = line + tl.minimum(low + t, width - 1) * 3
-                red += weight * tl.load(at).to(tl.int32)
-                green += weight * tl.load(at + 1).to(tl.int32)
-                blue += weight * tl.load(at + 2).to(tl.int32)
+            word0 = tl.load(word)
+            for t in range(0, taps, 4):
+                k = t // 4 * 3
+                word1 = tl.load(word + tl.minimum(k + 1, last))
+                word2 = tl.load(word + tl.minimum(k + 2, last))
+                word3 = tl.load(word + tl.minimum(k + 3, last))
+                bytes0 = _from_byte(word0, word1, shift)
+                bytes1 = _from_byte(word1, word2, shift)
+                bytes2 = _from_byte(word2, word3, shift)
+                word0 = word3
+                weight = weights + tl.cast(t, tl.int64) * BAND + x
+                weight0 = tl.load(weight, mask=inside, other=0)
+                weight1 = tl.load(weight + BAND, mask=inside, other=0)
+                weight2 = tl.load(weight + 2 * BAND, mask=inside, other=0)
+                weight3 = tl.load(weight + 3 * BAND, mask=inside, other=0)
+                red += weight0 * (bytes0 & 255) + weight1 * (bytes0 >> 24 & 255)
+                red += weight2 * (bytes1 >> 16 & 255) + weight3 * (bytes2 >> 8 & 255)
+                green += weight0 * (bytes0 >> 8 & 255) + weight1 * (bytes1 & 255)
+                green += weight2 * (bytes1 >> 24 & 255) + weight3 * (bytes2 >> 16 & 255)
+                blue += weight0 * (bytes0 >> 16 & 255) + weight1 * (bytes1 >> 8 & 255)
+                blue += weight2 * (bytes2 & 255) + weight3 * (bytes2 >> 24 & 255)
             word = _pack(_clip8(red), _clip8(green), _clip8(blue))
             at = strip + (row - row0).to(tl.int64) * BAND + x
             tl.store(at, word, mask=(row < row1) & inside)
+
+
+@triton.jit
+def _from_byte(low, high, shift):
+    """Return 4 bytes of the 8 in two words, from bit `shift` on."""
+    both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+    return (both >> shift.to(tl.uint64)).to(tl.int32)
 
 
 @triton.jit
@@ -344,21 +380,19 @@ def _along_y(
 ):  # fmt: skip
     """Resize the strip along y into rows start to end of pixels, flipped, with the early colors.
 
-    Returns: gray [ROWS, COLS] plus the gray levels of these pixels.
+    Returns: gray [ROWS * COLS] plus the gray levels of these pixels.
     """
     flip = (tl.load(param + _FLAGS) & _FLIP) != 0
     for r in range(start, end, ROWS):
-        y = r + tl.arange(0, ROWS)[:, None]
-        inside = y < end
-        low = tl.load(first + y, mask=inside, other=row0) - row0
         for c in range(left, right, COLS):
-            x = c + tl.arange(0, COLS)[None, :]
-            mask = inside & (x < right)
-            red = tl.full((ROWS, COLS), _RESIZE_HALF, tl.int32)
+            y, x = _tile(r, c, ROWS, COLS)
+            mask = (y < end) & (x < right)
+            low = tl.load(first + y, mask=y < end, other=row0) - row0
+            red = tl.full((ROWS * COLS,), _RESIZE_HALF, tl.int32)
             green, blue = red, red
             for t in range(taps):
                 at = weights + tl.cast(t, tl.int64) * size + y
-                weight = tl.load(at, mask=inside, other=0)
+                weight = tl.load(at, mask=y < end, other=0)
                 at = tl.minimum(low + t, row1 - row0 - 1).to(tl.int64) * BAND + (x - left)
                 r8, g8, b8 = _unpack(tl.load(strip + at, mask=mask, other=0))
                 red += weight * r8
