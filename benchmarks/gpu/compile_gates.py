@@ -65,7 +65,7 @@ BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("sum_squares_kernel, *", Budget(registers=64, loads=4, stores=0)),
     ("scale_kernel, *", Budget(registers=64, loads=4, stores=4)),
     # A thread works on one pixel of a row, so that shifted accesses are coalesced too.
-    ("multi_crop_*", Budget(registers=96, loads=0, stores=0)),
+    ("multi_crop_*", Budget(loads=0, stores=0)),
     # These work on a few values, so wide accesses do not matter.
     ("prepare_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("decide_kernel, *", Budget(registers=64, loads=0, stores=0)),

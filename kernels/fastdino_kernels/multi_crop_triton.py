@@ -49,7 +49,7 @@ from .crop_params import (
     SOLARIZE,
 )
 from .crop_table import crop_table
-from .dispatch import device_guard, triton_interprets
+from .dispatch import backend_options, device_guard, triton_interprets
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
 _TABLE_COLUMNS, _ADDRESS, _HEIGHT, _WIDTH, _PITCH, _SIZE, _OUT, _PARAMS, _PIXELS, _WORK, _WORDS = (
@@ -587,7 +587,7 @@ def multi_crop_(
     with device_guard(table):
         multi_crop_resize_kernel[(len(table) * bands,)](
             table, packed, scratch, bands, BAND=BAND, STRIP=STRIP, COEFS=32 * NUM_WARPS,
-            ROWS=min(rows, 64), COLS=min(cols, BAND), **options
+            ROWS=min(rows, 64), COLS=min(cols, BAND), **options, **backend_options(maxnreg=128)
         )  # fmt: skip
         multi_crop_color_kernel[(len(table) * parts,)](
             table, packed, levels, scratch, parts, BAND=PART, ROWS=min(rows, PART), COLS=cols,
