@@ -290,25 +290,31 @@ def test_addresses_are_64_bit():
 def test_parameters_reach_a_device_in_one_pinned_copy(ragged_images, draw_any_crops, monkeypatch):
     images = [image.to("meta") for image in ragged_images[:3]]
     packed = draw_any_crops(ragged_images[:3], 2).pack().transpose(0, 1).flatten(0, 1)
-    pinned, copies = [], []
-    real_empty, real_to = torch.empty, torch.Tensor.to
-
-    def empty(*args, pin_memory=False, **options):
-        pinned.append(pin_memory)
-        return real_empty(*args, **options)
+    memory, copies = crop_table._memory_to_copy, []
+    real_to = torch.Tensor.to
 
     def to(tensor, *args, **options):
-        copies.append((args, options))
+        copies.append((tensor is pinned[-1], args, options))
         return real_to(tensor, *args, **options)
 
-    outs = [real_empty(2, 3, 3, 8, 8, device="meta")]
-    monkeypatch.setattr(torch, "empty", empty)
+    pinned = []
+    monkeypatch.setattr(
+        crop_table, "_memory_to_copy", lambda *args: (pinned.append(memory(*args)), pinned[-1])[1]
+    )
+    outs = [torch.empty(2, 3, 3, 8, 8, device="meta")]
     monkeypatch.setattr(torch.Tensor, "to", to)
     table, moved, _ = crop_table.crop_table(outs, images, packed, 64, 32)
     assert (table.device.type, moved.device.type) == ("meta", "meta")
     assert moved.shape == (6, 14)
-    assert pinned.count(True) == 1
-    assert copies == [((torch.device("meta"),), {"non_blocking": True})]
+    assert copies == [(True, (torch.device("meta"),), {"non_blocking": True})]
+
+
+def test_memory_to_copy_to_a_gpu_is_pinned(monkeypatch):
+    options = []
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: options.append(kwargs))
+    for device in ("cpu", "meta", "cuda:1"):
+        crop_table._memory_to_copy(3, torch.device(device))
+    assert [kwargs["pin_memory"] for kwargs in options] == [False, False, True]
 
 
 @pytest.mark.accuracy

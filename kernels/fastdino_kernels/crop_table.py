@@ -48,16 +48,18 @@ def crop_table(
         work += rows[:, SIZE] * JITTER_WORK * (packed[:, FLAGS] & JITTER != 0)
     order = work.argsort(descending=True)
     table_words, packed_words = rows.numel(), on_cpu * packed.numel() // 2
-    memory = torch.empty(
-        table_words + packed_words, dtype=torch.int64, pin_memory=device.type != "cpu"
-    )
+    memory = _memory_to_copy(table_words + packed_words, device)
     torch.index_select(rows, 0, order, out=memory[:table_words].view(-1, TABLE_COLUMNS))
     if on_cpu:
         memory[table_words:].view(torch.int32).view(-1, COLUMNS).copy_(packed)
-    # PyTorch does not reuse pinned memory before the copy is complete.
     memory = memory.to(device, non_blocking=True)
     table, moved = memory[:table_words], memory[table_words:].view(torch.int32)
     return table.view(-1, TABLE_COLUMNS), moved.view(-1, COLUMNS) if on_cpu else packed, words
+
+
+def _memory_to_copy(words: int, device: torch.device) -> Tensor:
+    """Return memory on the CPU; PyTorch reuses it only after its copy to the device."""
+    return torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
 def _unsorted_rows(outs: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
