@@ -92,6 +92,7 @@ AMD_BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("norms_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("total_norm_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("sum_squares_kernel, *", Budget(registers=64, loads=2, stores=0)),
+    ("multi_crop_*", Budget(registers=96, loads=0, stores=0)),
     ("*", Budget(registers=64, bits=64)),
 )
 

@@ -159,7 +159,7 @@ def multi_crop_color_kernel(
                     _write(crop, param, levels, word, y, x, mask, size)
         if radius > 0:
             taps, near, far = _blur_weights(radius)
-            for box in range(3):
+            for box in tl.static_range(3):
                 source = pixels if box == 1 else work
                 target = work if box == 1 else pixels
                 tl.debug_barrier()
@@ -187,7 +187,7 @@ def multi_crop_blur_kernel(
         last = tl.minimum(first + BAND, size)
         pixels, work = scratch + tl.load(crop + _PIXELS), scratch + tl.load(crop + _WORK)
         taps, near, far = _blur_weights(radius)
-        for box in range(3):
+        for box in tl.static_range(3):
             source = work if box == 1 else pixels
             target = pixels if box == 1 else work
             for r in range(0, size, ROWS):
