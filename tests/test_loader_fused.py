@@ -63,7 +63,7 @@ def test_invalid_crops_are_refused_before_the_kernel(ragged_images):
     image = ragged_images[-1]
     groups = draw_crops(make_config(), 0, [0], [image.shape[:2]])
     groups[1].left[0, 1] = image.shape[1]
-    with pytest.raises(ValueError, match=r"must be inside its image.*crop 1 of images\[0\]"):
+    with pytest.raises(ValueError, match=r"must be inside its image.*crop 3 of images\[0\]"):
         loader_fused._crops([image], list(zip(groups, (8, 4), strict=True)))
 
 

@@ -82,7 +82,8 @@ def multi_crop_groups(
 
     Returns: [B, N, 3, size, size] for each group.
 
-    Raises: ValueError, TypeError: as multi_crop.
+    Raises:
+        ValueError, TypeError: as multi_crop. Messages number the crops through all groups.
     """
     images, groups = list(images), list(groups)
     _check_images(images)
