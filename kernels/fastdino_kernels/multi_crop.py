@@ -59,8 +59,8 @@ def multi_crop(
         TypeError: images that are not uint8 tensors, or other wrong types.
 
     """
-    options = {"mean": mean, "std": std, "dtype": dtype, "impl": impl}
-    return multi_crop_groups(images, [(params, size)], **options)[0]
+    groups = [(params, size)]
+    return multi_crop_groups(images, groups, mean=mean, std=std, dtype=dtype, impl=impl)[0]
 
 
 def multi_crop_groups(
@@ -125,7 +125,7 @@ def _multi_crop_op(
     if impl == "torch":
         packed = packed.cpu()
     if packed.device.type == "cpu":
-        image_sizes = [image.shape[:2] for image in images]
+        image_sizes = [(image.shape[0], image.shape[1]) for image in images]
         check_values(packed.transpose(0, 1), image_sizes)
     outs = _empty_crops(images, packed, counts, sizes, dtype)
     if packed.numel() == 0:
