@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdino_kernels.pointer_table import ROW, PointerTable
+from fastdino_kernels.pointer_table import CODE_BITS, FP32, Chunks, Pointers
+from fastdino_kernels.tensor_lists import Tables
 from torch import Tensor
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
@@ -70,16 +71,17 @@ def capture(step):
     return graph, result
 
 
-def far_table(chunk: int, tensors: list[Tensor], codes: tuple[int | None, ...]) -> PointerTable:
-    """Return a table of fp32 tensors of 2^31 elements and a few, of which only the last few exist.
+def far_tables(chunk: int, tensors: list[Tensor], *columns: int) -> Tables:
+    """Return tables of fp32 tensors of 2^31 elements and a few, of which only the last few exist.
 
     Args:
         chunk: elements of one program.
         tensors: the last elements, as many in each role, fewer than a chunk.
-        codes: the dtype code of each role.
+        columns: more words.
     """
     before, device = 2**31, tensors[0].device
-    row = [-(before // chunk), before + len(tensors[0]), 0, 0]
-    row += [tensor.data_ptr() - 4 * before for tensor in tensors]
-    rows = torch.tensor([row + [0] * (ROW - len(row))], device=device)
-    return PointerTable(rows, torch.zeros(1, dtype=torch.int64, device=device), codes)
+    rows = torch.tensor([[-(before // chunk), before + len(tensors[0])]], device=device)
+    owners = torch.zeros(1, dtype=torch.int64, device=device)
+    words = [(tensor.data_ptr() - 4 * before) << CODE_BITS | FP32 for tensor in tensors]
+    pointers = Pointers(torch.tensor([[*words, *columns]], device=device), (FP32,) * len(tensors))
+    return Tables(Chunks(rows, owners), pointers)

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norms_, ema_update_
@@ -165,50 +166,45 @@ def test_state_dict_has_the_format_of_fused_adamw():
             assert own["state"][i][name].dtype == value.dtype
 
 
-def assert_counts_are_views(optimizer):
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        count = optimizer.state[p]["step"]
-        assert count.shape == ()
-        assert count.data_ptr() == optimizer.steps[i].data_ptr()
-
-
-@pytest.mark.parametrize("load", ["a dict", "a copy", "a pickle", "by hand", "another group"])
+@pytest.mark.parametrize(
+    "change", ["a dict", "a copy", "a pickle", "by hand", "another group", "order of groups"]
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_step_counts_stay_views_of_one_tensor(load, device):
+def test_step_counts_belong_to_their_parameters(change, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     (network,) = networks(device, 1)
     optimizer = AdamWEMA(groups_of(network), skip_nonfinite=True)
-    for step in range(2):
-        set_gradients(network, step)
+    for step, without in enumerate([(1,), (1,), ()]):
+        set_gradients(network, step, without)
         optimizer.step()
-    assert_counts_are_views(optimizer)
-    steps = optimizer.steps
-    if load == "a dict":
+    expected = [3.0, 1.0, 3.0, 3.0]  # of the parameters of the network, in its order
+    if change == "a dict":
         state = copy.deepcopy(optimizer.state_dict())
         set_gradients(network, 2)
         optimizer.step()
         optimizer.load_state_dict(state)
-        assert optimizer.steps is steps
-    elif load in ("a copy", "a pickle"):
+    elif change in ("a copy", "a pickle"):
         pair = (network, optimizer)
         network, optimizer = (
-            copy.deepcopy(pair) if load == "a copy" else pickle.loads(pickle.dumps(pair))
+            copy.deepcopy(pair) if change == "a copy" else pickle.loads(pickle.dumps(pair))
         )
-        assert optimizer.steps.data_ptr() != steps.data_ptr()
-    elif load == "by hand":
-        optimizer.state[network[0].weight]["step"] = torch.tensor(2.0)
+    elif change == "by hand":
+        optimizer.state[network[0].weight]["step"] = torch.tensor(7.0, device=device)
+        expected[0] = 7.0
+    elif change == "another group":
+        network.append(torch.nn.Linear(3, 1, bias=False, device=device))
+        optimizer.add_param_group({"params": [network[3].weight]})
+        expected.append(0.0)
     else:
-        extra = torch.nn.Parameter(torch.zeros(3, device=device))
-        optimizer.add_param_group({"params": [extra]})
-        extra.grad = torch.ones_like(extra)
-    set_gradients(network, 3, without=(1,))  # its count is copied too
-    optimizer.step()
-    assert optimizer.steps.tolist() == [3.0, 3.0, 2.0, 3.0] + [1.0] * (load == "another group")
-    set_gradients(network, 4)
-    optimizer.step()
-    assert_counts_are_views(optimizer)
-    assert optimizer.steps.tolist() == [4.0, 4.0, 3.0, 4.0] + [2.0] * (load == "another group")
+        optimizer.param_groups.reverse()
+    for step in (3, 4):
+        set_gradients(network, step, without=(2,))
+        optimizer.step()
+    counts = [optimizer.state[p]["step"].item() for p in network.parameters()]
+    assert counts == [count + 2.0 * (i != 2) for i, count in enumerate(expected)]
+    in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    assert optimizer.steps.tolist() == [optimizer.state[p]["step"].item() for p in in_groups]
 
 
 def test_loaded_state_is_copied_into_existing_tensors():
@@ -338,7 +334,11 @@ P, Q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
         ({"lr": -1.0}, ValueError, "lr must be >= 0"),
         ({"betas": (0.9, 2.0)}, ValueError, r"betas must be in \[0, 1\)"),
         ({"params": [{"params": [P]}, {"params": [Q], "lr": -1}]}, ValueError, "lr must be >= 0"),
-        ({"params": [{"params": [P], "amsgrad": True}]}, ValueError, "amsgrad is not supported"),
+        (
+            {"params": [{"params": [P], "amsgrad": True}]},
+            ValueError,
+            "amsgrad=True is not supported",
+        ),
         ({"max_norm": -1.0}, ValueError, "max_norm must be > 0"),
         ({"momentum": 2.0}, ValueError, r"momentum must be in \[0, 1\]"),
         ({"teacher": [torch.zeros(2)] * 3}, ValueError, "teacher .*expected 2, got 3"),
@@ -369,7 +369,7 @@ def test_state_with_amsgrad_or_maximize_is_an_error(name):
     ours, theirs = networks()
     adamw = torch.optim.AdamW(theirs.parameters(), **{name: True})
     optimizer = AdamWEMA(ours.parameters())
-    with pytest.raises(ValueError, match=f"expected a state_dict without {name}"):
+    with pytest.raises(ValueError, match=f"{name}=True is not supported"):
         optimizer.load_state_dict(adamw.state_dict())
     assert not optimizer.param_groups[0][name]
 
@@ -381,6 +381,149 @@ def test_state_of_another_optimizer_is_an_error():
     sgd.step()
     with pytest.raises(ValueError, match="state of an AdamW, got one of momentum_buffer"):
         AdamWEMA(ours.parameters()).load_state_dict(sgd.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused": True},
+        {"fused": False},
+        {"foreach": True},
+        {"capturable": True},
+        {"amsgrad": False, "maximize": False, "differentiable": False},
+        {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.7), torch.tensor([0.9]))},
+        {"lr": numpy.float32(0.01), "betas": (numpy.float32(0.7), numpy.float64(0.9))},
+        {"eps": numpy.float32(1e-6), "weight_decay": numpy.float64(0.1)},
+    ],
+)
+def test_options_of_adamw_that_give_the_same_result_are_accepted(options):
+    ours, theirs = networks()
+    numbers = {
+        name: tuple(map(float, value)) if name == "betas" else float(value)
+        for name, value in options.items()
+        if name in ("lr", "betas", "eps", "weight_decay")
+    }
+    optimizers = (
+        AdamWEMA(ours.parameters(), **options),
+        torch.optim.AdamW(theirs.parameters(), **numbers),
+    )
+    for step in range(2):
+        for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(network, step)
+            optimizer.step()
+    assert_networks_close(ours, theirs)
+    assert optimizers[0].state_dict()["param_groups"][0]["fused"] is True
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
+def test_options_of_adamw_that_give_another_result_are_refused(name):
+    for params in ([P], [{"params": [P], name: True}]):
+        options = {name: True} if params == [P] else {}
+        with pytest.raises(ValueError, match=f"{name}=True is not supported: "):
+            AdamWEMA(params, **options)
+    optimizer = AdamWEMA([P])
+    with pytest.raises(ValueError, match=f"{name}=True is not supported: "):
+        optimizer.add_param_group({"params": [Q], name: True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_global_norm_equals_torch_clip_adamw_and_ema(target):
+    ours, theirs, our_teacher, their_teacher = networks(target["device"], 4)
+    optimizer = AdamWEMA(
+        groups_of(ours), max_norm=0.9, clip="all", impl=target["impl"], skip_nonfinite=True,
+        teacher=dict(zip(ours.parameters(), our_teacher.parameters(), strict=True)),
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(groups_of(theirs))
+    for step in range(3):
+        for network in (ours, theirs):
+            set_gradients(network, step, without=(2,) if step == 0 else ())
+            for p in network.parameters():
+                if step == 2 and p.grad is not None:
+                    p.grad *= 0.01  # below max_norm
+        optimizer.step(momentum=0.9)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.9)
+        adamw.step()
+        ema_update_(their_teacher.parameters(), theirs.parameters(), 0.9)
+        torch.testing.assert_close(optimizer.norms, expected)
+        assert_networks_close(ours, theirs)
+        assert_networks_close(our_teacher, their_teacher)
+    before = copy.deepcopy(ours.state_dict())
+    ours[0].bias.grad[1] = math.nan
+    optimizer.step(momentum=0.9)
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+    assert optimizer.refused_steps.item() == 1
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_distributed_checkpoint_does_not_move_the_teacher(lr):
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    student, teacher, new_student, new_teacher = networks(count=4)
+    optimizer = AdamWEMA(student.parameters(), lr=lr, teacher=list(teacher.parameters()))
+    set_gradients(student, 0)
+    optimizer.step(momentum=0.9)
+    state = get_optimizer_state_dict(student, optimizer)
+    new_student[0].weight.data += 1
+    shadow = [torch.full_like(p, math.nan) for p in new_student.parameters()]
+    other = AdamWEMA(
+        new_student.parameters(), lr=lr, teacher=list(new_teacher.parameters()), shadow=shadow
+    )
+    before = copy.deepcopy((new_teacher.state_dict(), new_student.state_dict()))
+    set_optimizer_state_dict(new_student, other, state)
+    after = (new_teacher.state_dict(), new_student.state_dict())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert all(bool(copies.isnan().all()) for copies in shadow)
+    assert other.steps.tolist() == [1.0] * 4
+    for p, q in zip(new_student.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(other.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1.0, math.nan])
+def test_only_a_first_step_without_rate_and_gradient_keeps_the_teacher(gradient):
+    p, teacher = torch.nn.Parameter(torch.zeros(3)), torch.ones(3)
+    optimizer = AdamWEMA([p], lr=0.0, teacher=[teacher], momentum=0.5)
+    moved = []
+    for _ in range(2):
+        p.grad = torch.full((3,), gradient)
+        before = teacher.clone()
+        optimizer.step()
+        moved.append(not torch.equal(teacher, before))
+    assert moved == [gradient != 0, True]
+    assert optimizer.steps.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("names", [["teacher"], ["shadow"], ["teacher", "teacher_shadow"]])
+def test_group_that_a_list_of_teachers_does_not_cover_is_warned_of(names):
+    lists = {name: [torch.zeros(2)] for name in names}
+    optimizer = AdamWEMA([P], **lists)
+    with pytest.warns(UserWarning, match=" and ".join(names) + " given as a list: .*mapping"):
+        optimizer.add_param_group({"params": [Q]})
+    mapping = AdamWEMA([P], **{name: {P: torch.zeros(2), Q: torch.zeros(2)} for name in names})
+    mapping.add_param_group({"params": [Q]})
+
+
+def test_hooks_of_load_state_dict_run_around_the_checks():
+    """A hook may repair a state, as one from another optimizer's checkpoint."""
+    ours, theirs = networks()
+    adamw = torch.optim.AdamW(theirs.parameters(), amsgrad=True)
+    set_gradients(theirs, 0)
+    adamw.step()
+    optimizer, seen = AdamWEMA(ours.parameters()), []
+
+    def without_amsgrad(optimizer, state_dict):
+        groups = [group | {"amsgrad": False} for group in state_dict["param_groups"]]
+        return {"state": state_dict["state"], "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(without_amsgrad)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.steps.tolist()))
+    optimizer.load_state_dict(adamw.state_dict())
+    assert seen == [[1.0] * 4]
+    set_gradients(ours, 1)
+    optimizer.step()
+    assert optimizer.steps.tolist() == [2.0] * 4
 
 
 @pytest.mark.gpu

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from fastdino_kernels import clip, clip_grad_norm_, clip_grad_norms_, reference
-from fastdino_kernels.pointer_table import POINTER
+from fastdino_kernels import clip, clip_grad_norm_, clip_grad_norms_, pointer_table, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import multi_tensor
@@ -14,7 +13,7 @@ from tests.multi_tensor import (
     FLOATS,
     assert_frame,
     capture,
-    far_table,
+    far_tables,
     frames_around,
     needs_cuda,
     numpy_warns,
@@ -211,7 +210,7 @@ def test_gradients_with_gaps_or_other_strides(clip_, target):
 
 @triton_only
 def test_transposed_gradients_use_the_kernel(target, monkeypatch):
-    monkeypatch.delattr(clip, "torch_norms")
+    monkeypatch.delattr(clip, "measure")
     params = [parameter(torch.randn(5, 4, device=target["device"]).t())]
     expected, _ = truth(clip_grad_norms_, params, 0.1)
     clip_grad_norms_(params, 0.1, impl="triton")
@@ -240,7 +239,7 @@ def test_lengths_around_a_chunk_write_nothing_outside(clip_, target, dtype):
 def test_more_chunks_than_one_reduction_step(clip_, target, monkeypatch):
     from fastdino_kernels import clip_triton
 
-    monkeypatch.setattr(clip_triton, "TENSOR_PARTIALS", 2)
+    monkeypatch.setattr(clip_triton, "PARTIALS", 2)
     monkeypatch.setattr(clip_triton, "TOTAL_PARTIALS", 4)
     sizes = [5 * clip_triton.CHUNK, 2 * clip_triton.CHUNK + 1]
     params = [parameter(torch.ones(size, device=target["device"])) for size in sizes]
@@ -251,12 +250,12 @@ def test_more_chunks_than_one_reduction_step(clip_, target, monkeypatch):
 
 @triton_only
 def test_offsets_beyond_31_bits(target):
-    from fastdino_kernels.clip_triton import CHUNK, _scale, _sum_squares
+    from fastdino_kernels.clip_triton import CHUNK, launch_scale, launch_sum_squares
 
     grad = torch.full((100,), 2.0, device=target["device"])
-    table = far_table(CHUNK, [grad], (0,))
-    assert _sum_squares(table).item() == 400.0
-    _scale(table, torch.full((1,), 0.25, device=target["device"]), each=True)
+    tables = far_tables(CHUNK, [grad])
+    assert launch_sum_squares(tables).item() == 400.0
+    launch_scale(tables, torch.full((1,), 0.25, device=target["device"]), each=True)
     assert torch.equal(grad, torch.full_like(grad, 0.5))
 
 
@@ -265,14 +264,14 @@ def test_unclipped_gradients_are_not_written(target, monkeypatch):
     """The table's address of the unclipped gradient is invalid when the scaling starts."""
     from fastdino_kernels import clip_triton
 
-    scale = clip_triton._scale
+    scale = clip_triton.launch_scale
     small, large = (parameter(torch.full((4,), x, device=target["device"])) for x in (0.1, 9.0))
 
-    def spoil_and_scale(table, *arguments, **options):
-        table.rows[0, POINTER] = 0
-        scale(table, *arguments, **options)
+    def spoil_and_scale(tables, *arguments, **options):
+        tables.pointers.words[0] = pointer_table.FP32
+        scale(tables, *arguments, **options)
 
-    monkeypatch.setattr(clip_triton, "_scale", spoil_and_scale)
+    monkeypatch.setattr(clip_triton, "launch_scale", spoil_and_scale)
     clip_grad_norms_([small, large], 1.0, impl="triton")
     torch.testing.assert_close(small.grad, torch.full_like(small.grad, 0.1))
     torch.testing.assert_close(large.grad, torch.full_like(large.grad, 0.5))

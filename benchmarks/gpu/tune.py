@@ -97,7 +97,7 @@ def try_setting(sweep: Sweep, setting: Setting, tiny: bool, device: torch.device
     module = importlib.import_module(f"fastdino_kernels.{sweep.module}")
     before = {name: getattr(module, name) for name in setting}
     # Pointer tables depend on the chunk size.
-    pointer_table._plans, pointer_table._owners = pointer_table._Cache(), pointer_table._Cache()
+    pointer_table.forget_tables()
     effort = Effort(0.0, 1, least=1) if tiny else Effort(1.0, 15)
     try:
         vars(module).update(setting)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adamw_ema import update
-from .adamw_ema_arguments import Call, Tensors, check_hyperparameter, make_group
+from .adamw_ema import Call, check_hyperparameter, is_each, make_group, update
 from .clip import check_max_norm
 from .dispatch import choose_impl
+from .pointer_table import Cache
+from .tensor_lists import are_plain, dtype_of, holes, present
 
 Belonging = Sequence["Tensor | None"] | Mapping[Tensor, Tensor]
 
-# The other entries of a torch.optim.AdamW group, so that state_dicts are interchangeable.
+# The entries of a torch.optim.AdamW group that choose its implementation, as in its fused form, so
+# that state_dicts are interchangeable.
 _AS_ADAMW = {
     "amsgrad": False,
     "maximize": False,
@@ -26,11 +31,74 @@ _AS_ADAMW = {
     "fused": True,
     "decoupled_weight_decay": True,
 }
+_REFUSED = {
+    "amsgrad": "no maximum of exp_avg_sq is kept",
+    "maximize": "minimize the negated loss",
+    "differentiable": "autograd does not record the step",
+}
 # Attributes that pickles and copies keep, in addition to those of any optimizer.
 _KEPT = (
-    "max_norm", "momentum", "skip_nonfinite", "impl", "norms", "steps", "refused_steps",
-    "_teachers", "_shadows", "_teacher_shadows", "_unit_rows",
+    "max_norm", "clip", "momentum", "skip_nonfinite", "impl", "norms", "refused_steps",
+    "_teachers", "_shadows", "_teacher_shadows", "_given_as_list", "_unit_rows",
 )  # fmt: skip
+
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+_NO_STATE = dict.fromkeys(_STATE)
+_state_of = operator.itemgetter(*_STATE)
+_gradient_of: Callable[[Tensor], Tensor | None] = Tensor.grad.__get__  # type: ignore[union-attr]
+
+
+@dataclass
+class _Arrangement:
+    """Lists in the order of the groups, then of the parameters that are only averaged.
+
+    Looking tensors up in dictionaries takes as long as AdamW, so the lists are kept while the
+    parameters of the groups and the entries of `state` are the same objects.
+    """
+
+    parameters: list[Tensor]  # of the groups
+    counts: list[int]  # parameters of each group
+    entries: list[Any]  # the values of optimizer.state
+    states: list[dict[str, Any]]  # of each parameter, _NO_STATE if it has none
+    every: list[Tensor]
+    belonging: list[list[Tensor | None]]  # teachers, shadows, teacher_shadows
+    unit_index: int | None
+    cache: Cache = field(default_factory=Cache)
+
+    def __post_init__(self) -> None:
+        self.fixed = present([self.every, *self.belonging])
+        self.written = present([self.parameters, *self.belonging])
+        self.stateless = [i for i, state in enumerate(self.states) if state is _NO_STATE]
+        self.held = [state for state in self.states if state is not _NO_STATE]
+        self.are_plain = are_plain([self.fixed])
+
+    def fits(self, parameters: list[Tensor], counts: list[int], entries: Iterable[Any]) -> bool:
+        """Return True if these are the objects that were arranged."""
+        entries = list(entries)
+        return (
+            counts == self.counts
+            and all(map(operator.is_, parameters, self.parameters))
+            and len(entries) == len(self.entries)
+            and all(map(operator.is_, entries, self.entries))
+        )
+
+    def keys(self, gradients: list[Tensor | None]) -> tuple[Hashable, Hashable] | None:
+        """Return everything that checks and tables depend on, gradients first; None if unknown."""
+        if not self.are_plain:
+            return None
+        some = present([gradients])
+        moving = itertools.chain(self.fixed, *map(_state_of, self.held))
+        try:
+            pointers = tuple(map(Tensor.data_ptr, some))
+        except RuntimeError:  # a sparse gradient
+            return None
+        contiguous = all(map(Tensor.is_contiguous, some))
+        layout = None if contiguous else tuple((g.stride(), g.is_neg()) for g in some)
+        numels = tuple(map(Tensor.numel, some))
+        return (
+            (pointers, numels, tuple(map(dtype_of, some)), layout, holes(gradients)),
+            tuple(map(Tensor.data_ptr, moving)),
+        )
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -53,11 +121,18 @@ class AdamWEMA(torch.optim.Optimizer):
     momentum=...) without unscale_: a step that overflows keeps the parameters and updates the
     teacher, as in the paper's code.
 
+    torch.distributed.checkpoint creates the state of a new optimizer by a step with learning rate 0
+    and gradients of 0. Such a first step does not update teachers and copies.
+
     Args:
         params: parameters, or groups of them, each with any of lr, betas, eps, weight_decay.
-        lr, betas, eps, weight_decay: as for torch.optim.AdamW.
-        max_norm: clips each gradient by its own norm; None: no clipping, and norms is None; inf:
-            the norms are only measured.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW; betas may be tensors on the CPU.
+        amsgrad, maximize, differentiable: only False.
+        foreach, capturable, fused: ignored, as the step is fused and can be captured.
+        max_norm: the maximum norm of gradients; None: no clipping, and norms is None; inf: the
+            norms are only measured.
+        clip: "each" gradient by its own norm, or "all" by the global norm, as
+            torch.nn.utils.clip_grad_norm_.
         teacher: a tensor or None for each parameter, in the order of the groups, or a mapping
             parameter -> tensor. Keys that are in no group (a frozen weight_g) are averaged too.
         momentum: of the teacher, in [0, 1]; the default of step().
@@ -71,8 +146,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Attributes:
         norms: fp32 [n], of the last step's gradients before clipping, in the order of the groups, 0
-            without a gradient; or None.
-        steps: fp32 [n]; the counts in `state` are views of it.
+            without a gradient; their global norm [] if clip is "all"; or None.
         refused_steps: int64 0-d, on the device; None unless skip_nonfinite. Reading it waits for
             the device, so do not read it in every step.
 
@@ -86,11 +160,18 @@ class AdamWEMA(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         max_norm: float | None = None,
+        clip: str = "each",
         teacher: Belonging | None = None,
         momentum: float | Tensor = 0.996,
         shadow: Belonging | None = None,
@@ -101,6 +182,11 @@ class AdamWEMA(torch.optim.Optimizer):
     ):
         if max_norm is not None:
             max_norm = check_max_norm(max_norm)
+        is_each(clip)
+        refused = {"amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable}
+        _refuse(refused)
+        given = {"teacher": teacher, "shadow": shadow, "teacher_shadow": teacher_shadow}
+        self._given_as_list: list[str] = []
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | _AS_ADAMW)
         parameters = self._parameters()
@@ -108,40 +194,52 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("params must hold at least one parameter, got none")
         choose_impl(impl, parameters)
         check_hyperparameter("momentum", momentum, parameters[0].device, most=1)
-        self.max_norm, self.momentum = max_norm, momentum
+        self.max_norm, self.clip, self.momentum = max_norm, clip, momentum
         self.skip_nonfinite, self.impl = skip_nonfinite, impl
-        self._teachers = _by_parameter("teacher", teacher, parameters)
-        self._shadows = _by_parameter("shadow", shadow, parameters)
-        self._teacher_shadows = _by_parameter("teacher_shadow", teacher_shadow, parameters)
+        self._teachers, self._shadows, self._teacher_shadows = (
+            _by_parameter(name, some, parameters) for name, some in given.items()
+        )
+        self._given_as_list = [name for name, some in given.items() if isinstance(some, Sequence)]
         if unit_rows is not None and unit_rows not in self._teacher_shadows:
             raise ValueError("unit_rows must be a parameter that has a teacher_shadow")
         self._unit_rows = unit_rows
-        self._unit_index: int | None = None
         self.norms: Tensor | None = None
-        self.steps: Tensor | None = None
         self.refused_steps: Tensor | None = None
-        self._views: list[Tensor] = []
-        self._arranged: list[Tensor] = []
-        self._belonging: list[list[Tensor | None]] = []
+        self._arranged: _Arrangement | None = None
+
+    @property
+    def steps(self) -> Tensor:
+        """Return AdamW's step counts, fp32 [n] in the order of the groups, 0 without a state."""
+        parameters = self._parameters()
+        zero = torch.zeros((), device=parameters[0].device)
+        return torch.stack([self.state.get(p, {}).get("step", zero) for p in parameters])
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch.optim.AdamW does; teachers given as a mapping apply to it too."""
+        """Add a group as torch.optim.AdamW does; teachers given as a mapping apply to it too.
+
+        Warns if teachers or copies were given as a list, which does not cover the new group.
+        """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            _refuse(group)
+            make_group(
+                0, group, group["params"][0].device if group["params"] else torch.device("cpu")
+            )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("amsgrad", "maximize", "differentiable"):
-            if group.get(name):
-                raise ValueError(f"{name} is not supported, got {group[name]!r}")
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
-        make_group(0, 0, group, device)
+        group.update(_AS_ADAMW)
+        if self._given_as_list:
+            warnings.warn(
+                f"{' and '.join(self._given_as_list)} given as a list: expected a mapping from "
+                "parameters to tensors, which applies to groups added later too; got a new group, "
+                "which has none",
+                stacklevel=2,
+            )
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -163,158 +261,156 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.norms = update(self._call(momentum, skip), self.impl)
+        parameters = self._parameters()
+        gradients: list[Tensor | None] = list(map(_gradient_of, parameters))
+        creates_only_state = self._creates_only_state(gradients)
+        arranged = self._arrange(parameters, gradients)
+        if creates_only_state:
+            torch._foreach_add_([state["step"] for state in arranged.held], 1)
+            return loss
+        momentum = self.momentum if momentum is None else momentum
+        call = self._call(arranged, gradients, momentum, skip)
+        self.norms = update(call, self.impl, arranged.cache, arranged.keys(gradients))
+        # Autograd sees neither the writes of a kernel nor those of PyTorch's fused AdamW.
+        torch.autograd.graph.increment_version(arranged.written)
         return loss
 
-    def _call(self, momentum: float | Tensor | None, skip: Tensor | None) -> Call:
-        parameters = self._parameters()
-        device = parameters[0].device
-        self._make_counters(parameters, device)
-        assert self.steps is not None
-        groups, first = [], 0
-        for group in self.param_groups:
-            count = len(group["params"])
-            groups.append(make_group(first, count, group, device))
-            first += count
-        momentum = self.momentum if momentum is None else momentum
+    def _creates_only_state(self, gradients: list[Tensor | None]) -> bool:
+        """Return True for a first step with learning rate 0 and gradients of 0, which are read."""
+        if self.state or not any(gradient is not None for gradient in gradients):
+            return False
+        _refuse_capture(self._parameters()[0].device)
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        norms = (gradient.norm() for gradient in present([gradients]))
+        # All ranks come to the same result, as further steps may communicate.
+        return not any(bool(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms)
+
+    def _arrange(self, parameters: list[Tensor], gradients: list[Tensor | None]) -> _Arrangement:
+        """Return the lists of all tensors, after creating missing states."""
+        counts = [len(group["params"]) for group in self.param_groups]
+        known = self._arranged
+        if (
+            known is not None
+            and known.fits(parameters, counts, self.state.values())
+            and all(gradients[i] is None for i in known.stateless)
+        ):
+            return known
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and not self.state.get(parameter):
+                self.state[parameter] = _new_state(parameter)
+        given = (self._teachers, self._shadows, self._teacher_shadows)
+        trained = set(parameters)
+        averaged = dict.fromkeys(p for some in given for p in some if p not in trained)
+        every = [*parameters, *averaged]
+        unit_index = (i for i, parameter in enumerate(every) if parameter is self._unit_rows)
+        self._arranged = _Arrangement(
+            parameters,
+            counts,
+            list(self.state.values()),
+            [self.state.get(parameter) or _NO_STATE for parameter in parameters],
+            every,
+            [[some.get(parameter) for parameter in every] for some in given],
+            next(unit_index, None),
+        )
+        return self._arranged
+
+    def _call(
+        self,
+        arranged: _Arrangement,
+        gradients: list[Tensor | None],
+        momentum: float | Tensor,
+        skip: Tensor | None,
+    ) -> Call:
+        device = arranged.parameters[0].device
+        refused = self.refused_steps
+        if self.skip_nonfinite and (refused is None or refused.device != device):
+            _refuse_capture(device)
+            self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
+        steps, exp_avgs, exp_avg_sqs = zip(*map(_state_of, arranged.states), strict=True)
+        none = (None,) * (len(arranged.every) - len(arranged.parameters))
+        teachers, shadows, teacher_shadows = arranged.belonging
         overflow = getattr(self, "found_inf", None)  # an int if no parameter has a gradient
         return Call(
-            self._tensors(parameters),
-            groups,
-            self.steps,
+            {
+                "parameters": arranged.every,
+                "exp_avgs": exp_avgs + none,
+                "exp_avg_sqs": exp_avg_sqs + none,
+                "teachers": teachers,
+                "shadows": shadows,
+                "teacher_shadows": teacher_shadows,
+                "gradients": [*gradients, *none],
+            },
+            steps,
+            [
+                make_group(n, g, device)
+                for n, g in zip(arranged.counts, self.param_groups, strict=True)
+            ],
+            None if self.max_norm is None else check_max_norm(self.max_norm),
+            is_each(self.clip),
             None,
-            self.max_norm,
             check_hyperparameter("momentum", momentum, device, most=1),
             skip,
             overflow if isinstance(overflow, Tensor) else None,
             getattr(self, "grad_scale", None),
             self.refused_steps,
-            self._unit_index,
+            arranged.unit_index,
         )
-
-    def _tensors(self, parameters: list[Tensor]) -> Tensors:
-        """Collect the tensors of the groups' parameters, then those of averaged-only parameters."""
-        known = self._arranged
-        if len(known) < len(parameters) or not all(map(operator.is_, parameters, known)):
-            self._arrange(parameters)
-        gradients: list[Tensor | None] = []
-        states: list[dict[str, Any]] = []
-        for i, parameter in enumerate(parameters):
-            gradient = parameter.grad
-            state = self.state.get(parameter, {})
-            if gradient is not None and state.get("step") is not self._views[i]:
-                state = self._bind(i, parameter)
-            gradients.append(gradient)
-            states.append(state)
-        untrained: list[Tensor | None] = [None] * (len(self._arranged) - len(parameters))
-        return Tensors(
-            self._arranged,
-            gradients + untrained,
-            [state.get("exp_avg") for state in states] + untrained,
-            [state.get("exp_avg_sq") for state in states] + untrained,
-            *self._belonging,
-        )
-
-    def _arrange(self, parameters: list[Tensor]) -> None:
-        """Arrange teachers and copies in the order of the parameters.
-
-        Dictionaries of tensors are slow: looking them up in every step would take as long as AdamW.
-        """
-        given = (self._teachers, self._shadows, self._teacher_shadows)
-        trained = set(parameters)
-        others = dict.fromkeys(p for some in given for p in some if p not in trained)
-        self._arranged = [*parameters, *others]
-        self._belonging = [[some.get(p) for p in self._arranged] for some in given]
-        unit = (i for i, p in enumerate(self._arranged) if p is self._unit_rows)
-        self._unit_index = next(unit, None)
-
-    def _make_counters(self, parameters: list[Tensor], device: torch.device) -> None:
-        """Make steps, its views and refused_steps if they are missing or on another device."""
-        steps, refused = self.steps, self.refused_steps
-        if steps is None or len(steps) != len(parameters) or steps.device != device:
-            self._refuse_capture(device)
-            self.steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
-            self._bind_all(parameters)
-        if self.skip_nonfinite and (refused is None or refused.device != device):
-            self._refuse_capture(device)
-            self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
-
-    def _bind_all(self, parameters: list[Tensor]) -> None:
-        """Copy all existing step counts into steps."""
-        assert self.steps is not None
-        self._views = list(self.steps.unbind())
-        for i, parameter in enumerate(parameters):
-            if self.state.get(parameter):
-                self._bind(i, parameter)
-
-    def _bind(self, index: int, parameter: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, made if missing, with its count as a view of steps."""
-        state: dict[str, Any] = self.state[parameter]
-        count = self._views[index]
-        if state.get("step") is count:
-            return state
-        self._refuse_capture(count.device)
-        if not state:
-            state["step"] = count.zero_()
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        else:  # loaded, or another optimizer's
-            given = state["step"]
-            state["step"] = count.copy_(given) if isinstance(given, Tensor) else count.fill_(given)
-        return state
-
-    @staticmethod
-    def _refuse_capture(device: torch.device) -> None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the state of a parameter is missing during CUDA-graph capture: step once, with "
-                "the same gradients present, before capturing"
-            )
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an AdamWEMA or a torch.optim.AdamW.
-
-        Values are copied into existing tensors: moments, counts, and lr and weight_decay if they
-        are tensors. Missing moments are created, as by PyTorch.
-
-        Raises: ValueError: groups or parameters that do not match, amsgrad, maximize, or another
-            optimizer's state.
-        """
-        for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(f"expected a state_dict without {name}")
-        for state in state_dict["state"].values():
-            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
-                raise ValueError(f"expected the state of an AdamW, got one of {', '.join(state)}")
-        moments = {p: dict(state) for p, state in self.state.items()}
-        numbers = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, given in zip(self.param_groups, numbers, strict=True):
-            group.update(_AS_ADAMW)
-            for name, tensor in zip(("lr", "weight_decay"), given, strict=True):
-                if isinstance(tensor, Tensor):
-                    tensor.copy_(torch.as_tensor(group[name]))
-                    group[name] = tensor
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                tensor = moments.get(parameter, {}).get(name)
-                if tensor is not None and tensor.shape == state[name].shape:
-                    state[name] = tensor.copy_(state[name])
-        parameters = self._parameters()
-        self._make_counters(parameters, parameters[0].device)
-        self._bind_all(parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" in state:  # a copy or a pickle
+            super().__setstate__(state)
+            self._arranged = None
+            return
+        # From load_state_dict, between its hooks. Nothing has changed if a check raises.
+        for group in state["param_groups"]:
+            _refuse(group)
+        for loaded in state["state"].values():
+            if not set(_STATE) <= loaded.keys():
+                raise ValueError(f"expected the state of an AdamW, got one of {', '.join(loaded)}")
+        for group, own in zip(state["param_groups"], self.param_groups, strict=True):
+            group.update(_AS_ADAMW)
+            for name in ("lr", "weight_decay"):
+                group[name] = _copied(own[name], group[name])
+        for parameter, loaded in state["state"].items():
+            count = torch.as_tensor(loaded["step"], dtype=torch.float32, device=parameter.device)
+            loaded["step"] = count.clone()
+            for name in _STATE:
+                loaded[name] = _copied(self.state.get(parameter, {}).get(name), loaded[name])
         super().__setstate__(state)
-        if "steps" in state:  # a copy or a pickle, not load_state_dict
-            self._arranged, self._views = [], []
-            if self.steps is not None:  # a pickled tensor and its views no longer share memory
-                self._bind_all(self._parameters())
+
+
+def _copied(own: Any, loaded: Any) -> Any:
+    """Return a loaded value, copied into the own tensor if there is one of its shape."""
+    if isinstance(own, Tensor) and own.shape == torch.as_tensor(loaded).shape:
+        with torch.no_grad():
+            return own.copy_(torch.as_tensor(loaded))
+    return loaded
+
+
+def _new_state(parameter: Tensor) -> dict[str, Tensor]:
+    _refuse_capture(parameter.device)
+    moments = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+    count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return dict(zip(_STATE, (count, *moments), strict=True))
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of torch.optim.AdamW that changes the result."""
+    for name, reason in _REFUSED.items():
+        if options.get(name):
+            raise ValueError(f"{name}=True is not supported: {reason}")
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the state of a parameter is missing during CUDA-graph capture: step once, with the "
+            "same gradients present, before capturing"
+        )
 
 
 def _by_parameter(

@@ -1,187 +1,126 @@
 """adamw_ema_update_ by PyTorch's fused AdamW and multi-tensor operations, on any device.
 
-Scaled gradients are written to new memory. (Scaling a slice at a time, in a buffer that stays in
-the cache, is slower on a CPU: many small operations wait for its threads.) On a CPU the host reads
-flags, and a refused step costs nothing. On other devices nothing is read back, and flags select the
-old values.
+Scaled gradients are written to new memory. On a CPU the host reads the flags, and a refused step
+costs nothing. On other devices nothing is read back, and flags select the old values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .adamw_ema_arguments import Call, Group, Tensors
+from .adamw_ema import Call, Group
+from .clip import clip_factors
 from .dispatch import compute_dtype
 from .ema import torch_ema_
+from .memory import are_flat
+from .tensor_lists import Lists, present
 
 
-def update_on_host(call: Call, gaps: Sequence[int]) -> None:
-    """Update tensors on a CPU.
-
-    Args:
-        call: the tensors and options.
-        gaps: indices of parameters with a tensor that is not dense or has another layout.
-    """
-    averages, moves = _decide_on_host(call)
-    if moves:
-        factors = _factors_on_host(call)
-        for group in call.groups:
-            lr, weight_decay = float(group.lr), float(group.weight_decay)
-            group = replace(group, lr=lr, weight_decay=weight_decay)
-            _update_group(call, group, _moving(call.tensors, group), factors, frozenset(gaps))
-    if averages:
-        _average(call.tensors, float(call.momentum), call.unit_rows)
-
-
-def _decide_on_host(call: Call) -> tuple[bool, bool]:
-    """Return (update the teacher, update the parameters)."""
-    overflow = call.found_inf is not None and bool(call.found_inf)
-    if call.refused_steps is not None and not overflow:
-        assert call.norms is not None
-        if not bool(torch.isfinite(call.norms).all()):
-            call.refused_steps.add_(1)
-            return False, False
-    averages = call.skip is None or not bool(call.skip)
-    return averages, averages and not overflow
-
-
-def _factors_on_host(call: Call) -> dict[int, float]:
-    """Map the indices of the gradients to scale to their factors."""
-    scale = 1.0 if call.grad_scale is None else call.grad_scale.item()
-    factors = [1 / scale] * len(call.steps)
-    if call.max_norm is not None and call.norms is not None:
-        clips = [call.max_norm / (norm + reference.CLIP_EPS) for norm in call.norms.tolist()]
-        factors = [(clip if clip < 1 else 1.0) / scale for clip in clips]  # NaN is not < 1
-    return {i: factor for i, factor in enumerate(factors) if factor != 1}
-
-
-def update_on_device(call: Call, gaps: Sequence[int], rows: Sequence[int] | None = None) -> None:
-    """Update tensors on any device, reading nothing back to the host.
+def torch_adamw_ema_(call: Call, local: Lists, norms: Tensor | None) -> None:
+    """Update checked tensors.
 
     Args:
-        call: the tensors and options.
-        gaps: as in update_on_host.
-        rows: indices of the parameters to update; all by default.
+        call: the options.
+        local: the lists of the call, with the shards of DTensors.
+        norms: of the gradients; None if they are not needed.
     """
     overflow = None if call.found_inf is None else call.found_inf != 0
     nothing = None if call.skip is None else call.skip != 0
     if call.refused_steps is not None:
-        assert call.norms is not None
-        bad = ~torch.isfinite(call.norms).all()
+        assert norms is not None
+        bad = ~norms.isfinite().all()
         bad = bad if overflow is None else bad & ~overflow
         call.refused_steps.add_(bad)
         nothing = bad if nothing is None else nothing | bad
-    flags = [flag for flag in (overflow, nothing) if flag is not None]
-    stays = torch.stack(flags).any().float() if flags else None
-    rows = range(len(call.tensors.parameters)) if rows is None else rows
-    factors = _factors_on_device(call)
+    moves = True
+    if reads_flags(local):
+        if nothing is not None and nothing:
+            return
+        moves = overflow is None or not overflow
+        overflow = nothing = None
+    if moves:
+        flags = [flag for flag in (overflow, nothing) if flag is not None]
+        _move(call, local, norms, torch.stack(flags).any().float() if flags else None)
+    _average(local, call.momentum, call.unit_rows, nothing)
+
+
+def reads_flags(local: Lists) -> bool:
+    """Return True if the host can read flags without waiting for a device."""
+    return present(local.values())[0].is_cpu
+
+
+def _move(call: Call, local: Lists, norms: Tensor | None, stays: Tensor | None) -> None:
+    """Scale the gradients and step AdamW, group by group; nothing changes if `stays` is 1."""
+    parameters, exp_avgs, exp_avg_sqs, *_, gradients = local.values()
+    factors = _factors(call, norms)
+    first = 0
     for group in call.groups:
-        indices = [i for i in _moving(call.tensors, group) if i in rows]
-        _update_group(call, group, indices, factors, frozenset(gaps), stays)
-    unit = call.unit_rows
-    unit = None if unit is None or unit not in rows else list(rows).index(unit)
-    _average(call.tensors.take(rows), call.momentum, unit, nothing)
+        rows = range(first, first + group.count)
+        first += group.count
+        indices = [i for i in rows if gradients[i] is not None]
+        lists = (parameters, gradients, exp_avgs, exp_avg_sqs, call.steps)
+        p, g, m, v, steps = (present([[some[i] for i in indices]]) for some in lists)
+        if not indices:
+            continue
+        if factors is not None:
+            # Wide first: half times a 0-d fp32 tensor would round the tensor to half.
+            g = [x.to(compute_dtype(*four)) for x, *four in zip(g, g, p, m, v, strict=True)]
+            g = list(torch._foreach_mul(g, [factors[i] for i in indices]))
+        torch._foreach_add_(steps, 1 if stays is None else 1 - stays)
+        _adamw(list(zip(p, g, m, v, steps, strict=True)), group, stays)
 
 
-def _factors_on_device(call: Call) -> dict[int, Tensor]:
-    """Map the indices of the gradients to scale to their fp32 factors []."""
-    factors = None
-    if call.max_norm is not None and call.norms is not None:
-        clips = call.max_norm / (call.norms + reference.CLIP_EPS)
-        factors = torch.where(clips < 1, clips, torch.ones_like(clips))
+def _factors(call: Call, norms: Tensor | None) -> Sequence[Tensor] | None:
+    """Return the factor [] of each gradient, clip factor / loss scale; None if all are 1."""
+    n, factors = len(call.steps), None
+    if call.max_norm is not None and norms is not None:
+        factors = clip_factors(norms, call.max_norm, each=call.each)
     if call.grad_scale is not None:
-        ones = torch.ones_like(call.steps) if factors is None else factors
-        factors = ones / call.grad_scale
-    return {} if factors is None else dict(enumerate(factors.unbind()))
+        ones = torch.ones_like(call.grad_scale)
+        factors = (ones if factors is None else factors) / call.grad_scale
+    if factors is None or (factors.is_cpu and bool((factors == 1).all())):
+        return None
+    return factors.expand(n).unbind()
 
 
-def _update_group(
-    call: Call,
-    group: Group,
-    indices: Sequence[int],
-    factors: Mapping[int, Any],
-    gaps: frozenset[int],
-    stays: Tensor | None = None,
-) -> None:
-    """Scale gradients by their factors and step AdamW; nothing changes if `stays` is 1."""
-    steps = _count_steps(call.steps, indices, stays)
-    quadruples = {i: _quadruple(call.tensors, i) for i in indices}
-    scaled = [i for i in indices if i in factors]
-    if scaled:
-        # Wide first: half times a 0-d fp32 tensor would round the tensor to half.
-        wide = [quadruples[i][1].to(compute_dtype(*quadruples[i])) for i in scaled]
-        products = torch._foreach_mul(wide, [factors[i] for i in scaled])
-        for i, gradient in zip(scaled, products, strict=True):
-            p, _, m, v = quadruples[i]
-            quadruples[i] = (p, gradient, m, v)
-    _adamw(quadruples, group, steps, gaps, stays)
+def _adamw(rows: Sequence[tuple[Tensor, ...]], group: Group, stays: Tensor | None) -> None:
+    """Run one multi-tensor update per dtype; tensors that do not match are copied back after it.
 
-
-def _moving(tensors: Tensors, group: Group) -> list[int]:
-    """Return the indices of a group's parameters that have a gradient."""
-    indices = range(group.first, group.first + group.count)
-    return [i for i in indices if tensors.gradients[i] is not None]
-
-
-def _quadruple(tensors: Tensors, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (parameter, gradient, exp_avg, exp_avg_sq) of a parameter with a gradient."""
-    g, m, v = tensors.gradients[i], tensors.exp_avgs[i], tensors.exp_avg_sqs[i]
-    assert g is not None
-    assert m is not None
-    assert v is not None
-    return tensors.parameters[i], g, m, v
-
-
-def _count_steps(
-    steps: Tensor, indices: Sequence[int], stays: Tensor | None = None
-) -> dict[int, Tensor]:
-    """Add one step for each index, or 0 if `stays` is 1; return index -> its count."""
-    views = steps.unbind()
-    counted = {i: views[i] for i in indices}
-    if counted and stays is None:
-        torch._foreach_add_(list(counted.values()), 1)
-    elif counted:
-        assert stays is not None
-        torch._foreach_add_(list(counted.values()), 1 - stays)
-    return counted
-
-
-def _adamw(
-    quadruples: Mapping[int, tuple[Tensor, Tensor, Tensor, Tensor]],
-    group: Group,
-    steps: Mapping[int, Tensor],
-    gaps: frozenset[int],
-    stays: Tensor | None = None,
-) -> None:
-    """Run one multi-tensor update per dtype; tensors that do not match are copied back after it."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], ...]] = {}
+    Args:
+        rows: (parameter, gradient, exp_avg, exp_avg_sq, step), the step already counted.
+        group: their hyperparameters.
+        stays: if it is 1, no tensor changes.
+    """
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
     back: list[tuple[Tensor, Tensor]] = []
-    for i, (p, g, m, v) in quadruples.items():
-        work, dtype = [p, g, m, v], p.dtype
-        alike = len({p.dtype, g.dtype, m.dtype, v.dtype}) == 1
-        if not alike or i in gaps:
-            dtype = dtype if alike else compute_dtype(p, g, m, v)
-            work = [x.to(dtype).contiguous() if i in gaps else x.to(dtype) for x in work]
-            replaced = zip((p, m, v), (work[0], *work[2:]), strict=True)
-            back += [(x, w) for x, w in replaced if w is not x]
-        lists = by_dtype.setdefault(dtype, ([], [], [], [], []))
-        for some, tensor in zip(lists, (*work, steps[i]), strict=True):
-            some.append(tensor)
-    for lists in by_dtype.values():
-        _fused(lists, group, stays)
+    for *four, step in rows:
+        work, dtype, flat = four, four[0].dtype, are_flat(four)
+        alike = len({x.dtype for x in four}) == 1
+        if not alike or not flat:
+            dtype = dtype if alike else compute_dtype(*four)
+            work = [x.to(dtype) if flat else x.to(dtype).contiguous() for x in four]
+            back += [(four[i], work[i]) for i in (0, 2, 3) if work[i] is not four[i]]
+        by_dtype.setdefault(dtype, []).append((*work, step))
+    for some in by_dtype.values():
+        _fused(*map(list, zip(*some, strict=True)), group=group, stays=stays)
     if back:
         torch._foreach_copy_([x for x, _ in back], [w for _, w in back])
 
 
-def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None = None) -> None:
-    """Run torch._fused_adamw_ on (parameters, gradients, exp_avgs, exp_avg_sqs, steps)."""
-    parameters, gradients, exp_avgs, exp_avg_sqs, steps = lists
+def _fused(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    group: Group,
+    stays: Tensor | None,
+) -> None:
     lr, weight_decay = group.lr, group.weight_decay
     if isinstance(weight_decay, Tensor):  # not supported by the operator
         decay = 1 - lr * weight_decay
@@ -196,35 +135,23 @@ def _fused(lists: tuple[list[Tensor], ...], group: Group, stays: Tensor | None =
     )  # fmt: skip
 
 
-def _copies(tensors: Tensors, unit_rows: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Return (copy, source) of each copy of a parameter or of an updated teacher."""
-    sources = list(tensors.teachers)
-    if unit_rows is not None:
-        teacher = sources[unit_rows]
-        assert teacher is not None
-        sources[unit_rows] = reference.unit_rows(teacher.to(compute_dtype(teacher)))
-    copied = ((tensors.shadows, tensors.parameters), (tensors.teacher_shadows, sources))
-    return [
-        (copy, source)
-        for copies, sources in copied
-        for copy, source in zip(copies, sources, strict=True)
-        if copy is not None and source is not None
-    ]
-
-
 def _average(
-    tensors: Tensors, momentum: float | Tensor, unit_rows: int | None, nothing: Tensor | None = None
+    local: Lists, momentum: float | Tensor, unit_rows: int | None, nothing: Tensor | None
 ) -> None:
     """Update teachers and copies, or keep all their values if `nothing` is true."""
-    averaged = [i for i, t in enumerate(tensors.teachers) if t is not None]
-    teachers = [t for t in tensors.teachers if t is not None]
-    copies = (*tensors.shadows, *tensors.teacher_shadows)
-    written = [*teachers, *(copy for copy in copies if copy is not None)]
+    parameters, _, _, teachers, shadows, teacher_shadows, _ = local.values()
+    written = present([teachers, shadows, teacher_shadows])
     before = [] if nothing is None else [x.clone() for x in written]
-    torch_ema_(teachers, [tensors.parameters[i] for i in averaged], momentum)
-    pairs = _copies(tensors, unit_rows)
-    if pairs:
-        torch._foreach_copy_([copy for copy, _ in pairs], [source for _, source in pairs])
+    pairs = [(t, p) for t, p in zip(teachers, parameters, strict=True) if t is not None]
+    torch_ema_([t for t, _ in pairs], [p for _, p in pairs if p is not None], momentum)
+    sources = list(teachers)
+    if unit_rows is not None and (teacher := sources[unit_rows]) is not None:
+        sources[unit_rows] = reference.unit_rows(teacher.to(compute_dtype(teacher)))
+    copied = [*zip(shadows, parameters, strict=True), *zip(teacher_shadows, sources, strict=True)]
+    both = [pair for pair in copied if pair[0] is not None]
+    if both:
+        copies, originals = (present([some]) for some in zip(*both, strict=True))
+        torch._foreach_copy_(copies, originals)
     if nothing is not None and written:
         kept = [torch.where(nothing, b, x) for b, x in zip(before, written, strict=True)]
         torch._foreach_copy_(written, kept)

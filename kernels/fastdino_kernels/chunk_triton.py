@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Access to one chunk of a PointerTable, shared by the multi-tensor kernels.
+"""Access to one chunk of a list of tensors (pointer_table.py), shared by the kernels.
 
 A program owns one chunk: CHUNK elements of one tensor, fewer at the tensor's end. A whole chunk at
 16-byte aligned addresses is accessed at once, 128 bits at a time. Any other chunk is processed in
@@ -11,12 +11,8 @@ import triton.language as tl
 
 from . import pointer_table
 
-ROW = tl.constexpr(pointer_table.ROW)
-NUMEL = tl.constexpr(pointer_table.NUMEL)
-CODES = tl.constexpr(pointer_table.CODES)
 CODE_BITS = tl.constexpr(pointer_table.CODE_BITS)
 CODE_MASK = tl.constexpr((1 << pointer_table.CODE_BITS) - 1)
-POINTER = tl.constexpr(pointer_table.POINTER)
 FP32 = tl.constexpr(pointer_table.FP32)
 BF16 = tl.constexpr(pointer_table.BF16)
 FP16 = tl.constexpr(pointer_table.FP16)
@@ -26,19 +22,18 @@ PART = tl.constexpr(1024)
 
 @triton.jit
 def find_chunk(rows, owners, CHUNK: tl.constexpr):
-    """Return (row index, row address, first element, elements from there to the tensor's end)."""
+    """Return (index of the tensor, first element, elements from there to the tensor's end)."""
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
-    row = rows + owner * ROW
-    start = (chunk - tl.load(row)) * CHUNK  # int64, like everything in the table
-    return owner, row, start, tl.load(row + NUMEL) - start
+    start = (chunk - tl.load(rows + owner * 2)) * CHUNK  # int64, like everything in the tables
+    return owner, start, tl.load(rows + owner * 2 + 1) - start
 
 
 @triton.jit
-def find_tensor(row, ROLE: tl.constexpr):
-    """Return (address, dtype code) of the row's tensor in one role."""
-    code = (tl.load(row + CODES) >> (ROLE * CODE_BITS)) & CODE_MASK
-    return tl.load(row + POINTER + ROLE), code
+def find_tensor(words, index, ROLE: tl.constexpr, ROLES: tl.constexpr):
+    """Return (address, dtype code) of a tensor; the address is 0 if there is none."""
+    word = tl.load(words + index * ROLES + ROLE)
+    return word >> CODE_BITS, word & CODE_MASK
 
 
 @triton.jit

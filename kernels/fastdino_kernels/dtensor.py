@@ -5,54 +5,49 @@ torch.distributed is not imported before a DTensor exists, because that takes a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def is_sharded(tensor: object) -> bool:
-    """Return True for a DTensor, whose elements may be spread over several ranks."""
-    return hasattr(tensor, "to_local")
+from .tensor_lists import Lists, Some, are_plain, label
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, in the same memory, or any other tensor unchanged."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
-def local_parts(named: Mapping[str, Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-    """Return the local shards of lists of tensors; None stays None.
+def local_lists(lists: Lists) -> Lists:
+    """Return the local shards, in the same memory; the same object if there are no DTensors.
 
     Raises: ValueError: a tensor is sharded unlike the tensor of the same index in the first list.
     """
-    (first, references), *_ = named.items()
-    for name, tensors in named.items():
-        for i, (x, y) in enumerate(zip(references, tensors, strict=False)):
+    if are_plain(lists.values()):
+        return lists
+    (first, references), *_ = lists.items()
+    for name, some in lists.items():
+        for i, (x, y) in enumerate(zip(references, some, strict=True)):
             ours, theirs = (getattr(tensor, "placements", None) for tensor in (x, y))
             if y is not None and ours != theirs:
                 raise ValueError(
-                    f"{first}[{i}] and {name}[{i}] must be sharded alike, got {ours} and {theirs}"
+                    f"{label(first, i)} and {label(name, i)} must be sharded alike, "
+                    f"got {ours} and {theirs}"
                 )
-    return [[t if t is None else local_part(t) for t in tensors] for tensors in named.values()]
+    return {name: [_local(tensor) for tensor in some] for name, some in lists.items()}
 
 
-def norms_over_shards(
-    norms: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str]
-) -> Tensor:
-    """Return the 2-norms [n] of n tensors, given the norms of this rank's shards.
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def norms_over_shards(norms: Tensor, name: str, tensors: Some) -> Tensor:
+    """Return the 2-norms [n] of the n tensors of a list, given those of this rank's shards.
 
     Tensors that are sharded alike share one all-reduce per sharded dimension of their mesh, so all
     ranks must call this with the same tensors in the same order.
 
-    Raises: ValueError: a tensor is a pending (Partial) sum; the message has its name from `names`.
+    Raises: ValueError: a tensor is a pending (Partial) sum.
     """
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        groups = () if tensor is None else _shard_groups(tensor, names[index])
-        together.setdefault(groups, []).append(index)
+        together.setdefault(_shard_groups(tensor, label(name, index)), []).append(index)
     parts = list(norms.unbind())
     for groups, indices in together.items():
         if not groups:
@@ -65,15 +60,13 @@ def norms_over_shards(
     return torch.stack(parts)
 
 
-def _shard_groups(tensor: Tensor, name: str) -> tuple[Any, ...]:
+def _shard_groups(tensor: Any, name: str) -> tuple[Any, ...]:
     """Return the process groups whose ranks hold different elements; none for a plain tensor."""
-    if not is_sharded(tensor):
-        return ()
-    placements: Sequence[Any] = tensor.placements  # type: ignore[attr-defined]
+    placements: Sequence[Any] = getattr(tensor, "placements", ())
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
             f"{name} must be sharded or replicated, got {tuple(placements)}: a pending sum has no "
             "norm yet, redistribute it first"
         )
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate())
+    sharded = (i for i, placement in enumerate(placements) if not placement.is_replicate())
+    return tuple(tensor.device_mesh.get_group(i) for i in sharded)

@@ -6,43 +6,16 @@ in the same pass: 12 bytes per parameter in fp32 (two reads, one write), 14 with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_float_tensor,
-    check_lengths,
-    check_memory,
-    check_range,
-    check_same_device,
-    check_same_shape,
-    check_scalar,
-)
+from .checks import check_lengths, check_range, check_scalar
 from .dispatch import choose_impl
-from .dtensor import local_parts
+from .dtensor import local_lists
 from .operators import LIBRARY, ops, register_fake
-from .pointer_table import Plan, are_flat, are_plain, build_table, plan_for
-
-
-class _Tensors(NamedTuple):
-    """Lists of one length; no copies at all is an empty list."""
-
-    teacher: list[Tensor]
-    student: list[Tensor]
-    copies: list[Tensor]
-
-    def all(self) -> list[Tensor]:
-        """Return all tensors, those that are written first."""
-        return [*self.teacher, *self.copies, *self.student]
-
-    def pairs(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
-        """Yield (name, teacher, name, other) for each teacher with its student and its copy."""
-        for name, others in (("student_tensors", self.student), ("shadow", self.copies)):
-            for i, (t, other) in enumerate(zip(self.teacher, others, strict=False)):
-                yield f"teacher_tensors[{i}]", t, f"{name}[{i}]", other
+from .tensor_lists import Lists, are_traced, check_lists, present, tables_for
 
 
 @torch.no_grad()
@@ -60,10 +33,8 @@ def ema_update_(
     fp32 and rounded once. No gradient is recorded; parameters may require one. No value is read
     back to the host.
 
-    Triton needs a pair to be dense with the same strides on both sides (both contiguous, both
-    channels_last, both transposed, ...) and on the first pair's device; PyTorch updates the other
-    pairs of the same call. Under torch.compile pass a tensor as momentum: a new float causes a
-    recompilation. DTensors are updated shard by shard.
+    Under torch.compile pass a tensor as momentum: a new float causes a recompilation. DTensors are
+    updated shard by shard.
 
     Args:
         teacher_tensors: fp16/bf16/fp32/fp64 tensors of any shape, updated in place.
@@ -72,7 +43,9 @@ def ema_update_(
             it stays there, and a captured CUDA graph reads it anew. A 0-d fp32 tensor rounds
             1 - momentum (7e-5 relative at .9996); fp64 does not.
         shadow: copies of the teacher, often in lower precision, rewritten in the same call.
-        impl: "triton" (one launch; no fp64), "torch" (multi-tensor operations), or "auto".
+        impl: "triton" (one launch; no fp64), "torch" (multi-tensor operations), or "auto". Triton
+            leaves the call to PyTorch if a pair is not dense with equal strides on both sides, or
+            the tensors are on several devices.
 
     Raises:
         ValueError: lengths, shapes or devices that differ, a momentum out of range, or written
@@ -82,89 +55,46 @@ def ema_update_(
         RuntimeError: a CUDA graph is being captured, and no earlier call had tensors on the GPU.
 
     """
-    tensors = _Tensors(
-        list(teacher_tensors), list(student_tensors), [] if shadow is None else list(shadow)
-    )
-    named = dict(zip(("teacher_tensors", "student_tensors", "shadow"), tensors, strict=True))
-    check_lengths(named if shadow is not None else dict(list(named.items())[:2]))
+    lists: dict[str, list[Tensor]] = {"teacher_tensors": list(teacher_tensors)}
+    if shadow is not None:
+        lists["shadow"] = list(shadow)
+    lists["student_tensors"] = list(student_tensors)  # last, because it is only read
+    check_lengths(lists)
     momentum = check_scalar("momentum", momentum)
     check_range("momentum", momentum, most=1)
-    if torch.compiler.is_compiling():
-        _traceable_ema_(tensors, momentum, impl)
-        return
-    plain = are_plain(tensors.all())
-    if not plain:
-        tensors = _Tensors(*local_parts(named))  # type: ignore[arg-type]
-        plain = are_plain(tensors.all())
-    if (
-        tensors.teacher
-        and plain
-        and not (isinstance(momentum, Tensor) and not are_plain([momentum]))
-    ):
-        _eager_ema_(tensors, momentum, impl)
+    if not lists["teacher_tensors"]:
+        choose_impl(impl, [])  # raises for an unknown name
+    elif torch.compiler.is_compiling():
+        _traced_update_(lists, momentum, impl)
     else:
-        _traceable_ema_(tensors, momentum, impl)
+        local = local_lists(lists)
+        traced = are_traced([*local.values(), [m for m in [momentum] if isinstance(m, Tensor)]])
+        (_traced_update_ if traced else _update_)(local, momentum, impl)
 
 
-def _eager_ema_(tensors: _Tensors, momentum: float | Tensor, impl: str) -> None:
-    """Update tensors that have memory; their checks are cached with their plan."""
-    teacher = tensors.teacher
-    if isinstance(momentum, Tensor) and momentum.is_cpu and not teacher[0].is_cpu:
-        momentum = momentum.item()  # already on the host: no synchronisation
-    device = momentum.device if isinstance(momentum, Tensor) else None
-    head = ("ema", impl, choose_impl(impl, teacher[:1]), device, bool(tensors.copies))
+def _update_(lists: Lists, momentum: float | Tensor, impl: str) -> None:
+    """Update tensors that have memory."""
+    tables = tables_for(lists, len(lists) - 1, impl, _chunk)
+    momentum = _placed(momentum, lists)
+    if tables is None:
+        _torch_update_(lists, momentum)
+        return
+    from .ema_triton import launch_ema
 
-    def make() -> Plan:
-        _check_tensors(tensors, momentum)
-        _check_memory(tensors)
-        return _make_plan(tensors, impl)
-
-    _run(plan_for(head, tensors.all(), make), tensors, momentum)
+    launch_ema(tables, momentum)
+    for written in list(lists.values())[:-1]:  # autograd cannot see the writes of a kernel
+        torch.autograd.graph.increment_version(written)  # type: ignore[arg-type]
 
 
-def _traceable_ema_(tensors: _Tensors, momentum: float | Tensor, impl: str) -> None:
+def _traced_update_(lists: Lists, momentum: float | Tensor, impl: str) -> None:
     """Update under torch.compile, or tensors without memory of their own."""
-    _check_tensors(tensors, momentum)
-    chosen = choose_impl(impl, tensors.all())
-    if not tensors.teacher:
+    check_lists(lists)
+    if choose_impl(impl, present(lists.values())) == "torch":
+        _torch_update_(lists, _placed(momentum, lists))
         return
-    if chosen == "triton":
-        scalar, on_device = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-        ops.ema_update_(*tensors, scalar, on_device)
-    else:
-        _run(Plan(chosen, rest=tuple(range(len(tensors.teacher)))), tensors, momentum)
-
-
-def _make_plan(tensors: _Tensors, impl: str) -> Plan:
-    chosen = choose_impl(impl, tensors.all())
-    roles = [role for role in tensors if role]
-    flat: list[int] = []
-    if chosen == "triton":
-        from .ema_triton import CHUNK
-
-        device = tensors.teacher[0].device
-        groups = enumerate(zip(*roles, strict=True))
-        flat = [i for i, group in groups if group[0].device == device and are_flat(group)]
-    rest = tuple(sorted(set(range(len(tensors.teacher))) - set(flat)))
-    if not flat:
-        return Plan(chosen, rest=rest)
-    table = build_table([[role[i] for i in flat] for role in roles], flat, CHUNK)
-    return Plan(chosen, table, rest)
-
-
-def _run(plan: Plan, tensors: _Tensors, momentum: float | Tensor) -> None:
-    if plan.table is not None:
-        from .ema_triton import launch_ema
-
-        launch_ema(plan.table, momentum)
-        # Autograd cannot see the writes of a kernel.
-        torch.autograd.graph.increment_version([*tensors.teacher, *tensors.copies])
-    if not plan.rest:
-        return
-    teacher, student, copies = ([role[i] for i in plan.rest] if role else [] for role in tensors)
-    torch_ema_(teacher, student, momentum)
-    if copies:
-        torch._foreach_copy_(copies, teacher)
+    teacher, *shadow, student = lists.values()
+    scalar, on_device = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
+    ops.ema_update_(teacher, student, shadow[0] if shadow else [], scalar, on_device)
 
 
 def _ema_op(
@@ -175,8 +105,9 @@ def _ema_op(
     momentum_tensor: Tensor | None,
 ) -> None:
     """Run the update of a traced graph; see the schema below."""
-    chosen = momentum if momentum_tensor is None else momentum_tensor
-    _eager_ema_(_Tensors(teacher, student, shadow), chosen, "triton")
+    copies = {"shadow": shadow} if shadow else {}
+    lists = {"teacher_tensors": teacher, **copies, "student_tensors": student}
+    _update_(lists, momentum if momentum_tensor is None else momentum_tensor, "triton")
 
 
 # Not torch.library.custom_op, whose wrappers take longer than the kernel.
@@ -188,66 +119,60 @@ LIBRARY.impl("ema_update_", _ema_op, "CompositeExplicitAutograd")
 register_fake("ema_update_", lambda *_: None)
 
 
+def _chunk() -> int:
+    from .ema_triton import CHUNK
+
+    return CHUNK
+
+
+def _placed(momentum: float | Tensor, lists: Lists) -> float | Tensor:
+    """Return the momentum: a number, or a tensor on the teachers' device."""
+    if not isinstance(momentum, Tensor):
+        return momentum
+    devices = {teacher.device for teacher in present(list(lists.values())[:1])}
+    if devices == {momentum.device}:
+        return momentum
+    if momentum.is_cpu:
+        return momentum.item()  # already on the host: no synchronisation
+    raise ValueError(
+        f"momentum is on {momentum.device} but the teachers on "
+        f"{', '.join(sorted(map(str, devices)))}: expected one device"
+    )
+
+
+def _torch_update_(lists: Lists, momentum: float | Tensor) -> None:
+    teacher, *shadow, student = (present([some]) for some in lists.values())
+    torch_ema_(teacher, student, momentum)
+    for copies in shadow:
+        torch._foreach_copy_(copies, teacher)
+
+
 def torch_ema_(
     teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
-    """Update checked tensors by multi-tensor operations."""
-    # A multi-tensor operation is one launch only if all of its tensors agree.
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[list[Tensor], ...]] = {}
+    """Update checked tensors by multi-tensor operations, which are one launch if dtypes agree."""
+    groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for t, s in zip(teacher, student, strict=True):
-        ts, ss = groups.setdefault((t.device, t.dtype, s.dtype), ([], []))
+        ts, ss = groups.setdefault((t.dtype, s.dtype), ([], []))
         ts.append(t)
         ss.append(s)
-    for (_, teacher_dtype, student_dtype), (ts, ss) in groups.items():
+    for (teacher_dtype, student_dtype), (ts, ss) in groups.items():
         wide = torch.promote_types(teacher_dtype, student_dtype)
         if isinstance(momentum, Tensor):  # the difference below would be rounded to half
-            wide = _at_least_fp32(wide)
-        wide_ss = ss if student_dtype == wide else [s.to(wide) for s in ss]
-        if teacher_dtype == wide:
-            _lerp_(ts, wide_ss, momentum)
-        else:
-            wide_ts = [t.to(wide) for t in ts]
-            _lerp_(wide_ts, wide_ss, momentum)
+            wide = torch.promote_types(wide, torch.float32)
+        wide_ts = ts if teacher_dtype == wide else [t.to(wide) for t in ts]
+        _lerp_(wide_ts, ss if student_dtype == wide else [s.to(wide) for s in ss], momentum)
+        if wide_ts is not ts:
             torch._foreach_copy_(ts, wide_ts)
 
 
 def _lerp_(teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor) -> None:
-    dtype, device = teacher[0].dtype, teacher[0].device
-    if isinstance(momentum, Tensor) and momentum.device != device:
-        momentum = momentum.item()  # already on the host: no synchronisation
-    if isinstance(momentum, Tensor):
-        # teacher += (1 - m)*(student - teacher): torch has no multi-tensor lerp whose weight is
-        # one tensor, and reading the weight would wait for the device.
-        weight = (1 - momentum.to(_at_least_fp32(momentum.dtype))).to(dtype)
-        step = torch._foreach_sub(student, teacher)
-        torch._foreach_mul_(step, weight)
-        torch._foreach_add_(teacher, step)
-    else:
+    if not isinstance(momentum, Tensor):
         torch._foreach_lerp_(teacher, student, 1 - momentum)
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check_tensors(tensors: _Tensors, momentum: float | Tensor) -> None:
-    for name_x, x, name_y, y in tensors.pairs():
-        check_float_tensor(name_x, x)
-        check_float_tensor(name_y, y)
-        check_same_shape(name_x, x, name_y, y)
-        check_same_device(name_x, x, name_y, y)
-        if x is y:
-            raise ValueError(f"{name_x} and {name_y} are the same tensor: expected two")
-    for i, t in enumerate(tensors.teacher):
-        if isinstance(momentum, Tensor) and momentum.device not in (t.device, torch.device("cpu")):
-            raise ValueError(
-                f"momentum is on {momentum.device} but teacher_tensors[{i}] on {t.device}: "
-                "expected one device"
-            )
-
-
-def _check_memory(tensors: _Tensors) -> None:
-    lists = {"teacher_tensors": tensors.teacher, "shadow": tensors.copies}
-    lists["student_tensors"] = tensors.student  # last, because it is only read
-    named = [(f"{name}[{i}]", x) for name, some in lists.items() for i, x in enumerate(some)]
-    check_memory(named, written=len(tensors.teacher) + len(tensors.copies))
+        return
+    # teacher += (1 - m)*(student - teacher): torch has no multi-tensor lerp whose weight is one
+    # tensor, and reading the weight would wait for the device.
+    weight = 1 - momentum.to(torch.promote_types(momentum.dtype, torch.float32))
+    step = torch._foreach_sub(student, teacher)
+    torch._foreach_mul_(step, weight.to(teacher[0].dtype))
+    torch._foreach_add_(teacher, step)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The EMA as one kernel over a PointerTable, roles teacher, student and (optionally) shadow.
+"""The EMA as one kernel over tables of pointers.
 
 Bytes per parameter: fp32 reads 4 + 4 and writes 4: 12, the minimum. A bf16 shadow in the same pass
 makes it 14; a separate cast would make it 18.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .chunk_triton import PART, find_chunk, find_tensor, load_chunk, store_chunk
 from .dispatch import device_guard
-from .pointer_table import PointerTable
+from .tensor_lists import Tables
 
 # 16 elements per thread: 128 bytes of fp32 loads in flight per thread, at 64 registers.
 CHUNK = 4096
@@ -20,20 +20,20 @@ NUM_WARPS = 8
 
 @triton.jit
 def ema_kernel(
-    rows, owners, weight, keep, momentum,
-    TEACHER: tl.constexpr, STUDENT: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr,
+    rows, owners, words, weight, keep, momentum,
+    TEACHER: tl.constexpr, SHADOW: tl.constexpr, STUDENT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one teacher.
 
-    weight = 1 - keep, unless `momentum` [] is given, which replaces both. TEACHER, STUDENT and
-    SHADOW are dtype codes; SHADOW is None without a shadow.
+    weight = 1 - keep, unless `momentum` [] is given, which replaces both. TEACHER, SHADOW and
+    STUDENT are the dtype codes of the words' roles; SHADOW is None if there is no such role.
     """
     weight, keep = ema_weights(weight, keep, momentum)
-    _, row, start, left = find_chunk(rows, owners, CHUNK)
-    teacher, teacher_code = find_tensor(row, 0)
-    student, student_code = find_tensor(row, 1)
-    shadow, shadow_code = find_tensor(row, 2)
-    # A missing shadow has address 0.
+    owner, start, left = find_chunk(rows, owners, CHUNK)
+    ROLES: tl.constexpr = 2 if SHADOW is None else 3
+    teacher, teacher_code = find_tensor(words, owner, 0, ROLES)
+    student, student_code = find_tensor(words, owner, ROLES - 1, ROLES)
+    shadow, shadow_code = find_tensor(words, owner, 1, ROLES)  # the student without a shadow
     if (left >= CHUNK) & ((teacher | student | shadow) % 16 == 0):
         t = load_chunk(teacher, teacher_code, start, left, TEACHER, CHUNK, True)
         s = load_chunk(student, student_code, start, left, STUDENT, CHUNK, True)
@@ -78,23 +78,22 @@ def blend(t, s, weight, keep):
     return tl.where(scale == 0, base, base + scale * (s - t))
 
 
-def launch_ema(table: PointerTable, momentum: float | Tensor) -> None:
-    """Update every teacher of the table.
+def launch_ema(tables: Tables, momentum: float | Tensor) -> None:
+    """Update every teacher.
 
     Args:
-        table: of 2 roles (teacher, student) or 3 (shadow), in chunks of CHUNK.
-        momentum: a float, or a 0-d floating-point tensor on the table's device.
+        tables: of the roles teacher, shadow (optional) and student, in chunks of CHUNK.
+        momentum: a float, or a 0-d floating-point tensor on the tables' device.
     """
-    if len(table.owners) == 0:
-        return
+    chunks, pointers = tables.chunks, tables.pointers
     on_device = isinstance(momentum, Tensor)
-    teacher, student, shadow = (*table.codes, None)[:3]
-    with device_guard(table.rows):
-        ema_kernel[(len(table.owners),)](
-            table.rows, table.owners,
+    teacher, *shadow, student = pointers.codes
+    with device_guard(pointers.words):
+        ema_kernel[(len(chunks.owners),)](
+            chunks.rows, chunks.owners, pointers.words,
             0.0 if on_device else float(1 - momentum),
             0.0 if on_device else float(momentum),
             momentum if on_device else None,
-            TEACHER=teacher, STUDENT=student, SHADOW=shadow, CHUNK=CHUNK,
+            TEACHER=teacher, SHADOW=shadow[0] if shadow else None, STUDENT=student, CHUNK=CHUNK,
             num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -1,346 +1,164 @@
-"""Lists of tensors as one table in device memory, so that one launch serves a whole network.
+"""Tables of tensors in device memory, so that one launch serves a whole network, and their cache.
 
-A table depends only on the addresses, dtypes, sizes and strides of its tensors. These are its cache
-key, read again by each call (half a microsecond of host time per tensor). If they equal those of an
-earlier call, its table and the results of its checks are reused, even for other tensor objects. The
-key changes when storage moves (`.data =`, a reshard, new gradients). The cache is small and keeps
-no caller's tensor alive. A table may be used on another stream than the one that filled it;
-that stream then waits for the upload.
+Chunks divide tensors among programs; they depend on sizes only:
 
-CUDA graphs: a call whose table exists uploads nothing while it is captured; the table then stays
-alive, as the graph reads it. A table made during capture (gradients have new addresses in the
-graph's pool) is copied, at each replay too, from pinned memory that an earlier call reserved, even
-if that call did not make a table.
+    rows    int64 [n, 2]: the number of a tensor's first chunk, its number of elements
+    owners  int64 [chunks]: the index of each chunk's tensor; an empty tensor has one chunk
 
-The rows, one per group of tensors that are processed together, are int64 [n, ROW]:
+Pointers hold one word per tensor and role: int64 [n, roles], address << 2 | dtype code, or 0
+without a tensor. (Codes start at 1, as an empty tensor has address 0.)
 
-    FIRST_CHUNK   the number of its first chunk; chunks are numbered through the table
-    NUMEL         elements; 0 if there is no tensor in role 0
-    CODES         dtype codes, CODE_BITS for each role; ABSENT if there is no tensor
-    POSITION      its index in the caller's list
-    POINTER + r   the address in role r, of at most six; 0 if there is no tensor
+A cache belongs to an optimizer or to a thread, so it needs no lock, and to the stream that filled
+its tables, so nothing has to wait for an upload. It keeps no caller's tensor alive.
+
+CUDA graphs: a call whose tables exist uploads nothing while it is captured, and the tables then
+stay alive, as the graph reads them. A table made during capture (gradients have new addresses in
+the graph's pool) is copied, at each replay too, from pinned memory that an earlier call reserved.
 """
 
 from __future__ import annotations
 
 import array
-import bisect
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-ROW = 10
-FIRST_CHUNK, NUMEL, CODES, POSITION, POINTER = range(5)
-CODE_BITS = 8
-FP32, BF16, FP16, ABSENT = range(4)
-MIXED = -1  # code of a role whose tensors differ in dtype
-_CODE_OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
+CODE_BITS = 2
+FP32, BF16, FP16, MIXED = range(1, 5)
+CODE_OF = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
-_PLAIN_TYPES = {Tensor, nn.Parameter}
-_dtype_of = Tensor.dtype.__get__  # type: ignore[attr-defined]
-
-_CACHED = 16  # plans; the least recently used is dropped first
-_ARENA_WORDS = 1 << 17  # 1 MiB: about forty captured calls of 300 tensors
-
-
-Ranges = Sequence[tuple[int, int]]  # sorted, disjoint address ranges (first, end)
-
-
-@dataclass(frozen=True)
-class PointerTable:
-    """The tensors of one launch, in device memory."""
-
-    rows: Tensor  # int64 [n, ROW]
-    owners: Tensor  # int64 [chunks]: the index of the row that each chunk belongs to
-    codes: tuple[int | None, ...]  # each role's dtype code, MIXED, or None without tensors
+_CACHED = 8  # values of a cache
+_PINNED_WORDS = 1 << 17  # 1 MiB: hundreds of captured calls
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Implementation and tables of a checked call. Compared by identity, as part of a cache key."""
+class Chunks:
+    """Tensors divided among programs; see the module's text."""
 
-    impl: str
-    table: PointerTable | None = None
-    rest: tuple[int, ...] = ()  # indices, in the caller's lists, of tensors left to PyTorch
-    gradients: PointerTable | None = None  # a second table, of the gradients
-    ranges: Ranges = ()  # memory that a call writes to
+    rows: Tensor
+    owners: Tensor
 
 
-def are_plain(tensors: Sequence[object]) -> bool:
-    """Return True if all are plain tensors: no subclass (fake, distributed, ...)."""
-    return set(map(type, tensors)) <= _PLAIN_TYPES
+@dataclass(frozen=True, eq=False)
+class Pointers:
+    """Words [n, roles], and the common dtype code of each role: MIXED, or None without tensors."""
+
+    words: Tensor
+    codes: tuple[int | None, ...]
 
 
-def plan_for(head: Hashable, tensors: Sequence[Tensor], make: Callable[[], Plan]) -> Plan:
-    """Return the cached plan for these tensors and this head, or that of make().
-
-    Args:
-        head: everything else that the plan depends on.
-        tensors: n >= 1 plain tensors, of all roles.
-        make: checks its input and may raise, in which case nothing is cached.
-    """
-    key = _key_of(head, tensors)
-    if key is None:
-        return make()
-    device = tensors[0].device
-    stream = _current_stream(device)
-    plan: Plan = _plans.get(key, make, device, stream)
-    if stream is not None and plan.table is not None:
-        if _arena.is_low() and not _is_capturing(device):
-            _arena.reserve()
-        for table in filter(None, (plan.table, plan.gradients)):
-            # A table made on another stream must not be freed before this stream has used it.
-            table.rows.record_stream(stream)
-            table.owners.record_stream(stream)
-    return plan
+def make_chunks(numels: Sequence[int], chunk: int, device: torch.device) -> Chunks:
+    """Divide tensors of n >= 1 sizes into chunks of `chunk` elements."""
+    counts = [max(1, -(-numel // chunk)) for numel in numels]
+    firsts = itertools.accumulate(counts, initial=0)
+    rows = upload(itertools.chain.from_iterable(zip(firsts, numels, strict=False)), device)
+    # Computed on the device, so that only n numbers are copied there.
+    owners = torch.repeat_interleave(upload(counts, device), output_size=sum(counts))
+    return Chunks(rows.view(-1, 2), owners)
 
 
-def _key_of(head: Hashable, tensors: Sequence[Tensor]) -> Hashable | None:
-    """Return the cache key, or None if a tensor has no address, as a sparse tensor."""
-    try:
-        contiguous = tuple(map(Tensor.is_contiguous, tensors))
-        return (
-            head,
-            tuple(map(Tensor.data_ptr, tensors)),
-            tuple(map(_dtype_of, tensors)),
-            tuple(map(Tensor.size, tensors)),
-            None if all(contiguous) else tuple(map(Tensor.stride, tensors)),
-        )
-    except RuntimeError:
-        return None
+def make_pointers(
+    roles: Sequence[Sequence[Tensor | None]], device: torch.device, *columns: Sequence[int]
+) -> Pointers:
+    """Build the words of fp32/bf16/fp16 tensors or None, n per role, and of more columns of n."""
+    words = [[0 if t is None else t.data_ptr() << 2 | CODE_OF[t.dtype] for t in r] for r in roles]
+    flat = itertools.chain.from_iterable(zip(*words, *columns, strict=True))
+    codes = ({CODE_OF[tensor.dtype] for tensor in role if tensor is not None} for role in roles)
+    table = upload(flat, device).view(-1, len(roles) + len(columns))
+    return Pointers(table, tuple(c.pop() if len(c) == 1 else MIXED if c else None for c in codes))
 
 
-def build_table(
-    roles: Sequence[Sequence[Tensor | None]],
-    positions: Sequence[int],
-    chunk: int,
-    device: torch.device | None = None,
-) -> PointerTable:
-    """Build the table of n tensors in each of 1 to 6 roles, in chunks of `chunk` elements.
-
-    Args:
-        roles: lists of n >= 1 fp32/bf16/fp16 tensors or None. The i-th tensors of all lists are
-            flat together (see are_flat).
-        positions: n numbers, for the column POSITION.
-        chunk: elements of one program.
-        device: the table's device; by default that of the first tensor of the first role.
+def upload(values: Iterable[float], device: torch.device, typecode: str = "q") -> Tensor:
+    """Copy at least one int64 ("q") or fp64 ("d") number to the device without synchronising.
 
     Raises: RuntimeError: a CUDA graph is being captured, and no earlier call reserved memory.
     """
-    device = device or next(tensor.device for tensor in roles[0] if tensor is not None)
-    numels = [0 if tensor is None else tensor.numel() for tensor in roles[0]]
-    counts = tuple(-(-numel // chunk) for numel in numels)
-    codes = [
-        [ABSENT if tensor is None else _CODE_OF[tensor.dtype] for tensor in role] for role in roles
-    ]
-    packed = (
-        sum(code << (CODE_BITS * role) for role, code in enumerate(group))
-        for group in zip(*codes, strict=True)
-    )
-    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in role] for role in roles]
-    unused = [itertools.repeat(0)] * (ROW - POINTER - len(roles))
-    firsts = itertools.accumulate(counts, initial=0)
-    rows = zip(firsts, numels, packed, positions, *addresses, *unused, strict=False)
-
-    def make_owners() -> Tensor:
-        # Computed on the device, so that only n numbers are copied there.
-        return torch.repeat_interleave(_upload(counts, device), output_size=sum(counts))
-
-    return PointerTable(
-        _upload(itertools.chain.from_iterable(rows), device).view(-1, ROW),
-        _owners.get((counts, device), make_owners, device, _current_stream(device)),
-        tuple(_common_code(role) for role in codes),
-    )
+    dtype = {"q": torch.int64, "d": torch.float64}[typecode]
+    host = torch.frombuffer(array.array(typecode, values), dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    if _is_capturing(device):
+        return _pinned.take(len(host)).view(dtype).copy_(host).to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
-def _common_code(codes: Sequence[int]) -> int | None:
-    present = set(codes) - {ABSENT}
-    if len(present) > 1:
-        return MIXED
-    return present.pop() if present else None
-
-
-def are_flat(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors of one shape can be treated as 1-D: dense, with equal strides."""
-    if all(map(Tensor.is_contiguous, tensors)):
-        return True
-    shape = tensors[0].shape
-    strides = [
-        [stride for stride, size in zip(tensor.stride(), shape, strict=True) if size != 1]
-        for tensor in tensors
-    ]
-    return tensors[0].numel() == 0 or (
-        is_dense(tensors[0]) and all(other == strides[0] for other in strides)
-    )
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Return True if the elements fill one range of memory, each once, in any dimension order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Return True if two elements may share memory, as in an expanded tensor.
-
-    This is False for every view made by slicing, selecting, transposing or splitting a dimension.
-    It can be True for an as_strided view with interleaved dimensions whose elements are distinct.
-    """
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return False
-    extent = 1  # elements spanned by the dimensions so far, from the innermost
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride < extent:
-                return True
-            extent += (size - 1) * stride
-    return False
-
-
-def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | None:
-    """Return the indices of two tensors that share memory, one of the first `written`, or None.
-
-    Exact for dense tensors. A tensor with gaps counts as its first element, so that interleaved
-    views are accepted.
-    """
-    ranges = sorted(
-        (tensor.data_ptr(), index, _extent(tensor))
-        for index, tensor in enumerate(tensors)
-        if tensor.numel() > 0
-    )
-    end, other = -1, -1  # end and index of the range that reaches furthest so far
-    for start, index, size in ranges:
-        # If that one is only read, an overlap with a written range was already returned.
-        if start < end and min(index, other) < written:
-            return min(index, other), max(index, other)
-        end, other = max((end, other), (start + size, index))
-    return None
-
-
-def ranges_of(tensors: Iterable[Tensor]) -> Ranges:
-    """Return the memory of tensors that share none, with find_overlap's rule for gaps."""
-    return sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
-        for tensor in tensors
-        if tensor.numel() > 0
-    )
-
-
-def overlaps_ranges(tensor: Tensor, ranges: Ranges) -> bool:
-    """Return True if a tensor shares memory with a range, with find_overlap's rule for gaps."""
-    if tensor.numel() == 0:
-        return False
-    start = tensor.data_ptr()
-    after = bisect.bisect_left(ranges, (start + _extent(tensor),))  # the first range after it
-    return after > 0 and ranges[after - 1][1] > start
-
-
-def _extent(tensor: Tensor) -> int:
-    """Return the bytes of a dense tensor, or of one element of a tensor with gaps."""
-    return tensor.nbytes if is_dense(tensor) else tensor.element_size()
-
-
-@dataclass
-class _Entry:
-    value: Any
-    used: int  # time of the last use
-    stream: torch.cuda.Stream | None  # the last stream that waited for `filled`
-    filled: torch.cuda.Event | None
-
-
-class _Cache:
-    """A small cache; values that a captured CUDA graph reads are kept forever."""
+class Cache:
+    """The most recently used values by key, each for the stream that it was made on."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
-        self._clock = itertools.count()
-        self._in_graphs: dict[int, Any] = {}
+        self._entries: list[tuple[Hashable, int, Any]] = []
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(
-        self,
-        key: Hashable,
-        make: Callable[[], Any],
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
-    ) -> Any:
-        """Return the cached value or that of make(), ready for the device's current stream."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            entry.used = next(self._clock)
-            if _is_capturing(device):  # earlier work was done before capture began
-                self._in_graphs[id(entry.value)] = entry.value
-            elif stream is not None and stream != entry.stream:
-                assert entry.filled is not None
-                stream.wait_event(entry.filled)
-                entry.stream = stream
-            return entry.value
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+        """Return the cached value of a key or that of make(), for use on the current stream."""
+        stream, capturing = _current_stream(device), _is_capturing(device)
+        if stream and not capturing:
+            _pinned.reserve()
+        for index, (known, used_on, value) in enumerate(self._entries):
+            # All earlier work was done before a capture began.
+            if (used_on == stream or capturing) and known == key:
+                if index > 0:
+                    self._entries.insert(0, self._entries.pop(index))
+                if capturing:
+                    _in_graphs[id(value)] = value
+                return value
         value = make()
-        # A value made during capture is filled only by replays: no later call may use it.
-        if not _is_capturing(device):
-            if len(self._entries) >= _CACHED:
-                del self._entries[min(self._entries, key=lambda k: self._entries[k].used)]
-            filled = None if stream is None else stream.record_event()
-            self._entries[key] = _Entry(value, next(self._clock), stream, filled)
+        if not capturing:  # a value made during capture is filled only by replays
+            self._entries.insert(0, (key, stream, value))
+            del self._entries[_CACHED:]
         return value
 
 
-class _Arena:
+class _Pinned:
     """Pinned memory for uploads during capture, when none can be allocated; never reused."""
 
     def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
-        self._used = _ARENA_WORDS
-
-    def is_low(self) -> bool:
-        """Return True if less than half a block remains."""
-        return self._used > _ARENA_WORDS // 2
+        self._lock = threading.Lock()
+        self._free = torch.empty(0, dtype=torch.int64)
 
     def reserve(self) -> None:
-        """Reserve a block."""
-        self._blocks.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
-        self._used = 0
+        """Allocate a block unless half of one remains."""
+        if len(self._free) < _PINNED_WORDS // 2:
+            with self._lock:
+                self._free = torch.empty(_PINNED_WORDS, dtype=torch.int64, pin_memory=True)
 
     def take(self, words: int) -> Tensor:
         """Return unused memory, [words] int64."""
-        if self._used + words > _ARENA_WORDS:
-            raise RuntimeError(
-                f"no pinned memory for {words} words of a pointer table during CUDA-graph "
-                "capture: call the function once, with tensors on the device, before capturing"
-            )
-        self._used += words
-        return self._blocks[-1][self._used - words : self._used]
+        with self._lock:
+            if len(self._free) < words:
+                raise RuntimeError(
+                    f"no pinned memory for {words} words of a pointer table during CUDA-graph "
+                    "capture: call the function once, with tensors on the device, before capturing"
+                )
+            taken, self._free = self._free[:words], self._free[words:]
+        _in_graphs[id(taken)] = taken
+        return taken
 
 
-_plans, _owners, _arena = _Cache(), _Cache(), _Arena()
+_pinned = _Pinned()
+_in_graphs: dict[int, Any] = {}  # what captured graphs read, kept forever
+_local = threading.local()
+
+
+def thread_cache(name: str) -> Cache:
+    """Return this thread's cache of that name."""
+    cache: Cache = _local.__dict__.setdefault(name, Cache())
+    return cache
+
+
+def forget_tables() -> None:
+    """Empty this thread's caches."""
+    _local.__dict__.clear()
 
 
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _upload(values: Iterable[int], device: torch.device) -> Tensor:
-    """Copy at least one integer to a 1-D int64 tensor on `device` without synchronising."""
-    host = torch.frombuffer(array.array("q", values), dtype=torch.int64)
-    if device.type != "cuda":
-        return host.to(device)
-    capturing = _is_capturing(device)
-    pinned = _arena.take(len(host)).copy_(host) if capturing else host.pin_memory()
-    return pinned.to(device, non_blocking=True)
+def _current_stream(device: torch.device) -> int:
+    """Return a number of the device's current stream that is not 0; 0 without streams."""
+    return torch.cuda.current_stream(device).cuda_stream + 1 if device.type == "cuda" else 0
