@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import pytest
 import torch
 from fastdino_kernels import adamw_ema, adamw_ema_torch, adamw_ema_update_, pointer_table, reference
-from fastdino_kernels.adamw_ema import Call, Group
+from fastdino_kernels.adamw_ema_arguments import Call, Group
 from fastdino_kernels.pointer_table import FP32, Cache, Pointers
 from fastdino_kernels.tensor_lists import Tables
 

@@ -85,7 +85,7 @@ import json
 import torch
 import triton
 import triton.language as tl
-from fastdino_kernels.pointer_table import build_table
+from fastdino_kernels.pointer_table import make_pointers
 from benchmarks.gpu.emulated_gpu import emulated_gpu
 from benchmarks.gpu.recording_driver import ARCHS, record_launches
 
@@ -109,7 +109,7 @@ def broken(gpu):
     yield "misspelled option", lambda: kernel[(1,)](x, x, num_warp=4)
     yield "wrong device", lambda: kernel[(1,)](x, host)
     yield "scalar on a wrong device", lambda: kernel[(1,)](x, torch.tensor(1.0))
-    yield "address of a wrong device", lambda: build_table([[x], [host]], [0], 16)
+    yield "address of a wrong device", lambda: make_pointers([[x], [host]], gpu)
     yield "dtype", lambda: kernel[(1,)](x, x.to(torch.complex64))
     yield "object", lambda: kernel[(1,)](x, object())
     yield "list", lambda: kernel[(1,)](x, [x])

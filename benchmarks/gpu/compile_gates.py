@@ -68,9 +68,7 @@ BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("multi_crop_*", Budget(loads=0, stores=0)),
     # These work on a few values, so wide accesses do not matter.
     ("prepare_kernel, *", Budget(registers=64, loads=0, stores=0)),
-    ("decide_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("norms_kernel, *", Budget(registers=64, loads=0, stores=0)),
-    ("total_norm_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("*", Budget()),
 )
 
@@ -88,9 +86,7 @@ AMD_BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("sinkhorn_merge_kernel, *", Budget(registers=64, bits=64, stores=0)),
     ("sinkhorn_*", Budget(registers=80, bits=64)),
     ("prepare_kernel, *", Budget(registers=64, loads=0, stores=0)),
-    ("decide_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("norms_kernel, *", Budget(registers=64, loads=0, stores=0)),
-    ("total_norm_kernel, *", Budget(registers=64, loads=0, stores=0)),
     ("sum_squares_kernel, *", Budget(registers=64, loads=2, stores=0)),
     ("multi_crop_*", Budget(registers=96, loads=0, stores=0)),
     ("*", Budget(registers=64, bits=64)),

@@ -318,6 +318,8 @@ def _update_options() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"momentum {name}", teachers | {"momentum": scalar(0.9, dtype)}
     yield "max_norm", {"max_norm": 0.3, "norms": random((len(SHAPES),))}
     yield "max_norm inf", {"max_norm": float("inf"), "norms": random((len(SHAPES),))}
+    yield "global norm", {"max_norm": 0.3, "clip": "all", "grad_scale": number}
+    yield "global norm given", {"max_norm": 0.3, "clip": "all", "norms": scalar(1.0)}
     yield "some gradients and teachers", teachers | {"gradients": some, "teachers": some}
     for dtype in HALVES:
         shadows = {"shadows": _list(dtype), "teacher_shadows": _list(dtype)}
@@ -347,8 +349,10 @@ def _optimizer_calls() -> Calls:
     yield "AdamWEMA all options", _optimizer(
         lr=scalar(0.1), betas=(0.8, 0.9), eps=1e-6, weight_decay=scalar(0.04), max_norm=0.3,
         teacher=_list(), momentum=scalar(0.9, FP64), shadow=_list(BF16),
-        teacher_shadow=_list(BF16), unit_rows=-1, skip_nonfinite=True,
+        teacher_shadow=_list(BF16), unit_rows=-1, skip_nonfinite=True, amsgrad=False,
+        maximize=False, foreach=None, capturable=True, differentiable=False, fused=True,
     )  # fmt: skip
+    yield "AdamWEMA global norm", _optimizer(max_norm=0.3, clip="all")
 
 
 def _optimizer(**options: Any) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw_ema import Call, check_hyperparameter, is_each, make_group, update
+from .adamw_ema import update
+from .adamw_ema_arguments import Call, check_hyperparameter, is_each, make_group
 from .clip import check_max_norm
 from .dispatch import choose_impl
 from .pointer_table import Cache
@@ -122,7 +123,7 @@ class AdamWEMA(torch.optim.Optimizer):
     teacher, as in the paper's code.
 
     torch.distributed.checkpoint creates the state of a new optimizer by a step with learning rate 0
-    and gradients of 0. Such a first step does not update teachers and copies.
+    and gradients of 0. Such a first step changes nothing.
 
     Args:
         params: parameters, or groups of them, each with any of lr, betas, eps, weight_decay.
@@ -263,11 +264,9 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         parameters = self._parameters()
         gradients: list[Tensor | None] = list(map(_gradient_of, parameters))
-        creates_only_state = self._creates_only_state(gradients)
+        if (idle := self._without_gradient(gradients)) is not None:
+            skip = idle if skip is None else idle.logical_or(skip)
         arranged = self._arrange(parameters, gradients)
-        if creates_only_state:
-            torch._foreach_add_([state["step"] for state in arranged.held], 1)
-            return loss
         momentum = self.momentum if momentum is None else momentum
         call = self._call(arranged, gradients, momentum, skip)
         self.norms = update(call, self.impl, arranged.cache, arranged.keys(gradients))
@@ -275,16 +274,19 @@ class AdamWEMA(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(arranged.written)
         return loss
 
-    def _creates_only_state(self, gradients: list[Tensor | None]) -> bool:
-        """Return True for a first step with learning rate 0 and gradients of 0, which are read."""
-        if self.state or not any(gradient is not None for gradient in gradients):
-            return False
-        _refuse_capture(self._parameters()[0].device)
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        norms = (gradient.norm() for gradient in present([gradients]))
-        # All ranks come to the same result, as further steps may communicate.
-        return not any(bool(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms)
+    def _without_gradient(self, gradients: list[Tensor | None]) -> Tensor | None:
+        """Return a flag [] that is not 0 if a first step with learning rate 0 has gradients of 0.
+
+        None for other steps. Learning rates on an accelerator are not read.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        on_host = not any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates)
+        some = present([gradients])
+        if self.state or not some or not on_host or any(float(rate) != 0 for rate in rates):
+            return None
+        norms = (gradient.norm() for gradient in some)  # of all shards, so that ranks agree
+        whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+        return torch.stack(whole).any().logical_not()
 
     def _arrange(self, parameters: list[Tensor], gradients: list[Tensor | None]) -> _Arrangement:
         """Return the lists of all tensors, after creating missing states."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .adamw_ema import Call, Group
+from .adamw_ema_arguments import Call, Group
 from .clip import clip_factors
 from .dispatch import compute_dtype
 from .ema import torch_ema_

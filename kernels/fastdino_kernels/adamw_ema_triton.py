@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import clip_triton, reference
-from .adamw_ema import Call
+from .adamw_ema_arguments import Call
 from .chunk_triton import PART, find_chunk, find_tensor, load_chunk, store_chunk
 from .clip_triton import clip_factor, launch_sum_squares, norm_of
 from .dispatch import backend_options, device_guard

@@ -55,12 +55,12 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
     """Return the indices of two tensors that share memory, one of the first `written`, or None.
 
     Exact for dense tensors. A tensor with gaps counts as its first element, so that interleaved
-    views are accepted.
+    views are accepted. Tensors on the device "meta" have no memory.
     """
     ranges = sorted(
         (tensor.data_ptr(), index, tensor.nbytes if is_dense(tensor) else tensor.element_size())
         for index, tensor in enumerate(tensors)
-        if tensor.numel() > 0
+        if tensor.data_ptr() != 0
     )
     end, other = -1, -1  # end and index of the range that reaches furthest so far
     for start, index, size in ranges:
