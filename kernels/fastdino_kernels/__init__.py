@@ -4,6 +4,8 @@ dino_loss.py            dino_loss, teacher_entropy; dino_module.py: DINOLoss
 soft_cross_entropy.py   soft_cross_entropy, for targets that are already probabilities
 pairwise*.py            the operators of both losses, in Triton and in PyTorch
 sinkhorn*.py            sinkhorn_center, sinkhorn_knopp: Sinkhorn-Knopp targets
+koleo.py, gram.py       koleo_loss, gram_loss: losses of features and patch tokens, in PyTorch
+collectives.py          all-reduces of the losses that depend on all ranks' rows
 ema.py                  ema_update_
 clip.py                 clip_grad_norms_ (each by its own norm), clip_grad_norm_ (global norm)
 adamw_ema*.py           adamw_ema_update_ and AdamWEMA: clip, AdamW and EMA in one pass
@@ -21,6 +23,8 @@ from .dino_loss import dino_loss, teacher_entropy
 from .dino_module import DINOLoss
 from .dispatch import chosen_impl
 from .ema import ema_update_
+from .gram import gram_loss
+from .koleo import koleo_loss
 from .multi_crop import multi_crop, multi_crop_groups
 from .sinkhorn import sinkhorn_center, sinkhorn_knopp
 from .soft_cross_entropy import soft_cross_entropy
@@ -36,6 +40,8 @@ __all__ = [
     "clip_grad_norms_",
     "dino_loss",
     "ema_update_",
+    "gram_loss",
+    "koleo_loss",
     "multi_crop",
     "multi_crop_groups",
     "sinkhorn_center",
