@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu.subprocesses import MARK, marked_processes
 from fastdino import cli
 from fastdino.bench import loader_benchmark
 from fastdino.bench.baselines import loaders
@@ -77,6 +81,23 @@ def test_the_command_measures_every_loader(pictures, tiny, tmp_path, capsys):
             # One processor; a clock tick of 10 ms for each process.
             assert all(0 <= one["cpu_seconds"] < one["seconds"] + 0.1 for one in result["rounds"])
     assert record["arms"]["paper"]["times_paper"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_the_command_ends_and_leaves_no_process(tmp_path):
+    """Loaders with worker processes and with threads, and their fork server."""
+    variables = {MARK: "a-loader-benchmark", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (tmp_path / "output").open("w") as output:
+        command = [sys.executable, "-m", "fastdino", *TINY, "--baselines", "paper,torchvision"]
+        done = subprocess.run(
+            command, stdout=output, stderr=output, env=os.environ | variables, timeout=600
+        )
+    assert done.returncode == 0, (tmp_path / "output").read_text()
+    for _ in range(300):  # the fork server ends after its client
+        if not list(marked_processes(variables[MARK])):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left over: {list(marked_processes(variables[MARK]))}")
 
 
 def test_data_path_accepts_a_tar(pictures, make_tar, tmp_path):

@@ -70,3 +70,8 @@ def test_without_a_gpu_an_h100s_architecture_is_compiled():
     if torch.cuda.is_available():
         pytest.skip("a GPU decides")
     assert compile_ahead.device_arch() == 90
+
+
+def test_an_unknown_architecture_is_compiled_when_it_is_used(capsys):
+    assert compile_ahead.main(["--arch", "61"]) == 0
+    assert "not compiled ahead: sm_61 is none of 80, 90" in capsys.readouterr().out

@@ -293,8 +293,12 @@ def test_the_second_report_repeats_what_the_first_one_showed_broken(tmp_path):
         "parts": [{"name": name, "problem": problem} for name, problem in problems.items()],
     }
     parts = gpu_report.plan_more(tmp_path, before)
-    assert [one.name for one in parts[1:4]] == ["tests that failed", "kernels", "step, B = 16"]
+    assert [one.name for one in parts[1:4]] == ["checks", "kernels", "step, B = 16"]
+    assert parts[1].tasks[0].name == "tests that failed"
     assert "tests/test_ema.py::test_x[triton-cuda-1]" in parts[1].tasks[0].command
+    without = gpu_report.plan_more(tmp_path, {})
+    assert [one.name for one in without[1:3]] == ["checks", "step, B = 16"]
+    assert without[1].tasks[0].name == "memcheck"
 
 
 def test_failed_tests_are_read_from_the_output_of_pytest():

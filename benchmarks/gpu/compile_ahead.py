@@ -27,7 +27,7 @@ from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema
 from benchmarks.comparison import Comparison
 from benchmarks.gpu.kernel_calls import kernel_calls
 from benchmarks.gpu.option_calls import boundary_calls
-from benchmarks.gpu.recording_driver import record_launches
+from benchmarks.gpu.recording_driver import ARCHS, record_launches
 from fastdino.environment import cpu_count
 
 Calls = Iterator[Callable[[], object]]
@@ -85,7 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=cpu_count())
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    share = partial(compile_share, processes=options.processes, arch=options.arch or device_arch())
+    arch = options.arch or device_arch()
+    if arch not in ARCHS:
+        print(f"not compiled ahead: sm_{arch} is none of {', '.join(map(str, ARCHS))}")
+        return 0
+    share = partial(compile_share, processes=options.processes, arch=arch)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         counts = list(pool.map(share, range(options.processes)))
     compiled, cached = (sum(column) for column in zip(*counts, strict=True))

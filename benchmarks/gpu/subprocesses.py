@@ -101,7 +101,7 @@ def _kill(process: subprocess.Popen[bytes], mark: str) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     for _ in range(10):  # one that is being killed may have started another
-        marked = list(_marked(mark))
+        marked = list(marked_processes(mark))
         if not marked:
             break
         for pid in marked:
@@ -115,7 +115,7 @@ def _kill(process: subprocess.Popen[bytes], mark: str) -> bool:
     return True
 
 
-def _marked(mark: str) -> Iterator[int]:
+def marked_processes(mark: str) -> Iterator[int]:
     """Yield the processes with this mark in their environment; none without /proc."""
     wanted = f"{MARK}={mark}".encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):
