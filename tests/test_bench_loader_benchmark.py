@@ -154,11 +154,18 @@ def test_the_kernel_baseline_makes_the_crops(pictures, tiny, monkeypatch, crops_
     sample = kernel(120)
     assert queued == [50, 50, 20]  # no more than fit into the queue of a GPU
     assert (sample.count, sample.seconds) == (240, pytest.approx(0.05 + 0.1 + 0.06))
-    images = [torch.from_numpy(np.array(dataset.read_rgb(i))) for i in range(2)]
-    made = kernel.make()
-    assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
-    for crops, (params, size) in zip(made, kernel._groups, strict=True):
-        assert torch.equal(crops, crops_by_pil(images, params, size))
+    pictures_of = []
+    for _ in range(4):
+        images, groups = next(kernel._batches)
+        made = loaders.multi_crop_groups(images, groups, mean=loaders.MEAN, std=loaders.STD)
+        assert [tuple(crops.shape) for crops in made] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
+        for crops, (params, size) in zip(made, groups, strict=True):
+            assert torch.equal(crops, crops_by_pil(images, params, size))
+        pictures_of.append([image.numpy().tobytes() for image in images])
+    assert pictures_of[3] == pictures_of[0]  # three batches in turn, of different images
+    expected = [np.array(dataset.read_rgb(i)).tobytes() for i in range(6)]
+    assert [image for batch in pictures_of[:3] for image in batch] == expected
+    assert [tuple(crops.shape) for crops in kernel.make()] == [(2, 2, 3, 10, 10), (2, 2, 3, 8, 8)]
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastdino_kernels import multi_crop_groups
+from fastdino_kernels import CropParams, multi_crop_groups
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -39,6 +40,9 @@ _STEPS = 1 << 12
 # Batches whose launches fit into a GPU's queue, and an upper bound of the host's time for each. The
 # GPU sleeps until they are queued.
 _QUEUED, _HOST_SECONDS = 50, 4e-3
+# Batches that the kernel's benchmark uses in turn: with their crops more than a GPU's L2 cache.
+_ROTATED = 3
+Group = tuple[CropParams, int]
 
 
 @dataclass(frozen=True)
@@ -215,28 +219,37 @@ class Delivery:
 
 
 class KernelTimer:
-    """Measure multi_crop alone, on images that are already on the GPU."""
+    """Measure multi_crop alone, on batches in turn whose images are already on the GPU."""
 
     def __init__(self, task: LoaderTask) -> None:
-        config, dataset, self._device = task.config, task.dataset, task.device
-        indices = np.arange(config.batch_size_per_gpu) % len(dataset)
-        images = [np.array(dataset.read_rgb(int(i))) for i in indices]
-        self._images = [torch.from_numpy(image).to(task.device) for image in images]
-        drawn = draw_crops(config, 0, indices, [image.shape[:2] for image in images])
-        sizes = (config.global_crops_size, config.local_crops_size)
-        self._groups = list(zip(drawn, sizes, strict=True))
+        self._device = torch.device(task.device)
+        self._batches = itertools.cycle([self._batch(task, number) for number in range(_ROTATED)])
+        self._size = task.config.batch_size_per_gpu
 
     def __call__(self, batches: int) -> Sample:
         """Make the crops of `batches` batches; the seconds are the GPU's, without gaps."""
-        cpu, device, seconds = session_cpu_seconds(), torch.device(self._device), 0.0
+        cpu, seconds = session_cpu_seconds(), 0.0
         for start in range(0, batches, _QUEUED):
             calls: list[Call] = [self.make] * min(_QUEUED, batches - start)
-            seconds += len(calls) * device_time(calls, device, _HOST_SECONDS * len(calls)).seconds
-        return Sample(batches * len(self._images), seconds, _since(cpu))
+            sleep = _HOST_SECONDS * len(calls)
+            seconds += len(calls) * device_time(calls, self._device, sleep).seconds
+        return Sample(batches * self._size, seconds, _since(cpu))
 
     def make(self) -> list[Tensor]:
-        """Make the global and the local crops of one batch, [B, N, 3, size, size] each."""
-        return multi_crop_groups(self._images, self._groups, mean=MEAN, std=STD)
+        """Make the global and the local crops of the next batch, [B, N, 3, size, size] each."""
+        images, groups = next(self._batches)
+        return multi_crop_groups(images, groups, mean=MEAN, std=STD)
+
+    def _batch(self, task: LoaderTask, number: int) -> tuple[list[Tensor], list[Group]]:
+        """Return the images of a batch, and the parameters and the size of both kinds of crops."""
+        config, dataset = task.config, task.dataset
+        count = config.batch_size_per_gpu
+        indices = np.arange(number * count, (number + 1) * count) % len(dataset)
+        images = [np.array(dataset.read_rgb(int(i))) for i in indices]
+        drawn = draw_crops(config, 0, indices, [image.shape[:2] for image in images])
+        sizes = (config.global_crops_size, config.local_crops_size)
+        on_device = [torch.from_numpy(image).to(self._device) for image in images]
+        return on_device, list(zip(drawn, sizes, strict=True))
 
 
 @dataclass(frozen=True)
