@@ -354,7 +354,8 @@ def test_the_command_writes_the_second_report(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [case for case in boundary_calls() if " bf16" in case[0]]
+    ("name", "call"),
+    [case for case in boundary_calls() if " bf16" in case[0] or "multi_crop" not in case[0]],
 )
 def test_sanitized_calls_run(name, call):
     for tensor in call(torch.device("cpu")):
