@@ -2,17 +2,24 @@
 
 On a GPU the host only queues the work. A call that takes the host longer than the GPU leaves the
 GPU idle.
+
+`python -m benchmarks.bench_overhead` measures the launches of the loss without a GPU.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import fastdino_kernels
 import pytest
 import torch
+from fastdino_kernels import dispatch
 
 from benchmarks.bench_adamw_ema import BASELINES as OPTIMIZERS
 from benchmarks.bench_dino_loss import Size as LossSize
@@ -22,6 +29,7 @@ from benchmarks.comparison import Compare, Comparison, build_baselines
 from benchmarks.networks import MAX_NORM, Network, Size, network_of
 
 CALLS = 50
+ROUNDS, RECORDED_CALLS = 200, 5  # short samples: some are not interrupted on a busy machine
 LOSS_SIZE = LossSize(1, 10, 64)
 # As many tensors as ViT-S/16 with its head, of one element each.
 TENSORS = len(Size("vit_small").shapes)
@@ -82,3 +90,51 @@ def test_update_overhead(compare: Compare, baseline: str) -> None:
 @pytest.mark.parametrize("baseline", OPTIMIZERS)
 def test_optimizer_overhead(compare: Compare, baseline: str) -> None:
     compare(optimizer_comparison, baseline=baseline)
+
+
+def launch_calls() -> dict[str, Callable[[], object]]:
+    """Return calls that launch Triton kernels, after a reference that runs PyTorch's operations."""
+    inputs = make_inputs(LOSS_SIZE, 0, torch.device("cpu"))
+    loss_fn = fastdino_kernels.DINOLoss(LOSS_SIZE.K, LOSS_SIZE.V, 0.04, 0.04, 0, 1)
+    student, teacher = (x.detach().flatten(0, 1).float() for x in (inputs.student, inputs.teacher))
+    student.requires_grad_()
+
+    def module() -> None:
+        student.grad = None
+        loss_fn(student, teacher, 0).backward()
+
+    return {
+        "the paper's code, eager": partial(forward_backward, paper, inputs),
+        "dino_loss": partial(forward_backward, ours, inputs),
+        "DINOLoss with its center": module,
+    }
+
+
+def main() -> None:
+    """Print the host time of launches, which are recorded instead of run: no GPU is needed."""
+    from benchmarks.gpu.recording_driver import record_launches
+
+    calls = launch_calls()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with (
+        mock.patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "triton"}),
+        record_launches(90) as launches,
+    ):
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                call()
+                start = time.perf_counter()
+                for _ in range(RECORDED_CALLS):
+                    call()
+                samples[name].append((time.perf_counter() - start) / RECORDED_CALLS)
+                launches.clear()
+    shortest = {name: 1e6 * min(seconds) for name, seconds in samples.items()}
+    reference, *_ = shortest.values()
+    print(f"{'forward + backward':28} shortest us   median us   shortest, of the reference")
+    for name, seconds in samples.items():
+        median = 1e6 * statistics.median(seconds)
+        print(f"{name:28} {shortest[name]:11.0f} {median:11.0f} {shortest[name] / reference:17.2f}")
+
+
+if __name__ == "__main__":
+    main()
