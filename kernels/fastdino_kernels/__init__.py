@@ -13,6 +13,7 @@ multi_crop*.py          multi_crop, multi_crop_groups; crop_params.py: their par
                         crop_table.py: what their kernels read
 reference.py            the paper's equations, written plainly: the oracle of tests and benchmarks
 dispatch.py             choice between Triton and PyTorch: impl=..., or FASTDINO_KERNELS
+kernel_launch.py        launches of compiled kernels with little host time
 """
 
 from .adamw_ema import adamw_ema_update_
