@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, results_table
+from benchmarks import (
+    bench_adamw_ema,
+    bench_clip,
+    bench_dino_loss,
+    bench_ema,
+    bench_sinkhorn,
+    results_table,
+)
 from benchmarks.results_table import Prediction, prediction_table, readme_rows, replace_rows
 from fastdino.bench.baselines import loaders, steps
 
@@ -86,6 +93,8 @@ def test_every_prediction_names_a_comparison_and_a_baseline_that_exist():
         for phase in bench_dino_loss.PHASES
         for size in sizes
     }
+    sinkhorn = bench_sinkhorn.SIZES["cuda"][0]
+    groups[f"Sinkhorn-Knopp, {sinkhorn}"] = bench_sinkhorn.BASELINES
     for size in bench_ema.SIZES["cuda"]:
         groups[f"EMA, {size}"] = bench_ema.BASELINES[False]
         groups[f"Clip, AdamW, EMA, {size}"] = bench_adamw_ema.BASELINES

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 import torch
 from triton import knobs
 
-from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema
+from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, bench_sinkhorn
 from benchmarks.comparison import Comparison
 from benchmarks.gpu.kernel_calls import kernel_calls
 from benchmarks.gpu.option_calls import boundary_calls
@@ -50,6 +50,10 @@ def suite_calls() -> Calls:
     comparisons: list[Callable[[], Comparison]] = [
         partial(bench_dino_loss.loss_comparison, replace(size, B=16), "forward + backward", CPU)
         for size in bench_dino_loss.SIZES["cuda"]
+    ]
+    comparisons += [
+        partial(bench_sinkhorn.sinkhorn_comparison, replace(size, N=16 + size.N % 16), CPU)
+        for size in bench_sinkhorn.SIZES["cuda"]
     ]
     network = bench_ema.SIZES["cuda"][0]
     for make in (
