@@ -64,13 +64,15 @@ def _move(call: Call, local: Lists, norms: Tensor | None, stays: Tensor | None) 
         indices = [i for i in rows if gradients[i] is not None]
         lists = (parameters, gradients, exp_avgs, exp_avg_sqs, call.steps)
         p, g, m, v, steps = (present([[some[i] for i in indices]]) for some in lists)
+        g = [x.resolve_neg() for x in g]  # not supported by the fused operator
         if not indices:
             continue
         if factors is not None:
             # Wide first: half times a 0-d fp32 tensor would round the tensor to half.
             g = [x.to(compute_dtype(*four)) for x, *four in zip(g, g, p, m, v, strict=True)]
             g = list(torch._foreach_mul(g, [factors[i] for i in indices]))
-        torch._foreach_add_(steps, 1 if stays is None else 1 - stays)
+        counted = torch.ones_like(steps[0]) if stays is None else 1 - stays
+        torch._foreach_add_(steps, [counted] * len(steps))
         _adamw(list(zip(p, g, m, v, steps, strict=True)), group, stays)
 
 

@@ -151,6 +151,11 @@ def check_memory(named: Sequence[tuple[str, Tensor]], written: int) -> None:
         written: number of tensors that are written.
     """
     for name, tensor in named[:written]:
+        if tensor.is_neg():
+            raise ValueError(
+                f"{name} is written: expected no negative view, as conj().imag, got one; write to "
+                "tensor.resolve_neg()"
+            )
         if overlaps_itself(tensor):
             raise ValueError(
                 f"{name} is written: expected a tensor whose elements share no memory, "
