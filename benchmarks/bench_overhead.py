@@ -110,7 +110,7 @@ def test_optimizer_overhead(compare: Compare, baseline: str) -> None:
 
 
 def launch_calls() -> Iterator[tuple[str, dict[str, Call]]]:
-    """Yield (title, calls that launch Triton kernels, after a reference of PyTorch's operations)."""
+    """Yield (title, calls): a reference of PyTorch's operations, and calls that launch kernels."""
     inputs = make_inputs(LOSS_SIZE, 0, torch.device("cpu"))
     loss_fn = fastdino_kernels.DINOLoss(LOSS_SIZE.K, LOSS_SIZE.V, 0.04, 0.04, 0, 1)
     student, teacher = (x.detach().flatten(0, 1).float() for x in (inputs.student, inputs.teacher))
