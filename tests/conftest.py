@@ -169,7 +169,7 @@ def masked_attention(
     sequence, and the end.
     """
     sequences = [
-        torch.bucketize(torch.arange(len(x)), bounds, right=True)
+        torch.bucketize(torch.arange(len(x), device=bounds.device), bounds, right=True)
         for x, bounds in ((query, query_bounds), (key, key_bounds))
     ]
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])

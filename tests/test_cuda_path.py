@@ -1,0 +1,452 @@
+"""The CUDA path on a machine without a GPU: a simulated device runs what a run on a GPU does.
+
+What would be wrong or slow on a GPU is a failure: tensors of different devices, waits of the host
+in a step of --mode fast, pageable copies, missing waits between streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import re
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastdino_kernels.multi_crop import normalized_levels
+
+from fastdino import Trainer
+from fastdino.data import loader_fused
+from fastdino.models import attention
+from fastdino.models.head import DINOHead
+from fastdino.models.vit import VIT_ARCHS
+from fastdino.training.nonfinite import FiniteGuard
+from tests.commands import write_colours
+from tests.loaders import assert_same, build_loader, make_config, needs_dali, photo
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="simulates a GPU with Triton's interpreter, on machines without one",
+)
+if importlib.util.find_spec("triton") is not None:
+    from tests.simulated_cuda.device import SimulatedCuda, Stream
+    from tests.simulated_cuda.install import simulate_cuda
+    from tests.simulated_cuda.streams import CudaError
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture
+def gpu() -> Iterator[SimulatedCuda]:
+    with simulate_cuda() as device:
+        yield device
+    attention.token_layout.cache_clear()  # their tensors are on the simulated device
+    normalized_levels.cache_clear()
+
+
+@pytest.fixture
+def few_parameters(monkeypatch) -> None:
+    """Shrink the networks: the interpreter takes 10 ms per parameter and step."""
+    monkeypatch.setitem(VIT_ARCHS, "vit_nano", {"embed_dim": 32, "depth": 2, "num_heads": 2})
+    widths = {"hidden_dim": 32, "bottleneck_dim": 16}
+    monkeypatch.setattr(DINOHead.__init__, "__kwdefaults__", widths)
+
+
+@pytest.fixture
+def make_trainer(few_parameters, tiny):
+    """A function that builds a Trainer of a small network."""
+
+    def make(device: str = "cuda", steps_per_epoch: int = 100, **changes) -> Trainer:
+        fixed = {"device": device, "compile": "off", "attention": "sdpa", "freeze_last_layer": 0}
+        return Trainer(tiny(**fixed | changes), steps_per_epoch)
+
+    return make
+
+
+def pinned(crops: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [crop.pin_memory() for crop in crops]
+
+
+def waits_in(gpu: SimulatedCuda, since: int) -> list[str]:
+    """Return the functions' files in which the host waited since a number of waits."""
+    return [wait.where.partition(":")[0] for wait in gpu.waits[since:]]
+
+
+def on_other_stream(gpu):
+    tensor = torch.ones(2, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return tensor + 1
+
+
+def write_while_read(gpu):
+    side, tensor = torch.cuda.Stream(), torch.ones(2, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tensor + 1
+    tensor.zero_()
+
+
+def read_value(gpu):
+    with gpu.no_wait():
+        torch.ones(2, device="cuda").sum().item()
+
+
+def select_by_mask(gpu):
+    tensor = torch.ones(2, device="cuda")
+    with gpu.no_wait():
+        tensor[tensor > 0]
+
+
+def copy_in_step(gpu):
+    with gpu.no_wait():
+        torch.ones(2).to("cuda")
+
+
+def launch_on_cpu_tensor(gpu):
+    center, logits = torch.zeros(8), torch.zeros(2, 3, 8, device="cuda")
+    from fastdino_kernels import dino_loss
+
+    dino_loss(logits, logits, center, student_temp=0.1, teacher_temp=0.1, impl="triton")
+
+
+def rewrite_pinned(gpu):
+    source = torch.ones(2).pin_memory()
+    source.to("cuda", non_blocking=True)
+    source.numpy()[:] = 2
+    torch.cuda.synchronize()
+
+
+def free_while_read(gpu):
+    side, tensor = torch.cuda.Stream(), torch.ones(2, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tensor + 1
+    del tensor
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (on_other_stream, "add.* on stream 1 may read before .*ones.* wait_stream or wait_event"),
+        (write_while_read, "zero_.* writes memory that may still be in use by .*add"),
+        (free_while_read, "freed while .*add.* on stream 1 may still run: record_stream"),
+        (read_value, "_local_scalar_dense.* waits for the device"),
+        (select_by_mask, "index.* waits for the device"),
+        (copy_in_step, "copy of .* waits for the device"),
+        (lambda gpu: torch.ones(2, device="cuda") + torch.ones(2), "to be on the same device"),
+        (lambda gpu: torch.ones(2).to("cuda", non_blocking=True), "from memory that is not pinned"),
+        (
+            lambda gpu: torch.ones(4, 4).pin_memory().T.to("cuda", non_blocking=True),
+            "from a pageable temporary copy",
+        ),
+        (rewrite_pinned, "pinned memory was rewritten while a copy on default stream 0"),
+    ],
+)
+def test_the_simulation_reports_what_is_wrong_on_a_gpu(gpu, mistake, message):
+    with contextlib.suppress(CudaError):
+        mistake(gpu)
+    assert re.search(message, "\n".join(gpu.faults)), gpu.faults
+    gpu.faults.clear()
+
+
+def test_a_wait_or_a_record_makes_the_same_code_right(gpu):
+    side, tensor = torch.cuda.Stream(), torch.ones(2, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = tensor + 1
+    tensor.record_stream(side)
+    del tensor
+    with pytest.raises(RuntimeError, match="invalid device ordinal 1"):
+        torch.ones(2, device="cuda:1")
+    with pytest.raises(AttributeError, match="wait_for_everything"):
+        torch.cuda.wait_for_everything()
+    torch.cuda.synchronize()
+    assert result.tolist() == [2, 2]
+
+
+def test_the_backward_pass_of_the_simulation_is_that_of_the_autograd_engine(gpu):
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for device in ("cpu", "cuda"):
+        generator.manual_seed(0)
+        x, w, b = (torch.randn(shape, generator=generator) for shape in ((6, 5), (4, 5), (4,)))
+        x, w, b = (leaf.to(device).requires_grad_() for leaf in (x, w, b))
+        y = torch.nn.functional.linear(x, w, b).relu()
+        y = torch.cat([y[:, :2] * y[:, 2:3], y.square().cumsum(1)], 1).unbind(1)
+        loss = y[0].sum() + (y[1] * y[3]).mean() + y[5].half().float().logsumexp(0)
+        grads = torch.autograd.grad(loss, [x, b], retain_graph=True)
+        loss.backward()
+        results.append([*grads, x.grad, w.grad, b.grad])
+    for expected, actual in zip(*results, strict=True):
+        assert actual.is_cuda
+        assert torch.equal(actual.cpu(), expected)
+
+
+# The training step.
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [("parity", "fp16"), ("parity", "bf16"), ("fast", "bf16"), ("fast", "fp16")],
+)
+def test_step_on_a_gpu_is_that_on_the_cpu(gpu, make_trainer, crops_of, mode, precision):
+    losses: dict[str, list[float]] = {}
+    for device in ("cpu", "cuda"):
+        trainer = make_trainer(device, mode=mode, amp_dtype=precision, packing="off")
+        batches = [crops_of(trainer.config, i) for i in range(2)]
+        steps = []
+        for i, crops in enumerate(batches):
+            if device == "cuda":
+                gpu.products.clear()
+            started = len(gpu.waits)
+            steps.append(trainer.train_step(pinned(crops) if device == "cuda" else crops))
+            if device == "cpu":
+                continue
+            # Only --mode parity checks each loss, and without a loss scale the gradients' norms.
+            checks = {"fast": 0, "parity": 1 + (precision == "bf16")}[mode]
+            allowed = ["fastdino/training/nonfinite.py"] * checks
+            if i > 0:
+                assert waits_in(gpu, started) == allowed
+            assert gpu.products.keys() == {HALF[precision]}
+        losses[device] = [loss.item() for loss in steps]
+        trainer.verify()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+    kernels = {"pairwise_forward_kernel", "pairwise_backward_kernel"}
+    kernels |= {"adamw_ema_kernel"} if mode == "fast" else {"scale_kernel", "ema_kernel"}
+    assert kernels <= set(gpu.launches)
+
+
+def test_graphed_step_is_the_eager_step(gpu, make_trainer, crops_of):
+    results = []
+    for graphed in (False, True):
+        launched = len(gpu.launches)
+        trainer = make_trainer(mode="fast", amp_dtype="bf16", cuda_graph=graphed, warmup_epochs=0)
+        batches = [pinned(crops_of(trainer.config, i)) for i in range(7)]
+        trainer.train_step(batches[0])
+        with gpu.no_wait():
+            losses = [trainer.train_step(crops) for crops in batches[1:4]]
+        losses.append(trainer.train_step(batches[4]))  # captures a graph, which waits
+        with gpu.no_wait():
+            losses += [trainer.train_step(crops) for crops in batches[5:]]
+        launched = gpu.launches[launched:].count("adamw_ema_kernel")
+        assert launched == (5 if graphed else 7)  # two replays
+        results.append(([x.item() for x in losses], trainer.state_dict()))
+    (eager, eager_state), (replayed, replayed_state) = results
+    assert replayed == eager
+    for key in ("student", "teacher"):
+        for name, tensor in eager_state[key].items():
+            assert torch.equal(replayed_state[key][name], tensor), name
+
+
+@pytest.mark.parametrize("backend", ["xformers", "varlen"])
+def test_attention_backend_is_probed_and_trains_on_a_gpu(
+    gpu, emulated, make_trainer, crops_of, backend
+):
+    losses = []
+    for name in ("sdpa", backend):
+        trainer = make_trainer(attention=name, amp_dtype="bf16")
+        assert trainer.runtime.attention.value == name
+        losses.append(trainer.train_step(pinned(crops_of(trainer.config, 0))).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def item_in_step(monkeypatch):
+    watch_loss = FiniteGuard.watch_loss
+    monkeypatch.setattr(
+        FiniteGuard, "watch_loss", lambda guard, loss: watch_loss(guard, loss * loss.item())
+    )
+
+
+def center_on_cpu(monkeypatch):
+    monkeypatch.setattr("fastdino.training.trainer.DINOLoss.to", lambda loss, device: loss)
+
+
+def autocast_of_cpu(monkeypatch):
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, *rest: autocast("cpu", *rest))
+
+
+def pageable_crops(monkeypatch):
+    monkeypatch.setattr("tests.test_cuda_path.pinned", lambda crops: crops)
+
+
+@pytest.mark.parametrize(
+    ("break_step", "message"),
+    [
+        (item_in_step, "_local_scalar_dense.* waits for the device .at tests/test_cuda_path.py"),
+        (center_on_cpu, "must be on the same device, got cpu and cuda:0"),
+        (pageable_crops, "memory that is not pinned .at fastdino/training/trainer.py"),
+        (autocast_of_cpu, "torch.float32"),
+    ],
+)
+def test_mistake_in_the_step_is_reported(
+    gpu, make_trainer, crops_of, monkeypatch, break_step, message
+):
+    def step() -> None:
+        trainer = make_trainer(mode="fast", amp_dtype="bf16")
+        trainer.train_step(pinned(crops_of(trainer.config, 0)))
+        with gpu.no_wait():
+            trainer.train_step(pinned(crops_of(trainer.config, 1)))
+        assert gpu.products.keys() == {torch.bfloat16}
+
+    break_step(monkeypatch)
+    with pytest.raises((CudaError, ValueError, AssertionError), match=message):
+        step()
+    gpu.faults.clear()
+
+
+def test_graphed_step_without_a_wait_between_streams_is_reported(gpu, make_trainer, crops_of):
+    trainer = make_trainer(mode="fast", amp_dtype="bf16", cuda_graph=True)
+    trainer._run_step._stream.wait_stream = lambda stream: None
+    with pytest.raises(CudaError, match="wait_stream or wait_event is missing"):
+        trainer.train_step(pinned(crops_of(trainer.config, 0)))
+    gpu.faults.clear()
+
+
+# Loaders.
+
+SMALL = {
+    "global_crops_size": 8, "local_crops_size": 4, "local_crops_number": 1,
+    "batch_size_per_gpu": 2, "num_workers": 2,
+}  # fmt: skip
+LAST = 6  # the step from which three batches remain
+
+
+@pytest.fixture
+def nvjpeg(gpu, monkeypatch):
+    fake = pytest.importorskip("tests.simulated_cuda.dali")
+    monkeypatch.setattr(
+        "fastdino.data.dali_decoding._pipeline", functools.partial(fake.FakeNvjpeg, gpu)
+    )
+
+
+def used_on_the_gpu(loader, start_step: int = LAST) -> list[list[torch.Tensor]]:
+    """Return the crops after the main thread's stream has used them, and close the loader."""
+    with contextlib.closing(loader):
+        used = [
+            [crop.to("cuda", non_blocking=True) * 1 for crop in batch]
+            for batch in loader.epoch(0, start_step)
+        ]
+    return [[crop.cpu() for crop in batch] for batch in used]
+
+
+@pytest.mark.parametrize(
+    ("crops", "decode"),
+    [
+        ("torchvision", "auto"),
+        ("fused", "pillow"),
+        pytest.param("fused", "gpu", marks=needs_dali),
+    ],
+)
+def test_loader_hands_exact_crops_over_to_the_step(gpu, photos, request, crops, decode):
+    if decode == "gpu":
+        request.getfixturevalue("nvjpeg")
+    sizes = SMALL | {"num_workers": 0 if crops == "torchvision" else 2}
+    expected = list(build_loader(make_config(**SMALL | {"num_workers": 0}), photos).epoch(0, LAST))
+    loader = build_loader(make_config(crops=crops, decode=decode, **sizes), photos, device="cuda")
+    assert_same(used_on_the_gpu(loader), expected)
+    if crops == "fused":
+        assert all("cuda" in part for part in loader.description.split(" on ")[1:2])
+        assert all(kernel.startswith("multi_crop_") for kernel in gpu.launches)
+
+
+@needs_dali
+def test_dali_loader_hands_its_crops_over_to_the_step(gpu, photos, monkeypatch):
+    dali = importlib.import_module("fastdino.augmentation.dali")
+    fake = importlib.import_module("tests.simulated_cuda.dali")
+    config = make_config(crops="dali", **SMALL)
+    expected = [[c.clone() for c in batch] for batch in build_loader(config, photos).epoch(0, LAST)]
+    pipeline = functools.partial(fake.FakeCropPipeline, gpu, dali.crop_pipeline)
+    monkeypatch.setattr(dali, "crop_pipeline", pipeline)
+    assert_same(used_on_the_gpu(build_loader(config, photos, device="cuda")), expected)
+
+
+def without_record_stream(monkeypatch, loader):
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+
+
+def without_wait_event(monkeypatch, loader):
+    monkeypatch.setattr(Stream, "wait_event", lambda *_: None)
+
+
+def without_wait_for_copies(monkeypatch, loader):
+    never = property(lambda _: None, lambda *_: None)
+    monkeypatch.setattr(loader_fused._Staging, "_copied", never, raising=False)
+
+
+def without_held_images(monkeypatch, loader):
+    loader._backend._held = deque(maxlen=0)
+
+
+@pytest.mark.parametrize(
+    ("break_loader", "message"),
+    [
+        (without_record_stream, "record_stream is missing"),
+        (without_wait_event, "wait_stream or wait_event is missing"),
+        (without_wait_for_copies, "pinned memory was rewritten while a copy on stream 1"),
+        pytest.param(
+            without_held_images, "allocated on DALI's stream was freed while .*multi_crop",
+            marks=needs_dali,
+        ),
+    ],
+)  # fmt: skip
+def test_mistake_in_the_fused_loader_is_reported(
+    gpu, photos, monkeypatch, request, break_loader, message
+):
+    decode = "pillow"
+    if break_loader is without_held_images:
+        decode = "gpu"
+        request.getfixturevalue("nvjpeg")
+    monkeypatch.setattr(gpu, "launch_kernel", lambda *_: None)  # the pixels do not matter
+    config = make_config(crops="fused", decode=decode, **SMALL)
+    loader = build_loader(config, photos, device="cuda")
+    break_loader(monkeypatch, loader)
+    with contextlib.suppress(CudaError):
+        used_on_the_gpu(loader, 0)
+    with contextlib.suppress(CudaError):
+        gpu.check_copies(finished=True)
+    assert any(re.search(message, fault) for fault in gpu.faults), gpu.faults
+    gpu.faults.clear()
+
+
+# Evaluations.
+
+
+def on_both(gpu, run, *words) -> list[tuple[int, str, str]]:
+    """Run a command on the CPU and on the GPU, and check that the latter was used."""
+    results = [run(*words, "--device", "cpu")]
+    before = len(gpu.waits)
+    results.append(run(*words, "--device", "cuda"))
+    assert len(gpu.waits) > before
+    return results
+
+
+def test_knn_on_a_gpu_is_that_on_the_cpu(gpu, run_nano, tmp_path):
+    root = write_colours(tmp_path)
+    words = [
+        "--data_path",
+        root,
+        "--resize",
+        36,
+        "--crop",
+        32,
+        "--num_workers",
+        0,
+        "--nb_knn",
+        1,
+        3,
+    ]
+    cpu, cuda = on_both(gpu, run_nano, "knn", *words, "--batch_size_per_gpu", 5)
+    assert cuda == cpu
+    assert "3-NN classifier result" in cuda[1]
+
+
+def test_attention_on_a_gpu_is_that_on_the_cpu(gpu, run_nano, tmp_path):
+    photo(0).save(tmp_path / "photo.png")
+    words = ["--image_path", tmp_path / "photo.png", "--image_size", 32, 48]
+    words += ["--output_dir", tmp_path / "out"]
+    cpu, cuda = on_both(gpu, run_nano, "attention", *words)
+    assert cuda == cpu
