@@ -14,6 +14,10 @@ from fastdino_kernels import (
     dino_loss,
     dispatch,
     ema_update_,
+    gram_loss,
+    koleo_loss,
+    sinkhorn_center,
+    sinkhorn_knopp,
     soft_cross_entropy,
 )
 from fastdino_kernels.dispatch import backend_options, choose_impl, explain_impl, triton_problem
@@ -92,6 +96,10 @@ X = torch.zeros(3, 2, 4)
 CALLS = {
     "dino_loss": lambda: dino_loss(X, X[:2], X[0, 0], student_temp=0.1, teacher_temp=0.1),
     "soft_cross_entropy": lambda: soft_cross_entropy(X, X[:2], student_temp=0.1),
+    "sinkhorn_center": lambda: sinkhorn_center(X[0], 0.1),
+    "sinkhorn_knopp": lambda: sinkhorn_knopp(X[0], 0.1),
+    "koleo_loss": lambda: koleo_loss(X[0]),
+    "gram_loss": lambda: gram_loss(X, X),
     "ema_update_": lambda: ema_update_([X], [X.clone()], 0.9),
     "clip_grad_norms_": lambda: clip_grad_norms_(with_gradient(), 1.0),
     "clip_grad_norm_": lambda: clip_grad_norm_(with_gradient(), 1.0),
