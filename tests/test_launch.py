@@ -55,18 +55,18 @@ for name in set(fastdino_kernels.__all__) - launch_nothing:
 for name in ("cross_entropy", "dino_clstoken_loss", "dino_cross_entropy"):
     watch(dinov2, name)
 
-from benchmarks.gpu.emulated_gpu import emulated_gpu
+from benchmarks.gpu.emulated_gpu import GPU, emulated_gpu
 from benchmarks.gpu.kernel_calls import kernel_calls
 from benchmarks.gpu.option_calls import option_calls
 from benchmarks.gpu.recording_driver import ARCHS, record_launches
 
 def launch(arch):
     problems, kernels = [], set()
-    with record_launches(arch, compiles=False) as launches, emulated_gpu() as device:
+    with record_launches(arch, compiles=False, device=GPU) as launches, emulated_gpu():
         for name, call in itertools.chain(kernel_calls(), option_calls()):
             launches.clear()
             try:
-                call(device)
+                call(GPU)
             except Exception as error:
                 problems.append(f"{name}: {type(error).__name__}: {error}")
             else:
@@ -85,8 +85,9 @@ import json
 import torch
 import triton
 import triton.language as tl
+from fastdino_kernels import kernel_launch
 from fastdino_kernels.pointer_table import make_pointers
-from benchmarks.gpu.emulated_gpu import emulated_gpu
+from benchmarks.gpu.emulated_gpu import GPU, emulated_gpu
 from benchmarks.gpu.recording_driver import ARCHS, record_launches
 
 @triton.jit
@@ -101,6 +102,9 @@ def reserved_kernel(params):
 def undefined_kernel(x):
     tl.store(x, missing)
 
+def again(x, y):
+    kernel_launch.launch(kernel, (1, 1, 1), "signature", (x, y), {})
+
 def broken(gpu):
     x, host = torch.zeros(16, device=gpu), torch.zeros(16)
     yield "good", lambda: kernel[(1,)](x, x[1:])
@@ -108,6 +112,7 @@ def broken(gpu):
     yield "register limit", lambda: kernel[(1,)](x, x, maxnreg=64)
     yield "misspelled option", lambda: kernel[(1,)](x, x, num_warp=4)
     yield "wrong device", lambda: kernel[(1,)](x, host)
+    yield "wrong device again", lambda: [again(x, x), again(x, host)]
     yield "scalar on a wrong device", lambda: kernel[(1,)](x, torch.tensor(1.0))
     yield "address of a wrong device", lambda: make_pointers([[x], [host]], gpu)
     yield "dtype", lambda: kernel[(1,)](x, x.to(torch.complex64))
@@ -119,8 +124,8 @@ def broken(gpu):
 
 def errors(arch):
     found = {}
-    with record_launches(arch, compiles=False) as launches, emulated_gpu() as gpu:
-        for name, launch in broken(gpu):
+    with record_launches(arch, compiles=False, device=GPU), emulated_gpu():
+        for name, launch in broken(GPU):
             try:
                 launch()
             except Exception as error:
@@ -237,6 +242,7 @@ def test_every_public_argument_is_passed_by_a_call(launched):
         ("reserved name", "failed to specialize argument of type: dict"),
         ("misspelled option", "Keyword argument num_warp was specified but unrecognised"),
         ("wrong device", "ValueError: a GPU cannot use the address of a tensor on cpu"),
+        ("wrong device again", "ValueError: kernel: argument y is a tensor on cpu, not on meta"),
         ("scalar on a wrong device", "ValueError: a GPU cannot use the address of a tensor on cpu"),
         ("address of a wrong device", "ValueError: a GPU cannot use the address of a tensor"),
         ("dtype", "complex64"),

@@ -460,3 +460,33 @@ def test_invalid_fields_of_params_raise(field, ragged_images, draw_any_crops):
     wide = dataclasses.replace(params, **{field: value.double()})
     with pytest.raises(TypeError, match=f"params.{field} must be torch.*, got torch.float64"):
         crops(ragged_images[:1], wide, 8)
+
+
+# Prints the kernels that crops of one and of three sizes launch, and the number of programs.
+LAUNCHES = """
+import json
+import torch
+from fastdino_kernels import multi_crop_groups
+from benchmarks.gpu.option_calls import crop_params
+from benchmarks.gpu.recording_driver import ARCHS, record_launches
+
+def launched(arch, *groups):
+    images = [torch.zeros(37, 53, 3, dtype=torch.uint8)] * 2
+    groups = [(crop_params([(37, 53)] * 2, n), size) for n, size in groups]
+    with record_launches(arch, compiles=False) as launches:
+        multi_crop_groups(images, groups, mean=(0, 0, 0), std=(1, 1, 1), impl="triton")
+        return [(launch.kernel, launch.fp_fusion) for launch in launches]
+
+print(json.dumps([
+    launched(arch, *groups)
+    for arch in ARCHS for groups in ([(2, 224)], [(2, 224), (8, 96), (1, 500)])
+]))
+"""
+
+
+def test_all_sizes_take_three_launches_without_fused_products(tmp_path):
+    from tests.test_launch import run_script
+
+    kernels = [f"multi_crop_{name}_kernel" for name in ("resize", "color", "blur")]
+    expected = [[name, False] for name in kernels]
+    assert run_script(tmp_path, LAUNCHES) == [expected] * 8

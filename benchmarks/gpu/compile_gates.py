@@ -27,7 +27,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.gpu.amdgcn import read_amdgcn
-from benchmarks.gpu.emulated_gpu import emulated_gpu
+from benchmarks.gpu.emulated_gpu import GPU, emulated_gpu
 from benchmarks.gpu.recording_driver import ARCHS, Arch, Launch, record_launches
 from benchmarks.gpu.sass import MachineCode, count_fused, read_cubin
 
@@ -170,8 +170,8 @@ def check_call(module: str, index: int, arch: Arch) -> Checked:
     """Check the kernels that one of a module's calls launches."""
     name, call = list(importlib.import_module(module).kernel_calls())[index]
     found: Checked = {}
-    with record_launches(arch) as launches, emulated_gpu() as device:
-        call(device)
+    with record_launches(arch, device=GPU) as launches, emulated_gpu():
+        call(GPU)
         for launch in launches:
             key = hashlib.sha256(launch.binary).hexdigest(), launch.fp_fusion
             if key not in _checked:

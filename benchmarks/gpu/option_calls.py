@@ -23,6 +23,7 @@ from fastdino_kernels import (
     dino_loss,
     ema_update_,
     multi_crop,
+    multi_crop_groups,
     sinkhorn_center,
     sinkhorn_knopp,
     soft_cross_entropy,
@@ -403,7 +404,17 @@ def _multi_crop(
     return call
 
 
+def _multi_crop_groups(device: torch.device) -> list[Tensor]:
+    sizes = [(37, 53), (64, 31)]
+    images = [torch.full((*s, 3), 77, dtype=torch.uint8, device=device) for s in sizes]
+    groups = [(crop_params(sizes, crops), size) for crops, size in ((2, 100), (0, 50), (3, 33))]
+    return multi_crop_groups(
+        images, groups, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), dtype=BF16, impl="triton"
+    )
+
+
 def _multi_crop_calls() -> Calls:
+    yield "multi_crop_groups", _multi_crop_groups
     for size in (1, 7, 97, 128, 4096):
         yield f"multi_crop {size}", _multi_crop(size, FP32, 1)
     for dtype in HALVES:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class _RecordingDriver:
     def __init__(self, target: GPUTarget, *, compiles: bool) -> None:
         self.target = target
         self.launches: list[Launch] = []
+        self.device: torch.device | None = None  # of all tensor arguments, if they are checked
         self.utils = SimpleNamespace(
             # (module, function, registers, spills, threads); the "function" is the machine code. A
             # module that is None would be loaded anew by each launch.
@@ -78,7 +79,10 @@ class _RecordingDriver:
         """Return the function that Triton calls for each launch of one compiled kernel."""
         files = get_cache_manager(metadata.hash).get_group(f"{source.name[:150]}.json") or {}
 
-        def launch(x: int, y: int, z: int, stream: int, binary: bytes, *arguments: Any) -> None:
+        def launch(x: int, y: int, z: int, stream: int, binary: bytes, *rest: Any) -> None:
+            if self.device is not None:
+                arguments = rest[-len(source.fn.arg_names) :]  # after metadata and hooks
+                _check_devices(source, arguments, self.device)
             self.launches.append(
                 Launch(
                     source.name,
@@ -106,6 +110,14 @@ class _RecordingDriver:
         return torch.device("cpu")
 
 
+def _check_devices(source: Any, arguments: Sequence[Any], device: torch.device) -> None:
+    for name, argument in zip(source.fn.arg_names, arguments, strict=True):
+        if isinstance(argument, torch.Tensor) and argument.device != device:
+            raise ValueError(
+                f"{source.name}: argument {name} is a tensor on {argument.device}, not on {device}"
+            )
+
+
 @functools.cache
 def _driver_for(arch: Arch, compiles: bool) -> _RecordingDriver:
     """Return the only driver of an architecture, which its compiled kernels keep a reference to."""
@@ -119,13 +131,16 @@ def _no_problem(device: object) -> None:
 
 
 @contextmanager
-def record_launches(arch: Arch, *, compiles: bool = True) -> Iterator[list[Launch]]:
+def record_launches(
+    arch: Arch, *, compiles: bool = True, device: torch.device | None = None
+) -> Iterator[list[Launch]]:
     """Record the launches of calls on tensors of any device, compiled for a GPU.
 
     Args:
         arch: one of ARCHS: 90 for sm_90.
         compiles: False stops after Triton's own language is checked and lowered to its first
             intermediate form, which takes a tenth of the time; the recorded code is then empty.
+        device: if given, a launch with a tensor on another device raises ValueError.
 
     Raises: RuntimeError: TRITON_INTERPRET=1 has replaced the kernels by interpreted ones.
     """
@@ -133,6 +148,7 @@ def record_launches(arch: Arch, *, compiles: bool = True) -> Iterator[list[Launc
         raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels: unset it to compile them")
     recorder = _driver_for(arch, compiles)
     recorder.launches.clear()
+    recorder.device = device
     with (
         mock.patch.object(driver, "_active", recorder),  # reset_active() would look for a GPU
         mock.patch.object(dispatch, "triton_problem", _no_problem),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adamw_ema import update
 from .adamw_ema_arguments import Call, check_hyperparameter, is_each, make_group
+from .checks import is_number
 from .clip import check_max_norm
 from .dispatch import choose_impl
 from .pointer_table import Cache
@@ -279,10 +280,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
         None for other steps. Learning rates on an accelerator are not read.
         """
-        rates = [group["lr"] for group in self.param_groups]
-        on_host = not any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates)
         some = present([gradients])
-        if self.state or not some or not on_host or any(float(rate) != 0 for rate in rates):
+        if self.state or not some or not all(_is_zero(group["lr"]) for group in self.param_groups):
             return None
         norms = (gradient.norm() for gradient in some)  # of all shards, so that ranks agree
         whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
@@ -430,3 +429,9 @@ def _by_parameter(
             f"expected {len(parameters)}, got {len(tensors)}"
         )
     return {p: t for p, t in zip(parameters, tensors, strict=True) if t is not None}
+
+
+def _is_zero(rate: object) -> bool:
+    """Return True for a learning rate of 0 on the host; others are not read."""
+    on_host = rate.is_cpu if isinstance(rate, Tensor) else is_number(rate)
+    return on_host and float(rate) == 0  # type: ignore[arg-type]

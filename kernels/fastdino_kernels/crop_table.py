@@ -17,8 +17,8 @@ ADDRESS, HEIGHT, WIDTH, PITCH, SIZE, OUT, PARAMS, PIXELS, WORK, BAND_WORDS = ran
 TABLE_COLUMNS = 10
 _ALIGNMENT = 32  # words, 128 bytes
 # Instructions per pixel of the color operations and of the blur, in units of those per tap of a
-# resize; from the machine code.
-JITTER_WORK, BLUR_WORK = 25, 30
+# resize (about 16, in the machine code for sm_90).
+JITTER_WORK, BLUR_WORK = 16, 25
 
 
 def crop_table(

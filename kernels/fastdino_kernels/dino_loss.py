@@ -134,7 +134,7 @@ def _check_teacher(teacher: Tensor, center: Tensor) -> None:
             f"teacher must be [T, B, K] with T, K >= 1, got shape {tuple(teacher.shape)}"
         )
     prototypes = teacher.shape[2]
-    if tuple(center.shape) not in ((prototypes,), (1, prototypes)):
+    if center.dim() not in (1, 2) or center.shape[-1] != prototypes or center.numel() != prototypes:
         raise ValueError(
             f"center must be [K] or [1, K] with K = {prototypes}, got shape {tuple(center.shape)}"
         )

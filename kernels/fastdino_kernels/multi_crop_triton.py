@@ -50,6 +50,7 @@ from .crop_params import (
 )
 from .crop_table import crop_table
 from .dispatch import backend_options, device_guard, triton_interprets
+from .kernel_launch import alignment, launch
 from .multi_crop_torch import BLUR_BITS, GRAY_BITS, GRAY_WEIGHTS, RESIZE_BITS, hue_ties
 
 _TABLE_COLUMNS, _ADDRESS, _HEIGHT, _WIDTH, _PITCH, _SIZE, _OUT, _PARAMS, _PIXELS, _WORK, _WORDS = (
@@ -583,17 +584,29 @@ def multi_crop_(
     bands, parts = -(-largest // BAND), -(-largest // PART)
     # The interpreter is slow per tile, so it gets few large ones.
     rows, cols = (256, 256) if triton_interprets() else (16, 32)
+    # AMD's compiler uses 32-bit offsets into tensors below 2 GiB.
+    tensors = (table, packed, levels, scratch)
+    signature = (levels.dtype, *alignment(*tensors), *(t.nbytes >> 31 == 0 for t in tensors))
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     with device_guard(table):
-        multi_crop_resize_kernel[(len(table) * bands,)](
-            table, packed, scratch, bands, BAND=BAND, STRIP=STRIP, COEFS=32 * NUM_WARPS,
-            ROWS=min(rows, 64), COLS=min(cols, BAND), **options, **backend_options(maxnreg=128)
+        launch(
+            multi_crop_resize_kernel, (len(table) * bands, 1, 1), signature,
+            (table, packed, scratch, bands),
+            {
+                "BAND": BAND, "STRIP": STRIP, "COEFS": 32 * NUM_WARPS, "ROWS": min(rows, 64),
+                "COLS": min(cols, BAND),
+            },
+            **options, **backend_options(maxnreg=128),
         )  # fmt: skip
-        multi_crop_color_kernel[(len(table) * parts,)](
-            table, packed, levels, scratch, parts, BAND=PART, ROWS=min(rows, PART), COLS=cols,
-            SUM_BAND=BAND, **options
+        launch(
+            multi_crop_color_kernel, (len(table) * parts, 1, 1), signature,
+            (table, packed, levels, scratch, parts),
+            {"BAND": PART, "ROWS": min(rows, PART), "COLS": cols, "SUM_BAND": BAND},
+            **options,
         )  # fmt: skip
-        multi_crop_blur_kernel[(len(table) * parts,)](
-            table, packed, levels, scratch, parts, BAND=PART, ROWS=rows, COLS=min(cols, PART),
-            **options
+        launch(
+            multi_crop_blur_kernel, (len(table) * parts, 1, 1), signature,
+            (table, packed, levels, scratch, parts),
+            {"BAND": PART, "ROWS": rows, "COLS": min(cols, PART)},
+            **options,
         )  # fmt: skip
