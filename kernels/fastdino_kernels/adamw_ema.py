@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .adamw_ema_arguments import (
+    LISTS,
     Call,
     check_gradients,
     check_hyperparameter,
@@ -118,17 +119,9 @@ def adamw_ema_update_(
 
     """
     n = len(parameters := list(parameters))
-    given = {
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "teachers": teachers,
-        "shadows": shadows,
-        "teacher_shadows": teacher_shadows,
-        "gradients": gradients,
-    }
-    lists: Lists = {"parameters": parameters} | {
-        name: [None] * n if some is None else list(some) for name, some in given.items()
-    }
+    given = (parameters, exp_avgs, exp_avg_sqs, teachers, shadows, teacher_shadows, gradients)
+    made = ([None] * n if some is None else list(some) for some in given)
+    lists: Lists = dict(zip(LISTS, made, strict=True))
     check_lengths(lists)
     if n == 0:
         choose_impl(impl, [])  # raises for an unknown name
@@ -147,8 +140,8 @@ def adamw_ema_update_(
         [make_group(n, numbers, device)],
         None if max_norm is None else check_max_norm(max_norm),
         is_each(clip),
-        norms,
         check_hyperparameter("momentum", momentum, device, most=1),
+        norms,
         skip,
         found_inf,
         grad_scale,

@@ -17,6 +17,18 @@ from .tensor_lists import Lists, Some, are_plain, check_lists, check_no_overlap,
 UNIT_COLUMNS = tuple(1 << i for i in range(11))
 
 
+# The lists of a call, by the names of the public function; gradients last, as they are only read.
+LISTS = (
+    "parameters",
+    "exp_avgs",
+    "exp_avg_sqs",
+    "teachers",
+    "shadows",
+    "teacher_shadows",
+    "gradients",
+)
+
+
 @dataclass(frozen=True)
 class Group:
     """Hyperparameters of the next `count` parameters."""
@@ -33,9 +45,8 @@ class Group:
 class Call:
     """The tensors to update and all options, as in adamw_ema_update_.
 
-    lists: parameters, exp_avgs, exp_avg_sqs, teachers, shadows, teacher_shadows, gradients: the
-        names of the public function, of one length, None for a missing tensor. Parameters beyond
-        the groups have no gradient.
+    lists: LISTS, of one length, None for a missing tensor. Parameters beyond the groups have no
+        gradient.
     steps: one count [] for each parameter in the groups, None without moments.
     Numbers that are tensors are on the parameters' device.
     """
@@ -45,12 +56,12 @@ class Call:
     groups: list[Group]
     max_norm: float | None
     each: bool
-    norms: Tensor | None
     momentum: float | Tensor
-    skip: Tensor | None
-    found_inf: Tensor | None
-    grad_scale: Tensor | None
-    refused_steps: Tensor | None
+    norms: Tensor | None = None
+    skip: Tensor | None = None
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+    refused_steps: Tensor | None = None
     unit_rows: int | None = None
 
     @property

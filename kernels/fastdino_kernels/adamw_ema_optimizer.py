@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .adamw_ema import update
-from .adamw_ema_arguments import Call, check_hyperparameter, is_each, make_group
+from .adamw_ema_arguments import LISTS, Call, check_hyperparameter, is_each, make_group
 from .checks import is_number
 from .clip import check_max_norm
 from .dispatch import choose_impl
@@ -99,7 +99,7 @@ class _Arrangement:
         numels = tuple(map(Tensor.numel, some))
         return (
             (pointers, numels, tuple(map(dtype_of, some)), layout, holes(gradients)),
-            tuple(map(Tensor.data_ptr, moving)),
+            (tuple(map(Tensor.data_ptr, moving)), tuple(map(dtype_of, self.fixed))),
         )
 
 
@@ -330,32 +330,22 @@ class AdamWEMA(torch.optim.Optimizer):
             self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
         steps, exp_avgs, exp_avg_sqs = zip(*map(_state_of, arranged.states), strict=True)
         none = (None,) * (len(arranged.every) - len(arranged.parameters))
-        teachers, shadows, teacher_shadows = arranged.belonging
+        moments = exp_avgs + none, exp_avg_sqs + none
+        lists = (arranged.every, *moments, *arranged.belonging, [*gradients, *none])
+        groups = zip(arranged.counts, self.param_groups, strict=True)
         overflow = getattr(self, "found_inf", None)  # an int if no parameter has a gradient
         return Call(
-            {
-                "parameters": arranged.every,
-                "exp_avgs": exp_avgs + none,
-                "exp_avg_sqs": exp_avg_sqs + none,
-                "teachers": teachers,
-                "shadows": shadows,
-                "teacher_shadows": teacher_shadows,
-                "gradients": [*gradients, *none],
-            },
+            dict(zip(LISTS, lists, strict=True)),
             steps,
-            [
-                make_group(n, g, device)
-                for n, g in zip(arranged.counts, self.param_groups, strict=True)
-            ],
+            [make_group(count, group, device) for count, group in groups],
             None if self.max_norm is None else check_max_norm(self.max_norm),
             is_each(self.clip),
-            None,
             check_hyperparameter("momentum", momentum, device, most=1),
-            skip,
-            overflow if isinstance(overflow, Tensor) else None,
-            getattr(self, "grad_scale", None),
-            self.refused_steps,
-            arranged.unit_index,
+            skip=skip,
+            found_inf=overflow if isinstance(overflow, Tensor) else None,
+            grad_scale=getattr(self, "grad_scale", None),
+            refused_steps=self.refused_steps,
+            unit_rows=arranged.unit_index,
         )
 
     def __getstate__(self) -> dict[str, Any]:

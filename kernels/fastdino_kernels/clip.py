@@ -16,7 +16,7 @@ from .dispatch import choose_impl, compute_dtype
 from .dtensor import local_lists, norms_over_shards
 from .operators import LIBRARY, ops, register_fake
 from .reference import CLIP_EPS
-from .tensor_lists import Some, are_traced, check_lists, present, tables_for
+from .tensor_lists import Some, are_plain, are_traced, check_lists, holes, present, tables_for
 
 GRADIENTS = "parameters[].grad"
 
@@ -103,7 +103,7 @@ def _clip(grads: Some, max_norm: float, impl: str, *, each: bool) -> Tensor:
 
 def _clip_(grads: Some, local: Some, max_norm: float, impl: str, *, each: bool) -> Tensor:
     """Clip gradients that have memory, given their local shards."""
-    tables = tables_for({GRADIENTS: local}, 1, impl, _chunk)
+    tables = tables_for({GRADIENTS: local}, 1, impl, ".clip_triton")
     if tables is None or local is not grads:
         return _torch_clip_(grads, local, max_norm, each=each)
     from .clip_triton import launch_clip
@@ -192,12 +192,6 @@ register_fake("clip_grad_norms_", lambda grads, _, total, __: grads[0].new_empty
 register_fake("clip_grad_norm_", lambda grads, _: grads[0].new_empty(()).float())
 
 
-def _chunk() -> int:
-    from .clip_triton import CHUNK
-
-    return CHUNK
-
-
 def norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype of returned norms: fp64 if every gradient is fp64, else fp32."""
     double = all(grad.dtype == torch.float64 for grad in grads)
@@ -221,9 +215,10 @@ def _check_parameters(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
             f"got {type(parameters).__name__}"
         )
     params = list(parameters)
-    for index, param in enumerate(params):
-        if not isinstance(param, Tensor):
-            raise TypeError(
-                f"parameters[{index}] must be a torch.Tensor, got {type(param).__name__}"
-            )
+    if torch.compiler.is_compiling() or not are_plain([params]) or holes(params):
+        for index, param in enumerate(params):
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f"parameters[{index}] must be a torch.Tensor, got {type(param).__name__}"
+                )
     return params

@@ -74,7 +74,7 @@ def ema_update_(
 
 def _update_(lists: Lists, momentum: float | Tensor, impl: str) -> None:
     """Update tensors that have memory."""
-    tables = tables_for(lists, len(lists) - 1, impl, _chunk)
+    tables = tables_for(lists, len(lists) - 1, impl, ".ema_triton")
     momentum = _placed(momentum, lists)
     if tables is None:
         _torch_update_(lists, momentum)
@@ -117,12 +117,6 @@ LIBRARY.define(
 )
 LIBRARY.impl("ema_update_", _ema_op, "CompositeExplicitAutograd")
 register_fake("ema_update_", lambda *_: None)
-
-
-def _chunk() -> int:
-    from .ema_triton import CHUNK
-
-    return CHUNK
 
 
 def _placed(momentum: float | Tensor, lists: Lists) -> float | Tensor:

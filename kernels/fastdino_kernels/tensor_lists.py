@@ -8,6 +8,7 @@ missing tensors, read again by each call (a quarter of a microsecond of host tim
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,14 +96,14 @@ def key_of(lists: Iterable[Some]) -> Hashable | None:
     )
 
 
-def tables_for(lists: Lists, written: int, impl: str, chunk: Callable[[], int]) -> Tables | None:
+def tables_for(lists: Lists, written: int, impl: str, kernels: str) -> Tables | None:
     """Check lists of tensors; return their tables, or None if PyTorch takes them. Both are cached.
 
     Args:
         lists: of one length, with at least one tensor in the first.
         written: number of lists that are written, which are the first.
         impl: as in choose_impl.
-        chunk: returns the elements of one program; called only where triton is installed.
+        kernels: the module of the kernels, whose CHUNK elements are one program's.
 
     Raises: TypeError, ValueError: as check_lists and check_no_overlap; `impl` cannot run.
     """
@@ -115,7 +116,8 @@ def tables_for(lists: Lists, written: int, impl: str, chunk: Callable[[], int]) 
         if choose_impl(impl, present(roles)) == "torch" or not triton_takes(roles):
             return None
         numels = tuple(0 if tensor is None else tensor.numel() for tensor in first)
-        return Tables(cached_chunks(numels, chunk(), one.device), make_pointers(roles, one.device))
+        chunk = importlib.import_module(kernels, __package__).CHUNK
+        return Tables(cached_chunks(numels, chunk, one.device), make_pointers(roles, one.device))
 
     if (key := key_of(roles)) is None:
         return make()
