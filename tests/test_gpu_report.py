@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks.gpu import gpu_report
+from benchmarks.gpu import gpu_report, subprocesses
 from benchmarks.gpu.gpu_report import GpuReport, Part, part
 from benchmarks.gpu.option_calls import boundary_calls
 from benchmarks.gpu.subprocesses import GRACE, ROOT, Result, Task, run_task, run_tasks
@@ -44,8 +44,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 sleep = [sys.executable, "-c", "import signal, time; signal.signal(2, 1); time.sleep(600)"]
 children = [subprocess.Popen(sleep, env={{}}), subprocess.Popen(sleep, start_new_session=True)]
 print(*(child.pid for child in children), flush=True)
-{end}
-"""
+{end}"""
 
 
 @pytest.mark.parametrize(
@@ -100,6 +99,43 @@ while not other.exists():
     names = str(tmp_path / "a"), str(tmp_path / "b")
     tasks = [Task("x", (*python(wait), *pair), 60 + GRACE) for pair in (names, names[::-1])]
     assert [result.problem for result in run_tasks(tasks)] == ["", ""]
+
+
+def test_children_of_an_ended_task_are_killed_while_others_run(tmp_path):
+    leaves = HANGING.format(end="open(sys.argv[1], 'w').write(str(children[1].pid))")
+    waits = """
+import pathlib, sys, time
+from tests.processes import is_running
+file = pathlib.Path(sys.argv[1])
+while not (file.exists() and file.read_text()) or is_running(int(file.read_text())):
+    time.sleep(0.05)
+"""
+    codes = {"leaves": leaves, "waits for the end of the child": waits}
+    file = str(tmp_path / "child")
+    tasks = [Task(name, (*python(code), file), 60 + GRACE) for name, code in codes.items()]
+    assert [result.problem for result in run_tasks(tasks)] == ["", ""]
+
+
+def test_an_interrupt_of_the_report_kills_its_tasks(tmp_path, monkeypatch):
+    code = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True)"
+    files = [tmp_path / name for name in "ab"]
+    tasks = [
+        Task(file.name, (*python(f"{code}; time.sleep(600)"), str(file)), 600) for file in files
+    ]
+
+    interrupts = []
+
+    def wait(seconds):
+        if not interrupts and all(file.exists() and file.read_text() for file in files):
+            interrupts.append(1)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocesses.time, "sleep", wait)
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks(tasks)
+    for file in files:
+        assert_ends(int(file.read_text()))
 
 
 # Parts

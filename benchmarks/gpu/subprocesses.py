@@ -10,7 +10,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,52 +44,80 @@ class Result:
 
 
 def run_task(task: Task, grace: float = GRACE) -> Result:
-    """Run a task; `grace` seconds before its limit interrupt it, then kill all its processes."""
-    start = time.perf_counter()
-    mark = uuid.uuid4().hex
-    # The output goes to a file: a grandchild could keep a pipe open. A session of its own allows
-    # to interrupt the whole process group.
-    with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as output:
-        try:
-            process = subprocess.Popen(
-                task.command,
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_variables() | {MARK: mark},
-                start_new_session=True,
-                preexec_fn=_accept_interrupts,
-            )
-        except OSError as error:
-            return Result(task.name, 0.0, f"not started: {error}", "")
-        problem = _wait(process, max(task.seconds - grace, 0.0), grace)
-        if not _kill(process, mark):
-            problem = f"{problem}; its process could not be killed".removeprefix("; ")
-        output.seek(0)
-        return Result(task.name, time.perf_counter() - start, problem, output.read())
+    """Run one task; see run_tasks."""
+    return run_tasks([task], grace)[0]
 
 
 def run_tasks(tasks: Sequence[Task], grace: float = GRACE) -> list[Result]:
-    """Run tasks at the same time."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return list(pool.map(lambda task: run_task(task, grace), tasks))
+    """Run tasks at the same time.
+
+    `grace` seconds before its limit a task is interrupted. When it has ended, or at its limit, all
+    its processes are killed. An interrupt of the caller kills all tasks, too.
+    """
+    running = [_Running(task, grace) for task in tasks]
+    try:
+        while [one for one in running if not one.has_ended()]:
+            time.sleep(0.05)
+    finally:
+        results = [one.finish("interrupted") for one in running]
+    return results
+
+
+class _Running:
+    """A started task."""
+
+    def __init__(self, task: Task, grace: float) -> None:
+        self.task, self.grace = task, grace
+        self.start, self.interrupted = time.perf_counter(), False
+        self.mark = uuid.uuid4().hex
+        self.result: Result | None = None  # None: it runs
+        # A file, because a grandchild could keep a pipe open.
+        self.output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process: subprocess.Popen[bytes] | None = None
+        try:
+            self.process = subprocess.Popen(
+                task.command,
+                cwd=ROOT,
+                stdout=self.output,
+                stderr=subprocess.STDOUT,
+                env=_variables() | {MARK: self.mark},
+                start_new_session=True,  # allows to interrupt the whole process group
+                preexec_fn=_accept_interrupts,
+            )
+        except OSError as error:
+            self.finish(f"not started: {error}")
+
+    def has_ended(self) -> bool:
+        """Interrupt and kill the task in time; returns True if it has ended."""
+        if self.result is not None or self.process is None:
+            return True
+        elapsed, limit = time.perf_counter() - self.start, self.task.seconds - self.grace
+        code = self.process.poll()
+        if self.interrupted and (code is not None or elapsed >= self.task.seconds):
+            self.finish(f"stopped after {max(limit, 0):.0f} s")
+        elif code is not None:
+            self.finish(f"exit status {code}" if code else "")
+        elif elapsed >= limit and not self.interrupted:
+            self.interrupted = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGINT)
+        return self.result is not None
+
+    def finish(self, problem: str) -> Result:
+        """Kill what is left of the task and return its result, which stays the same."""
+        if self.result is None:
+            if self.process is not None and not _kill(self.process, self.mark):
+                problem = f"{problem}; its process could not be killed".removeprefix("; ")
+            with self.output:
+                self.output.seek(0)
+                seconds = time.perf_counter() - self.start
+                self.result = Result(self.task.name, seconds, problem, self.output.read())
+        return self.result
 
 
 def _accept_interrupts() -> None:
     """Undo the ignored SIGINT of commands that a shell starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _wait(process: subprocess.Popen[bytes], timeout: float, grace: float) -> str:
-    """Wait for the process, interrupting it at the end; returns the problem or ""."""
-    try:
-        code = process.wait(timeout)
-        return f"exit status {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(grace)
-        return f"stopped after {timeout:.0f} s"
 
 
 def _kill(process: subprocess.Popen[bytes], mark: str) -> bool:
