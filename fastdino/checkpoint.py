@@ -57,10 +57,18 @@ def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None
 
 
 def check_finite(state: dict[str, Any]) -> None:
-    """Raise NonFiniteError with the tensor's name if a weight, moment or center is not finite."""
+    """Raise NonFiniteError with the tensor's name if a weight, moment or center is not finite.
+
+    It waits once for each device.
+    """
+    finite: dict[torch.device, dict[str, Tensor]] = {}
     for key in ("student", "teacher", "optimizer", "dino_loss"):
         for name, tensor in _tensors(state.get(key), key):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point():
+                finite.setdefault(tensor.device, {})[name] = torch.isfinite(tensor).all()
+    for flags in finite.values():
+        for name, good in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True):
+            if not good:
                 raise NonFiniteError(f"{name} is not finite: the checkpoint is not written")
 
 

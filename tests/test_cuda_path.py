@@ -18,7 +18,7 @@ import pytest
 import torch
 from fastdino_kernels.multi_crop import normalized_levels
 
-from fastdino import Trainer
+from fastdino import Trainer, checkpoint
 from fastdino.data import loader_fused
 from fastdino.models import attention
 from fastdino.models.head import DINOHead
@@ -251,6 +251,13 @@ def test_attention_backend_is_probed_and_trains_on_a_gpu(
         assert trainer.runtime.attention.value == name
         losses.append(trainer.train_step(pinned(crops_of(trainer.config, 0))).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_check_of_a_checkpoint_waits_once(gpu, make_trainer):
+    state = make_trainer(mode="fast", amp_dtype="bf16").state_dict()
+    before = len(gpu.waits)
+    checkpoint.check_finite(state)
+    assert waits_in(gpu, before) == ["fastdino/checkpoint.py"]
 
 
 def item_in_step(monkeypatch):
