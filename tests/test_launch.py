@@ -167,12 +167,15 @@ def call(B, K, dtype, form, kind, centered):
     else:
         soft_cross_entropy(student, crops(2, B, K, dtype, form), **options).sum().backward()
 
-cases = list(itertools.product(
-    (1, 2, 16), (16, 40), (torch.float32, torch.bfloat16),
-    ("contiguous", "unaligned", "padded"), (1, 0.1, "tensor", "unaligned tensor"), (True, False),
-))
+FORMS = ("contiguous", "unaligned", "padded")
+KINDS = (1, 0.1, "tensor", "unaligned tensor")
+SIZES = ((1, 40, torch.bfloat16), (16, 16, torch.float32))
+cases = [
+    (*size, form, kind, centered)
+    for size, form, kind, centered in itertools.product(SIZES, FORMS, KINDS, (True, False))
+    if centered or kind != 1
+]
 random.Random(0).shuffle(cases)
-cases = cases[:24]
 
 def run(arch, forget):
     codes = []
@@ -269,7 +272,7 @@ def test_option_that_only_nvidia_has_is_an_error_elsewhere(errors):
 
 def test_repeated_launches_use_the_code_that_triton_selects(tmp_path):
     calls, kernels = run_script(tmp_path, LAUNCH_AGAIN)
-    assert calls == 48
+    assert calls == 84
     assert kernels > 15
 
 
