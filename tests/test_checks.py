@@ -9,12 +9,16 @@ import pytest
 import torch
 from fastdino_kernels import (
     AdamWEMA,
+    CropParams,
     DINOLoss,
     adamw_ema_update_,
     clip_grad_norm_,
     clip_grad_norms_,
     dino_loss,
     ema_update_,
+    koleo_loss,
+    multi_crop,
+    sinkhorn_knopp,
     soft_cross_entropy,
     teacher_entropy,
 )
@@ -123,3 +127,32 @@ def test_counts_and_epochs_may_be_numpy_integers(make):
     plain = [int(x) if isinstance(x, np.integer) else x for x in counts]
     flat = STUDENT.flatten(0, 1), TEACHER.flatten(0, 1)
     assert torch.equal(make(*counts)(*flat, np.int64(1)), make(*plain)(*flat, 1))
+
+
+def crops_of_size(size):
+    box, off = torch.full((1, 2), 30, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.bool)
+    order = torch.arange(4, dtype=torch.int32).expand(1, 2, 4).contiguous()
+    factor, radius = torch.ones(1, 2, 4), torch.zeros(1, 2)
+    params = CropParams(0 * box, 0 * box, box, box, off, off, order, factor, off, radius, off)
+    image = torch.arange(37 * 50 * 3).remainder(256).to(torch.uint8).view(37, 50, 3)
+    return multi_crop([image], params, size=size, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+INTEGERS = {
+    "multi_crop": crops_of_size,
+    "sinkhorn_knopp": lambda n: sinkhorn_knopp(TEACHER.flatten(0, 1), 0.1, n),
+    "koleo_loss": lambda n: koleo_loss(STUDENT.flatten(0, 1), topk=n),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_may_be_numpy_integers(name):
+    for kind in (np.int64, np.uint8):
+        assert torch.equal(INTEGERS[name](kind(3)), INTEGERS[name](3))
+
+
+@pytest.mark.parametrize("wrong", [3.0, True, "3", np.float64(3), None])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_anything_but_an_integer_is_a_type_error(name, wrong):
+    with pytest.raises(TypeError, match="must be an int, got"):
+        INTEGERS[name](wrong)

@@ -45,6 +45,15 @@ def check_number(name: str, value: object, expected: str = "a float") -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def check_integer(name: str, value: object) -> int:
+    """Return an integer, not a bool, as Python's own type; raise TypeError otherwise."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return int(value)
+
+
 def check_scalar(name: str, value: object) -> float | Tensor:
     """Return a number, or a 0-d floating-point tensor without its graph.
 

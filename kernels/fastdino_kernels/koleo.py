@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_float_tensor
+from .checks import check_float_tensor, check_integer
 from .collectives import Group, all_reduce_sum_, check_equal_on_ranks, world_size
 from .dispatch import choose_impl, compute_dtype
 from .operators import LIBRARY, ops, register_fake
@@ -88,8 +88,7 @@ def koleo_loss(
     check_float_tensor("x", x)
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"x must be [B, D] with D >= 1, got shape {tuple(x.shape)}")
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise TypeError(f"topk must be an int, got {type(topk).__name__}")
+    topk = check_integer("topk", topk)
     choose_impl(impl, (x,))
     ranks = 1 if group is None else world_size(group)
     most = max(1, ranks * len(x) - 1)

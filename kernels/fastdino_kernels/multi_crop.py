@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import multi_crop_torch
+from .checks import check_integer
 from .crop_params import CropParams, check_params, check_values
 from .dispatch import choose_impl
 from .operators import add_op_namespace_prefix
@@ -85,7 +86,8 @@ def multi_crop_groups(
     Raises:
         ValueError, TypeError: as multi_crop. Messages number the crops through all groups.
     """
-    images, groups = list(images), list(groups)
+    images = list(images)
+    groups = [(params, check_integer("size", size)) for params, size in groups]
     _check_images(images)
     mean, std = [float(x) for x in mean], [float(x) for x in std]
     for params, size in groups:
@@ -207,9 +209,7 @@ def _check_images(images: Sequence[Tensor]) -> None:
 def check_settings(
     size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> None:
-    """Raise TypeError or ValueError for arguments that multi_crop does not accept."""
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"size must be an int, got {type(size).__name__}")
+    """Raise ValueError for arguments that multi_crop does not accept."""
     if not 1 <= size <= 4096:
         raise ValueError(f"size must be from 1 to 4096, got {size}")
     if len(mean) != 3 or len(std) != 3:

@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .checks import check_float_tensor, check_temperature
+from .checks import check_float_tensor, check_integer, check_temperature
 from .collectives import Group, all_reduce_max_, all_reduce_sum_, check_equal_on_ranks, world_size
 from .dispatch import choose_impl, compute_dtype
 from .operators import LIBRARY, ops, register_fake
@@ -190,9 +190,7 @@ def _check(
     check_float_tensor("teacher", teacher)
     if teacher.dim() != 2 or teacher.shape[1] < 1:
         raise ValueError(f"teacher must be [N, K] with K >= 1, got shape {tuple(teacher.shape)}")
-    if isinstance(n_iterations, bool) or not isinstance(n_iterations, int):
-        raise TypeError(f"n_iterations must be an int, got {type(n_iterations).__name__}")
-    if n_iterations < 1:
+    if check_integer("n_iterations", n_iterations) < 1:
         raise ValueError(f"n_iterations must be >= 1, got {n_iterations}")
     chosen = choose_impl(impl, (teacher,))
     temp = check_temperature("temp", temp, compute_dtype(teacher), teacher.device)
