@@ -130,6 +130,58 @@ def test_dino_size_with_default_configuration(target):
     assert_accurate(inputs, loss=5e-7, grad=EPS[torch.bfloat16], total=5e-7, **target)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("K", [16, 513, 1000, 1004, 4104])
+def test_rows_that_chunks_do_not_divide(dtype, K, target):
+    inputs = draw(5, 3, 3, K, dtype)
+    assert_accurate(inputs, loss=5e-7, grad=max(EPS[dtype], 2e-6), total=5e-7, **target)
+
+
+VIEWS = {
+    "offset": lambda x: at_offset(x, 1),
+    "long rows": lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[-1]],
+    "not the first column": lambda x: torch.nn.functional.pad(x, (1, 0))[..., 1:],
+    "aligned view": lambda x: torch.nn.functional.pad(x, (8, 8))[..., 8:-8],
+}
+
+
+def at_offset(x: Tensor, offset: int) -> Tensor:
+    """Copy to an address that is `offset` elements beyond an aligned one."""
+    return x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("which", ["student", "teacher", "center"])
+def test_rows_at_any_address(dtype, view, which, target):
+    inputs = dict(zip(("student", "teacher", "center"), draw(3, 2, 2, 520, dtype), strict=True))
+    expected = ours(*inputs.values(), **target)
+    on_device = {name: tensor.to(target["device"]) for name, tensor in inputs.items()}
+    on_device[which] = VIEWS[view](on_device[which])
+    student = on_device["student"].requires_grad_()
+    loss, total = dino_loss(
+        student, on_device["teacher"], on_device["center"], impl=target["impl"], **TEMPS
+    )
+    (grad,) = torch.autograd.grad(loss, student)
+    for got, want in zip((loss.detach(), grad, total), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=EPS[dtype] * 1e-3)
+
+
+@numpy_warns  # of elements beyond the last prototype
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("K", [7, 520, 1001])
+def test_ragged_rows_of_extreme_or_equal_logits(K, target):
+    student, teacher, center = draw(4, 2, 4, K)
+    student[:, 0], teacher[:, 0] = 0, 0
+    student[:, 1, -1], teacher[:, 1, -1] = 1e4, 1e4
+    student[:, 2] -= 1e4
+    teacher[:, 2] -= 1e4
+    teacher[0, 3, : K - 1] = -1e4
+    # A center would be subtracted from 1e4, and rounded.
+    assert_accurate((student, teacher, 0 * center), loss=2e-6, grad=2e-5, total=2e-6, **target)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_loss_is_computed_in_fp32(dtype, target):
     assert_accurate(draw(6, 2, 4, 1000, dtype), loss=1e-6, total=1e-6, **target)

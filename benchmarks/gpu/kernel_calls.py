@@ -53,6 +53,7 @@ def _loss_calls() -> Calls:
         for crops in (10, 12):
             yield f"{NAMES[dtype]} S{crops}", partial(_dino_loss, dtype, crops)
     yield "bf16 S10 K odd", partial(_dino_loss, BF16, 10, prototypes=65537)
+    yield "bf16 S10 K 1000", partial(_dino_loss, BF16, 10, prototypes=1000)
     yield "bf16 S10 device temperatures", partial(_dino_loss, BF16, 10, on_device=True)
     yield "bf16 rows of probs", _soft_cross_entropy
 

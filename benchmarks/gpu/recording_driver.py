@@ -42,10 +42,11 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name and options, and the code compiled for the target."""
+    """One launch: the kernel's name, grid and options, and the code compiled for the target."""
 
     kernel: str
     arch: Arch
+    grid: tuple[int, int, int]
     num_warps: int
     shared_bytes: int
     fp_fusion: bool  # products and sums may be fused into one rounding
@@ -87,6 +88,7 @@ class _RecordingDriver:
                 Launch(
                     source.name,
                     self.target.arch,
+                    (x, y, z),
                     metadata.num_warps,
                     metadata.shared,
                     metadata.enable_fp_fusion,

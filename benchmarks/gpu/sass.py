@@ -49,11 +49,8 @@ class MachineCode:
 
 def read_cubin(cubin: bytes) -> MachineCode:
     """Return resource usage and instruction counts of a cubin with one kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = _run("cuobjdump", "-res-usage", file)
-        listing = _run("nvdisasm", "-c", "-ndf", file)  # only code; data flow takes longer
+    usage = _run("cuobjdump", cubin, "-res-usage")
+    listing = _run("nvdisasm", cubin, "-c", "-ndf")  # only code; data flow takes longer
     resources = {name: int(value) for name, value in _RESOURCE.findall(usage)}
     return MachineCode(
         registers=resources["REG"],
@@ -61,6 +58,11 @@ def read_cubin(cubin: bytes) -> MachineCode:
         cubin_bytes=len(cubin),
         **count_instructions(listing),
     )
+
+
+def instruction_listing(cubin: bytes) -> str:
+    """Return nvdisasm's listing of a cubin with the instructions' encodings."""
+    return _run("nvdisasm", cubin, "-c", "-ndf", "-hex")
 
 
 def count_instructions(listing: str) -> dict[str, Any]:
@@ -97,9 +99,12 @@ def _width(modifiers: list[str]) -> int:
     return next((_BITS[modifier] for modifier in modifiers if modifier in _BITS), 32)
 
 
-def _run(tool: str, *arguments: object) -> str:
-    command = [str(TOOLS / tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def _run(tool: str, cubin: bytes, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [str(TOOLS / tool), *options, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout

@@ -10,7 +10,7 @@ so that exp2 can be used:
     backward  reads every logit once more and writes g * (mass * softmax(z_v) - sum_q P_q).
 
 Bytes at N = (S + T)*B*K logits of w bytes: forward N*w, backward N*w + S*B*K*w. The intermediate
-(2T + 2S + T*S)*B fp32 values per chunk are 1.4 % of the forward's bytes at S = 10, T = 2, bf16.
+(2T + (2 + T)*S)*B fp32 values per chunk are 1.4 % of the forward's bytes at S = 10, T = 2, bf16.
 
 No float is added atomically, so the same input gives the same bits. The maximum is subtracted
 before scaling, and cross terms are relative to it, so logits of 1e4 and more lose no digits to
@@ -34,7 +34,8 @@ from .dispatch import device_guard
 from .kernel_launch import alignment, launch
 from .pairwise_arguments import Crops, PairwiseOptions, pair_count
 
-# A program is a single warp: a reduction is then five shuffles, with no shared memory or barrier.
+# A program is a single warp: a reduction needs no shared memory or barrier. Its 128 registers per
+# thread (tests hold them) let an SM of an H100 run 16 programs, so that all of them are one wave.
 FORWARD_BLOCK, FORWARD_WARPS = 512, 1
 # One load of 16 bytes per thread and row: 1024 prototypes of half precision, 512 of fp32.
 BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
@@ -49,6 +50,7 @@ SUM_GROUPS, SUM_COLUMNS = 16, 64
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LANES = tl.constexpr(32)
 
 
 @triton.jit
@@ -60,33 +62,208 @@ def _log2_scale(temp, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, EVEN: tl.constexpr):
-    """Load as fp32, 0 beyond the last prototype; EVEN loads are unmasked and 128 bits wide."""
+def _load(row, first, prototypes, EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Load [BLOCK] elements of a row as fp32, 0 beyond the last prototype.
+
+    ALIGNED: the row's address and bytes are multiples of 16, so accesses are 128 bits wide.
+    """
+    row, left = _row_from(row, first, prototypes, ALIGNED)
+    i = tl.arange(0, BLOCK)
     if EVEN:
-        x = tl.load(pointers)
+        x = tl.load(row + i)
     else:
-        x = tl.load(pointers, mask=mask, other=0.0)
+        x = tl.load(row + i, mask=i < left, other=0.0)
     return x.to(tl.float32)
 
 
 @triton.jit
-def _below_maximum(x, scale, mask, EVEN: tl.constexpr):
-    """Return (x - m) * scale and m, the largest logit of the chunk, or 0 if all are -inf."""
+def _store(row, x, first, prototypes, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store what _load loads, rounded once."""
+    row, left = _row_from(row, first, prototypes, ALIGNED)
+    i = tl.arange(0, x.shape[0])
+    x = x.to(row.dtype.element_ty)
     if EVEN:
-        m = tl.max(x, 0)
+        tl.store(row + i, x)
     else:
-        m = tl.max(tl.where(mask, x, float("-inf")), 0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    return (x - m) * scale, m
+        tl.store(row + i, x, mask=i < left)
 
 
 @triton.jit
-def _exp2_and_sum(x, mask, EVEN: tl.constexpr):
-    """Return exp2(x), 0 beyond the last prototype, and its sum."""
+def _row_from(row, first, prototypes, ALIGNED: tl.constexpr):
+    """Return the address of the prototype `first` and the number of those from there on."""
+    row += first
+    left = prototypes - first
+    if ALIGNED:
+        # The compiler must know that both are multiples of a vector's elements.
+        VECTOR: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+        row = tl.multiple_of(row, 16)
+        left = left // VECTOR * VECTOR
+    return row, left
+
+
+@triton.jit
+def _load_chunk(
+    row, first, prototypes, wanted,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Load a chunk as stored, 0 beyond the last prototype or if not wanted; see _quarters.
+
+    Returns a tuple: two halves of the chunk as pairs of prototypes in int32 if they are ALIGNED and
+    of half precision, two halves if they are ALIGNED and fp32, four quarters otherwise.
+    """
+    row, left = _row_from(row, first, prototypes, ALIGNED)
+    if ALIGNED and row.dtype.element_ty.primitive_bitwidth == 16:
+        row = row.to(tl.pointer_type(tl.int32))
+        i = tl.arange(0, BLOCK // 4)
+        left = left // 8 * 4
+        chunk = (
+            _load_part(row, i, left, wanted, EVEN),
+            _load_part(row + BLOCK // 4, i, left - BLOCK // 4, wanted, EVEN),
+        )
+    elif ALIGNED:
+        i = tl.arange(0, BLOCK // 2)
+        chunk = (
+            _load_part(row, i, left, wanted, EVEN),
+            _load_part(row + BLOCK // 2, i, left - BLOCK // 2, wanted, EVEN),
+        )
+    else:
+        i = 2 * tl.arange(0, BLOCK // 4)
+        chunk = (
+            _load_part(row, i, left, wanted, EVEN),
+            _load_part(row, i + 1, left, wanted, EVEN),
+            _load_part(row + BLOCK // 2, i, left - BLOCK // 2, wanted, EVEN),
+            _load_part(row + BLOCK // 2, i + 1, left - BLOCK // 2, wanted, EVEN),
+        )
+    return chunk
+
+
+@triton.jit
+def _load_part(row, i, left, wanted, EVEN: tl.constexpr):
+    if EVEN:
+        x = tl.load(row + i, mask=wanted, other=0)
+    else:
+        x = tl.load(row + i, mask=(i < left) & wanted, other=0)
+    return x
+
+
+@triton.jit
+def _quarters(chunk, DTYPE: tl.constexpr):
+    """Return a chunk's even and odd prototypes, of its first and second half, as fp32 (a tuple).
+
+    A thread then holds neighbours of a 16-byte vector in all four, and unpacking a pair of bf16 is
+    one instruction for each.
+    """
+    if len(chunk) == 4:
+        quarters = (
+            chunk[0].to(tl.float32), chunk[1].to(tl.float32),
+            chunk[2].to(tl.float32), chunk[3].to(tl.float32),
+        )  # fmt: skip
+    else:
+        even, odd = _even_and_odd(chunk[0], DTYPE)
+        even2, odd2 = _even_and_odd(chunk[1], DTYPE)
+        quarters = (even, odd, even2, odd2)
+    return quarters
+
+
+@triton.jit
+def _even_and_odd(half, DTYPE: tl.constexpr):
+    if half.dtype != tl.int32:
+        even, odd = tl.split(tl.reshape(half.to(tl.float32), [half.shape[0] // 2, 2]))
+    elif DTYPE == tl.bfloat16:
+        even = (half << 16).to(tl.float32, bitcast=True)
+        odd = (half & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (half >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+def _load_columns(
+    row, first, prototypes, EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Load the quarters of a chunk of fp32 values [K]."""
+    a = _load(row, first, prototypes, EVEN, ALIGNED, BLOCK // 2)
+    b = _load(row, first + BLOCK // 2, prototypes, EVEN, ALIGNED, BLOCK // 2)
+    return _quarters((a, b), tl.float32)
+
+
+@triton.jit
+def _store_columns(row, x, first, prototypes, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store the quarters of a chunk as fp32 values [K]."""
+    HALF: tl.constexpr = 2 * x[0].shape[0]
+    a, b = tl.reshape(tl.join(x[0], x[1]), [HALF]), tl.reshape(tl.join(x[2], x[3]), [HALF])
+    _store(row, a, first, prototypes, EVEN, ALIGNED)
+    _store(row, b, first + HALF, prototypes, EVEN, ALIGNED)
+
+
+@triton.jit
+def _per_lane(x, VECTOR: tl.constexpr):
+    """Arrange a quarter by the lane that holds an element, if it holds VECTOR neighbours."""
+    return tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
+
+
+@triton.jit
+def _lane_sums(x, VECTOR: tl.constexpr):
+    """Return the sums [LANES] of a quarter's elements in each lane."""
+    return tl.sum(tl.sum(_per_lane(x, VECTOR), 2), 0)
+
+
+@triton.jit
+def _maximum(x, masks, EVEN: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the largest logit of a chunk's quarters, 0 if all are -inf."""
+    if not EVEN:
+        x = (
+            tl.where(masks[0], x[0], float("-inf")), tl.where(masks[1], x[1], float("-inf")),
+            tl.where(masks[2], x[2], float("-inf")), tl.where(masks[3], x[3], float("-inf")),
+        )  # fmt: skip
+    m = tl.maximum(tl.maximum(x[0], x[1]), tl.maximum(x[2], x[3]))
+    m = tl.max(tl.max(_per_lane(m, VECTOR), 2), 0)
+    # A warp finds the maximum of integers in one instruction. These have the order of the floats,
+    # and the mapping is its own inverse.
+    bits = m.to(tl.int32, bitcast=True)
+    bits = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), 0)
+    m = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _exp2(x, mask, EVEN: tl.constexpr):
+    """Return exp2(x), 0 beyond the last prototype."""
     e = tl.exp2(x)
     if not EVEN:
         e = tl.where(mask, e, 0.0)
-    return e, tl.sum(e, 0)
+    return e
+
+
+@triton.jit
+def _sum_of_four(values, first: tl.constexpr, lane):
+    """Return [LANES] with the sum over lanes of one of four [LANES]: see _slot.
+
+    Two values at a time change places between lanes, so that the sums of all four take little more
+    than those of one.
+    """
+    x = _exchange(values[first], values[first + 1], lane, 16)
+    y = _exchange(values[first + 2], values[first + 3], lane, 16)
+    x = _exchange(x, y, lane, 8)
+    x += tl.gather(x, lane ^ 4, 0)
+    x += tl.gather(x, lane ^ 2, 0)
+    x += tl.gather(x, lane ^ 1, 0)
+    return x
+
+
+@triton.jit
+def _exchange(a, b, lane, BIT: tl.constexpr):
+    """Add the partner's a to a in lanes whose BIT is 0, and the partner's b to b in the others."""
+    upper = (lane & BIT) != 0
+    kept, sent = tl.where(upper, b, a), tl.where(upper, a, b)
+    return kept + tl.gather(sent, lane ^ BIT, 0)
+
+
+@triton.jit
+def _slot(lane):
+    """Return which of the four sums of _sum_of_four a lane has."""
+    return ((lane >> 3) & 1) * 2 + (lane >> 4)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -96,76 +273,108 @@ def pairwise_forward_kernel(
     student_stride_v, student_stride_b, teacher_stride_q, teacher_stride_b,
     S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr,
     STUDENT_TEMP_TENSOR: tl.constexpr, TEACHER_TEMP_TENSOR: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Compute one chunk of prototypes for every groups-th image; grid (chunks, groups).
 
-    partials: [2T + 2S + T*S, B, chunks]: teacher maxima, teacher sums, student maxima, student
-    sums, cross terms. CENTERED: the teacher has logits; otherwise probabilities, whose "maximum"
-    is 0, whose sum is their mass, and which need no center and no column sum.
+    partials: [B, chunks, 2T + (2 + T)*S]: maximum and sum of each teacher crop, then maximum, sum
+    and T cross terms of each student crop. CENTERED: the teacher has logits; otherwise
+    probabilities, whose "maximum" is 0, whose sum is their mass, and which need no center and no
+    column sum. VECTOR: neighbours of a quarter in one thread, which only decides the speed.
     """
-    chunk = tl.program_id(0)
-    chunks = tl.num_programs(0)
-    k = chunk * BLOCK + tl.arange(0, BLOCK)
-    mask = k < prototypes
+    chunk, groups = tl.program_id(0), tl.num_programs(1)
+    first = chunk * BLOCK
+    lane = tl.arange(0, LANES)
+    slot = _slot(lane)
+    writes = (lane & 7) == 0  # one of the lanes with the same slot
+    k = first + 2 * tl.arange(0, BLOCK // 4)
+    masks = (
+        k < prototypes, k + 1 < prototypes,
+        k + BLOCK // 2 < prototypes, k + BLOCK // 2 + 1 < prototypes,
+    )  # fmt: skip
     student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
     if CENTERED:
         teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
-        c = _load(center + k, mask, EVEN)
-        column_sum = tl.zeros([BLOCK], tl.float32)
-
-    b = tl.program_id(1)
-    while b < batch:
-        out = partials + b.to(tl.int64) * chunks + chunk
-        row = batch.to(tl.int64) * chunks
-        # Each row is loaded before the results of the previous one are stored: the compiler, which
-        # cannot rule out that they overlap, would not move the load ahead of the store.
-        base = teacher + b.to(tl.int64) * teacher_stride_b
-        ahead = _load(base + k, mask, EVEN)
-        probs = ()
-        for q in tl.static_range(T):
-            t = ahead
-            if q + 1 < T:
-                base += teacher_stride_q
-            else:
-                base = student + b.to(tl.int64) * student_stride_b
-            ahead = _load(base + k, mask, EVEN)
-            if CENTERED:
-                column_sum += t
-                u, m = _below_maximum(t - c, teacher_scale, mask, EVEN)
-                p, total = _exp2_and_sum(u, mask, EVEN)
-                tl.store(out + q * row, m)
-            else:
-                p, total = t, tl.sum(t, 0)
-            tl.store(out + (T + q) * row, total)
-            probs = probs + (p,)
-        for v in tl.static_range(S):
-            z, m = _below_maximum(ahead, student_scale, mask, EVEN)
-            if v + 1 < S:
-                base += student_stride_v
-                ahead = _load(base + k, mask, EVEN)
-            _, total = _exp2_and_sum(z, mask, EVEN)
-            tl.store(out + (2 * T + v) * row, m)
-            tl.store(out + (2 * T + S + v) * row, total)
-            for q in tl.static_range(T):
-                cross = tl.sum(probs[q] * z, 0)
-                tl.store(out + (2 * T + 2 * S + q * S + v) * row, cross)
-        b += tl.num_programs(1)
-
-    if CENTERED:
-        tl.store(column_sums + tl.program_id(1).to(tl.int64) * prototypes + k, column_sum, mask)
+        c = _load_columns(center, first, prototypes, EVEN, ALIGNED, BLOCK)
+        zero = tl.zeros([BLOCK // 4], tl.float32)
+        column_sum = (zero, zero, zero, zero)
         if tl.program_id(1) == 0:
             # The caller may update the center before the backward pass, which needs the old one.
-            tl.store(center_used + k, c, mask)
+            _store_columns(center_used, c, first, prototypes, EVEN, ALIGNED)
             if chunk == 0:
                 tl.store(arrived, 0)
 
+    VALUES: tl.constexpr = 2 * T + (2 + T) * S
+    b = tl.program_id(1)
+    while b < batch:
+        out = partials + (b.to(tl.int64) * tl.num_programs(0) + chunk) * VALUES
+        row = teacher + b.to(tl.int64) * teacher_stride_b
+        rows = ()
+        for _ in tl.static_range(T):
+            rows = rows + (_load_chunk(row, first, prototypes, True, EVEN, ALIGNED, BLOCK),)
+            row += teacher_stride_q
+        row = student + b.to(tl.int64) * student_stride_b
+        ahead = _load_chunk(row, first, prototypes, True, EVEN, ALIGNED, BLOCK)
+        probs = ()
+        for q in tl.static_range(T):
+            t = _quarters(rows[q], teacher.dtype.element_ty)
+            if CENTERED:
+                column_sum = (
+                    column_sum[0] + t[0], column_sum[1] + t[1],
+                    column_sum[2] + t[2], column_sum[3] + t[3],
+                )  # fmt: skip
+                t = (t[0] - c[0], t[1] - c[1], t[2] - c[2], t[3] - c[3])
+                top = _maximum(t, masks, EVEN, VECTOR)
+                p = ()
+                for j in tl.static_range(4):
+                    p = p + (_exp2((t[j] - top) * teacher_scale, masks[j], EVEN),)
+                tl.store(out + 2 * q, top)
+            else:
+                p = t
+            tl.store(out + 2 * q + 1, tl.sum((p[0] + p[1]) + (p[2] + p[3]), 0))
+            probs = probs + (p,)
+
+        out += 2 * T
+        # A loop that is not unrolled: the compiler would move the load of an unrolled one to where
+        # its result is needed.
+        for v in tl.range(S, loop_unroll_factor=1):
+            s = _quarters(ahead, student.dtype.element_ty)
+            row += student_stride_v
+            ahead = _load_chunk(row, first, prototypes, v + 1 < S, EVEN, ALIGNED, BLOCK)
+            m = _maximum(s, masks, EVEN, VECTOR)
+            z = ()
+            for j in tl.static_range(4):
+                z = z + ((s[j] - m) * student_scale,)
+            e = _exp2(z[0], masks[0], EVEN)
+            for j in tl.static_range(1, 4):
+                e += _exp2(z[j], masks[j], EVEN)
+            values = (tl.where(lane == 0, m, 0.0), _lane_sums(e, VECTOR))
+            for q in tl.static_range(T):
+                cross = probs[q][0] * z[0]
+                for j in tl.static_range(1, 4):
+                    cross += probs[q][j] * z[j]
+                values = values + (_lane_sums(cross, VECTOR),)
+            nothing = tl.zeros([LANES], tl.float32)
+            values = values + (nothing, nothing, nothing)
+            for i in tl.static_range(0, 2 + T, 4):
+                sums = _sum_of_four(values, i, lane)
+                tl.store(out + i + slot, sums, mask=writes & (i + slot < 2 + T))
+            out += 2 + T
+        b += groups
+
+    if CENTERED:
+        sums = column_sums + tl.program_id(1).to(tl.int64) * prototypes
+        _store_columns(sums, column_sum, first, prototypes, EVEN, ALIGNED)
+
 
 @triton.jit
-def _merged(maxima, sums, scale, c, mask):
-    """Return (m_c - M) * scale and sums of exp2 of a row's chunks c; M and L of the whole row."""
-    total = tl.load(sums + c, mask=mask, other=0.0)
-    m = tl.load(maxima + c, mask=mask, other=float("-inf"))
+def _merged(chunks, scale, mask):
+    """Return (m_c - M) * scale and the sums of exp2 of a row's chunks c; M and L of the whole row.
+
+    chunks: addresses of their maxima, each followed by the sum.
+    """
+    total = tl.load(chunks + 1, mask=mask, other=0.0)
+    m = tl.load(chunks, mask=mask, other=float("-inf"))
     # A chunk of only -inf has sum 0: it must not set the maximum.
     m = tl.where(total == 0.0, float("-inf"), m)
     M = tl.max(m, 0)
@@ -203,24 +412,25 @@ def pairwise_finish_kernel(
     b = program % batch
     c = tl.arange(0, CHUNKS)
     mask = c < chunks
-    base = partials + b.to(tl.int64) * chunks
-    row = batch.to(tl.int64) * chunks
+    VALUES: tl.constexpr = 2 * T + (2 + T) * S
+    teachers = partials + (b.to(tl.int64) * chunks + c) * VALUES
+    students = teachers + 2 * T + v * (2 + T)
     scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
-    below, _, M, L = _merged(base + (2 * T + v) * row, base + (2 * T + S + v) * row, scale, c, mask)
+    below, _, M, L = _merged(students, scale, mask)
     tl.store(stats + v * batch + b, M)
     tl.store(stats + (S + T + v) * batch + b, L)
     below = tl.where(mask, below, 0.0)
     value = 0.0
     for q in tl.static_range(T):
-        cross = tl.load(base + (2 * T + 2 * S + q * S + v) * row + c, mask=mask, other=0.0)
+        cross = tl.load(students + 2 + q, mask=mask, other=0.0)
         if CENTERED:
             scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
-            depth, total, M, mass = _merged(base + q * row, base + (T + q) * row, scale, c, mask)
+            depth, total, M, mass = _merged(teachers + 2 * q, scale, mask)
             weight = tl.where(mask, tl.exp2(depth), 0.0)
             cross_entropy = tl.log2(L) - tl.sum(weight * (cross + total * below), 0) / mass
         else:
             M = 0.0
-            total = tl.load(base + (T + q) * row + c, mask=mask, other=0.0)
+            total = tl.load(teachers + 2 * q + 1, mask=mask, other=0.0)
             mass = tl.sum(total, 0)
             cross_entropy = mass * tl.log2(L) - tl.sum(cross + total * below, 0)
         if v == 0:
@@ -254,7 +464,7 @@ def pairwise_backward_kernel(
     teacher_stride_q, teacher_stride_b, grad_stride_v, grad_stride_b,
     S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr, IGNORE_DIAGONAL: tl.constexpr,
     STUDENT_TEMP_TENSOR: tl.constexpr, TEACHER_TEMP_TENSOR: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute one chunk of prototypes for one image; grid (chunks, rows, rows of rows).
 
@@ -264,18 +474,17 @@ def pairwise_backward_kernel(
     b = batch - 1 - (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1))
     if b < 0:
         return
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = k < prototypes
+    first = tl.program_id(0) * BLOCK
     student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
     if CENTERED:
         teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
-        c = _load(center + k, mask, EVEN)
+        c = _load(center, first, prototypes, EVEN, ALIGNED, BLOCK)
     probs = ()
     masses = ()
     sums = stats + (S + T) * batch + b
     base = teacher + b.to(tl.int64) * teacher_stride_b
     for q in tl.static_range(T):
-        p = _load(base + k, mask, EVEN)
+        p = _load(base, first, prototypes, EVEN, ALIGNED, BLOCK)
         mass = tl.load(sums + (S + q) * batch)
         if CENTERED:
             maximum = tl.load(stats + (S + q) * batch + b)
@@ -293,17 +502,14 @@ def pairwise_backward_kernel(
             if not (IGNORE_DIAGONAL and q == v):
                 target += probs[q]
                 target_mass += masses[q]
-        z = _load(base + k, mask, EVEN) - tl.load(stats + v * batch + b)
+        s = _load(base, first, prototypes, EVEN, ALIGNED, BLOCK)
+        z = (s - tl.load(stats + v * batch + b)) * student_scale
         share = target_mass / tl.load(sums + v * batch)
         g = tl.load(grad_rows + v * grad_rows_stride_v + b * grad_rows_stride_b)
         # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
         g = g.to(tl.float32) * scale * (student_scale * LN_2)
-        value = g * (share * tl.exp2(z * student_scale) - target)
-        value = value.to(grad.dtype.element_ty)  # the only rounding: the scale is included
-        if EVEN:
-            tl.store(out + k, value)
-        else:
-            tl.store(out + k, value, mask=mask)
+        value = g * (share * tl.exp2(z) - target)  # rounded once: the scale is included
+        _store(out, value, first, prototypes, EVEN, ALIGNED)
         base += student_stride_v
         out += grad_stride_v
 
@@ -313,8 +519,9 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     student, teacher, center = map(_unit_stride, crops)
     S, T, B, K = crops.sizes()
     centered = center is not None
-    block = min(FORWARD_BLOCK, _power_of_2(K))
+    block = FORWARD_BLOCK
     chunks = _ceil_div(K, block)
+    aligned = _are_aligned(student, teacher, center)
     groups = min(B, MAX_ROWS_OF_PROGRAMS)
     if centered:
         groups = min(B, MAX_GROUPS, max(1, FORWARD_PROGRAMS // chunks))
@@ -324,7 +531,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
 
     rows, stats, loss = empty(S, B), empty(2, S + T, B), empty()
     teacher_sum, center_used = (empty(K), empty(K)) if centered else (empty(0), empty(0))
-    partials = empty(2 * T + 2 * S + T * S, B, chunks)
+    partials = empty(B, chunks, 2 * T + (2 + T) * S)
     column_sums = empty(groups, K) if centered and groups > 1 else teacher_sum
     arrived = torch.empty((), dtype=torch.int32, device=student.device)
     pairs = pair_count(S, T, options.ignore_diagonal)
@@ -337,7 +544,8 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
             pairwise_forward_kernel, (chunks, groups, 1), signature,
             (student, teacher, center, partials, column_sums, center_used, arrived, *temps, B, K,
              *student.stride()[:2], *teacher.stride()[:2]),
-            {**flags, "EVEN": K % block == 0, "BLOCK": block},
+            {**flags, "EVEN": K % block == 0, "ALIGNED": aligned, "BLOCK": block,
+             "VECTOR": 8 // student.element_size() if aligned else 1},
             num_warps=FORWARD_WARPS,
         )  # fmt: skip
         launch(
@@ -376,7 +584,8 @@ def backward(
              B, K, *strides, *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2]),
             {"S": S, "T": T, "CENTERED": center is not None,
              "IGNORE_DIAGONAL": options.ignore_diagonal, **_temperature_flags(options),
-             "EVEN": K % block == 0, "BLOCK": block},
+             "EVEN": K % block == 0, "ALIGNED": _are_aligned(student, teacher, center, grad),
+             "BLOCK": block},
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     if grad is not target:
@@ -396,6 +605,19 @@ def _temperature_flags(options: PairwiseOptions) -> dict[str, bool]:
         "STUDENT_TEMP_TENSOR": isinstance(options.student_temp, Tensor),
         "TEACHER_TEMP_TENSOR": isinstance(options.teacher_temp, Tensor),
     }
+
+
+def _are_aligned(*tensors: Tensor | None) -> bool:
+    """Return True if all rows [K] start and end at multiples of 16 bytes."""
+    return all(
+        tensor is None
+        or (
+            tensor.data_ptr() % 16 == 0
+            and tensor.shape[-1] * tensor.element_size() % 16 == 0
+            and all(step * tensor.element_size() % 16 == 0 for step in tensor.stride()[:-1])
+        )
+        for tensor in tensors
+    )
 
 
 def _ceil_div(a: int, b: int) -> int:  # triton.cdiv costs microseconds per call
