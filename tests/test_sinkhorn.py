@@ -81,6 +81,7 @@ def test_log_space_equals_the_reference():
     )
 
 
+@pytest.mark.accuracy
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (13, 600), (30, 33), (11, 1024), (6, 2500)])

@@ -55,6 +55,7 @@ TINY_LOADER = (
     "--batch_size_per_gpu 4 --images 8 --rounds 1 --seconds 0.5 --global_crops_size 64 "
     "--local_crops_size 32 --device cpu"
 )
+REDUCED_DEVICE = (PYTHON, "-m", "benchmarks.gpu.device_facts", "--reduced")
 SANITIZE = (PYTHON, "-m", "benchmarks.gpu.sanitize")
 SANITIZER = (
     "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9",
@@ -172,7 +173,7 @@ def reduced_plan(raw: Path) -> list[Part]:
     loaders = bench(raw / "loader", f"--loader {TINY_LOADER}", "paper,fused")
     rows = f"--rows={raw / 'rows.jsonl'}"
     return [
-        part("device", 60, device=(PYTHON, "-m", "benchmarks.gpu.device_facts", "--reduced")),
+        part("device", 60, device=REDUCED_DEVICE),
         part(
             "correctness", 240,
             one_case_per_kernel_and_dtype=(*one_each, "tests/test_clip.py"),
@@ -187,6 +188,7 @@ def reduced_plan(raw: Path) -> list[Part]:
 def reduced_plan_more(raw: Path) -> list[Part]:
     """Plan the small form of the second report."""
     return [
+        part("device", 60, device=REDUCED_DEVICE),
         part("each kernel", 200, sanitize=("env", "TRITON_INTERPRET=1", *SANITIZE)),
         part("step, B = 2", 120, vit_nano=bench(raw / "step-2", TINY_STEP, "paper,ours-fast")),
     ]
