@@ -400,7 +400,7 @@ def _along_y(
                 green += weight * g8
                 blue += weight * b8
             red, green, blue = _early_colors(_clip8(red), _clip8(green), _clip8(blue), param)
-            gray += tl.where(mask, _luma(red, green, blue), 0)
+            gray += _luma(red, green, blue)  # black outside
             at = pixels + y * size + tl.where(flip, size - 1 - x, x)
             tl.store(at, _pack(red, green, blue), mask=mask)
     return gray
