@@ -230,10 +230,9 @@ def _maximum(x, masks, EVEN: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def _exp2(x, mask, EVEN: tl.constexpr):
     """Return exp2(x), 0 beyond the last prototype."""
-    e = tl.exp2(x)
     if not EVEN:
-        e = tl.where(mask, e, 0.0)
-    return e
+        x = tl.where(mask, x, float("-inf"))
+    return tl.exp2(x)
 
 
 @triton.jit
