@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -423,11 +424,12 @@ def test_mistake_in_the_fused_loader_is_reported(
 
 
 def on_both(gpu, run, *words) -> list[tuple[int, str, str]]:
-    """Run a command on the CPU and on the GPU, and check that the latter was used."""
+    """Run a command on the CPU and on the GPU, and check that it used the latter."""
     results = [run(*words, "--device", "cpu")]
     before = len(gpu.waits)
     results.append(run(*words, "--device", "cuda"))
     assert len(gpu.waits) > before
+    assert [status for status, *_ in results] == [0, 0], results
     return results
 
 
@@ -455,5 +457,28 @@ def test_attention_on_a_gpu_is_that_on_the_cpu(gpu, run_nano, tmp_path):
     photo(0).save(tmp_path / "photo.png")
     words = ["--image_path", tmp_path / "photo.png", "--image_size", 32, 48]
     words += ["--output_dir", tmp_path / "out"]
-    cpu, cuda = on_both(gpu, run_nano, "attention", *words)
-    assert cuda == cpu
+    statistics = []
+    for device in ("cpu", "cuda"):
+        status, _, error = run_nano("attention", *words, "--device", device)
+        assert status == 0, error
+        (image,) = json.loads((tmp_path / "out/attention.json").read_text())["images"]
+        statistics.append(
+            [value for head in image["heads"] for value in (*head.pop("peak"), *head.values())]
+        )
+    assert statistics[1] == pytest.approx(statistics[0], rel=1e-4)
+    assert gpu.waits
+
+
+def test_linear_probe_on_a_gpu_is_that_on_the_cpu(gpu, run_nano, tmp_path):
+    words = ["--data_path", write_colours(tmp_path), "--num_workers", 0, "--epochs", 2]
+    words += ["--batch_size_per_gpu", 4]
+    logs = []
+    for device in ("cpu", "cuda"):
+        status, _, error = run_nano(
+            "linear", *words, "--output_dir", tmp_path / device, "--device", device
+        )
+        assert status == 0, error
+        lines = (tmp_path / device / "log.txt").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    assert logs[1] == [pytest.approx(epoch, rel=1e-4) for epoch in logs[0]]
+    assert any(wait.where.startswith("fastdino/evals/linear_probe.py") for wait in gpu.waits)

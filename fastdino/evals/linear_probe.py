@@ -160,9 +160,10 @@ class Probe:
         """
         sums = torch.zeros(4, dtype=torch.float64)
         for batch, labels in tqdm(batches, desc="val", disable=not sys.stderr.isatty()):
+            labels = labels.to(self.device)
             good = labels != UNREADABLE
-            labels = labels[good].to(self.device)
-            logits = self.linear(features(batch.to(self.device)))[good.to(self.device)]
+            labels = labels[good]
+            logits = self.linear(features(batch.to(self.device)))[good]
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack((loss, hits[:, 0].sum(), hits.sum(), good.sum())).double().cpu()
