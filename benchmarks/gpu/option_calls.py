@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,13 +161,23 @@ def _views() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 def _module_calls() -> Calls:
-    yield "DINOLoss", _module(lambda: DINOLoss(48, 4, 0.04, 0.07, 1, 3), 3)
+    for inplace in (False, True):
+        yield f"DINOLoss in place {inplace}", _module(partial(_dino_module, inplace), 3)
     yield "lightly.DINOLoss", _module(lambda: lightly.DINOLoss(48), 3)
     yield "solo_learn.DINOLoss", _module(_solo_learn_loss, 2)
     yield "dinov2.cross_entropy", _function(dinov2.cross_entropy, temp=0.1)
     yield "dinov2.cross_entropy in place", _function(dinov2.cross_entropy, temp=1, bw_inplace=True)
     yield "dinov2.dino_clstoken_loss", _function(dinov2.dino_clstoken_loss, student_temp=0.1)
-    yield "dinov2.dino_cross_entropy", _function(dinov2.dino_cross_entropy, ignore_diagonal=True)
+    yield (
+        "dinov2.dino_cross_entropy",
+        _function(
+            dinov2.dino_cross_entropy, student_temp=0.1, ignore_diagonal=True, inplace_backward=True
+        ),
+    )
+
+
+def _dino_module(inplace: bool) -> torch.nn.Module:
+    return DINOLoss(48, 4, 0.04, 0.07, 1, 3, 0.1, 0.9, inplace_backward=inplace)
 
 
 def _solo_learn_loss() -> torch.nn.Module:
@@ -383,7 +394,7 @@ def crop_params(
     index = torch.arange(shape[0] * shape[1]).reshape(shape)
     extent = torch.tensor(sizes, dtype=torch.int32)[:, None, :].expand(*shape, 2)
     zero, bit = torch.zeros(shape, dtype=torch.int32), [(index >> k & 1).bool() for k in range(4)]
-    order = torch.stack([torch.arange(4).roll(k) for k in range(index.numel())]).int()
+    order = ((torch.arange(4) - index.reshape(-1, 1)) % 4).int()
     params = (
         zero, zero, extent[..., 0].contiguous(), extent[..., 1].contiguous(), bit[0], ~bit[1],
         order.reshape(*shape, 4), torch.full((*shape, 4), 0.4), bit[2], 1.5 * bit[0], ~bit[3],
