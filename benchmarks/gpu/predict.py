@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 import triton
-from fastdino_kernels import adamw_ema_update_, clip_grad_norm_, dino_loss, ema_update_
+from fastdino_kernels import (
+    adamw_ema_update_,
+    clip_grad_norm_,
+    dino_loss,
+    ema_update_,
+    pairwise_triton,
+)
 
 from benchmarks.gpu.kernel_calls import BF16, FP16, FP32, NAMES
 from benchmarks.gpu.recording_driver import Launch, record_launches
@@ -100,6 +106,12 @@ def loss_case(dtype: torch.dtype, crops: int, prototypes: int) -> Case:
         groups = launch.grid[1]
         if launch.kernel == "pairwise_forward_kernel":
             return Work(logits, logits * width, (math.ceil(IMAGES / groups), crops))
+        if launch.kernel == "pairwise_finish_kernel":
+            chunks = math.ceil(prototypes / pairwise_triton.FORWARD_BLOCK)
+            sums = min(IMAGES, max(1, pairwise_triton.FORWARD_PROGRAMS // chunks))
+            values = 2 * TEACHER_CROPS + (2 + TEACHER_CROPS) * crops
+            read = IMAGES * chunks * values + sums * prototypes
+            return Work(read, 4 * read, (math.ceil(sums / pairwise_triton.SUM_GROUPS),))
         if launch.kernel == "pairwise_backward_kernel":
             gradient = crops * IMAGES * prototypes * width
             return Work(logits, logits * width + gradient, ())
