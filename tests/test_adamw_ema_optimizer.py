@@ -167,7 +167,7 @@ def test_state_dict_has_the_format_of_fused_adamw():
 
 
 @pytest.mark.parametrize(
-    "change", ["a dict", "a copy", "a pickle", "by hand", "another group", "order of groups"]
+    "change", ["a dict", "a copy", "a pickle", "by hand", "cleared", "another group", "order"]
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_step_counts_belong_to_their_parameters(change, device):
@@ -192,6 +192,9 @@ def test_step_counts_belong_to_their_parameters(change, device):
     elif change == "by hand":
         optimizer.state[network[0].weight]["step"] = torch.tensor(7.0, device=device)
         expected[0] = 7.0
+    elif change == "cleared":
+        optimizer.state.clear()
+        expected = [0.0] * 4
     elif change == "another group":
         network.append(torch.nn.Linear(3, 1, bias=False, device=device))
         optimizer.add_param_group({"params": [network[3].weight]})
@@ -201,10 +204,10 @@ def test_step_counts_belong_to_their_parameters(change, device):
     for step in (3, 4):
         set_gradients(network, step, without=(2,))
         optimizer.step()
-    counts = [optimizer.state[p]["step"].item() for p in network.parameters()]
+    counts = [optimizer.state[p].get("step", 0.0) for p in network.parameters()]
     assert counts == [count + 2.0 * (i != 2) for i, count in enumerate(expected)]
     in_groups = [p for group in optimizer.param_groups for p in group["params"]]
-    assert optimizer.steps.tolist() == [optimizer.state[p]["step"].item() for p in in_groups]
+    assert optimizer.steps.tolist() == [optimizer.state[p].get("step", 0.0) for p in in_groups]
 
 
 def test_loaded_state_is_copied_into_existing_tensors():
