@@ -6,8 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 BENCH ?= runs/bench
+HUB ?= runs/hub
 
-.PHONY: install demo test lint types docs format bench gates gpu-report clean help
+.PHONY: install demo test lint types docs format bench gates gpu-report hub clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -54,6 +55,9 @@ ifdef REHEARSE
 else
 	PYTHONPATH=kernels:.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu.gpu_report $(if $(MORE),--more) $(if $(REDUCED),--reduced) $(if $(OUTPUT),--output $(OUTPUT))
 endif
+
+hub:  ## write the kernels in the format of Hugging Face's kernel Hub into HUB
+	$(PYTHON) kernels/build_hub.py --output $(HUB)
 
 clean:  ## remove the environment, runs and build outputs
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -43,6 +43,7 @@ EXPORT = [
 DEV = [
     "build",
     "hypothesis>=6.100",
+    "kernels>=0.17",  # Hugging Face's, which loads what kernels/build_hub.py writes
     "lightly>=1.6,<1.7",  # compared with in tests/test_compat_lightly.py
     "mkdocs-material>=9.5",
     "mypy>=1.18",
@@ -51,6 +52,7 @@ DEV = [
     "pytest-benchmark>=5.1",
     "pytest-xdist",
     "ruff>=0.14",
+    "vermin>=1.6",  # tests/test_build_hub.py: oldest Python of the kernels
     "setuptools>=77",  # tests/test_package.py builds in the environment it runs in
 ]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50; sys_platform == 'linux'"]

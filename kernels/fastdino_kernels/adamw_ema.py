@@ -121,7 +121,7 @@ def adamw_ema_update_(
     n = len(parameters := list(parameters))
     given = (parameters, exp_avgs, exp_avg_sqs, teachers, shadows, teacher_shadows, gradients)
     made = ([None] * n if some is None else list(some) for some in given)
-    lists: Lists = dict(zip(LISTS, made, strict=True))
+    lists: Lists = dict(zip(LISTS, made))
     check_lengths(lists)
     if n == 0:
         choose_impl(impl, [])  # raises for an unknown name
@@ -232,7 +232,7 @@ def _state_tables(call: Call, local: Lists, impl: str) -> Tables | None:
 def _gradient_tables(local: Lists, impl: str) -> Tables | None:
     parameters, *_, gradients = local.values()
     held, device = present([gradients]), present([parameters])[0].device
-    moving = [p if g is not None else None for p, g in zip(parameters, gradients, strict=True)]
+    moving = [p if g is not None else None for p, g in zip(parameters, gradients)]
     if not triton_takes([moving, gradients]) or (held and choose_impl(impl, held) == "torch"):
         return None
     from .clip_triton import CHUNK

@@ -297,7 +297,7 @@ class AdamWEMA(torch.optim.Optimizer):
             and all(gradients[i] is None for i in known.stateless)
         ):
             return known
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients):
             if gradient is not None and not self.state.get(parameter):
                 self.state[parameter] = _new_state(parameter)
         given = (self._teachers, self._shadows, self._teacher_shadows)
@@ -328,14 +328,14 @@ class AdamWEMA(torch.optim.Optimizer):
         if self.skip_nonfinite and (refused is None or refused.device != device):
             _refuse_capture(device)
             self.refused_steps = torch.zeros((), dtype=torch.int64, device=device)
-        steps, exp_avgs, exp_avg_sqs = zip(*map(_state_of, arranged.states), strict=True)
+        steps, exp_avgs, exp_avg_sqs = zip(*map(_state_of, arranged.states))
         none = (None,) * (len(arranged.every) - len(arranged.parameters))
         moments = exp_avgs + none, exp_avg_sqs + none
         lists = (arranged.every, *moments, *arranged.belonging, [*gradients, *none])
-        groups = zip(arranged.counts, self.param_groups, strict=True)
+        groups = zip(arranged.counts, self.param_groups)
         overflow = getattr(self, "found_inf", None)  # an int if no parameter has a gradient
         return Call(
-            dict(zip(LISTS, lists, strict=True)),
+            dict(zip(LISTS, lists)),
             steps,
             [make_group(count, group, device) for count, group in groups],
             None if self.max_norm is None else check_max_norm(self.max_norm),
@@ -362,7 +362,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for loaded in state["state"].values():
             if not set(_STATE) <= loaded.keys():
                 raise ValueError(f"expected the state of an AdamW, got one of {', '.join(loaded)}")
-        for group, own in zip(state["param_groups"], self.param_groups, strict=True):
+        for group, own in zip(state["param_groups"], self.param_groups):
             group.update(_AS_ADAMW)
             for name in ("lr", "weight_decay"):
                 group[name] = _copied(own[name], group[name])
@@ -386,7 +386,7 @@ def _new_state(parameter: Tensor) -> dict[str, Tensor]:
     _refuse_capture(parameter.device)
     moments = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
     count = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    return dict(zip(_STATE, (count, *moments), strict=True))
+    return dict(zip(_STATE, (count, *moments)))
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
@@ -418,7 +418,7 @@ def _by_parameter(
             f"{name} must have a tensor or None for each parameter of the groups, "
             f"expected {len(parameters)}, got {len(tensors)}"
         )
-    return {p: t for p, t in zip(parameters, tensors, strict=True) if t is not None}
+    return {p: t for p, t in zip(parameters, tensors) if t is not None}
 
 
 def _is_zero(rate: object) -> bool:

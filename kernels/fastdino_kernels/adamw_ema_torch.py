@@ -69,11 +69,11 @@ def _move(call: Call, local: Lists, norms: Tensor | None, stays: Tensor | None) 
             continue
         if factors is not None:
             # Wide first: half times a 0-d fp32 tensor would round the tensor to half.
-            g = [x.to(compute_dtype(*four)) for x, *four in zip(g, g, p, m, v, strict=True)]
+            g = [x.to(compute_dtype(*four)) for x, *four in zip(g, g, p, m, v)]
             g = list(torch._foreach_mul(g, [factors[i] for i in indices]))
         counted = torch.ones_like(steps[0]) if stays is None else 1 - stays
         torch._foreach_add_(steps, [counted] * len(steps))
-        _adamw(list(zip(p, g, m, v, steps, strict=True)), group, stays)
+        _adamw(list(zip(p, g, m, v, steps)), group, stays)
 
 
 def _factors(call: Call, norms: Tensor | None) -> Sequence[Tensor] | None:
@@ -108,7 +108,7 @@ def _adamw(rows: Sequence[tuple[Tensor, ...]], group: Group, stays: Tensor | Non
             back += [(four[i], work[i]) for i in (0, 2, 3) if work[i] is not four[i]]
         by_dtype.setdefault(dtype, []).append((*work, step))
     for some in by_dtype.values():
-        _fused(*map(list, zip(*some, strict=True)), group=group, stays=stays)
+        _fused(*map(list, zip(*some)), group=group, stays=stays)
     if back:
         torch._foreach_copy_([x for x, _ in back], [w for _, w in back])
 
@@ -144,16 +144,16 @@ def _average(
     parameters, _, _, teachers, shadows, teacher_shadows, _ = local.values()
     written = present([teachers, shadows, teacher_shadows])
     before = [] if nothing is None else [x.clone() for x in written]
-    pairs = [(t, p) for t, p in zip(teachers, parameters, strict=True) if t is not None]
+    pairs = [(t, p) for t, p in zip(teachers, parameters) if t is not None]
     torch_ema_([t for t, _ in pairs], [p for _, p in pairs if p is not None], momentum)
     sources = list(teachers)
     if unit_rows is not None and (teacher := sources[unit_rows]) is not None:
         sources[unit_rows] = reference.unit_rows(teacher.to(compute_dtype(teacher)))
-    copied = [*zip(shadows, parameters, strict=True), *zip(teacher_shadows, sources, strict=True)]
+    copied = [*zip(shadows, parameters), *zip(teacher_shadows, sources)]
     both = [pair for pair in copied if pair[0] is not None]
     if both:
-        copies, originals = (present([some]) for some in zip(*both, strict=True))
+        copies, originals = (present([some]) for some in zip(*both))
         torch._foreach_copy_(copies, originals)
     if nothing is not None and written:
-        kept = [torch.where(nothing, b, x) for b, x in zip(before, written, strict=True)]
+        kept = [torch.where(nothing, b, x) for b, x in zip(before, written)]
         torch._foreach_copy_(written, kept)

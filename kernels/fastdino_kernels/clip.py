@@ -135,7 +135,7 @@ def measure(tensors: Some) -> Tensor:
     norms = [like] * len(tensors)
     for indices, group in _by_dtype(tensors):
         measured = torch._foreach_norm(group, 2.0, dtype=compute_dtype(*group[:1]))
-        for index, norm in zip(indices, measured, strict=True):
+        for index, norm in zip(indices, measured):
             norms[index] = norm.to(like)
     return torch.stack(norms)
 
@@ -150,7 +150,7 @@ def _scale_(tensors: Some, factors: Sequence[Tensor]) -> None:
     """Multiply each tensor by its factor []."""
     for indices, group in _by_dtype(tensors):
         wide = compute_dtype(group[0])
-        own = [factors[i].to(g.device, wide) for i, g in zip(indices, group, strict=True)]
+        own = [factors[i].to(g.device, wide) for i, g in zip(indices, group)]
         # On an accelerator, half times a 0-d factor rounds the factor to half first.
         products = group if group[0].dtype == wide else [grad.to(wide) for grad in group]
         torch._foreach_mul_(products, own)
@@ -172,7 +172,7 @@ def _by_dtype(tensors: Some) -> list[tuple[list[int], list[Tensor]]]:
 def _clip_grad_norms_op(
     grads: list[Tensor], positions: list[int], total: int, max_norm: float
 ) -> Tensor:
-    by_position = dict(zip(positions, grads, strict=True))
+    by_position = dict(zip(positions, grads))
     some = [by_position.get(i) for i in range(total)]
     return _clip_(some, some, max_norm, "triton", each=True)
 

@@ -60,7 +60,7 @@ class CropParams:
     def of_sample(self, b: int) -> list[Crop]:
         """Return the N crops of sample b."""
         columns = [getattr(self, field.name)[b].tolist() for field in fields(self)]
-        return [Crop(*row) for row in zip(*columns, strict=True)]
+        return [Crop(*row) for row in zip(*columns)]
 
     def pack(self) -> Tensor:
         """Pack everything into one int32 tensor [B, N, 14], so that one copy moves it.

@@ -23,7 +23,7 @@ def local_lists(lists: Lists) -> Lists:
         return lists
     (first, references), *_ = lists.items()
     for name, some in lists.items():
-        for i, (x, y) in enumerate(zip(references, some, strict=True)):
+        for i, (x, y) in enumerate(zip(references, some)):
             ours, theirs = (getattr(tensor, "placements", None) for tensor in (x, y))
             if y is not None and ours != theirs:
                 raise ValueError(
@@ -55,7 +55,7 @@ def norms_over_shards(norms: Tensor, name: str, tensors: Some) -> Tensor:
         squares = torch.stack([parts[index] for index in indices]).square()
         for group in groups:
             torch.distributed.all_reduce(squares, group=group)
-        for index, norm in zip(indices, squares.sqrt().unbind(), strict=True):
+        for index, norm in zip(indices, squares.sqrt().unbind()):
             parts[index] = norm
     return torch.stack(parts)
 

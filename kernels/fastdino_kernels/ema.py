@@ -146,7 +146,7 @@ def torch_ema_(
 ) -> None:
     """Update checked tensors by multi-tensor operations, which are one launch if dtypes agree."""
     groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for t, s in zip(teacher, student, strict=True):
+    for t, s in zip(teacher, student):
         ts, ss = groups.setdefault((t.dtype, s.dtype), ([], []))
         ts.append(t)
         ss.append(s)

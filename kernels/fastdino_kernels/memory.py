@@ -13,8 +13,7 @@ def are_flat(tensors: Sequence[Tensor]) -> bool:
         return True
     shape = tensors[0].shape
     strides = [
-        [stride for stride, size in zip(tensor.stride(), shape, strict=True) if size != 1]
-        for tensor in tensors
+        [stride for stride, size in zip(tensor.stride(), shape) if size != 1] for tensor in tensors
     ]
     return tensors[0].numel() == 0 or (
         is_dense(tensors[0]) and all(other == strides[0] for other in strides)
@@ -26,7 +25,7 @@ def is_dense(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         return True
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size != 1:
             if stride != expected:
                 return False
@@ -43,7 +42,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     extent = 1  # elements spanned by the dimensions so far, from the innermost
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size != 1:
             if stride < extent:
                 return True

@@ -134,7 +134,7 @@ def _multi_crop_op(
         return outs
     levels = normalized_levels(tuple(mean), tuple(std), dtype, outs[0].device)
     if impl == "torch":
-        for out, rows in zip(outs, packed.split(list(counts)), strict=True):
+        for out, rows in zip(outs, packed.split(list(counts))):
             multi_crop_torch.multi_crop_(out, images, rows, levels)
     else:
         from . import multi_crop_triton  # Triton may be absent
@@ -158,7 +158,7 @@ def _empty_crops(
     device = images[0].device if images else packed.device
     return [
         torch.empty((count, packed.shape[1], 3, size, size), dtype=dtype, device=device)
-        for count, size in zip(counts, sizes, strict=True)
+        for count, size in zip(counts, sizes)
     ]
 
 

@@ -56,7 +56,7 @@ def make_chunks(numels: Sequence[int], chunk: int, device: torch.device) -> Chun
     """Divide tensors of n >= 1 sizes into chunks of `chunk` elements."""
     counts = [max(1, -(-numel // chunk)) for numel in numels]
     firsts = itertools.accumulate(counts, initial=0)
-    rows = upload(itertools.chain.from_iterable(zip(firsts, numels, strict=False)), device)
+    rows = upload(itertools.chain.from_iterable(zip(firsts, numels)), device)
     # Computed on the device, so that only n numbers are copied there.
     owners = torch.repeat_interleave(upload(counts, device), output_size=sum(counts))
     return Chunks(rows.view(-1, 2), owners)
@@ -67,7 +67,7 @@ def make_pointers(
 ) -> Pointers:
     """Build the words of fp32/bf16/fp16 tensors or None, n per role, and of more columns of n."""
     words = [[0 if t is None else t.data_ptr() << 2 | CODE_OF[t.dtype] for t in r] for r in roles]
-    flat = itertools.chain.from_iterable(zip(*words, *columns, strict=True))
+    flat = itertools.chain.from_iterable(zip(*words, *columns))
     codes = ({CODE_OF[tensor.dtype] for tensor in role if tensor is not None} for role in roles)
     table = upload(flat, device).view(-1, len(roles) + len(columns))
     return Pointers(table, tuple(c.pop() if len(c) == 1 else MIXED if c else None for c in codes))

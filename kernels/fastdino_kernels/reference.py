@@ -80,7 +80,7 @@ def ema_update(
     teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
 ) -> list[Tensor]:
     """Return m*theta_t + (1 - m)*theta_s (section 3.1) as new tensors."""
-    return [momentum * t + (1 - momentum) * s for t, s in zip(teacher, student, strict=True)]
+    return [momentum * t + (1 - momentum) * s for t, s in zip(teacher, student)]
 
 
 def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -88,8 +88,7 @@ def clip_grad_norms(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tens
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     factors = [max_norm / (norm + CLIP_EPS) for norm in norms]
     clipped = [
-        grad * factor if factor < 1 else grad.clone()
-        for grad, factor in zip(grads, factors, strict=True)
+        grad * factor if factor < 1 else grad.clone() for grad, factor in zip(grads, factors)
     ]
     return clipped, norms
 

@@ -140,7 +140,7 @@ def triton_takes(lists: Sequence[Some]) -> bool:
         return False
     if all(map(Tensor.is_contiguous, tensors)):
         return True
-    together = ([t for t in some if t is not None] for some in zip(*lists, strict=True))
+    together = ([t for t in some if t is not None] for some in zip(*lists))
     return all(are_flat(some) for some in together if some)
 
 
@@ -158,7 +158,7 @@ def check_lists(lists: Lists) -> None:
     for name, some in lists.items():
         if _all_fit(references, some):
             continue
-        for i, (reference, tensor) in enumerate(zip(references, some, strict=True)):
+        for i, (reference, tensor) in enumerate(zip(references, some)):
             if tensor is not None:
                 check_float_tensor(label(name, i), tensor)
                 assert reference is not None
@@ -170,8 +170,8 @@ def _all_fit(references: Some, some: Some) -> bool:
     """Return True if check_lists accepts the tensors, quickly; False if that is not certain."""
     if torch.compiler.is_compiling() or not are_plain([references, some]):
         return False
-    pairs = [(r, t) for r, t in zip(references, some, strict=True) if t is not None]
-    xs, ys = zip(*pairs, strict=True) if pairs else ((), ())
+    pairs = [(r, t) for r, t in zip(references, some) if t is not None]
+    xs, ys = zip(*pairs) if pairs else ((), ())
     return (
         set(map(dtype_of, ys)) <= set(FLOAT_DTYPES)
         and set(map(_layout_of, ys)) <= {torch.strided}
