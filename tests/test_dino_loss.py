@@ -168,6 +168,16 @@ def test_rows_at_any_address(dtype, view, which, target):
         torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=EPS[dtype] * 1e-3)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_only_rows_at_multiples_of_16_bytes_are_read_as_vectors(dtype):
+    are_aligned = importlib.import_module("fastdino_kernels.pairwise_triton")._are_aligned
+    crops = draw(3, 2, 2, 520, dtype)[0]
+    views = {name: are_aligned(view(crops)) for name, view in VIEWS.items()}
+    assert views == {name: name == "aligned view" for name in VIEWS}
+    assert are_aligned(crops, None)
+    assert not are_aligned(crops, at_offset(crops, 1))
+
+
 @numpy_warns  # of elements beyond the last prototype
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("K", [7, 520, 1001])
