@@ -22,7 +22,7 @@ from .adamw_ema_arguments import Call
 from .chunk_triton import PART, find_chunk, find_tensor, load_chunk, store_chunk
 from .clip_triton import clip_factor, launch_sum_squares, norm_of
 from .dispatch import backend_options, device_guard
-from .ema_triton import blend, ema_weights
+from .ema_triton import blend, ema_scale
 from .pointer_table import Cache, upload
 from .tensor_lists import Tables, present
 
@@ -135,7 +135,7 @@ def adamw_ema_kernel(
     """
     changes, moves = _may_change(skip, found_inf, flag, refused)
     if changes:
-        weight, keep = ema_weights(weight, keep, momentum)
+        scale, near_teacher = ema_scale(weight, keep, momentum)
         owner, start, left = find_chunk(rows, owners, CHUNK)
         number = numbers + owner * NUMBERS
         unit = False
@@ -152,7 +152,7 @@ def adamw_ema_kernel(
             tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(number + COUNT))
         if (left >= CHUNK) & (together % 16 == 0):
             _update(
-                words, gradients, owner, number, moves, weight, keep, start, left,
+                words, gradients, owner, number, moves, scale, near_teacher, start, left,
                 PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
                 SHADOW_CODE, TEACHER_SHADOW_CODE, UNIT_COLUMNS, unit, CHUNK, True,
             )  # fmt: skip
@@ -160,7 +160,8 @@ def adamw_ema_kernel(
             part = 0
             while part < tl.minimum(left, CHUNK):
                 _update(
-                    words, gradients, owner, number, moves, weight, keep, start + part, left - part,
+                    words, gradients, owner, number, moves, scale, near_teacher, start + part,
+                    left - part,
                     PARAMETER_CODE, GRADIENT_CODE, EXP_AVG_CODE, EXP_AVG_SQ_CODE, TEACHER_CODE,
                     SHADOW_CODE, TEACHER_SHADOW_CODE, UNIT_COLUMNS, unit, PART, False,
                 )  # fmt: skip
@@ -169,7 +170,7 @@ def adamw_ema_kernel(
 
 @triton.jit
 def _update(
-    words, gradients, owner, number, moves, weight, keep, start, left,
+    words, gradients, owner, number, moves, scale, near_teacher, start, left,
     PARAMETER_CODE: tl.constexpr, GRADIENT_CODE: tl.constexpr,
     EXP_AVG_CODE: tl.constexpr, EXP_AVG_SQ_CODE: tl.constexpr, TEACHER_CODE: tl.constexpr,
     SHADOW_CODE: tl.constexpr, TEACHER_SHADOW_CODE: tl.constexpr,
@@ -197,7 +198,7 @@ def _update(
             store_chunk(p, shadow, shadow_code, start, left, SHADOW_CODE, SIZE, WHOLE)
     if TEACHER_CODE is not None:
         if teacher != 0:
-            t = blend(t, p, weight, keep)
+            t = blend(t, p, scale, near_teacher)
             t = store_chunk(t, teacher, teacher_code, start, left, TEACHER_CODE, SIZE, WHOLE)
             if TEACHER_SHADOW_CODE is not None:
                 copy, copy_code = find_tensor(words, owner, TEACHER_SHADOW, ROLES)

@@ -28,7 +28,7 @@ def ema_kernel(
     weight = 1 - keep, unless `momentum` [] is given, which replaces both. TEACHER, SHADOW and
     STUDENT are the dtype codes of the words' roles; SHADOW is None if there is no such role.
     """
-    weight, keep = ema_weights(weight, keep, momentum)
+    scale, near_teacher = ema_scale(weight, keep, momentum)
     owner, start, left = find_chunk(rows, owners, CHUNK)
     ROLES: tl.constexpr = 2 if SHADOW is None else 3
     teacher, teacher_code = find_tensor(words, owner, 0, ROLES)
@@ -37,7 +37,7 @@ def ema_kernel(
     if (left >= CHUNK) & ((teacher | student | shadow) % 16 == 0):
         t = load_chunk(teacher, teacher_code, start, left, TEACHER, CHUNK, True)
         s = load_chunk(student, student_code, start, left, STUDENT, CHUNK, True)
-        t = blend(t, s, weight, keep)
+        t = blend(t, s, scale, near_teacher)
         t = store_chunk(t, teacher, teacher_code, start, left, TEACHER, CHUNK, True)
         if SHADOW is not None:
             store_chunk(t, shadow, shadow_code, start, left, SHADOW, CHUNK, True)
@@ -46,7 +46,7 @@ def ema_kernel(
         while part < tl.minimum(left, CHUNK):
             t = load_chunk(teacher, teacher_code, start + part, left - part, TEACHER, PART, False)
             s = load_chunk(student, student_code, start + part, left - part, STUDENT, PART, False)
-            t = blend(t, s, weight, keep)
+            t = blend(t, s, scale, near_teacher)
             t = store_chunk(
                 t, teacher, teacher_code, start + part, left - part, TEACHER, PART, False
             )
@@ -56,8 +56,8 @@ def ema_kernel(
 
 
 @triton.jit
-def ema_weights(weight, keep, momentum):
-    """Return (1 - m, m) in fp32, from `momentum` [] if it is given."""
+def ema_scale(weight, keep, momentum):
+    """Return the arguments of blend for (1 - m, m), or for `momentum` [] if it is given."""
     if momentum is not None:
         m = tl.load(momentum).to(tl.float64)
         weight = (1.0 - m).to(tl.float32)
@@ -66,15 +66,17 @@ def ema_weights(weight, keep, momentum):
         # The interpreter treats a float that fp32 cannot represent as fp64.
         weight = tl.cast(weight, tl.float32)
         keep = tl.cast(keep, tl.float32)
-    return weight, keep
+    near_teacher = weight < 0.5
+    return tl.where(near_teacher, weight, -keep), near_teacher
 
 
 @triton.jit
-def blend(t, s, weight, keep):
-    """Return keep*t + weight*s, from the nearer end, so that both ends are exact to the bit."""
-    near_teacher = weight < 0.5
+def blend(t, s, scale, near_teacher):
+    """Return m*t + (1 - m)*s, from the nearer end, so that both ends are exact to the bit.
+
+    scale: 1 - m from the teacher, -m from the student.
+    """
     base = tl.where(near_teacher, t, s)
-    scale = tl.where(near_teacher, weight, -keep)
     return tl.where(scale == 0, base, base + scale * (s - t))
 
 
