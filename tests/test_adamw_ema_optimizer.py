@@ -457,6 +457,45 @@ def test_global_norm_equals_torch_clip_adamw_and_ema(target):
     assert optimizer.refused_steps.item() == 1
 
 
+def _transpose_parameter(optimizer, p, teacher):
+    p.grad, p.data = None, p.data.t()
+
+
+def _transpose_teacher(optimizer, p, teacher):
+    teacher.data = teacher.data.t()
+
+
+def _keep_four_rows(optimizer, p, teacher):
+    p.grad, p.data, teacher.data = None, p.data[:4], teacher.data[:4]
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[p][name] = optimizer.state[p][name][:4]
+
+
+def _negate_gradient(optimizer, p, teacher):
+    p.grad = torch._neg_view(p.grad)
+
+
+@pytest.mark.parametrize(
+    "change", [_transpose_parameter, _transpose_teacher, _keep_four_rows, _negate_gradient]
+)
+def test_other_layout_of_the_same_memory_is_noticed(change, target):
+    results = []
+    for impl in (target["impl"], "torch"):
+        values = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+        weight, teacher, gradient = whole = values.to(target["device"]).unbind()
+        p, average = torch.nn.Parameter(weight), teacher.detach()
+        optimizer = AdamWEMA([p], lr=0.1, teacher=[average], momentum=0.5, impl=impl)
+        p.grad = gradient.detach()
+        optimizer.step()
+        change(optimizer, p, average)
+        if p.grad is None:
+            p.grad = gradient.detach()[: len(p)]
+        optimizer.step()
+        results.append(whole)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
 def test_distributed_checkpoint_does_not_move_the_teacher(lr):
     from torch.distributed.checkpoint.state_dict import (

@@ -50,6 +50,14 @@ def test_negative_views_are_read(negate):
     assert torch.equal(ours, theirs)
 
 
+def test_negative_view_of_known_memory_is_read(target):
+    x, teacher = Y.to(target["device"]), X.clone().to(target["device"])
+    for student, sign in ((x, 1), (torch._neg_view(x), -1), (x, 1)):
+        before = teacher.clone()
+        ema_update_([teacher], [student], 0.5, impl=target["impl"])
+        torch.testing.assert_close(teacher, (before + sign * x) / 2)
+
+
 @negative
 @pytest.mark.parametrize(
     "call",

@@ -18,6 +18,8 @@ from fastdino_kernels.tensor_lists import are_plain, holes, key_of, triton_takes
         lambda t: t.t(),
         lambda t: t[:1],
         lambda t: t.as_strided((4, 4), (5, 1)),
+        lambda t: torch._neg_view(t),  # the same address
+        lambda t: torch._neg_view(t.t()),
         lambda t: t.as_strided((16, 1), (4, 1)),  # the same strides and number of elements
         lambda t: None,
     ],

@@ -18,7 +18,7 @@ from .checks import is_number
 from .clip import check_max_norm
 from .dispatch import choose_impl
 from .pointer_table import Cache
-from .tensor_lists import are_plain, dtype_of, holes, present
+from .tensor_lists import are_plain, key_of, present
 
 Belonging = Sequence["Tensor | None"] | Mapping[Tensor, Tensor]
 
@@ -88,19 +88,12 @@ class _Arrangement:
         """Return everything that checks and tables depend on, gradients first; None if unknown."""
         if not self.are_plain:
             return None
-        some = present([gradients])
-        moving = itertools.chain(self.fixed, *map(_state_of, self.held))
-        try:
-            pointers = tuple(map(Tensor.data_ptr, some))
-        except RuntimeError:  # a sparse gradient
+        own, fixed = key_of([gradients]), key_of([self.fixed])
+        if own is None or fixed is None:
             return None
-        contiguous = all(map(Tensor.is_contiguous, some))
-        layout = None if contiguous else tuple((g.stride(), g.is_neg()) for g in some)
-        numels = tuple(map(Tensor.numel, some))
-        return (
-            (pointers, numels, tuple(map(dtype_of, some)), layout, holes(gradients)),
-            (tuple(map(Tensor.data_ptr, moving)), tuple(map(dtype_of, self.fixed))),
-        )
+        # A moment has the layout that it got from its parameter.
+        state = itertools.chain.from_iterable(map(_state_of, self.held))
+        return own, (fixed, tuple(map(Tensor.data_ptr, state)))
 
 
 class AdamWEMA(torch.optim.Optimizer):

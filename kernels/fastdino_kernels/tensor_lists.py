@@ -85,12 +85,12 @@ def key_of(lists: Iterable[Some]) -> Hashable | None:
         pointers = tuple(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # a sparse tensor
         return None
-    contiguous = all(map(Tensor.is_contiguous, tensors))
+    simple = all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
     return (
         pointers,
         tuple(map(dtype_of, tensors)),
         tuple(map(Tensor.numel, tensors)),
-        None if contiguous else tuple((t.shape, t.stride(), t.is_neg()) for t in tensors),
+        None if simple else tuple((t.shape, t.stride(), t.is_neg()) for t in tensors),
         gaps,
         tuple(map(len, lists)),
     )
