@@ -125,3 +125,15 @@ def test_any_nonfinite_gradient_refuses_the_step(index, target):
     lists.step(target, refused_steps=refused)
     assert refused.item() == 1
     assert_unchanged(lists, before)
+
+
+@triton_only
+def test_new_memory_may_hold_anything(target, monkeypatch):
+    lists = make(target["device"])
+    expected = step_by_step(lists)
+    refused = torch.zeros((), dtype=torch.int64, device=target["device"])
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(1))
+    lists.step(target, refused_steps=refused)
+    assert refused.item() == 0
+    assert_right(lists, expected)

@@ -109,6 +109,34 @@ def test_storage_and_gradients_may_move_between_calls(change, target):
             lists.teachers = [change(t) for t in lists.teachers]
 
 
+def test_gradients_of_another_order_are_checked_again(target):
+    """The same tensors in other roles: each combination is checked, whatever was seen before."""
+    lists = make(target["device"], [(4,), (40,)], copies=False)
+    names = ("parameters", "exp_avgs", "exp_avg_sqs", "teachers")
+    gradients = lists.gradients
+    lists.step(target)
+    for name in names:
+        setattr(lists, name, getattr(lists, name)[::-1])
+    lists.gradients = gradients[::-1]
+    lists.step(target)
+    lists.gradients = gradients
+    with pytest.raises(ValueError, match=r"gradients\[0\] must have the same shape"):
+        lists.step(target)
+
+
+def test_calls_with_their_own_learning_rates_share_no_table():
+    """A captured graph writes its learning rates into the table, at any time."""
+    from fastdino_kernels.adamw_ema_triton import LR, _hyperparameters
+
+    cache, rates = Cache(), [torch.tensor(0.1), torch.tensor(0.2)]
+    calls = [
+        Call({}, [], [Group(1, rate, 0.9, 0.99, 1e-6, 0.1)], None, True, 0.9) for rate in rates
+    ]
+    tables = [_hyperparameters(call, cache, torch.device("cpu")) for call in calls]
+    assert [table[LR.value].item() for table in tables] == pytest.approx([0.1, 0.2])
+    assert _hyperparameters(calls[0], cache, torch.device("cpu")) is tables[0]
+
+
 @triton_only
 def test_tables_are_built_once(target, monkeypatch):
     made = []

@@ -15,6 +15,7 @@ again for its copy. Fused, five are read and four are written; the gradient is u
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ from .dispatch import choose_impl
 from .dtensor import local_lists, norms_over_shards
 from .pointer_table import Cache, make_pointers, thread_cache
 from .tensor_lists import Lists, Tables, cached_chunks, key_of, present, triton_takes
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity, as a part of the gradients' key
+class _State:
+    """All tensors but the gradients, checked: their tables, None for PyTorch, and addresses."""
+
+    tables: Tables | None
+    addresses: frozenset[int]
 
 
 @torch.compiler.disable  # a traced graph would break at the first address
@@ -193,26 +202,25 @@ def _plan(
     parameter = state[0][0]
     assert parameter is not None
 
-    def make_state() -> tuple[Tables | None, frozenset[int]]:
+    def make_state() -> _State:
         check_state(call, local)
         addresses = frozenset(tensor.data_ptr() for tensor in present(state) if tensor.numel())
-        return _state_tables(call, local, impl), addresses
+        return _State(_state_tables(call, local, impl), addresses)
 
     def make_gradients() -> Tables | None:
-        tables, addresses = checked
-        check_gradients(local, addresses)
-        return None if tables is None else _gradient_tables(local, impl)
+        check_gradients(local, checked.addresses)
+        return None if checked.tables is None else _gradient_tables(local, impl)
 
     if keys is None:
         keys = key_of([gradients]), key_of([*state, call.steps])
     if keys[0] is None or keys[1] is None:
         checked = make_state()
-        return checked[0], make_gradients()
+        return checked.tables, make_gradients()
     counts = [group.count for group in call.groups]
     chosen = choose_impl(impl, [parameter])
     key = impl, chosen, counts, call.unit_rows, keys[1]
     checked = cache.get(key, parameter.device, make_state)
-    return checked[0], cache.get((checked, keys[0]), parameter.device, make_gradients)
+    return checked.tables, cache.get((checked, keys[0]), parameter.device, make_gradients)
 
 
 def _state_tables(call: Call, local: Lists, impl: str) -> Tables | None:

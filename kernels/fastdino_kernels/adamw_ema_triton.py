@@ -267,10 +267,12 @@ def launch_adamw_ema(
         norms = norms.float().contiguous()
     with device_guard(state.pointers.words):
         flag = partials = None
+        measures = call.needs_norms and norms is None
         if call.refused_steps is not None:
-            flag = torch.zeros((), dtype=torch.int32, device=device)
-        if call.needs_norms and norms is None:
-            partials = launch_sum_squares(gradients)
+            make = torch.empty if measures else torch.zeros  # the measuring kernel sets it to 0
+            flag = make((), dtype=torch.int32, device=device)
+        if measures:
+            partials = launch_sum_squares(gradients, flag)
             shape = (count,) if call.each else ()
             norms = torch.empty(shape, dtype=torch.float32, device=device)
         numbers = torch.empty((count, NUMBERS.value), dtype=torch.float32, device=device)
@@ -315,7 +317,9 @@ def _hyperparameters(call: Call, cache: Cache, device: torch.device) -> Tensor:
         betas = group.beta1, group.beta2
         values += [math.log2(beta) if beta > 0 else -math.inf for beta in betas]
         values += [group.eps, 1 - group.beta1, 1 - group.beta2]
-    table: Tensor = cache.get(("hyper", values), device, lambda: upload(values, device, "d"))
+    # A table that is written belongs to its tensors: calls with others may run at the same time.
+    key = "hyper", values, [tensor.data_ptr() for _, tensor in tensors]
+    table: Tensor = cache.get(key, device, lambda: upload(values, device, "d"))
     if tensors:
         torch._foreach_copy_([table[i] for i, _ in tensors], [value for _, value in tensors])
     return table
