@@ -61,7 +61,8 @@ def test_image_gives_the_papers_files_and_statistics(
     result = report_of(out)
     (image,) = result.pop("images")
     assert result == {
-        "settings": nano_settings | {"image_size": [33, 50], "threshold": 0.6},
+        "settings": nano_settings
+        | {"image_size": [33, 50], "threshold": 0.6, "exif_orientation": False},
         "skipped": {},
     }
     assert set(image.pop("files")) == expected
@@ -145,3 +146,26 @@ def test_image_size_need_not_match_the_patch_size_or_the_position_embedding(run,
     assert not list((tmp_path / "out").glob("mask*"))
     assert all("kept_patches" not in head for head in image["heads"])
     assert torch.tensor([head["patch_mass"] for head in image["heads"]]).gt(0.9).all()
+
+
+@pytest.mark.parametrize("trained_with", [False, True])
+@pytest.mark.parametrize("flag", [None, "true", "false"])
+def test_images_are_rotated_as_in_training(run, photo, nano_weights, tmp_path, trained_with, flag):
+    """The default is the setting of the checkpoint's training."""
+    rotated = tmp_path / "rotated.jpg"
+    with Image.open(photo) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # quarter turn
+        image.save(rotated, exif=exif)
+    state = torch.load(nano_weights, weights_only=True)
+    args = {"arch": "vit_nano", "patch_size": 8, "exif_orientation": trained_with}
+    weights = tmp_path / "weights.pth"
+    torch.save({"teacher": state.get("teacher", state), "args": args}, weights)
+    words = ["--image_path", rotated, "--image_size", 24, "--pretrained_weights", weights]
+    words += ["--exif_orientation", flag] if flag else []
+    assert run(*words)[0] == 0
+    report = report_of(tmp_path / "out")
+    applied = trained_with if flag is None else flag == "true"
+    assert report["settings"]["exif_orientation"] is applied
+    height, width = report["images"][0]["size"]
+    assert (height > width) is applied  # stored 61 wide, 45 high

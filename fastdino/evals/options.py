@@ -54,6 +54,14 @@ def add_network_flags(
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=about)
 
 
+def add_exif_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag for images that cameras store rotated; `load_vit` and others resolve it."""
+    about = "apply the EXIF orientation of images (default: as the checkpoint's training did)"
+    parser.add_argument(
+        "--exif_orientation", type=parse_bool, default=None, metavar="BOOL", help=about
+    )
+
+
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags for data loading workers and distributed runs; return their group."""
     group = parser.add_argument_group("data loading and processes")
@@ -148,7 +156,7 @@ def load_network(
 
 def _load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
     torch.manual_seed(args.seed)
-    return load_backbone(
+    backbone = load_backbone(
         args.pretrained_weights,
         checkpoint_key=args.checkpoint_key,
         arch=args.arch,
@@ -156,6 +164,9 @@ def _load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
         default=args.default_network,
         **options,
     )
+    if getattr(args, "exif_orientation", True) is None:
+        args.exif_orientation = bool(backbone.args.get("exif_orientation", False))
+    return backbone
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -177,8 +188,11 @@ def settings_of(
         flags: names of flags in addition to the weights'.
     """
     names = ("pretrained_weights", "checkpoint_key", *flags)
+    rotation = getattr(args, "exif_orientation", None)
+    own = {} if rotation is None else {"exif_orientation": rotation}
     return {
         **{name: getattr(args, name) for name in names},
+        **own,
         "weights": None if model is None else weights_digest(model),
     }
 
@@ -193,7 +207,13 @@ def scan_splits(
     Raises: DataError: nothing to read, or the splits have different classes.
     """
     sources = {
-        split: scan_images(args.data_path, role=split, max_bad_share=1.0, workers=args.num_workers)
+        split: scan_images(
+            args.data_path,
+            role=split,
+            max_bad_share=1.0,
+            workers=args.num_workers,
+            exif=bool(args.exif_orientation),
+        )
         for split in splits
     }
     first, last = sources[splits[0]].classes, sources[splits[-1]].classes

@@ -19,6 +19,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import quiet_pillow, reason_of
 from fastdino.data.manifest import unread_manifest
-from fastdino.errors import DataError
+from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention_figures import (
     draw_attention,
     map_picture,
@@ -49,7 +50,13 @@ from fastdino.evals.attention_maps import (
     head_statistics,
     keep_mass,
 )
-from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
+from fastdino.evals.options import (
+    DEFAULT,
+    add_exif_flag,
+    add_network_flags,
+    load_vit,
+    settings_of,
+)
 from fastdino.evals.transforms import to_input
 from fastdino.files import explain_write_errors, write_json
 from fastdino.runtime import choose_device
@@ -111,6 +118,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
     """Draw the images of --image_path and write attention.json; return the number of images."""
     images, folders = find_images(args.image_path)
     model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
+    images = replace(images, exif=args.exif_orientation)
     root = Path(args.output_dir)
     records: list[dict[str, Any]] = []
     bar = tqdm(folders, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
@@ -155,6 +163,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino attention`: those of visualize_attention.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
+    add_exif_flag(parser)
     add = parser.add_argument
     about = "resize images to this height and width, or shorter side (default: 480 480)"
     add("--image_size", type=int, nargs="+", default=[480, 480], metavar="PX", help=about)
@@ -187,6 +196,11 @@ def main(args: argparse.Namespace) -> int:
         count = draw_images(args, device)
         print(f"{root}: pictures of {count} image(s), and attention.json")
         return 0
+    if args.exif_orientation:
+        raise ConfigError(
+            "--exif_orientation true is for --image_path: masks belong to the stored pixels"
+        )
+    args.exif_orientation = False
     result = measure(args, device)
     write_json(result, root / "jaccard.json")
     for name in ("trained", "untrained"):
