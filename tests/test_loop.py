@@ -189,7 +189,7 @@ def test_run_killed_at_random_moments_matches_uninterrupted_run(config, tmp_path
     ("kind", "at", "message"),
     [
         ("crops", STEPS + 1, "the loss is nan at iteration 5"),
-        ("weights", 2 * STEPS - 1, "student.backbone.* is not finite"),
+        ("weights", 2 * STEPS - 1, r"student.module.backbone.* is not finite"),
     ],
 )
 def test_nonfinite_step_stops_with_advice(config, tmp_path, fail, kind, at, message):

@@ -63,7 +63,7 @@ SWEEPS = {
     "forward": Sweep(
         "pairwise_triton",
         {
-            "FORWARD_BLOCK": (256, 512, 1024),
+            "FORWARD_BLOCK": (512, 1024, 2048),  # 128 for each of 4 bf16 per lane
             "FORWARD_WARPS": WARPS,
             "FORWARD_PROGRAMS": (1024, 1536, 2048, 4096),
         },
