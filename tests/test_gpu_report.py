@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import results_table
-from benchmarks.gpu import gpu_report, subprocesses
+from benchmarks.gpu import gpu_report, option_calls, subprocesses
 from benchmarks.gpu.gpu_report import GpuReport, Part, part
 from benchmarks.gpu.option_calls import boundary_calls
 from benchmarks.gpu.subprocesses import GRACE, ROOT, Result, Task, run_task, run_tasks
@@ -401,6 +401,21 @@ def test_the_command_writes_the_second_report(tmp_path, monkeypatch, capsys):
 def test_sanitized_calls_run(name, call):
     for tensor in call(torch.device("cpu")):
         assert tensor.isfinite().all()
+
+
+def test_images_of_sanitized_calls_end_where_a_word_ends(monkeypatch):
+    """multi_crop reads whole words, and memcheck knows the end of an allocation to the byte."""
+    images = []
+
+    def record(some, *_, **__):
+        images.extend(some)
+
+    monkeypatch.setattr(option_calls, "multi_crop", record)
+    for name, call in boundary_calls():
+        if name.startswith("multi_crop"):
+            call(torch.device("cpu"))
+    assert any(image.nbytes % 4 for image in images)
+    assert not any(image.untyped_storage().nbytes() % 4 for image in images)
 
 
 def test_folders_are_named_after_the_device():

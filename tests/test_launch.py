@@ -123,14 +123,14 @@ def broken(gpu):
     yield "read on the host", lambda: kernel[(1,)](x, x.sum().item())
 
 def errors(arch):
-    found = {}
+    messages = {}
     with record_launches(arch, compiles=False, device=GPU), emulated_gpu():
         for name, launch in broken(GPU):
             try:
                 launch()
             except Exception as error:
-                found[name] = f"{type(error).__name__}: {error}"
-    return found
+                messages[name] = f"{type(error).__name__}: {error}"
+    return messages
 
 print(json.dumps({str(arch): errors(arch) for arch in ARCHS}))
 """

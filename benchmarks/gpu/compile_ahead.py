@@ -72,7 +72,7 @@ def run_ours(make_comparison: Callable[[], Comparison]) -> None:
 
 
 def compile_share(index: int, processes: int, arch: int) -> tuple[int, int]:
-    """Record every `processes`-th call; returns the kernels compiled and those in the cache."""
+    """Record every `processes`-th call; return the kernels compiled and those in the cache."""
     os.environ["FASTDINO_KERNELS"] = "triton"  # although the tensors are on the CPU
     hits: list[bool] = []
     knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])

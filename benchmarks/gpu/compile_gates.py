@@ -174,15 +174,15 @@ _checked: Checked = {}  # of this process
 def check_call(module: str, index: int, arch: Arch) -> Checked:
     """Check the kernels that one of a module's calls launches."""
     name, call = list(importlib.import_module(module).kernel_calls())[index]
-    found: Checked = {}
+    compiled: Checked = {}
     with record_launches(arch, device=GPU) as launches, emulated_gpu():
         call(GPU)
         for launch in launches:
             key = hashlib.sha256(launch.binary).hexdigest(), launch.fp_fusion
             if key not in _checked:
                 _checked[key] = check_launch(f"{launch.kernel}, {name}", launch)
-            found[key] = _checked[key]
-    return found
+            compiled[key] = _checked[key]
+    return compiled
 
 
 def run_gates(module: str, archs: Sequence[Arch]) -> list[Compiled]:
@@ -193,8 +193,8 @@ def run_gates(module: str, archs: Sequence[Arch]) -> list[Compiled]:
     with ProcessPoolExecutor(
         len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
-        for found in pool.map(check_call, repeat(module), indices, targets, chunksize=4):
-            checked = found | checked  # the first call that launched a kernel names it
+        for compiled in pool.map(check_call, repeat(module), indices, targets, chunksize=4):
+            checked = compiled | checked  # the first call that launched a kernel names it
     order = {name_of(arch): place for place, arch in enumerate(archs)}
     return sorted(
         checked.values(), key=lambda each: (each.case.split(",")[0], order[each.target], each.case)

@@ -239,8 +239,8 @@ class GpuReport:
         """Return the environment and the rates of device_facts; empty if it failed."""
         for _, result in self.results:
             if result.name == "device" and result.last_line.startswith('{"environment"'):
-                found: dict[str, dict[str, str | float]] = json.loads(result.last_line)
-                return found
+                facts: dict[str, dict[str, str | float]] = json.loads(result.last_line)
+                return facts
         return {"environment": {}, "rates": {}}
 
     @property
@@ -329,7 +329,7 @@ def run_parts(
     total: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Path:
-    """Run the parts within `total` seconds and write the report after each; returns its folder.
+    """Run the parts within `total` seconds and write the report after each; return its folder.
 
     A part ends when the sum of the planned seconds so far has passed, at the latest.
     """

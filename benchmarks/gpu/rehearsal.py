@@ -42,7 +42,7 @@ COMPILED_STEP = f"{TINY_STEP} --baselines compiled"
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds of a command, of which `parallel` are spread over the cores."""
+    """CPU seconds of a command; those in `parallel` are spread over the cores."""
 
     name: str
     single: float
@@ -74,7 +74,7 @@ def _module(command: Sequence[str]) -> str:
 
 
 def cpu_seconds(command: Sequence[str], variables: Mapping[str, str]) -> tuple[float, str]:
-    """Run a command; returns the CPU seconds of all its processes, and the problem or ""."""
+    """Run a command; return the CPU seconds of all its processes, and the problem or ""."""
     words = ("env", *(f"{name}={value}" for name, value in variables.items()), *command)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run_task(Task("", words, LIMIT))
@@ -126,10 +126,6 @@ def budget_table(parts: Sequence[Part], costs: Mapping[str, Cost]) -> str:
     total, start = sum(part.seconds for part in parts), sum(float(row[2]) for row in rows)
     rows.append(["**all**", f"{total:.0f}", f"{start:.1f}", f"{total - start:.0f}"])
     return table(["part", "at most, s", "start, s", "left, s"], rows)
-
-
-def _budget_row(name: str, planned: float, start: float) -> list[str]:
-    return [name, f"{planned:.0f}", f"{start:.1f}", f"{planned - start:.0f}"]
 
 
 def markdown(facts: Mapping[str, str], costs: Sequence[Cost], plans: Sequence[str]) -> str:

@@ -88,7 +88,7 @@ class _Running:
             self.finish(f"not started: {error}")
 
     def has_ended(self) -> bool:
-        """Interrupt and kill the task in time; returns True if it has ended."""
+        """Interrupt and kill the task in time; return True if it has ended."""
         if self.result is not None or self.process is None:
             return True
         elapsed, limit = time.perf_counter() - self.start, self.task.seconds - self.grace
@@ -121,7 +121,7 @@ def _accept_interrupts() -> None:
 
 
 def _kill(process: subprocess.Popen[bytes], mark: str) -> bool:
-    """Kill the task's processes; returns False if its first one does not end.
+    """Kill the task's processes; return False if its first one does not end.
 
     A process that waits inside the GPU's driver may ignore SIGKILL.
     """
