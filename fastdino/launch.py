@@ -59,6 +59,7 @@ def _of_torchrun(environ: Mapping[str, str]) -> Launch:
         raise ConfigError(
             f"RANK must be below WORLD_SIZE, got RANK={rank}, WORLD_SIZE={world_size}"
         )
+    _port(environ)  # read by PyTorch
     return Launch(rank, world_size, _number(environ, "LOCAL_RANK", default=0))
 
 
@@ -71,7 +72,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch:
         )
     address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
     job = _number(environ, "SLURM_JOB_ID", default=0)
-    port = _number(environ, "MASTER_PORT", default=_PORTS[job % len(_PORTS)])
+    port = _port(environ, default=_PORTS[job % len(_PORTS)])
     local_rank = _number(environ, "SLURM_LOCALID", default=0)
     return Launch(rank, world_size, local_rank, (address, port))
 
@@ -86,6 +87,13 @@ def first_host(nodes: str) -> str:
         )
     name, number, rest = match.groups()
     return f"{name}{number or ''}{rest or ''}"
+
+
+def _port(environ: Mapping[str, str], default: int | None = None) -> int:
+    port = _number(environ, "MASTER_PORT", default)
+    if port > 65535:
+        raise ConfigError(f"MASTER_PORT must be at most 65535, got {port}")
+    return port
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
