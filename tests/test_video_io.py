@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastdino.errors import DataError
 from fastdino.evals import video_io
-from fastdino.evals.video_io import FORMATS, open_frames, video_writer
+from fastdino.evals.video_io import CLOCK, FORMATS, open_frames, video_writer
 
 
 def frame(number, size=(32, 48)):
@@ -133,3 +133,18 @@ def test_undecodable_input_is_reported(tmp_path, name, part):
     with pytest.raises(DataError, match=part) as raised:
         open_frames(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("longest", [3000, 4])
+def test_avi_repeats_frames_to_keep_their_times(tmp_path, monkeypatch, longest):
+    monkeypatch.setattr(video_io, "LONGEST_GAP", longest)
+    path, levels = tmp_path / "out.avi", (0, 80, 160, 240)
+    with video_writer(path, 10, CLOCK) as write:
+        for level, seconds in zip(levels, (0, 0.02, 0.5, 2.0), strict=True):
+            write(np.full((32, 48, 3), level, np.uint8), seconds)
+    frames = [
+        (np.asarray(frame).mean(), seconds) for frame, seconds in open_frames(str(path)).timed()
+    ]
+    shown = np.repeat(levels, (1, 4, 15, 1) if longest == 3000 else (1, 4, 4, 1))
+    assert [level for level, _ in frames] == pytest.approx(shown.tolist(), abs=3)
+    assert [seconds for _, seconds in frames] == pytest.approx(np.arange(len(shown)) / 10)

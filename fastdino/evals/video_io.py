@@ -41,6 +41,9 @@ HIGHEST_FPS = 240.0
 # Seconds; a multiple of it lies between frames at 23.976, 24, 25, 29.97, 30, 50 and 60 fps. MPEG-4
 # Part 2 has only 16 bits for it.
 CLOCK, COARSE_CLOCK = Fraction(1, 720000), Fraction(1, 60000)
+# AVI has a constant rate, and loses gaps between frames: they are filled by repeating a frame, but
+# not for longer than this number of frames, whatever times a file states.
+LONGEST_GAP = 3000
 QUALITY = "18"  # constant rate factor of x264 and VP9, high enough to keep the edges of patches
 
 
@@ -164,7 +167,8 @@ def video_writer(
     Args:
         path: ends in one of FORMATS.
         fps: frames per second, on average.
-        time_base: unit of the times in seconds; default: 1 / fps. AVI has no other.
+        time_base: unit of the times in seconds; default: 1 / fps. AVI has no other, and repeats
+            frames to keep the times.
 
     Raises: CheckpointError: the file cannot be written.
     """
@@ -181,20 +185,25 @@ def video_writer(
             stream.codec_context.time_base = time_base
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": QUALITY, "b": "0"} if name == "webm" else {"crf": QUALITY}
-            started, last = False, -1
+            last, before = -1, None
 
             def write(pixels: NDArray[np.uint8], seconds: float) -> None:
-                nonlocal started, last
+                nonlocal last, before
                 height, width = pixels.shape[:2]
                 pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                if not started:
+                if before is None:
                     stream.height, stream.width = pixels.shape[:2]
-                    started = True
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                last = max(last + 1, round(seconds / time_base))
-                frame.pts, frame.time_base = last, time_base
+                place = max(last + 1, round(seconds / time_base))
+                if name == "avi" and before is not None:
+                    place = min(place, last + LONGEST_GAP)
+                    for number in range(last + 1, place):
+                        before.pts = number
+                        container.mux(stream.encode(before))
+                frame.pts, frame.time_base = place, time_base
                 container.mux(stream.encode(frame))
+                last, before = place, frame
 
             yield write
-            if started:
+            if before is not None:
                 container.mux(stream.encode())
