@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
+import fastdino_kernels
 import pytest
 import torch
 from fastdino_kernels.multi_crop import normalized_levels
@@ -184,6 +185,43 @@ def test_the_backward_pass_of_the_simulation_is_that_of_the_autograd_engine(gpu)
     for expected, actual in zip(*results, strict=True):
         assert actual.is_cuda
         assert torch.equal(actual.cpu(), expected)
+
+
+def call_clip(gradient):
+    parameter = torch.ones(8, device="cuda").requires_grad_()
+    parameter.grad = torch.ones_like(parameter) if gradient else None
+    for clip in (fastdino_kernels.clip_grad_norms_, fastdino_kernels.clip_grad_norm_):
+        assert clip([parameter], 1.0).is_cuda
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: call_clip(True),
+        lambda x: call_clip(False),
+        lambda x: fastdino_kernels.ema_update_([x], [x + 1], torch.full((), 0.5, device="cuda")),
+        lambda x: fastdino_kernels.sinkhorn_knopp(x, torch.full((), 0.1, device="cuda")),
+        lambda x: fastdino_kernels.sinkhorn_center(x[:0], 0.1),
+        lambda x: fastdino_kernels.koleo_loss(x, topk=2),
+        lambda x: fastdino_kernels.gram_loss(x[None], x[None], per_image=False),
+        lambda x: fastdino_kernels.teacher_entropy(x[None], x[0], 0.1),
+    ],
+)
+def test_functions_of_the_kernel_package_do_not_wait(gpu, call):
+    x = torch.randn(4, 8).to("cuda")
+    with gpu.no_wait():
+        call(x)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_graphs_of_each_simulation_are_captured(gpu, attempt):
+    x = torch.ones(2, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.add_(1)
+    torch.cuda.synchronize()
+    graph.replay()
+    assert x.tolist() == [2, 2]
 
 
 # The training step.

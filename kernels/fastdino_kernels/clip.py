@@ -52,9 +52,7 @@ def clip_grad_norms_(
 
     """
     max_norm = check_max_norm(max_norm)
-    params = _check_parameters(parameters)
-    norms = _clip([param.grad for param in params], max_norm, impl, each=True)
-    return norms.to(params[0].device) if params else norms
+    return _clip(_check_parameters(parameters), max_norm, impl, each=True)
 
 
 @torch.no_grad()
@@ -77,17 +75,21 @@ def clip_grad_norm_(
 
     """
     max_norm = check_max_norm(max_norm)
-    params = _check_parameters(parameters)
-    norm = _clip([param.grad for param in params], max_norm, impl, each=False)
-    return norm.to(params[0].device) if params else norm
+    return _clip(_check_parameters(parameters), max_norm, impl, each=False)
 
 
-def _clip(grads: Some, max_norm: float, impl: str, *, each: bool) -> Tensor:
+def _clip(params: list[Tensor], max_norm: float, impl: str, *, each: bool) -> Tensor:
     """Clip each gradient by its own norm, or all by the global one; return the norm or norms."""
-    some = present([grads])
-    if not some:
+    grads = [param.grad for param in params]
+    device = params[0].device if params else None
+    if not present([grads]):
         choose_impl(impl, [])  # raises for an unknown name
-        return torch.zeros(len(grads) if each else ())
+        return torch.zeros(len(grads) if each else (), device=device)
+    return _clip_gradients(grads, max_norm, impl, each=each).to(device)
+
+
+def _clip_gradients(grads: Some, max_norm: float, impl: str, *, each: bool) -> Tensor:
+    some = present([grads])
     if not torch.compiler.is_compiling():
         local = local_lists({GRADIENTS: grads})[GRADIENTS]
         if not are_traced([local]):

@@ -126,6 +126,7 @@ def _streams(gpu: SimulatedCuda) -> Iterator[tuple[Any, str, Any]]:
         lambda: gpu.current_stream().tape is not None,
     )
     yield cuda, "CUDAGraph", BoundGraph
+    yield cuda.graph, "default_capture_stream", None  # kept by the class from its first use on
     yield cuda, "graph_pool_handle", lambda: (0, 1)
 
 
