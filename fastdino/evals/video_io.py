@@ -138,11 +138,14 @@ def _decode(path: str) -> Iterator[tuple[Image.Image, float]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             step = 1 / float(stream.average_rate or FOLDER_FPS)
+            # AVI states no times: FFmpeg returns those of decoding, which is in another order.
+            timeless = container.format.name == "avi"
             for frame in container.decode(video=0):
                 # Phones store frames in the sensor's orientation, with a counterclockwise rotation.
                 turns = round(frame.rotation / 90) % 4
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
-                seconds = seconds + step if frame.time is None else frame.time
+                known = frame.time is not None and not timeless
+                seconds = frame.time if known else seconds + step
                 start = start if number else seconds
                 yield Image.fromarray(pixels), seconds - start
                 number += 1
