@@ -467,6 +467,19 @@ def test_invalid_fields_of_params_raise(field, ragged_images, draw_any_crops):
         crops(ragged_images[:1], wide, 8)
 
 
+@pytest.mark.parametrize(
+    ("devices", "got"), [([], "got params on none"), (["cpu", "meta"], "got params on cpu, meta")]
+)
+def test_groups_without_params_or_on_several_devices_raise(devices, got, draw_any_crops):
+    params = draw_any_crops([], 2)
+    names = [field.name for field in dataclasses.fields(params)]
+    groups = [
+        (CropParams(*(getattr(params, name).to(device) for name in names)), 8) for device in devices
+    ]
+    with pytest.raises(ValueError, match=f"at least one pair .* on one device, {got}"):
+        multi_crop_groups([], groups, mean=MEAN, std=STD)
+
+
 # Prints the kernels that crops of one and of three sizes launch, and the number of programs.
 LAUNCHES = """
 import json

@@ -96,7 +96,8 @@ def multi_crop_groups(
     if len({params.top.device for params, _ in groups}) != 1:
         devices = ", ".join(str(params.top.device) for params, _ in groups)
         raise ValueError(
-            f"params of at least one group, all on one device, expected, got {devices}"
+            "groups must have at least one pair (params, size), with all params on one device, "
+            f"got params on {devices or 'none'}"
         )
     packed = torch.cat([params.pack().transpose(0, 1) for params, _ in groups])
     counts, sizes = [params.top.shape[1] for params, _ in groups], [size for _, size in groups]
