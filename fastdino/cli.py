@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fastdino import __version__
 from fastdino.errors import UserError
+from fastdino.terminal import printable
 
 EXIT_MISTAKE = 2
 DESCRIPTION = "DINO self-supervised pretraining: the paper's results, faster."
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except UserError as error:
         if not error.reported:
-            print(f"fastdino {requested}: error: {error}", file=sys.stderr)
+            line = printable(f"fastdino {requested}: error: {error}")
+            print(line, file=sys.stderr)
     except ModuleNotFoundError as error:
         install = 'pip install "fastdino[train]"'
         print(f"fastdino {requested}: error: {error}: {install}", file=sys.stderr)

@@ -67,6 +67,15 @@ def test_user_errors_print_one_line_on_one_rank_and_exit_with_2(command, capsys,
     assert capsys.readouterr() == ("", "" if other_rank else line)
 
 
+def test_names_in_an_error_do_not_reach_the_terminal_as_they_are(command, capsys):
+    def fail(args):
+        raise DataError("\x1b[2J\n.jpg is empty")
+
+    command(fail)
+    assert cli.main(["try"]) == 2
+    assert capsys.readouterr().err == "fastdino try: error: \\x1b[2J\\n.jpg is empty\n"
+
+
 def test_bugs_keep_their_traceback_and_ctrl_c_exits_with_130(command):
     def run(args):
         raise error

@@ -163,6 +163,15 @@ def test_terminal_has_a_bar_and_no_line_per_epoch(progress, capsys, monkeypatch)
     assert any(f"|{2 * STEPS}/{EPOCHS * STEPS} " in text for text in shown)
 
 
+def test_names_do_not_reach_the_terminal_as_they_are(progress, capsys):
+    run = progress()
+    run.info("resumed \x1b[2J")
+    run.warn("skipped a\nwarning: b.jpg")
+    captured = capsys.readouterr()
+    assert captured.out == "resumed \\x1b[2J\n"
+    assert captured.err == "warning: skipped a\\nwarning: b.jpg\n"
+
+
 def test_disabled_progress_writes_nothing_but_counts(progress, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (tmp_path / "log.txt").write_text('{"epoch": 7}\n')

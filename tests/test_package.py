@@ -36,7 +36,7 @@ ROWS = (
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),
-    ("fastdino.environment", "fastdino.errors", "fastdino.launch"),
+    ("fastdino.environment", "fastdino.errors", "fastdino.launch", "fastdino.terminal"),
     ("fastdino_kernels",),
 )  # fmt: skip
 # fastdino/__init__.py re-exports the public names lazily, so it belongs to no row.

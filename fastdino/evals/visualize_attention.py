@@ -60,6 +60,7 @@ from fastdino.evals.options import (
 from fastdino.evals.transforms import to_input
 from fastdino.files import explain_write_errors, write_json
 from fastdino.runtime import choose_device
+from fastdino.terminal import printable
 
 
 def find_images(path: str) -> tuple[ImageDataset, list[str]]:
@@ -149,7 +150,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         reasons = "; ".join(f"{path} {reason}" for path, reason in list(images.skipped.items())[:3])
         raise DataError(f"--image_path: no image can be read: {reasons}")
     for path, reason in images.skipped.items():
-        print(f"skipped: {path} {reason}", file=sys.stderr)
+        print(printable(f"skipped: {path} {reason}"), file=sys.stderr)
     result = {
         "settings": settings_of(args, model, "image_size", "threshold")
         | {"arch": arch, "patch_size": model.patch_size},

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastdino.files import atomic_write, explain_write_errors
+from fastdino.terminal import printable
 
 # A teacher entropy below or above these fractions of ln K means that the training collapses.
 COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
@@ -98,13 +99,13 @@ class Progress:
     def info(self, text: str) -> None:
         """Print a line to stdout, above the bar."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr, above the bar."""
         if self.enabled:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
 
     def step(
         self, iteration: int, values: dict[str, float], *, entropy: float | None = None
