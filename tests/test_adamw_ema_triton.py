@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastdino_kernels import adamw_ema, adamw_ema_torch, adamw_ema_update_, pointer_table
 from fastdino_kernels.adamw_ema_arguments import Call, Group
-from fastdino_kernels.pointer_table import FP32, Cache, Pointers
+from fastdino_kernels.pointer_table import FP32, Pointers
 from fastdino_kernels.tensor_lists import Tables
 
 from tests import adamw_steps
@@ -91,7 +91,7 @@ def test_offsets_beyond_31_bits(target):
     groups = [Group(1, 0.01, 0.8, 0.99, 1e-6, 0.1)]
     call = Call({}, lists.steps.unbind(), groups, None, True, 0.9)
     gradients = far_tables(clip_triton.CHUNK, lists.gradients)
-    launch_adamw_ema(tables, gradients, call, None, Cache())
+    launch_adamw_ema(tables, gradients, call, None)
     assert_right(lists, expected)
 
 
@@ -124,17 +124,35 @@ def test_gradients_of_another_order_are_checked_again(target):
         lists.step(target)
 
 
+@triton_only
+def test_schedules_do_not_displace_the_tables_of_the_tensors(target, monkeypatch):
+    """Gradients return to a few addresses; the rate is new in each step."""
+    lists = make(target["device"], [(4,), (40,)], copies=False)
+    addresses = [[g.clone() for g in lists.gradients] for _ in range(5)]
+    tables, make_pointers = [], adamw_ema.make_pointers
+
+    def counted(*arguments):
+        tables.append(arguments)
+        return make_pointers(*arguments)
+
+    monkeypatch.setattr(adamw_ema, "make_pointers", counted)
+    for step in range(20):
+        lists.gradients = addresses[step % 5]
+        lists.step(target, lr=0.1 / (step + 1))
+    assert len(tables) == 1 + 5
+
+
 def test_calls_with_their_own_learning_rates_share_no_table():
     """A captured graph writes its learning rates into the table, at any time."""
     from fastdino_kernels.adamw_ema_triton import LR, _hyperparameters
 
-    cache, rates = Cache(), [torch.tensor(0.1), torch.tensor(0.2)]
+    rates = [torch.tensor(0.1), torch.tensor(0.2)]
     calls = [
         Call({}, [], [Group(1, rate, 0.9, 0.99, 1e-6, 0.1)], None, True, 0.9) for rate in rates
     ]
-    tables = [_hyperparameters(call, cache, torch.device("cpu")) for call in calls]
+    tables = [_hyperparameters(call, torch.device("cpu")) for call in calls]
     assert [table[LR.value].item() for table in tables] == pytest.approx([0.1, 0.2])
-    assert _hyperparameters(calls[0], cache, torch.device("cpu")) is tables[0]
+    assert _hyperparameters(calls[0], torch.device("cpu")) is tables[0]
 
 
 @triton_only

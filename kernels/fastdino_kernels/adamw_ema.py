@@ -188,7 +188,7 @@ def update(
         return norms
     from .adamw_ema_triton import launch_adamw_ema
 
-    return launch_adamw_ema(state, gradients, call, norms, cache)
+    return launch_adamw_ema(state, gradients, call, norms)
 
 
 def _plan(

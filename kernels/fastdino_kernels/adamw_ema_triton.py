@@ -23,7 +23,7 @@ from .chunk_triton import PART, find_chunk, find_tensor, load_chunk, store_chunk
 from .clip_triton import clip_factor, launch_sum_squares, norm_of
 from .dispatch import backend_options, device_guard
 from .ema_triton import blend, ema_scale
-from .pointer_table import Cache, upload
+from .pointer_table import thread_cache, upload
 from .tensor_lists import Tables, present
 
 # 8 elements per thread of five tensors: 160 bytes of fp32 loads in flight per thread.
@@ -249,7 +249,7 @@ def _adamw(
 
 
 def launch_adamw_ema(
-    state: Tables, gradients: Tables, call: Call, norms: Tensor | None, cache: Cache
+    state: Tables, gradients: Tables, call: Call, norms: Tensor | None
 ) -> Tensor | None:
     """Update all tensors.
 
@@ -258,7 +258,6 @@ def launch_adamw_ema(
         gradients: tables of one role, in chunks of clip_triton.CHUNK.
         call: the options, on the tables' device.
         norms: of the gradients, if they are known.
-        cache: of the hyperparameters' table.
 
     Returns: the norms, which are measured if they are needed.
     """
@@ -279,7 +278,7 @@ def launch_adamw_ema(
         max_norm = None if call.max_norm in (None, math.inf) else call.max_norm
         prepare_kernel[(count,)](
             gradients.chunks.rows, partials, 0 if partials is None else len(partials),
-            state.pointers.words, gradients.pointers.words, _hyperparameters(call, cache, device),
+            state.pointers.words, gradients.pointers.words, _hyperparameters(call, device),
             norms, flag, call.grad_scale, numbers, max_norm,
             EACH=call.each, CHUNK=clip_triton.CHUNK, PARTIALS=clip_triton.PARTIALS,
             num_warps=clip_triton.TENSOR_WARPS,
@@ -305,7 +304,7 @@ def _as_bytes(flag: Tensor | None) -> Tensor | None:
     return flag.view(torch.uint8) if flag is not None and flag.dtype == torch.bool else flag
 
 
-def _hyperparameters(call: Call, cache: Cache, device: torch.device) -> Tensor:
+def _hyperparameters(call: Call, device: torch.device) -> Tensor:
     """Return the hyperparameters of all groups, uploaded only if a number changed."""
     values: list[float] = []
     tensors: list[tuple[int, Tensor]] = []
@@ -318,7 +317,9 @@ def _hyperparameters(call: Call, cache: Cache, device: torch.device) -> Tensor:
         values += [math.log2(beta) if beta > 0 else -math.inf for beta in betas]
         values += [group.eps, 1 - group.beta1, 1 - group.beta2]
     # A table that is written belongs to its tensors: calls with others may run at the same time.
-    key = "hyper", values, [tensor.data_ptr() for _, tensor in tensors]
+    key = values, [tensor.data_ptr() for _, tensor in tensors]
+    # A schedule makes a table in each step, which must not displace those of the tensors.
+    cache = thread_cache("hyperparameters")
     table: Tensor = cache.get(key, device, lambda: upload(values, device, "d"))
     if tensors:
         torch._foreach_copy_([table[i] for i, _ in tensors], [value for _, value in tensors])
