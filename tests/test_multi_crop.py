@@ -126,6 +126,19 @@ def test_extreme_boxes(box, impl, ragged_images, draw_any_crops, crops_by_pil):
     assert_equal(crops(images, params, 16, impl=impl), crops_by_pil(images, params, 16))
 
 
+@pytest.mark.parametrize(("height", "equal"), [(200, True), (201, False)])
+def test_boxes_match_pillow_up_to_100_times_as_tall_as_wide(
+    height, equal, impl, draw_any_crops, crops_by_pil
+):
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (height, 2, 3), dtype=torch.uint8, generator=generator)]
+    box = {"top": 0, "left": 0, "height": height, "width": 2}
+    params = draw_any_crops(images, 1, **(PLAIN | box))
+    ours, theirs = crops(images, params, 17, impl=impl), crops_by_pil(images, params, 17)
+    assert torch.equal(ours, theirs) == equal
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=10 / 255 / min(STD))
+
+
 def test_extreme_jitter_factors(impl, ragged_images, draw_any_crops, crops_by_pil):
     ends = torch.tensor([[0, 0, 0, -0.5], [1, 1, 1, 0], [2, 3, 5, 0.5], [0.5, 0.5, 0.5, -1e-3]])
     images = ragged_images[:1]

@@ -2,7 +2,9 @@
 
 Each crop is, in this order, Pillow's crop, bicubic resize, flip, colour jitter in the drawn order,
 gray, Gaussian blur and solarize, then torchvision's to_tensor and normalize (Caron et al. 2021 and
-the paper's code). Equal to Pillow 10 to 12; Pillow 13 reordered the passes of its resize.
+the paper's code). Equal to Pillow 10 to 12; Pillow 13 reordered the passes of its resize. Boxes
+more than 100 times as tall as wide are an exception: Pillow resizes them to fewer rows along y
+first, which changes a rounding. RandomResizedCrop draws no such boxes.
 
 Legend: B images, N crops per image.
 """
