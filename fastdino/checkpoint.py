@@ -101,6 +101,8 @@ def load_tensor(path: Path) -> Tensor:
 
 
 def _read(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # reading a pipe could block
+        raise CheckpointError(f"{path} cannot be read: it is not a regular file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -65,6 +65,13 @@ def test_nonfinite_state_is_not_saved(tmp_path, value, where):
     assert checkpoint.load(path)["epoch"] == 3
 
 
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_pipes_are_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is not a regular file"):
+        checkpoint.load(tmp_path / name)
+
+
 def test_truncated_missing_and_unsuitable_files_are_reported(tmp_path):
     path = tmp_path / "checkpoint.pth"
     checkpoint.save({"student": {"w": torch.ones(5000)}}, path)

@@ -194,7 +194,7 @@ def test_default_image_is_always_the_same():
         (["--image", "missing.jpg"], "--image missing.jpg cannot be read: No such file"),
         (["--image", "text.jpg"], "--image text.jpg is not an image"),
         (["--image", "cut.jpg"], "--image cut.jpg cannot be decoded"),
-        (["--image", "."], "--image . is not a regular file"),
+        (["--image", "."], "--image . cannot be read: not a regular file"),
         (["--executors", "fused", "kornia"], "--executors must be some of torchvision, fused, "),
         (["--global_crops_size", "0"], "--global_crops_size must be a finite number of at least 1"),
         (["--local_crops_size", "5000"], "--local_crops_size must be at most 4096 for a figure"),

@@ -171,9 +171,18 @@ def test_only_regular_files_are_read(tmp_path, kind):
     dataset = scan_images(tmp_path, max_bad_share=0.5)
     assert len(dataset) == 3
     if kind != "folder":
-        assert list(dataset.skipped.items()) == [(str(path), "is not a regular file")]
-        with pytest.raises(DataError, match=r"x\.jpg is not a regular file"):
+        reason = "cannot be read: not a regular file"
+        assert list(dataset.skipped.items()) == [(str(path), reason)]
+        with pytest.raises(DataError, match=rf"x\.jpg {reason}"):
             read_rgb(path)
+
+
+@pytest.mark.parametrize("pipe", ["list.txt", "a.zip", "a.tar", "folder/a.zip", "folder/a.tar"])
+def test_pipes_are_no_datasets(tmp_path, pipe):
+    (tmp_path / pipe).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / pipe)
+    with pytest.raises(DataError, match=r"cannot be read: .*not a regular file"):
+        scan_images(tmp_path / pipe.split("/")[0])
 
 
 def test_files_and_members_beyond_the_size_of_an_image_are_broken(tmp_path, monkeypatch):

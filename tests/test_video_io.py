@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import weakref
 from fractions import Fraction
@@ -133,6 +134,12 @@ def test_undecodable_input_is_reported(tmp_path, name, part):
     with pytest.raises(DataError, match=part) as raised:
         open_frames(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+def test_pipes_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "x.mp4")
+    with pytest.raises(DataError, match=r"x\.mp4: expected a regular file or a folder"):
+        open_frames(str(tmp_path / "x.mp4"))
 
 
 @pytest.mark.parametrize("longest", [3000, 4])

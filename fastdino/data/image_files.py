@@ -108,10 +108,10 @@ def retrying(read: Callable[P, T]) -> Callable[P, T]:
 def open_file(path: str) -> IO[bytes]:
     """Open a regular file for reading; anything else could block or never end.
 
-    Raises: OSError: it cannot be opened. UnusableImageError: it is a pipe, socket or device.
+    Raises: OSError: it cannot be opened, or is a pipe, socket or device.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UnusableImageError("is not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return open(path, "rb")
 
 

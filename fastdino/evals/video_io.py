@@ -90,6 +90,8 @@ def open_frames(path: str) -> Frames:
         return _open_folder(Path(path))
     if not os.path.exists(path):
         raise DataError(f"--input_path {path}: no such file or folder")
+    if not os.path.isfile(path):  # reading a pipe could block
+        raise DataError(f"--input_path {path}: expected a regular file or a folder")
     return _open_video(path)
 
 
