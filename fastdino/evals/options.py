@@ -212,7 +212,7 @@ def scan_splits(
             role=split,
             max_bad_share=1.0,
             workers=args.num_workers,
-            exif=bool(args.exif_orientation),
+            exif=bool(getattr(args, "exif_orientation", False)),
         )
         for split in splits
     }
