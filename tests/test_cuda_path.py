@@ -1,6 +1,6 @@
 """The CUDA path on a machine without a GPU: a simulated device runs what a run on a GPU does.
 
-What would be wrong or slow on a GPU is a failure: tensors of different devices, waits of the host
+Code that would be wrong or slow on a GPU fails: tensors of different devices, waits of the host
 in a step of --mode fast, pageable copies, missing waits between streams.
 """
 

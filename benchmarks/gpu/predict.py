@@ -43,7 +43,7 @@ LABEL = "Predicted by a static model, not measured."
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch of a kernel has to do; trips: iterations of its loops, if it is simulated."""
+    """The work of one launch of a kernel; trips: iterations of its loops, if it is simulated."""
 
     elements: int
     bytes: int

@@ -24,7 +24,7 @@ NONE = 7  # an instruction that sets no scoreboard
 
 @dataclass(frozen=True)
 class Gpu:
-    """What limits a streaming kernel on a GPU."""
+    """The limits that a GPU sets to a streaming kernel."""
 
     name: str
     bytes_per_second: float  # of a device-to-device copy, read and written
