@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdino import distributed
 from fastdino.errors import ConfigError
 from fastdino.models.backbones import build_backbone, build_networks
 from fastdino.models.head import DINOHead, MultiCropWrapper, WeightNormLinear
@@ -61,7 +62,7 @@ def test_unsupported_crop_sizes_are_an_error_that_names_a_size_that_works(
     assert "\n" not in str(error.value)
 
 
-def test_batch_norm_over_one_value_is_an_error_before_the_run(tiny):
+def test_batch_norm_over_one_value_is_an_error_before_the_run(tiny, monkeypatch):
     settings = {"arch": "resnet18", "global_crops_size": 64, "batch_size_per_gpu": 1}
     one = {"local_crops_number": 1, "local_crops_size": 32}
     with pytest.raises(ConfigError, match="batch norm of --arch resnet18 would see one value"):
@@ -69,6 +70,8 @@ def test_batch_norm_over_one_value_is_an_error_before_the_run(tiny):
     build_networks(tiny(**settings, **one | {"local_crops_number": 2}))
     build_networks(tiny(**settings, **one | {"local_crops_size": 64}))
     build_networks(tiny(**settings | one | {"batch_size_per_gpu": 2}))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # SyncBN sees both ranks' values
+    build_networks(tiny(**settings, **one))
 
 
 def test_networks_start_equal_and_the_teacher_has_no_gradients(tiny):

@@ -12,6 +12,7 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
+from fastdino import distributed
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.head import DINOHead, MultiCropWrapper
@@ -153,7 +154,8 @@ def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
         # The two networks process crops of one size together.
         same_size = config.global_crops_size == config.local_crops_size
         together = sum(crops.values()) if same_size else number
-        if min(values, default=2) * together * config.batch_size_per_gpu == 1:
+        images = together * config.batch_size_per_gpu * distributed.world_size()  # of SyncBN
+        if min(values, default=2) * images == 1:
             raise ConfigError(
                 f"a batch norm of --arch {config.arch} would see one value per channel: "
                 f"{number} {kind} crop of {size} px; raise --batch_size_per_gpu or {flag}"
@@ -171,9 +173,11 @@ def _batch_norm_inputs(module: nn.Module) -> Iterator[list[int]]:
 
     layers = [layer for layer in module.modules() if _is_batch_norm(layer)]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    yield values
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _working_size(backbone: nn.Module, size: int) -> int | None:
