@@ -24,8 +24,8 @@ def draw(B=9, D=5, dtype=torch.float64, seed=0) -> Tensor:
     return torch.randn(B, D, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def truth(x: Tensor, topk=1) -> tuple[Tensor, Tensor]:
-    return run(lambda x: reference.koleo_loss(x, x, 0, topk), x.double())
+def truth(x: Tensor, topk=1, **options) -> tuple[Tensor, Tensor]:
+    return run(lambda x: reference.koleo_loss(x, x, 0, topk, **options), x.double())
 
 
 @pytest.mark.parametrize("block", [1, 20, 1 << 22])
@@ -34,6 +34,14 @@ def test_matches_the_reference_in_float64(B, D, topk, block, monkeypatch):
     monkeypatch.setattr(koleo, "BLOCK_ELEMENTS", block)
     got = run(koleo_loss, draw(B, D), topk=topk)
     torch.testing.assert_close(got, truth(draw(B, D), topk), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])  # rows of norm below eps, and above
+def test_eps_is_added_to_differences_and_distances_and_is_the_least_norm(scale):
+    x = scale * draw()
+    got = run(koleo_loss, x, eps=0.1)
+    torch.testing.assert_close(got, truth(x, eps=0.1), rtol=1e-12, atol=1e-12)
+    assert abs(got[0] - koleo_loss(x)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -140,6 +148,7 @@ X = torch.zeros(4, 5)
         (X, {"topk": 0}, ValueError, r"topk must be in 1..3 for 4 rows on all ranks, got 0"),
         (X, {"topk": 4}, ValueError, r"topk must be in 1..3 .*got 4"),
         (X, {"topk": 1.0}, TypeError, "topk must be an int, got float"),
+        (X, {"eps": 0.0}, ValueError, "eps must be > 0 and finite, got 0.0"),
         (X, {"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
     ],
 )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_float_tensor, check_integer
+from .checks import check_float_tensor, check_integer, check_positive
 from .collectives import Group, all_reduce_sum_, check_equal_on_ranks, world_size
 from .dispatch import choose_impl, compute_dtype
 from .operators import LIBRARY, ops, register_fake
@@ -61,7 +61,12 @@ register_fake("nearest_rows", _empty_indices)
 
 
 def koleo_loss(
-    x: Tensor, *, group: Group | None = None, topk: int = 1, impl: str = "auto"
+    x: Tensor,
+    *,
+    group: Group | None = None,
+    topk: int = 1,
+    eps: float = EPS,
+    impl: str = "auto",
 ) -> Tensor:
     """Compute the KoLeo regularizer of features, before the projection head.
 
@@ -75,20 +80,21 @@ def koleo_loss(
             torch.distributed.group.WORLD) compares them with the rows of all its ranks, which must
             all call this with the same B. Neighbours on other ranks receive their gradient.
         topk: number of neighbours, whose terms are averaged; below M, or 1.
+        eps: > 0; added as in the equation above, and the least norm of a row.
         impl: as elsewhere, but all names run PyTorch.
 
     Returns: the loss of this rank's rows, a fp32 scalar (fp64 for fp64 features).
 
     Raises:
-        ValueError: another shape, topk out of its range, a group without this rank, or, on a CPU,
-            ranks with different B or D. The message has the expected and the actual value.
+        ValueError: another shape, topk or eps out of its range, a group without this rank, or, on a
+            CPU, ranks with different B or D. The message has the expected and the actual value.
         TypeError: features that are not a floating-point tensor, or topk that is not an int.
 
     """
     check_float_tensor("x", x)
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"x must be [B, D] with D >= 1, got shape {tuple(x.shape)}")
-    topk = check_integer("topk", topk)
+    topk, eps = check_integer("topk", topk), check_positive("eps", eps)
     choose_impl(impl, (x,))
     ranks = 1 if group is None else world_size(group)
     most = max(1, ranks * len(x) - 1)
@@ -97,15 +103,15 @@ def koleo_loss(
             f"topk must be in 1..{most} for {ranks * len(x)} rows on all ranks, got {topk}"
         )
     with torch.autocast(x.device.type, enabled=False):
-        rows = F.normalize(x.to(compute_dtype(x)), dim=1, eps=EPS)
+        rows = F.normalize(x.to(compute_dtype(x)), dim=1, eps=eps)
         others, first = rows, 0
         if ranks > 1:
             check_equal_on_ranks("[B, D]", tuple(x.shape), x, group)
             first = torch.distributed.get_rank(group) * len(x)
             others = _GatherRows.apply(rows, group)
         nearest = ops.nearest_rows(rows.detach(), others.detach(), first, topk)
-        distances = F.pairwise_distance(rows[:, None], others[nearest], eps=EPS)
-        return -(distances + EPS).log().sum() / max(distances.numel(), 1)
+        distances = F.pairwise_distance(rows[:, None], others[nearest], eps=eps)
+        return -(distances + eps).log().sum() / max(distances.numel(), 1)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -146,20 +146,20 @@ def sinkhorn_knopp(teacher: Tensor, temp: float | Tensor, n_iterations: int) -> 
     return (Q * N).t()
 
 
-def koleo_loss(x: Tensor, others: Tensor, first: int, topk: int) -> Tensor:
+def koleo_loss(x: Tensor, others: Tensor, first: int, topk: int, eps: float = KOLEO_EPS) -> Tensor:
     """Compute -mean log ||x_i - x_j|| over the `topk` nearest neighbours j of each row of x [B, D].
 
     Sablayrolles et al. 2019, arXiv 1806.03198, as in facebookresearch/dinov2: rows of norm 1;
-    neighbours by dot product; eps = 1e-8 in the norm, elementwise in the difference, and in the
+    neighbours by dot product; eps in the norm, elementwise in the difference, and in the
     logarithm. `others` [M, D] are the rows of all ranks, of which row first + i is x_i itself.
     """
-    x, others = (rows / rows.norm(dim=1, keepdim=True).clamp_min(KOLEO_EPS) for rows in (x, others))
+    x, others = (rows / rows.norm(dim=1, keepdim=True).clamp_min(eps) for rows in (x, others))
     dots = x @ others.t()
     own = torch.arange(len(x), device=x.device)
     dots = dots.index_put((own, own + first), torch.full_like(dots[:, 0], -1))
     nearest = dots.topk(topk, dim=1).indices
-    distances = (x[:, None] - others[nearest] + KOLEO_EPS).norm(dim=2)
-    return -(distances + KOLEO_EPS).log().mean()
+    distances = (x[:, None] - others[nearest] + eps).norm(dim=2)
+    return -(distances + eps).log().mean()
 
 
 def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
