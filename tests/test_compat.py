@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastdino_kernels.compat import lightly, solo_learn
+from fastdino_kernels.compat import dinov2, lightly, solo_learn
 from fastdino_kernels.compat.dinov2 import cross_entropy, dino_clstoken_loss, dino_cross_entropy
 from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
@@ -35,6 +35,23 @@ def losses_and_gradients(device: str) -> list[tuple[Tensor, Tensor]]:
         run(lambda s: cross_entropy(s, targets, 0.1), alike),
         run(lambda s: dino_clstoken_loss(s, probs), student),
         run(lambda s: dino_cross_entropy(s, probs, ignore_diagonal=True), few),
+        *dinov2_losses(student, teacher),
+    ]
+
+
+def dinov2_losses(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Run DINOv2's classes on crops [S, B, K] and [T, B, K], after a step of the centers."""
+    device, prototypes = teacher.device, teacher.shape[-1]
+    token, patch = (loss(prototypes).to(device) for loss in (dinov2.DINOLoss, dinov2.iBOTPatchLoss))
+    token.update_center(teacher[0])
+    patch.update_center(teacher)
+    masks = torch.ones(teacher.shape[:2], dtype=torch.bool, device=device)
+    targets = patch.softmax_center_teacher(teacher, 0.07)
+    balanced = token.sinkhorn_knopp_teacher(teacher.flatten(0, 1), 0.07)
+    return [
+        run(lambda s: token(s, token.softmax_center_teacher(teacher, 0.07)), student),
+        run(lambda s: patch(s, targets, masks), student[: len(teacher)]),
+        run(lambda s: patch.forward_masked(s, balanced, masks), student.flatten(0, 1)[:6]),
     ]
 
 

@@ -1,185 +1,446 @@
-"""compat.dinov2 against the equations of DINOv2's, DINOv3's and iBOT's losses.
+"""compat.dinov2 against plain equations and, with DINOV2=<checkout>, against DINOv2's own classes.
 
-Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
+Legend: S crops of the student, T crops of the teacher, B images, N tokens, K prototypes.
 """
 
 from __future__ import annotations
 
+import logging
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
-from fastdino_kernels.compat.dinov2 import cross_entropy, dino_clstoken_loss, dino_cross_entropy
-from torch import Tensor
+from fastdino_kernels import reference
+from fastdino_kernels.compat import dinov2
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tests.logits import assert_same, draw_probs, run
+from tests.logits import draw, run
+from tests.originals import load
+from tests.processes import run_ranks
 
-
-def plain_cross_entropy(s: Tensor, t: Tensor, temp: float) -> Tensor:
-    return -(t * torch.log_softmax(s / temp, dim=-1)).sum(dim=-1)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 5, 1000), (4, 7), (2, 3, 2, 7), (1, 0, 7)])
-@pytest.mark.parametrize("temp", [0.1, torch.tensor(0.25)])
-def test_cross_entropy_matches_the_equation(shape, temp):
-    s, t = (x.reshape(shape) for x in draw_probs(1, 1, B=s_rows(shape), K=shape[-1]))
-    got = run(lambda s: cross_entropy(s, t, temp), s)
-    assert got[0].shape == shape[:-1]
-    assert_same(got, run(lambda s: plain_cross_entropy(s, t, float(temp)), s))
+K = 7
+TEMP = 0.07
+# DINOv2's KoLeoLoss calls a deprecated function.
+old_autocast = pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast:FutureWarning")
 
 
-def s_rows(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape[:-1]).numel()
+class PlainLoss(nn.Module):
+    """The centering of both losses, for one rank."""
+
+    def __init__(self, shape, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.student_temp, self.center_momentum, self.pending = student_temp, center_momentum, None
+        self.register_buffer("center", torch.zeros(shape))
+
+    def softmax_center_teacher(self, teacher, teacher_temp):
+        if self.pending is not None:
+            m = self.center_momentum
+            self.center = m * self.center + (1 - m) * self.pending
+        self.pending = None
+        return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
+
+    def update_center(self, teacher):
+        self.pending = teacher.reshape(-1, teacher.shape[-1]).mean(dim=0)
+
+    def sinkhorn_knopp_teacher(
+        self, teacher, teacher_temp, n_masked_patches_tensor=None, n_iterations=3
+    ):
+        return reference.sinkhorn_knopp(teacher.float(), teacher_temp, n_iterations)
+
+    def rows(self, student, probs):
+        return -(probs * (student / self.student_temp).log_softmax(dim=-1)).sum(dim=-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype):
-    s, t = (x.view(2, 6, 50) for x in draw_probs(1, 1, 12, 50, dtype))
-    loss, grad = run(lambda s: cross_entropy(s, t, 0.1), s)
-    expected = run(lambda s: plain_cross_entropy(s, t.double(), 0.1), s.double())
-    assert (loss.dtype, grad.dtype) == (torch.float32, dtype)
-    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=1e-6)
-    step = torch.finfo(dtype).eps
-    torch.testing.assert_close(grad.double(), expected[1], rtol=step, atol=1e-5)
+class PlainDINOLoss(PlainLoss):
+    def __init__(self, out_dim, *settings):
+        super().__init__((1, out_dim), *settings)
+
+    def forward(self, student_crops, teacher_crops):
+        return sum(self.rows(s, t).mean() for s in student_crops for t in teacher_crops)
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7)])
-def test_cross_entropy_as_dinov2_calls_it(shape):
-    # As in its patch loss: fp32 copies of a slice, negated.
-    def lossfunc(t, s, temp):
-        s, t = s.float(), t.float()
-        if s.ndim == 2:
-            return -cross_entropy(s.unsqueeze(0), t.unsqueeze(0), temp, bw_inplace=True).squeeze(0)
-        return -cross_entropy(s, t, temp, bw_inplace=True)
+class PlainPatchLoss(PlainLoss):
+    def __init__(self, out_dim, *settings):
+        super().__init__((1, 1, out_dim), *settings)
 
-    for dtype in (torch.float16, torch.float32):
-        logits, t = (x.view(12, 7) for x in draw_probs(1, 1, 12, 7, dtype))
-        t = t[:6].view(shape)
-        logits, expected_logits = (logits.clone().requires_grad_() for _ in range(2))
-        loss = lossfunc(t, (logits * 1)[:6].view(shape), 0.1)
-        assert loss.shape == shape[:-1]
-        loss.sum().backward()
-        expected = -plain_cross_entropy(expected_logits.float()[:6].view(shape), t.float(), 0.1)
-        expected.sum().backward()
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(logits.grad, expected_logits.grad, rtol=2e-3, atol=1e-5)
+    def forward(self, student, probs, masks):
+        rows = self.rows(student, probs)
+        means = [(rows[b] * masks[b]).sum() / max(masks[b].sum(), 1) for b in range(len(rows))]
+        return torch.stack(means).mean()
+
+    def forward_masked(
+        self, student, probs, student_masks_flat, n_masked_patches=None, masks_weight=None
+    ):
+        rows = self.rows(student, probs)[:n_masked_patches]
+        if masks_weight is None:
+            counts = student_masks_flat.sum(dim=1).tolist()
+            masks_weight = torch.tensor([1 / n for n in counts for _ in range(n)])
+        return (rows * masks_weight).sum() / len(student_masks_flat)
 
 
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        lambda s, t, inplace: cross_entropy(s, t, 0.1, bw_inplace=inplace).sum(),
-        lambda s, t, inplace: dino_cross_entropy(s, t, inplace_backward=inplace),
-    ],
+class PlainKoLeoLoss(nn.Module):
+    def forward(self, x, eps=1e-8):
+        return reference.koleo_loss(x, x, 0, 1, eps)
+
+
+PLAIN = SimpleNamespace(
+    DINOLoss=PlainDINOLoss, iBOTPatchLoss=PlainPatchLoss, KoLeoLoss=PlainKoLeoLoss
 )
-def test_gradient_is_written_over_the_logits_only_on_request(loss_fn):
-    s, t = draw_probs(2, 2)
-    expected = run(lambda s: loss_fn(s, t, False), s)[1]
-    for inplace in (False, True):
-        leaf = s.clone().requires_grad_()
-        logits = leaf * 1
-        loss_fn(logits, t, inplace).backward()
-        torch.testing.assert_close(leaf.grad, expected)
-        assert torch.equal(logits.detach(), leaf.grad if inplace else s)
 
 
-def test_cross_entropy_gives_the_teacher_no_gradient():
-    s, t = (x.view(2, 3, 7).requires_grad_() for x in draw_probs(1, 1, 6))
-    cross_entropy(s, t, 0.1).sum().backward()
-    assert t.grad is None
+def load_dinov2() -> SimpleNamespace:
+    names = {"torch": torch, "nn": nn, "F": F, "dist": torch.distributed}
+    folder = "dinov2/loss"
+    token = load("DINOV2", f"{folder}/dino_clstoken_loss.py", "DINOLoss", **names)
+    patch = ("iBOTPatchLoss", "lossfunc")
+    patch = load("DINOV2", f"{folder}/ibot_patch_loss.py", *patch, logging=logging, **names)
+    koleo = load("DINOV2", f"{folder}/koleo_loss.py", "KoLeoLoss", **names)
+    return SimpleNamespace(**(vars(token) | vars(patch) | vars(koleo)))
 
 
-def test_cross_entropy_compiles():
-    s, t = (x.view(2, 3, 7) for x in draw_probs(1, 1, 6))
-    compiled = torch.compile(cross_entropy, backend="aot_eager", fullgraph=True)
-    assert_same(run(lambda s: compiled(s, t, 0.1), s), run(lambda s: cross_entropy(s, t, 0.1), s))
+@pytest.fixture(params=["equations", "checkout"])
+def original(request) -> SimpleNamespace:
+    """DINOLoss, iBOTPatchLoss and KoLeoLoss."""
+    return PLAIN if request.param == "equations" else load_dinov2()
 
 
-@pytest.mark.parametrize(
-    ("s", "t", "match"),
-    [
-        ((2, 3, 7), (2, 2, 7), r"both be \[B, N, K\] with K >= 1, got \(2, 3, 7\) and \(2, 2, 7\)"),
-        ((2, 3, 7), (1, 3, 7), "got"),
-        ((7,), (7,), r"got \(7,\)"),
-        ((2, 3, 0), (2, 3, 0), "K >= 1"),
-    ],
-)
-def test_invalid_shapes_of_cross_entropy(s, t, match):
-    with pytest.raises(ValueError, match=match):
-        cross_entropy(torch.ones(s), torch.ones(t), 0.1)
+def assert_close(got, expected, rtol=1e-5, atol=1e-6):
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
-def test_invalid_arguments_of_cross_entropy():
-    s = torch.ones(2, 3, 7)
-    with pytest.raises(ValueError, match="temp must be > 0 and finite, got 0.0"):
-        cross_entropy(s, s, 0.0)
-    with pytest.raises(TypeError, match="s must be a torch.Tensor, got list"):
-        cross_entropy([s], s, 0.1)
-    with pytest.raises(TypeError, match="t must have one of the dtypes"):
-        cross_entropy(s, s.long(), 0.1)
-    with pytest.raises(ValueError, match="same storage"):
-        cross_entropy(s, s, 0.1, bw_inplace=True)
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
 
 
-def plain_clstoken_loss(student: Tensor, probs: Tensor, temp: float) -> Tensor:
-    """Sum the batch means of all pairs, without dividing by their number."""
-    return sum(plain_cross_entropy(s, p, temp).mean() for s in student for p in probs)
+def draw_masks(images=4, tokens=6, seed=0) -> Tensor:
+    """Draw masks [B, N] of which the first has no tokens, as half of DINOv2's."""
+    masks = torch.rand(images, tokens, generator=torch.Generator().manual_seed(seed)) < 0.5
+    masks[0] = False
+    return masks
 
 
-@pytest.mark.parametrize(("S", "T"), [(8, 2), (1, 1), (2, 3)])
-def test_clstoken_loss_sums_over_pairs_and_averages_over_images(S, T):
-    student, probs = draw_probs(S, T)
-    got = run(lambda s: dino_clstoken_loss(list(s), list(probs), 0.2), student)
-    assert_same(got, run(lambda s: plain_clstoken_loss(s, probs, 0.2), student))
-    assert_same(
-        run(lambda s: dino_clstoken_loss(s, probs), student),
-        run(lambda s: plain_clstoken_loss(s, probs, 0.1), student),
-    )
+def masked(masks: Tensor, seed=0, dtype=torch.float32, padding=0) -> tuple[Tensor, Tensor]:
+    """Draw logits [n, K] of the masked tokens for student and teacher."""
+    student, teacher = draw(1, 1, int(masks.sum()) + padding, K, dtype, seed=seed)
+    return student[0], teacher[0]
 
 
-def plain_einsum(student: Tensor, probs: Tensor, temp: float, ignore_diagonal: bool) -> Tensor:
-    pairs = -torch.einsum("sbk,tbk->st", torch.log_softmax(student / temp, dim=-1), probs)
-    S, T, B = len(student), len(probs), student.shape[1]
-    if not ignore_diagonal:
-        return pairs.sum() / (B * S * T)
-    own = torch.arange(min(S, T))
-    return (pairs.sum() - pairs[own, own].sum()) / (B * S * T - B * min(S, T))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_token_loss_with_centering_over_steps(original, dtype):
+    ours, theirs = (c.DINOLoss(K, 0.2, 0.7).to(dtype) for c in (dinov2, original))
+    for step in range(4):
+        student, teacher = draw(4, 2, 5, dtype=dtype, seed=step)
+        results = []
+        for loss in (ours, theirs):
+            probs = loss.softmax_center_teacher(teacher.flatten(0, 1), teacher_temp=TEMP)
+            loss.update_center(teacher.flatten(0, 1))
+            probs = probs.view(teacher.shape)
+            crops = run(lambda s, f=loss, p=probs: f(s.unbind(), p), student)
+            pair = run(
+                lambda s, f=loss, p=probs: f([s.flatten(0, 1)], [p.flatten(0, 1)]), student[:2]
+            )
+            results.append([probs, *crops, *pair, loss.center])
+        assert_close(*results, **tolerance(dtype))
+        assert (results[0][-1].abs().sum() > 0) == (step > 0)  # applied one step later
 
 
-@pytest.mark.parametrize(("S", "T"), [(10, 2), (2, 2), (2, 1), (1, 3), (8, 2)])
-@pytest.mark.parametrize("ignore_diagonal", [False, True])
-def test_dino_cross_entropy_matches_the_einsum(S, T, ignore_diagonal):
-    student, probs = draw_probs(S, T)
-    options = {"student_temp": 0.2, "ignore_diagonal": ignore_diagonal}
-    expected = run(lambda s: plain_einsum(s, probs, 0.2, ignore_diagonal), student)
-    for inplace in (False, True):
-        got = run(
-            lambda s, i=inplace: dino_cross_entropy(s * 1, probs, **options, inplace_backward=i),
-            student,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_patch_loss_with_centering_over_steps(original, dtype, given, padding):
+    ours, theirs = (c.iBOTPatchLoss(K, 0.2, 0.7).to(dtype) for c in (dinov2, original))
+    for step in range(4):
+        masks = draw_masks(seed=step)
+        n = int(masks.sum())
+        student, teacher = masked(masks, step, dtype, padding)
+        # As in DINOv2's collate: 1/(masked tokens of the image).
+        weight = (1 / masks.sum(-1).clamp(min=1.0)).unsqueeze(-1).expand_as(masks)[masks]
+        options = {"masks_weight": weight * (1 + step)} if given else {}
+        if padding:
+            options["n_masked_patches"] = n
+        results = []
+        for loss in (ours, theirs):
+            probs = loss.softmax_center_teacher(teacher[None], teacher_temp=TEMP).squeeze(0)
+            loss.update_center(teacher[None, :n])
+            got = run(loss.forward_masked, student, probs, masks, **options)
+            results.append([probs, *got, loss.center])
+        assert_close(*results, **(tolerance(dtype) if given else {}))
+        if padding:
+            assert results[0][2][n:].abs().sum() == 0
+
+
+def test_sinkhorn_knopp_targets(original, one_process_group):
+    ours, theirs = (c.DINOLoss(K) for c in (dinov2, original))
+    _, teacher = draw(1, 1, 9, dtype=torch.float32)
+    teacher = teacher[0]
+    for n in (3, 1):
+        assert_close(
+            ours.sinkhorn_knopp_teacher(teacher, TEMP, n_iterations=n),
+            theirs.sinkhorn_knopp_teacher(teacher, TEMP, n_iterations=n),
         )
-        assert_same(got, expected)
+    ours, theirs = (c.iBOTPatchLoss(K) for c in (dinov2, original))
+    count = torch.tensor([9])
+    assert_close(
+        ours.sinkhorn_knopp_teacher(teacher, TEMP, n_masked_patches_tensor=count),
+        theirs.sinkhorn_knopp_teacher(teacher, TEMP, n_masked_patches_tensor=count.clone()),
+    )
+    assert count == 9
 
 
-def test_defaults_of_dino_cross_entropy():
-    student, probs = draw_probs(3, 2)
-    expected = plain_einsum(student, probs, 0.1, ignore_diagonal=False)
-    torch.testing.assert_close(dino_cross_entropy(student, probs), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_patch_loss_of_all_tokens(original, dtype):
+    ours, theirs = (c.iBOTPatchLoss(K, 0.2).to(dtype) for c in (dinov2, original))
+    student, teacher = draw(4, 4, 6, dtype=dtype)
+    for masks in (draw_masks(), draw_masks().float(), torch.zeros(4, 6, dtype=torch.bool)):
+        results = [run(loss, student, teacher.softmax(-1), masks) for loss in (ours, theirs)]
+        assert_close(*results, **tolerance(dtype))
+        assert (results[0][0] > 0) == bool(masks.any())
 
 
-@pytest.mark.parametrize("loss_fn", [dino_cross_entropy, dino_clstoken_loss])
-def test_empty_batch_has_loss_zero(loss_fn):
-    assert loss_fn(*draw_probs(3, 2, B=0)) == 0
+@old_autocast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_koleo_loss(original, dtype):
+    x = draw(1, 1, 9, dtype=dtype)[0][0]
+    results = [run(loss.KoLeoLoss(), x) for loss in (dinov2, original)]
+    assert_close(*results, **tolerance(dtype))
+    assert_close(*(run(loss.KoLeoLoss(), x[:0]) for loss in (dinov2,) * 2))
+    assert dinov2.KoLeoLoss()(x[:0]) == 0
 
 
-def test_invalid_arguments_of_dino_cross_entropy():
-    student, probs = draw_probs(1, 1)
-    with pytest.raises(ValueError, match="S = T = 1 with ignore_diagonal leaves no pairs"):
-        dino_cross_entropy(student, probs, ignore_diagonal=True)
-    with pytest.raises(ValueError, match=r"student_logits must be 3-D.*got shape \(3, 7\)"):
-        dino_cross_entropy(student[0], probs)
-    with pytest.raises(ValueError, match=r"teacher_probs must be 3-D.*got shape \(0, 3, 7\)"):
-        dino_cross_entropy(student, probs[:0])
-    with pytest.raises(ValueError, match=r"same B and K.*\(1, 3, 7\) and \(1, 2, 7\)"):
-        dino_cross_entropy(student, probs[:, :2])
-    with pytest.raises(TypeError, match="teacher_probs must be a torch.Tensor, got list"):
-        dino_cross_entropy(student, list(probs))
-    with pytest.raises(ValueError, match=r"teacher_out_softmaxed_centered_list must hold at least"):
-        dino_clstoken_loss([student[0]], [])
+def test_koleo_neighbours_and_eps(original):
+    x = F.normalize(draw(1, 1, 9, dtype=torch.float32)[0][0])
+    distances = torch.cdist(x, x).fill_diagonal_(9)
+    neighbours = dinov2.KoLeoLoss().pairwise_NNs_inner(x)
+    assert torch.equal(neighbours, distances.argmin(dim=1))
+    if original is PLAIN:
+        assert_close(*(run(loss.KoLeoLoss(), x, eps=0.1) for loss in (dinov2, original)))
+    else:
+        assert torch.equal(original.KoLeoLoss().pairwise_NNs_inner(x), neighbours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_computed_in_fp32(dtype, autocast):
+    student, teacher = draw(3, 2, 4, dtype=dtype)
+    token, patch = dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)
+    wide = PlainDINOLoss(K).double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        token.update_center(teacher[0])
+        wide.update_center(teacher[0].double())
+        probs = token.softmax_center_teacher(teacher, TEMP)
+        expected = wide.softmax_center_teacher(teacher.double(), TEMP)
+        assert_close(probs.double(), expected, atol=1e-5)
+        assert_close(token.center.double(), wide.center)
+        loss, grad = run(lambda s: token(s, probs), student)
+        assert (loss.dtype, grad.dtype, token.center.dtype) == (torch.float32, dtype, torch.float32)
+        expected = run(lambda s: wide(s, probs.double()), student.double())
+        slack = torch.finfo(dtype).eps
+        assert_close(loss.double(), expected[0])
+        assert_close(grad.double(), expected[1], rtol=slack, atol=1e-5)
+        masks = torch.ones(1, 4, dtype=torch.bool)
+        loss, grad = run(lambda s: patch.forward_masked(s, probs[0], masks), student[0])
+        expected = run(lambda s: wide.rows(s, probs[0].double()).mean(), student[0].double())
+        assert_close(loss.double(), expected[0])
+        assert_close(grad.double(), expected[1], rtol=slack, atol=1e-5)
+        assert token.sinkhorn_knopp_teacher(teacher[0], TEMP).dtype == torch.float32
+        assert dinov2.KoLeoLoss()(student[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["DINOLoss", "iBOTPatchLoss", "KoLeoLoss"])
+def test_arguments_attributes_and_state(original, name):
+    settings = (K, 0.2, 0.5) if name != "KoLeoLoss" else ()
+    ours, theirs = (getattr(losses, name)(*settings) for losses in (dinov2, original))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    if name == "KoLeoLoss":
+        return
+    teacher = draw(2, 2, dtype=torch.float32)[1][: 1 if name == "DINOLoss" else 2]
+    teacher = teacher[0] if name == "DINOLoss" else teacher
+    for loss, other in ((theirs, ours), (ours, theirs)):
+        loss.update_center(teacher)
+        loss.softmax_center_teacher(teacher, TEMP)
+        other.load_state_dict(loss.state_dict())
+        assert torch.equal(other.center, loss.center)
+    assert "student_temp=0.2, center_momentum=0.5" in repr(ours)
+    if original is not PLAIN:
+        assert {*vars(theirs)} <= {*vars(ours)}
+        assert {*dir(theirs)} <= {*dir(ours)}
+        ours.update_center(teacher)
+        theirs.update_center(teacher)
+        for attribute in ("updated", "student_temp", "center_momentum", "len_teacher_output",
+                          "len_teacher_patch_tokens", "async_batch_center"):  # fmt: skip
+            got, expected = (getattr(loss, attribute, None) for loss in (ours, theirs))
+            assert_close(got, expected.view_as(got) if isinstance(got, Tensor) else expected)
+    assert isinstance(pickle.loads(pickle.dumps(ours)), type(ours))
+
+
+def test_center_moves_once_and_only_when_it_is_used():
+    for loss, teacher in (
+        (dinov2.DINOLoss(K), torch.ones(2, K)),
+        (dinov2.iBOTPatchLoss(K), torch.ones(1, 2, K)),
+    ):
+        loss.update_center(teacher)
+        assert not loss.updated
+        assert loss.center.abs().sum() == 0
+        center = loss.center
+        for _ in range(2):
+            loss.apply_center_update()
+            assert loss.updated
+            assert_close(loss.center, torch.full_like(center, 0.1))
+        assert loss.center is center  # in place: a captured graph and a view stay valid
+
+
+def test_no_rows_have_loss_zero_and_keep_the_center():
+    token, patch = dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)
+    masks = torch.zeros(4, 6, dtype=torch.bool)
+    for loss, teacher in ((token, torch.ones(0, K)), (patch, torch.ones(1, 0, K))):
+        loss.center.fill_(3)
+        loss.update_center(teacher)
+        assert loss.softmax_center_teacher(teacher, TEMP).shape == teacher.shape
+        assert torch.equal(loss.center, torch.full_like(loss.center, 3))
+        assert loss.sinkhorn_knopp_teacher(torch.ones(0, K), TEMP).shape == (0, K)
+    for weight in (None, torch.ones(0)):
+        loss, grad = run(
+            lambda s, w=weight: patch.forward_masked(s, s.detach(), masks, 0, w), torch.ones(3, K)
+        )
+        assert (loss, grad.abs().sum()) == (0, 0)
+    assert patch.forward_masked(*torch.ones(2, 0, K), masks) == 0
+    assert patch(*torch.ones(2, 0, 6, K), masks[:0]) == 0
+    assert token(torch.ones(3, 0, K), torch.ones(2, 0, K)) == 0
+
+
+def test_gradient_is_written_over_the_logits_only_on_request():
+    masks = draw_masks()
+    student, teacher = masked(masks)
+    probs = teacher.softmax(-1)
+    for inplace in (False, True):
+        loss = dinov2.iBOTPatchLoss(K, inplace_backward=inplace)
+        leaf = student.clone().requires_grad_()
+        logits = leaf * 1
+        loss.forward_masked(logits[: len(probs)], probs, masks).backward()
+        expected = run(lambda s: PlainPatchLoss(K).forward_masked(s, probs, masks), student)[1]
+        assert_close(leaf.grad, expected)
+        assert torch.equal(logits.detach(), leaf.grad if inplace else student)
+
+
+def test_compiles():
+    masks = draw_masks()
+    student, teacher = masked(masks)
+    weights = torch.rand(len(student), generator=torch.Generator().manual_seed(1))
+    pairs = [(dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)) for _ in range(2)]
+
+    def step(index, student):
+        token, patch = pairs[index]
+        probs = token.softmax_center_teacher(teacher, TEMP)
+        token.update_center(teacher)
+        targets = patch.softmax_center_teacher(teacher[None], TEMP).squeeze(0)
+        patch.update_center(teacher[None])
+        masked_loss = patch.forward_masked(student, targets, masks, len(student), weights)
+        balanced = patch.sinkhorn_knopp_teacher(teacher, TEMP, torch.tensor(len(teacher)))
+        return token([student], [probs]) + masked_loss + token([student], [balanced])
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        assert_close(run(lambda s: compiled(0, s), student), run(lambda s: step(1, s), student))
+    for ours, theirs in zip(*pairs, strict=True):
+        assert_close(ours.center, theirs.center)
+        assert ours.center.abs().sum() > 0
+
+
+LOGITS, MASKS = torch.ones(3, K), torch.ones(1, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda t, p: dinov2.DINOLoss(0), ValueError, "prototypes must be >= 1, got 0"),
+        (lambda t, p: dinov2.DINOLoss(2.0), TypeError, "out_dim must be an int, got float"),
+        (lambda t, p: dinov2.iBOTPatchLoss(K, 0.0), ValueError, "student_temp must be > 0 .*got 0"),
+        (lambda t, p: dinov2.iBOTPatchLoss(K, 0.1, 2), ValueError, r"in \[0, 1\], got 2"),
+        (lambda t, p: t([], [LOGITS]), ValueError, "student_output_list must hold at least one"),
+        (lambda t, p: t([LOGITS], [LOGITS[:2]]), ValueError, r"same B and K.*\(1, 2, 7\)"),
+        (lambda t, p: t.softmax_center_teacher(LOGITS, 0.0), ValueError, "temp must be > 0"),
+        (lambda t, p: t.softmax_center_teacher(LOGITS[:, 1:], 1), ValueError,
+         r"teacher_output must be \[.., K\] with K = 7, got shape \(3, 6\)"),
+        (lambda t, p: t.update_center(LOGITS[None]), ValueError, r"\[B, K\] .*got shape \(1, 3, 7"),
+        (lambda t, p: p.update_center(LOGITS), ValueError, r"\[B, N, K\] .*got shape \(3, 7\)"),
+        (lambda t, p: p.update_center(LOGITS.long()), TypeError, "teacher_patch_tokens must have"),
+        (lambda t, p: t.update_center(LOGITS.to("meta")), ValueError, "device cpu, got meta"),
+        (lambda t, p: p.sinkhorn_knopp_teacher(LOGITS[None], 1, None), ValueError, r"\[N, K\]"),
+        (lambda t, p: p.sinkhorn_knopp_teacher(LOGITS, 1, None, 0), ValueError, "n_iterations"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS[:2], MASKS), ValueError, r"got \(3, 7\) and"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS, MASKS, 2), ValueError,
+         r"one weight for each of 2 masked tokens, got shape \(3,\)"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS, MASKS, None, torch.ones(1)), ValueError,
+         r"for each of 3 masked tokens, got shape \(1,\)"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS, MASKS.float()), ValueError,
+         r"must be a bool tensor \[B, N\] .*got torch.float32 of shape \(1, 3\)"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS, [1]), TypeError, "masks_flat .* got list"),
+        (lambda t, p: p.forward_masked(LOGITS, LOGITS, MASKS, None, [1.0]), TypeError, "got list"),
+        (lambda t, p: p(LOGITS[None], LOGITS[None], MASKS[:, 1:]), ValueError,
+         r"student_masks_flat \[B, N\], got \(1, 3, 7\) and \(1, 2\)"),
+        (lambda t, p: dinov2.KoLeoLoss()(LOGITS, 0), ValueError, "eps must be > 0"),
+        (lambda t, p: dinov2.KoLeoLoss()(LOGITS[0]), ValueError, r"x must be \[B, D\]"),
+    ],
+)  # fmt: skip
+def test_invalid_arguments(call, error, match):
+    with pytest.raises(error, match=match):
+        call(dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K))
+
+
+def whole_batch(ranks: int, step: int) -> list[tuple[Tensor, Tensor]]:
+    """Draw (student, teacher) [n, K] of each rank, whose n differ."""
+    return [masked(torch.ones(1, 3 + rank), 10 * step + rank) for rank in range(ranks)]
+
+
+def distributed_steps(checkout: bool) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ours = (dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K))
+    original = load_dinov2() if checkout else None
+    theirs = None if original is None else original.iBOTPatchLoss(K)
+    expected = [torch.zeros(1, K), torch.zeros(1, K)]
+    for step in range(3):
+        batch = whole_batch(ranks, step)
+        student, teacher = batch[rank]
+        for loss, center, logits in zip(ours, expected, (teacher, teacher[None]), strict=True):
+            probs = loss.softmax_center_teacher(logits, TEMP)
+            assert_close(loss.center.view(1, K), center)
+            assert_close(probs.view(teacher.shape), ((teacher - center) / TEMP).softmax(-1))
+            loss.update_center(logits)
+        # The class token's center is a mean over rows, the patches' one over the ranks' means.
+        rows = torch.cat([t for _, t in batch])
+        expected[0] = 0.9 * expected[0] + 0.1 * rows.mean(0)
+        expected[1] = 0.9 * expected[1] + 0.1 * torch.stack([t.mean(0) for _, t in batch]).mean(0)
+        targets = reference.sinkhorn_knopp(rows, TEMP, 3)
+        count = torch.tensor(len(teacher))
+        got = ours[0].sinkhorn_knopp_teacher(teacher, TEMP)
+        assert torch.equal(got, ours[1].sinkhorn_knopp_teacher(teacher, TEMP, count))
+        assert_close(got, targets.split([len(t) for _, t in batch])[rank], rtol=1e-4)
+        if theirs is not None:
+            assert_close(
+                ours[1].softmax_center_teacher(teacher[None], TEMP),
+                (theirs.update_center(logits), theirs.softmax_center_teacher(logits, TEMP))[1],
+            )
+            ours[1].updated = True
+            assert_close(ours[1].center, theirs.center)
+            assert_close(got, theirs.sinkhorn_knopp_teacher(teacher, TEMP, count.clone()))
+            expected[1] = theirs.center.view(1, K)
+        loss = ours[1].forward_masked(student, got, torch.ones(1, len(got), dtype=torch.bool))
+        assert_close(loss, PlainPatchLoss(K).rows(student, got).mean())  # of this rank alone
+    # One rank has no rows: the others' mean, on every rank.
+    for loss, logits in zip(ours, (teacher, teacher[None]), strict=True):
+        loss.apply_center_update()
+        before = loss.center.clone()
+        loss.update_center(logits if rank else logits[..., :0, :])
+        loss.apply_center_update()
+        parts = [t.mean(0) if loss is ours[1] else t for _, t in batch[1:]]
+        mean = torch.stack(parts).mean(0) if loss is ours[1] else torch.cat(parts).mean(0)
+        assert_close(loss.center, 0.9 * before + 0.1 * mean)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_different_numbers_of_rows(original, ranks):
+    run_ranks(ranks, distributed_steps, original is not PLAIN)

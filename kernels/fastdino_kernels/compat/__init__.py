@@ -2,9 +2,10 @@
 
 lightly.py      DINOLoss: lightly.loss.DINOLoss
 solo_learn.py   DINOLoss: solo.losses.DINOLoss
-dinov2.py       cross_entropy: the xformers.ops.cross_entropy that DINOv2 and lightly-train import
-                dino_clstoken_loss: the forward pass of DINOv2's DINOLoss
-                dino_cross_entropy: the einsum form over all pairs of crops, as in DINOv3
+dinov2.py       DINOLoss, iBOTPatchLoss, KoLeoLoss: those of dinov2.loss
+                cross_entropy: the xformers.ops.cross_entropy that DINOv2 and lightly-train import
+soft_targets.py the cross-entropies of these losses, as functions
+teacher_center.py  the center of the teacher's logits and its delayed update
 stacking.py     stacking of a list of crops, without a copy if they are views of one tensor
 
 Each module is written from the equations of its original; no code is copied. facebookresearch/dino

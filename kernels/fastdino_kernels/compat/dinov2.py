@@ -1,11 +1,9 @@
-"""Cross-entropies of DINOv2-style code, whose teacher outputs are already probabilities.
+"""Drop-ins for the losses of DINOv2, `dinov2.loss`, and for the cross-entropy that they import.
 
-The teacher is centered or balanced (Sinkhorn-Knopp) separately, and the loss is
-
-    CE(p, s) = -sum_k p_k log softmax(s/tau_s)_k
-
-Rows of p need not sum to 1, and get no gradient. (Oquab et al. 2023, arXiv 2304.07193; Zhou et al.
-2021, arXiv 2111.07832.)
+DINOv2's training code (train/ssl_meta_arch.py) passes probabilities from softmax_center_teacher or
+sinkhorn_knopp_teacher to the losses, and so do these classes. Code that may change more than an
+import is faster with dino_loss and patch_loss, which take the teacher's logits and a center:
+../../README.md has both calls. (Oquab et al. 2023, arXiv 2304.07193.)
 
 Legend: S crops of the student, T crops of the teacher, B images, N tokens, K prototypes.
 """
@@ -14,122 +12,319 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..checks import check_float_tensor
-from ..pairwise_arguments import pair_count
-from ..soft_cross_entropy import soft_cross_entropy
-from .stacking import stack_crops
+from ..checks import check_float_tensor, check_integer
+from ..koleo import koleo_loss
+from ..operators import ops
+from ..sinkhorn import sinkhorn_knopp
+from .soft_targets import cross_entropy, dino_clstoken_loss, dino_cross_entropy
+from .teacher_center import TeacherCenter
+
+__all__ = [
+    "DINOLoss",
+    "KoLeoLoss",
+    "cross_entropy",
+    "dino_clstoken_loss",
+    "dino_cross_entropy",
+    "iBOTPatchLoss",
+]
 
 
-def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool = False) -> Tensor:
-    """Compute -sum_k t_k log softmax(s/temp)_k of every row: the patch loss of iBOT and DINOv2.
+class DINOLoss(TeacherCenter):
+    """Loss of the class tokens: dinov2.loss.DINOLoss's methods, attributes and state_dict.
 
-    This is the `xformers.ops.cross_entropy` that dinov2/loss/ibot_patch_loss.py imports and negates
-    and that no public xformers has.
+    The results differ from the original's only in these cases:
+
+    - Half precision is computed in fp32, and fp64 in fp64, Sinkhorn-Knopp included.
+    - No teacher logits overflow in Sinkhorn-Knopp.
+    - Ranks with different numbers of rows have the same center, the mean over all rows. No rows:
+      loss 0, and the center is unchanged.
+    - The center is updated in place and keeps its dtype.
+    - Shapes that match only by broadcasting, and temperatures <= 0, are errors.
 
     Args:
-        s: [B, N, K] student logits (any leading dimensions), fp16/bf16/fp32/fp64; receives the
-            gradient.
-        t: teacher probabilities of the same shape, any of these dtypes; receives none.
-        temp: the student's temperature, > 0; a float, or a 0-d tensor on the logits' device.
-        bw_inplace: write the gradient over `s` in the backward pass. Only use it if nothing reads
-            `s` after the loss; see soft_cross_entropy's inplace_backward.
+        out_dim: K, the number of prototypes.
+        student_temp: the student's temperature, > 0.
+        center_momentum: in [0, 1]; the weight of the old center in an update.
 
-    Returns: [B, N], in nats, fp32 (fp64 for fp64 logits).
+    Buffer `center` [1, K].
 
-    Raises:
-        ValueError: shapes or devices that do not match, or a temperature that is not > 0.
-        TypeError: logits or probabilities that are not floating-point tensors.
+    Raises: ValueError, TypeError: a number out of its range, or of another type.
 
     """
-    check_float_tensor("s", s)
-    check_float_tensor("t", t)
-    if s.shape != t.shape or s.dim() < 2 or s.shape[-1] < 1:
-        raise ValueError(
-            f"s and t must both be [B, N, K] with K >= 1, got {tuple(s.shape)} and {tuple(t.shape)}"
+
+    def __init__(
+        self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
+    ) -> None:
+        super().__init__((1, check_integer("out_dim", out_dim)), student_temp, center_momentum)
+        self.len_teacher_output: int | None = None
+
+    def forward(
+        self,
+        student_output_list: Sequence[Tensor] | Tensor,
+        teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor,
+    ) -> Tensor:
+        """Compute the sum over all pairs of crops of their mean cross-entropy.
+
+        Args:
+            student_output_list: S tensors [B, K], logits, or one [S, B, K]; receives the gradient.
+            teacher_out_softmaxed_centered_list: T tensors [B, K], probabilities, or one [T, B, K].
+
+        Returns, raises: as dino_clstoken_loss.
+
+        """
+        return dino_clstoken_loss(
+            student_output_list, teacher_out_softmaxed_centered_list, self.student_temp
         )
-    prototypes = s.shape[-1]
-    rows = soft_cross_entropy(
-        s.reshape(1, -1, prototypes),
-        t.reshape(1, -1, prototypes),
-        student_temp=temp,
-        inplace_backward=bw_inplace,
-    )
-    return rows.reshape(s.shape[:-1])
+
+    def softmax_center_teacher(
+        self, teacher_output: Tensor, teacher_temp: float | Tensor
+    ) -> Tensor:
+        """Apply the last update of the center, and return softmax((teacher - center)/temp).
+
+        Args:
+            teacher_output: [.., K] logits.
+            teacher_temp: > 0; a float, or a 0-d tensor on the logits' device.
+
+        Returns: probabilities of the same shape, fp32 (fp64 for fp64 logits).
+
+        Raises: ValueError, TypeError: another K, a temperature that is not > 0, or no floats.
+
+        """
+        self.apply_center_update()
+        return self.centered_softmax("teacher_output", teacher_output, teacher_temp)
+
+    def sinkhorn_knopp_teacher(
+        self, teacher_output: Tensor, teacher_temp: float | Tensor, n_iterations: int = 3
+    ) -> Tensor:
+        """Compute Sinkhorn-Knopp targets over the rows of all ranks: see sinkhorn_knopp.
+
+        Args:
+            teacher_output: [B, K] logits.
+            teacher_temp: > 0; a float, or a 0-d tensor on the logits' device.
+            n_iterations: >= 1.
+
+        Returns: probabilities [B, K], fp32 (fp64 for fp64 logits).
+
+        Raises: ValueError, TypeError: as sinkhorn_knopp.
+
+        """
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Call reduce_center_update, as the original does."""
+        self.reduce_center_update(teacher_output)
+
+    def reduce_center_update(self, teacher_output: Tensor) -> None:
+        """Start the all-reduce of the sum of [B, K] logits, which the next step's center includes.
+
+        Raises: ValueError, TypeError: another shape, or no floats.
+        """
+        self.check_logits("teacher_output", teacher_output, 2)
+        self.len_teacher_output = len(teacher_output)
+        self.start_update(teacher_output, len(teacher_output))
 
 
-def dino_clstoken_loss(
-    student_output_list: Sequence[Tensor] | Tensor,
-    teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor,
-    student_temp: float | Tensor = 0.1,
-) -> Tensor:
-    """Compute sum_q sum_v mean_b CE(p_q, s_v), DINOv2's DINOLoss (loss/dino_clstoken_loss.py).
+class iBOTPatchLoss(TeacherCenter):  # noqa: N801
+    """Loss of the masked patch tokens: dinov2.loss.iBOTPatchLoss's methods and state_dict.
 
-    All pairs count, and the sum is not divided by their number: the caller does that. Lists are
-    stacked, which copies them, unless they are the pieces of one tensor (`out.chunk(S)`): see
-    stacking.stack_crops.
+    The results differ from the original's as those of DINOLoss do, and in these cases:
+
+    - Without xformers' cross_entropy, the original computes in the logits' dtype; with it, it
+      overwrites fp32 logits, which this class does only with inplace_backward.
+    - The center is the mean over the images of all ranks of each image's mean over its tokens. A
+      rank without masked tokens is left out; in the original, it makes all centers NaN.
+    - sinkhorn_knopp_teacher needs no process group, and does not change n_masked_patches_tensor.
 
     Args:
-        student_output_list: S tensors [B, K], logits, or one [S, B, K]; receives the gradient.
-        teacher_out_softmaxed_centered_list: T tensors [B, K], probabilities, or one [T, B, K].
-        student_temp: > 0; a float, or a 0-d tensor on the logits' device.
+        patch_out_dim: K, the number of prototypes.
+        student_temp: the student's temperature, > 0.
+        center_momentum: in [0, 1]; the weight of the old center in an update.
+        inplace_backward: write the gradient over the student's logits: see soft_cross_entropy.
 
-    Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 for an empty batch.
+    Buffer `center` [1, 1, K].
 
-    Raises: ValueError, TypeError: as soft_cross_entropy and stacking.stack_crops.
-
-    """
-    student = stack_crops("student_output_list", student_output_list)
-    probs = stack_crops("teacher_out_softmaxed_centered_list", teacher_out_softmaxed_centered_list)
-    rows = soft_cross_entropy(student, probs, student_temp=student_temp)
-    return rows.sum() / max(rows.shape[1], 1)
-
-
-def dino_cross_entropy(
-    student_logits: Tensor,
-    teacher_probs: Tensor,
-    *,
-    student_temp: float | Tensor = 0.1,
-    ignore_diagonal: bool = False,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """Compute the mean of CE(p_q, s_v) over pairs of crops and images, often written as an einsum.
-
-    This is einsum("sbk,tbk->st") of log-probabilities and probabilities, with a zero diagonal if
-    ignore_diagonal, summed and divided by -B*S*T, or by -(B*S*T - B*min(S, T)).
-
-    Args:
-        student_logits: [S, B, K], fp16/bf16/fp32/fp64; receives the gradient.
-        teacher_probs: [T, B, K], any of these dtypes; receives none.
-        student_temp: > 0; a float, or a 0-d tensor on the logits' device.
-        ignore_diagonal: leave out the pairs of crop i with crop i.
-        inplace_backward: write the gradient over the logits: see soft_cross_entropy.
-
-    Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 for an empty batch.
-
-    Raises:
-        ValueError: shapes or devices that do not match, a temperature that is not > 0, or S = T = 1
-            with ignore_diagonal, which leaves no pairs.
-        TypeError: logits or probabilities that are not floating-point tensors.
+    Raises: ValueError, TypeError: a number out of its range, or of another type.
 
     """
-    student = check_float_tensor("student_logits", student_logits)
-    probs = check_float_tensor("teacher_probs", teacher_probs)
-    for name, tensor in (("student_logits", student), ("teacher_probs", probs)):
-        if tensor.dim() != 3 or tensor.shape[0] < 1:
-            raise ValueError(f"{name} must be 3-D with >= 1 crops, got shape {tuple(tensor.shape)}")
-    pairs = pair_count(len(student), len(probs), ignore_diagonal)
-    if pairs == 0:
+
+    def __init__(
+        self,
+        patch_out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        shape = (1, 1, check_integer("patch_out_dim", patch_out_dim))
+        super().__init__(shape, student_temp, center_momentum)
+        self.inplace_backward = inplace_backward
+        self.len_teacher_patch_tokens: int | None = None
+
+    def forward(
+        self,
+        student_patch_tokens: Tensor,
+        teacher_patch_tokens: Tensor,
+        student_masks_flat: Tensor,
+    ) -> Tensor:
+        """Compute the mean over images of the mean cross-entropy of an image's masked tokens.
+
+        Args:
+            student_patch_tokens: [B, N, K] logits; receives the gradient.
+            teacher_patch_tokens: [B, N, K] probabilities.
+            student_masks_flat: [B, N], bool, or numbers that multiply the tokens' losses.
+
+        Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 without images.
+
+        Raises: ValueError, TypeError: as cross_entropy, and masks of another shape.
+
+        """
+        _check_masks(student_masks_flat)
+        rows = self._rows(student_patch_tokens, teacher_patch_tokens)
+        if rows.dim() != 2 or student_masks_flat.shape != rows.shape:
+            raise ValueError(
+                "student_patch_tokens must be [B, N, K] and student_masks_flat [B, N], "
+                f"got {tuple(student_patch_tokens.shape)} and {tuple(student_masks_flat.shape)}"
+            )
+        counts = student_masks_flat.sum(dim=-1).clamp(min=1.0)
+        images = (rows * student_masks_flat).sum(dim=-1) / counts
+        return images.sum() / max(len(images), 1)
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Tensor,
+        teacher_patch_tokens_masked: Tensor,
+        student_masks_flat: Tensor,
+        n_masked_patches: int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Compute sum_i weight_i * CE_i / B over the masked tokens i, B images masked or not.
+
+        Args:
+            student_patch_tokens_masked: [N, K] logits; receives the gradient.
+            teacher_patch_tokens_masked: [N, K] probabilities of the same tokens.
+            student_masks_flat: [B, tokens of an image]; only its length is used if masks_weight is
+                given, otherwise bool with n <= N masked tokens.
+            n_masked_patches: n, to leave out rows of padding at the end; all rows by default.
+            masks_weight: [n], by default 1/(masked tokens of the token's image). Computing the
+                default waits for the device.
+
+        Returns: a fp32 scalar in nats (fp64 for fp64 logits); 0 without masked tokens.
+
+        Raises: ValueError, TypeError: as cross_entropy, and weights of another shape.
+
+        """
+        _check_masks(student_masks_flat)
+        used = slice(n_masked_patches)
+        rows = self._rows(student_patch_tokens_masked[used], teacher_patch_tokens_masked[used])
+        if masks_weight is None:
+            masks_weight = _weights(student_masks_flat)
+        if check_float_tensor("masks_weight", masks_weight).shape != rows.shape[-1:]:
+            raise ValueError(
+                f"masks_weight must have one weight for each of {rows.shape[-1]} masked tokens, "
+                f"got shape {tuple(masks_weight.shape)}"
+            )
+        return (rows * masks_weight).sum() / max(len(student_masks_flat), 1)
+
+    def softmax_center_teacher(
+        self, teacher_patch_tokens: Tensor, teacher_temp: float | Tensor
+    ) -> Tensor:
+        """Apply the last update of the center, and return softmax((teacher - center)/temp).
+
+        Args:
+            teacher_patch_tokens: [B, N, K] logits, in DINOv2 [1, n, K] of the masked tokens. [N, K]
+                become [1, N, K], as in the original.
+            teacher_temp: > 0; a float, or a 0-d tensor on the logits' device.
+
+        Returns: probabilities of the same shape, fp32 (fp64 for fp64 logits).
+
+        Raises: ValueError, TypeError: another K, a temperature that is not > 0, or no floats.
+
+        """
+        self.apply_center_update()
+        return self.centered_softmax("teacher_patch_tokens", teacher_patch_tokens, teacher_temp)
+
+    def sinkhorn_knopp_teacher(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float | Tensor,
+        n_masked_patches_tensor: Tensor | None = None,
+        n_iterations: int = 3,
+    ) -> Tensor:
+        """Compute Sinkhorn-Knopp targets over the rows of all ranks: see sinkhorn_knopp.
+
+        Args:
+            teacher_output: [N, K] logits of the masked tokens, N may differ between ranks.
+            teacher_temp: > 0; a float, or a 0-d tensor on the logits' device.
+            n_masked_patches_tensor: not used: the targets do not depend on the number of rows.
+            n_iterations: >= 1.
+
+        Returns: probabilities [N, K], fp32 (fp64 for fp64 logits).
+
+        Raises: ValueError, TypeError: as sinkhorn_knopp.
+
+        """
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    def update_center(self, teacher_patch_tokens: Tensor) -> None:
+        """Call reduce_center_update, as the original does."""
+        self.reduce_center_update(teacher_patch_tokens)
+
+    def reduce_center_update(self, teacher_patch_tokens: Tensor) -> None:
+        """Start the all-reduce of the sum of the images' means, which the next center includes.
+
+        Args:
+            teacher_patch_tokens: [B, N, K] logits, in DINOv2 [1, n, K] of the masked tokens.
+
+        Raises: ValueError, TypeError: another shape, or no floats.
+
+        """
+        self.check_logits("teacher_patch_tokens", teacher_patch_tokens, 3)
+        self.len_teacher_patch_tokens = len(teacher_patch_tokens)
+        self.start_update(teacher_patch_tokens.flatten(0, 1), len(teacher_patch_tokens))
+
+    def _rows(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return cross_entropy(student, teacher, self.student_temp, self.inplace_backward)
+
+
+def _check_masks(masks: object) -> None:
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"student_masks_flat must be a torch.Tensor, got {type(masks).__name__}")
+
+
+def _weights(masks: Tensor) -> Tensor:
+    """Return 1/(masked tokens of the image) of each masked token, in the order of the masks."""
+    if masks.dtype != torch.bool or masks.dim() != 2:
         raise ValueError(
-            "S = T = 1 with ignore_diagonal leaves no pairs of different crops to compute the loss "
-            "from: expected at least two student or two teacher crops"
+            "student_masks_flat must be a bool tensor [B, N] if masks_weight is None, "
+            f"got {masks.dtype} of shape {tuple(masks.shape)}"
         )
-    rows = soft_cross_entropy(
-        student,
-        probs,
-        student_temp=student_temp,
-        ignore_diagonal=ignore_diagonal,
-        inplace_backward=inplace_backward,
-    )
-    return rows.sum() / (pairs * max(rows.shape[1], 1))
+    counts = masks.sum(dim=-1, keepdim=True).clamp(min=1)
+    return counts.reciprocal().expand_as(masks)[masks]
+
+
+class KoLeoLoss(nn.Module):
+    """KoLeo regularizer: dinov2.loss.KoLeoLoss, computed in fp32 (fp64 for fp64 features)."""
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """Compute -mean_i log(||x_i - x_nn(i) + eps|| + eps) over normalised rows of this rank.
+
+        Args:
+            student_output: [B, D] features of one crop; receives the gradient.
+            eps: > 0; also the least norm of a row. Added to differences the original has 1e-8,
+                whatever eps is.
+
+        Returns: a fp32 scalar (fp64 for fp64 features); 0 without rows.
+
+        Raises: ValueError, TypeError: as koleo_loss.
+
+        """
+        return koleo_loss(student_output, eps=eps)
+
+    def pairwise_NNs_inner(self, x: Tensor) -> Tensor:  # noqa: N802
+        """Return the index [B] of the other row of x [B, D] with the largest dot product."""
+        check_float_tensor("x", x)
+        nearest: Tensor = ops.nearest_rows(x.detach(), x.detach(), 0, 1)
+        return nearest[:, 0]

@@ -1,0 +1,133 @@
+"""The center of the teacher's logits in DINOv2's losses, all-reduced while the step goes on.
+
+    center <- m * center + (1 - m) * mean of the logits over all ranks
+
+A step's logits move the center at the start of the next step's softmax_center_teacher, so that the
+all-reduce overlaps with the student's forward and backward passes.
+
+Legend: K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import (
+    check_float_tensor,
+    check_number,
+    check_positive,
+    check_range,
+    check_temperature,
+)
+from ..collectives import world_size
+from ..dispatch import choose_impl, compute_dtype
+from ..operators import ops
+
+
+class TeacherCenter(nn.Module):
+    """Base of DINOv2's losses: the center, its delayed update, and the centered softmax.
+
+    Args:
+        shape: the center's, (1, .., K).
+        student_temp: the student's temperature, > 0.
+        center_momentum: m, in [0, 1].
+
+    Buffer `center`. Attributes as in the original: `updated` is False while an update is pending,
+    `async_batch_center` its sum, `reduce_handle` its all-reduce.
+
+    """
+
+    center: Tensor
+
+    def __init__(self, shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
+        super().__init__()
+        if shape[-1] < 1:
+            raise ValueError(f"the number of prototypes must be >= 1, got {shape[-1]}")
+        self.student_temp = check_positive("student_temp", student_temp)
+        self.center_momentum = check_number("center_momentum", center_momentum)
+        check_range("center_momentum", self.center_momentum, most=1)
+        self.register_buffer("center", torch.zeros(shape))
+        self.updated = True
+        self.reduce_handle: Any = None
+        self.async_batch_center: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    @torch.no_grad()
+    def start_update(self, logits: Tensor, weight: int) -> None:
+        """Start the all-reduce of an update of the center.
+
+        Args:
+            logits: [n, K]; their mean counts `weight` times. No logits count nothing.
+            weight: number of values that each rank contributes to the mean over all ranks.
+
+        """
+        rows = len(logits)
+        mean = logits.sum(dim=0, dtype=compute_dtype(logits)) / max(rows, 1)
+        weight = weight if rows > 0 else 0
+        pending = torch.cat((mean * weight, mean.new_full((1,), weight)))
+        self.updated = False
+        self.async_batch_center = pending[:-1].view_as(self.center)
+        self._weight = pending[-1]
+        if world_size(None) > 1:
+            self.reduce_handle = torch.distributed.all_reduce(pending, async_op=True)
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Wait for the pending update, if there is one, and apply it to the center in place."""
+        if self.updated:
+            return
+        assert self.async_batch_center is not None
+        assert self._weight is not None
+        if self.reduce_handle is not None:
+            self.reduce_handle.wait()
+            self.reduce_handle = None
+        mean = self.async_batch_center / self._weight.clamp(min=1)
+        moved = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+        # No rows on any rank: unchanged.
+        self.center.copy_(torch.where(self._weight > 0, moved, self.center))
+        self.updated = True
+
+    @torch.no_grad()
+    def centered_softmax(self, name: str, teacher: Tensor, temp: float | Tensor) -> Tensor:
+        """Return softmax((teacher - center)/temp) of logits [.., K], in one pass over them."""
+        self.check_logits(name, teacher)
+        if self.center.dtype == torch.float64:
+            teacher = teacher.double()
+        chosen = choose_impl("auto", (teacher,))
+        temp = check_temperature("teacher_temp", temp, compute_dtype(teacher), teacher.device)
+        options = (0.0, temp) if isinstance(temp, Tensor) else (temp, None)
+        center = self.center.reshape(-1)
+        probs: Tensor = ops.sinkhorn_probabilities(
+            teacher.detach().reshape(-1, len(center)), center, *options, chosen
+        )
+        return probs.view(torch.broadcast_shapes(teacher.shape, self.center.shape))
+
+    def check_logits(self, name: str, logits: Tensor, dim: int | None = None) -> None:
+        """Raise ValueError or TypeError unless logits [.., K] match the center."""
+        check_float_tensor(name, logits)
+        prototypes = self.center.shape[-1]
+        shapes = {None: "[.., K]", 2: "[B, K]", 3: "[B, N, K]"}
+        if (
+            logits.dim() < 1
+            or logits.dim() != (dim or logits.dim())
+            or logits.shape[-1] != prototypes
+        ):
+            raise ValueError(
+                f"{name} must be {shapes[dim]} with K = {prototypes}, "
+                f"got shape {tuple(logits.shape)}"
+            )
+        if logits.device != self.center.device:
+            raise ValueError(
+                f"{name} must be on the center's device {self.center.device}, "
+                f"got {logits.device}; move the loss with .to(device)"
+            )
+
+    def extra_repr(self) -> str:
+        """Return the text that print(module) shows between the parentheses."""
+        return (
+            f"out_dim={self.center.shape[-1]}, student_temp={self.student_temp}, "
+            f"center_momentum={self.center_momentum}"
+        )
