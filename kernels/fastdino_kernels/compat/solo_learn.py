@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..checks import check_float_tensor
 from ..dino_module import DINOLoss as _DINOLoss
+from ..dispatch import compute_dtype
 
 
 class DINOLoss(_DINOLoss):
     """fastdino_kernels.DINOLoss with solo-learn's constructor, and the epoch as an attribute.
 
-    Set `epoch` before a forward pass, as solo.methods.DINO.on_train_epoch_start does.
+    Set `epoch` before a forward pass, as solo.methods.DINO.on_train_epoch_start does. Negative
+    epochs count from the last one, as in the original: -1 has the final temperature.
 
     Args:
         num_prototypes: K.
@@ -22,8 +26,7 @@ class DINOLoss(_DINOLoss):
         num_large_crops: S >= 2, the student's crops; the first two are the teacher's.
         center_momentum: in [0, 1]; the weight of the old center in an update.
 
-    Buffer `center` [1, K]. `update_center` takes the sum of the teacher's logits, not the logits:
-    see fastdino_kernels.DINOLoss.
+    Buffer `center` [1, K].
 
     Raises: ValueError: a number out of its range. The message states what to change.
 
@@ -61,13 +64,46 @@ class DINOLoss(_DINOLoss):
         Args:
             student_output: [S*B, K] logits, crop after crop; receives the gradient.
             teacher_output: [2*B, K] logits of the first two crops; receives no gradient.
-            epoch: overrides `self.epoch` for this call.
+            epoch: overrides `self.epoch` for this call; see fastdino_kernels.DINOLoss.
 
         Returns: the loss, a fp32 scalar in nats (fp64 for fp64 logits).
 
         Raises: ValueError, TypeError: as fastdino_kernels.DINOLoss.
 
         """
-        return super().forward(
+        loss, teacher_sum = self.pairwise(
             student_output, teacher_output, self.epoch if epoch is None else epoch
         )
+        self.start_center_update(teacher_sum, len(teacher_output))()
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:  # type: ignore[override]
+        """Update the center to m*center + (1 - m)*mean of the logits over all ranks (Eq. 4).
+
+        forward already does this, with a sum that the loss's kernel computes.
+
+        Args:
+            teacher_output: [N, K] logits, fp16/bf16/fp32/fp64, the same N on every rank. With N = 0
+                and one rank the center is unchanged.
+
+        Raises:
+            ValueError: another shape, or N = 0 with several ranks.
+            TypeError: logits that are not a floating-point tensor.
+
+        """
+        check_float_tensor("teacher_output", teacher_output)
+        prototypes = self.center.shape[-1]
+        if teacher_output.dim() != 2 or teacher_output.shape[1] != prototypes:
+            raise ValueError(
+                f"teacher_output must be [N, K] with K = {prototypes}, "
+                f"got shape {tuple(teacher_output.shape)}"
+            )
+        total = teacher_output.sum(dim=0, dtype=compute_dtype(teacher_output))
+        self.start_center_update(total, len(teacher_output))()
+
+    def _teacher_temp(self, epoch: int | Tensor) -> float | Tensor:
+        epochs = len(self.teacher_temp_schedule)
+        if not isinstance(epoch, Tensor) and -epochs <= epoch < 0:
+            epoch += epochs
+        return super()._teacher_temp(epoch)
