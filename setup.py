@@ -44,7 +44,7 @@ DEV = [
     "build",
     "hypothesis>=6.100",
     "kernels>=0.17",  # Hugging Face's, which loads what kernels/build_hub.py writes
-    "lightly>=1.6,<1.7",  # compared with in tests/test_compat_lightly.py
+    "lightly>=1.6,<1.7",  # compared with in tests/test_compat_lightly_*.py
     "mkdocs-material>=9.5",
     "mypy>=1.18",
     "pre-commit",

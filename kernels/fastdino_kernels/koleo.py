@@ -31,20 +31,20 @@ EPS = 1e-8
 BLOCK_ELEMENTS = 1 << 22  # dot products at a time: 16 MB in fp32
 
 # Indices [B, topk] of the rows of others [M, D] with the largest dot products with each row of
-# x [B, D], largest first and the first of equal ones. Row first + i of others is x_i itself.
+# x [B, D], largest first and the first of equal ones. Row first + i of others is x_i itself, and
+# `own` stands for its dot product.
 LIBRARY.define(
-    "nearest_rows(Tensor x, Tensor others, SymInt first, int topk) -> Tensor",
+    "nearest_rows(Tensor x, Tensor others, SymInt first, int topk, float own) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int) -> Tensor:
-    nearest = _empty_indices(x, others, first, topk)
+def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int, own: float) -> Tensor:
+    nearest = _empty_indices(x, others, first, topk, own)
     step = max(1, BLOCK_ELEMENTS // max(len(others), 1))
     for start in range(0, len(x), step):
         dots = x[start : start + step] @ others.t()
-        # As in DINOv2: the row itself is the last choice, not an impossible one.
-        dots.diagonal(first + start).fill_(-1)
+        dots.diagonal(first + start).fill_(own)
         for place in range(topk):
             index = dots.argmax(dim=1, keepdim=True)
             nearest[start : start + step, place : place + 1] = index
@@ -52,7 +52,7 @@ def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int) -> Tensor:
     return nearest
 
 
-def _empty_indices(x: Tensor, _others: Tensor, _first: int, topk: int) -> Tensor:
+def _empty_indices(x: Tensor, _others: Tensor, _first: int, topk: int, _own: float) -> Tensor:
     return torch.empty(len(x), topk, dtype=torch.int64, device=x.device)
 
 
@@ -109,9 +109,15 @@ def koleo_loss(
             check_equal_on_ranks("[B, D]", tuple(x.shape), x, group)
             first = torch.distributed.get_rank(group) * len(x)
             others = _GatherRows.apply(rows, group)
-        nearest = ops.nearest_rows(rows.detach(), others.detach(), first, topk)
-        distances = F.pairwise_distance(rows[:, None], others[nearest], eps=eps)
-        return -(distances + eps).log().sum() / max(distances.numel(), 1)
+        # As in DINOv2: the row itself is the last choice, not an impossible one.
+        nearest = ops.nearest_rows(rows.detach(), others.detach(), first, topk, -1.0)
+        return neighbour_loss(rows, others[nearest], 2.0, eps)
+
+
+def neighbour_loss(rows: Tensor, neighbours: Tensor, p: float, eps: float) -> Tensor:
+    """Return -mean log(||x - y + eps||_p + eps) of rows [B, D] and neighbours [B, topk, D]."""
+    distances = F.pairwise_distance(rows[:, None], neighbours, p, eps)
+    return -(distances + eps).log().sum() / max(distances.numel(), 1)
 
 
 class _GatherRows(torch.autograd.Function):

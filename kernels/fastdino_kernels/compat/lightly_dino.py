@@ -1,4 +1,4 @@
-"""Drop-in for `lightly.loss.DINOLoss`, as of lightly 1.6.
+"""The DINO loss of lists of crops: `lightly.loss.DINOLoss`.
 
 Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 """
@@ -16,6 +16,8 @@ from ..dino_loss import dino_loss
 from ..dispatch import compute_dtype
 from ..pairwise_arguments import pair_count
 from ..soft_cross_entropy import soft_cross_entropy
+from .lightly_arguments import check_center_mode, temperature_on_host
+from .rank_mean import move_center_, start_rank_mean
 from .stacking import stack_crops
 
 
@@ -24,15 +26,7 @@ class DINOLoss(nn.Module):
 
     L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
 
-    (Caron et al. 2021, arXiv 2104.14294, Eq. 3; https://docs.lightly.ai.) The results differ from
-    lightly's only in these cases:
-
-    - Half precision is computed in fp32, the loss and the batch's mean for the center included.
-    - The teacher gets no gradient, even where teacher_out requires one.
-    - With fp64 logits the center keeps its dtype (`.double()` makes it fp64), and a float
-      temperature is not rounded to fp32.
-    - An empty batch has loss 0 and does not change the center, instead of making both NaN.
-    - Shapes that match only by broadcasting, a negative epoch and temperatures <= 0 are errors.
+    (Caron et al. 2021, arXiv 2104.14294, Eq. 3; https://docs.lightly.ai.)
 
     Args:
         output_dim: K, the number of prototypes.
@@ -75,8 +69,7 @@ class DINOLoss(nn.Module):
             )
         center_momentum = check_number("center_momentum", center_momentum)
         check_range("center_momentum", center_momentum, most=1)
-        if center_mode != "mean":
-            raise ValueError(f"center_mode must be 'mean', got {center_mode!r}")
+        check_center_mode(center_mode)
         self.teacher_temp = teacher_temp
         self.student_temp = student_temp
         self.center_momentum = center_momentum
@@ -110,8 +103,8 @@ class DINOLoss(nn.Module):
 
         Raises:
             ValueError: S = T = 1, which leaves no pairs (the center is unchanged); shapes or
-                devices that do not match; a temperature or an epoch out of range; an empty batch
-                with several ranks. The message has the expected and the actual value.
+                devices that do not match; a temperature or an epoch out of range. The message has
+                the expected and the actual value.
             TypeError: logits that are not floating-point tensors.
 
         """
@@ -131,11 +124,14 @@ class DINOLoss(nn.Module):
         forward already does this, with a sum that the loss's kernel computes.
 
         Args:
-            teacher_out: [T, B, K] logits, or T tensors [B, K]. An empty batch changes nothing.
+            teacher_out: [T, B, K] logits, one [B, K], or T tensors [B, K]. An empty batch changes
+                nothing.
 
         Raises: ValueError, TypeError: as forward.
 
         """
+        if isinstance(teacher_out, Tensor) and teacher_out.dim() == 2:
+            teacher_out = teacher_out[None]
         teacher = stack_crops("teacher_out", teacher_out)
         self._check_prototypes(teacher)
         total = teacher.sum(dim=(0, 1), dtype=compute_dtype(teacher))
@@ -170,19 +166,8 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def _move_center(self, teacher_sum: Tensor, rows: int) -> None:
         """Update the center from the sum [K] of `rows` rows of logits on this rank."""
-        world = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-        if rows == 0 and world > 1:
-            raise ValueError("empty batch with several ranks: expected B >= 1 rows on each rank")
-        if rows == 0:
-            return
-        mean = teacher_sum / rows
-        if world > 1:
-            torch.distributed.all_reduce(mean)
-            mean /= world
-        mean = mean.view_as(self.center).to(self.center.dtype)
-        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+        mean, ranks = start_rank_mean(teacher_sum, rows)()
+        move_center_(self.center, mean, ranks, self.center_momentum)
 
     def _temperature(
         self, teacher_temp: float | Tensor | None, epoch: int | None
@@ -196,9 +181,7 @@ class DINOLoss(nn.Module):
                 raise ValueError(f"epoch must be >= 0, got {epoch}")
             if epoch < self.warmup_teacher_temp_epochs:
                 temp = self.teacher_temp_schedule[epoch]
-        if isinstance(temp, Tensor) and temp.numel() == 1 and temp.device.type == "cpu":
-            return temp.item()  # already on the host: no synchronisation
-        return temp
+        return temperature_on_host(temp)
 
     def _check(self, teacher: Tensor, student: Tensor) -> None:
         self._check_prototypes(teacher)
@@ -210,7 +193,7 @@ class DINOLoss(nn.Module):
         if len(teacher) == len(student) == 1:
             raise ValueError(
                 "S = T = 1 leaves no pairs of different crops to compute the loss from: "
-                "expected at least two crops in teacher_out or student_out"
+                "expected at least two views in total, in teacher_out or in student_out"
             )
 
     def _check_prototypes(self, teacher: Tensor) -> None:
