@@ -125,7 +125,7 @@ def plain_loss(student, teacher, center, student_temp, teacher_temp):
     return sum(terms) / len(terms)
 
 
-def test_update_center_accepts_one_crop(original):
+def test_update_center_of_one_crop_is_that_of_lightly(original):
     ours, theirs = (cls(7).double() for cls in (lightly.DINOLoss, original))
     _, teacher = draw(2, 1)
     ours.update_center(teacher[0])

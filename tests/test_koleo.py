@@ -63,7 +63,7 @@ def test_gradcheck():
 
 def test_first_of_equal_neighbours_is_chosen():
     corner = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    nearest = ops.nearest_rows(corner, corner, 0, 2, -1.0)
+    nearest = ops.nearest_rows(corner, corner, 0, 2)
     assert nearest.tolist() == [[4, 1], [2, 3], [1, 3], [1, 2], [0, 1]]
 
 
@@ -96,7 +96,7 @@ def test_memory_is_bounded_by_a_block(monkeypatch):
 
 def test_opcheck():
     x = draw(dtype=torch.float32)
-    torch.library.opcheck(ops.nearest_rows.default, (x, x, 0, 2, -1.0))
+    torch.library.opcheck(ops.nearest_rows.default, (x, x, 0, 2))
     torch.library.opcheck(ops.nearest_rows.default, (x[3:5], x, 3, 1, -2.0))
 
 

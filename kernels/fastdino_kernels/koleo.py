@@ -32,15 +32,16 @@ BLOCK_ELEMENTS = 1 << 22  # dot products at a time: 16 MB in fp32
 
 # Indices [B, topk] of the rows of others [M, D] with the largest dot products with each row of
 # x [B, D], largest first and the first of equal ones. Row first + i of others is x_i itself, and
-# `own` stands for its dot product.
+# `own` stands for its dot product: by default, as in DINOv2, the row itself is the last choice, not
+# an impossible one.
 LIBRARY.define(
-    "nearest_rows(Tensor x, Tensor others, SymInt first, int topk, float own) -> Tensor",
+    "nearest_rows(Tensor x, Tensor others, SymInt first, int topk, float own=-1.0) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int, own: float) -> Tensor:
-    nearest = _empty_indices(x, others, first, topk, own)
+def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int, own: float = -1.0) -> Tensor:
+    nearest = _empty_indices(x, others, first, topk)
     step = max(1, BLOCK_ELEMENTS // max(len(others), 1))
     for start in range(0, len(x), step):
         dots = x[start : start + step] @ others.t()
@@ -52,7 +53,7 @@ def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int, own: float) 
     return nearest
 
 
-def _empty_indices(x: Tensor, _others: Tensor, _first: int, topk: int, _own: float) -> Tensor:
+def _empty_indices(x: Tensor, _others: Tensor, _first: int, topk: int, *_: object) -> Tensor:
     return torch.empty(len(x), topk, dtype=torch.int64, device=x.device)
 
 
@@ -109,8 +110,7 @@ def koleo_loss(
             check_equal_on_ranks("[B, D]", tuple(x.shape), x, group)
             first = torch.distributed.get_rank(group) * len(x)
             others = _GatherRows.apply(rows, group)
-        # As in DINOv2: the row itself is the last choice, not an impossible one.
-        nearest = ops.nearest_rows(rows.detach(), others.detach(), first, topk, -1.0)
+        nearest = ops.nearest_rows(rows.detach(), others.detach(), first, topk)
         return neighbour_loss(rows, others[nearest], 2.0, eps)
 
 

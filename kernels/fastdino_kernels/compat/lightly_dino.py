@@ -124,17 +124,21 @@ class DINOLoss(nn.Module):
         forward already does this, with a sum that the loss's kernel computes.
 
         Args:
-            teacher_out: [T, B, K] logits, one [B, K], or T tensors [B, K]. An empty batch changes
-                nothing.
+            teacher_out: [T, B, K] logits, or T tensors [B, K]. An empty batch changes nothing. With
+                one tensor [B, K] the mean is over both dimensions, as in lightly, so that all
+                prototypes move by the same number: pass teacher_out[None] for the mean over B.
 
         Raises: ValueError, TypeError: as forward.
 
         """
-        if isinstance(teacher_out, Tensor) and teacher_out.dim() == 2:
-            teacher_out = teacher_out[None]
+        one_crop = isinstance(teacher_out, Tensor) and teacher_out.dim() == 2
+        if isinstance(teacher_out, Tensor) and one_crop:
+            teacher_out = [teacher_out]
         teacher = stack_crops("teacher_out", teacher_out)
         self._check_prototypes(teacher)
         total = teacher.sum(dim=(0, 1), dtype=compute_dtype(teacher))
+        if one_crop:
+            total = total.mean().expand_as(total)
         self._move_center(total, teacher.shape[0] * teacher.shape[1])
 
     def extra_repr(self) -> str:
