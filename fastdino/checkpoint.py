@@ -132,7 +132,12 @@ def _read(path: Path) -> Any:
 
 
 def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return `state` with `prefix` removed from the names that start with it."""
+    """Return `state` with `prefix` removed from the names that start with it.
+
+    Raises: CheckpointError: `state`, which comes from a file, does not map names to tensors.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"expected tensors by name, got a {type(state).__name__}")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
@@ -150,9 +155,14 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not expected" for name in state if name not in own]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        f"{name} is a {type(state[name]).__name__}, expected a tensor"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if not isinstance(state.get(name, own[name]), Tensor)
+    ]
+    problems += [
+        f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if isinstance(tensor := state.get(name), Tensor) and tensor.shape != own[name].shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

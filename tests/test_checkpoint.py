@@ -129,3 +129,14 @@ def test_numpy_scalars_load_under_old_and_new_module_names(tmp_path, module):
             paper.writestr(name, content)
     group = checkpoint.load(tmp_path / "paper.pth")["optimizer"]["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("student", [3, ["w"], {3: torch.zeros(1)}, {"norm.weight": "text"}])
+def test_content_of_other_types_is_an_error(student):
+    module = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(2)})
+
+    def check():
+        checkpoint.check_shapes(module, checkpoint.strip_prefix(student, "module."), "student")
+
+    with pytest.raises(CheckpointError, match="expected"):
+        check()

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
-from fastdino.checkpoint import check_shapes, strip_prefix
+from fastdino.checkpoint import check_shapes
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError
 from fastdino.models.vit import VisionTransformer
+from fastdino.models.weight_layouts import describe, find_classifier
 
 UNREADABLE = -1  # label of an image whose header could be read but whose pixels could not
 PREFIX = "module.linear."  # parameter names in the paper's checkpoints
@@ -222,11 +223,12 @@ class Probe:
     def load_classifier(self, path: Path) -> dict[str, Any]:
         """Load the weights of a checkpoint or of the paper's linear weights; return the whole file.
 
-        Raises: CheckpointError: tensors have other names or shapes.
+        Raises: CheckpointError: not a classifier, or of another shape.
         """
         state = checkpoint.load(path)
-        weights = state.get("state_dict", state)
-        weights = strip_prefix(strip_prefix(weights, "module."), "linear.")
+        weights = find_classifier(state)
+        if weights is None:
+            raise CheckpointError(f"{path} is no linear classifier: it is {describe(state)}")
         try:
             check_shapes(self.linear, weights, str(path))
         except CheckpointError as error:

@@ -67,6 +67,11 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--to {args.to} supports only vit_*, and this is a {network.arch}: use --to {others}"
         )
+    if network.is_vit and network.module.registers and target.vit_only:
+        raise ConfigError(
+            f"--to {args.to} is for ViTs without registers, and this one has "
+            f"{network.module.registers}: use --to safetensors or onnx"
+        )
     output = Path(args.output)
     name = f"{network.arch}/{network.patch_size}" if network.is_vit else network.arch
     usage = target.usage(network, str(output))

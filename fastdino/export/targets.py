@@ -249,7 +249,7 @@ class PlainViT(nn.Module):
         """Map images [B, 3, H, W], of the position embedding's size, to features [B, D]."""
         patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
         cls = self.vit.cls_token.expand(patches.shape[0], -1, -1)
-        x = torch.cat((cls, patches), dim=1) + self.vit.pos_embed
+        x = self.vit.add_registers(torch.cat((cls, patches), dim=1) + self.vit.pos_embed)
         for block in self.vit.blocks:
             assert isinstance(block, Block)
             x = x + self._attention(block.attn, block.norm1(x))

@@ -20,7 +20,12 @@ from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 
 
 def build_backbone(
-    arch: str, *, patch_size: int = 16, drop_path_rate: float = 0.0, img_size: int = 224
+    arch: str,
+    *,
+    patch_size: int = 16,
+    drop_path_rate: float = 0.0,
+    img_size: int = 224,
+    registers: int = 0,
 ) -> tuple[nn.Module, int]:
     """Build a backbone [B, 3, H, W] -> [B, D] with random weights; return it and D.
 
@@ -28,17 +33,19 @@ def build_backbone(
         arch: vit_* or deit_* (synonyms), xcit_* with the names of the paper's authors or of timm,
             a torchvision model with an fc layer, or any timm model.
         patch_size, img_size: in pixels, for vit_* only.
+        registers: number of registers of a vit_*, as DINOv2's; 0 in the paper.
         drop_path_rate: stochastic depth rate; ignored by architectures without it.
 
     Raises: ConfigError: an unknown architecture (the message suggests similar names), or one
         without a single feature vector.
     """
     vit_name = arch.replace("deit_", "vit_", 1) if arch.startswith("deit_") else arch
-    if vit_name in VIT_ARCHS:
+    if is_vit(arch):
         vit = VisionTransformer(
             patch_size=patch_size,
             drop_path_rate=drop_path_rate,
             img_size=img_size,
+            registers=registers,
             **VIT_ARCHS[vit_name],
         )
         return vit, vit.embed_dim
@@ -54,6 +61,16 @@ def build_backbone(
     if arch in _torchvision_archs():
         raise ConfigError(f"--arch {arch}: the torchvision model does not end in one fc layer")
     raise ConfigError(f"unknown --arch {arch!r}{_suggestion(arch)}")
+
+
+def is_vit(arch: str) -> bool:
+    """Return True for vit_* and deit_*, which are built as a VisionTransformer."""
+    return arch in VIT_ARCHS or arch.replace("deit_", "vit_", 1) in VIT_ARCHS
+
+
+def is_known_arch(arch: str) -> bool:
+    """Return True for a name of this package, torchvision or timm."""
+    return is_vit(arch) or arch in _torchvision_archs() or timm.is_model(arch)
 
 
 @functools.cache

@@ -177,12 +177,16 @@ def _keep_input(function: Callable[[Tensor], T], x: Tensor) -> T:
 class VisionTransformer(nn.Module):
     """ViT for images of any size; returns the normalised CLS token.
 
+    Registers are DINOv2's (Darcet et al. 2023): tokens between CLS and patches that take part in
+    attention. The methods return CLS and patches only.
+
     Args:
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads: D, number of blocks, H.
         mlp_ratio: hidden width of the MLP divided by D.
         drop_path_rate: stochastic depth rate of the last block; linearly less in earlier blocks.
         img_size: side in pixels of the images for which the position embedding is made.
+        registers: number of registers.
 
     Attributes:
         attention: the attention backend (models/attention.py).
@@ -201,6 +205,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         img_size: int = 224,
+        registers: int = 0,
     ):
         super().__init__()
         self.embed_dim = embed_dim
@@ -211,6 +216,10 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         patches = (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
+        self.registers = registers
+        self.register_tokens: nn.Parameter | None = None
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
         self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -234,11 +243,29 @@ class VisionTransformer(nn.Module):
         return self.norm(x if self.cls_only else layout.first(x))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embed images [B, 3, height, width] -> [B, N, D]: CLS and patches, plus positions."""
+        """Embed images [B, 3, height, width] -> [B, N, D]: CLS and patches with positions, and
+        registers without.
+        """
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         height, width = images.shape[-2:]
-        return torch.cat((cls, patches), dim=1) + self.positions((height, width))
+        return self.add_registers(
+            torch.cat((cls, patches), dim=1) + self.positions((height, width))
+        )
+
+    def add_registers(self, x: Tensor) -> Tensor:
+        """Insert the registers after CLS: [B, 1 + patches, D] -> [B, N, D]."""
+        if self.register_tokens is None:
+            return x
+        registers = self.register_tokens.expand(x.shape[0], -1, -1)
+        return torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+
+    def _drop_registers(self, x: Tensor, dim: int) -> Tensor:
+        """Remove the registers from a dimension of N tokens."""
+        if not self.registers:
+            return x
+        cls, _, patches = x.split((1, self.registers, x.shape[dim] - 1 - self.registers), dim)
+        return torch.cat((cls, patches), dim)
 
     def _pack(self, groups: Sequence[Tensor]) -> tuple[Tensor, TokenLayout]:
         """Concatenate tensors [B, N, D] to [T, D]; return it and its layout."""
@@ -268,25 +295,28 @@ class VisionTransformer(nn.Module):
 
         It is resized bicubically to the patch grid, unless the images are square and have the
         embedding's own grid. As in the paper's code, 224 x 230 px (14 x 14 patches of 16) are
-        resized too, and 0.1 is added to each side so that rounding does not lose a patch.
+        resized too, and 0.1 is added to each side so that rounding does not lose a patch. With
+        registers it is resized to the exact grid with antialiasing, as in DINOv2's code.
         """
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         if grid == (side, side) and size[0] == size[1]:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        resized = F.interpolate(
-            patches.reshape(1, side, side, -1).permute(0, 3, 1, 2),
-            scale_factor=((grid[0] + 0.1) / side, (grid[1] + 0.1) / side),
-            mode="bicubic",
-        )
+        image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        if self.registers:
+            resized = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+        else:
+            scales = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+            resized = F.interpolate(image, scale_factor=scales, mode="bicubic")
         assert resized.shape[-2:] == grid
         return torch.cat((cls, resized.flatten(2).transpose(1, 2)), dim=1)
 
     def get_last_selfattention(self, images: Tensor) -> Tensor:
         """Return the attention weights of the last block: [B, 3, height, width] -> [B, H, N, N]."""
         attention, tokens = self._last_attention_inputs(images)
-        return attention.weights(tokens)
+        weights = attention.weights(tokens)
+        return self._drop_registers(self._drop_registers(weights, 2), 3)
 
     def get_cls_attention(self, images: Tensor) -> Tensor:
         """Return CLS's row of get_last_selfattention: [B, 3, height, width] -> [B, H, N].
@@ -295,7 +325,7 @@ class VisionTransformer(nn.Module):
         instead of 311 MB in fp32.
         """
         attention, tokens = self._last_attention_inputs(images)
-        return attention.first_weights(tokens)
+        return self._drop_registers(attention.first_weights(tokens), 2)
 
     def _last_attention_inputs(self, images: Tensor) -> tuple[Attention, Tensor]:
         """Return the attention of the last block and its input tokens [B, N, D]."""
@@ -314,7 +344,7 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, layout, scales[i])
             if len(self.blocks) - i <= n:
-                outputs.append(layout.split(self.norm(x))[0])
+                outputs.append(self._drop_registers(layout.split(self.norm(x))[0], 1))
         return outputs
 
 

@@ -7,20 +7,25 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdino import checkpoint
-from fastdino.checkpoint import check_shapes, strip_prefix
+from fastdino.checkpoint import check_shapes
 from fastdino.errors import CheckpointError
-from fastdino.models.backbones import build_backbone
+from fastdino.models.backbones import build_backbone, is_known_arch, is_vit
 from fastdino.models.downloads import RELEASED, local_file
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
-from fastdino.models.weight_names import infer_vit, to_paper_names
+from fastdino.models.weight_layouts import Network, find_network
+from fastdino.models.weight_names import drop_other_parts, infer_vit, to_paper_names, vit_sizes
 
 # Weight files of a Hugging Face folder, in order of preference.
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
+# The model types in config.json that a VisionTransformer can hold.
+HF_TYPES = ("vit", "dinov2", "dinov2_with_registers")
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ def load_backbone(
 
     Args:
         path: a file: a full checkpoint of fastdino or the paper's code, one network, or bare
-            backbone weights, as .pth or .safetensors, with the names of the paper, of timm (its
-            DINO ViTs) or of Hugging Face (facebook/dino-*). Or a Hugging Face folder, with
+            backbone weights, as .pth or .safetensors, nested in other dicts and with prefixes or
+            without, with the names of the paper, of timm, DINOv2, iBOT (their ViTs) or Hugging
+            Face (facebook/dino-*, facebook/dinov2-*). Or a Hugging Face folder, with
             model.safetensors or pytorch_model.bin, and optionally config.json. Or the URL of a
             file, or a name in downloads.RELEASED.
         checkpoint_key: "teacher" or "student", used if the file has either; None: the teacher, or
@@ -63,30 +69,110 @@ def load_backbone(
         arch, patch_size: None: read from the `args` of the checkpoint, else inferred from its
             tensor shapes, else from `default`.
         img_size: for random weights, in pixels; a checkpoint's position embedding determines it.
-        default: fallback architecture and patch size.
+        default: architecture and patch size of random weights.
 
-    Raises: CheckpointError: no such key, or weights of another network (with the tensors' names).
+    Raises: CheckpointError: no such key, no network of this architecture in the file, or weights of
+        another network (with the tensors' names).
     """
-    state = _read(local_file(path)) if path else {}
+    if not path:
+        arch, patch_size = arch or default[0], patch_size or default[1]
+        module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)
+        return Backbone(module.eval(), arch, patch_size)
+    state = _read(local_file(path))
     args = state.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    networks = [name for name in ("teacher", "student") if name in state]
-    key = (checkpoint_key or networks[0]) if networks else None
-    weights = _backbone_weights(state, key, path)
-    if path in RELEASED:
-        default = (RELEASED[path].arch, 16)
-    inferred_arch, inferred_patch_size = infer_vit(weights) or default
-    arch = arch or args.get("arch", inferred_arch)
-    patch_size = patch_size or args.get("patch_size", inferred_patch_size)
-    if "pos_embed" in weights:
-        img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-    module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)
-    if path:
-        check_shapes(module, weights, f"{path} for --arch {arch} --patch_size {patch_size}")
-        module.load_state_dict(weights)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    arch = arch or _stated_arch(path, args)
+    sizes = _Sizes(arch, patch_size or args.get("patch_size"), default[1])
+    is_other = arch is not None and not is_vit(arch)
+    module, arch, patch_size, network = (_load_other if is_other else _load_vit)(
+        path, state, checkpoint_key, sizes
+    )
     epoch = state.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None
-    return Backbone(module.eval(), arch, patch_size, args, epoch, key)
+    return Backbone(module.eval(), arch, patch_size, args, epoch, network.role)
+
+
+class _Sizes(NamedTuple):
+    """Architecture and patch size as far as they are stated, and the usual patch size."""
+
+    arch: str | None
+    patch_size: int | None
+    default_patch_size: int
+
+
+def _stated_arch(path: str, args: dict[str, Any]) -> str | None:
+    """Return the architecture that the file's settings or its name among RELEASED state."""
+    if path in RELEASED:
+        return RELEASED[path].arch
+    arch = args.get("arch")
+    return arch if isinstance(arch, str) and is_known_arch(arch) else None
+
+
+def _load_vit(
+    path: str, state: dict[str, Any], key: str | None, sizes: _Sizes
+) -> tuple[nn.Module, str, int, Network]:
+    network = find_network(state, key, path)
+    weights = to_paper_names(network.tensors, path)
+    inferred = infer_vit(weights)
+    if sizes.arch is None and inferred is None:
+        dim, depth, side = vit_sizes(weights)
+        raise CheckpointError(
+            f"{path} is {network} of width {dim} with {depth} blocks and {side} px patches, "
+            f"expected one of {', '.join(VIT_ARCHS)}: select another network with --arch"
+        )
+    arch, patch_size = inferred or ("", sizes.default_patch_size)
+    arch, patch_size = sizes.arch or arch, sizes.patch_size or patch_size
+    registers = weights.get("register_tokens")
+    module, _ = build_backbone(
+        arch,
+        patch_size=patch_size,
+        img_size=math.isqrt(max(weights["pos_embed"].shape[1] - 1, 1)) * patch_size,
+        registers=0 if registers is None else registers.shape[1],
+    )
+    what = f"{path}, {network}, for --arch {arch} --patch_size {patch_size}"
+    check_shapes(module, weights, what)
+    module.load_state_dict(weights)
+    return module, arch, patch_size, network
+
+
+def _load_other(
+    path: str, state: dict[str, Any], key: str | None, sizes: _Sizes
+) -> tuple[nn.Module, str, int, Network]:
+    """Load a network of torchvision or timm, whose tensors have its own names in the file."""
+    assert sizes.arch is not None
+    module, _ = build_backbone(sizes.arch)
+    own = module.state_dict()
+    network = find_network(state, key, path, own_names=own)
+    weights = drop_other_parts(network.tensors, keep=own)
+    weights = _resize_positions(weights, own)
+    under = f", under {network.prefix.rstrip('.')!r}," if network.prefix else ""
+    check_shapes(module, weights, f"{path}{under} for --arch {sizes.arch}")
+    module.load_state_dict(weights)
+    return module, sizes.arch, sizes.patch_size or sizes.default_patch_size, network
+
+
+def _resize_positions(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Resize a position embedding [1, CLS + patches, D] to another network's square grid.
+
+    It is resized bicubically, as by VisionTransformer.positions.
+    """
+    name = "pos_embed"
+    if name not in own or name not in weights or weights[name].ndim != 3:
+        return weights
+    number, target = weights[name].shape[1], own[name].shape[1]
+    sides = [math.isqrt(n) for n in (number, target)]
+    extra = 0
+    if sides[0] ** 2 != number:  # one position of CLS
+        sides, extra = [math.isqrt(n - 1) for n in (number, target)], 1
+    squares = [side**2 + extra for side in sides]
+    if number == target or squares != [number, target]:
+        return weights
+    first, patches = weights[name][:, :extra], weights[name][:, extra:]
+    image = patches.unflatten(1, (sides[0], sides[0])).permute(0, 3, 1, 2)
+    scale = (sides[1] + 0.1) / sides[0]
+    resized = F.interpolate(image, scale_factor=(scale, scale), mode="bicubic")
+    return weights | {name: torch.cat((first, resized.flatten(2).transpose(1, 2)), 1)}
 
 
 def initial_weights(
@@ -103,6 +189,11 @@ def initial_weights(
     module = backbone.module
     weights: dict[str, Tensor] = module.state_dict()
     if isinstance(module, VisionTransformer):
+        if module.registers:
+            raise CheckpointError(
+                f"{path} is a ViT with {module.registers} registers, which networks trained here "
+                "do not have: start from weights without registers"
+            )
         weights["pos_embed"] = module.positions((img_size, img_size)).detach().clone()
     return weights, backbone.key
 
@@ -135,23 +226,9 @@ def _check_hf_config(path: Path) -> None:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the config of a ViT ({error!r})") from error
-    if config.get("model_type", "vit") != "vit" or shape not in VIT_ARCHS.values():
+    kind = config.get("model_type", "vit")
+    if kind not in HF_TYPES or shape not in VIT_ARCHS.values():
         raise CheckpointError(
-            f"{path} describes a {config.get('model_type')} with {shape}, expected a vit that is "
+            f"{path} describes a {kind} with {shape}, expected a {' or '.join(HF_TYPES)} that is "
             f"one of {', '.join(VIT_ARCHS)}"
         )
-
-
-def _backbone_weights(state: dict[str, Any], key: str | None, path: str) -> dict[str, Tensor]:
-    """Extract the weights of the backbone, without prefixes and with the paper's names."""
-    if key is not None:
-        if not isinstance(state.get(key), dict):
-            networks = [name for name in ("student", "teacher") if name in state]
-            raise CheckpointError(
-                f"{path} has no network {key!r}, it has {', '.join(networks)}: "
-                "select one with --checkpoint_key"
-            )
-        state = state[key]
-    state = strip_prefix(state, "module.")
-    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    return to_paper_names(strip_prefix(backbone or state, "backbone."), path)
