@@ -228,3 +228,10 @@ def test_losses_accept_pieces_and_lists():
             grads.append(leaf.grad)
         assert grads[0].abs().sum() > 0
         torch.testing.assert_close(*grads, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_casts_no_crops(dtype):
+    crops = [torch.ones(2, 3, dtype=dtype) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stack_crops("crops", crops).dtype == dtype

@@ -39,8 +39,8 @@ class DINOLoss(TeacherCenter):
 
     - Half precision is computed in fp32, and fp64 in fp64, Sinkhorn-Knopp included.
     - No teacher logits overflow in Sinkhorn-Knopp.
-    - Ranks with different numbers of rows have the same center, the mean over all rows. No rows:
-      loss 0, and the center is unchanged.
+    - Ranks with different numbers of rows have the same center, the mean of their means. Ranks
+      without rows do not count. No rows: loss 0, and the center is unchanged.
     - The center is updated in place and keeps its dtype.
     - Shapes that match only by broadcasting, and temperatures <= 0, are errors.
 
@@ -118,13 +118,13 @@ class DINOLoss(TeacherCenter):
         self.reduce_center_update(teacher_output)
 
     def reduce_center_update(self, teacher_output: Tensor) -> None:
-        """Start the all-reduce of the sum of [B, K] logits, which the next step's center includes.
+        """Start the all-reduce of the mean of [B, K] logits, which the next step's center includes.
 
         Raises: ValueError, TypeError: another shape, or no floats.
         """
         self.check_logits("teacher_output", teacher_output, 2)
         self.len_teacher_output = len(teacher_output)
-        self.start_update(teacher_output, len(teacher_output))
+        self.start_update(teacher_output)
 
 
 class iBOTPatchLoss(TeacherCenter):  # noqa: N801
@@ -134,8 +134,7 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
 
     - Without xformers' cross_entropy, the original computes in the logits' dtype; with it, it
       overwrites fp32 logits, which this class does only with inplace_backward.
-    - The center is the mean over the images of all ranks of each image's mean over its tokens. A
-      rank without masked tokens is left out; in the original, it makes all centers NaN.
+    - A rank without masked tokens makes all centers NaN in the original.
     - sinkhorn_knopp_teacher needs no process group, and does not change n_masked_patches_tensor.
 
     Args:
@@ -273,7 +272,7 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
         self.reduce_center_update(teacher_patch_tokens)
 
     def reduce_center_update(self, teacher_patch_tokens: Tensor) -> None:
-        """Start the all-reduce of the sum of the images' means, which the next center includes.
+        """Start the all-reduce of the mean over tokens, which the next step's center includes.
 
         Args:
             teacher_patch_tokens: [B, N, K] logits, in DINOv2 [1, n, K] of the masked tokens.
@@ -283,7 +282,7 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
         """
         self.check_logits("teacher_patch_tokens", teacher_patch_tokens, 3)
         self.len_teacher_patch_tokens = len(teacher_patch_tokens)
-        self.start_update(teacher_patch_tokens.flatten(0, 1), len(teacher_patch_tokens))
+        self.start_update(teacher_patch_tokens.flatten(0, 1))
 
     def _rows(self, student: Tensor, teacher: Tensor) -> Tensor:
         return cross_entropy(student, teacher, self.student_temp, self.inplace_backward)

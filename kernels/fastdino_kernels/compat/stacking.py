@@ -65,7 +65,8 @@ def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
     if len(pieces) == 1:
         return pieces[0].unsqueeze(0)
     if torch.compiler.is_compiling() or not _are_consecutive(pieces):
-        return torch.stack(pieces)
+        with torch.autocast(pieces[0].device.type, enabled=False):  # refuses fp16 on a CPU
+            return torch.stack(pieces)
     base = pieces[0]._base
     if base is not None and _are_all_of(base, pieces):
         return base.view(len(pieces), *pieces[0].shape)

@@ -1,6 +1,6 @@
 """The center of the teacher's logits in DINOv2's losses, all-reduced while the step goes on.
 
-    center <- m * center + (1 - m) * mean of the logits over all ranks
+    center <- m * center + (1 - m) * mean over the ranks of their logits' means
 
 A step's logits move the center at the start of the next step's softmax_center_teacher, so that the
 all-reduce overlaps with the student's forward and backward passes.
@@ -25,6 +25,7 @@ from ..checks import (
 from ..collectives import world_size
 from ..dispatch import choose_impl, compute_dtype
 from ..operators import ops
+from .rank_mean import move_center_
 
 
 class TeacherCenter(nn.Module):
@@ -35,8 +36,8 @@ class TeacherCenter(nn.Module):
         student_temp: the student's temperature, > 0.
         center_momentum: m, in [0, 1].
 
-    Buffer `center`. Attributes as in the original: `updated` is False while an update is pending,
-    `async_batch_center` its sum, `reduce_handle` its all-reduce.
+    Buffer `center`. `updated` is False while an update is pending, `async_batch_center` [K + 1] is
+    the sum over ranks of their means and their number, and `reduce_handle` its all-reduce.
 
     """
 
@@ -53,41 +54,31 @@ class TeacherCenter(nn.Module):
         self.updated = True
         self.reduce_handle: Any = None
         self.async_batch_center: Tensor | None = None
-        self._weight: Tensor | None = None
 
     @torch.no_grad()
-    def start_update(self, logits: Tensor, weight: int) -> None:
-        """Start the all-reduce of an update of the center.
-
-        Args:
-            logits: [n, K]; their mean counts `weight` times. No logits count nothing.
-            weight: number of values that each rank contributes to the mean over all ranks.
-
-        """
-        rows = len(logits)
-        mean = logits.sum(dim=0, dtype=compute_dtype(logits)) / max(rows, 1)
-        weight = weight if rows > 0 else 0
-        pending = torch.cat((mean * weight, mean.new_full((1,), weight)))
+    def start_update(self, logits: Tensor) -> None:
+        """Start the all-reduce of an update by logits [n, K]. A rank with n = 0 does not count."""
+        mean = logits.sum(dim=0, dtype=compute_dtype(logits)) / max(len(logits), 1)
+        has_rows = mean.new_full((1,), float(len(logits) > 0))
+        self.async_batch_center = torch.cat((mean, has_rows))
         self.updated = False
-        self.async_batch_center = pending[:-1].view_as(self.center)
-        self._weight = pending[-1]
         if world_size(None) > 1:
-            self.reduce_handle = torch.distributed.all_reduce(pending, async_op=True)
+            self.reduce_handle = torch.distributed.all_reduce(
+                self.async_batch_center, async_op=True
+            )
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
         """Wait for the pending update, if there is one, and apply it to the center in place."""
         if self.updated:
             return
-        assert self.async_batch_center is not None
-        assert self._weight is not None
         if self.reduce_handle is not None:
             self.reduce_handle.wait()
             self.reduce_handle = None
-        mean = self.async_batch_center / self._weight.clamp(min=1)
-        moved = self.center * self.center_momentum + mean * (1 - self.center_momentum)
-        # No rows on any rank: unchanged.
-        self.center.copy_(torch.where(self._weight > 0, moved, self.center))
+        assert self.async_batch_center is not None
+        total, ranks = self.async_batch_center[:-1], self.async_batch_center[-1]
+        mean = total / ranks.clamp(min=1)
+        move_center_(self.center, mean, ranks, self.center_momentum)
         self.updated = True
 
     @torch.no_grad()
