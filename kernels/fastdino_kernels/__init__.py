@@ -1,8 +1,9 @@
 """Fast kernels for DINO self-supervised pretraining. They depend on torch and, optionally, triton.
 
 dino_loss.py            dino_loss, teacher_entropy; dino_module.py: DINOLoss
+patch_loss.py           patch_loss, for masked patch tokens, rows paired one to one
 soft_cross_entropy.py   soft_cross_entropy, for targets that are already probabilities
-pairwise*.py            the operators of both losses, in Triton and in PyTorch
+pairwise*.py            the operators of these losses, in Triton and in PyTorch
 sinkhorn*.py            sinkhorn_center, sinkhorn_knopp: Sinkhorn-Knopp targets
 koleo.py, gram.py       koleo_loss, gram_loss: losses of features and patch tokens, in PyTorch
 collectives.py          all-reduces of the losses that depend on all ranks' rows
@@ -27,6 +28,7 @@ from .ema import ema_update_
 from .gram import gram_loss
 from .koleo import koleo_loss
 from .multi_crop import multi_crop, multi_crop_groups
+from .patch_loss import patch_loss
 from .sinkhorn import sinkhorn_center, sinkhorn_knopp
 from .soft_cross_entropy import soft_cross_entropy
 
@@ -45,6 +47,7 @@ __all__ = [
     "koleo_loss",
     "multi_crop",
     "multi_crop_groups",
+    "patch_loss",
     "sinkhorn_center",
     "sinkhorn_knopp",
     "soft_cross_entropy",

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .memory import find_overlap, overlaps_itself
+from .operators import needs_dispatcher
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_float_tensor(name: str, tensor: object) -> Tensor:
@@ -103,6 +105,50 @@ def check_temperature(
     return temp
 
 
+def check_denominator(
+    value: object, dtype: torch.dtype, device: torch.device
+) -> float | Tensor | None:
+    """Return a number > 0, a 0-d tensor of `dtype` on `device`, or None, the default.
+
+    A tensor may be of integers, such as a count, and its value is not read.
+
+    Raises: TypeError, ValueError: `value` is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and value.dtype in INTEGER_DTYPES:
+        value = value.to(dtype)
+    return check_temperature("denominator", value, dtype, device)
+
+
+def check_row_weights(
+    weights: object, shapes: Mapping[str, tuple[int, ...]], like: Tensor
+) -> Tensor | None:
+    """Return the weights [S, B] of rows, without their graph; None if there are none.
+
+    Their sign is checked on a CPU only: on a GPU the host would have to wait for it.
+
+    Args:
+        weights: a floating-point tensor of one of the shapes, or None.
+        shapes: name and value of each allowed shape; the last one's size is that of the rows.
+        like: the logits, on whose device the weights must be.
+
+    Raises: TypeError, ValueError: `weights` is something else.
+    """
+    if weights is None:
+        return None
+    weights = check_float_tensor("weights", weights).detach()
+    if weights.shape not in shapes.values():
+        expected = " or ".join(f"{name} = {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"weights must be {expected}, got shape {list(weights.shape)}")
+    check_same_device("weights", weights, "student", like)
+    if weights.device.type == "cpu" and weights.numel() > 0 and not needs_dispatcher([weights]):
+        smallest = weights.min().item()
+        if smallest < 0:
+            raise ValueError(f"weights must be >= 0, got {smallest:g}")
+    return weights
+
+
 def check_lengths(named: Mapping[str, Sequence[object]]) -> None:
     """Raise ValueError unless all lists have the length of the first one."""
     (first, reference), *others = named.items()
@@ -129,6 +175,17 @@ def check_same_device(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
         raise ValueError(
             f"{name_x} and {name_y} must be on the same device, got {x.device} and {y.device}"
         )
+
+
+def check_center(center: object, teacher: Tensor) -> None:
+    """Raise TypeError or ValueError unless `center` fits the teacher's logits [..., K]."""
+    center = check_float_tensor("center", center)
+    prototypes = teacher.shape[-1]
+    if center.dim() not in (1, 2) or center.shape[-1] != prototypes or center.numel() != prototypes:
+        raise ValueError(
+            f"center must be [K] or [1, K] with K = {prototypes}, got shape {tuple(center.shape)}"
+        )
+    check_same_device("center", center, "teacher", teacher)
 
 
 def check_inplace_backward(name: str, student: Tensor, other: Tensor) -> None:

@@ -1,12 +1,13 @@
 """Cross-entropy between every teacher crop and every student crop, as differentiable operators.
 
-dino_loss and soft_cross_entropy are built on it. With P_q the teacher's probabilities, z_v =
-s_v/student_temp, and q running over the teacher's crops (but q != v with ignore_diagonal):
+dino_loss, patch_loss and soft_cross_entropy are built on it. With P_q the teacher's probabilities,
+z_v = s_v/student_temp, and q running over the teacher's crops (q != v with ignore_diagonal):
 
     rows_v    = sum_q -<P_q, log softmax(z_v)> = mass * lse(z_v) - <sum_q P_q, z_v>
     d rows_v  = 1/student_temp * (mass * softmax(z_v) - sum_q P_q) d s_v,  mass = sum_q sum_k P_qk
 
-So each student crop is compared with the sum of its targets once, only two numbers per row are
+The result is rows_v times optional weights [S, B], or the sum of these over a divisor. So each
+student crop is compared with the sum of its targets once, only two numbers per row are
 saved, and each pass reads every logit once.
 
 The operators are in torch.ops.fastdino_kernels, with fake implementations, so that torch.compile,
@@ -32,16 +33,19 @@ from .dispatch import compute_dtype
 from .operators import LIBRARY, needs_dispatcher, ops, register_fake
 from .pairwise_arguments import Crops, PairwiseOptions
 
-# A temperature is a float, or a 0-d tensor on the device, in which case the float is unused.
+# A temperature is a float, or a 0-d tensor on the device, in which case the float is unused; so is
+# the divisor of the loss, by default the number of pairs times B.
 _OPTIONS = (
     "float student_temp, float teacher_temp, Tensor? student_temp_t, Tensor? teacher_temp_t, "
-    "bool ignore_diagonal, str impl"
+    "bool ignore_diagonal, str impl, Tensor? weights=None, float? divisor=None, "
+    "Tensor? divisor_t=None, bool rows=False"
 )
 # With a center [K] the teacher has logits, and the results are (loss [], teacher_sum [K],
-# center_used [K], stats): the mean over pairs and images, the sum over T and B, and a copy of the
-# center for the backward pass, since the caller may change it before. Without one the teacher has
-# probabilities, and they are (rows [S, B], [0], [0], stats). stats [2, S + T, B] are private to the
-# implementation. All have the compute dtype.
+# center_used [K], stats): the weighted sum over pairs and images over the divisor (or, with `rows`,
+# rows [S, B]), the sum over T and B, and a copy of the center for the backward pass, since the
+# caller may change it before. Without one the teacher has probabilities, and they are (rows [S, B],
+# [0], [0], stats). stats [2, S + T, B] are private to the implementation. All have the compute
+# dtype.
 LIBRARY.define(
     f"pairwise_forward(Tensor student, Tensor teacher, Tensor? center, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -66,23 +70,24 @@ def _forward(
     student: Tensor, teacher: Tensor, center: Tensor | None, *flat: Any
 ) -> tuple[Tensor, ...]:
     if student.shape[1] == 0:
-        *_, ignore_diagonal, _ = flat
-        outputs = _empty_results(student, teacher, center, ignore_diagonal=ignore_diagonal)
+        outputs = _empty_results(student, teacher, center, *flat)
         for output in outputs:
             output.zero_()
         return outputs
-    implementation, options = _unpack(flat)
-    results: tuple[Tensor, ...] = implementation.forward(Crops(student, teacher, center), options)
+    crops, options, impl = _unpack(student, teacher, center, *flat)
+    results: tuple[Tensor, ...] = _implementation(impl).forward(crops, options)
     return results
 
 
 def _empty_results(
-    student: Tensor, teacher: Tensor, center: Tensor | None, *_: Any, **__: Any
+    student: Tensor, teacher: Tensor, center: Tensor | None, *flat: Any
 ) -> tuple[Tensor, ...]:
-    S, T, B, K = Crops(student, teacher, center).sizes()
+    crops, options, _ = _unpack(student, teacher, center, *flat)
+    S, T, B, K = crops.sizes()
     dtype = compute_dtype(student, teacher)
     columns = 0 if center is None else K
-    shapes = ((S, B) if center is None else (), (columns,), (columns,), (2, S + T, B))
+    shape = (S, B) if crops.returns_rows(options) else ()
+    shapes = (shape, (columns,), (columns,), (2, S + T, B))
     return tuple(torch.empty(shape, dtype=dtype, device=student.device) for shape in shapes)
 
 
@@ -112,20 +117,34 @@ def _write_gradient(
     *flat: Any,
 ) -> None:
     if grad.numel() > 0:
-        implementation, options = _unpack(flat)
-        crops = Crops(student, teacher, center)
-        implementation.backward(grad, grad_result, crops, stats, options)
+        crops, options, impl = _unpack(student, teacher, center, *flat)
+        _implementation(impl).backward(grad, grad_result, crops, stats, options)
 
 
-def _unpack(flat: tuple[Any, ...]) -> tuple[ModuleType, PairwiseOptions]:
-    """Return the implementation's module and the options from arguments in _OPTIONS' order."""
-    student_temp, teacher_temp, student_temp_t, teacher_temp_t, ignore_diagonal, impl = flat
+def _unpack(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    student_temp_t: Tensor | None,
+    teacher_temp_t: Tensor | None,
+    ignore_diagonal: bool,
+    impl: str,
+    weights: Tensor | None = None,
+    divisor: float | None = None,
+    divisor_t: Tensor | None = None,
+    rows: bool = False,
+) -> tuple[Crops, PairwiseOptions, str]:
+    """Return the arguments of an implementation and its name from those of an operator."""
     options = PairwiseOptions(
         student_temp if student_temp_t is None else student_temp_t,
         teacher_temp if teacher_temp_t is None else teacher_temp_t,
         ignore_diagonal,
+        rows,
+        divisor if divisor_t is None else divisor_t,
     )
-    return _implementation(impl), options
+    return Crops(student, teacher, center, weights), options, impl
 
 
 @functools.cache
@@ -143,8 +162,30 @@ register_fake("pairwise_backward", _empty_gradient)
 register_fake("pairwise_backward_", lambda *_: None)
 
 
+def pairwise_cross_entropy(
+    crops: Crops, options: PairwiseOptions, *, inplace_backward: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return (result, teacher_sum) of pairwise_forward; only the student receives a gradient."""
+    temps = (options.student_temp, options.teacher_temp)
+    divisor = options.divisor
+    return PairwiseCrossEntropy.apply(
+        crops.student,
+        crops.teacher,
+        crops.center,
+        inplace_backward,
+        *(0.0 if isinstance(temp, Tensor) else float(temp) for temp in temps),
+        *(temp if isinstance(temp, Tensor) else None for temp in temps),
+        options.ignore_diagonal,
+        impl,
+        crops.weights,
+        None if isinstance(divisor, Tensor) else divisor,
+        divisor if isinstance(divisor, Tensor) else None,
+        options.rows,
+    )
+
+
 class PairwiseCrossEntropy(torch.autograd.Function):
-    """(loss [], teacher_sum [K]) with a center [K], (rows [S, B], [0]) without: pairwise_forward.
+    """(loss [] or rows [S, B], teacher_sum [K] or [0]): pairwise_forward, with its arguments.
 
     Only the student's logits receive a gradient, and only once. With `inplace_backward` it is
     written over them, and autograd refuses other uses of the overwritten logits.
@@ -156,21 +197,17 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         center: Tensor | None,
-        student_temp: float | Tensor,
-        teacher_temp: float | Tensor,
-        ignore_diagonal: bool,
         inplace_backward: bool,
-        impl: str,
+        *flat: Any,
     ) -> tuple[Tensor, Tensor]:
-        options = (*_float_and_tensor(student_temp, teacher_temp), ignore_diagonal, impl)
-        arguments = (student, teacher, center, *options)
+        arguments = (student, teacher, center, *flat)
         forward = ops.pairwise_forward if _traced(arguments) else _forward
         result, teacher_sum, center_used, stats = forward(*arguments)
         # Everything that the backward pass reads is saved, so that autograd refuses changes of it.
         center_used = None if center is None else center_used
-        temps = options[2:4]
-        ctx.save_for_backward(student, teacher, center_used, stats, *temps)
-        ctx.numbers, ctx.settings = options[:2], options[4:]
+        tensors = [x if isinstance(x, Tensor) else None for x in flat]
+        ctx.save_for_backward(student, teacher, center_used, stats, *tensors)
+        ctx.settings = [None if isinstance(x, Tensor) else x for x in flat]
         ctx.inplace_backward = inplace_backward
         ctx.mark_non_differentiable(teacher_sum)
         ctx.set_materialize_grads(False)  # or zeros [K] would be made for teacher_sum
@@ -180,22 +217,23 @@ class PairwiseCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad_result: Tensor | None, _grad_teacher_sum: None
     ) -> tuple[Tensor | None, ...]:
+        others = (None,) * (3 + len(ctx.settings))
         if grad_result is None:
-            return (None,) * 8
+            return (None, *others)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the loss has no second derivative: expected a backward pass without create_graph"
             )
-        student, teacher, center, stats, *temps = ctx.saved_tensors
-        options = (*ctx.numbers, *temps, *ctx.settings)
-        arguments = (grad_result, student, teacher, center, stats, *options)
+        student, teacher, center, stats, *tensors = ctx.saved_tensors
+        flat = [x if tensor is None else tensor for x, tensor in zip(ctx.settings, tensors)]
+        arguments = (grad_result, student, teacher, center, stats, *flat)
         traced = _traced(arguments)
         if ctx.inplace_backward:
             (ops.pairwise_backward_ if traced else _backward_)(*arguments)
             grad = student
         else:
             grad = (ops.pairwise_backward if traced else _backward)(*arguments)
-        return grad, None, None, None, None, None, None, None
+        return (grad, *others)
 
 
 def _traced(arguments: Sequence[object]) -> bool:
@@ -207,10 +245,9 @@ def without_gradient(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _float_and_tensor(
-    student_temp: float | Tensor, teacher_temp: float | Tensor
-) -> tuple[float, float, Tensor | None, Tensor | None]:
-    temps = (student_temp, teacher_temp)
-    floats = [0.0 if isinstance(temp, Tensor) else float(temp) for temp in temps]
-    tensors = [temp if isinstance(temp, Tensor) else None for temp in temps]
-    return floats[0], floats[1], tensors[0], tensors[1]
+def flat_center(center: Tensor) -> Tensor:
+    """Return a center [K] or [1, K] as a contiguous [K] without gradient."""
+    center = without_gradient(center)
+    if center.dim() != 1 or not center.is_contiguous():
+        center = center.reshape(-1).contiguous()
+    return center

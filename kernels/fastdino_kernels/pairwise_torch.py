@@ -29,8 +29,8 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     stats: [2, S + T, B], students first: the largest logit of a row, and the row's sum of
     2^((logit - largest)/(temp ln 2)); for teacher probabilities the second is their sum, the mass.
     """
-    student, teacher, center = crops
-    student_temp, teacher_temp, ignore_diagonal = options
+    student, teacher, center, weights = crops
+    student_temp, teacher_temp, ignore_diagonal, *_ = options
     S, T, B, K = crops.sizes()
     dtype, device = compute_dtype(student, teacher), student.device
     rows = torch.zeros(S, B, dtype=dtype, device=device)
@@ -62,9 +62,10 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
             stats[0, views, block], stats[1, views, block] = largest, total
             if target is not None:
                 rows[views, block] = (target.mass * total.log2() - cross) * math.log(2)
-    if center is None:
-        return rows, teacher_sum, center_used, stats
-    return rows.sum() / crops.terms(options), teacher_sum, center_used, stats
+    if weights is not None:
+        rows *= weights
+    result = rows if crops.returns_rows(options) else rows.sum() / crops.divisor(options)
+    return result, teacher_sum, center_used, stats
 
 
 def backward(
@@ -75,16 +76,16 @@ def backward(
     options: PairwiseOptions,
 ) -> None:
     """Write the result of the operator pairwise_backward to `grad`, which may be the student."""
-    student, teacher, center = crops
-    student_temp, teacher_temp, ignore_diagonal = options
+    student, teacher, center, weights = crops
+    student_temp, teacher_temp, ignore_diagonal, *_ = options
     S, _, B, K = crops.sizes()
     dtype, device = stats.dtype, student.device
     student_scale = _log2_scale(student_temp, device)
     # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
-    factors = grad_result.to(dtype) * (math.log(2) / crops.terms(options) * student_scale)
+    factors = grad_result.to(dtype) * (math.log(2) / crops.divisor(options) * student_scale)
     # If all rows have the same factor (the loss is a mean), the targets are scaled only once.
-    factor = factors if center is not None else None
-    factors = factors.expand(S, B)
+    factor = factors if weights is None and not crops.returns_rows(options) else None
+    factors = factors.expand(S, B) if weights is None else factors * weights
     for block in blocks_of_images(B, K, device):
         targets = []
         for q, crop in enumerate(teacher[:, block]):

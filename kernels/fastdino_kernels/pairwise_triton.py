@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .dispatch import device_guard
 from .kernel_launch import alignment, launch
-from .pairwise_arguments import Crops, PairwiseOptions, pair_count
+from .pairwise_arguments import Crops, PairwiseOptions
 
 # A program is a single warp: a reduction needs no shared memory or barrier. Its 128 registers per
 # thread (tests hold them) let an SM of an H100 run 16 programs, so that all of them are one wave.
@@ -381,18 +381,21 @@ def _merged(chunks, scale, mask):
     return below, total, M, tl.sum(tl.where(mask, tl.exp2(below) * total, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["batch", "groups"])
+@triton.jit(do_not_specialize=["batch", "groups", "weights_stride_v", "weights_stride_b"])
 def pairwise_finish_kernel(
-    partials, column_sums, rows, stats, teacher_sum, loss, arrived,
-    student_temp, teacher_temp, batch, prototypes, chunks, groups, pairs,
+    partials, column_sums, weights, rows, stats, teacher_sum, loss, arrived,
+    student_temp, teacher_temp, divisor, batch, prototypes, chunks, groups,
+    weights_stride_v, weights_stride_b,
     S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr, STUDENT_TEMP_TENSOR: tl.constexpr,
-    TEACHER_TEMP_TENSOR: tl.constexpr, IGNORE_DIAGONAL: tl.constexpr, CHUNKS: tl.constexpr,
+    TEACHER_TEMP_TENSOR: tl.constexpr, DIVISOR_TENSOR: tl.constexpr, WEIGHTED: tl.constexpr,
+    IGNORE_DIAGONAL: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr, SUM_GROUPS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute rows[v, b] and the row's stats in program (v, b), column sums in those after them.
 
     stats: [2, S + T, B], students first: largest logit and sum of exp2 (teacher probabilities: 0
-    and their mass). The program that arrives last adds up the rows, in their order, for the loss.
+    and their mass). ROWS: the result is the rows; otherwise, the program that arrives last adds
+    them up, in their order, for the loss.
     """
     program = tl.program_id(0)
     if program >= S * batch:
@@ -439,9 +442,12 @@ def pairwise_finish_kernel(
             value += tl.where(v == q, 0.0, cross_entropy)
         else:
             value += cross_entropy
-    tl.store(rows + v * batch + b, value * LN_2)
+    value *= LN_2
+    if WEIGHTED:
+        value *= tl.load(weights + v * weights_stride_v + b * weights_stride_b)
+    tl.store(rows + v * batch + b, value)
 
-    if CENTERED:
+    if not ROWS:
         # A thread stores its row before it increments the counter, so the last one sees all rows
         # (reading past the L1 cache).
         before = tl.atomic_add(arrived, 1)
@@ -452,29 +458,38 @@ def pairwise_finish_kernel(
                 inside = i < S * batch
                 everything += tl.load(rows + i, mask=inside, other=0.0, cache_modifier=".cg")
                 i += BLOCK
-            tl.store(loss, tl.sum(everything, 0) / pairs)
+            if DIVISOR_TENSOR:
+                divisor = tl.load(divisor)
+            tl.store(loss, tl.sum(everything, 0) / divisor)
 
 
-@triton.jit(do_not_specialize=["batch", "grad_rows_stride_v", "grad_rows_stride_b"])
+@triton.jit(do_not_specialize=[
+    "batch", "grad_rows_stride_v", "grad_rows_stride_b", "weights_stride_v", "weights_stride_b",
+])  # fmt: skip
 def pairwise_backward_kernel(
-    grad_rows, student, teacher, center, stats, grad,
+    grad_rows, weights, student, teacher, center, stats, grad,
     student_temp, teacher_temp, scale, batch, prototypes,
-    grad_rows_stride_v, grad_rows_stride_b, student_stride_v, student_stride_b,
-    teacher_stride_q, teacher_stride_b, grad_stride_v, grad_stride_b,
+    grad_rows_stride_v, grad_rows_stride_b, weights_stride_v, weights_stride_b,
+    student_stride_v, student_stride_b, teacher_stride_q, teacher_stride_b,
+    grad_stride_v, grad_stride_b,
     S: tl.constexpr, T: tl.constexpr, CENTERED: tl.constexpr, IGNORE_DIAGONAL: tl.constexpr,
     STUDENT_TEMP_TENSOR: tl.constexpr, TEACHER_TEMP_TENSOR: tl.constexpr,
+    DIVISOR_TENSOR: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute one chunk of prototypes for one image; grid (chunks, rows, rows of rows).
 
     The last image comes first: the forward pass read it last, so part of it may still be in the L2
     cache. `grad` may be `student` itself: each element is read before the same thread writes it.
+    scale: 1/divisor, or the divisor if it is a tensor.
     """
     b = batch - 1 - (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1))
     if b < 0:
         return
     first = tl.program_id(0) * BLOCK
     student_scale = _log2_scale(student_temp, STUDENT_TEMP_TENSOR)
+    if DIVISOR_TENSOR:
+        scale = 1.0 / tl.load(scale)
     if CENTERED:
         teacher_scale = _log2_scale(teacher_temp, TEACHER_TEMP_TENSOR)
         c = _load(center, first, prototypes, EVEN, ALIGNED, BLOCK)
@@ -507,6 +522,8 @@ def pairwise_backward_kernel(
         g = tl.load(grad_rows + v * grad_rows_stride_v + b * grad_rows_stride_b)
         # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
         g = g.to(tl.float32) * scale * (student_scale * LN_2)
+        if WEIGHTED:
+            g *= tl.load(weights + v * weights_stride_v + b * weights_stride_b)
         value = g * (share * tl.exp2(z) - target)  # rounded once: the scale is included
         _store(out, value, first, prototypes, EVEN, ALIGNED)
         base += student_stride_v
@@ -515,7 +532,7 @@ def pairwise_backward_kernel(
 
 def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the results of the operator pairwise_forward, by two launches."""
-    student, teacher, center = map(_unit_stride, crops)
+    student, teacher, center = map(_unit_stride, crops[:3])
     S, T, B, K = crops.sizes()
     centered = center is not None
     block = FORWARD_BLOCK
@@ -533,11 +550,10 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     partials = empty(B, chunks, 2 * T + (2 + T) * S)
     column_sums = empty(groups, K) if centered and groups > 1 else teacher_sum
     arrived = torch.empty((), dtype=torch.int32, device=student.device)
-    pairs = pair_count(S, T, options.ignore_diagonal)
     sum_programs = _ceil_div(K, SUM_COLUMNS) if groups > 1 and centered else 0
-    temps = options.student_temp, options.teacher_temp
+    temps, divisor = (options.student_temp, options.teacher_temp), _divisor(crops, options)
     flags = {"S": S, "T": T, "CENTERED": centered, **_temperature_flags(options)}
-    signature = _signature(student, teacher, center, *temps)
+    signature = _signature(student, teacher, center, crops.weights, *temps, divisor)
     with device_guard(student):
         launch(
             pairwise_forward_kernel, (chunks, groups, 1), signature,
@@ -549,13 +565,14 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
         )  # fmt: skip
         launch(
             pairwise_finish_kernel, (S * B + sum_programs, 1, 1), signature,
-            (partials, column_sums, rows, stats, teacher_sum, loss, arrived, *temps, B, K, chunks,
-             groups, float(pairs * B)),
-            {**flags, "IGNORE_DIAGONAL": options.ignore_diagonal, "CHUNKS": _power_of_2(chunks),
+            (partials, column_sums, crops.weights, rows, stats, teacher_sum, loss, arrived, *temps,
+             divisor, B, K, chunks, groups, *_strides(crops.weights)),
+            {**flags, **_row_flags(crops, divisor), "IGNORE_DIAGONAL": options.ignore_diagonal,
+             "ROWS": crops.returns_rows(options), "CHUNKS": _power_of_2(chunks),
              "BLOCK": FINISH_BLOCK, "SUM_GROUPS": SUM_GROUPS, "SUM_COLUMNS": SUM_COLUMNS},
             num_warps=FINISH_WARPS,
         )  # fmt: skip
-    return (loss if centered else rows), teacher_sum, center_used, stats
+    return (rows if crops.returns_rows(options) else loss), teacher_sum, center_used, stats
 
 
 def backward(
@@ -569,22 +586,24 @@ def backward(
     target = grad
     if grad.stride(-1) != 1:  # in place over logits that had to be copied: rare
         grad = torch.empty(crops.student.shape, dtype=grad.dtype, device=grad.device)
-    student, teacher, center = map(_unit_stride, crops)
+    student, teacher, center = map(_unit_stride, crops[:3])
     S, T, B, K = crops.sizes()
     block = min(BACKWARD_BYTES // student.element_size(), _power_of_2(K))
     rows = min(B, MAX_ROWS_OF_PROGRAMS)
-    strides = (0, 0) if center is not None else grad_result.stride()
-    temps = options.student_temp, options.teacher_temp
-    signature = _signature(student, teacher, center, *temps, grad_result, stats, grad)
+    strides = grad_result.stride() if crops.returns_rows(options) else (0, 0)
+    temps, divisor = (options.student_temp, options.teacher_temp), _divisor(crops, options)
+    scale = divisor if isinstance(divisor, Tensor) else 1.0 / divisor
+    tensors = (grad_result, crops.weights, student, teacher, center, stats, grad)
+    signature = _signature(*tensors, *temps, divisor)
     with device_guard(student):
         launch(
             pairwise_backward_kernel, (_ceil_div(K, block), rows, _ceil_div(B, rows)), signature,
-            (grad_result, student, teacher, center, stats, grad, *temps, 1.0 / crops.terms(options),
-             B, K, *strides, *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2]),
+            (*tensors, *temps, scale, B, K, *strides, *_strides(crops.weights),
+             *student.stride()[:2], *teacher.stride()[:2], *grad.stride()[:2]),
             {"S": S, "T": T, "CENTERED": center is not None,
              "IGNORE_DIAGONAL": options.ignore_diagonal, **_temperature_flags(options),
-             "EVEN": K % block == 0, "ALIGNED": _are_aligned(student, teacher, center, grad),
-             "BLOCK": block},
+             **_row_flags(crops, divisor), "EVEN": K % block == 0,
+             "ALIGNED": _are_aligned(student, teacher, center, grad), "BLOCK": block},
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     if grad is not target:
@@ -604,6 +623,22 @@ def _temperature_flags(options: PairwiseOptions) -> dict[str, bool]:
         "STUDENT_TEMP_TENSOR": isinstance(options.student_temp, Tensor),
         "TEACHER_TEMP_TENSOR": isinstance(options.teacher_temp, Tensor),
     }
+
+
+def _divisor(crops: Crops, options: PairwiseOptions) -> float | Tensor:
+    divisor = crops.divisor(options)
+    return divisor if isinstance(divisor, Tensor) else float(divisor)
+
+
+def _row_flags(crops: Crops, divisor: float | Tensor) -> dict[str, bool]:
+    return {
+        "DIVISOR_TENSOR": isinstance(divisor, Tensor),
+        "WEIGHTED": crops.weights is not None,
+    }
+
+
+def _strides(weights: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if weights is None else weights.stride()
 
 
 def _are_aligned(*tensors: Tensor | None) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .checks import check_float_tensor, check_inplace_backward, check_same_device, check_temperature
 from .dispatch import choose_impl, compute_dtype
-from .pairwise import PairwiseCrossEntropy, without_gradient
+from .pairwise import pairwise_cross_entropy, without_gradient
+from .pairwise_arguments import Crops, PairwiseOptions
 
 
 def soft_cross_entropy(
@@ -66,7 +67,10 @@ def soft_cross_entropy(
     probs = without_gradient(probs)
     if inplace_backward:
         check_inplace_backward("probs", student, probs)
-    rows, _ = PairwiseCrossEntropy.apply(
-        student, probs, None, temp, 1.0, ignore_diagonal, inplace_backward, chosen
+    rows, _ = pairwise_cross_entropy(
+        Crops(student, probs, None),
+        PairwiseOptions(temp, 1.0, ignore_diagonal, rows=True),
+        inplace_backward=inplace_backward,
+        impl=chosen,
     )
     return rows
