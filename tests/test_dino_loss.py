@@ -517,6 +517,78 @@ def test_captured_graph_reads_inputs_and_temperatures_anew():
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("each_crop", [False, True])
+@pytest.mark.parametrize(
+    ("S", "T", "ignore_diagonal"),
+    [(1, 1, False), (1, 3, False), (2, 2, False), (2, 2, True), (5, 2, True)],
+)
+def test_rows_and_weights_match_the_reference(S, T, ignore_diagonal, each_crop, reduction, target):
+    tensors = [x.double() for x in draw(S, T, 4, 600)]
+    options = {"ignore_diagonal": ignore_diagonal, "reduction": reduction}
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand((S, 4) if each_crop else (4,), generator=generator)
+    expected = weighted_truth(*tensors, weights, **options)
+    got = weighted_ours(*tensors, weights, **options, **target)
+    limits = (5e-7, 2e-6) if target["impl"] == "triton" else (1e-14, 1e-14)
+    for g, e, limit in zip(got, expected, limits, strict=True):
+        assert g.shape == e.shape
+        assert error(g, e) < limit
+
+
+def weighted_truth(student, teacher, center, weights, ignore_diagonal, reduction):
+    """Return the rows or their mean over pairs and images, and the gradient of 2 * its sum."""
+    S, B, T = len(student), student.shape[1], len(teacher)
+    leaf = student.clone().requires_grad_()
+    probs = torch.softmax((teacher - center) / 0.04, dim=-1)
+    rows = reference.soft_cross_entropy(leaf, probs, 0.1, ignore_diagonal) * weights
+    pairs = S * T - (min(S, T) if ignore_diagonal else 0)
+    result = rows if reduction == "none" else rows.sum() / (pairs * B)
+    (result * 2).sum().backward()
+    return result.detach(), leaf.grad
+
+
+def weighted_ours(student, teacher, center, weights, impl, device, **options):
+    """Return the same of dino_loss, on the CPU."""
+    dtype = torch.float32 if impl == "triton" else student.dtype
+    leaf = student.to(device, dtype, copy=True).requires_grad_()
+    tensors = (teacher.to(device, dtype), center.to(device, dtype))
+    options |= {"weights": weights.to(device), "impl": impl}
+    result, _ = dino_loss(leaf, *tensors, **TEMPS, **options)
+    (result * 2).sum().backward()
+    return result.detach().cpu(), leaf.grad.cpu()
+
+
+def test_rows_have_their_own_gradients(target):
+    student, teacher, center = draw(3, 2, 4, 70)
+    incoming = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    probs = torch.softmax((teacher - center) / 0.04, dim=-1)
+    grads = []
+    for loss_fn in (
+        lambda s: dino_loss(
+            s, teacher.to(s.device), center.to(s.device),
+            reduction="none", impl=target["impl"], **TEMPS,
+        )[0],
+        lambda s: soft_cross_entropy(
+            s, probs.to(s.device), student_temp=0.1, ignore_diagonal=True, impl=target["impl"]
+        ),
+    ):  # fmt: skip
+        leaf = student.to(target["device"], copy=True).requires_grad_()
+        rows = loss_fn(leaf)
+        rows.backward(incoming.to(target["device"]))
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_of_an_empty_batch(reduction, target):
+    inputs = (*draw(3, 2, 0, 7), torch.ones(3, 0))
+    result, grad = weighted_ours(*inputs, reduction=reduction, **target)
+    assert result.shape == ((3, 0) if reduction == "none" else ())
+    assert result.sum() == 0
+    assert grad.shape == (3, 0, 7)
+
+
 def call(student=(4, 3, 7), teacher=(2, 3, 7), center=(7,), **changes):
     tensors = [
         shape if not isinstance(shape, tuple) else torch.zeros(shape)
@@ -541,6 +613,17 @@ def call(student=(4, 3, 7), teacher=(2, 3, 7), center=(7,), **changes):
         ({"student": [1.0]}, TypeError, "student must be a torch.Tensor, got list"),
         ({"student": torch.zeros(4, 3, 7).long()}, TypeError, "student.*torch.int64"),
         ({"teacher": torch.zeros(2, 3, 7, device="meta")}, ValueError, "same device.*meta"),
+        ({"student": (0, 3, 7), "ignore_diagonal": False}, ValueError, "S >= 1"),
+        ({"reduction": "sum"}, ValueError, 'reduction must be "mean" or "none", got \'sum\''),
+        (
+            {"weights": torch.ones(4)},
+            ValueError,
+            r"weights must be \[B\] = \[3\] or \[S, B\] = \[4, 3\], got shape \[4\]",
+        ),
+        ({"weights": torch.ones(3, 4)}, ValueError, r"got shape \[3, 4\]"),
+        ({"weights": -torch.ones(4, 3)}, ValueError, "weights must be >= 0, got -1"),
+        ({"weights": torch.ones(3).int()}, TypeError, "weights .*got torch.int32"),
+        ({"weights": torch.ones(3, device="meta")}, ValueError, "weights and student .*meta"),
         ({"student_temp": 0.0}, ValueError, r"student_temp must be > 0 .*got 0\.0"),
         ({"teacher_temp": -1}, ValueError, "teacher_temp must be > 0 .*got -1"),
         ({"teacher_temp": math.nan}, ValueError, "teacher_temp must be > 0 .*got nan"),

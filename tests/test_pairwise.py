@@ -39,6 +39,19 @@ def test_opcheck(impl, centered):
     torch.library.opcheck(OPS.pairwise_backward_.default, (grad, *saved, *options))
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck_with_weights_and_a_divisor(impl, rows):
+    tensors, options = arguments(impl, centered=True)
+    options = (*options, torch.rand(3).expand(4, 3), None, torch.tensor(5.0), rows)
+    torch.library.opcheck(OPS.pairwise_forward.default, (*tensors, *options))
+    *_, center_used, stats = OPS.pairwise_forward(*tensors, *options)
+    saved = (*tensors[:2], center_used, stats)
+    grad = torch.rand(4, 3) if rows else torch.tensor(2.0)
+    torch.library.opcheck(OPS.pairwise_backward.default, (grad, *saved, *options))
+    torch.library.opcheck(OPS.pairwise_backward_.default, (grad, *saved, *options))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["pairwise_forward", "pairwise_backward", "pairwise_backward_"])
 def test_operators_run_on_every_backend(name, backend):

@@ -26,10 +26,13 @@ def dino_loss(
     center: Tensor,
     student_temp: float | Tensor,
     teacher_temp: float | Tensor,
+    ignore_diagonal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Compute the DINO loss of student [S, B, K] and teacher [T, B, K] logits (Eq. 3).
 
         L = mean_{q != v} mean_b -sum_k softmax((t_q - c)/tau_t)_k log softmax(s_v/tau_s)_k
+
+    Without ignore_diagonal, the mean is over all pairs.
 
     Returns: (loss, teacher_sum): a scalar in nats, and the sum [K] of `teacher` over T and B.
     """
@@ -39,7 +42,7 @@ def dino_loss(
     pairs = 0
     for q, target in enumerate(targets):
         for v, log_prob in enumerate(log_probs):
-            if q == v:
+            if ignore_diagonal and q == v:
                 continue
             cross_entropy = -(target * log_prob).sum(dim=-1)
             loss = loss + cross_entropy.sum() / max(len(cross_entropy), 1)
@@ -63,6 +66,32 @@ def soft_cross_entropy(
             cross_entropy = cross_entropy.masked_fill(own, 0)
         rows = rows + cross_entropy
     return rows
+
+
+def patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute iBOT's loss of masked patch tokens, logits [N, K] (Zhou et al. 2021, Eq. 2).
+
+        L = sum_i w_i * -sum_k softmax((t_i - c)/tau_t)_k log softmax(s_i/tau_s)_k / denominator
+
+    The weights are 1 and the denominator is N by default.
+
+    Returns: (loss, teacher_sum): a scalar in nats, and the sum [K] of `teacher` over N.
+    """
+    log_probs = torch.log_softmax(student / student_temp, dim=-1)
+    targets = torch.softmax((teacher.detach() - center.reshape(-1)) / teacher_temp, dim=-1)
+    rows = -(targets * log_probs).sum(dim=-1)
+    if weights is not None:
+        rows = rows * weights
+    divisor = max(len(rows), 1) if denominator is None else denominator
+    return rows.sum() / divisor, teacher.detach().sum(dim=0)
 
 
 def teacher_entropy(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
