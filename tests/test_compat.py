@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastdino_kernels.compat import dinov2, lightly, solo_learn
+from fastdino_kernels.compat import dinov2, ibot, lightly, solo_learn
 from fastdino_kernels.compat.dinov2 import cross_entropy, dino_clstoken_loss, dino_cross_entropy
 from fastdino_kernels.dispatch import triton_problem
 from torch import Tensor
@@ -36,6 +36,7 @@ def losses_and_gradients(device: str) -> list[tuple[Tensor, Tensor]]:
         run(lambda s: dino_clstoken_loss(s, probs), student),
         run(lambda s: dino_cross_entropy(s, probs, ignore_diagonal=True), few),
         *dinov2_losses(student, teacher),
+        *ibot_losses(student, teacher),
     ]
 
 
@@ -53,6 +54,23 @@ def dinov2_losses(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor
         run(lambda s: patch(s, targets, masks), student[: len(teacher)]),
         run(lambda s: patch.forward_masked(s, balanced, masks), student.flatten(0, 1)[:6]),
     ]
+
+
+def ibot_losses(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Run iBOT's class on crops [4, B, K] and [2, B, K], each crop also as patch tokens [B, 1, K].
+
+    The second result is after a step of the centers.
+    """
+    S, B, K = student.shape
+    loss = ibot.iBOTLoss(K, K, 2, S - 2, 0.04, 0.04, 0.07, 0.07, 0, 1).to(teacher.device)
+    cls, masks = teacher.flatten(0, 1), torch.ones(2, B, 1, 1, device=teacher.device).bool()
+    masks[0, 0] = False
+
+    def compute(crops: Tensor) -> Tensor:
+        first, rest = crops.flatten(0, 1).split((2 * B, (S - 2) * B))
+        return loss((first, first[:, None]), (cls, cls[:, None]), rest, masks, 0)["loss"]
+
+    return [run(compute, student) for _ in range(2)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -70,7 +70,7 @@ class DINOLoss(nn.Module):
         check_range("center_momentum", self.center_momentum, most=1)
         self.ncrops = ncrops
         self.inplace_backward = inplace_backward
-        self.teacher_temp_schedule = _temperature_schedule(
+        self.teacher_temp_schedule = temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
         self.register_buffer("center", torch.zeros(1, out_dim))
@@ -212,7 +212,7 @@ class DINOLoss(nn.Module):
         return self.teacher_temp_schedule[epoch]
 
 
-def _temperature_schedule(
+def temperature_schedule(
     warmup: float, final: float, warmup_epochs: int, epochs: int
 ) -> tuple[float, ...]:
     """Return linspace(warmup, final, warmup_epochs), then `final` for the remaining epochs."""

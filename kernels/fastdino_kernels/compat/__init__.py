@@ -5,6 +5,8 @@ rank_mean.py    the mean of a batch over the ranks, toward which lightly's cente
 solo_learn.py   DINOLoss: solo.losses.DINOLoss
 dinov2.py       DINOLoss, iBOTPatchLoss, KoLeoLoss: those of dinov2.loss
                 cross_entropy: the xformers.ops.cross_entropy that DINOv2 and lightly-train import
+dinov3.py       DINOLoss, iBOTPatchLoss, KoLeoLoss, KoLeoLossDistributed, GramLoss, by signature
+ibot.py         iBOTLoss: that of iBOT's main_ibot.py
 soft_targets.py the cross-entropies of these losses, as functions
 teacher_center.py  the center of the teacher's logits and its delayed update
 stacking.py     stacking of a list of crops, without a copy if they are views of one tensor
