@@ -15,20 +15,27 @@ from typing import Any
 import pytest
 
 
-def load(variable: str, file: str, *names: str, **namespace: Any) -> SimpleNamespace:
+def load(
+    variable: str, file: str, *names: str, replace: tuple[str, str] = ("", ""), **namespace: Any
+) -> SimpleNamespace:
     """Return definitions of a file of a checkout, without running the rest of the file.
 
     Args:
         variable: the environment variable with the checkout's folder; the test is skipped without.
         file: path within the checkout.
         names: functions, classes and variables to define, at the top level or in a `try`.
+        replace: a piece of the file that occurs once, and what is put in its place.
         namespace: what the code imports, by name.
 
     """
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"needs {variable}=<checkout>")
-    tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
+    source = (Path(folder) / file).read_text(encoding="utf-8")
+    if replace[0]:
+        assert source.count(replace[0]) == 1
+        source = source.replace(*replace)
+    tree = ast.parse(source)
     tree.body = [node for node in tree.body if _defines(node, names)]
     code = compile(tree, file, "exec")  # annotations are not evaluated: as in this file
     variables = {"__name__": file, **namespace}

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastdino_kernels import reference
+from fastdino_kernels import dino_loss, patch_loss, reference, sinkhorn_center
 from fastdino_kernels.compat import dinov2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -288,6 +288,38 @@ def test_center_moves_once_and_only_when_it_is_used():
             assert loss.updated
             assert_close(loss.center, torch.full_like(center, 0.1))
         assert loss.center is center  # in place: a captured graph and a view stay valid
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_losses_from_logits_are_the_same(centering):
+    student, teacher = draw(8, 2, dtype=torch.float32)
+    masks = draw_masks()
+    patches, targets = masked(masks)
+    weights = torch.linspace(0.1, 1, len(patches))
+    logits = teacher.flatten(0, 1)
+    token, patch = dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)
+    if centering == "centering":
+        for step in range(2):  # the second step has a center
+            probs = token.softmax_center_teacher(logits, TEMP)
+            patch_probs = patch.softmax_center_teacher(targets[None], TEMP).squeeze(0)
+            if step == 0:
+                token.update_center(logits)
+                patch.update_center(targets[None])
+        centers = [token.center, patch.center.view(1, K)]
+        assert min(center.abs().sum() for center in centers) > 0
+    else:
+        probs = token.sinkhorn_knopp_teacher(logits, TEMP)
+        patch_probs = patch.sinkhorn_knopp_teacher(targets, TEMP)
+        centers = [sinkhorn_center(x, TEMP) for x in (logits, targets)]
+    temps = {"student_temp": 0.1, "teacher_temp": TEMP}
+    expected = run(lambda s: token(s, probs.view_as(teacher)), student)
+    got = run(
+        lambda s: 16 * dino_loss(s, teacher, centers[0], **temps, ignore_diagonal=False)[0], student
+    )
+    assert_close(got, expected)
+    expected = run(lambda s: patch.forward_masked(s, patch_probs, masks, None, weights), patches)
+    options = {**temps, "weights": weights, "denominator": len(masks)}
+    assert_close(run(lambda s: patch_loss(s, targets, centers[1], **options)[0], patches), expected)
 
 
 def test_no_rows_have_loss_zero_and_keep_the_center():

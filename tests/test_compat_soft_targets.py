@@ -5,6 +5,8 @@ Legend: S crops of the student, T crops of the teacher, B images, K prototypes.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fastdino_kernels.compat.soft_targets import (
@@ -15,6 +17,7 @@ from fastdino_kernels.compat.soft_targets import (
 from torch import Tensor
 
 from tests.logits import assert_same, draw_probs, run
+from tests.originals import load
 
 
 def plain_cross_entropy(s: Tensor, t: Tensor, temp: float) -> Tensor:
@@ -28,6 +31,56 @@ def test_cross_entropy_matches_the_equation(shape, temp):
     got = run(lambda s: cross_entropy(s, t, temp), s)
     assert got[0].shape == shape[:-1]
     assert_same(got, run(lambda s: plain_cross_entropy(s, t, float(temp)), s))
+
+
+CAPI_STUDENT = (
+    "loss = -torch.sum(target.float() * F.log_softmax(pred.float() / temp, dim=-1), dim=-1)",
+    "from fastdino_kernels.compat.dinov2 import cross_entropy; "
+    "loss = cross_entropy(pred, target, temp)",
+)
+CAPI_CLUSTERING = (
+    "loss = -torch.sum(tgt * F.log_softmax(pred / self.pred_temp, dim=-1), dim=-1).mean()",
+    "from fastdino_kernels.compat.dinov2 import cross_entropy; "
+    "loss = cross_entropy(pred, tgt, self.pred_temp).mean()",
+)
+NAMES = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+
+
+class CapiModel:
+    """A model whose student predicts the given logits."""
+
+    def __init__(self, logits):
+        backbone = SimpleNamespace(forward_pretrain=lambda *_, **__: (None, logits))
+        self.student = SimpleNamespace(backbone=backbone, head=lambda x: x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_entropy_replaces_the_line_of_capis_student(compiled):
+    pred, target = (x[0] for x in draw_probs(1, 1, 6, dtype=torch.bfloat16))
+    results = []
+    for replace in (("", ""), CAPI_STUDENT):
+        loss_fn = load("CAPI", "train_capi.py", "do_student", replace=replace, **NAMES).do_student
+        if compiled:
+            loss_fn = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)
+        arguments = (None, None, None, target, 0.12)
+        results.append(run(lambda s, f=loss_fn: f(CapiModel(s), *arguments), pred))  # noqa: B023
+    assert_same(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positionwise", [False, True])
+def test_cross_entropy_replaces_the_line_of_capis_clustering(positionwise):
+    functions = ("stable_exp", "reduced_sum", "sinkhorn_knopp", "exp_max_values")
+    results = []
+    for replace in (("", ""), CAPI_CLUSTERING):
+        names = ("OnlineClustering", *functions)
+        head = load("CAPI", "model.py", *names, replace=replace, **NAMES).OnlineClustering
+        settings = {"target_temp": 0.06, "pred_temp": 0.12, "positionwise_sk": positionwise}
+        torch.manual_seed(0)
+        head = head(5, 7, bias=True, n_sk_iter=3, **settings)
+        assignments, loss = head(torch.randn(4, 6, 5))
+        loss.backward()
+        results.append((assignments, loss, *[p.grad for p in head.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def s_rows(shape: tuple[int, ...]) -> int:
