@@ -43,7 +43,7 @@ from fastdino.augmentation.backends import (
     problem,
 )
 from fastdino.augmentation.params import BLUR_RADIUS, CropParams, draw_crops, select
-from fastdino.data.image_files import decode_rgb
+from fastdino.data.image_files import AS_STORED
 from fastdino.runtime import choose_device
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -230,7 +230,7 @@ def decoding(images: Sequence[Pixels]) -> Row:
         files = [encode(image, form, **options) for form, options in FORMATS]
         for file, ours in zip(files, decoder.decode(files), strict=True):
             assert isinstance(ours, np.ndarray)
-            gaps.append(np.abs(ours.astype(int) - np.asarray(decode_rgb(file))).ravel())
+            gaps.append(np.abs(ours.astype(int) - np.asarray(AS_STORED.decode(file))).ravel())
     decoder.close()
     gap = np.concatenate(gaps)
     overall = Difference(int(gap.max()), float(gap.mean()), not gap.any())
@@ -331,7 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="Markdown file with the two marks")
     options = parser.parse_args(arguments)
     files = pictures(options.pictures, options.images)
-    kinds = {kind: [np.asarray(decode_rgb(data)) for data in some] for kind, some in files.items()}
+    kinds = {
+        kind: [np.asarray(AS_STORED.decode(data)) for data in some] for kind, some in files.items()
+    }
     words = ["python", "-m", "benchmarks.crop_differences", *(arguments or sys.argv[1:])]
     prefix = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
     text = report(kinds, TrainConfig(), choose_device("auto"), prefix + shlex.join(words))

@@ -123,6 +123,11 @@ class TrainConfig:
         0.65, "Fraction of images decoded by a GPU's JPEG engine (--decode gpu)."
     )
     exif_orientation: bool = _data(False, "Apply the EXIF orientation, unlike the paper's code.")
+    image_range: str = _data(
+        ("clip", "scale"),
+        "16-bit, 32-bit and float images: clip values to 0..255 (as the paper's code: most become "
+        "white or black), or scale their range to it.",
+    )
     last_batch: str = _data(
         ("paper", "drop", "pad"),
         "Incomplete last batch of an epoch: paper (repeat images until all ranks have the same "

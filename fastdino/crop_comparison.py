@@ -31,7 +31,7 @@ from fastdino.augmentation.backends import (
 )
 from fastdino.augmentation.params import Crop, draw_crops
 from fastdino.config import TrainConfig, add_arguments
-from fastdino.data.image_files import decode_rgb, explained_reading, quiet_pillow, read_file
+from fastdino.data.image_files import Conversion, explained_reading, quiet_pillow, read_file
 from fastdino.data.shapes_drawing import still, to_image
 from fastdino.errors import ConfigError
 from fastdino.runtime import choose_device
@@ -39,7 +39,7 @@ from fastdino.runtime import choose_device
 # The settings of `fastdino train` that determine the crops.
 SETTINGS = (
     "seed", "global_crops_size", "local_crops_size", "local_crops_number", "global_crops_scale",
-    "local_crops_scale", "exif_orientation", "device",
+    "local_crops_scale", "exif_orientation", "image_range", "device",
 )  # fmt: skip
 # More columns or larger crops would not be legible.
 MOST_CROPS, LARGEST_CROP = 64, 4096
@@ -284,8 +284,9 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--amplify must be at least 1, got {args.amplify}")
     picture, name = default_picture(), "a drawn scene"
     if args.image:
+        conversion = Conversion(config.exif_orientation, config.image_range)
         with quiet_pillow(), explained_reading(f"--image {args.image}"):
-            picture = decode_rgb(read_file(args.image), exif=config.exif_orientation)
+            picture = conversion.decode(read_file(args.image))
         name = Path(args.image).name
     device = choose_device(config.device)
     comparison = compare_crops(

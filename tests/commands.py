@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +33,50 @@ def break_pixels(*paths: Path) -> None:
     for path in paths:
         data = path.read_bytes()
         path.write_bytes(data[:60] + b"\0" * (len(data) - 80) + data[-20:])
+
+
+def turn(*paths: Path, by_exif: bool) -> None:
+    """Rewrite images by a quarter turn counterclockwise, which EXIF undoes if `by_exif`."""
+    for path in paths:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+        exif = Image.Exif()
+        if by_exif:
+            picture, exif[0x0112] = picture.transpose(Image.Transpose.ROTATE_90), 6
+        picture.save(path, format="PNG", exif=exif)  # lossless, whatever the name says
+
+
+def make_gray(*paths: Path, deep: bool) -> None:
+    """Rewrite images as gray PNGs of 8 bits, or of 16 bits with the same relative values."""
+    for path in paths:
+        with Image.open(path) as image:
+            levels = np.asarray(image.convert("L"))
+        pixels = levels.astype(np.uint16) * 257 if deep else levels
+        Image.fromarray(pixels).save(path, format="PNG")
+
+
+def assert_images_scale(
+    capsys: Any, paths: list[Path], run: Callable[..., int], result: Callable[[], Any]
+) -> None:
+    """Check that --image_range scale gives 16-bit images the result of 8-bit ones.
+
+    Args:
+        run: runs a command with further flags.
+        result: returns what it wrote, without the settings.
+    """
+    make_gray(*paths, deep=False)
+    assert run() == 0
+    expected = result()
+    assert "image_range" not in capsys.readouterr().err
+    make_gray(*paths, deep=True)
+    assert run("--image_range", "scale") == 0
+    assert result() == expected
+    assert "image_range" not in capsys.readouterr().err
+    assert run() == 0
+    assert result() != expected
+    err = capsys.readouterr().err
+    assert err.count("--image_range scale keeps their range") >= 1
+    assert f"{len(paths)} of {len(paths)} images" in err
 
 
 def flags_of(command: ModuleType, *words: str) -> argparse.Namespace:

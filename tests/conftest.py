@@ -251,6 +251,8 @@ def nano_settings(nano_weights, nano_model) -> dict[str, Any]:
         "weights": weights_digest(nano_model),
         "arch": "vit_nano",
         "patch_size": 8,
+        "exif_orientation": False,
+        "image_range": "clip",
     }
 
 

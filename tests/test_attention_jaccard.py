@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdino import cli
 from fastdino.data.shapes import davis_palette, write_shapes
 from fastdino.evals import attention_jaccard
 from fastdino.evals.attention_jaccard import find_masked, read_labels
 from fastdino.evals.attention_maps import attention_maps, fit_to_patches
 from fastdino.evals.transforms import to_input
 from fastdino.models.backbones import build_backbone
+from tests.commands import assert_images_scale
 
 IMAGE, MASK = "JPEGImages/2007_000001.jpg", "SegmentationClass/2007_000002.png"
 LISTING = "ImageSets/Segmentation/val.txt"
@@ -80,7 +82,6 @@ def reference_jaccard(model, root, name, size, threshold):
 def test_scores_match_the_paper(voc, nano_model, nano_settings, run):
     scores, printed = run(voc, "--image_size", 44, 52, "--batch_size_per_gpu", 2)
     flags = {"data_path": str(voc), "split": "val", "image_size": [44, 52], "threshold": 0.6}
-    flags["exif_orientation"] = False
     assert scores["settings"] == nano_settings | flags
     torch.manual_seed(0)
     untrained = build_backbone("vit_nano", patch_size=8, img_size=32)[0].eval()
@@ -103,6 +104,21 @@ def test_scores_match_the_paper(voc, nano_model, nano_settings, run):
         for kind in ("trained", "untrained")
     ]
     assert printed.splitlines()[:2] == lines
+
+
+def test_deep_images_are_scaled_on_request(voc, nano_weights, tmp_path, capsys):
+    words = ["attention", "--data_path", voc, "--image_size", 16, 16, "--output_dir", tmp_path]
+    words += ["--pretrained_weights", nano_weights, "--device", "cpu", "--baseline", "false"]
+
+    def result():
+        return json.loads((tmp_path / "jaccard.json").read_text())["per_image"]
+
+    paths = sorted((voc / "JPEGImages").iterdir())
+
+    def run(*more):
+        return cli.main([*map(str, (*words, *more))])
+
+    assert_images_scale(capsys, paths, run, result)
 
 
 def test_object_masks_replace_missing_class_masks(voc):
@@ -166,17 +182,40 @@ def test_one_bit_mask_is_foreground_where_set(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda v: (v / MASK).unlink(), "2007_000002.png is missing"),
-        (lambda v: (v / IMAGE).unlink(), "2007_000001.jpg is missing"),
         (lambda v: (v / IMAGE).write_text("no"), "2007_000001.jpg is not an image"),
         (lambda v: (v / MASK).write_text("no"), "2007_000002.png is not an image"),
-        (lambda v: (v / LISTING).write_text(""), "val.txt lists no image"),
-        (lambda v: (v / LISTING).unlink(), "val.txt cannot be read: No su"),
-        (lambda v: (v / LISTING).write_text("2007_000003"), "has any foreground"),
         (
             lambda v: save_voc_mask(np.zeros((9, 9), np.uint8), v / MASK),
             "2007_000002.png is 9 x 9 px, but its image is 64 x 48 px",
         ),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_unusable_pair_is_left_out(voc, run_nano, tmp_path, damage, part, batch_size):
+    words = ("attention", "--data_path", voc, "--image_size", 16, 16, "--output_dir", tmp_path)
+    words += ("--batch_size_per_gpu", batch_size)
+    assert run_nano(*words)[2] == ""
+    whole = json.loads((tmp_path / "jaccard.json").read_text())
+    damage(voc)
+    status, _, err = run_nano(*words)
+    assert status == 0
+    assert err.startswith("1 images left out: ")
+    assert part in err
+    scores = json.loads((tmp_path / "jaccard.json").read_text())
+    assert scores["images"] == len(scores["per_image"]) == 1
+    assert len(scores["left_out"]) == 1
+    for name, values in scores["per_image"].items():
+        assert values["trained"] == pytest.approx(whole["per_image"][name]["trained"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda v: (v / MASK).unlink(), "2007_000002.png is missing"),
+        (lambda v: (v / IMAGE).unlink(), "2007_000001.jpg is missing"),
+        (lambda v: (v / LISTING).write_text(""), "val.txt lists no image"),
+        (lambda v: (v / LISTING).unlink(), "val.txt cannot be read: No su"),
+        (lambda v: (v / LISTING).write_text("2007_000003"), "has any foreground"),
         (lambda v: (v / "SegmentationClass").rename(v / "Masks"), "has neither SegmentationClass/"),
         (
             lambda v: (v / "JPEGImages").rename(v / "Images"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from fastdino import cli
 from fastdino.evals import copydays
 from fastdino.evals.options import load_network, weights_digest
 from fastdino.evals.transforms import square
-from tests.commands import error_of, flags_of
+from tests.commands import assert_images_scale, error_of, flags_of, turn
 
 CPU = torch.device("cpu")
 SMALL = "--arch vit_nano --patch_size 8 --imsize 24 --num_workers 0 --device cpu"
@@ -115,19 +117,58 @@ def test_map_matches_the_papers(run, folder, tmp_path, capsys, whiten):
     assert captured.out.startswith(f"strong: mAP: {blocks['strong']['mAP']:.2f}, micro-AP: ")
 
 
-def test_a_broken_distractor_is_left_out_and_a_broken_copy_is_an_error(
-    run, folder, tmp_path, capsys
-):
+def test_broken_images_are_left_out(run, folder, tmp_path, capsys):
     (folder / "distractors" / "2.jpg").write_text("no picture")
     flags = ("--distractors_path", folder / "distractors", "--output", tmp_path / "out.json")
     assert run(*flags) == 0
-    assert capsys.readouterr().err == "distractors: 1 unreadable images left out\n"
+    broken = folder / "distractors" / "2.jpg"
+    assert capsys.readouterr().err == f"distractors: 1 images left out: {broken} is not an image\n"
     assert json.loads((tmp_path / "out.json").read_text())["images"]["distractors"] == 4
-    (folder / "copydays" / "strong" / "200001.jpg").write_text("no picture")
-    assert run() == 2
-    error = error_of(capsys)
-    assert "is not an image" in error
-    assert "strong/200001.jpg" in error
+    # One copy, and one original with all of its copies.
+    shutil.rmtree(folder / "smaller", ignore_errors=True)
+    shutil.copytree(folder / "copydays", folder / "smaller")
+    for root, change in ((folder / "copydays", break_image), (folder / "smaller", Path.unlink)):
+        change(root / "strong" / "200001.jpg")
+        for path in sorted(root.rglob("2003*")):
+            if change is break_image and path.parent.name != "original":
+                continue
+            change(path)
+    scores = []
+    for root in (folder / "copydays", folder / "smaller"):
+        assert run("--data_path", root, "--output", tmp_path / "out.json") == 0
+        result = json.loads((tmp_path / "out.json").read_text())
+        scores.append((result["images"], result["blocks"]))
+    assert scores[0] == scores[1]
+    err = capsys.readouterr().err
+    assert "strong: 1 images left out: " in err
+    assert "original: 1 images left out: " in err
+
+
+def break_image(path):
+    path.write_text("no picture")
+
+
+@pytest.mark.parametrize("change", ["rotation", "depth"])
+def test_images_are_converted_as_requested(run, folder, tmp_path, capsys, change):
+    paths = sorted((folder / "copydays").rglob("*.jpg"))
+    output = ("--output", tmp_path / "out.json")
+
+    def result():
+        scores = json.loads((tmp_path / "out.json").read_text())
+        return {name: scores[name] for name in ("images", "blocks")}
+
+    if change == "depth":
+        assert_images_scale(capsys, paths, lambda *words: run(*output, *words), result)
+        return
+    results = []
+    for by_exif in (False, True):
+        turn(*paths, by_exif=by_exif)
+        assert run(*output, "--exif_orientation", by_exif) == 0
+        results.append(result())
+    assert results[0] == results[1]
+    turn(*paths[:8], by_exif=True)  # of some images only: the others are upright
+    assert run(*output) == 0
+    assert result() != results[0]
 
 
 def test_missing_files_and_unsupported_networks_are_errors(run, folder, capsys):

@@ -24,7 +24,7 @@ from benchmarks.crop_differences import (
 )
 from benchmarks.crop_pictures import PHOTO, VIVIDNESS, pictures, scene
 from fastdino.augmentation.backends import Difference, levels, pillow_crops
-from fastdino.data.image_files import decode_rgb
+from fastdino.data.image_files import AS_STORED
 from tests.loaders import HAS_DALI, needs_dali
 
 CPU = torch.device("cpu")
@@ -206,10 +206,11 @@ def test_images_of_every_kind_are_reproducible():
     assert files == pictures(5)
     assert len({data for some in files.values() for data in some}) == 5
     saturation = [
-        np.asarray(decode_rgb(some[0]).convert("HSV"))[..., 1].mean() for some in files.values()
+        np.asarray(AS_STORED.decode(some[0]).convert("HSV"))[..., 1].mean()
+        for some in files.values()
     ]
     assert saturation[0] > saturation[1] > saturation[2]
-    assert decode_rgb(files["drawn, pale"][0]).size == (500, 375)
+    assert AS_STORED.decode(files["drawn, pale"][0]).size == (500, 375)
 
 
 def test_vividness_does_not_change_the_luma():
@@ -222,6 +223,6 @@ def test_images_of_a_folder_are_evenly_spaced(tmp_path):
     for i in range(5):
         Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (files,) = pictures(3, str(tmp_path)).values()
-    reds = [decode_rgb(data).getpixel((0, 0))[0] for data in files]
+    reds = [AS_STORED.decode(data).getpixel((0, 0))[0] for data in files]
     assert reds == [0, 100, 200]
     assert len(pictures(9, str(tmp_path))[tmp_path.name]) == 5

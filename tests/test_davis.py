@@ -24,7 +24,7 @@ from fastdino.evals.davis import prepare, working_size
 from fastdino.evals.davis_dataset import find_sequences, read_mask
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.weights import load_backbone
-from tests.commands import error_of
+from tests.commands import assert_images_scale, break_pixels, error_of
 from tests.processes import run_two
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
@@ -167,7 +167,7 @@ def test_scores_are_means_over_objects(run, tmp_path, capsys):
 
 
 def test_true_masks_score_100_and_the_first_and_last_frame_are_ignored(root):
-    paths = find_sequences(root)[0].annotations
+    paths = find_sequences(root)[0][0].annotations
     truth = np.stack([read_mask(path, binary=False) for path in paths])
     masks = truth.copy()
     masks[0] = masks[-1] = 0
@@ -428,6 +428,20 @@ LARGE = np.full((HEIGHT, WIDTH), 300, np.uint16)
     [
         (lambda f, m: (f.parents[2] / LIST).unlink(), "no list of DAVIS sequences: expected one o"),
         (lambda f, m: (f.parents[2] / LIST).write_text(" \n\n"), "lists no sequence"),
+    ],
+)
+def test_bad_data_is_reported_before_the_network_is_built(
+    run, root, capsys, monkeypatch, damage, part
+):
+    monkeypatch.setattr(davis, "build_model", None)
+    damage(root / "JPEGImages/480p/two", root / "Annotations/480p/two")
+    assert run() == 2
+    assert part in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
         (lambda f, m: (m / "00000.png").unlink(), "1 annotations are missing, e.g. "),
         (lambda f, m: (m / "00003.png").unlink(), "00003.png; expected one of the first frame "),
         (lambda f, m: save(VOID[:20, :10], f / "00004.jpg"), "00004.jpg is 20 x 10 px"),
@@ -440,15 +454,44 @@ LARGE = np.full((HEIGHT, WIDTH), 300, np.uint16)
         (lambda f, m: save(LARGE, m / "00000.png"), "00000.png has 300; expected object numbers"),
         (lambda f, m: (f / "00002.jpg").write_text("no image"), "00002.jpg is not an image"),
         (lambda f, m: os.truncate(f / "00002.jpg", 1500), "00002.jpg cannot be decoded: image fil"),
+        (lambda f, m: os.truncate(f / "00003.jpg", 1500), "00003.jpg cannot be decoded"),
     ],
 )
-def test_bad_data_is_reported_before_the_network_is_built(
-    run, root, capsys, monkeypatch, damage, part
-):
-    monkeypatch.setattr(davis, "build_model", None)
-    damage(root / "JPEGImages/480p/two", root / "Annotations/480p/two")
-    assert run() == 2
-    assert part in error_of(capsys)
+def test_an_unusable_sequence_is_left_out(run, root, tmp_path, capsys, damage, part):
+    damage(root / IMAGES / "two", root / MASKS / "two")
+    assert run("--overlays", "none") == 0
+    results = results_of(tmp_path)
+    assert list(results["sequences"]) == ["one"]
+    assert list(results["left_out"]) == ["two"]
+    assert part in results["left_out"]["two"]
+    assert results["global"]["J&F"] == results["sequences"]["one"]["J&F"]
+    err = capsys.readouterr().err
+    assert err.startswith("1 sequences left out: ")
+    assert part in err
+
+
+def test_pixels_broken_after_the_headers_leave_out_their_sequence(run, root, tmp_path, capsys):
+    frame = root / IMAGES / "two" / "00003.jpg"
+    Image.open(frame).save(frame.with_suffix(".png"))
+    frame.unlink()
+    break_pixels(frame.with_suffix(".png"))
+    assert run("--overlays", "none") == 0
+    assert "00003.png cannot be decoded" in results_of(tmp_path)["left_out"]["two"]
+    assert list(results_of(tmp_path)["sequences"]) == ["one"]
+    write_list(root, "2017", ["two"])
+    capsys.readouterr()
+    assert run("--overlays", "none") == 2
+    assert "1 sequences left out: " in error_of(capsys)
+
+
+def test_deep_frames_are_scaled_on_request(run, root, tmp_path, capsys):
+    def result():
+        return results_of(tmp_path)["sequences"]
+
+    paths = sorted((root / IMAGES).rglob("*.jpg"))
+    assert_images_scale(capsys, paths, lambda *words: run("--overlays", "sheet", *words), result)
+    sheets = [Image.open(tmp_path / "out/overlays" / f"{name}.png") for name in ("one", "two")]
+    assert all(np.asarray(sheet).mean() > 200 for sheet in sheets), "clipped frames are white"
 
 
 def test_small_size_is_reported_before_the_network_is_built(run, capsys, monkeypatch):

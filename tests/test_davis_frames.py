@@ -81,10 +81,24 @@ def test_unsupported_option_values_are_errors(davis, options, message):
         scan_images(f"{davis}?{options}")
 
 
-def test_missing_sequences_and_empty_lists_are_errors(davis):
-    (davis / "ImageSets/2017/train.txt").write_text("dog\nzebra\n")
-    with pytest.raises(DataError, match="2017/train lists 1 sequences .* for example zebra"):
+def test_sequences_without_frames_are_left_out(davis):
+    whole = scan_images(f"{davis}?split=train")
+    (davis / "ImageSets/2017/train.txt").write_text("\n".join([*whole.classes, "zebra", "empty"]))
+    (davis / "JPEGImages/480p/empty").mkdir()
+    dataset = scan_images(f"{davis}?split=train")
+    assert dataset.paths == whole.paths
+    frames = davis / "JPEGImages/480p"
+    assert dataset.skipped == {
+        f"{frames}/empty": "has no frames",
+        f"{frames}/zebra": "is missing; 2017/train lists it",
+    }
+    assert dataset.broken == 0
+    (davis / "ImageSets/2017/train.txt").write_text("zebra\nempty\n")
+    with pytest.raises(DataError, match="none of 2 sequences has frames, for example empty"):
         scan_images(f"{davis}?split=train")
+
+
+def test_empty_lists_are_errors(davis):
     (davis / "ImageSets/2017/train.txt").write_text("\n")
     with pytest.raises(DataError, match="lists no sequence"):
         sequence_names(davis / "ImageSets/2017/train.txt")

@@ -16,6 +16,7 @@ from PIL import Image
 from fastdino.data.bad_images import BadImages
 from fastdino.data.decoding import PictureReader, is_one_whole_jpeg
 from fastdino.data.image_dataset import scan_images
+from fastdino.data.image_files import Conversion
 from fastdino.errors import DataError
 from fastdino.runtime import choose_decode
 from tests.loaders import needs_dali, odd_folder, photo
@@ -91,7 +92,7 @@ class Files:
     """An in-memory stand-in for ImageDataset."""
 
     def __init__(self, files, exif=False):
-        self.files, self.exif = list(files), exif
+        self.files, self.conversion = list(files), Conversion(exif=exif)
 
     def path(self, index):
         return str(index)
@@ -285,7 +286,7 @@ def test_unusual_formats_give_the_images_of_pillow(dali_decoder, tmp_path):
     (tmp_path / "k" / "huge.png").unlink()
     exact = scan_images(tmp_path)
     for exif in (False, True):
-        dataset = scan_images(tmp_path, exif=exif)
+        dataset = scan_images(tmp_path, conversion=Conversion(exif=exif))
         bad = BadImages(len(dataset), 0.0)
         with ThreadPoolExecutor(2) as pool:
             reader = PictureReader(dataset, bad, pool, dali_decoder(32))

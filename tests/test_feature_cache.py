@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fastdino.evals.feature_cache import FeatureCache
+from fastdino.data import scan_images
+from fastdino.data.image_files import Conversion
+from fastdino.evals.feature_cache import FeatureCache, cache_key
 
 IMAGES = torch.arange(30.0).view(10, 3, 1, 1)
 
@@ -67,6 +69,21 @@ def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, capsys, damag
     assert f"warning: {path} is damaged" in capsys.readouterr().err
     assert_complete(fill(path))
     assert capsys.readouterr().err == ""
+
+
+def test_the_conversion_of_images_is_part_of_the_key(tmp_path, picture):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    keys = [
+        cache_key(torch.nn.Identity(), scan_images(tmp_path, conversion=conversion), {})
+        for conversion in (
+            Conversion(),
+            Conversion(exif=True),
+            Conversion(image_range="scale"),
+            Conversion(),
+        )
+    ]
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
 
 
 WRITER = """

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from torchvision.transforms import v2
 
 from fastdino import distributed
 from fastdino.data import scan_images
+from fastdino.data.image_files import Conversion, read_headers
 from fastdino.errors import DataError
 from fastdino.evals.features import Extractor, ImageFiles, batches_by_size
 from fastdino.evals.transforms import center_crop
@@ -46,14 +48,14 @@ def test_features_come_in_the_order_of_the_files(folder, pictures, workers):
     dataset, transform = scan_images(pictures), center_crop(16, 8)
     flat = extractor(model=torch.nn.Flatten(), transform=transform, batch_size=4, workers=workers)
     expected = torch.stack([transform(Image.open(path)).flatten() for path in dataset.paths])
-    torch.testing.assert_close(flat.extract_all(dataset, ""), expected)
+    torch.testing.assert_close(flat.extract_usable(dataset, "")[0], expected)
 
 
 def test_reading_an_image_does_not_list_all_paths(pictures, monkeypatch):
     dataset = scan_images(pictures)
     listing = property(lambda _: pytest.fail("the time per image grows with the dataset"))
     monkeypatch.setattr(type(dataset), "paths", listing)
-    extractor(transform=center_crop(16, 8)).extract_all(dataset, "")
+    extractor(transform=center_crop(16, 8)).extract_usable(dataset, "")
 
 
 def test_shares_of_the_ranks_add_up_to_the_whole(folder, monkeypatch):
@@ -79,9 +81,32 @@ def test_boxes_are_cut_out(folder):
     image.paste((100, 0, 0), (2, 3, 6, 9))
     image.save(folder / "box.png")
     images = ImageFiles([folder / "box.png"] * 2, [(2, 3, 6, 9), None])
-    assert images.sizes(2) == [(4, 6), (10, 10)]
-    features = extractor().extract_all(images, "", sizes=images.sizes(2))
+    headers = read_headers(images.paths, 2)
+    assert images.sizes(headers) == [(6, 4), (10, 10)]
+    features, _ = extractor().extract_usable(images, "", sizes=images.sizes(headers))
     assert features[:, 0].tolist() == pytest.approx([100, 24])
+
+
+def test_boxes_are_of_the_stored_pixels_and_rotated_afterwards(tmp_path):
+    image = Image.new("RGB", (10, 6), "black")
+    image.paste((100, 0, 0), (2, 3, 6, 5))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    for turned, shapes in ((False, [(2, 4), (6, 10)]), (True, [(4, 2), (10, 6)])):
+        boxes = [(2, 3, 6, 5), None]
+        images = ImageFiles([tmp_path / "turned.png"] * 2, boxes, Conversion(exif=turned))
+        assert images.sizes(read_headers(images.paths, 2)) == shapes
+        read = [images.read_rgb(i) for i in range(2)]
+        assert [(one.height, one.width) for one in read] == shapes
+        assert np.asarray(read[0])[..., 0].min() == 100
+
+
+def test_sizes_of_unreadable_images_are_empty(folder):
+    (folder / "1.png").write_text("no picture")
+    images = ImageFiles.in_folder(folder)
+    sizes = images.sizes(read_headers(images.paths, 2))
+    assert sizes == [(8, 8), (), (8, 8), (8, 12), (8, 8)]
 
 
 def test_unusable_images_have_a_reason_and_no_features(folder, capsys):
@@ -92,15 +117,12 @@ def test_unusable_images_have_a_reason_and_no_features(folder, capsys):
         assert list(unusable) == [1]
         assert "1.png is not an image" in unusable[1]
         assert features[:, 0].tolist() == [0, 0, 100, 150, 200]
-    with pytest.raises(DataError, match=r"1\.png is not an image$"):
-        extractor().extract_all(images, "", sizes=SIZES)
     (folder / "3.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"1\.png is not an image \(and 1 more\)"):
-        extractor().extract_all(images, "", sizes=SIZES)
     features, usable = extractor().extract_usable(images, "folder", skipped=3)
     assert usable.tolist() == [0, 2, 4]
     assert features[:, 0].tolist() == [0, 100, 200]
-    assert capsys.readouterr().err == "folder: 5 unreadable images left out\n"
+    reason = f"{folder / '1.png'} is not an image"
+    assert capsys.readouterr().err == f"folder: 5 images left out: {reason}\n"
     with pytest.raises(DataError, match=r"none of the 5 images .* 8 x 8 px .* at least 9 px"):
         extractor(min_side=9).extract(images, "", sizes=SIZES)
 

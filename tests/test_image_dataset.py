@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from fastdino.data import image_files, scanning
 from fastdino.data.image_dataset import scan_images
+from fastdino.data.image_files import Conversion
 from fastdino.errors import DataError
 
 
@@ -277,7 +278,9 @@ def test_exif_option_rotates_images_and_sizes(tmp_path, picture, make_tar):
     exif = Image.Exif()
     exif[0x0112] = 6
     make_tar(tmp_path / "t.tar", {"a.jpg": picture(), "b.jpg": picture(exif=exif)})
-    plain, rotated = (scan_images(tmp_path, exif=flag) for flag in (False, True))
+    plain, rotated = (
+        scan_images(tmp_path, conversion=Conversion(exif=flag)) for flag in (False, True)
+    )
     assert plain.sizes.tolist() == [[10, 20], [10, 20]]
     assert rotated.sizes.tolist() == [[10, 20], [20, 10]]
     for dataset in (plain, rotated):

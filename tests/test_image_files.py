@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 
 from fastdino.data import image_files
 from fastdino.data.image_files import (
+    SWAPPED,
+    Conversion,
     Header,
     Part,
     UnusableImageError,
-    decode_rgb,
     orientation,
     read_file,
     read_header,
@@ -106,8 +107,8 @@ def test_header_is_read_from_the_part(tmp_path, picture):
     first, second = picture(size=(30, 40)), picture(form="PNG", size=(7, 9))
     path = tmp_path / "two"
     path.write_bytes(b"x" * 100 + first + second + b"y" * 100)
-    assert read_header(str(path), Part(100, len(first))) == Header(40, 30, False)
-    assert read_header(str(path), Part(100 + len(first), len(second))) == Header(9, 7, False)
+    assert read_header(str(path), Part(100, len(first))) == Header(40, 30)
+    assert read_header(str(path), Part(100 + len(first), len(second))) == Header(9, 7)
     cut, transient = read_header(str(path), Part(100, len(first) - 300))
     assert "truncated" in cut
     assert not transient
@@ -123,13 +124,13 @@ def test_exif_orientation_is_applied_on_request(tmp_path, picture, form, value):
     data = picture(1, (20, 10), form, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         as_stored, rotated = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
-    assert np.array_equal(decode_rgb(data), as_stored)
-    assert np.array_equal(decode_rgb(data, exif=True), rotated)
+    assert np.array_equal(Conversion().decode(data), as_stored)
+    assert np.array_equal(Conversion(exif=True).decode(data), rotated)
     path = tmp_path / "a"
     path.write_bytes(data)
-    height, width, swapped = read_header(str(path))
+    height, width, traits = read_header(str(path))
     assert (height, width) == (as_stored.height, as_stored.width)
-    assert swapped == (rotated.size != as_stored.size)
+    assert traits == SWAPPED * (rotated.size != as_stored.size)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fastdino.data import scan_images
 from fastdino.evals import knn
 from fastdino.evals.knn import knn_accuracy
 from fastdino.evals.transforms import center_crop
-from tests.commands import break_pixels, error_of, write_colours
+from tests.commands import break_pixels, error_of, make_gray, write_colours
 from tests.processes import run_commands_in_two, run_two
 
 CPU = torch.device("cpu")
@@ -211,11 +211,32 @@ def test_untrained_network_depends_on_the_seed(run, tmp_path):
     assert not torch.allclose(a, c)
 
 
+@pytest.mark.parametrize("network", [["--raw_pixels"], NANO])
+def test_deep_images_are_scaled_on_request(run, images, tmp_path, network):
+    features = []
+    for deep, words in ((False, []), (True, ["--image_range", "scale"]), (True, [])):
+        make_gray(*images.rglob("*.png"), deep=deep)
+        assert run(*network, *words, "--dump_features", tmp_path / "out") == 0
+        features.append(dumped(tmp_path / "out")["trainfeat.pth"])
+    assert torch.equal(features[0], features[1])
+    assert not torch.equal(features[0], features[2])
+
+
+def test_deep_images_are_warned_of_per_split(run, images, capsys):
+    make_gray(*sorted((images / "val").rglob("*.png"))[:2], deep=True)
+    assert run("--raw_pixels") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: val: 2 of 6 images have 16-bit, 32-bit or float values")
+    assert err.count("\n") == 1
+
+
 def test_unreadable_images_are_left_out_and_counted(run, images, tmp_path, capsys):
     (images / "train" / "blue" / "text.png").write_text("no picture")
     break_pixels(images / "train" / "red" / "0.png")
     assert run("--raw_pixels", "--dump_features", tmp_path / "out") == 0
-    assert capsys.readouterr().err == "train: 2 unreadable images left out\n"
+    err = capsys.readouterr().err
+    assert err.startswith(f"train: 2 images left out: {images / 'train' / 'red' / '0.png'} cannot")
+    assert err.count("\n") == 1
     features = dumped(tmp_path / "out")
     assert features["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 3
     assert features["trainfeat.pth"].norm(dim=1).tolist() == pytest.approx([1.0] * 11)

@@ -366,6 +366,8 @@ def test_a_probe_of_other_features_or_another_schedule_does_not_resume(run, tmp_
         ),
         ("--epochs 1 --seed 3", "is of another probe: weights"),
         ("--epochs 1 --cache", "cache_epochs 0 (was None)"),
+        ("--epochs 1 --image_range scale", "image_range scale (was clip)"),
+        ("--epochs 1 --exif_orientation true", "exif True (was False)"),
     ):
         assert run("a", *flags.split()) == 2
         assert part in error_of(capsys, printed=True)

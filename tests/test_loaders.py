@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.data import loader_fused, loader_torchvision
 from fastdino.data.image_dataset import scan_images
+from fastdino.data.image_files import Conversion
 from fastdino.errors import ConfigError, DataError
 from tests.loaders import (
     all_loaders,
@@ -163,7 +164,10 @@ def test_exif_orientation_is_applied_only_on_request(
         upright.save(tmp_path / "upright" / f"{value}.png")
     expected_folder = tmp_path.parent / f"{tmp_path.name}-upright"
     shutil.move(tmp_path / "upright", expected_folder)
-    expected_dataset, dataset = scan_images(expected_folder), scan_images(tmp_path, exif=True)
+    expected_dataset, dataset = (
+        scan_images(expected_folder),
+        scan_images(tmp_path, conversion=Conversion(exif=True)),
+    )
     assert dataset.sizes.tolist() == expected_dataset.sizes.tolist()
     options = {"batch_size_per_gpu": 8}
     (expected,) = build(expected_dataset, **options).epoch(0)

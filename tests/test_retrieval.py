@@ -10,12 +10,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastdino import cli
+from fastdino.data.image_files import read_headers
 from fastdino.evals import retrieval
 from fastdino.evals.options import load_network, weights_digest
-from fastdino.evals.ranking_metrics import revisited_scores
+from fastdino.evals.ranking_metrics import Relevance, revisited_scores
 from fastdino.evals.retrieval_dataset import read_dataset
 from fastdino.evals.transforms import to_input
-from tests.commands import error_of, flags_of
+from tests.commands import assert_images_scale, error_of, flags_of, turn
 from tests.processes import run_commands_in_two
 
 CPU = torch.device("cpu")
@@ -87,7 +88,10 @@ def test_features_and_scores_match_the_papers(run, folder, tmp_path, capsys, mul
     dataset = read_dataset(folder, "rparis6k", crop_queries=crop)
     network = load_network(args, CPU, size_flag="imsize")
     extractor = retrieval.build_extractor(args, network, CPU)
-    own_queries, own_database = retrieval.compute_features(extractor, dataset)
+    headers = [read_headers(images.paths, 1) for images in (dataset.queries, dataset.database)]
+    own_queries, own_database, relevance = retrieval.compute_features(extractor, dataset, headers)
+    for own, given in zip(relevance, dataset.relevance, strict=True):
+        assert all(np.array_equal(getattr(own, n), getattr(given, n)) for n in ("easy", "junk"))
     torch.testing.assert_close(own_queries, queries, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own_database, database, rtol=1e-4, atol=1e-5)
     output = tmp_path / "scores.json"
@@ -98,8 +102,9 @@ def test_features_and_scores_match_the_papers(run, folder, tmp_path, capsys, mul
     assert result["settings"] == {
         "pretrained_weights": "", "checkpoint_key": "teacher", "data_path": str(folder),
         "dataset": "rparis6k", "imsize": 40, "multiscale": multiscale, "crop_queries": crop,
-        "weights": weights_digest(network),
+        "weights": weights_digest(network), "exif_orientation": False, "image_range": "clip",
     }  # fmt: skip
+    assert result["left_out"] == {"queries": 0, "database": 0}
     for name, values in scores.items():
         assert result[name] == pytest.approx(values)
     captured = capsys.readouterr()
@@ -124,15 +129,63 @@ def test_invalid_flags_are_errors(run, capsys, flags, part):
     assert part in capsys.readouterr().err
 
 
-def test_missing_broken_and_too_small_images_are_errors(run, folder, capsys):
+@pytest.mark.parametrize("problem", ["is 3 x 40 px when resized", "is not an image"])
+def test_unusable_images_are_left_out(run, folder, tmp_path, capsys, problem):
+    """The scores are those of a dataset without these images."""
+    queries, database, _ = expected_scores(folder, multiscale=False, crop=False)
+    relevance = read_dataset(folder, "rparis6k", crop_queries=False).relevance
     jpg = folder / "rparis6k" / "jpg"
-    Image.new("RGB", (300, 20)).save(jpg / "3.jpg")
-    assert run() == 2
-    assert "3.jpg is 3 x 40 px when resized" in error_of(capsys)
-    (jpg / "3.jpg").write_text("no picture")
-    assert run() == 2
-    assert "3.jpg" in error_of(capsys)
-    (jpg / "3.jpg").unlink()
+    for name in ("3", "7", "q1"):
+        if "px" in problem:
+            Image.new("RGB", (300, 20)).save(jpg / f"{name}.jpg")
+        else:
+            (jpg / f"{name}.jpg").write_text("no picture")
+    assert run("--output", tmp_path / "out.json") == 0
+    err = capsys.readouterr().err
+    assert f"queries: 1 images left out: {jpg / 'q1.jpg'} {problem}" in err
+    assert f"database: 2 images left out: {jpg / '3.jpg'} {problem}" in err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["images"] == {"queries": 2, "database": 10}
+    assert result["left_out"] == {"queries": 1, "database": 2}
+    kept = [i for i in range(12) if i not in (3, 7)]
+
+    def own(indices):
+        return np.array([kept.index(i) for i in indices.tolist() if i in kept], np.int64)
+
+    remaining = [
+        Relevance(own(relevance[i].easy), own(relevance[i].hard), own(relevance[i].junk))
+        for i in (0, 2)
+    ]
+    for name, values in revisited_scores(queries[[0, 2]], database[kept], remaining).items():
+        assert result[name] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("change", ["rotation", "depth"])
+def test_images_are_converted_as_requested(run, folder, tmp_path, capsys, change):
+    paths = sorted((folder / "rparis6k" / "jpg").iterdir())
+    output = ("--output", tmp_path / "out.json", "--crop_queries", "true")
+
+    def result():
+        scores = json.loads((tmp_path / "out.json").read_text())
+        return {name: scores[name] for name in ("images", "easy", "medium", "hard")}
+
+    if change == "depth":
+        assert_images_scale(capsys, paths, lambda *words: run(*output, *words), result)
+        return
+    results = []
+    whole = output[:2]
+    for by_exif in (False, True):
+        turn(*paths, by_exif=by_exif)
+        assert run(*whole, "--exif_orientation", by_exif) == 0
+        results.append(result())
+    assert results[0] == results[1]
+    turn(*paths[:8], by_exif=True)  # of some images only: the others are upright
+    assert run(*whole) == 0
+    assert result() != results[0]
+
+
+def test_a_missing_image_is_an_error(run, folder, capsys):
+    (folder / "rparis6k" / "jpg" / "3.jpg").unlink()
     assert run() == 2
     assert "1 images of" in error_of(capsys)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdino.data.image_files import Header
 from fastdino.errors import DataError
 from fastdino.evals.retrieval_dataset import read_dataset
 
@@ -72,8 +73,8 @@ def test_arrays_under_numpys_older_names_are_read(read):
 def test_boxes_of_the_queries_are_read_if_requested(read):
     dataset = read(truth(), crop_queries=True)
     assert dataset.queries.boxes == [(1, 2, 10, 12), (0, 1, 2, 3)]
-    assert dataset.queries.sizes(2) == [(9, 10), (2, 2)]
-    assert dataset.database.sizes(2) == [(20, 14)] * 3
+    assert dataset.queries.sizes([Header(30, 40)] * 2) == [(10, 9), (2, 2)]
+    assert dataset.database.sizes([Header(14, 20)] * 3) == [(14, 20)] * 3
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from fastdino import cli
-from fastdino.evals import video, video_io
+from fastdino.data.image_files import Conversion
+from fastdino.evals import video
 from fastdino.evals.attention_figures import (
     heads_picture,
     map_picture,
@@ -21,7 +23,7 @@ from fastdino.evals.attention_maps import attention_maps, fit_to_patches, head_s
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video import AVERAGED, PANELS, draw_frame, output_file
 from fastdino.evals.video_io import CLOCK, open_frames, video_writer
-from tests.commands import error_of
+from tests.commands import assert_images_scale, break_pixels, error_of
 
 
 @pytest.fixture
@@ -75,6 +77,7 @@ def test_folder_becomes_a_video_of_attention(run, folder, tmp_path, nano_model, 
         "fps": 5,
         "size": [32, 48],
         "grid": [4, 6],
+        "left_out": [],
     }
 
 
@@ -149,6 +152,7 @@ def test_video_only_encodes_images_without_a_network(folder, tmp_path, capsys):
         "frames": 7,
         "fps": 12,
         "size": [33, 50],
+        "left_out": [],
     }
 
 
@@ -173,10 +177,31 @@ def test_error_of_video_only_is_one_line(folder, tmp_path, monkeypatch, capsys, 
     assert not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("only", [True, False])
+def test_deep_frames_are_scaled_on_request(
+    folder, nano_weights, tmp_path, capsys, monkeypatch, only
+):
+    out, written = tmp_path / "out.mkv", []
+    write = lambda pixels, _: written.append(pixels.tolist())  # noqa: E731
+    monkeypatch.setattr(video, "video_writer", lambda *_: contextlib.nullcontext(write))
+    words = ["video", "--input_path", folder, "--output_path", out]
+    words += ["--video_only"] if only else ["--pretrained_weights", nano_weights, "--show", "frame"]
+
+    def result():
+        frames = written[:]
+        written.clear()
+        return frames
+
+    def run(*more):
+        return cli.main([*map(str, (*words, *more))])
+
+    assert_images_scale(capsys, sorted(folder.iterdir()), run, result)
+
+
 def test_at_most_a_batch_of_frames_is_in_memory(run, folder, tmp_path, monkeypatch):
     events = []
-    read, draw = video_io.read_rgb, video.draw_frame
-    monkeypatch.setattr(video_io, "read_rgb", lambda *args: events.append(1) or read(*args))
+    read, draw = Conversion.read, video.draw_frame
+    monkeypatch.setattr(Conversion, "read", lambda *args: events.append(1) or read(*args))
     monkeypatch.setattr(video, "draw_frame", lambda *args: events.append(-1) or draw(*args))
     words = ["--input_path", folder, "--output_path", tmp_path / "a.mp4"]
     assert run(*words, "--batch_size_per_gpu", 2)[0] == 0
@@ -217,11 +242,49 @@ def test_error_is_one_line_and_writes_nothing(run, folder, tmp_path, monkeypatch
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_broken_frame_leaves_no_video(run, folder, tmp_path):
-    # The header stays valid; only pixel data is overwritten.
-    data = (folder / "5.png").read_bytes()
-    start = data.index(b"IDAT") + 20
-    (folder / "5.png").write_bytes(data[:start] + b"\0" * 40 + data[start + 40 :])
+def test_broken_frames_are_left_out_and_the_others_keep_their_times(run, folder, tmp_path):
+    break_pixels(folder / "4.png")
+    (folder / "5.png").write_text("no image")
+    out = tmp_path / "out.mp4"
+    status, _, err = run("--input_path", folder, "--output_path", out)
+    assert status == 0
+    assert err.startswith(f"{folder}: frames left out: {folder}/4.png cannot be decoded")
+    assert err.endswith("; and 1 more\n")
+    times = [seconds for _, seconds in open_frames(str(out)).timed()]
+    assert times == pytest.approx([n / 30 for n in (0, 1, 2, 3, 6)], abs=1e-3)
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["frames"] == 5
+    assert [reason.split()[0] for reason in report["left_out"]] == [
+        f"{folder}/{n}.png" for n in (4, 5)
+    ]
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_a_folder_without_a_usable_frame_leaves_no_video(run, folder, tmp_path, pixels):
+    for path in folder.iterdir():
+        break_pixels(path) if pixels else path.write_text("no image")
     _, _, err = run("--input_path", folder, "--output_path", tmp_path / "out.mp4")
-    assert f"error: {folder}/5.png cannot be" in err
+    assert f"error: no frame of {folder} can be used: {folder}/0.png " in err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("trained_with", [False, True])
+@pytest.mark.parametrize("flag", [None, "true", "false"])
+def test_frames_of_a_folder_are_rotated_as_in_training(
+    run, folder, nano_weights, tmp_path, trained_with, flag
+):
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6  # quarter turn
+            image.save(path, exif=exif)
+    state = torch.load(nano_weights, weights_only=True)
+    args = {"arch": "vit_nano", "patch_size": 8, "exif_orientation": trained_with}
+    torch.save({"teacher": state.get("teacher", state), "args": args}, tmp_path / "weights.pth")
+    words = ["--input_path", folder, "--output_path", tmp_path / "out.mp4", "--show", "frame"]
+    words += ["--pretrained_weights", tmp_path / "weights.pth"]
+    assert run(*words, *(["--exif_orientation", flag] if flag else []))[0] == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    applied = trained_with if flag is None else flag == "true"
+    assert report["settings"]["exif_orientation"] is applied
+    assert report["size"] == ([48, 32] if applied else [32, 48])

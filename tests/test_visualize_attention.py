@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdino import cli
+from fastdino.evals import visualize_attention
 from fastdino.evals.attention_figures import map_picture, mask_picture, overlay_picture
 from fastdino.evals.attention_maps import attention_maps, fit_to_patches, head_statistics, keep_mass
 from fastdino.evals.transforms import to_input
+from tests.commands import assert_images_scale, break_pixels
 
 
 @pytest.fixture
@@ -61,8 +65,7 @@ def test_image_gives_the_papers_files_and_statistics(
     result = report_of(out)
     (image,) = result.pop("images")
     assert result == {
-        "settings": nano_settings
-        | {"image_size": [33, 50], "threshold": 0.6, "exif_orientation": False},
+        "settings": nano_settings | {"image_size": [33, 50], "threshold": 0.6},
         "skipped": {},
     }
     assert set(image.pop("files")) == expected
@@ -90,6 +93,44 @@ def test_folder_gives_a_folder_per_image_and_reports_broken_ones(run, tmp_path, 
     assert len(result["images"]) == 3
     for image in result["images"]:
         assert all((out / name).is_file() for name in image["files"])
+
+
+@pytest.mark.parametrize("failure", ["broken pixels", "file in the way"])
+def test_an_image_that_cannot_be_drawn_leaves_the_others(run, tmp_path, picture, failure):
+    root, out = tmp_path / "set", tmp_path / "out"
+    root.mkdir()
+    for name in "abc":
+        (root / f"{name}.png").write_bytes(picture(form="PNG"))
+    if failure == "broken pixels":
+        break_pixels(root / "b.png")
+        reason = "cannot be decoded"
+    else:
+        out.mkdir()
+        (out / "b").write_text("in the way")
+        reason = f"cannot be drawn: cannot write {out / 'b'}"
+    status, _, err = run("--image_path", root)
+    assert status == 0
+    assert err.startswith(f"skipped: {root / 'b.png'} {reason}")
+    report = report_of(out)
+    assert [image["image"] for image in report["images"]] == [f"{root}/{n}.png" for n in "ac"]
+    assert report["skipped"][f"{root}/b.png"].startswith(reason)
+
+
+def test_a_full_disk_ends_the_command_and_keeps_the_list(run, tmp_path, picture, monkeypatch):
+    root, out = tmp_path / "set", tmp_path / "out"
+    root.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (root / name).write_bytes(picture())
+    draw = visualize_attention.draw_image
+
+    def fail(*args, **options):
+        if (out / "a").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return draw(*args, **options)
+
+    monkeypatch.setattr(visualize_attention, "draw_image", fail)
+    assert "the disk is full" in run("--image_path", root)[2]
+    assert [image["image"] for image in report_of(out)["images"]] == [str(root / "a.jpg")]
 
 
 def test_seed_determines_untrained_weights(run, photo, tmp_path):
@@ -146,6 +187,38 @@ def test_image_size_need_not_match_the_patch_size_or_the_position_embedding(run,
     assert not list((tmp_path / "out").glob("mask*"))
     assert all("kept_patches" not in head for head in image["heads"])
     assert torch.tensor([head["patch_mass"] for head in image["heads"]]).gt(0.9).all()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_deep_images_are_scaled_on_request(photo, nano_weights, tmp_path, capsys, folder):
+    path = photo
+    if folder:
+        (tmp_path / "set").mkdir()
+        path = photo.rename(tmp_path / "set" / "photo.png")
+    words = ["attention", "--image_path", tmp_path / "set" if folder else path, "--image_size", 16]
+    words += ["--output_dir", tmp_path / "out", "--device", "cpu"]
+    words += ["--pretrained_weights", nano_weights]
+
+    def result():
+        return report_of(tmp_path / "out")["images"]
+
+    def run(*more):
+        return cli.main([*map(str, (*words, *more))])
+
+    assert_images_scale(capsys, [path], run, result)
+
+
+@pytest.mark.parametrize("recorded", ["clip", "scale", None])
+@pytest.mark.parametrize("flag", [None, "clip", "scale"])
+def test_images_are_scaled_as_in_training(run, photo, nano_weights, tmp_path, recorded, flag):
+    state = torch.load(nano_weights, weights_only=True)
+    args = {"arch": "vit_nano", "patch_size": 8} | ({"image_range": recorded} if recorded else {})
+    weights = tmp_path / "weights.pth"
+    torch.save({"teacher": state.get("teacher", state), "args": args}, weights)
+    words = ["--image_path", photo, "--pretrained_weights", weights]
+    assert run(*words, *(["--image_range", flag] if flag else []))[0] == 0
+    used = report_of(tmp_path / "out")["settings"]["image_range"]
+    assert used == (flag or recorded or "clip")
 
 
 @pytest.mark.parametrize("trained_with", [False, True])

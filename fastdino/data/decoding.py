@@ -23,7 +23,7 @@ from torch import Tensor
 from fastdino.augmentation import dali_problem, first_line
 from fastdino.data.bad_images import BadImages
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import orientation, reason_of, upright
+from fastdino.data.image_files import orientation, reason_of
 
 T = TypeVar("T")
 # uint8 [height, width, 3], RGB: an array on the CPU, a tensor on a GPU.
@@ -132,8 +132,7 @@ class PictureReader:
             with Image.open(io.BytesIO(data)) as image:
                 if self._is_for_decoder(index, image, data):
                     return data
-                exif = self._dataset.exif
-                return np.asarray(upright(image) if exif else image.convert("RGB"))
+                return np.asarray(self._dataset.conversion.apply(image))
 
         return read_first_good(self._dataset, self._bad, index, load)
 
@@ -142,7 +141,7 @@ class PictureReader:
             return False
         if image.format != "JPEG" or image.mode not in _MODES:
             return False
-        upright_file = not self._dataset.exif or orientation(image) == 1
+        upright_file = not self._dataset.conversion.exif or orientation(image) == 1
         return upright_file and is_one_whole_jpeg(data)
 
 

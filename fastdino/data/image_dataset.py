@@ -14,8 +14,18 @@ from PIL import Image
 from fastdino.data.bad_images import first_names, raise_if_many_bad
 from fastdino.data.datasets.archives import label_images
 from fastdino.data.datasets.registry import find_dataset
-from fastdino.data.image_files import Part, decode_rgb, read_file, read_part
+from fastdino.data.image_files import (
+    AS_STORED,
+    DEEP,
+    PAGED,
+    SWAPPED,
+    Conversion,
+    Part,
+    read_file,
+    read_part,
+)
 from fastdino.data.manifest import Manifest
+from fastdino.data.rgb_conversion import deep_warning
 from fastdino.data.scanning import scan
 from fastdino.errors import DataError
 
@@ -32,7 +42,8 @@ class ImageDataset:
     kind: short description for the log.
     skipped: path -> reason, for files and images that are not used.
     broken: how many of the skipped are unreadable images.
-    exif: images are rotated according to their EXIF orientation.
+    conversion: how images become RGB.
+    deep: number of images with one channel of more than 8 bits, as of the scan.
     notes: messages for the log.
     fingerprint: hash of names and sizes in order; independent of the dataset's folder.
     """
@@ -45,12 +56,18 @@ class ImageDataset:
     kind: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     broken: int = 0
-    exif: bool = False
+    conversion: Conversion = AS_STORED
+    deep: int = 0
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def warning(self) -> str | None:
+        """A warning of deep images that the conversion makes white or black; None without."""
+        return deep_warning(self.deep, len(self), self.conversion.image_range)
 
     def path(self, index: int) -> str:
         """Return the path of an image; ARCHIVE/MEMBER for an image in an archive."""
@@ -79,7 +96,7 @@ class ImageDataset:
 
     def read_rgb(self, index: int) -> Image.Image:
         """Read and decode an image; raises what read_bytes and Pillow raise."""
-        return decode_rgb(self.read_bytes(index), exif=self.exif)
+        return self.conversion.decode(self.read_bytes(index))
 
     def subset(self, indices: NDArray[np.int64]) -> ImageDataset:
         """Return the dataset of these images, [m], in this order; an image may be repeated."""
@@ -97,7 +114,7 @@ def scan_images(
     *,
     max_bad_share: float = 0.05,
     workers: int = 8,
-    exif: bool = False,
+    conversion: Conversion = AS_STORED,
     cache: Path | None = None,
     role: str = "",
 ) -> ImageDataset:
@@ -111,7 +128,7 @@ def scan_images(
             name; docs/data.md describes them all.
         max_bad_share: largest allowed share of unreadable images.
         workers: threads.
-        exif: rotate images according to their EXIF orientation; `sizes` are those afterwards.
+        conversion: how images become RGB; `sizes` are those after its rotation.
         cache: images.npz of an earlier scan. Files with the same size and mtime are not opened
             again. It is rewritten if anything changed.
         role: "train" or "val" for one of an evaluation's two splits, "" for training.
@@ -126,21 +143,20 @@ def scan_images(
     bad = {_image_path(files.base, images, i): reason for i, reason in images.reasons.items()}
     skipped = files.skipped | {files.path(images.files[i]): why for i, why in images.notes.items()}
     total = len(images.members)
-    if not total:
-        reason = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
-        raise DataError(f"no images in {data_path}: {reason}")
-    try:
-        raise_if_many_bad(bad, total, max_bad_share)
-    except DataError as error:
-        raise DataError(f"{data_path}: {error}") from None
+    why_none = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
+    _check_readable(data_path, total, bad, max_bad_share, why_none)
     labels, classes, kind = files.labels, files.classes, files.kind
     if labels is None:
         labels, classes, kind = label_images(files, images)
     kept = np.array([i for i in range(total) if i not in images.reasons])
     readable = images.select_images(kept)
     sizes = readable.headers[:, :2]
-    if exif:
-        sizes = np.where(readable.headers[:, 2:] == 1, sizes[:, ::-1], sizes)
+    traits = readable.headers[:, 2:]
+    if conversion.exif:
+        sizes = np.where(traits & SWAPPED, sizes[:, ::-1], sizes)
+    if paged := np.count_nonzero(traits & PAGED):
+        notes.append(f"{paged} images have several pages or frames: the first one is used")
+    deep = int(np.count_nonzero(traits & DEEP))
     return ImageDataset(
         base=files.base,
         manifest=readable,
@@ -150,10 +166,27 @@ def scan_images(
         kind=kind,
         skipped=skipped | bad,
         broken=len(bad),
-        exif=exif,
+        conversion=conversion,
+        deep=deep,
         notes=tuple(notes),
         fingerprint=_fingerprint(readable),
     )
+
+
+def _check_readable(
+    data_path: str | os.PathLike[str],
+    total: int,
+    bad: dict[str, str],
+    max_bad_share: float,
+    why_none: str,
+) -> None:
+    """Raise DataError if there are no images, or too many that cannot be read."""
+    if not total:
+        raise DataError(f"no images in {data_path}: {why_none}")
+    try:
+        raise_if_many_bad(bad, total, max_bad_share)
+    except DataError as error:
+        raise DataError(f"{data_path}: {error}") from None
 
 
 def _image_path(base: str, images: Manifest, index: int) -> str:

@@ -12,7 +12,8 @@ import stat
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import IO, NamedTuple, ParamSpec, TypeVar
 from PIL import Image, UnidentifiedImageError
 from PIL.ContainerIO import ContainerIO
 
+from fastdino.data.rgb_conversion import has_pages, is_deep, to_rgb
 from fastdino.errors import DataError
 
 P = ParamSpec("P")
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 T = TypeVar("T")
 
 # Errors of a network file system that may disappear; any other error is raised at once.
@@ -58,16 +61,21 @@ _TRANSPOSES = {
 }
 
 
+# Traits of an image: its EXIF orientation swaps height and width; it has one channel of more than 8
+# bits; it has further pages or frames, which are not used.
+SWAPPED, DEEP, PAGED = 1, 2, 4
+
+
 class UnusableImageError(Exception):
     """An incomplete or damaged image; the message continues a sentence after its name."""
 
 
 class Header(NamedTuple):
-    """Height and width in pixels as stored, and whether EXIF orientation swaps the two."""
+    """Height and width in pixels as stored, and the sum of SWAPPED, DEEP and PAGED that apply."""
 
     height: int
     width: int
-    swapped: bool
+    traits: int = 0
 
 
 class Unusable(NamedTuple):
@@ -166,6 +174,17 @@ def _read_header(path: str, part: Part | None) -> Header:
         return _parse_header(ContainerIO(file, part.offset, part.length) if part else file)
 
 
+def read_headers(paths: Sequence[Path], workers: int) -> list[Header | Unusable]:
+    """Read the headers of image files in threads."""
+    with ThreadPoolExecutor(max(1, workers)) as pool, quiet_pillow():
+        return list(pool.map(read_header, map(str, paths)))
+
+
+def count_deep(headers: Iterable[Header | Unusable]) -> int:
+    """Count the images with one channel of more than 8 bits."""
+    return sum(isinstance(header, Header) and bool(header.traits & DEEP) for header in headers)
+
+
 def check_size(size: int) -> None:
     """Raise UnusableImageError unless this can be the number of bytes of an encoded image."""
     if size == 0:
@@ -187,7 +206,8 @@ def _parse_header(file: IO[bytes]) -> Header:
         if file.read() != marker:
             file.seek(position)
             image.load()
-        return Header(height, width, orientation(image) >= 5)
+        traits = SWAPPED * (orientation(image) >= 5) | DEEP * is_deep(image)
+        return Header(height, width, traits | PAGED * has_pages(image))
 
 
 def orientation(image: Image.Image) -> int:
@@ -206,20 +226,42 @@ def orientation(image: Image.Image) -> int:
     return value if value in _TRANSPOSES else 1
 
 
-def decode_rgb(data: bytes, *, exif: bool = False) -> Image.Image:
-    """Decode an image as torchvision's pil_loader does: to RGB, without EXIF rotation.
+class Conversion(NamedTuple):
+    """How an opened image becomes the RGB picture of a network.
 
-    exif: apply the rotation.
+    The default is that of torchvision's pil_loader.
+
+    exif: rotate it according to its EXIF orientation.
+    image_range: "clip" or "scale" (rgb_conversion.to_rgb).
     """
-    with Image.open(io.BytesIO(data)) as image:
-        return upright(image) if exif else image.convert("RGB")
+
+    exif: bool = False
+    image_range: str = "clip"
+
+    def apply(self, image: Image.Image, box: Box | None = None) -> Image.Image:
+        """Convert an image to RGB, cut out a box of the stored pixels, and rotate it."""
+        rgb = to_rgb(image, self.image_range)  # first: decoding reads metadata after the pixels
+        rgb = rgb if box is None else rgb.crop(box)
+        transpose = _TRANSPOSES.get(orientation(image)) if self.exif else None
+        return rgb if transpose is None else rgb.transpose(transpose)
+
+    def decode(self, data: bytes, box: Box | None = None) -> Image.Image:
+        """Decode an image, and convert it as `apply` does."""
+        with Image.open(io.BytesIO(data)) as image:
+            return self.apply(image, box)
+
+    def read(self, path: str | Path, box: Box | None = None) -> Image.Image:
+        """Read an image file, and convert it as `apply` does; raise DataError if that fails."""
+        with explained_reading(path):
+            return self.decode(read_file(str(path)), box)
+
+    def size_of(self, header: Header) -> tuple[int, int]:
+        """Return the height and width of an image after its rotation."""
+        height, width = header[:2]
+        return (width, height) if self.exif and header.traits & SWAPPED else (height, width)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Return the image as RGB, rotated according to its EXIF orientation."""
-    rgb = image.convert("RGB")  # first, because decoding also reads metadata after the pixels
-    transpose = _TRANSPOSES.get(orientation(image))
-    return rgb if transpose is None else rgb.transpose(transpose)
+AS_STORED = Conversion()
 
 
 def reason_of(error: BaseException) -> str:
@@ -257,9 +299,3 @@ def explained_reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # Pillow's plugins raise many types on broken files
         raise DataError(f"{path} {reason_of(error)}") from error
-
-
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image file as decode_rgb does; raise DataError if it cannot be read."""
-    with explained_reading(path):
-        return decode_rgb(read_file(str(path)))

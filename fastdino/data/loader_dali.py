@@ -22,13 +22,13 @@ from fastdino.augmentation.params import draw_crops
 from fastdino.data.dali_decoding import DaliDecoder
 from fastdino.data.decoding import read_first_good
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import upright
 from fastdino.data.loader_base import ThreadedLoader
 
 if TYPE_CHECKING:
     from fastdino.config import TrainConfig
 
-# Formats and modes that DALI decodes to Pillow's image, unlike 16-bit gray or rotated TIFF.
+# Formats and modes that DALI decodes to Pillow's image, unlike 16-bit gray, which it scales, or
+# rotated TIFF.
 _SAME_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _SAME_MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK")
 
@@ -51,7 +51,7 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
             sizes,
             dali.SOLARIZED,
             self._device_id is not None,
-            dataset.exif,
+            dataset.conversion.exif,
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             device_id=self._device_id,
@@ -104,13 +104,13 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
 
     def _load(self, index: int) -> tuple[tuple[int, int], NDArray[np.uint8]]:
         """Return (height, width), and the pixels; for a GPU, which decodes again, a file."""
-        data, exif = self.dataset.read_bytes(index), self.dataset.exif
+        data, conversion = self.dataset.read_bytes(index), self.dataset.conversion
         encoded = np.frombuffer(data, np.uint8)
         with Image.open(io.BytesIO(data)) as image:
             same = image.format in _SAME_FORMATS and image.mode in _SAME_MODES
             pixels = self._decode(data) if same else None
             if pixels is None:
-                pixels = np.asarray(upright(image) if exif else image.convert("RGB"))
+                pixels = np.asarray(conversion.apply(image))
                 if self._device_id is not None:
                     encoded = dali.as_png(pixels)
         size = (pixels.shape[0], pixels.shape[1])
@@ -120,7 +120,7 @@ class DaliLoader(ThreadedLoader[dali.Batch]):
         """Decode a file with this thread's decoder; None if DALI refuses it."""
         decoder: DaliDecoder | None = getattr(self._thread, "decoder", None)
         if decoder is None:
-            decoder = self._thread.decoder = DaliDecoder(1, 1, exif=self.dataset.exif)
+            decoder = self._thread.decoder = DaliDecoder(1, 1, exif=self.dataset.conversion.exif)
             self._decoders.append(decoder)
         (pixels,) = decoder.decode([data])
         assert not isinstance(pixels, Tensor)

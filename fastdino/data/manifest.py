@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastdino.data.image_files import Part
 from fastdino.files import atomic_write
 
-_FORMAT = "fastdino images 2"
+_FORMAT = "fastdino images 3"
 
 
 class Names(Sequence[str]):
@@ -60,7 +60,7 @@ class Manifest:
     reasons: image -> why it cannot be used.
     notes: archive -> its defect.
     stamps: [f, 2] int64, size in bytes and mtime in ns; -1 if reading failed and may work later.
-    headers: [n, 3] int32, height, width, swapped (image_files.Header); zeros if there is a reason.
+    headers: [n, 3] int32, height, width, traits (image_files.Header); zeros if there is a reason.
     selection: identifies which images of the files were requested (FileList.selection).
     """
 

@@ -24,7 +24,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from fastdino.data.image_files import quiet_pillow, read_rgb
+from fastdino.data.image_files import (
+    AS_STORED,
+    Conversion,
+    count_deep,
+    quiet_pillow,
+    read_headers,
+)
 from fastdino.data.image_names import image_files
 from fastdino.errors import DataError
 from fastdino.evals.attention_maps import (
@@ -36,7 +42,13 @@ from fastdino.evals.attention_maps import (
 )
 from fastdino.evals.batching import load_batches
 from fastdino.evals.masks import palette_colors, read_mask_pixels
-from fastdino.evals.options import load_vit, settings_of
+from fastdino.evals.options import (
+    conversion_of,
+    load_vit,
+    print_on_main,
+    settings_of,
+    warn_of_deep,
+)
 from fastdino.evals.segmentation_metrics import jaccard
 from fastdino.evals.transforms import to_input
 from fastdino.models.backbones import build_backbone
@@ -121,13 +133,18 @@ def read_labels(path: Path, void: int | None) -> NDArray[np.uint8]:
 
 
 def load_pair(
-    image_path: Path, mask_path: Path, void: int | None, size: list[int], patch_size: int
+    image_path: Path,
+    mask_path: Path,
+    void: int | None,
+    size: list[int],
+    patch_size: int,
+    conversion: Conversion = AS_STORED,
 ) -> tuple[Tensor, Tensor]:
     """Read an image as network input [3, height, width], and its labels [height, width].
 
     Raises: DataError: a file cannot be read, or the sizes differ.
     """
-    image, labels = read_rgb(image_path), Image.fromarray(read_labels(mask_path, void))
+    image, labels = conversion.read(image_path), Image.fromarray(read_labels(mask_path, void))
     if labels.size != image.size:
         raise DataError(
             f"{mask_path} is {labels.height} x {labels.width} px, but its image is "
@@ -172,6 +189,55 @@ def summary(scores: Tensor) -> dict[str, Any]:
     }
 
 
+def score_images(
+    args: argparse.Namespace,
+    masked: MaskedImages,
+    models: dict[str, VisionTransformer],
+    threshold: float,
+) -> tuple[dict[str, Tensor], list[int], list[str]]:
+    """Compute the scores [N, H] of each network, of the images that can be used.
+
+    Returns: the scores, the indices of the images used, and why others are left out.
+    Raises: DataError: no image can be used.
+    """
+    patch_size = next(iter(models.values())).patch_size
+    device = next(iter(models.values())).pos_embed.device
+    parts: dict[str, list[Tensor]] = {name: [] for name in models}
+    conversion = conversion_of(args)
+    headers = read_headers(masked.images, args.num_workers)
+    warn_of_deep(args, count_deep(headers), len(headers))
+    used: list[int] = []
+    left_out: list[str] = []
+
+    def load(index: int) -> tuple[int, tuple[Tensor, Tensor] | str]:
+        pair = masked.images[index], masked.masks[index]
+        try:
+            return index, load_pair(*pair, masked.void, args.image_size, patch_size, conversion)
+        except DataError as error:
+            return index, str(error)
+
+    indices = range(len(masked.images))
+    # The shorter side alone leaves images of different sizes: one per batch.
+    batch_size = args.batch_size_per_gpu if len(args.image_size) == 2 else 1
+    bar = tqdm(total=len(indices), unit="image", disable=not sys.stderr.isatty())
+    with bar, quiet_pillow():
+        for batch in load_batches(load, indices, batch_size, args.num_workers):
+            bar.update(len(batch))
+            left_out += [loaded for _, loaded in batch if isinstance(loaded, str)]
+            pairs = {i: loaded for i, loaded in batch if not isinstance(loaded, str)}
+            if not pairs:
+                continue
+            used += pairs
+            images, labels = (torch.stack(tensors) for tensors in zip(*pairs.values(), strict=True))
+            for name, network in models.items():
+                parts[name].append(head_scores(network, images.to(device), labels, threshold))
+    if not used:
+        raise DataError(f"no image of {args.data_path} can be used: {left_out[0]}")
+    if left_out:
+        print_on_main(f"{len(left_out)} images left out: {left_out[0]}", stderr=True)
+    return {name: torch.cat(rows) for name, rows in parts.items()}, used, left_out
+
+
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compute the contents of jaccard.json for `fastdino attention --data_path`."""
     masked = find_masked(Path(args.data_path), args.split)
@@ -184,31 +250,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         untrained, _ = build_backbone(arch, patch_size=model.patch_size, img_size=side)
         assert isinstance(untrained, VisionTransformer)
         models["untrained"] = untrained.eval().to(device)
-    parts: dict[str, list[Tensor]] = {name: [] for name in models}
-
-    def load(paths: tuple[Path, Path]) -> tuple[Tensor, Tensor]:
-        return load_pair(*paths, masked.void, args.image_size, model.patch_size)
-
-    paths = list(zip(masked.images, masked.masks, strict=True))
-    # The shorter side alone leaves images of different sizes: one per batch.
-    batch_size = args.batch_size_per_gpu if len(args.image_size) == 2 else 1
-    bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty())
-    with bar, quiet_pillow():
-        for batch in load_batches(load, paths, batch_size, args.num_workers):
-            images, labels = (torch.stack(tensors) for tensors in zip(*batch, strict=True))
-            for name, network in models.items():
-                parts[name].append(head_scores(network, images.to(device), labels, threshold))
-            bar.update(len(batch))
-    scores = {name: torch.cat(rows) for name, rows in parts.items()}
+    scores, used, left_out = score_images(args, masked, models, threshold)
     empty = next(iter(scores.values())).isnan().any(1)
     if bool(empty.all()):
-        raise DataError(f"none of the {len(paths)} masks of {args.data_path} has any foreground")
-    names = [path.relative_to(args.data_path).as_posix() for path in masked.images]
+        raise DataError(f"none of the {len(used)} masks of {args.data_path} has any foreground")
+    names = [masked.images[i].relative_to(args.data_path).as_posix() for i in used]
     return {
         "settings": settings_of(args, model, "data_path", "split", "image_size")
         | {"threshold": threshold, "arch": arch, "patch_size": model.patch_size},
         "layout": masked.layout,
         "images": int((~empty).sum()),
+        "left_out": left_out,
         "without_foreground": [name for name, skip in zip(names, empty, strict=True) if skip],
         **{name: summary(rows[~empty]) for name, rows in scores.items()},
         "per_image": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,38 @@ from fastdino.augmentation.pillow import MEAN
 from fastdino.config import check_at_least
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.batching import batches, load_batches
-from fastdino.evals.davis_dataset import Sequence, find_sequences, read_frame, read_mask, write_mask
-from fastdino.evals.davis_scores import Results, describe, describe_total, score
+from fastdino.evals.davis_dataset import (
+    Sequence,
+    find_sequences,
+    first_mask,
+    read_frame,
+    read_mask,
+    write_mask,
+)
+from fastdino.evals.davis_scores import (
+    Results,
+    describe,
+    describe_left_out,
+    describe_total,
+    score,
+)
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.evals.masks import draw_sheet, overlay
 from fastdino.evals.options import (
     DEFAULT,
+    add_conversion_flags,
     add_network_flags,
     add_process_flags,
+    conversion_of,
     join_ranks,
     load_vit,
+    print_on_main,
     settings_of,
+    warn_of_deep,
 )
 from fastdino.files import explain_write_errors
 from fastdino.models.vit import VisionTransformer
+from fastdino.terminal import printable
 
 # The paper's script divides red by 0.228 instead of ImageNet's 0.229; its figures depend on it.
 PAPER_STD = (0.228, 0.224, 0.225)
@@ -49,6 +68,7 @@ SHEET_FRAMES = 6
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino davis`: those of eval_video_segmentation.py, and ours."""
     add_network_flags(parser, "architecture: a vit_*")
+    add_conversion_flags(parser, exif=False)
     add = parser.add_argument_group("data").add_argument
     about = "folder with JPEGImages/480p, Annotations/480p and ImageSets"
     add("--data_path", default="/path/to/davis/", help=about)
@@ -82,16 +102,20 @@ def main(args: argparse.Namespace) -> int:
     check_at_least(args, 1, "topk", "bs", "size", "patch_size")
     check_at_least(args, 0, "n_last_frames", "size_mask_neighborhood", "num_workers")
     with join_ranks(args) as device:
-        sequences = distributed.from_main(lambda: checked_sequences(args))
+        sequences, left_out = distributed.from_main(lambda: checked_sequences(args))
         model = build_model(args, device)
+        frames = sum(len(one.frames) for one in sequences)
+        warn_of_deep(args, sum(one.deep for one in sequences), frames)
         settings = davis_settings(args, model, sequences)
         path = Path(args.output_dir) / "davis.json"
-        results = distributed.from_main(lambda: Results(path, settings))
+        results = distributed.from_main(lambda: Results(path, settings, left_out))
         remaining = distributed.from_main(lambda: remaining_sequences(results, sequences))
         evaluate(model, remaining, args, results)
         distributed.from_main(lambda: results.finish(sequences))
         if distributed.rank() == 0:
             print(describe_total(results.total))
+            if results.left_out:
+                print_on_main(describe_left_out(results.left_out), stderr=True)
     return 0
 
 
@@ -99,7 +123,7 @@ def remaining_sequences(results: Results, sequences: list[Sequence]) -> list[Seq
     """Return the sequences that are not done, and print the names of the others."""
     done = [sequence for sequence in sequences if results.has(sequence)]
     for sequence in done:
-        print(f"{sequence.name}: already done")
+        print(printable(f"{sequence.name}: already done"))
     return [sequence for sequence in sequences if sequence not in done]
 
 
@@ -117,18 +141,24 @@ def evaluate(
     quiet = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=total, unit="frame", disable=quiet) as bar:
         for group in batches(by_length, world_size):
-            scores = None
+            scores: dict[str, Any] | str | None = None
             with distributed.fail_together():
                 if rank < len(group):
-                    bar.set_description(group[rank].name)
-                    scores = follow(model, group[rank], args, bar)
+                    bar.set_description(printable(group[rank].name))
+                    try:
+                        scores = follow(model, group[rank], args, bar)
+                    except DataError as error:
+                        scores = str(error)
             gathered = distributed.gather(scores)
             with distributed.fail_together():
                 if rank == 0:
-                    for sequence, sequence_scores in zip(group, gathered, strict=False):
-                        results.add(sequence, sequence_scores)
+                    for sequence, outcome in zip(group, gathered, strict=False):
+                        if isinstance(outcome, str):
+                            results.leave_out(sequence, outcome)
+                            continue
+                        results.add(sequence, outcome)
                         line = describe(sequence, results.sequences[sequence.name])
-                        tqdm.write(line, file=sys.stdout)
+                        tqdm.write(printable(line), file=sys.stdout)
             bar.update(sum(len(one.frames) for one in group[1:]))
 
 
@@ -148,20 +178,19 @@ def follow(
         for frame, mask in zip(sequence.frames, masks, strict=True):
             write_mask(mask, folder / f"{frame.stem}.png", binary=sequence.binary)
         if args.overlays != "none":
-            write_overlays(sequence, stacks, output / "overlays", every=args.overlays == "all")
+            write_overlays(sequence, stacks, output / "overlays", args)
     return score(masks, stacks[1], model.pos_embed.device) if sequence.is_scored else None
 
 
-def checked_sequences(args: argparse.Namespace) -> list[Sequence]:
-    """Return the sequences of the flags, all checked before the first is processed.
+def checked_sequences(args: argparse.Namespace) -> tuple[list[Sequence], dict[str, str]]:
+    """Return what find_sequences does for the flags, checked before the first is processed.
 
-    Raises: DataError: see find_sequences and first_mask. ConfigError: see working_size.
+    Raises: DataError: see find_sequences. ConfigError: see working_size.
     """
-    sequences = find_sequences(Path(args.data_path), split=args.split, year=args.year)
+    sequences, left_out = find_sequences(Path(args.data_path), split=args.split, year=args.year)
     for sequence in sequences:
-        first_mask(sequence)
         working_size(sequence.size, args.size)
-    return sequences
+    return sequences, left_out
 
 
 @distributed.fail_together()
@@ -184,18 +213,6 @@ def davis_settings(
         "year": "2016" if sequences[0].binary else "2017",
         "patch_size": model.patch_size,
     }
-
-
-def first_mask(sequence: Sequence) -> NDArray[np.uint8]:
-    """Read the first annotation [H, W]; raise DataError if it marks no object."""
-    path = sequence.annotations[0]
-    mask = read_mask(path, binary=sequence.binary)
-    if not mask.any():
-        raise DataError(
-            f"sequence {sequence.name}: {path} marks no object to follow (255 is void; for masks "
-            "of 0 and 255 pass --year 2016)"
-        )
-    return mask
 
 
 def working_size(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -229,7 +246,8 @@ def patch_features(
 ) -> Iterator[Tensor]:
     """Yield the last block's patch tokens [h, w, D] of each frame, resized to `size`, in order."""
     grid = (size[0] // model.patch_size, size[1] // model.patch_size)
-    for frames in load_batches(read_frame, sequence.frames, args.bs, args.num_workers):
+    read = partial(read_frame, conversion=conversion_of(args))
+    for frames in load_batches(read, sequence.frames, args.bs, args.num_workers):
         images = prepare(torch.stack(frames).to(model.pos_embed.device), size)
         tokens = model.get_intermediate_layers(images, 1)[0]
         yield from tokens[:, 1:].unflatten(1, grid)
@@ -262,23 +280,25 @@ def segment(
 
 
 def write_overlays(
-    sequence: Sequence, stacks: list[NDArray[np.uint8]], folder: Path, *, every: bool
+    sequence: Sequence, stacks: list[NDArray[np.uint8]], folder: Path, args: argparse.Namespace
 ) -> None:
     """Write <sequence>.png: some frames under their masks, with one row per stack of masks.
 
     Args:
         stacks: [T, H, W] each: the predicted masks, then the annotations if available.
-        every: also write every frame under its predicted mask, <sequence>/<frame>.jpg.
+        args: with --overlays all, also write every frame under its predicted mask,
+            <sequence>/<frame>.jpg.
     """
+    conversion = conversion_of(args)
 
     def draw(i: int, masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return overlay(read_frame(sequence.frames[i]).permute(1, 2, 0).numpy(), masks[i])
+        return overlay(np.asarray(conversion.read(sequence.frames[i])), masks[i])
 
     folder.mkdir(parents=True, exist_ok=True)
     frames = np.linspace(0, len(sequence.frames) - 1, SHEET_FRAMES).round().astype(int)
     rows = [[draw(i, masks) for i in np.unique(frames)] for masks in stacks]
     draw_sheet(rows, folder / f"{sequence.name}.png")
-    if every:
+    if args.overlays == "all":
         (folder / sequence.name).mkdir(exist_ok=True)
         for i, path in enumerate(sequence.frames):
             picture = Image.fromarray(draw(i, stacks[0]))

@@ -21,7 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.data.datasets.davis_frames import RESOLUTION, sequence_names
-from fastdino.data.image_files import read_rgb
+from fastdino.data.image_files import (
+    AS_STORED,
+    Conversion,
+    Header,
+    count_deep,
+    quiet_pillow,
+    read_header,
+)
 from fastdino.data.image_names import image_files
 from fastdino.errors import DataError
 from fastdino.evals.frames import common_size
@@ -41,6 +48,7 @@ class Sequence:
         annotations: of the first frame only (then the sequence is not scored), or of every frame.
         size: (height, width) of frames and annotations, in pixels.
         binary: masks of one object, as in DAVIS 2016.
+        deep: frames that --image_range applies to.
     """
 
     name: str
@@ -48,27 +56,50 @@ class Sequence:
     annotations: tuple[Path, ...]
     size: tuple[int, int]
     binary: bool
+    deep: int = 0
 
     @property
     def is_scored(self) -> bool:
         return len(self.annotations) == len(self.frames)
 
 
-def find_sequences(root: Path, *, split: str = "val", year: str = "auto") -> list[Sequence]:
+def find_sequences(
+    root: Path, *, split: str = "val", year: str = "auto"
+) -> tuple[list[Sequence], dict[str, str]]:
     """List the sequences of a split in the order of its list, after reading all image headers.
 
     Args:
         year: "2016", "2017", or "auto" for 2017 if it has a list of this split.
 
-    Raises: DataError: a list, frame or annotation is missing, empty or unreadable, or sizes differ.
+    Returns: the usable sequences; and name -> reason of those left out: a frame or annotation is
+        missing or unreadable, sizes differ, or the first frame marks no object.
+    Raises: DataError: no list, an empty one, or no usable sequence.
     """
     years = ("2017", "2016") if year == "auto" else (year,)
     lists = [(root / folder / f"{split}.txt", y == "2016") for y in years for folder in LISTS[y]]
     for path, binary in lists:
         if path.is_file():
-            return [_sequence(root, name, binary=binary) for name in sequence_names(path)]
+            return _usable_sequences(root, path, binary=binary)
     candidates = ", ".join(str(path) for path, _ in lists)
     raise DataError(f"no list of DAVIS sequences: expected one of {candidates}")
+
+
+def _usable_sequences(
+    root: Path, listing: Path, *, binary: bool
+) -> tuple[list[Sequence], dict[str, str]]:
+    sequences: list[Sequence] = []
+    left_out: dict[str, str] = {}
+    for name in sequence_names(listing):
+        try:
+            sequence = _sequence(root, name, binary=binary)
+            first_mask(sequence)
+            sequences.append(sequence)
+        except DataError as error:
+            left_out[name] = str(error)
+    if not sequences:
+        more = f"; and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        raise DataError(f"{next(iter(left_out.values()))}{more}")
+    return sequences, left_out
 
 
 def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
@@ -90,12 +121,34 @@ def _sequence(root: Path, name: str, *, binary: bool) -> Sequence:
             f"sequence {name}: {len(missing)} annotations are missing, e.g. {missing[0]}; "
             "expected one of the first frame only, or one of every frame"
         )
-    return Sequence(name, tuple(frames), tuple(masks), common_size([*frames, *masks]), binary)
+    headers = {path: _header(path) for path in (*frames, *masks)}
+    deep = count_deep(headers[path] for path in frames)
+    return Sequence(name, tuple(frames), tuple(masks), common_size(headers), binary, deep)
 
 
-def read_frame(path: Path) -> Tensor:
+def _header(path: Path) -> Header:
+    with quiet_pillow():
+        header = read_header(str(path))
+    if not isinstance(header, Header):
+        raise DataError(f"{path} {header.reason}")
+    return header
+
+
+def read_frame(path: Path, conversion: Conversion = AS_STORED) -> Tensor:
     """Read a frame as [3, H, W] uint8, RGB; raise DataError if it cannot be decoded."""
-    return torch.from_numpy(np.array(read_rgb(path))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(conversion.read(path))).permute(2, 0, 1)
+
+
+def first_mask(sequence: Sequence) -> NDArray[np.uint8]:
+    """Read the first annotation [H, W]; raise DataError if it marks no object."""
+    path = sequence.annotations[0]
+    mask = read_mask(path, binary=sequence.binary)
+    if not mask.any():
+        raise DataError(
+            f"sequence {sequence.name}: {path} marks no object to follow (255 is void; for masks "
+            "of 0 and 255 pass --year 2016)"
+        )
+    return mask
 
 
 def read_mask(path: Path, *, binary: bool) -> NDArray[np.uint8]:

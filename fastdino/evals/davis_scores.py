@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdino.errors import DataError
 from fastdino.evals.davis_dataset import Sequence
 from fastdino.evals.segmentation_metrics import boundary_accuracy, region_similarity, statistics
 from fastdino.files import write_json
@@ -56,11 +57,12 @@ class Results:
 
     Attributes:
         sequences: name -> the scores of `score`, and the number of frames.
+        left_out: name -> why a sequence of the list has no scores.
         total: means over all objects; None before `finish`, or if nothing was scored.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: dict[str, Any], left_out: dict[str, str]):
+        self.path, self.settings, self.left_out = path, settings, left_out
         self.sequences: dict[str, Any] = {}
         self.total: dict[str, Any] | None = None
         try:
@@ -84,9 +86,21 @@ class Results:
         self.sequences[sequence.name] = {"frames": len(sequence.frames), **(scores or {})}
         self._write()
 
+    def leave_out(self, sequence: Sequence, reason: str) -> None:
+        """Record that a sequence cannot be used, and write the file."""
+        self.left_out[sequence.name] = reason
+        self.sequences.pop(sequence.name, None)
+        self._write()
+
     def finish(self, sequences: list[Sequence]) -> None:
-        """Average over the objects of these sequences, and write the file."""
-        entries = {sequence.name: self.sequences[sequence.name] for sequence in sequences}
+        """Average over the objects of these sequences, and write the file.
+
+        Raises: DataError: none of them could be used.
+        """
+        names = [one.name for one in sequences if one.name not in self.left_out]
+        if not names:
+            raise DataError(describe_left_out(self.left_out))
+        entries = {name: self.sequences[name] for name in names}
         objects = [one for entry in entries.values() for one in entry.get("objects", {}).values()]
         self.sequences = entries
         self.total = mean_scores(objects) if objects else None
@@ -94,7 +108,7 @@ class Results:
 
     def _write(self) -> None:
         state = {"settings": self.settings, "global": self.total, "sequences": self.sequences}
-        write_json(state, self.path)
+        write_json({**state, "left_out": self.left_out}, self.path)
 
 
 def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
@@ -108,6 +122,11 @@ def describe(sequence: Sequence, entry: dict[str, Any]) -> str:
         f"F {entry['F']['mean']:.1f}, {len(entry['objects'])} objects, "
         f"{entry['frames']} frames{note}"
     )
+
+
+def describe_left_out(left_out: dict[str, str]) -> str:
+    """Format the number of sequences that are left out, and the first reason."""
+    return f"{len(left_out)} sequences left out: {next(iter(left_out.values()))}"
 
 
 def describe_total(total: dict[str, Any] | None) -> str:

@@ -44,7 +44,8 @@ def load_features(path: Path) -> TensorDataset:
 def cache_key(model: nn.Module, images: ImageDataset, settings: dict[str, Any]) -> str:
     """Return a hash of the weights, the images and the settings.
 
-    The images enter with their names, sizes in pixels, labels, and each file's size and mtime.
+    The images enter with their names, sizes in pixels, labels, conversion to RGB, and each file's
+    size and mtime.
 
     Raises: DataError: an image has disappeared since the scan.
     """
@@ -52,6 +53,7 @@ def cache_key(model: nn.Module, images: ImageDataset, settings: dict[str, Any]) 
     digest.update(weights_digest(model).encode())
     digest.update(images.fingerprint.encode())
     digest.update(images.labels.tobytes())
+    digest.update(repr(images.conversion).encode())
     for path in images.files:
         try:
             stat = os.stat(path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,14 @@ from tqdm import tqdm
 
 from fastdino import distributed
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import explained_reading, open_file, read_rgb
+from fastdino.data.image_files import (
+    AS_STORED,
+    Box,
+    Conversion,
+    Header,
+    Unusable,
+    explained_reading,
+)
 from fastdino.data.image_names import EXTENSIONS, image_files
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
@@ -28,25 +34,29 @@ from fastdino.evals.options import print_on_main
 from fastdino.evals.transforms import Transform
 
 Model = Callable[[Tensor], Tensor]
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files; `boxes`, if not empty, has for each the box to cut out, or None."""
+    """Image files.
+
+    boxes: if not empty, has for each the box to cut out of the stored pixels, or None.
+    conversion: how they become RGB.
+    """
 
     paths: list[Path]
     boxes: Sequence[Box | None] = ()
+    conversion: Conversion = AS_STORED
 
     @classmethod
-    def in_folder(cls, folder: Path) -> ImageFiles:
+    def in_folder(cls, folder: Path, conversion: Conversion = AS_STORED) -> ImageFiles:
         """List the images of a folder by name; raise DataError if it has none."""
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}")
         paths = image_files(folder)
         if not paths:
             raise DataError(f"no images in {folder}: no file name ends in {', '.join(EXTENSIONS)}")
-        return cls(paths)
+        return cls(paths, conversion=conversion)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,25 +66,20 @@ class ImageFiles:
         return self.paths[index]
 
     def read_rgb(self, index: int) -> Image.Image:
-        """Decode an image and cut out its box."""
-        image = read_rgb(self.paths[index])
-        box = self.boxes[index] if self.boxes else None
-        return image if box is None else image.crop(box)
+        """Decode an image, and cut out its box."""
+        return self.conversion.read(self.paths[index], self.boxes[index] if self.boxes else None)
 
-    def sizes(self, workers: int) -> list[tuple[int, ...]]:
-        """Read (width, height) of each image or box; () for an unreadable header."""
+    def sizes(self, headers: Sequence[Header | Unusable]) -> list[tuple[int, ...]]:
+        """Return (height, width) of each image or box, rotated; () for an unreadable header."""
 
-        def size(path: Path, box: Box | None) -> tuple[int, ...]:
+        def size(header: Header | Unusable, box: Box | None) -> tuple[int, ...]:
+            if not isinstance(header, Header):
+                return ()  # Decoding will report the file.
             if box is not None:
-                return box[2] - box[0], box[3] - box[1]
-            try:
-                with open_file(str(path)) as file, Image.open(file) as image:
-                    return image.size
-            except Exception:  # Pillow raises many types; decoding will report the file.
-                return ()
+                header = header._replace(height=box[3] - box[1], width=box[2] - box[0])
+            return self.conversion.size_of(header)
 
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            return list(pool.map(size, self.paths, self.boxes or [None] * len(self)))
+        return [*map(size, headers, self.boxes or [None] * len(self))]
 
 
 Images = ImageDataset | ImageFiles
@@ -190,27 +195,24 @@ class Extractor:
             features = torch.zeros(len(images), width)
         return distributed.total(features), unusable
 
-    def extract_all(
-        self, images: Images, title: str, *, sizes: Sequence[Hashable] | None = None
-    ) -> Tensor:
-        """Return features [N, D] of all images; raise DataError if an image is unusable."""
-        features, unusable = self.extract(images, title, sizes=sizes)
-        with distributed.fail_together():
-            if unusable:
-                more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
-                raise DataError(f"{unusable[min(unusable)]}{more}")
-        return features
-
     def extract_usable(
-        self, images: Images, title: str, *, skipped: int = 0
+        self,
+        images: Images,
+        title: str,
+        *,
+        sizes: Sequence[Hashable] | None = None,
+        skipped: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Return features of the usable images and their indices; report how many are left out.
 
-        skipped: images that were left out before, for the report.
+        Args:
+            sizes: see `extract`.
+            skipped: images that were left out before, for the report.
         """
-        features, unusable = self.extract(images, title)
+        features, unusable = self.extract(images, title, sizes=sizes)
         if unusable or skipped:
             count = len(unusable) + skipped
-            print_on_main(f"{title}: {count} unreadable images left out", stderr=True)
+            example = f": {unusable[min(unusable)]}" if unusable else ""
+            print_on_main(f"{title}: {count} images left out{example}", stderr=True)
         usable = torch.from_numpy(np.setdiff1d(np.arange(len(features)), list(unusable)))
         return features[usable], usable

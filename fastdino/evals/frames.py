@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
-from fastdino.data.image_files import Header, quiet_pillow, read_header
+from fastdino.data.image_files import AS_STORED, Conversion, Header
 from fastdino.errors import DataError
 
 
-def common_size(files: Iterable[Path]) -> tuple[int, int]:
-    """Return the height and width in pixels that all images have, read from their headers.
+def common_size(
+    headers: Mapping[Path, Header], conversion: Conversion = AS_STORED
+) -> tuple[int, int]:
+    """Return the height and width in pixels that all images have.
 
-    Raises: DataError: a header cannot be read, or a size differs from the first.
+    Raises: DataError: a size differs from the first.
     """
     sizes: dict[tuple[int, int], Path] = {}
-    for path in files:
-        with quiet_pillow():
-            header = read_header(str(path))
-        if not isinstance(header, Header):
-            raise DataError(f"{path} {header.reason}")
-        sizes.setdefault((header.height, header.width), path)
+    for path, header in headers.items():
+        sizes.setdefault(conversion.size_of(header), path)
         if len(sizes) > 1:
-            (height, width), first = next(iter(sizes.items()))
+            (first_size, first), (size, _) = sizes.items()
             raise DataError(
-                f"{path} is {header.height} x {header.width} px, but {first} is "
-                f"{height} x {width} px: resize frames and annotations to one size"
+                f"{path} is {size[0]} x {size[1]} px, but {first} is "
+                f"{first_size[0]} x {first_size[1]} px: resize frames and annotations to one size"
             )
     return next(iter(sizes))

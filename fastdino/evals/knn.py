@@ -111,7 +111,7 @@ def nearest(
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino knn`: those of the paper's eval_knn.py, then this project's."""
     options.add_network_flags(parser)
-    options.add_exif_flag(parser)
+    options.add_conversion_flags(parser)
     options.add_extraction_flags(parser, batch_size=128)
     add = parser.add_argument_group("images").add_argument
     add("--data_path", default="/path/to/imagenet/", help=options.SPLITS_HELP)

@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint.pth.tar"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino linear`: the paper's eval_linear.py's, then this project's."""
     options.add_network_flags(parser)
-    options.add_exif_flag(parser)
+    options.add_conversion_flags(parser)
     add = options.add_process_flags(parser).add_argument
     about = f"images per step and process {DEFAULT}"
     add("--batch_size_per_gpu", type=int, default=128, help=about)

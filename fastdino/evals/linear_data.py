@@ -107,8 +107,7 @@ class ProbeData:
             "cache_epochs": None if args.cache is None else args.cache_epochs,
             "crop": args.crop,
         }
-        if args.exif_orientation:
-            protocol["exif_orientation"] = True
+        protocol |= options.conversion_of(args)._asdict()
         return cls(args, device, features, dim, datasets, protocol)
 
     def settings(self, *flags: str) -> dict[str, Any]:

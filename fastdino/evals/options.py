@@ -16,12 +16,15 @@ from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
+from fastdino.data.image_files import Conversion
+from fastdino.data.rgb_conversion import IMAGE_RANGES, deep_warning
 from fastdino.errors import ConfigError, DataError
 from fastdino.files import write_json
 from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 from fastdino.runtime import choose_device
+from fastdino.terminal import printable
 
 SPLITS_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 DEFAULT = "(default: %(default)s)"
@@ -54,12 +57,35 @@ def add_network_flags(
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=about)
 
 
-def add_exif_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flag for images that cameras store rotated; `load_vit` and others resolve it."""
-    about = "apply the EXIF orientation of images (default: as the checkpoint's training did)"
-    parser.add_argument(
-        "--exif_orientation", type=parse_bool, default=None, metavar="BOOL", help=about
-    )
+def add_conversion_flags(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, exif: bool = True
+) -> None:
+    """Add the flags for the conversion of images to RGB; `load_vit` and others resolve them.
+
+    exif: False for images with masks or boxes, which belong to the stored pixels.
+    """
+    default = "(default: as the checkpoint's training did)"
+    if exif:
+        about = f"apply the EXIF orientation of images {default}"
+        parser.add_argument("--exif_orientation", type=parse_bool, metavar="BOOL", help=about)
+    about = f"16-bit and float images: clip values to 0..255, or scale their range to it {default}"
+    parser.add_argument("--image_range", choices=IMAGE_RANGES, help=about)
+
+
+def conversion_of(args: argparse.Namespace) -> Conversion:
+    """Return the conversion of the flags, once a checkpoint has resolved them."""
+    exif = getattr(args, "exif_orientation", None) or False
+    return Conversion(exif, getattr(args, "image_range", None) or IMAGE_RANGES[0])
+
+
+def warn_of_deep(args: argparse.Namespace, deep: int, total: int) -> None:
+    """Warn on rank 0 of images that --image_range clip makes white or black.
+
+    deep: number of the `total` images with one channel of more than 8 bits.
+    """
+    warning = deep_warning(deep, total, conversion_of(args).image_range)
+    if warning:
+        print_on_main(f"warning: {warning}", stderr=True)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -115,7 +141,7 @@ def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
 def print_on_main(text: str, *, stderr: bool = False) -> None:
     """Print a line on rank 0."""
     if distributed.rank() == 0:
-        print(text, file=sys.stderr if stderr else sys.stdout, flush=True)
+        print(printable(text), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def load_vit(
@@ -166,6 +192,9 @@ def _load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
     )
     if getattr(args, "exif_orientation", True) is None:
         args.exif_orientation = bool(backbone.args.get("exif_orientation", False))
+    if getattr(args, "image_range", "") is None:
+        recorded = backbone.args.get("image_range")
+        args.image_range = recorded if recorded in IMAGE_RANGES else IMAGE_RANGES[0]
     return backbone
 
 
@@ -188,8 +217,8 @@ def settings_of(
         flags: names of flags in addition to the weights'.
     """
     names = ("pretrained_weights", "checkpoint_key", *flags)
-    rotation = getattr(args, "exif_orientation", None)
-    own = {} if rotation is None else {"exif_orientation": rotation}
+    optional = ("exif_orientation", "image_range")
+    own = {name: getattr(args, name) for name in optional if getattr(args, name, None) is not None}
     return {
         **{name: getattr(args, name) for name in names},
         **own,
@@ -212,10 +241,13 @@ def scan_splits(
             role=split,
             max_bad_share=1.0,
             workers=args.num_workers,
-            exif=bool(getattr(args, "exif_orientation", False)),
+            conversion=conversion_of(args),
         )
         for split in splits
     }
+    for split, source in sources.items():
+        if source.warning:
+            print(f"warning: {split}: {source.warning}", file=sys.stderr)
     first, last = sources[splits[0]].classes, sources[splits[-1]].classes
     if first != last:
         raise DataError(

@@ -42,6 +42,11 @@ class Relevance:
         return self.hard, np.concatenate((self.junk, self.easy))
 
 
+def restrict(indices: Indices, usable: Indices) -> Indices:
+    """Return the positions in `usable`, which rises, of those indices that are in it."""
+    return np.searchsorted(usable, indices[np.isin(indices, usable)])
+
+
 def average_precision(ranks: Indices, positives: int) -> float:
     """Return the area under the precision-recall curve, by trapezoids, from 0 to 1.
 

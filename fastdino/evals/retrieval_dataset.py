@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from fastdino import numpy_pickles
+from fastdino.data.image_files import AS_STORED, Box, Conversion
 from fastdino.errors import DataError
-from fastdino.evals.features import Box, ImageFiles
+from fastdino.evals.features import ImageFiles
 from fastdino.evals.ranking_metrics import Indices, Relevance
 
 DATASETS = ("roxford5k", "rparis6k")
@@ -31,11 +32,14 @@ class RetrievalDataset:
     database: ImageFiles
 
 
-def read_dataset(root: Path, dataset: str, *, crop_queries: bool) -> RetrievalDataset:
+def read_dataset(
+    root: Path, dataset: str, *, crop_queries: bool, conversion: Conversion = AS_STORED
+) -> RetrievalDataset:
     """Read the ground truth of a dataset and check that all image files exist.
 
     Args:
         crop_queries: cut out the queries' boxes.
+        conversion: how images become RGB.
 
     Raises: DataError: no ground truth, one with code or invalid content, or missing images.
     """
@@ -53,8 +57,9 @@ def read_dataset(root: Path, dataset: str, *, crop_queries: bool) -> RetrievalDa
         relevance.append(_relevance(entry, len(names), where))
         boxes.append(_box(entry, where) if crop_queries else None)
     folder = root / dataset / "jpg"
-    database = ImageFiles([folder / f"{name}.jpg" for name in names])
-    queries = ImageFiles([folder / f"{name}.jpg" for name in query_names], boxes)
+    database = ImageFiles([folder / f"{name}.jpg" for name in names], (), conversion)
+    paths = [folder / f"{name}.jpg" for name in query_names]
+    queries = ImageFiles(paths, boxes, conversion)
     missing = [image for image in (*queries.paths, *database.paths) if not image.is_file()]
     if missing:
         raise DataError(f"{len(missing)} images of {path} are missing, for example {missing[0]}")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdino.data.image_files import count_deep
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention_figures import (
     Pixels,
@@ -41,7 +42,15 @@ from fastdino.evals.attention_maps import (
     keep_mass,
 )
 from fastdino.evals.batching import batches
-from fastdino.evals.options import DEFAULT, add_network_flags, load_vit, settings_of
+from fastdino.evals.options import (
+    DEFAULT,
+    add_conversion_flags,
+    add_network_flags,
+    conversion_of,
+    load_vit,
+    settings_of,
+    warn_of_deep,
+)
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import (
     CLOCK,
@@ -52,7 +61,9 @@ from fastdino.evals.video_io import (
     video_writer,
 )
 from fastdino.files import write_json
+from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
+from fastdino.terminal import printable
 
 PANELS = ("frame", "mean", "overlay", "mask", "heads")  # values of --show
 DEFAULT_PANELS = ("frame", "mean", "mask")
@@ -85,16 +96,28 @@ def draw_frame(
     return np.concatenate([draw[panel]() for panel in panels], axis=1)
 
 
+class Network(NamedTuple):
+    """A ViT on a device."""
+
+    device: torch.device
+    model: VisionTransformer
+    arch: str
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> Network:
+        """Load the network of the flags; raise what load_vit raises."""
+        device = choose_device(args.device)
+        return cls(device, *load_vit(args, device, reason=NO_CLS_ATTENTION))
+
+
 class AttentionVideo:
     """The drawn frames of a video, with each head's statistics averaged over frames.
 
-    Raises: DataError: the frames are smaller than a patch. ConfigError, CheckpointError: see
-        load_vit.
+    Raises: DataError: the frames are smaller than a patch.
     """
 
-    def __init__(self, frames: Frames, args: argparse.Namespace):
-        self.device = choose_device(args.device)
-        self.model, self.arch = load_vit(args, self.device, reason=NO_CLS_ATTENTION)
+    def __init__(self, frames: Frames, args: argparse.Namespace, network: Network):
+        self.device, self.model, self.arch = network
         self.frames, self.args = frames, args
         self.panels = list(args.show or DEFAULT_PANELS)
         self.threshold = THRESHOLD if args.threshold is None else args.threshold
@@ -133,6 +156,8 @@ class AttentionVideo:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino video`: those of video_generation.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
+    # For frames that are image files. The rotation of a video file always applies.
+    add_conversion_flags(parser)
     add = parser.add_argument
     add("--input_path", required=True, help="video file, or folder of frames")
     about = f"output folder, or file ending in {' '.join(FORMATS)} (default: the current folder)"
@@ -170,9 +195,12 @@ def main(args: argparse.Namespace) -> int:
     path = output_file(args.output_path, args.video_format)
     if os.path.realpath(path) == os.path.realpath(args.input_path):
         raise ConfigError(f"--output_path {path} is also the input: choose another file")
-    frames = open_frames(args.input_path)
+    network = None if args.video_only else Network.load(args)
+    frames = open_frames(args.input_path, conversion_of(args))
+    if frames.headers:
+        warn_of_deep(args, count_deep(frames.headers), len(frames.headers))
     fps, time_base = args.fps or frames.fps, None if args.fps else frames.time_base
-    attention = None if args.video_only else AttentionVideo(frames, args)
+    attention = AttentionVideo(frames, args, network) if network else None
     drawings = attention or ((np.asarray(frame), seconds) for frame, seconds in frames.timed())
     bar = tqdm(drawings, total=frames.count, unit="frame", disable=not sys.stderr.isatty())
     count, last = 0, 0.0
@@ -188,15 +216,26 @@ def main(args: argparse.Namespace) -> int:
         "frames": count,
         "fps": fps,
         "size": list(frames.size),
+        "left_out": list(frames.left_out),
     }
     if attention is not None:
         record |= attention.record(count)
     write_json(record, path.with_suffix(".json"))
-    if frames.count not in (None, count):
-        warning = f"the header announces {frames.count} frames, but {count} were decoded"
-        print(f"{args.input_path}: {warning}", file=sys.stderr)
+    _warn(frames, count)
     print(f"{path}: {count} frames, {fps:g} a second")
     return 0
+
+
+def _warn(frames: Frames, count: int) -> None:
+    """Warn of frames that were left out, or are missing."""
+    warning = ""
+    if frames.left_out:
+        more = f"; and {len(frames.left_out) - 1} more" if len(frames.left_out) > 1 else ""
+        warning = f"frames left out: {frames.left_out[0]}{more}"
+    elif frames.count not in (None, count):
+        warning = f"the header announces {frames.count} frames, but {count} were decoded"
+    if warning:
+        print(printable(f"{frames.path}: {warning}"), file=sys.stderr)
 
 
 def output_file(path: str, video_format: str) -> Path:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data.image_files import quiet_pillow, read_rgb
+from fastdino.data.image_files import (
+    AS_STORED,
+    Conversion,
+    Header,
+    Unusable,
+    quiet_pillow,
+    read_headers,
+)
 from fastdino.data.image_names import EXTENSIONS, image_files
+from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.frames import common_size
 from fastdino.files import atomic_write, explain_write_errors
@@ -51,43 +60,59 @@ QUALITY = "18"  # constant rate factor of x264 and VP9, high enough to keep the 
 class Frames:
     """RGB frames of one size, decoded one at a time; each iteration starts from the first frame.
 
+    Frames that cannot be used are left out. The others keep their times.
+
     Attributes:
         size: height and width in pixels, as displayed.
         fps: frames per second, on average if the rate is not constant.
         count: number of frames according to the header; None if it has no count.
-        decode: starts decoding; yields each frame with its time in seconds from the first.
+        decode: starts decoding; yields each frame with its time in seconds from the first, and
+            appends to a list why frames are left out.
         time_base: seconds that all times are multiples of.
+        headers: of the image files in a folder.
+        left_out: why frames were left out, in the iteration so far.
     """
 
     path: str
     size: tuple[int, int]
     fps: float
     count: int | None
-    decode: Callable[[], Iterator[tuple[Image.Image, float]]]
+    decode: Callable[[list[str]], Iterator[tuple[Image.Image, float]]]
     time_base: Fraction
+    headers: list[Header | Unusable] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        """Decode the frames; raise DataError if one is broken or has another size."""
+        """Decode the frames; raise DataError if none can be used."""
         return (frame for frame, _ in self.timed())
 
     def timed(self) -> Iterator[tuple[Image.Image, float]]:
         """Decode the frames with their times in seconds; raise DataError as iteration does."""
-        for number, (frame, seconds) in enumerate(self.decode()):
+        self.left_out.clear()
+        used = False
+        for number, (frame, seconds) in enumerate(self.decode(self.left_out)):
             if (frame.height, frame.width) != self.size:
-                raise DataError(
-                    f"{self.path}: frame {number} is {frame.height} x {frame.width} px, but the "
-                    f"frames before are {self.size[0]} x {self.size[1]} px: expected one size"
+                self.left_out.append(
+                    f"frame {number} is {frame.height} x {frame.width} px, and the first "
+                    f"{self.size[0]} x {self.size[1]} px"
                 )
+                continue
+            used = True
             yield frame, seconds
+        if not used:
+            raise DataError(f"no frame of {self.path} can be used: {self.left_out[0]}")
 
 
-def open_frames(path: str) -> Frames:
+def open_frames(path: str, conversion: Conversion = AS_STORED) -> Frames:
     """Open a video file, or a folder of images in numeric order (2.png before 10.png).
+
+    Args:
+        conversion: how image files become RGB. A video file's own rotation always applies.
 
     Raises: DataError: the path does not exist, cannot be decoded, or frames differ in size.
     """
     if os.path.isdir(path):
-        return _open_folder(Path(path))
+        return _open_folder(Path(path), conversion)
     if not os.path.exists(path):
         raise DataError(f"--input_path {path}: no such file or folder")
     if not os.path.isfile(path):  # reading a pipe could block
@@ -95,19 +120,27 @@ def open_frames(path: str) -> Frames:
     return _open_video(path)
 
 
-def _open_folder(folder: Path) -> Frames:
+def _open_folder(folder: Path, conversion: Conversion) -> Frames:
     files = image_files(folder)
     if not files:
         raise DataError(f"no frames in {folder}: no file ends in {', '.join(EXTENSIONS)}")
 
-    def decode() -> Iterator[tuple[Image.Image, float]]:
+    def decode(left_out: list[str]) -> Iterator[tuple[Image.Image, float]]:
         for number, file in enumerate(files):
-            with quiet_pillow():
-                frame = read_rgb(file)
+            try:
+                with quiet_pillow():
+                    frame = conversion.read(file)
+            except DataError as error:
+                left_out.append(str(error))
+                continue
             yield frame, number / FOLDER_FPS
 
-    size, time_base = common_size(files), frame_time(FOLDER_FPS)
-    return Frames(str(folder), size, FOLDER_FPS, len(files), decode, time_base)
+    headers = read_headers(files, cpu_count())
+    good = {path: one for path, one in zip(files, headers, strict=True) if isinstance(one, Header)}
+    if not good:
+        raise DataError(f"no frame of {folder} can be used: {files[0]} {headers[0][0]}")
+    size, time_base = common_size(good, conversion), frame_time(FOLDER_FPS)
+    return Frames(str(folder), size, FOLDER_FPS, len(files), decode, time_base, headers)
 
 
 def frame_time(fps: float) -> Fraction:
@@ -116,9 +149,11 @@ def frame_time(fps: float) -> Fraction:
 
 
 def _open_video(path: str) -> Frames:
-    first, _ = next(_decode(path), (None, 0.0))
+    left_out: list[str] = []
+    first, _ = next(_decode(path, left_out), (None, 0.0))
     if first is None:
-        raise DataError(f"{path} cannot be decoded: it has no frames; {EXPECTED}")
+        reason = left_out[0] if left_out else "it has no frames"
+        raise DataError(f"{path} cannot be decoded: {reason}; {EXPECTED}")
     with av.open(path) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
@@ -127,11 +162,14 @@ def _open_video(path: str) -> Frames:
     if rate > HIGHEST_FPS:
         rate = count / seconds if count and seconds else FOLDER_FPS
     size = (first.height, first.width)
-    return Frames(path, size, rate, count or None, lambda: _decode(path), CLOCK)
+    return Frames(path, size, rate, count or None, partial(_decode, path), CLOCK)
 
 
-def _decode(path: str) -> Iterator[tuple[Image.Image, float]]:
-    """Decode the first video stream of a file, rotated for display, with the frames' times."""
+def _decode(path: str, left_out: list[str]) -> Iterator[tuple[Image.Image, float]]:
+    """Decode the first video stream of a file, rotated for display, with the frames' times.
+
+    left_out: gets the reasons why parts of the stream cannot be decoded.
+    """
     number, start, seconds = 0, 0.0, 0.0
     try:
         with av.open(path) as container:
@@ -142,7 +180,10 @@ def _decode(path: str) -> Iterator[tuple[Image.Image, float]]:
             step = 1 / float(stream.average_rate or FOLDER_FPS)
             # AVI states no times: FFmpeg returns those of decoding, which is in another order.
             timeless = container.format.name == "avi"
-            for frame in container.decode(video=0):
+            for frame in _decoded_packets(container, stream, left_out):
+                if frame is None:
+                    seconds += step
+                    continue
                 # Phones store frames in the sensor's orientation, with a counterclockwise rotation.
                 turns = round(frame.rotation / 90) % 4
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
@@ -152,9 +193,28 @@ def _decode(path: str) -> Iterator[tuple[Image.Image, float]]:
                 yield Image.fromarray(pixels), seconds - start
                 number += 1
     except av.FFmpegError as error:
-        reason = error.strerror or type(error).__name__
-        where = f"{path} cannot be decoded at frame {number}"
-        raise DataError(f"{where}: {reason}; {EXPECTED}") from error
+        reason = f"cannot be decoded from frame {number} on: {_reason(error)}"
+        if not number:
+            raise DataError(f"{path} cannot be decoded: {_reason(error)}; {EXPECTED}") from error
+        left_out.append(reason)
+
+
+def _decoded_packets(container: Any, stream: Any, left_out: list[str]) -> Iterator[Any]:
+    """Yield the frames of a stream, and None for each packet that cannot be decoded."""
+    number = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            left_out.append(f"after frame {number}: {_reason(error)}")
+            frames = [None]
+        for frame in frames:
+            yield frame
+            number += frame is not None
+
+
+def _reason(error: Any) -> str:
+    return error.strerror or type(error).__name__
 
 
 @contextmanager

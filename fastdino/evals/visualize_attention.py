@@ -16,6 +16,8 @@ here it is unchanged.) --data_path writes jaccard.json (attention_jaccard.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections import Counter
@@ -32,9 +34,9 @@ from tqdm import tqdm
 from fastdino.config import check_at_least, parse_bool
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import quiet_pillow, reason_of
+from fastdino.data.image_files import count_deep, quiet_pillow, read_header, reason_of
 from fastdino.data.manifest import unread_manifest
-from fastdino.errors import ConfigError, DataError
+from fastdino.errors import CheckpointError, ConfigError, DataError
 from fastdino.evals.attention_figures import (
     draw_attention,
     map_picture,
@@ -52,15 +54,21 @@ from fastdino.evals.attention_maps import (
 )
 from fastdino.evals.options import (
     DEFAULT,
-    add_exif_flag,
+    add_conversion_flags,
     add_network_flags,
+    conversion_of,
     load_vit,
     settings_of,
+    warn_of_deep,
 )
 from fastdino.evals.transforms import to_input
 from fastdino.files import explain_write_errors, write_json
+from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
 from fastdino.terminal import printable
+
+# Errors of one output folder's name, which do not concern the others.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EILSEQ)
 
 
 def find_images(path: str) -> tuple[ImageDataset, list[str]]:
@@ -72,7 +80,8 @@ def find_images(path: str) -> tuple[ImageDataset, list[str]]:
     """
     if os.path.isfile(path):
         sizes, labels = np.zeros((1, 2), np.int32), np.zeros(1, np.int64)  # not used
-        return ImageDataset("", unread_manifest([path]), labels, [""], sizes), [""]
+        deep = count_deep([read_header(path)])
+        return ImageDataset("", unread_manifest([path]), labels, [""], sizes, deep=deep), [""]
     if not os.path.isdir(path):
         raise DataError(f"--image_path {path}: no such file or folder")
     # Unreadable images are skipped and reported; only a folder without any image is an error.
@@ -116,55 +125,92 @@ def draw_image(
 
 
 def draw_images(args: argparse.Namespace, device: torch.device) -> int:
-    """Draw the images of --image_path and write attention.json; return the number of images."""
+    """Draw the images of --image_path and write attention.json; return the number of images.
+
+    An image that cannot be drawn is skipped. attention.json lists all that are drawn, also if a
+    later one ends the command.
+    """
     images, folders = find_images(args.image_path)
     model, arch = load_vit(args, device, reason=NO_CLS_ATTENTION)
-    images = replace(images, exif=args.exif_orientation)
-    root = Path(args.output_dir)
-    records: list[dict[str, Any]] = []
-    bar = tqdm(folders, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
-    for index, (path, folder) in enumerate(zip(images.paths, bar, strict=True)):
-        try:
-            with quiet_pillow():
-                image = images.read_rgb(index)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-            images.skipped[path] = reason_of(error)
-            continue
-        picture = fit_to_patches(image, args.image_size, model.patch_size)
-        maps = attention_maps(model, to_input(picture)[None].to(device))[0].cpu()
-        title = f"{Path(path).name}: CLS attention in the last block of {arch}"
-        with explain_write_errors(root / folder):
-            files = draw_image(picture, maps, root / folder, threshold=args.threshold, title=title)
-        records.append(
-            {
-                "image": path,
-                "size": [picture.height, picture.width],
-                "grid": list(maps.shape[1:]),
-                "heads": head_statistics(maps, args.threshold),
-                "files": [str(Path(folder) / file) for file in files],
-            }
-        )
-    if not records:
-        reasons = "; ".join(f"{path} {reason}" for path, reason in list(images.skipped.items())[:3])
-        raise DataError(f"--image_path: no image can be read: {reasons}")
-    for path, reason in images.skipped.items():
-        print(printable(f"skipped: {path} {reason}"), file=sys.stderr)
-    result = {
+    images = replace(images, conversion=conversion_of(args))
+    warn_of_deep(args, images.deep, len(images))
+    result: dict[str, Any] = {
         "settings": settings_of(args, model, "image_size", "threshold")
         | {"arch": arch, "patch_size": model.patch_size},
-        "images": records,
+        "images": [],
         "skipped": images.skipped,
     }
-    write_json(result, root / "attention.json")
-    return len(records)
+    path = Path(args.output_dir) / "attention.json"
+    bar = tqdm(folders, unit="image", disable=len(images) < 2 or not sys.stderr.isatty())
+    try:
+        for index, folder in enumerate(bar):
+            try:
+                result["images"].append(_draw(args, images, index, folder, model, arch))
+            except SkippedImageError as error:
+                images.skipped[images.path(index)] = str(error)
+    except BaseException:
+        if result["images"]:
+            with contextlib.suppress(CheckpointError):
+                write_json(result, path)
+        raise
+    if not result["images"]:
+        reasons = "; ".join(f"{path} {reason}" for path, reason in list(images.skipped.items())[:3])
+        raise DataError(f"--image_path: no image can be read: {reasons}")
+    for name, reason in images.skipped.items():
+        print(printable(f"skipped: {name} {reason}"), file=sys.stderr)
+    write_json(result, path)
+    return len(result["images"])
+
+
+class SkippedImageError(Exception):
+    """An image cannot be drawn, but others may be; the message continues a sentence."""
+
+
+def _draw(
+    args: argparse.Namespace,
+    images: ImageDataset,
+    index: int,
+    folder: str,
+    model: VisionTransformer,
+    arch: str,
+) -> dict[str, Any]:
+    """Draw an image into a folder below --output_dir; return its entry in attention.json.
+
+    Raises: SkippedImageError: it cannot be read, or its name gives no folder. CheckpointError.
+    """
+    path, target = images.path(index), Path(args.output_dir) / folder
+    try:
+        with quiet_pillow():
+            image = images.read_rgb(index)
+        picture = fit_to_patches(image, args.image_size, model.patch_size)
+    except MemoryError:
+        raise
+    except DataError as error:
+        raise SkippedImageError(f"cannot be drawn: {error}") from error
+    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
+        raise SkippedImageError(reason_of(error)) from error
+    maps = attention_maps(model, to_input(picture)[None].to(model.pos_embed.device))[0].cpu()
+    title = f"{Path(path).name}: CLS attention in the last block of {arch}"
+    try:
+        with explain_write_errors(target):
+            files = draw_image(picture, maps, target, threshold=args.threshold, title=title)
+    except CheckpointError as error:
+        if getattr(error.__cause__, "errno", None) in _NAME_ERRORS:
+            raise SkippedImageError(f"cannot be drawn: {error}") from error
+        raise
+    return {
+        "image": path,
+        "size": [picture.height, picture.width],
+        "grid": list(maps.shape[1:]),
+        "heads": head_statistics(maps, args.threshold),
+        "files": [str(Path(folder) / file) for file in files],
+    }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino attention`: those of visualize_attention.py, and our own."""
     add_network_flags(parser, "architecture: a vit_*", default=("vit_small", 8))
-    add_exif_flag(parser)
+    add_conversion_flags(parser)
     add = parser.add_argument
     about = "resize images to this height and width, or shorter side (default: 480 480)"
     add("--image_size", type=int, nargs="+", default=[480, 480], metavar="PX", help=about)

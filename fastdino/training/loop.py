@@ -16,6 +16,7 @@ import fastdino
 from fastdino import distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
+from fastdino.data.image_files import Conversion
 from fastdino.errors import CheckpointError, NonFiniteError, UserError
 from fastdino.files import file_lock, write_json
 from fastdino.models.backbones import has_batch_norm
@@ -90,7 +91,7 @@ class Run:
                 config.data_path,
                 max_bad_share=config.max_bad_share,
                 workers=config.num_workers,
-                exif=config.exif_orientation,
+                conversion=Conversion(config.exif_orientation, config.image_range),
                 cache=self.output_dir / "images.npz",
             )
         )
@@ -126,6 +127,8 @@ class Run:
         self.progress.info(self.headline())
         for note in self.loader.dataset.notes:
             self.progress.info(note)
+        if self.loader.dataset.warning:
+            self.progress.warn(self.loader.dataset.warning)
         self._list_skipped(self.loader.dataset.skipped)
         if not self._synchronises_batch_norm():
             self.progress.warn(

@@ -31,7 +31,7 @@ from fastdino.bench.worker_process import session_cpu_seconds
 from fastdino.config import TrainConfig
 from fastdino.data import build_loader, draw_crops
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import decode_rgb
+from fastdino.data.image_files import AS_STORED
 from fastdino.data.loader_base import CropLoader
 from fastdino.runtime import resolve_crops
 
@@ -178,7 +178,7 @@ def _pillow_decoding(task: LoaderTask) -> Decoding:
     pool = ThreadPoolExecutor(task.config.num_workers)
 
     def decode(files: list[bytes]) -> list[NDArray[np.uint8]]:
-        return list(pool.map(lambda file: np.asarray(decode_rgb(file)), files))
+        return list(pool.map(lambda file: np.asarray(AS_STORED.decode(file)), files))
 
     return Decoding(task, decode)
 

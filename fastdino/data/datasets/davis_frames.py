@@ -28,7 +28,9 @@ def is_davis(data_path: DataPath) -> bool:
 def find_davis(data_path: DataPath) -> FileList:
     """Return all frames, or those of a split ("2017/train" or "train").
 
-    Raises: DataError: no such split or resolution, or a sequence has no frames.
+    Sequences without frames are left out.
+
+    Raises: DataError: no such split or resolution, or no sequence has frames.
     """
     root = Path(data_path.path)
     available = _resolutions(root)
@@ -42,21 +44,23 @@ def find_davis(data_path: DataPath) -> FileList:
     if data_path.role or requested_split(data_path):
         split = _choose_split(root, data_path)
         sequences = sorted(sequence_names(root / "ImageSets" / f"{split}.txt"))
-    if missing := [name for name in sequences if name not in existing]:
-        raise data_path.error(
-            f"{split} lists {len(missing)} sequences that are not in "
-            f"{frames}, for example {missing[0]}"
-        )
     files: list[str] = []
     labels: list[int] = []
+    skipped: dict[str, str] = {}
     for label, name in enumerate(sequences):
-        images = image_files(frames / name)
+        images = image_files(frames / name) if name in existing else []
+        if not images:
+            reason = "has no frames" if name in existing else f"is missing; {split} lists it"
+            skipped[str(frames / name)] = reason
         files += [f"{name}/{image.name}" for image in images]
         labels += [label] * len(images)
     if not files:
-        raise DataError(f"no images in {frames}: its {len(sequences)} folders contain no frames")
+        raise DataError(
+            f"no images in {frames}: none of {len(sequences)} sequences has frames, for example "
+            f"{sequences[0]}"
+        )
     kind = f"DAVIS {split or 'sequences'}, {frames.name}"
-    return FileList(kind, str(frames), files, labels, sequences)
+    return FileList(kind, str(frames), files, labels, sequences, skipped=skipped)
 
 
 def sequence_names(path: Path) -> list[str]:
