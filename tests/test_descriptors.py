@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdino.evals import descriptors
 from fastdino.evals.descriptors import Whitening, cls_and_gem
 from fastdino.models.weights import load_backbone
 
@@ -29,6 +30,14 @@ def test_whitened_features_have_the_identity_as_second_moment():
     torch.testing.assert_close(whitening(features), rotated - rotated.mean(0))
     energy = whitening.projection.norm(dim=1)
     assert torch.equal(energy, energy.sort().values), "the strongest axis first"
+
+
+def test_whitening_learns_from_all_blocks_of_rows(monkeypatch):
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    whole = Whitening.learn(features)
+    monkeypatch.setattr(descriptors, "_MOMENT_ROWS", 7)
+    blocks = Whitening.learn(features)
+    torch.testing.assert_close(blocks.projection.abs(), whole.projection.abs())
 
 
 def test_whitening_does_not_amplify_axes_without_energy():

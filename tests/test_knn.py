@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdino import Trainer, checkpoint, cli, distributed
 from fastdino.data import scan_images
 from fastdino.evals import knn
-from fastdino.evals.knn import knn_accuracy
+from fastdino.evals.knn import dump_features, knn_accuracy
 from fastdino.evals.transforms import center_crop
 from tests.commands import break_pixels, error_of, make_gray, write_colours
 from tests.processes import run_commands_in_two, run_two
@@ -80,6 +80,12 @@ def test_with_fewer_than_five_classes_top5_is_100(classes):
     top1, top5 = knn_accuracy(train, train_labels, val, val_labels, ks=[40])[40]
     assert top5 == 100
     assert top1 == paper_knn(train, train_labels, val, val_labels, 40, 0.07)[0]
+
+
+def test_numbers_of_neighbours_may_come_in_any_order(sets):
+    rising, falling = (knn_accuracy(*sets, ks=ks) for ks in ((1, 5, 20), (20, 5, 1)))
+    assert rising == falling
+    assert list(falling) == [20, 5, 1]
 
 
 def test_a_class_that_only_val_has_is_never_correct():
@@ -190,6 +196,24 @@ def test_features_come_from_the_network_of_checkpoint_key(run, images, tiny, tmp
         assert features["trainlabels.pth"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert features["testlabels.pth"].tolist() == [0, 0, 1, 1, 2, 2]
         assert features["testfeat.pth"].shape == (6, 96)
+
+
+def test_the_temperature_reaches_the_votes(run, tmp_path):
+    """One near neighbour outvotes two far ones only at a low temperature."""
+    angles = torch.tensor([0.0, 0.6, 0.6])
+    train = torch.stack([angles.cos(), angles.sin()], dim=1)
+    tensors = {
+        "trainfeat": train, "trainlabels": torch.tensor([0, 1, 1]),
+        "testfeat": train[:1], "testlabels": torch.tensor([0]),
+    }  # fmt: skip
+    dump_features(tmp_path, tensors)
+    accuracies = []
+    for temperature in ("0.05", "10"):
+        output = tmp_path / f"{temperature}.json"
+        flags = ["--load_features", tmp_path, "--temperature", temperature, "--output", output]
+        assert run(*flags) == 0
+        accuracies.append(json.loads(output.read_text())["3"]["top1"])
+    assert accuracies == [100, 0]
 
 
 def test_loaded_features_give_the_same_accuracies(run, images, tmp_path, capsys):

@@ -52,6 +52,14 @@ def test_training_matches_plain_float64_sgd():
     assert (probe.epoch, probe.lr) == (3, 0)
 
 
+def test_a_batch_without_readable_images_only_decays_the_momentum():
+    probe = Probe(5, 4, lr=0.5, epochs=1, seed=1, device=CPU)
+    weight = probe.linear.weight.detach().clone()
+    batch = torch.randn(3, 5), torch.full((3,), UNREADABLE)
+    assert probe.train_epoch([batch], identity) == 0
+    assert torch.equal(probe.linear.weight, weight)
+
+
 def test_accuracies_count_only_readable_images():
     probe = Probe(7, 7, lr=1, epochs=1, seed=0, device=CPU)
     probe.linear.weight.data = torch.eye(7)

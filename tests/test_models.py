@@ -84,6 +84,28 @@ def test_networks_start_equal_and_the_teacher_has_no_gradients(tiny):
     assert not any(teacher.backbone.drop_path_rates)
 
 
+def test_initial_values_of_every_parameter_are_the_papers(tiny):
+    """Truncated normals of 0.02, PyTorch's uniform for the convolution and the prototypes."""
+    student, _ = build_networks(tiny(arch="vit_tiny", out_dim=300))
+    uniform = {  # PyTorch's default: +- 1/sqrt(fan_in), whose deviation is that over sqrt(3)
+        "backbone.patch_embed.proj.weight": 3 * 8 * 8,
+        "backbone.patch_embed.proj.bias": 3 * 8 * 8,
+        "head.last_layer.weight_v": 256,
+    }
+    for name, values in student.named_parameters():
+        if name in uniform:
+            bound = uniform[name] ** -0.5
+            assert values.abs().max() <= bound, name
+            assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.15), name
+        elif name == "head.last_layer.weight_g" or "norm" in name:
+            assert (values == (0 if name.endswith("bias") else 1)).all(), name
+        elif name.endswith("bias"):
+            assert not values.any(), name
+        else:
+            assert values.mean().abs() < 0.004, name
+            assert values.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
 def test_head_returns_cosines_and_has_the_papers_names(float64):
     head = DINOHead(8, 5, use_bn=True, norm_last_layer=True)
     assert not head.last_layer.weight_g.requires_grad

@@ -291,6 +291,10 @@ def test_stochastic_depth_draws_in_the_dtype_of_the_branches(dtype):
     for got in kept[0]:
         want = (0.7 + torch.rand(50, dtype=dtype)).floor_()
         assert torch.equal(got > 0, want > 0)
+        # The factor is not rounded to half precision: 1/0.7 in fp32, or in fp64.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert got.dtype == wide
+        assert torch.equal(got.max(), torch.tensor(1, dtype=wide) / 0.7)
 
 
 @pytest.mark.parametrize(

@@ -23,5 +23,6 @@ MUTANTS = (
         "fastdino/evals/attention_maps.py",
         "maps.flatten(-2).double().sort",
         "maps.flatten(-2).sort",
+        equivalent="precision: in fp32 the sum of thousands of numbers can round across the share",
     ),
 )
