@@ -395,7 +395,7 @@ LOGITS, MASKS = torch.ones(3, K), torch.ones(1, 3, dtype=torch.bool)
         (lambda t, p: t.softmax_center_teacher(LOGITS[:, 1:], 1), ValueError,
          r"teacher_output must be \[.., K\] with K = 7, got shape \(3, 6\)"),
         (lambda t, p: t.update_center(LOGITS[None]), ValueError, r"\[B, K\] .*got shape \(1, 3, 7"),
-        (lambda t, p: p.update_center(LOGITS), ValueError, r"\[B, N, K\] .*got shape \(3, 7\)"),
+        (lambda t, p: p.update_center(LOGITS[0]), ValueError, r"\[B, N, K\] .*got shape \(7,\)"),
         (lambda t, p: p.update_center(LOGITS.long()), TypeError, "teacher_patch_tokens must have"),
         (lambda t, p: t.update_center(LOGITS.to("meta")), ValueError, "device cpu, got meta"),
         (lambda t, p: p.sinkhorn_knopp_teacher(LOGITS[None], 1, None), ValueError, r"\[N, K\]"),

@@ -83,6 +83,16 @@ def test_cross_entropy_replaces_the_line_of_capis_clustering(positionwise):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("more", "less"), [((1, 3, 7), (3, 7)), ((1, 1, 2, 3, 7), (2, 3, 7))])
+def test_leading_dimensions_of_size_one_are_optional(more, less):
+    s, t = (x.reshape(less) for x in draw_probs(1, 1, B=s_rows(less)))
+    expected = run(lambda s: plain_cross_entropy(s, t, 0.1), s)
+    for student, probs in ((s.view(more), t), (s, t.view(more))):
+        got = run(lambda s, p=probs: cross_entropy(s, p, 0.1), student)
+        assert got[0].shape == more[:-1]
+        assert_same((got[0].view(less[:-1]), got[1].view(less)), expected)
+
+
 def s_rows(shape: tuple[int, ...]) -> int:
     return torch.Size(shape[:-1]).numel()
 
@@ -155,6 +165,8 @@ def test_cross_entropy_compiles():
     [
         ((2, 3, 7), (2, 2, 7), r"both be \[B, N, K\] with K >= 1, got \(2, 3, 7\) and \(2, 2, 7\)"),
         ((2, 3, 7), (1, 3, 7), "got"),
+        ((2, 3, 7), (3, 7), "got"),
+        ((1, 7), (7,), "got"),
         ((7,), (7,), r"got \(7,\)"),
         ((2, 3, 0), (2, 3, 0), "K >= 1"),
     ],

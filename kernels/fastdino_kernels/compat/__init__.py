@@ -7,6 +7,9 @@ dinov2.py       DINOLoss, iBOTPatchLoss, KoLeoLoss: those of dinov2.loss
                 cross_entropy: the xformers.ops.cross_entropy that DINOv2 and lightly-train import
 dinov3.py       DINOLoss, iBOTPatchLoss, KoLeoLoss, KoLeoLossDistributed, GramLoss, by signature
 ibot.py         iBOTLoss: that of iBOT's main_ibot.py
+lightly_train.py  DINOv2's losses by lightly-train's names
+stable_pretraining.py  DINOv1Loss, iBOTPatchLoss, DINOv2Loss, sinkhorn_knopp: those of
+                stable_pretraining.losses
 soft_targets.py the cross-entropies of these losses, as functions
 teacher_center.py  the center of the teacher's logits and its delayed update
 stacking.py     stacking of a list of crops, without a copy if they are views of one tensor

@@ -203,7 +203,7 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
 
         Args:
             student_patch_tokens_masked: [N, K] logits; receives the gradient.
-            teacher_patch_tokens_masked: [N, K] probabilities of the same tokens.
+            teacher_patch_tokens_masked: [N, K] probabilities of the same tokens, or [1, N, K].
             student_masks_flat: [B, tokens of an image]; only its length is used if masks_weight is
                 given, otherwise bool with n <= N masked tokens.
             n_masked_patches: n, to leave out rows of padding at the end; all rows by default.
@@ -217,7 +217,9 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
         """
         _check_masks(student_masks_flat)
         used = slice(n_masked_patches)
-        rows = self._rows(student_patch_tokens_masked[used], teacher_patch_tokens_masked[used])
+        rows = self._rows(
+            student_patch_tokens_masked[..., used, :], teacher_patch_tokens_masked[..., used, :]
+        )
         if masks_weight is None:
             masks_weight = _weights(student_masks_flat)
         if check_float_tensor("masks_weight", masks_weight).shape != rows.shape[-1:]:
@@ -275,11 +277,14 @@ class iBOTPatchLoss(TeacherCenter):  # noqa: N801
         """Start the all-reduce of the mean over tokens, which the next step's center includes.
 
         Args:
-            teacher_patch_tokens: [B, N, K] logits, in DINOv2 [1, n, K] of the masked tokens.
+            teacher_patch_tokens: [B, N, K] logits, in DINOv2 [1, n, K] of the masked tokens; or
+                [n, K], which count as one image.
 
         Raises: ValueError, TypeError: another shape, or no floats.
 
         """
+        if isinstance(teacher_patch_tokens, Tensor) and teacher_patch_tokens.dim() == 2:
+            teacher_patch_tokens = teacher_patch_tokens[None]
         self.check_logits("teacher_patch_tokens", teacher_patch_tokens, 3)
         self.len_teacher_patch_tokens = len(teacher_patch_tokens)
         self.start_update(teacher_patch_tokens.flatten(0, 1))

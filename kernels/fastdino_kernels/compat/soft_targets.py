@@ -31,7 +31,8 @@ def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool =
     Args:
         s: [B, N, K] student logits (any leading dimensions), fp16/bf16/fp32/fp64; receives the
             gradient.
-        t: teacher probabilities of the same shape, any of these dtypes; receives none.
+        t: teacher probabilities of the same shape, any of these dtypes; receives none. One of the
+            two may have more leading dimensions, of size 1.
         temp: the student's temperature, > 0; a float, or a 0-d tensor on the logits' device.
         bw_inplace: write the gradient over `s` in the backward pass. Only use it if nothing reads
             `s` after the loss; see soft_cross_entropy's inplace_backward.
@@ -45,18 +46,19 @@ def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool =
     """
     check_float_tensor("s", s)
     check_float_tensor("t", t)
-    if s.shape != t.shape or s.dim() < 2 or s.shape[-1] < 1:
+    more, less = (s.shape, t.shape) if s.dim() > t.dim() else (t.shape, s.shape)
+    if more != (1,) * (len(more) - len(less)) + less or len(less) < 2 or less[-1] < 1:
         raise ValueError(
             f"s and t must both be [B, N, K] with K >= 1, got {tuple(s.shape)} and {tuple(t.shape)}"
         )
-    prototypes = s.shape[-1]
+    prototypes = less[-1]
     rows = soft_cross_entropy(
         s.reshape(1, -1, prototypes),
         t.reshape(1, -1, prototypes),
         student_temp=temp,
         inplace_backward=bw_inplace,
     )
-    return rows.reshape(s.shape[:-1])
+    return rows.reshape(more[:-1])
 
 
 def dino_clstoken_loss(
