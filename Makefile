@@ -30,6 +30,9 @@ test: install  ## run all tests in two processes, each with one thread
 mutants: install  ## put small faults into the code and count those that the tests notice (slow; continues where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --write benchmarks/results/mutants.md
 
+test-originals: $(if $(ORIGINALS_PYTHON),,install)  ## run other repositories' tests of their losses with ours (ORIGINALS=folder of checkouts; ORIGINALS_PYTHON=python: another environment)
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(or $(ORIGINALS_PYTHON),$(BIN)/python) -m tests.original_suites $(if $(ORIGINALS),--checkouts $(ORIGINALS))
+
 lint: install  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

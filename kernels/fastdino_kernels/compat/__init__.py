@@ -1,6 +1,7 @@
 """Drop-ins with the names and signatures of other repositories; ../../README.md lists them.
 
-lightly.py      DINOLoss, KoLeoLoss, Center: those of lightly, each in a file lightly_*.py
+lightly.py      DINOLoss, IBOTPatchLoss, IBOTPlusPlusPatchLoss, KoLeoLoss, Center: those of lightly,
+                in the files lightly_*.py
 rank_mean.py    the mean of a batch over the ranks, toward which lightly's centers move
 solo_learn.py   DINOLoss: solo.losses.DINOLoss
 dinov2.py       DINOLoss, iBOTPatchLoss, KoLeoLoss: those of dinov2.loss

@@ -1,6 +1,7 @@
 """Drop-ins for `lightly.loss`, as of lightly 1.6.
 
 lightly_dino.py     DINOLoss
+lightly_ibot.py     IBOTPatchLoss, IBOTPlusPlusPatchLoss
 lightly_koleo.py    KoLeoLoss
 lightly_center.py   Center, the moving average of patch losses (lightly.models.modules.center)
 rank_mean.py        the mean of a batch over the ranks
@@ -18,6 +19,7 @@ Constructors, forward methods, buffers and results are lightly's, except in thes
 
 from .lightly_center import Center
 from .lightly_dino import DINOLoss
+from .lightly_ibot import IBOTPatchLoss, IBOTPlusPlusPatchLoss
 from .lightly_koleo import KoLeoLoss
 
-__all__ = ["Center", "DINOLoss", "KoLeoLoss"]
+__all__ = ["Center", "DINOLoss", "IBOTPatchLoss", "IBOTPlusPlusPatchLoss", "KoLeoLoss"]
