@@ -10,13 +10,14 @@ must have the repositories' requirements. Repositories without a checkout are sk
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,8 +25,10 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "kernels/README.md"
 HEADER = "| repository | file | before | after |"
-# Compared in our own tests with tests/originals.py: these repositories have no tests of losses.
-COMPARED = ("dinov2", "ibot", "capi")
+# These repositories have no tests of losses. Their lines are looked up, and our own tests compare
+# with their code (tests/originals.py).
+COMPARED = ("dino", "dinov2", "ibot", "capi")
+SCRIPT = "your script"  # in the guide: no file of the repository
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,19 @@ def variable_of(repository: str) -> str:
 def replace_line(tree: Path, file: str, before: str, after: str) -> None:
     """Replace every occurrence of a line in a file of a copied checkout.
 
-    Raises: ValueError: the file does not have it.
+    Raises: ValueError: the file does not exist, or does not have the line.
     """
+    text = read_with_line(tree, file, before)
+    (tree / file).write_text(text.replace(before, after), encoding="utf-8")
+
+
+def read_with_line(tree: Path, file: str, line: str) -> str:
+    """Return the text of a file of a checkout; raise ValueError unless it has the line."""
     path = tree / file
-    text = path.read_text(encoding="utf-8")
-    if before not in text:
-        raise ValueError(f"expected the line {before!r} in {file}, found none")
-    path.write_text(text.replace(before, after), encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if line not in text:
+        raise ValueError(f"expected the line {line!r} in {file}, found none")
+    return text
 
 
 def run_suite(suite: Suite, checkout: Path, lines: Sequence[Line]) -> Result:
@@ -173,7 +182,7 @@ def run_suite(suite: Suite, checkout: Path, lines: Sequence[Line]) -> Result:
         tree = Path(folder) / "checkout"
         shutil.copytree(checkout, tree, ignore=shutil.ignore_patterns(".git"), symlinks=True)
         for line in lines:
-            if line.repository == suite.repository and (tree / line.file).exists():
+            if line.repository == suite.repository:
                 replace_line(tree, line.file, line.before, line.after)
         for file, before, after in suite.lines:
             replace_line(tree, file, before, after)
@@ -224,18 +233,30 @@ def read_report(report: Path, log: str) -> Result:
     return Result(passed, skipped, tuple(failed), log)
 
 
-def run_comparisons(checkouts: dict[str, Path]) -> Result:
-    """Run those of our tests that compare with the code of a checkout."""
+def run_comparisons(checkouts: dict[str, Path], lines: Sequence[Line]) -> Result:
+    """Look up the guide's lines, and run those of our tests that compare with the checkouts."""
+    for line in lines:
+        if line.repository in checkouts:
+            read_with_line(checkouts[line.repository], line.file, line.before)
     files = [
         str(file)
         for file in sorted((ROOT / "tests").glob("test_*.py"))
         if "from tests.originals import" in file.read_text(encoding="utf-8")
     ]
     for repository, path in checkouts.items():
-        os.environ[variable_of(repository)] = str(path)
+        os.environ[variable_of(repository)] = str(path.resolve())
     with tempfile.TemporaryDirectory() as folder:
-        paths = [ROOT, ROOT / "kernels"]
-        return run_pytest(files, ROOT, paths, Path(folder) / "report.xml")
+        return run_pytest(files, ROOT, [ROOT, ROOT / "kernels"], Path(folder) / "report.xml")
+
+
+def run_and_show(name: str, run: Callable[[], Result]) -> Result:
+    """Run a suite and print its result; a line that a checkout does not have is a failure."""
+    try:
+        result = run()
+    except ValueError as error:
+        result = Result(0, 0, (str(error),), "")
+    show(name, result)
+    return result
 
 
 def show(repository: str, result: Result) -> None:
@@ -263,15 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, path in found.items():
         if path is None:
             print(f"{name}: skipped, no checkout (set {variable_of(name)} or --checkouts)")
-    lines = guide_lines(GUIDE.read_text(encoding="utf-8"))
+    lines = [row for row in guide_lines(GUIDE.read_text(encoding="utf-8")) if row.file != SCRIPT]
     for suite in SUITES:
         if path := found.get(suite.repository):
-            results.append(run_suite(suite, path, lines))
-            show(suite.repository, results[-1])
-    compared = {name: path for name in COMPARED if (path := found.get(name))}
-    if compared:
-        results.append(run_comparisons(compared))
-        show(", ".join(compared), results[-1])
+            run = functools.partial(run_suite, suite, path, lines)
+            results.append(run_and_show(suite.repository, run))
+    if compared := {name: path for name in COMPARED if (path := found.get(name))}:
+        run = functools.partial(run_comparisons, compared, lines)
+        results.append(run_and_show(", ".join(compared), run))
     return int(not results or any(result.failed for result in results))
 
 

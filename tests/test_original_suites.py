@@ -93,6 +93,18 @@ def test_main_reports_failures_and_missing_checkouts(checkout, monkeypatch, caps
         original_suites.main(["unknown"])
 
 
+def test_line_that_is_not_found_is_reported_as_a_failure(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(original_suites, "SUITES", [])
+    monkeypatch.setattr(original_suites, "COMPARED", ("thing",))
+    rows = "| thing | `main.py` | `import thing` | `import other` |"
+    guide = checkout / "README.md"
+    guide.write_text(f"{original_suites.HEADER}\n|---|---|---|---|\n{rows}\n")
+    monkeypatch.setattr(original_suites, "GUIDE", guide)
+    assert original_suites.main(["--checkouts", str(checkout.parent)]) == 1
+    printed = capsys.readouterr().out
+    assert "thing: 0 passed, 1 failed, 0 skipped\n    expected the line 'import thing'" in printed
+
+
 def fake_run(failed):
     return lambda *_: original_suites.Result(3, 2, failed, "log")
 

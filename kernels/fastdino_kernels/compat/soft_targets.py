@@ -1,6 +1,6 @@
 """Cross-entropies of DINOv2-style code, whose teacher outputs are already probabilities.
 
-The teacher is centered or balanced (Sinkhorn-Knopp) separately, and the loss is
+The teacher is centered (centered_softmax) or balanced (Sinkhorn-Knopp) separately, and the loss is
 
     CE(p, s) = -sum_k p_k log softmax(s/tau_s)_k
 
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import check_float_tensor
+from ..checks import check_float_tensor, check_temperature
+from ..dispatch import choose_impl, compute_dtype
+from ..operators import ops
 from ..pairwise_arguments import pair_count
 from ..soft_cross_entropy import soft_cross_entropy
 from .stacking import stack_crops
@@ -59,6 +61,28 @@ def cross_entropy(s: Tensor, t: Tensor, temp: float | Tensor, bw_inplace: bool =
         inplace_backward=bw_inplace,
     )
     return rows.reshape(more[:-1])
+
+
+def centered_softmax(logits: Tensor, center: Tensor, temp: float | Tensor) -> Tensor:
+    """Compute the teacher's targets softmax((logits - center)/temp) in one pass over the logits.
+
+    Args:
+        logits: [.., K], fp16/bf16/fp32/fp64; receives no gradient.
+        center: [K], any of these dtypes.
+        temp: > 0; a float, or a 0-d tensor on the logits' device.
+
+    Returns: probabilities of the shape of the logits, fp32 (fp64 for fp64 logits).
+
+    Raises: ValueError, TypeError: a temperature that is not > 0, or on another device.
+
+    """
+    dtype = compute_dtype(logits)
+    temp = check_temperature("teacher_temp", temp, dtype, logits.device)
+    options = (0.0, temp) if isinstance(temp, Tensor) else (temp, None)
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    chosen = choose_impl("auto", (rows,))
+    probs: Tensor = ops.sinkhorn_probabilities(rows, center.to(dtype), *options, chosen)
+    return probs.view(logits.shape)
 
 
 def dino_clstoken_loss(

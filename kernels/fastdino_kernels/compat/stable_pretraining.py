@@ -19,18 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
-    check_float_tensor,
-    check_number,
-    check_positive,
-    check_range,
-    check_temperature,
-)
-from ..dispatch import choose_impl, compute_dtype
-from ..operators import ops
+from ..checks import check_float_tensor, check_number, check_positive, check_range
+from ..dispatch import compute_dtype
 from ..sinkhorn import sinkhorn_knopp as _sinkhorn_knopp
 from .dinov2 import cross_entropy, dino_cross_entropy
 from .rank_mean import FinishMean, move_center_, start_rank_mean
+from .soft_targets import centered_softmax
 
 
 def cross_entropy_loss(t: Tensor, s: Tensor, temp: float | Tensor) -> Tensor:
@@ -154,7 +148,9 @@ class DINOv1Loss(nn.Module):
             raise ValueError(
                 f"teacher_logits must have the center's K = {center.shape[-1]}, got {prototypes}"
             )
-        return _centered_softmax(teacher_logits, center, teacher_temp)
+        if center is None:
+            center = teacher_logits.new_zeros(prototypes)
+        return centered_softmax(teacher_logits, center.reshape(-1), teacher_temp)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
@@ -288,19 +284,3 @@ def _check_logits(name: str, logits: Tensor) -> None:
     check_float_tensor(name, logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must be [.., K] with K >= 1, got shape {tuple(logits.shape)}")
-
-
-def _centered_softmax(logits: Tensor, center: Tensor | None, temp: float | Tensor) -> Tensor:
-    """Return softmax((logits - center)/temp) in one pass over the logits [.., K]."""
-    logits, dtype = logits.detach(), compute_dtype(logits)
-    temp = check_temperature("teacher_temp", temp, dtype, logits.device)
-    options = (0.0, temp) if isinstance(temp, Tensor) else (temp, None)
-    if center is None:
-        center = torch.zeros(logits.shape[-1], dtype=dtype, device=logits.device)
-    probs: Tensor = ops.sinkhorn_probabilities(
-        logits.flatten(0, -2),
-        center.reshape(-1).to(dtype),
-        *options,
-        choose_impl("auto", (logits,)),
-    )
-    return probs.view(logits.shape)

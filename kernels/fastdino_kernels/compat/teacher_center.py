@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
-    check_float_tensor,
-    check_number,
-    check_positive,
-    check_range,
-    check_temperature,
-)
+from ..checks import check_float_tensor, check_number, check_positive, check_range
 from ..collectives import world_size
-from ..dispatch import choose_impl, compute_dtype
-from ..operators import ops
+from ..dispatch import compute_dtype
 from .rank_mean import move_center_
+from .soft_targets import centered_softmax
 
 
 class TeacherCenter(nn.Module):
@@ -87,13 +81,7 @@ class TeacherCenter(nn.Module):
         self.check_logits(name, teacher)
         if self.center.dtype == torch.float64:
             teacher = teacher.double()
-        chosen = choose_impl("auto", (teacher,))
-        temp = check_temperature("teacher_temp", temp, compute_dtype(teacher), teacher.device)
-        options = (0.0, temp) if isinstance(temp, Tensor) else (temp, None)
-        center = self.center.reshape(-1)
-        probs: Tensor = ops.sinkhorn_probabilities(
-            teacher.detach().reshape(-1, len(center)), center, *options, chosen
-        )
+        probs = centered_softmax(teacher, self.center.reshape(-1), temp)
         return probs.view(torch.broadcast_shapes(teacher.shape, self.center.shape))
 
     def check_logits(self, name: str, logits: Tensor, dim: int | None = None) -> None:
