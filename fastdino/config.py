@@ -67,6 +67,17 @@ class TrainConfig:
     teacher_temp: float = _loss(0.04, "Teacher temperature after its linear warmup.")
     warmup_teacher_temp: float = _loss(0.04, "Teacher temperature in the first epoch.")
     warmup_teacher_temp_epochs: int = _loss(0, "Warmup epochs of the teacher temperature.")
+    centering: str = _loss(
+        ("centering", "sinkhorn"),
+        "Balance of the targets: centering (a moving average of the teacher's logits, as in the "
+        "paper) or sinkhorn (Sinkhorn-Knopp over the global crops of one forward pass on all "
+        "processes, as in DINOv2).",
+    )
+    koleo_weight: float = _loss(
+        0.0,
+        "Weight of the KoLeo regularizer, which spreads the student's features of the global crops "
+        "within a forward pass of one process; 0: none, as in the paper; DINOv2: 0.1.",
+    )
     momentum_teacher: float = _loss(
         0.996, "Initial EMA momentum of the teacher, 1 at the end (small batch: higher)."
     )
@@ -224,6 +235,11 @@ class TrainConfig:
         if not self.use_fp16 and self.amp_dtype != "auto":
             raise ConfigError(
                 f"--use_fp16 false contradicts --amp_dtype {self.amp_dtype}: remove one"
+            )
+        if self.koleo_weight and self.batch_size_per_gpu == 1:
+            raise ConfigError(
+                f"--koleo_weight {self.koleo_weight} compares the images of a forward pass, and "
+                "--batch_size_per_gpu 1 has one: use 2 or more, or --koleo_weight 0"
             )
         if self.arch in PATCHED_ARCHS:
             sizes = ("global_crops_size", "local_crops_size")[: 2 if self.local_crops_number else 1]

@@ -19,6 +19,8 @@ PAPER_DEFAULTS = {
     "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0), "local_crops_number": 8,
     "local_crops_scale": (0.05, 0.4), "data_path": "/path/to/imagenet/train/", "output_dir": ".",
     "saveckp_freq": 20, "seed": 0, "num_workers": 10, "dist_url": "env://",
+    # Not flags of the paper's code, but its loss.
+    "centering": "centering", "koleo_weight": 0.0,
 }  # fmt: skip
 
 
@@ -94,6 +96,13 @@ def test_booleans_have_the_papers_spellings(capsys):
         ({"use_fp16": False, "amp_dtype": "bf16"}, "--use_fp16 false contradicts --amp_dtype bf16"),
         ({"arch": "vit_large", "patch_size": 112}, "--local_crops_size 96 is smaller than a patch"),
         ({"local_crops_size": 8}, "--local_crops_size 8 is smaller than a patch"),
+        ({"centering": "sk"}, "--centering must be one of centering, sinkhorn, got 'sk'"),
+        ({"koleo_weight": -0.1}, "--koleo_weight must be a finite number of at least 0, got -0.1"),
+        ({"koleo_weight": float("inf")}, "--koleo_weight must be a finite number of at least 0"),
+        (
+            {"koleo_weight": 0.1, "batch_size_per_gpu": 1, "grad_accum": 64},
+            "--batch_size_per_gpu 1 has one: use 2 or more, or --koleo_weight 0",
+        ),
     ],
 )
 def test_invalid_values_are_errors_with_flag_value_and_allowed_values(settings, message):

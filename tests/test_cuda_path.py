@@ -227,14 +227,23 @@ def test_graphs_of_each_simulation_are_captured(gpu, attempt):
 # The training step.
 
 
+BALANCED = {"centering": "sinkhorn", "koleo_weight": 0.1}
+
+
 @pytest.mark.parametrize(
-    ("mode", "precision"),
-    [("parity", "fp16"), ("parity", "bf16"), ("fast", "bf16"), ("fast", "fp16")],
+    ("mode", "precision", "loss_of"),
+    [
+        ("parity", "fp16", {}),
+        ("parity", "bf16", {}),
+        ("fast", "bf16", {}),
+        ("fast", "fp16", {}),
+        ("parity", "fp16", BALANCED),
+    ],
 )
-def test_step_on_a_gpu_is_that_on_the_cpu(gpu, make_trainer, crops_of, mode, precision):
+def test_step_on_a_gpu_is_that_on_the_cpu(gpu, make_trainer, crops_of, mode, precision, loss_of):
     losses: dict[str, list[float]] = {}
     for device in ("cpu", "cuda"):
-        trainer = make_trainer(device, mode=mode, amp_dtype=precision, packing="off")
+        trainer = make_trainer(device, mode=mode, amp_dtype=precision, packing="off", **loss_of)
         batches = [crops_of(trainer.config, i) for i in range(2)]
         steps = []
         for i, crops in enumerate(batches):
@@ -249,20 +258,24 @@ def test_step_on_a_gpu_is_that_on_the_cpu(gpu, make_trainer, crops_of, mode, pre
             allowed = ["fastdino/training/nonfinite.py"] * checks
             if i > 0:
                 assert waits_in(gpu, started) == allowed
-            assert gpu.products.keys() == {HALF[precision]}
+            koleo = {torch.float32} if loss_of else set()  # its dot products
+            assert gpu.products.keys() == {HALF[precision]} | koleo
         losses[device] = [loss.item() for loss in steps]
         trainer.verify()
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
     kernels = {"pairwise_forward_kernel", "pairwise_backward_kernel"}
     kernels |= {"adamw_ema_kernel"} if mode == "fast" else {"scale_kernel", "ema_kernel"}
+    kernels |= {"sinkhorn_columns_kernel", "sinkhorn_masses_kernel"} if loss_of else set()
     assert kernels <= set(gpu.launches)
 
 
-def test_graphed_step_is_the_eager_step(gpu, make_trainer, crops_of):
+@pytest.mark.parametrize("loss_of", [{}, BALANCED], ids=["paper", "sinkhorn and KoLeo"])
+def test_graphed_step_is_the_eager_step(gpu, make_trainer, crops_of, loss_of):
     results = []
     for graphed in (False, True):
         launched = len(gpu.launches)
-        trainer = make_trainer(mode="fast", amp_dtype="bf16", cuda_graph=graphed, warmup_epochs=0)
+        settings = {"mode": "fast", "amp_dtype": "bf16", "warmup_epochs": 0} | loss_of
+        trainer = make_trainer(cuda_graph=graphed, **settings)
         batches = [pinned(crops_of(trainer.config, i)) for i in range(7)]
         trainer.train_step(batches[0])
         with gpu.no_wait():
@@ -272,6 +285,7 @@ def test_graphed_step_is_the_eager_step(gpu, make_trainer, crops_of):
             losses += [trainer.train_step(crops) for crops in batches[5:]]
         launched = gpu.launches[launched:].count("adamw_ema_kernel")
         assert launched == (5 if graphed else 7)  # two replays
+        losses += trainer.terms.values()
         results.append(([x.item() for x in losses], trainer.state_dict()))
     (eager, eager_state), (replayed, replayed_state) = results
     assert replayed == eager

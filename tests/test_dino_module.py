@@ -11,6 +11,7 @@ import torch
 from fastdino_kernels import DINOLoss, reference, teacher_entropy
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.logits import run
 from tests.processes import run_two
 
 
@@ -36,6 +37,44 @@ class PaperLoss:
         rows = len(teacher) * teacher.shape[1]
         self.center = reference.update_center(self.center, total, rows, self.momentum)
         return loss
+
+
+def sinkhorn_loss(student, teacher, temp):
+    """Return the reference loss of logits [S, B, K] and [2, B, K], and the targets' entropy."""
+    probs = reference.sinkhorn_knopp(teacher.flatten(0, 1), temp, 3).reshape(teacher.shape)
+    rows = reference.soft_cross_entropy(student, probs, 0.1, ignore_diagonal=True)
+    entropy = torch.special.entr(probs).sum(-1).mean()
+    return rows.mean(1).sum() / (2 * len(student) - 2), entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sinkhorn_module_matches_the_reference(dtype):
+    S, B, K = 5, 3, 11
+    loss_fn = DINOLoss(K, S, 0.04, 0.07, 3, 4, centering="sinkhorn").to(dtype)
+    loss_fn.center.copy_(torch.linspace(-1, 1, K))  # a checkpoint's, which no target contains
+    before = loss_fn.center.clone()
+    tolerance = (
+        {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    for epoch, temp in enumerate([0.04, 0.055, 0.07, 0.07]):
+        student, teacher = draw(S, 2, B, K, dtype, seed=epoch)
+        exact = student.double().requires_grad_()
+        expected, entropy = sinkhorn_loss(exact, teacher.double(), temp)
+        expected.backward()
+        student = student.reshape(S * B, K).detach().requires_grad_()
+        rows = teacher.reshape(2 * B, K)
+        loss = loss_fn(student, rows, epoch)
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected.detach(), **tolerance)
+        torch.testing.assert_close(student.grad.double().reshape(S, B, K), exact.grad, **tolerance)
+        got = loss_fn.teacher_entropy(rows, epoch)
+        torch.testing.assert_close(got.double(), entropy, **tolerance)
+        center = loss_fn.target_center(rows, epoch)
+        torch.testing.assert_close(loss_fn.target_center(rows, torch.tensor(epoch)), center)
+        assert torch.equal(loss_fn.pairwise(student, rows, epoch, center)[0], loss)
+        assert torch.equal(loss_fn.teacher_entropy(rows, epoch, center), got)
+    assert torch.equal(loss_fn.center, before)
+    assert loss_fn.state_dict().keys() == {"center"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -100,9 +139,10 @@ def test_module_entropy_uses_its_center_and_temperature():
     assert loss_fn.teacher_entropy(teacher, 0) < expected
 
 
-def test_module_compiles_as_one_graph_for_all_epochs():
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn"])
+def test_module_compiles_as_one_graph_for_all_epochs(centering):
     K, S, epochs = 7, 4, 12
-    eager, traced = (DINOLoss(K, S, 0.04, 0.07, 10, epochs) for _ in range(2))
+    eager, traced = (DINOLoss(K, S, 0.04, 0.07, 10, epochs, centering=centering) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(traced, fullgraph=True, backend=counter)
     for epoch in range(epochs):
@@ -115,6 +155,15 @@ def test_module_compiles_as_one_graph_for_all_epochs():
     assert counter.frame_count <= 3  # torch.compile pins 0 and 1
 
 
+def test_sinkhorn_has_no_center_update():
+    loss_fn = DINOLoss(3, 2, 0.04, 0.07, 0, 1, centering="sinkhorn")
+    loss_fn.update_center(torch.ones(3), 4)
+    loss_fn.start_center_update(torch.ones(3), 4)(skip=torch.tensor(0.0))
+    assert torch.equal(loss_fn.center, torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"teacher_sum must be \[K\] with K = 3, got .*\(2,\)"):
+        loss_fn.update_center(torch.ones(2), 4)
+
+
 @pytest.mark.parametrize("skip", [0.0, 1.0])
 def test_center_update_can_be_skipped_on_the_device(skip):
     loss_fn, plain = DINOLoss(3, 2, 0.04, 0.07, 0, 1), DINOLoss(3, 2, 0.04, 0.07, 0, 1)
@@ -125,8 +174,9 @@ def test_center_update_can_be_skipped_on_the_device(skip):
     assert torch.equal(loss_fn.center, plain.center)
 
 
-def test_empty_batch_keeps_the_center():
-    loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 1)
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn"])
+def test_empty_batch_keeps_the_center(centering):
+    loss_fn = DINOLoss(7, 4, 0.04, 0.04, 0, 1, centering=centering)
     loss_fn.center.fill_(2)
     assert loss_fn(torch.zeros(0, 7), torch.zeros(0, 7), 0) == 0
     assert torch.equal(loss_fn.center, torch.full((1, 7), 2.0))
@@ -143,6 +193,14 @@ def test_empty_batch_keeps_the_center():
         ({"warmup_teacher_temp": -0.1}, "warmup_teacher_temp must be > 0"),
         ({"student_temp": 0.0}, "student_temp must be > 0"),
         ({"center_momentum": 1.5}, r"center_momentum must be in \[0, 1\], got 1.5"),
+        (
+            {"centering": "sinkhorn_knopp"},
+            "centering must be one of centering, sinkhorn, got 'sink",
+        ),
+        (
+            {"centering": "sinkhorn", "center_momentum": 0.5},
+            "expected the default center_momentum, got 0.5; remove center_momentum",
+        ),
     ],
 )
 def test_invalid_constructor_arguments(changes, match):
@@ -186,7 +244,13 @@ def distributed_step(folder: Path) -> None:
         student, teacher = draw(S, 2, B, K, torch.float64, seed=step)
         student, teacher = (x[:, mine].reshape(-1, K) for x in (student, teacher))
         losses.append(loss_fn(student, teacher, 0).item())
-    torch.save({"losses": losses, "center": loss_fn.center.clone()}, folder / f"{rank}.pt")
+    balanced = DINOLoss(K, S, 0.04, 0.04, 0, 1, centering="sinkhorn").double()
+    rows = student.requires_grad_()
+    balanced_loss = balanced(rows, teacher, 0)
+    balanced_loss.backward()
+    results = {"losses": losses, "center": loss_fn.center.clone()}
+    results["sinkhorn"] = (balanced_loss.detach(), rows.grad.reshape(S, B // 2, K) / 2)
+    torch.save(results, folder / f"{rank}.pt")
     own_sum = torch.ones(K, dtype=torch.float64)
     loss_fn.update_center(own_sum, 1)
     assert torch.equal(own_sum, torch.ones_like(own_sum)), "update_center changed its argument"
@@ -205,3 +269,8 @@ def test_two_ranks_share_one_center(tmp_path):
         assert mean == pytest.approx(expected.item(), rel=1e-12)
     assert torch.equal(first["center"], second["center"])
     torch.testing.assert_close(first["center"], paper.center)
+    # Sinkhorn-Knopp balances the rows of both ranks. `student` and `teacher` are of the last step.
+    expected, gradient = run(lambda student: sinkhorn_loss(student, teacher, 0.04)[0], student)
+    losses, gradients = zip(first["sinkhorn"], second["sinkhorn"], strict=True)
+    torch.testing.assert_close(sum(losses) / 2, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat(gradients, dim=1), gradient, rtol=1e-10, atol=1e-14)

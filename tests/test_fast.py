@@ -38,6 +38,7 @@ def fast(tiny):
         {"use_bn_in_head": True, "clip_grad": 0.0, "freeze_last_layer": 0},
         {"batch_size_per_gpu": 2, "grad_accum": 2, "packing": "on"},
         {"optimizer": "sgd"},
+        {"centering": "sinkhorn", "koleo_weight": 0.1},
     ],
     ids=lambda settings: "-".join(settings) or "default",
 )

@@ -71,6 +71,26 @@ def test_log_line_has_the_papers_keys_and_the_means_of_the_epoch(progress, tmp_p
         assert line["train_kl"] == pytest.approx(sum(kls) / 2)
 
 
+def test_terms_of_the_loss_are_logged_and_kl_is_that_of_the_dino_loss(
+    progress, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = progress()
+    run.restart(0, None)
+    values = {"loss": 4.25, "lr": 0.1, "wd": 0.04, "dino": 4.0, "koleo": 2.5}
+    for i in range(STEPS):
+        run.step(i, values, entropy=3.0 if i == 0 else None)
+    run.end_epoch(0)
+    run.__exit__(None, None, None)
+    (line,) = lines_of(tmp_path)
+    assert list(line) == [
+        "train_loss", "train_lr", "train_wd", "train_dino", "train_koleo", "train_entropy",
+        "train_kl", "epoch",
+    ]  # fmt: skip
+    assert [line[f"train_{name}"] for name in ("dino", "koleo", "kl")] == [4.0, 2.5, 1.0]
+    assert "loss 4.250, KoLeo 2.500, lr 1.00e-01" in capsys.readouterr().err
+
+
 def test_resumed_run_drops_later_and_incomplete_lines(progress, tmp_path):
     lines = [json.dumps({"train_loss": 5.0 - epoch, "epoch": epoch}) for epoch in range(3)]
     text = "\n".join(lines) + '\n{"train_loss": 1.0, "epo'

@@ -133,11 +133,19 @@ def test_run_writes_the_papers_files_once_and_prints_a_headline(config, tmp_path
     assert (run / "checkpoint.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("at", [1, STEPS - 1, STEPS + 2])
-def test_resumed_command_matches_uninterrupted_run(config, tmp_path, interrupt, at):
-    assert train(config(output_dir=str(tmp_path / "uninterrupted"))) == "finished"
+@pytest.mark.parametrize(
+    ("at", "settings"),
+    [
+        (1, {}),
+        (STEPS - 1, {}),
+        (STEPS + 2, {}),
+        (STEPS + 1, {"centering": "sinkhorn", "koleo_weight": 0.1, "mode": "fast"}),
+    ],
+)
+def test_resumed_command_matches_uninterrupted_run(config, tmp_path, interrupt, at, settings):
+    assert train(config(**settings, output_dir=str(tmp_path / "uninterrupted"))) == "finished"
     line = ["train"]
-    for name, value in config().to_dict().items():
+    for name, value in config(**settings).to_dict().items():
         line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if at == 1:  # a launcher forwards the signal that the run also received
         interrupt(at, signal.SIGINT, times=2)
@@ -298,6 +306,33 @@ def test_resume_warns_of_other_settings(config, tmp_path, capsys):
     train(config(epochs=1))
     train(config(epochs=2, lr=0.01))
     assert "other settings: --epochs 2 (was 1), --lr 0.01 (was 0.05)" in capsys.readouterr().err
+
+
+def test_resume_with_another_loss_is_shown(config, tmp_path, capsys):
+    train(config(epochs=1))
+    assert "--centering" not in capsys.readouterr().out
+    path = tmp_path / "run/checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    del state["args"]["centering"]  # a checkpoint of a version without the flag
+    torch.save(state, path)
+    center = state["dino_loss"]["center"]
+    assert center.any()
+    changed = config(epochs=2, centering="sinkhorn", koleo_weight=0.1)
+    train(changed)
+    captured = capsys.readouterr()
+    flags = "--centering sinkhorn (was centering), --koleo_weight 0.1 (was 0.0)"
+    assert f"other settings: {flags}, --epochs 2 (was 1)" in captured.err
+    assert "--mode parity | --centering sinkhorn | --koleo_weight 0.1 |" in captured.out
+    assert torch.equal(weights_of(tmp_path / "run")["dino_loss"]["center"], center)
+    saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert (saved["centering"], saved["koleo_weight"]) == ("sinkhorn", 0.1)
+    before, after = (
+        json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()
+    )
+    assert {"train_dino", "train_koleo"} & set(before) == set()
+    total = after["train_dino"] + 0.1 * after["train_koleo"]
+    assert after["train_loss"] == pytest.approx(total, rel=1e-6)
+    assert after["train_kl"] > 0
 
 
 def test_output_folder_in_use_is_rejected_and_an_old_log_is_renamed(config, tmp_path):

@@ -178,3 +178,19 @@ def test_one_backbone_pass_per_crop_size_keeps_the_order():
     out = MultiCropWrapper(Backbone(), head)(crops)
     assert passes == [(4, 3, 8, 8), (6, 3, 4, 4)]
     assert out[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_features_of_the_backbone_are_returned_with_the_logits(packing):
+    class Backbone(nn.Module):
+        def forward(self, x):
+            groups = x if packing else [x]
+            return torch.cat([group.mean((2, 3)) for group in groups])
+
+    wrapper = MultiCropWrapper(Backbone(), nn.Linear(3, 5))
+    wrapper.packing = packing
+    crops = [torch.full((2, 3, size, size), float(i)) for i, size in enumerate((8, 8, 4))]
+    logits, features = wrapper(crops, with_features=True)
+    assert features[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(logits, wrapper.head(features))
+    assert torch.equal(wrapper(crops), logits)

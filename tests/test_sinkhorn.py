@@ -162,6 +162,15 @@ def test_huge_logits_in_float64_match_log_space():
     )
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("function", [sinkhorn_center, sinkhorn_knopp])
+def test_autocast_changes_nothing(function, dtype, target):
+    teacher = draw(30, 700, dtype).to(target["device"])
+    expected = function(teacher, TEMP, impl=target["impl"])
+    with torch.autocast(target["device"], torch.bfloat16):
+        assert torch.equal(function(teacher, TEMP, impl=target["impl"]), expected)
+
+
 def test_each_rows_constant_changes_the_targets():
     """Subtracting each row's own maximum, as some ports do, computes something else."""
     teacher = draw(dtype=torch.float64)

@@ -20,6 +20,9 @@ from fastdino import TrainConfig, Trainer
 from fastdino.checkpoint import strip_prefix
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
+from fastdino.models.head import DINOHead
+from fastdino.models.vit import VIT_ARCHS
+from tests.processes import run_two
 from tests.test_schedules import paper_schedule
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
@@ -138,11 +141,11 @@ class PlainDINO:
         epoch = i // self.steps
         warm = np.linspace(c.warmup_teacher_temp, c.teacher_temp, c.warmup_teacher_temp_epochs)
         temp = warm[epoch] if epoch < len(warm) else c.teacher_temp
-        with torch.no_grad():
-            teacher = self.teacher(crops[:2]).unflatten(0, (2, rows))
-        student = self.student(crops).unflatten(0, (len(crops), rows))
-        loss, teacher_sum = reference.dino_loss(student, teacher, self.center, 0.1, temp)
-        self.center = reference.update_center(self.center, teacher_sum, 2 * rows, 0.9)
+        parts = zip(*(crop.chunk(c.grad_accum) for crop in crops), strict=True)
+        losses, sums = zip(*(self.loss(part, temp) for part in parts), strict=True)
+        if c.centering == "centering":
+            self.center = reference.update_center(self.center, sum(sums), 2 * rows, 0.9)
+        loss = torch.stack(losses).mean()
         self.student.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -158,6 +161,23 @@ class PlainDINO:
                 p.copy_(average)
         self.iteration += 1
         return loss.item()
+
+    def loss(self, crops, temp):
+        """Return the loss of one forward pass and the sum of the teacher's logits."""
+        rows = len(crops[0])
+        with torch.no_grad():
+            teacher = self.teacher(crops[:2]).unflatten(0, (2, rows))
+        student = self.student(crops).unflatten(0, (len(crops), rows))
+        loss, teacher_sum = reference.dino_loss(student, teacher, self.center, 0.1, temp)
+        if self.config.centering == "sinkhorn":
+            probs = reference.sinkhorn_knopp(teacher.flatten(0, 1), temp, 3).reshape(teacher.shape)
+            pairs = reference.soft_cross_entropy(student, probs, 0.1, ignore_diagonal=True)
+            loss = pairs.mean(1).sum() / (2 * len(crops) - 2)
+        if self.config.koleo_weight:
+            features = [self.student.backbone(crop) for crop in crops[:2]]
+            koleo = sum(reference.koleo_loss(x, x, 0, 1) for x in features)
+            loss = loss + self.config.koleo_weight * koleo
+        return loss, teacher_sum
 
     def adamw(self, name, p, g, lr, decay):
         m, v, t = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p), 0))
@@ -190,6 +210,9 @@ class PlainDINO:
         {"batch_size_per_gpu": 2, "grad_accum": 2},
         {"packing": "on", "drop_path_rate": 0.5},
         {"arch": "xcit_nano_12_p16", "global_crops_size": 48, "local_crops_size": 32},
+        {"centering": "sinkhorn", "warmup_teacher_temp": 0.02, "warmup_teacher_temp_epochs": 2},
+        {"koleo_weight": 0.3, "packing": "off", "local_crops_size": 32, "last_block": "all"},
+        {"centering": "sinkhorn", "koleo_weight": 0.1, "batch_size_per_gpu": 2, "grad_accum": 2},
     ],
     ids=lambda settings: "-".join(settings) or "default",
 )
@@ -316,10 +339,65 @@ def test_entropy_is_measured_every_print_freq_steps_and_at_epoch_starts(float64,
     assert measured == [False, True, True, True, False]
 
 
+# Settings of two ranks with half of each batch, settings of one rank that trains alike, and the
+# order of its images: Sinkhorn-Knopp balances one forward pass of all ranks, KoLeo compares the
+# images of one forward pass of one rank.
+IN_ORDER = list(range(8))
+ON_TWO_RANKS = [
+    ({"centering": "sinkhorn", "fsdp": True}, {"fsdp": False}, IN_ORDER),
+    ({"centering": "sinkhorn", "grad_accum": 2}, {}, [0, 1, 4, 5, 2, 3, 6, 7]),
+    ({"koleo_weight": 0.3}, {"grad_accum": 2}, IN_ORDER),
+    ({"koleo_weight": 0.3, "fsdp": True}, {"fsdp": False, "grad_accum": 2}, IN_ORDER),
+    ({"koleo_weight": 0.3, "mode": "fast"}, {"mode": "parity", "grad_accum": 2}, IN_ORDER),
+]
+
+
+def train_on(trainer, batches, rows):
+    """Train on some rows of each batch; return the losses, the last terms and the student."""
+    losses = [trainer.train_step([crop[rows] for crop in batch]).item() for batch in batches]
+    trainer.verify()
+    return losses, trainer.terms, trainer.state_dict()["student"]
+
+
+def shrink_networks(patch):
+    patch.setitem(VIT_ARCHS, "vit_nano", {"embed_dim": 32, "depth": 2, "num_heads": 2})
+    widths = {"hidden_dim": 32, "bottleneck_dim": 16}
+    patch.setattr(DINOHead.__init__, "__kwdefaults__", widths)
+
+
+def train_on_half(config, batches, folder):
+    shrink_networks(pytest.MonkeyPatch())
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for i, (settings, _, _) in enumerate(ON_TWO_RANKS):
+        batch = {"batch_size_per_gpu": 4 // settings.get("grad_accum", 1)}
+        trainer = Trainer(TrainConfig.from_dict(config | settings | batch), 2)
+        torch.save(train_on(trainer, batches, IN_ORDER[4 * rank :][:4]), folder / f"{i}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_like_one(float64, tiny, crops_of, tmp_path, monkeypatch):
+    shrink_networks(monkeypatch)
+    config = tiny(batch_size_per_gpu=8, epochs=2, compile="off")
+    batches = [crops_of(config, i) for i in range(2)]
+    run_two(train_on_half, config.to_dict(), batches, tmp_path)
+    for i, (settings, changes, order) in enumerate(ON_TWO_RANKS):
+        ranks = [torch.load(tmp_path / f"{i}-{rank}.pt") for rank in range(2)]
+        torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
+        one = settings | changes
+        batch = {"batch_size_per_gpu": 8 // one.get("grad_accum", 1)}
+        trainer = Trainer(dataclasses.replace(config, **one | batch), 2)
+        expected = train_on(trainer, batches, order)
+        torch.testing.assert_close(ranks[0], expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"centering": "sinkhorn", "koleo_weight": 0.1}])
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
-def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, crops_of):
+def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, settings, crops_of):
     single, mixed = (
-        Trainer(tiny(amp_dtype=dtype), steps_per_epoch=3) for dtype in ("auto", amp_dtype)
+        Trainer(tiny(amp_dtype=dtype, **settings), steps_per_epoch=3)
+        for dtype in ("auto", amp_dtype)
     )
     assert mixed.scaler.is_enabled() == (amp_dtype == "fp16")
     for i in range(2):  # later steps may be skipped because the initial loss scale is too large
@@ -329,6 +407,17 @@ def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, crops_of):
         )
     assert next(mixed.student.parameters()).dtype == torch.float32
     assert ("fp16_scaler" in mixed.state_dict()) == (amp_dtype == "fp16")
+
+
+def test_koleo_of_one_image_is_rejected(tiny, crops_of):
+    trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2, koleo_weight=0.1), 1)
+    crops = crops_of(trainer.config, 0)
+    with pytest.raises(ValueError, match="expected 2 or more, got a batch of 2 in grad_accum=2"):
+        trainer.train_step([crop[:2] for crop in crops])
+    assert trainer.terms == {}
+    loss = trainer.train_step(crops)
+    total = trainer.terms["dino"] + 0.1 * trainer.terms["koleo"]
+    torch.testing.assert_close(loss, total)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ def _views() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 def _module_calls() -> Calls:
     for inplace in (False, True):
         yield f"DINOLoss in place {inplace}", _module(partial(_dino_module, inplace), 3)
+    yield "DINOLoss with Sinkhorn-Knopp", _module(_sinkhorn_module, 3)
     yield "lightly.DINOLoss", _module(lambda: lightly.DINOLoss(48), 3)
     yield "solo_learn.DINOLoss", _module(_solo_learn_loss, 2)
     yield "dinov2.cross_entropy", _function(dinov2.cross_entropy, temp=0.1)
@@ -178,6 +179,10 @@ def _module_calls() -> Calls:
 
 def _dino_module(inplace: bool) -> torch.nn.Module:
     return DINOLoss(48, 4, 0.04, 0.07, 1, 3, 0.1, 0.9, inplace_backward=inplace)
+
+
+def _sinkhorn_module() -> torch.nn.Module:
+    return DINOLoss(48, 4, 0.04, 0.07, 1, 3, centering="sinkhorn")
 
 
 def _solo_learn_loss() -> torch.nn.Module:

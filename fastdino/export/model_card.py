@@ -15,8 +15,9 @@ SETTINGS = (
     "epochs", "warmup_epochs", "batch_size_per_gpu", "grad_accum", "optimizer", "lr", "min_lr",
     "weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "out_dim",
     "norm_last_layer", "use_bn_in_head", "freeze_last_layer", "teacher_temp", "warmup_teacher_temp",
-    "warmup_teacher_temp_epochs", "global_crops_size", "global_crops_scale", "local_crops_number",
-    "local_crops_size", "local_crops_scale", "drop_path_rate", "use_fp16", "seed",
+    "warmup_teacher_temp_epochs", "centering", "koleo_weight", "global_crops_size",
+    "global_crops_scale", "local_crops_number", "local_crops_size", "local_crops_scale",
+    "drop_path_rate", "use_fp16", "seed",
 )  # fmt: skip
 CITATION = """\
 @inproceedings{caron2021emerging,

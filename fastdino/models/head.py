@@ -152,12 +152,20 @@ class MultiCropWrapper(nn.Module):
         self.head = head
         self.packing = False
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Map S crops [B, 3, H, W], with crops of one size adjacent, -> [S * B, K]."""
+    def forward(
+        self, crops: Sequence[Tensor], *, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map S crops [B, 3, H, W], with crops of one size adjacent, -> [S * B, K].
+
+        With with_features, also return the backbone's output [S * B, D], the head's input.
+        """
         groups = [torch.cat(tuple(group)) for _, group in groupby(crops, key=_size)]
         if self.packing:
-            return self.head(self.backbone(groups))
-        return self.head(torch.cat([self.backbone(group) for group in groups]))
+            features = self.backbone(groups)
+        else:
+            features = torch.cat([self.backbone(group) for group in groups])
+        logits: Tensor = self.head(features)
+        return (logits, features) if with_features else logits
 
 
 def _size(images: Tensor) -> torch.Size:

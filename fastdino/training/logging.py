@@ -113,11 +113,12 @@ class Progress:
         """Add a finished step.
 
         Args:
-            values: loss, lr and wd.
-            entropy: entropy of the teacher, if it was measured in this step.
+            values: loss, lr and wd; with KoLeo also the terms dino and koleo.
+            entropy: entropy of the targets, if it was measured in this step.
         """
         if entropy is not None:
-            values = {**values, "entropy": entropy, "kl": values["loss"] - entropy}
+            kl = values.get("dino", values["loss"]) - entropy
+            values = {**values, "entropy": entropy, "kl": kl}
         for name, value in values.items():
             self._sums[name] += value
             self._counts[name] += 1
@@ -150,8 +151,9 @@ class Progress:
         self._clock, self._clock_iteration = now, iteration + 1
         assert self._bar is not None
         self._bar.set_description(f"epoch {iteration // self.steps_per_epoch + 1}/{self.epochs}")
+        koleo = f"KoLeo {values['koleo']:.3f}, " if "koleo" in values else ""
         self._bar.set_postfix_str(
-            f"{rate:.0f} images/s, loss {values['loss']:.3f}, lr {values['lr']:.2e}, "
+            f"{rate:.0f} images/s, loss {values['loss']:.3f}, {koleo}lr {values['lr']:.2e}, "
             f"teacher entropy {values['entropy']:.2f}/{math.log(self.prototypes):.2f}, "
             f"KL {values['kl']:.3f}",
         )

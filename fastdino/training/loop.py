@@ -76,6 +76,7 @@ class StepMetrics(NamedTuple):
 
     iteration: int
     loss: Tensor
+    terms: dict[str, Tensor]
     entropy: Tensor | None
 
 
@@ -157,6 +158,7 @@ class Run:
         parts = [
             f"fastdino {fastdino.__version__}: {self.config.arch} on {device}",
             f"--mode {self.config.mode}",
+            *self._changed_loss(),
             f"{distributed.world_size()} process(es)",
             f"{len(dataset)} images ({len(dataset.skipped)} skipped), {dataset.kind}",
             f"{self.trainer.steps_per_epoch} steps per epoch",
@@ -164,6 +166,12 @@ class Run:
             f"loader: {self.loader.description}",
         ]
         return " | ".join(parts)
+
+    def _changed_loss(self) -> list[str]:
+        """Return the flags that change the paper's loss."""
+        config = self.config
+        flags = [] if config.centering == "centering" else [f"--centering {config.centering}"]
+        return flags + ([f"--koleo_weight {config.koleo_weight:g}"] if config.koleo_weight else [])
 
     def _run_epoch(self, signals: StopSignals) -> Status:
         """Train to the end of the epoch, or until a rollback or a signal."""
@@ -212,7 +220,7 @@ class Run:
             trainer.skip_step()
             return
         loss = trainer.train_step(crops)
-        self.unreported.append(StepMetrics(iteration, loss, trainer.entropy))
+        self.unreported.append(StepMetrics(iteration, loss, trainer.terms, trainer.entropy))
         if trainer.entropy is not None:
             self._report_steps()
 
@@ -226,6 +234,7 @@ class Run:
                 "loss": step.loss.item(),
                 "lr": self.trainer.lr_schedule(step.iteration),
                 "wd": self.trainer.weight_decay_schedule(step.iteration),
+                **{name: term.item() for name, term in step.terms.items()},
             }
             self.progress.step(step.iteration, values, entropy=entropy)
 

@@ -107,10 +107,12 @@ class RunCheckpoint:
         """Warn of settings that differ from the checkpoint's."""
         if not isinstance(saved, dict):  # the paper's code saves a Namespace
             return
+        # A setting that the checkpoint's version did not have.
+        saved = TrainConfig().to_dict() | saved
         changed = [
             f"--{name} {value} (was {saved[name]})"
             for name, value in self.config.to_dict().items()
-            if name not in NEUTRAL_SETTINGS and name in saved and saved[name] != value
+            if name not in NEUTRAL_SETTINGS and saved[name] != value
         ]
         if changed:
             self.progress.warn(f"resuming with other settings: {', '.join(changed)}")

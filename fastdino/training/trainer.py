@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from fastdino_kernels import DINOLoss
+from fastdino_kernels import DINOLoss, koleo_loss
 from torch import Tensor, nn
 
 from fastdino import distributed
@@ -28,6 +28,22 @@ from fastdino.training.optimizers import check_optimizer
 from fastdino.training.schedules import cosine_schedule
 from fastdino.training.update import FusedUpdate, SeparateUpdate
 
+TERMS = ("dino", "koleo")  # of the loss
+
+
+class StepOutputs(NamedTuple):
+    """Results of a step or of one of its forward passes.
+
+    Attributes:
+        loss: [], the DINO loss + config.koleo_weight * KoLeo.
+        entropy: [], entropy of the targets; None if it is not measured.
+        terms: [2], the DINO loss and KoLeo; None with koleo_weight 0.
+    """
+
+    loss: Tensor
+    entropy: Tensor | None
+    terms: Tensor | None
+
 
 class Trainer:
     """The DINO training step and all state carried from step to step.
@@ -44,10 +60,12 @@ class Trainer:
         student, teacher: the networks; state_dict() has the paper's keys (backbone.*, head.*).
         loss: DINOLoss; its `center` is [1, K].
         iteration: number of optimizer steps done; the schedules are evaluated at this index.
-        entropy: mean entropy of the teacher's output on this rank, in nats, measured every
+        entropy: mean entropy of the targets on this rank, in nats, measured every
             config.print_freq steps and in the first step of each epoch; None after other steps.
             At 0 each image maps to one prototype, at ln K to all equally; close to either, the
-            training collapses. Loss minus entropy is KL(teacher || student).
+            training collapses. DINO loss minus entropy is KL(teacher || student).
+        terms: terms of the last step's loss, averaged over all ranks: loss = terms["dino"] +
+            config.koleo_weight * terms["koleo"]. Empty with koleo_weight 0.
         runtime: the resolved `auto` settings.
     """
 
@@ -67,6 +85,7 @@ class Trainer:
         self.device = torch.device(self.runtime.device.value)
         self.iteration = 0
         self.entropy: Tensor | None = None
+        self.terms: dict[str, Tensor] = {}
         self._init_networks()
         self.loss = DINOLoss(
             config.out_dim,
@@ -75,6 +94,7 @@ class Trainer:
             config.teacher_temp,
             config.warmup_teacher_temp_epochs,
             config.epochs,
+            centering=config.centering,
             inplace_backward=True,  # the student's logits are not used after the backward pass
         ).to(self.device)
         self.scaler = torch.amp.GradScaler(
@@ -174,12 +194,13 @@ class Trainer:
         )
         if self._device_epoch is not None:
             self._device_epoch.fill_(self.epoch)
-        loss, self.entropy = self._run_step(
+        loss, self.entropy, terms = self._run_step(
             crops,
             frozen=self.epoch < self.config.freeze_last_layer,
             measure=self.iteration % self.steps_per_epoch == 0
             or self.iteration % self.config.print_freq == 0,
         )
+        self.terms = {} if terms is None else dict(zip(TERMS, terms.unbind(), strict=True))
         self.iteration += 1
         assert loss is not None
         return loss
@@ -222,27 +243,29 @@ class Trainer:
             raise ValueError(
                 f"a batch of {rows} cannot be split into grad_accum={self.config.grad_accum} parts"
             )
+        if self.config.koleo_weight and rows == self.config.grad_accum:
+            raise ValueError(
+                f"koleo_weight={self.config.koleo_weight} compares the images of a forward pass: "
+                f"expected 2 or more, got a batch of {rows} in grad_accum={rows} parts"
+            )
 
-    def _step(
-        self, crops: Sequence[Tensor], *, frozen: bool, measure: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run one step; return the loss, and the teacher's entropy if `measure` is true."""
-        loss, entropy, finish_center = self._forward_backward(crops, measure)
+    def _step(self, crops: Sequence[Tensor], *, frozen: bool, measure: bool) -> StepOutputs:
+        """Run one step; measure the entropy if `measure` is true."""
+        outputs, finish_center = self._forward_backward(crops, measure)
         self._update(frozen=frozen)
         finish_center(skip=self._guard.bad)
         self._guard.end_step()
-        return loss, entropy
+        return outputs
 
     def _forward_backward(
         self, crops: Sequence[Tensor], measure: bool
-    ) -> tuple[Tensor, Tensor | None, Callable[..., None]]:
-        """Compute the gradients; return loss, entropy and the function that updates the center."""
+    ) -> tuple[StepOutputs, Callable[..., None]]:
+        """Compute the gradients; return the results and the function that updates the center."""
         self.optimizer.zero_grad()
         parts = self.config.grad_accum
         rows = crops[0].shape[0] // parts
-        epoch = self.epoch if self._device_epoch is None else self._device_epoch
         dtype = self.runtime.autocast
-        losses, teacher_sums, entropies = [], [], []
+        outputs, teacher_sums = [], []
         for part in range(parts):
             batch = [
                 crop[part * rows : (part + 1) * rows].to(self.device, non_blocking=True)
@@ -251,24 +274,40 @@ class Trainer:
             last = part == parts - 1
             with contextlib.nullcontext() if last else self._no_gradient_sync():
                 with torch.autocast(self.device.type, dtype or torch.bfloat16, dtype is not None):
-                    with torch.no_grad():
-                        teacher = self.teacher(batch[:2])
-                    student = self._forward_student(batch)
-                    loss, teacher_sum = self.loss.pairwise(student, teacher, epoch)
-                losses.append(loss.detach())
+                    loss, output, teacher_sum = self._forward(batch, measure)
+                outputs.append(output)
                 teacher_sums.append(teacher_sum)
-                if measure:
-                    entropies.append(self.loss.teacher_entropy(teacher, epoch))
                 if last:
-                    mean_loss = distributed.mean(torch.stack(losses).mean())
-                    self._guard.watch_loss(mean_loss)
+                    means = _mean_outputs(outputs)
+                    self._guard.watch_loss(means.loss)
                     # The all-reduce overlaps with the backward pass.
                     finish_center = self.loss.start_center_update(
                         torch.stack(teacher_sums).sum(0), 2 * rows * parts
                     )
                 self.scaler.scale(loss / parts).backward()
-        entropy = torch.stack(entropies).mean() if measure else None
-        return mean_loss, entropy, finish_center
+        return means, finish_center
+
+    def _forward(
+        self, crops: Sequence[Tensor], measure: bool
+    ) -> tuple[Tensor, StepOutputs, Tensor]:
+        """Return the loss with its graph, all results, and the sum [K] of the teacher's logits."""
+        epoch = self.epoch if self._device_epoch is None else self._device_epoch
+        with torch.no_grad():
+            teacher = self.teacher(crops[:2])
+        center = self.loss.target_center(teacher, epoch)
+        weight, features, terms = self.config.koleo_weight, None, None
+        if weight:
+            student, features = self._forward_student(crops, with_features=True)
+        else:
+            student = self._forward_student(crops)
+        loss, teacher_sum = self.loss.pairwise(student, teacher, epoch, center)
+        if features is not None:
+            first, second = features[: len(teacher)].chunk(2)
+            koleo = koleo_loss(first) + koleo_loss(second)
+            terms = torch.stack([loss, koleo]).detach()
+            loss = loss + weight * koleo
+        entropy = self.loss.teacher_entropy(teacher, epoch, center) if measure else None
+        return loss, StepOutputs(loss.detach(), entropy, terms), teacher_sum
 
     def _no_gradient_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for the backward pass of every part of the batch but the last."""
@@ -365,6 +404,17 @@ class Trainer:
         if self.runtime.cuda_graph.on:  # the recorded graph reads optimizer state that is replaced
             self._run_step = GraphedStep(self._step, self.device)
         self._guard.restart(self.iteration)
+
+
+def _mean_outputs(parts: Sequence[StepOutputs]) -> StepOutputs:
+    """Average over forward passes, and all but the entropy over ranks."""
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    terms = [part.terms for part in parts if part.terms is not None]
+    return StepOutputs(
+        distributed.mean(torch.stack([part.loss for part in parts]).mean()),
+        torch.stack(entropies).mean() if entropies else None,
+        distributed.mean(torch.stack(terms).mean(0)) if terms else None,
+    )
 
 
 def _generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """DINOLoss: the DINO loss as a module with its center and its teacher temperature schedule.
 
+The center is the paper's moving average, or that of Sinkhorn-Knopp targets (sinkhorn.py).
+
 Legend: S crops of the student, 2 of the teacher, B images, K prototypes.
 """
 
@@ -15,6 +17,10 @@ from torch import Tensor, nn
 
 from .checks import check_float_tensor, check_number, check_positive, check_range
 from .dino_loss import dino_loss, teacher_entropy
+from .sinkhorn import sinkhorn_center
+
+CENTERINGS = ("centering", "sinkhorn")
+PAPER_MOMENTUM = 0.9
 
 
 class DINOLoss(nn.Module):
@@ -33,12 +39,16 @@ class DINOLoss(nn.Module):
         nepochs: total number of epochs, at least warmup_teacher_temp_epochs.
         student_temp: the student's temperature.
         center_momentum: in [0, 1]; the weight of the old center in an update.
+        centering: "centering", the paper's moving average of the teacher's logits; or "sinkhorn",
+            Sinkhorn-Knopp targets over the 2*B rows of all ranks (3 iterations), as in DINOv2.
+            Nothing then reads or updates the buffer `center`.
         inplace_backward: write the gradient over the student's logits (see dino_loss).
 
     Buffer `center` [1, K]: torch's default dtype at construction; `.double()` makes it fp64.
     `teacher_temp_schedule` has the teacher temperature of each epoch.
 
-    Raises: ValueError: a number out of its range. The message states what to change.
+    Raises: ValueError: a number out of its range, another centering, or a center_momentum for
+        Sinkhorn-Knopp. The message states what to change.
 
     """
 
@@ -54,8 +64,9 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp_epochs: int,
         nepochs: int,
         student_temp: float = 0.1,
-        center_momentum: float = 0.9,
+        center_momentum: float = PAPER_MOMENTUM,
         *,
+        centering: str = "centering",
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
@@ -68,6 +79,14 @@ class DINOLoss(nn.Module):
         self.student_temp = check_positive("student_temp", student_temp)
         self.center_momentum = check_number("center_momentum", center_momentum)
         check_range("center_momentum", self.center_momentum, most=1)
+        if centering not in CENTERINGS:
+            raise ValueError(f"centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
+        if centering == "sinkhorn" and self.center_momentum != PAPER_MOMENTUM:
+            raise ValueError(
+                "centering='sinkhorn' has no moving average: expected the default center_momentum, "
+                f"got {self.center_momentum}; remove center_momentum"
+            )
+        self.centering = centering
         self.ncrops = ncrops
         self.inplace_backward = inplace_backward
         self.teacher_temp_schedule = temperature_schedule(
@@ -98,10 +117,32 @@ class DINOLoss(nn.Module):
         self.update_center(teacher_sum, len(teacher_output))
         return loss
 
+    @torch.no_grad()
+    def target_center(self, teacher_output: Tensor, epoch: int | Tensor) -> Tensor:
+        """Return the center of the targets of [2*B, K] teacher logits: [1, K] or [K].
+
+        It is the buffer `center`, or for Sinkhorn-Knopp that of these logits. All ranks must then
+        call this, also with different B.
+
+        Raises: ValueError, TypeError: as sinkhorn_center, or an epoch outside 0..nepochs - 1.
+
+        """
+        if self.centering == "centering":
+            return self.center
+        return sinkhorn_center(teacher_output, self._teacher_temp(epoch))
+
     def pairwise(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int | Tensor
+        self,
+        student_output: Tensor,
+        teacher_output: Tensor,
+        epoch: int | Tensor,
+        center: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, teacher_sum [K]) of one batch, without updating the center.
+
+        Args:
+            student_output, teacher_output, epoch: as for forward.
+            center: the result of `target_center` for these teacher logits; default: computed here.
 
         Raises:
             ValueError: shapes that do not match ncrops, K and each other, or an epoch outside
@@ -111,8 +152,8 @@ class DINOLoss(nn.Module):
         """
         check_float_tensor("student_output", student_output)
         check_float_tensor("teacher_output", teacher_output)
-        center = self.center  # looked up once: a module searches several dictionaries
-        rows, prototypes = len(teacher_output) // 2, center.shape[-1]
+        own_center = self.center  # looked up once: a module searches several dictionaries
+        rows, prototypes = len(teacher_output) // 2, own_center.shape[-1]
         expected = ((self.ncrops * rows, prototypes), (2 * rows, prototypes))
         if (tuple(student_output.shape), tuple(teacher_output.shape)) != expected:
             raise ValueError(
@@ -120,6 +161,9 @@ class DINOLoss(nn.Module):
                 f"and K = {prototypes}, got {tuple(student_output.shape)} "
                 f"and {tuple(teacher_output.shape)}"
             )
+        if center is None:
+            sinkhorn = self.centering == "sinkhorn"
+            center = self.target_center(teacher_output, epoch) if sinkhorn else own_center
         return dino_loss(
             student_output.reshape(self.ncrops, rows, prototypes),
             teacher_output.reshape(2, rows, prototypes),
@@ -132,7 +176,7 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_sum: Tensor, rows: int) -> None:
         """Update the center to m*center + (1 - m)*mean over the teacher rows of all ranks (Eq. 4).
 
-        This is start_center_update, finished at once.
+        With Sinkhorn-Knopp the center is unchanged. This is start_center_update, finished at once.
         """
         self.start_center_update(teacher_sum, rows)()
 
@@ -164,6 +208,8 @@ class DINOLoss(nn.Module):
             world = torch.distributed.get_world_size()
         if rows < 0 or (rows == 0 and world > 1):
             raise ValueError(f"rows must be >= {int(world > 1)}, got {rows}")
+        if self.centering == "sinkhorn":
+            return _keep_center
         total = teacher_sum.detach().reshape(center.shape)
         work = None
         if world > 1:
@@ -186,15 +232,23 @@ class DINOLoss(nn.Module):
             self.center.copy_(torch.where(skip > 0, self.center, center))
 
     @torch.no_grad()
-    def teacher_entropy(self, teacher_output: Tensor, epoch: int | Tensor) -> Tensor:
-        """Compute the mean entropy in nats of [2*B, K] teacher logits with this center."""
-        return teacher_entropy(teacher_output[None], self.center, self._teacher_temp(epoch))
+    def teacher_entropy(
+        self, teacher_output: Tensor, epoch: int | Tensor, center: Tensor | None = None
+    ) -> Tensor:
+        """Compute the mean entropy in nats of the targets of [2*B, K] teacher logits.
+
+        Args: as for `pairwise`.
+        """
+        if center is None:
+            center = self.target_center(teacher_output, epoch)
+        return teacher_entropy(teacher_output[None], center, self._teacher_temp(epoch))
 
     def extra_repr(self) -> str:
         """Return the text that print(module) shows between the parentheses."""
         return (
             f"out_dim={self.center.shape[-1]}, ncrops={self.ncrops}, "
             f"student_temp={self.student_temp}, center_momentum={self.center_momentum}"
+            + (f", centering={self.centering!r}" if self.centering != "centering" else "")
         )
 
     def _teacher_temp(self, epoch: int | Tensor) -> float | Tensor:
@@ -210,6 +264,10 @@ class DINOLoss(nn.Module):
         if torch.compiler.is_compiling():
             return self._teacher_temps[epoch]
         return self.teacher_temp_schedule[epoch]
+
+
+def _keep_center(*, skip: Tensor | None = None) -> None:
+    """Finish the center update of Sinkhorn-Knopp, which has none."""
 
 
 def temperature_schedule(
