@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -212,6 +213,43 @@ def test_compressed_and_truncated_files_are_errors(tmp_path, picture, damage):
     message = "compressed columns" if damage == "compressed" else "Expected to be able to read"
     with pytest.raises(DataError, match=f"data.arrow is damaged or compressed: {message}"):
         index_arrow(path, image="image", label=None)
+
+
+def write_arrow(path, **columns):
+    table = arrow.table(columns)
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("column", ["bytes", "path", "label", "large"])
+@pytest.mark.parametrize("offset", [0x7FFFFF00, -1, 40])
+def test_offsets_that_point_outside_are_an_error_and_not_a_crash(tmp_path, column, offset):
+    """Arrow follows them: in a child, because the fault is a segmentation fault."""
+    values = {name: [name * (i + 1) for i in range(9)] for name in ("bytes", "path", "label")}
+    kinds = {"bytes": arrow.binary(), "path": arrow.string()}
+    kinds["label"] = arrow.large_string() if column == "large" else arrow.string()
+    arrays = {name: arrow.array(values[name]).cast(kind) for name, kind in kinds.items()}
+    image = arrow.StructArray.from_arrays([arrays["bytes"], arrays["path"]], ["bytes", "path"])
+    write_arrow(tmp_path / "x.arrow", image=image, label=arrays["label"])
+    content = bytearray((tmp_path / "x.arrow").read_bytes())
+    name = "label" if column == "large" else column
+    code = "<9q" if column == "large" else "<9i"
+    ends = struct.pack(code, *(len(name) * i * (i + 1) // 2 for i in range(9)))
+    # path and label have equal lengths: label is the last of them in the file.
+    place = content.rfind(ends) if name == "label" else content.find(ends)
+    assert place > 0
+    struct.pack_into("<q" if column == "large" else "<i", content, place + len(ends) // 2, offset)
+    (tmp_path / "x.arrow").write_bytes(content)
+    child = os.fork()
+    if child == 0:
+        os.close(2)  # of a crash
+        try:
+            index_arrow(str(tmp_path / "x.arrow"), image="image", label="label")
+        except DataError as error:
+            os._exit(10 if "is damaged or compressed" in str(error) else 11)
+        finally:
+            os._exit(12)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 10
 
 
 def test_arrow_file_without_the_column_is_error(tmp_path, picture):

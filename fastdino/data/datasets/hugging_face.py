@@ -199,17 +199,27 @@ def _rows(
             mapped.seek(0)
             with arrow.ipc.open_stream(mapped) as batches:
                 for batch in batches:
-                    column = batch.column(image)
+                    column = _valid(batch, image)
                     paths = _field(column, "path")
                     names = _texts(paths) if paths is not None else [""] * len(column)
-                    labels = _texts(batch.column(label)) if label else [""] * len(column)
+                    labels = _texts(_valid(batch, label)) if label else [""] * len(column)
                     yield _parts(column, start, size), names, labels
     except KeyError as error:
         raise DataError(f"--data_path: {path}: {error.args[0]}") from error
-    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+    except (ValueError, TypeError, OSError, arrow.ArrowException) as error:
         if getattr(error, "errno", None):  # raised by the system, not by the file's contents
             raise
         raise DataError(f"--data_path: {path} is damaged or compressed: {error}") from error
+
+
+def _valid(batch: Any, name: str) -> Any:
+    """Return a column whose offsets have been checked: Arrow itself trusts those of a file.
+
+    The checks read offsets and text, not the images. Raises: ValueError: the column is damaged.
+    """
+    column = batch.column(name)
+    column.validate(full=True)
+    return column
 
 
 def _parts(column: Any, start: int, size: int) -> NDArray[np.int64]:
