@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdino.errors import UserError
 from fastdino.launch import read_launch
+from fastdino.waiting import killable
 
 T = TypeVar("T")
 SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
@@ -35,15 +36,16 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
         return
     if launch.master and dist_url == "env://":
         dist_url = "tcp://{}:{}".format(*launch.master)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=dist_url,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        device_id=device if device.type == "cuda" else None,
-        # Rank 0 reads the image headers of a large dataset while the others wait.
-        timeout=timedelta(hours=2),
-    )
+    with killable():  # it waits for the other ranks
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            device_id=device if device.type == "cuda" else None,
+            # Rank 0 reads the image headers of a large dataset while the others wait.
+            timeout=timedelta(hours=2),
+        )
     yield
     # Not after an error: leaving the group would wait for ranks that may be in a collective. The
     # launcher stops them when this process exits.
@@ -90,7 +92,8 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with killable(always=False):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -127,5 +130,6 @@ def from_main(make: Callable[[], T]) -> T:
         if rank() == 0:
             result = [make()]
     if world_size() > 1:
-        dist.broadcast_object_list(result, src=0)
+        with killable(always=False):
+            dist.broadcast_object_list(result, src=0)
     return result[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastdino.errors import CheckpointError
+from fastdino.waiting import killable
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on `path` during the block; create the file if it is missing.
 
     The lock excludes other processes, not threads, and child processes do not inherit it. On a
-    file system without locks it has no effect.
+    file system without locks it has no effect. SIGINT and SIGTERM end a process that waits.
 
     Raises:
         BlockingIOError: another process holds the lock and `wait` is false.
@@ -92,8 +93,9 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             if not wait:
                 raise BlockingIOError(f"another process holds {path}") from error
-            print(f"waiting for the process that holds {path}", file=sys.stderr)
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            with killable():
+                print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
         except OSError:  # no locks here
             pass
         yield

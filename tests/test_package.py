@@ -36,7 +36,8 @@ ROWS = (
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),
-    ("fastdino.environment", "fastdino.errors", "fastdino.launch", "fastdino.terminal"),
+    ("fastdino.environment", "fastdino.errors", "fastdino.launch", "fastdino.terminal",
+     "fastdino.waiting"),
     ("fastdino_kernels",),
 )  # fmt: skip
 # fastdino/__init__.py re-exports the public names lazily, so it belongs to no row.

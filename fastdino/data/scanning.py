@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from fastdino.data.image_files import (
 )
 from fastdino.data.manifest import Manifest, concatenate, unread_manifest
 from fastdino.errors import DataError
+from fastdino.waiting import DaemonExecutor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -161,7 +161,7 @@ def _parallel(
     chunks = [items[i : i + size] for i in range(0, len(items), size)]
     results: list[R] = []
     bar = tqdm(total=len(items), desc=title, unit=unit, disable=None, delay=BAR_AFTER, leave=False)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool:  # map cancels the others on an error
+    with bar, DaemonExecutor(workers) as pool:
         for done in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
             results += done
             bar.update(len(done))

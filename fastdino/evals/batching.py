@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
 from fastdino.environment import cpu_count
+from fastdino.waiting import DaemonExecutor
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -28,7 +28,7 @@ def load_batches(
     The next batch is loaded while the caller processes the current one.
     """
     groups = batches(items, size)
-    with ThreadPoolExecutor(max(1, min(workers, cpu_count()))) as pool:
+    with DaemonExecutor(min(workers, cpu_count())) as pool:
         pending = [pool.submit(load, item) for item in next(groups, [])]
         while pending:
             loaded = [future.result() for future in pending]

@@ -135,18 +135,22 @@ class Run:
             self.progress.warn(
                 "SyncBN needs GPUs: each rank computes its own batch norm statistics"
             )
-        with contextlib.closing(self.loader), self.progress, StopSignals() as signals:
+        with contextlib.closing(self.loader), self.progress:
             self.checkpoint.resume_or_start()
             distributed.from_main(self._write_config)
-            while self.trainer.epoch < self.config.epochs:
-                with explain_failures(self.config):
-                    status = self._run_epoch(signals)
-                if status == "interrupted":
-                    self.progress.info(
-                        f"stopped by {signals.received} and saved at iteration "
-                        f"{self.trainer.iteration}; run the same command to resume"
-                    )
-                    return "interrupted"
+            with StopSignals() as signals:  # before, a signal ends the run: nothing is to be saved
+                return self._run_epochs(signals)
+
+    def _run_epochs(self, signals: StopSignals) -> Status:
+        while self.trainer.epoch < self.config.epochs:
+            with explain_failures(self.config):
+                status = self._run_epoch(signals)
+            if status == "interrupted":
+                self.progress.info(
+                    f"stopped by {signals.received} and saved at iteration "
+                    f"{self.trainer.iteration}; run the same command to resume"
+                )
+                return "interrupted"
         return "finished"
 
     def headline(self) -> str:
