@@ -2,8 +2,9 @@
 
 DINOv2's training code (train/ssl_meta_arch.py) passes probabilities from softmax_center_teacher or
 sinkhorn_knopp_teacher to the losses, and so do these classes. Code that may change more than an
-import is faster with dino_loss and patch_loss, which take the teacher's logits and a center:
-../../README.md has both calls. (Oquab et al. 2023, arXiv 2304.07193.)
+import is faster with dino_loss and patch_loss, which take the teacher's logits and a center. The
+section "DINOv2 from logits" of ../../README.md has the calls. (Oquab et al. 2023, arXiv
+2304.07193.)
 
 Legend: S crops of the student, T crops of the teacher, B images, N tokens, K prototypes.
 """
@@ -129,6 +130,12 @@ class DINOLoss(TeacherCenter):
 
 class iBOTPatchLoss(TeacherCenter):  # noqa: N801
     """Loss of the masked patch tokens: dinov2.loss.iBOTPatchLoss's methods and state_dict.
+
+    With the teacher's logits instead of probabilities, the same loss without a tensor of targets is
+
+        center = sinkhorn_center(teacher, teacher_temp)    # or loss.center.view(-1)
+        patch_loss(student, teacher, center, student_temp=0.1, teacher_temp=teacher_temp,
+                   weights=masks_weight, denominator=len(student_masks_flat))
 
     The results differ from the original's as those of DINOLoss do, and in these cases:
 
