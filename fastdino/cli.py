@@ -1,12 +1,14 @@
 """The command `fastdino`: its subcommands and exit statuses.
 
 0: done. 1: a bug in fastdino, with its traceback. 2: a mistake in flags, data or checkpoint, with
-one line on stderr. 75 (EX_TEMPFAIL): SIGTERM or SIGINT stopped and saved the run; run it again.
+one line on stderr. 75 (EX_TEMPFAIL): SIGTERM, SIGINT or SIGHUP stopped and saved the run; run it
+again. 130, 141: Ctrl-C, or the reader of the output is gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 from fastdino import __version__
 from fastdino.errors import UserError
-from fastdino.terminal import printable
+from fastdino.terminal import finish_output, print_line
 
 EXIT_MISTAKE = 2
 DESCRIPTION = "DINO self-supervised pretraining: the paper's results, faster."
@@ -51,6 +53,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # for names that it cannot encode
+    try:
+        return _run(argv)
+    finally:
+        finish_output()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fastdino", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"fastdino {__version__}")
@@ -70,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except UserError as error:
         if not error.reported:
-            line = printable(f"fastdino {requested}: error: {error}")
-            print(line, file=sys.stderr)
+            print_line(f"fastdino {requested}: error: {error}", sys.stderr)
     except ModuleNotFoundError as error:
         install = 'pip install "fastdino[train]"'
-        print(f"fastdino {requested}: error: {error}: {install}", file=sys.stderr)
+        print_line(f"fastdino {requested}: error: {error}: {install}", sys.stderr)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return 141
     return EXIT_MISTAKE

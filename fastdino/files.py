@@ -15,28 +15,57 @@ from typing import IO, Any
 from fastdino.errors import CheckpointError
 from fastdino.waiting import killable
 
+PART = ".part"  # of the temporary files of atomic_write
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block succeeds.
 
-    If the block fails or the process is killed, `path` is unchanged.
+    If the block fails or the process is killed, `path` is unchanged. A symbolic link is kept, and
+    its target replaced. Devices and pipes are written directly.
+
+    Raises: OSError: the file cannot be written.
     """
-    part = path.with_name(path.name + ".part")
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            yield file
+        return
+    part = part_of(target)
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.replace(part, target)
+        _sync_folder(target.parent)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             part.unlink()
+
+
+def part_of(path: Path) -> Path:
+    """Return the temporary file of atomic_write; it is left behind if the process is killed."""
+    target = Path(os.path.realpath(path))
+    return target.with_name(target.name + PART)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to disk, where the file system supports it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # the folder can be written, but not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -45,19 +74,31 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
+        cause = os_error_of(error)
         if cause is None:  # not a file system error
             raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        todo = "the disk is full: free some space" if full else "check the folder's permissions"
         kept = f"; the previous {path.name} is intact" if path.is_file() else ""
         reason = cause.strerror or str(cause)
         if cause.filename not in (None, path, str(path)):
             reason += f": {cause.filename}"
+        todo = _remedy(cause.errno)
         raise CheckpointError(f"cannot write {path} ({reason}): {todo}{kept}") from error
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
+def _remedy(number: int | None) -> str:
+    """Return what to do about a failed write."""
+    if number == errno.EDQUOT:
+        return "the quota is used up: free some space"
+    if number == errno.EFBIG:
+        return "raise the limit of the file size (ulimit -f)"
+    if number == errno.ENOSPC:
+        return "the disk is full: free some space"
+    if number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        return "check the disk, or the connection to its server"
+    return "check the folder's permissions"
+
+
+def os_error_of(error: BaseException | None) -> OSError | None:
     """Return the OSError in an exception's chain; torch.save raises a RuntimeError from it."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
@@ -86,7 +127,20 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
         BlockingIOError: another process holds the lock and `wait` is false.
         OSError: the file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor, _ = open_locked(path, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_locked(path: Path, *, wait: bool) -> tuple[int, bool]:
+    """Open and lock a file as `file_lock` does.
+
+    Returns: the descriptor, which holds the lock until it is closed; False if the file system has
+        no locks.
+    """
+    held, descriptor = True, os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +151,8 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
                 print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
                 fcntl.lockf(descriptor, fcntl.LOCK_EX)
         except OSError:  # no locks here
-            pass
-        yield
-    finally:
+            held = False
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor, held

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, and exit with status 75."""
+"""SIGTERM, SIGINT and SIGHUP: finish the step, save, and exit with status 75."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from fastdino import distributed
 
+# SIGHUP: the terminal or the connection to it was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # EX_TEMPFAIL of sysexits.h: stopped by a signal and saved; running the same command resumes.
 EXIT_INTERRUPTED = 75
 # A second signal within this time is the first one, forwarded by a launcher.
@@ -20,7 +22,9 @@ AGREE_SECONDS = 1.0
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT while the block runs.
+    """Catches SIGTERM, SIGINT and SIGHUP while the block runs, except those that are ignored.
+
+    nohup makes a process ignore SIGHUP, and a shell's background jobs may ignore SIGINT.
 
     A later signal has its usual effect. One that follows within seconds is ignored, because a
     launcher forwards the signal that its whole process group already received.
@@ -37,8 +41,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._catch)
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(self, *error: object) -> None:

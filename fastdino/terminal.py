@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
 
 def printable(text: str) -> str:
     r"""Return one line in which control characters and bytes that are no text are escaped.
@@ -11,3 +17,47 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return True if a stream is open and a terminal."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def print_line(text: str, stream: TextIO | None, write: Callable[..., None] = print) -> None:
+    """Print one printable line; characters that the stream cannot encode are escaped.
+
+    A stream that is closed, full, or a terminal that is gone, is no error.
+
+    Args: write: called as write(text, file=stream).
+    """
+    if stream is None:  # closed before the program was started
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        write(line, file=stream)
+        stream.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def finish_output() -> None:
+    """Flush stdout and stderr; what cannot be written any more is dropped.
+
+    The interpreter would otherwise fail at its exit, and replace the exit status by 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except ValueError:  # closed
+            pass
+        except OSError:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)

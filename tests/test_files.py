@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,95 @@ def test_interrupted_write_keeps_old_file(tmp_path, monkeypatch, error):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(type(error)), atomic_write(path) as file:
         file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_symbolic_links_stay_and_their_targets_are_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "file"
+    for link, to in (("absolute", target), ("relative", "elsewhere/file"), ("chain", "absolute")):
+        path = tmp_path / link
+        path.symlink_to(to)
+        target.unlink(missing_ok=True)  # the first write follows a dangling link
+        for content in (b"first", b"second"):
+            before = target.stat().st_ino if target.exists() else None
+            with atomic_write(path) as file:
+                file.write(content)
+            assert path.is_symlink()
+            assert target.read_bytes() == content
+            assert target.stat().st_ino != before
+    assert os.listdir(tmp_path / "elsewhere") == ["file"]
+
+
+def test_devices_and_pipes_are_written_directly_and_folders_not_at_all(tmp_path):
+    with atomic_write(Path(os.devnull)) as file:
+        file.write(b"nothing")
+    assert not Path(os.devnull).is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(tmp_path / "pipe") as file:
+        file.write(b"content")
+    assert os.read(reader, 10) == b"content"
+    os.close(reader)
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)]
+)
+def test_file_systems_that_cannot_sync_a_folder_are_supported(
+    tmp_path, monkeypatch, number, raised
+):
+    sync = os.fsync
+
+    def fail_for_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    expected = pytest.raises(OSError, match="put/output") if raised else nullcontext()
+    with expected, atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space"),
+        (errno.EDQUOT, "the quota is used up: free some space"),
+        (errno.EFBIG, "raise the limit of the file size"),
+        (errno.EIO, "check the disk"),
+        (errno.EROFS, "check the folder's permissions"),
+    ],
+)
+def test_write_errors_say_what_to_do(tmp_path, number, todo):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(CheckpointError) as error, explain_write_errors(path):
+        raise OSError(number, os.strerror(number))
+    assert f"cannot write {path} ({os.strerror(number)}): {todo}" in str(error.value)
+    assert str(error.value).endswith("; the previous file is intact")
+
+
+def test_file_over_the_size_limit_keeps_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(CheckpointError, match="limit of the file size"),
+            explain_write_errors(path),
+            atomic_write(path) as file,
+        ):
+            file.write(bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 

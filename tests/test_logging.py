@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 
 import pytest
 
-from fastdino.training.logging import Progress
+from fastdino.training.logging import Progress, append
 
 STEPS, EPOCHS, K = 4, 3, 64
 
@@ -102,6 +103,67 @@ def test_resumed_run_drops_later_and_incomplete_lines(progress, tmp_path):
     log_steps(run, range(STEPS, 2 * STEPS))
     assert [line["epoch"] for line in lines_of(tmp_path)] == [0, 1]
     assert lines_of(tmp_path)[1]["train_loss"] != 4.0, "written by the resumed run"
+
+
+def test_foreign_and_undecodable_lines_are_kept_in_another_file(progress, tmp_path):
+    lines = [json.dumps({"epoch": epoch}).encode() + b"\n" for epoch in range(3)]
+    foreign = [
+        b"Zo\xeb\n",
+        "a note".encode("utf-16") + b"\n",
+        b"[1]\n",
+        b'{"epoch": "one"}\n',
+        b"\n",
+    ]
+    for n, line in enumerate(foreign):
+        content = b"".join([lines[0], line, *lines[1:]])
+        (tmp_path / "log.txt").write_bytes(content)
+        progress().restart(2 * STEPS, {})
+        assert (tmp_path / "log.txt").read_bytes() == b"".join(lines[:2])
+        old = "log.old.txt" if n == 0 else f"log.old.{n + 1}.txt"
+        assert (tmp_path / old).read_bytes() == content
+    (tmp_path / "log.txt").write_bytes(b"".join(lines).rstrip())
+    progress().restart(3 * STEPS, {})
+    assert (tmp_path / "log.txt").read_bytes() == b"".join(lines)
+    assert len(list(tmp_path.iterdir())) == 1 + len(foreign)
+
+
+def test_lines_that_cannot_be_written_are_written_later(progress, tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    run = progress()
+    run.restart(0, None)
+    log_steps(run, range(STEPS))
+    log.rename(tmp_path / "log")
+    log.mkdir()
+    log_steps(run, range(STEPS, 2 * STEPS))
+    warning = f"warning: cannot write {log} (Is a directory): the run continues"
+    assert warning in capsys.readouterr().err
+    state = json.loads(json.dumps(run.state_dict()))
+    log.rmdir()
+    (tmp_path / "log").rename(log)
+    log_steps(run, range(2 * STEPS, 3 * STEPS))
+    whole = lines_of(tmp_path)
+    assert [line["epoch"] for line in whole] == [0, 1, 2]
+    assert "unwritten" not in run.state_dict()
+    resumed = progress()
+    resumed.restart(2 * STEPS, state)
+    assert [line["epoch"] for line in lines_of(tmp_path)] == [0]
+    log_steps(resumed, range(2 * STEPS, 3 * STEPS))
+    assert lines_of(tmp_path) == whole
+
+
+def test_failed_append_leaves_the_file_unchanged(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"x" * 900)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"No space|too large"):
+            append(bytes(500), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"x" * 900
+    append(b"end", path)
+    assert path.read_bytes() == b"x" * 900 + b"end"
 
 
 @pytest.mark.parametrize("at", [STEPS + 1, STEPS + 3, 2 * STEPS])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +25,10 @@ import torch
 from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+from fastdino.models import backbones
+from fastdino.models.head import DINOHead
 from fastdino.signals import EXIT_INTERRUPTED
+from fastdino.training import resume
 from fastdino.training.loop import train
 from fastdino.training.resume import MAX_ROLLBACKS
 from tests.processes import locked_elsewhere, run_two
@@ -77,6 +85,24 @@ def interrupt(monkeypatch):
             return step(self, crops)
 
         monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+    return at
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Call a function before the step of an iteration, in runs with small checkpoints."""
+    step = Trainer.train_step
+    head = partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
+    monkeypatch.setattr(backbones, "DINOHead", head)
+
+    def at(iteration, action):
+        def acting(self, crops):
+            if self.iteration == iteration:
+                action()
+            return step(self, crops)
+
+        monkeypatch.setattr(Trainer, "train_step", acting)
 
     return at
 
@@ -150,7 +176,7 @@ def test_resumed_command_matches_uninterrupted_run(config, tmp_path, interrupt, 
     if at == 1:  # a launcher forwards the signal that the run also received
         interrupt(at, signal.SIGINT, times=2)
     else:
-        interrupt(at)
+        interrupt(at, signal.SIGHUP if at == STEPS - 1 else signal.SIGTERM)
     assert cli.main(line) == EXIT_INTERRUPTED == 75
     assert weights_of(tmp_path / "run")["iteration"] == at + 1
     assert cli.main(line) == 0
@@ -333,6 +359,147 @@ def test_resume_with_another_loss_is_shown(config, tmp_path, capsys):
     total = after["train_dino"] + 0.1 * after["train_koleo"]
     assert after["train_loss"] == pytest.approx(total, rel=1e-6)
     assert after["train_kl"] > 0
+
+
+def delete(run):
+    shutil.rmtree(run)
+
+
+def replace(run):
+    run.rename(run.with_name("moved"))
+    run.mkdir()
+
+
+def delete_events(run):
+    shutil.rmtree(run / "tensorboard")
+
+
+def replace_log(run):
+    (run / "log.txt").unlink()
+    (run / "log.txt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("fault", "warning", "lines"),
+    [
+        (delete, "was deleted or replaced during the run", 2),
+        (replace, "was deleted or replaced during the run", 2),
+        (delete_events, "TensorBoard events cannot be written", 3),
+        (replace_log, "cannot write .*log.txt .*the run continues", None),
+    ],
+)
+def test_run_continues_if_its_output_vanishes(
+    config, tmp_path, during, capsys, fault, warning, lines
+):
+    run = tmp_path / "run"
+    during(STEPS + 1, lambda: fault(run))
+    assert train(config(saveckp_freq=1)) == "finished"
+    assert len(re.findall(warning, capsys.readouterr().err)) == (2 if fault is replace_log else 1)
+    assert weights_of(run)["iteration"] == 3 * STEPS
+    expected = {"checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth", "config.json",
+                ".lock", "log.txt"}  # fmt: skip
+    assert expected <= set(os.listdir(run))
+    if lines is None:
+        unwritten = weights_of(run)["progress"]["unwritten"]
+        assert [json.loads(line)["epoch"] for line in unwritten] == [1, 2]
+    else:
+        assert len(losses_of(run)) == lines
+
+
+@pytest.mark.parametrize(
+    ("number", "failures"),
+    [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EDQUOT, 1000), (errno.EROFS, 1)],
+)
+def test_failed_saves_are_repeated_or_end_in_one_line(
+    config, tmp_path, during, monkeypatch, capsys, number, failures
+):
+    left = [failures]
+    sync = os.fsync
+
+    def failing(descriptor):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    slept = []
+    monkeypatch.setattr(resume.time, "sleep", slept.append)
+    during(STEPS + 1, lambda: monkeypatch.setattr(os, "fsync", failing))
+    if failures == 1 and number != errno.EROFS:
+        assert train(config(epochs=2)) == "finished"
+        message = capsys.readouterr().err
+        assert weights_of(tmp_path / "run")["iteration"] == 2 * STEPS
+        assert slept == [1.0]
+        assert "the next try is in 1 s" in message
+    else:
+        with pytest.raises(CheckpointError) as error:
+            train(config(epochs=2))
+        message = str(error.value)
+        assert weights_of(tmp_path / "run")["iteration"] == STEPS
+        assert slept == ([] if number == errno.EROFS else list(resume.SECONDS_UNTIL_RETRY))
+    assert f"checkpoint.pth ({os.strerror(number)})" in message
+    assert "the previous checkpoint.pth is intact" in message
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_run_ends_in_one_line_if_its_folder_becomes_a_file_or_another_run_uses_it(
+    config, tmp_path, during
+):
+    run = tmp_path / "run"
+
+    def become_file():
+        shutil.rmtree(run)
+        run.write_text("a file")
+
+    during(STEPS + 1, become_file)
+    with pytest.raises(CheckpointError, match=r"run cannot be written \(.*Not a directory"):
+        train(config())
+    run.unlink()
+    with contextlib.ExitStack() as stack:
+
+        def start_another():
+            shutil.rmtree(run)
+            run.mkdir()
+            stack.enter_context(locked_elsewhere(run / ".lock"))
+
+        during(STEPS + 1, start_another)
+        with pytest.raises(CheckpointError, match="another run is writing there"):
+            train(config())
+        assert os.listdir(run) == [".lock"]
+
+
+def test_links_to_the_folder_and_the_checkpoint_stay(config, tmp_path, interrupt):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "run").symlink_to(disk)
+    (disk / "checkpoint.pth").symlink_to("weights.pth")  # the target does not exist yet
+    (disk / "checkpoint.pth.part").write_text("of a killed run")
+    (disk / "weights.pth.part").write_text("of a killed run")
+    interrupt(STEPS + 1)
+    assert train(config(epochs=2)) == "interrupted"
+    assert train(config(epochs=2)) == "finished"
+    assert (tmp_path / "run").is_symlink()
+    assert os.readlink(disk / "checkpoint.pth") == "weights.pth"
+    assert checkpoint.load(disk / "weights.pth")["iteration"] == 2 * STEPS
+    assert not [*disk.glob("weights.pth.part"), *disk.glob("log.txt.part")]
+
+
+@pytest.mark.parametrize(
+    ("stream", "gone"), [("stdout", True), ("stdout", False), ("stderr", True)]
+)
+def test_run_continues_if_its_output_stream_is_closed(
+    config, tmp_path, during, monkeypatch, stream, gone
+):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # of a terminal
+
+    def close():
+        monkeypatch.setattr(sys, stream, Gone() if gone else None)
+
+    during(1, close)
+    assert train(config(epochs=2, on_nonfinite="rollback")) == "finished"
+    assert len(losses_of(tmp_path / "run")) == 2
 
 
 def test_output_folder_in_use_is_rejected_and_an_old_log_is_renamed(config, tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
+
+import pytest
 
 from fastdino import distributed, signals
 from fastdino.signals import StopSignals
@@ -23,3 +27,21 @@ def test_ranks_exchange_signals_about_once_per_second_and_after_the_same_step(mo
     assert [caught.should_stop_after_step() for _ in range(21)] == [False] * 20 + [True]
     assert sent == [(None, 0.0)] * 3  # after steps 1, 11 and 21
     assert caught.received == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_caught_unless_they_were_ignored(number):
+    before = signal.getsignal(number)
+    with StopSignals() as caught:
+        os.kill(os.getpid(), number)
+        assert caught.should_stop()
+        assert caught.received == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as caught:
+            os.kill(os.getpid(), number)
+            assert not caught.should_stop()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -1,8 +1,13 @@
-"""fastdino.terminal: names in messages cannot control the terminal."""
+"""fastdino.terminal: names in messages cannot control the terminal, output that is gone."""
+
+import io
+import os
+import subprocess
+import sys
 
 import pytest
 
-from fastdino.terminal import printable
+from fastdino.terminal import is_terminal, print_line, printable
 
 
 @pytest.mark.parametrize(
@@ -17,3 +22,56 @@ from fastdino.terminal import printable
 )
 def test_only_characters_that_print_remain(text, expected):
     assert printable(text) == expected
+
+
+def test_characters_that_a_stream_cannot_encode_are_escaped():
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    print_line("Zo\u00eb \u732b.jpg", stream)
+    assert written.getvalue() == b"Zo\\xeb \\u732b.jpg\n"
+    utf8 = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    print_line("Zo\u00eb", utf8)
+    assert utf8.buffer.getvalue().decode() == "Zo\u00eb\n"
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1, closefd=False)
+
+
+def full():
+    return open("/dev/full", "w")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("make", [lambda: None, closed, broken_pipe, full])
+def test_output_that_is_gone_is_no_error(make):
+    stream = make()
+    assert not is_terminal(stream)
+    for _ in range(3):
+        print_line("a line", stream)
+    if stream is not None:
+        with pytest.raises((OSError, ValueError)):
+            stream.write("x" * 100_000)  # more than the buffer
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "pipe"])
+def test_program_ends_with_its_status_if_its_output_is_gone(target):
+    code = (
+        "import sys; from fastdino.terminal import finish_output\n"
+        "print('a line'); finish_output(); sys.exit(3)"
+    )
+    stdout = os.open("/dev/full", os.O_WRONLY) if target == "/dev/full" else broken_pipe().fileno()
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, env=buffered
+    )
+    os.close(stdout)
+    assert (done.returncode, done.stderr) == (3, b"")

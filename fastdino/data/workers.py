@@ -1,4 +1,4 @@
-"""DataLoader workers that ignore SIGTERM and SIGINT.
+"""DataLoader workers that ignore SIGTERM, SIGINT and SIGHUP.
 
 A launcher signals the whole process group. The main process then finishes its step with the batches
 of these workers, and saves.
@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+
+from fastdino.signals import STOP_SIGNALS
 
 
 class SteadyLoader(DataLoader[Any]):
@@ -57,6 +59,6 @@ def init_worker(_worker: int) -> None:
     In a forked worker, the destructor of an inherited DALI pipeline would wait forever for threads
     lost in the fork.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -14,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from fastdino.files import atomic_write, explain_write_errors
-from fastdino.terminal import printable
+from fastdino.terminal import is_terminal, print_line
+from fastdino.training.tensorboard import Board
 
 # A teacher entropy below or above these fractions of ln K means that the training collapses.
 COLLAPSED_TO_ONE, COLLAPSED_TO_UNIFORM = 0.01, 0.995
@@ -44,7 +48,8 @@ class Progress:
         self._counts: dict[str, int] = defaultdict(int)
         self._warned: set[tuple[int, str]] = set()
         self._bar: tqdm[Any] | None = None
-        self._board: Any = None
+        self._board: Board | None = None
+        self._unwritten: list[str] = []  # lines that log.txt does not have because of an error
         self._clock, self._clock_iteration = time.perf_counter(), 0
 
     def __enter__(self) -> Progress:
@@ -56,15 +61,20 @@ class Progress:
         if self._board is not None:
             self._board.close()
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Return the sums of the current epoch, so a resumed epoch has the same means."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of the current epoch, so a resumed epoch has the same means.
 
-    def restart(self, iteration: int, state: dict[str, dict[str, float]] | None) -> None:
+        It also has the lines that could not be written to log.txt, if any.
+        """
+        unwritten = {"unwritten": list(self._unwritten)} if self._unwritten else {}
+        return {"sums": dict(self._sums), "counts": dict(self._counts), **unwritten}
+
+    def restart(self, iteration: int, state: dict[str, Any] | None) -> None:
         """Continue from `iteration`; drop what an interrupted run logged after it.
 
         Without a `state` at iteration 0, an existing log.txt belongs to another run and is renamed.
         """
+        self._unwritten = list((state or {}).get("unwritten", []))
         self._sums = defaultdict(float, (state or {}).get("sums", {}))
         counts = {k: int(v) for k, v in (state or {}).get("counts", {}).items()}
         self._counts = defaultdict(int, counts)
@@ -75,37 +85,39 @@ class Progress:
         if log.exists():
             with explain_write_errors(log):
                 if state is None and iteration == 0:
-                    log.replace(self.output_dir / "log.old.txt")
+                    log.replace(_unused(self.output_dir / "log.old.txt"))
                 else:
-                    drop_log_lines(log, iteration // self.steps_per_epoch)
-        self._open_board(iteration)
+                    unwritten = (_epoch_of(line.encode()) for line in self._unwritten)
+                    now = iteration // self.steps_per_epoch
+                    drop_log_lines(log, min([now, *(of for of in unwritten if of is not None)]))
+        if self._board is not None:
+            self._board.close()
+        self._board = Board(self.output_dir / "tensorboard", iteration, self.warn)
         if self._bar is not None:
             self._bar.close()
         self._bar = tqdm(
             total=self.epochs * self.steps_per_epoch,
             initial=iteration,
-            disable=not sys.stderr.isatty(),
+            disable=not is_terminal(sys.stderr),
             dynamic_ncols=True,
             unit="step",
             bar_format="{desc} {percentage:3.0f}%|{bar}|{n}/{total} {elapsed}<{remaining}{postfix}",
         )
 
-    def flush(self) -> None:
-        """Write buffered TensorBoard events to disk."""
+    def flush(self, iteration: int) -> None:
+        """Write buffered TensorBoard events to disk; `iteration` is the next one."""
         if self._board is not None:
-            with explain_write_errors(self.output_dir / "tensorboard"):
-                self._board.flush()
+            self._board.flush(iteration)
 
     def info(self, text: str) -> None:
-        """Print a line to stdout, above the bar."""
+        """Print a line to stdout, above the bar, if there is still a stdout."""
         if self.enabled:
-            tqdm.write(printable(text), file=sys.stdout)
-            sys.stdout.flush()
+            print_line(text, sys.stdout, write=tqdm.write)
 
     def warn(self, text: str) -> None:
-        """Print a warning to stderr, above the bar."""
+        """Print a warning to stderr, above the bar, if there is still a stderr."""
         if self.enabled:
-            tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
+            print_line(f"warning: {text}", sys.stderr, write=tqdm.write)
 
     def step(
         self, iteration: int, values: dict[str, float], *, entropy: float | None = None
@@ -130,18 +142,33 @@ class Progress:
             self._check_collapse(iteration // self.steps_per_epoch, values)
 
     def end_epoch(self, epoch: int, **extra: float) -> None:
-        """Append the epoch's means to log.txt, the paper's keys first, and reset them."""
+        """Append the epoch's means to log.txt, the paper's keys first, and reset them.
+
+        Lines that cannot be written are kept, and written after the next epoch.
+        """
         means = {f"train_{name}": self._sums[name] / self._counts[name] for name in self._sums}
         self._sums.clear()
         self._counts.clear()
         if not self.enabled:
             return
-        log = self.output_dir / "log.txt"
-        with explain_write_errors(log), open(log, "a") as file:
-            file.write(json.dumps({**means, "epoch": epoch, **extra}) + "\n")
+        self._unwritten.append(json.dumps({**means, "epoch": epoch, **extra}) + "\n")
+        self._write_log()
         if self._bar is not None and self._bar.disable:
             shown = " ".join(f"{k.removeprefix('train_')} {v:.4g}" for k, v in means.items())
             self.info(f"epoch {epoch + 1}/{self.epochs}: {shown}")
+
+    def _write_log(self) -> None:
+        """Append the lines that log.txt does not have yet; warn if that fails."""
+        log = self.output_dir / "log.txt"
+        try:
+            append("".join(self._unwritten).encode(), log)
+        except OSError as error:
+            self.warn(
+                f"cannot write {log} ({error.strerror or error}): the run continues; the line is "
+                "kept in the checkpoint and written after the next epoch"
+            )
+        else:
+            self._unwritten.clear()
 
     def _show(self, iteration: int, values: dict[str, float]) -> None:
         """Show the values next to the bar and send them to TensorBoard."""
@@ -158,8 +185,8 @@ class Progress:
             f"KL {values['kl']:.3f}",
         )
         if self._board is not None:
-            for name, value in {**values, "images_per_second": rate}.items():
-                self._board.add_scalar(f"train/{name}", value, iteration)
+            shown = {**values, "images_per_second": rate}
+            self._board.add({f"train/{name}": value for name, value in shown.items()}, iteration)
 
     def _check_collapse(self, epoch: int, values: dict[str, float]) -> None:
         """Warn if the teacher's entropy is near a bound, once per epoch and bound."""
@@ -179,26 +206,51 @@ class Progress:
                 f"{math.log(self.prototypes):.2f} nats): the training is collapsing; {todo}"
             )
 
-    def _open_board(self, iteration: int) -> None:
-        if self._board is not None:
-            self._board.close()
+
+def append(content: bytes, path: Path) -> None:
+    """Append to a file, or leave it unchanged; raise OSError."""
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        folder = self.output_dir / "tensorboard"
-        with explain_write_errors(folder):
-            self._board = SummaryWriter(str(folder), purge_step=iteration)
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def drop_log_lines(log: Path, epoch: int) -> None:
-    """Remove the lines of `epoch` and later epochs, and incomplete lines, from a log.txt."""
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-            continue
+    """Remove the lines of `epoch` and later epochs, and incomplete lines, from a log.txt.
+
+    If it has lines that are not a log's, log.old.txt keeps the file as it was.
+    """
+    content = log.read_bytes()
+    *lines, last = content.split(b"\n")
+    if _epoch_of(last) is not None:  # else empty, or cut off when the run was killed
+        lines.append(last)
+    epochs = [_epoch_of(line) for line in lines]
+    if None in epochs:
+        with atomic_write(_unused(log.with_name("log.old.txt"))) as file:
+            file.write(content)
+    kept = [
+        line + b"\n"
+        for line, of in zip(lines, epochs, strict=True)
+        if of is not None and of < epoch
+    ]
     with atomic_write(log) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))
+
+
+def _epoch_of(line: bytes) -> int | None:
+    """Return the epoch of a line of a log; None if it is not one."""
+    try:
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return epoch if isinstance(epoch, int) else None
+
+
+def _unused(path: Path) -> Path:
+    """Return `path`, or with a number before its ending, so that no file has that name."""
+    numbered = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))

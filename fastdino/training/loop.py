@@ -17,13 +17,14 @@ from fastdino import distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.data.image_files import Conversion
-from fastdino.errors import CheckpointError, NonFiniteError, UserError
-from fastdino.files import file_lock, write_json
+from fastdino.errors import NonFiniteError, UserError
+from fastdino.files import write_json
 from fastdino.models.backbones import has_batch_norm
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
 from fastdino.training.logging import Progress
+from fastdino.training.output_folder import OutputFolder
 from fastdino.training.resume import RunCheckpoint
 from fastdino.training.trainer import Trainer
 
@@ -40,8 +41,8 @@ def train(config: TrainConfig) -> Status:
     optimizer, epoch, args, dino_loss and fastdino's own), log.txt (one JSON object per epoch),
     TensorBoard events and config.json.
 
-    Returns: "finished", or "interrupted" after SIGTERM or SIGINT: the current step was finished and
-        the run saved; the same call resumes it.
+    Returns: "finished", or "interrupted" after SIGTERM, SIGINT or SIGHUP: the current step was
+        finished and the run saved; the same call resumes it.
     Raises: UserError: invalid data, settings or checkpoint, a loss that is not finite, or too
         little memory; the message says what to do.
     """
@@ -49,26 +50,13 @@ def train(config: TrainConfig) -> Status:
     if device.type == "cpu":
         keep_freed_memory()
     with distributed.process_group(device, config.dist_url), contextlib.ExitStack() as stack:
-        distributed.from_main(lambda: _lock(Path(config.output_dir), stack))
-        return Run(config, resolve_runtime(config)).run()
+        folder = OutputFolder(Path(config.output_dir))
+        distributed.from_main(lambda: _enter(folder, stack))
+        return Run(config, resolve_runtime(config), folder).run()
 
 
-def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Create an output folder and lock it against other runs until `stack` closes.
-
-    Raises: CheckpointError: the folder cannot be written, or another run uses it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(file_lock(folder / ".lock", wait=False))
-    except BlockingIOError:
-        raise CheckpointError(
-            f"--output_dir {folder}: another run is writing there; use another folder"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"--output_dir {folder} cannot be written ({error}): use another folder"
-        ) from error
+def _enter(folder: OutputFolder, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(folder)  # not returned, as it would be sent to the other ranks
 
 
 class StepMetrics(NamedTuple):
@@ -81,11 +69,11 @@ class StepMetrics(NamedTuple):
 
 
 class Run:
-    """A pretraining run on one rank."""
+    """A pretraining run on one rank; rank 0 holds the lock of its output folder."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime):
-        self.config, self.runtime = config, runtime
-        self.output_dir = Path(config.output_dir)
+    def __init__(self, config: TrainConfig, runtime: Runtime, folder: OutputFolder):
+        self.config, self.runtime, self.folder = config, runtime, folder
+        self.output_dir = folder.path
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(
             lambda: scan_images(
@@ -196,6 +184,7 @@ class Run:
             every = self.config.saveckp_every_steps
             stop = signals.should_stop_after_step()
             if stop or (every and trainer.iteration % every == 0):
+                distributed.from_main(self._restore_folder)
                 self._save()
             if stop:
                 return "interrupted"
@@ -206,6 +195,7 @@ class Run:
             k: v for part in distributed.gather(self.loader.skipped) for k, v in part.items()
         }
         self._list_skipped(skipped)
+        distributed.from_main(self._restore_folder)  # first, as another run may now use it
         self.progress.end_epoch(
             epoch,
             images_per_second=images / seconds,
@@ -245,6 +235,14 @@ class Run:
     def _save(self, also: Path | None = None) -> None:
         self._report_steps()
         self.checkpoint.save(also)
+
+    def _restore_folder(self) -> None:
+        if self.folder.restore():
+            self.progress.warn(
+                f"--output_dir {self.output_dir} was deleted or replaced during the run: it is "
+                "written again from here on"
+            )
+            self._write_config()
 
     def _list_skipped(self, skipped: dict[str, str]) -> None:
         """Warn of skipped images, once each: list the first few and count the rest."""

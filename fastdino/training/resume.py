@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,19 @@ from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.files import os_error_of
 from fastdino.models.weights import initial_weights
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
 
 # A run with --on_nonfinite rollback stops after this many rollbacks to the same checkpoint.
 MAX_ROLLBACKS = 5
+# A failed save is tried again after these waits. Slurm kills a job 30 s after SIGTERM.
+SECONDS_UNTIL_RETRY = (1.0, 4.0, 10.0)
+PASSING_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN,
+    errno.ENOMEM, errno.ENFILE, errno.EMFILE,
+)  # fmt: skip
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
 NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 
@@ -52,9 +61,22 @@ class RunCheckpoint:
             "left_out": self.left_out,
             "images": self._images,
         }
-        self.progress.flush()
-        distributed.from_main(lambda: checkpoint.save(state, self.path, also=also))
+        self.progress.flush(self.trainer.iteration)
+        distributed.from_main(lambda: self._write(state, also))
         self._rollbacks = 0
+
+    def _write(self, state: dict[str, Any], also: Path | None) -> None:
+        """Write the checkpoint; try again after errors that may pass."""
+        for seconds in SECONDS_UNTIL_RETRY:
+            try:
+                return checkpoint.save(state, self.path, also=also)
+            except CheckpointError as error:
+                cause = os_error_of(error)
+                if cause is None or cause.errno not in PASSING_ERRORS:
+                    raise
+                self.progress.warn(f"{error}; the next try is in {seconds:g} s")
+                time.sleep(seconds)
+        return checkpoint.save(state, self.path, also=also)
 
     def resume_or_start(self) -> None:
         """Resume from the checkpoint if there is one, else start a new run."""
