@@ -88,6 +88,10 @@ KINDS = {
     "two processes": Kind(
         "--crops torchvision --num_workers 0 --batch_size_per_gpu 2 --last_batch drop", ranks=2
     ),
+    "sinkhorn": Kind(
+        "--crops torchvision --num_workers 0 --centering sinkhorn --koleo_weight 0.1 "
+        "--saveckp_every_steps 1 --saveckp_freq 0"
+    ),
     "rollback": Kind(
         "--crops torchvision --num_workers 0 --on_nonfinite rollback", nonfinite_at=STEPS + 1
     ),
