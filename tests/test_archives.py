@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ import zipfile
 
 import pytest
 
+from fastdino.data.datasets import tars
 from fastdino.data.datasets.archives import (
     INDEX,
     archive_kind,
@@ -334,3 +336,88 @@ def test_archives_in_a_folder_a_pattern_or_one_file_have_classes(make, picture, 
         assert [dataset.read_bytes(i) for i in (0, 3)] == [picture(0), picture(1)]
     single = make(f"all.{kind}", {"cat/1.jpg": picture(1), "dog/2.jpg": picture(2)})
     assert scan_images(single).classes == ["cat", "dog"]
+
+
+def test_overlapping_members_of_a_zip_are_broken(tmp_path, make, picture):
+    """Else a small file holds any number of large images, which the scan must inflate."""
+    image = picture(0)
+    path = make("x.zip", {"a.jpg": (image, DEFLATE), "b.jpg": (image, DEFLATE)})
+    content = bytearray(path.read_bytes())
+    second = content.rfind(b"PK\1\2")
+    struct.pack_into("<I", content, second + 42, 0)  # both entries are at the first member
+    path.write_bytes(content)
+    assert reasons(index(path)) == {"b.jpg": "overlaps another member: the zip is damaged"}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(6, b"\xff\0"), (8, b"\0\x08"), (46, b"\xff\xfe"), (28, b"\0\0"), (28, b"\xff\xff")],
+    ids=["version", "UTF-8 flag", "name", "no name", "long name"],
+)
+def test_crafted_directories_of_zips_are_one_line(make, picture, place, value):
+    path = make("x.zip", {"\u00e9.jpg": picture(0)})
+    content = bytearray(path.read_bytes())
+    start = content.rfind(b"PK\1\2") + place
+    content[start : start + len(value)] = value
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        index(path).check(1)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_labels_of_other_compression_are_not_read(make, picture, method):
+    path = make("x.zip", {"a.jpg": picture(0), "a.cls": (b"1", method)})
+    assert index(path).labels == [""]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"label": ' * 50_000, b"1" * 1001])
+def test_labels_that_are_nested_or_long_are_left_out(make, picture, kind, content):
+    path = make(f"x.{kind}", {"a.jpg": picture(0), "a.json": content, "b.jpg": picture(0)})
+    assert index(path).labels == ["", ""]
+
+
+def nested_tar(make_tar, path, levels, picture):
+    content = picture(0)
+    name = "a.jpg"
+    for level in range(levels):
+        content = make_tar(path / f"{level}.tar", {name: content}).read_bytes()
+        name = "t.tar"
+    return path / f"{levels - 1}.tar"
+
+
+def test_tars_within_tars_are_indexed_to_a_depth(tmp_path, make_tar, picture):
+    images = index(nested_tar(make_tar, tmp_path, tars.LEVELS + 1, picture))
+    assert len(images.members) == 1
+    assert not images.reasons
+    images = index(nested_tar(make_tar, tmp_path, tars.LEVELS + 2, picture))
+    (reason,) = images.reasons.values()
+    assert reason == f"is a tar within {tars.LEVELS} tars, which is not supported"
+
+
+def test_long_headers_of_a_tar_are_bounded(tmp_path, make_tar, picture, monkeypatch):
+    path = make_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "b" * 200 + ".jpg": picture(1)})
+    assert len(index(path).members) == 2
+    monkeypatch.setattr(tars, "_LARGEST_HEADER", 100)
+    images = index(path)
+    assert list(images.members) == ["a.jpg"]
+    assert "is truncated or damaged" in images.notes[0]
+
+
+def test_headers_that_refer_to_each_other_without_end_are_an_error(tmp_path):
+    """Each long name is read by a recursive call of tarfile."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(block * 5000)
+    with pytest.raises(DataError, match="is not a tar|no images"):
+        scan_images(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["x.tar", "x.jpg.tar"])
+def test_compressed_archives_and_lists_are_refused_before_they_are_read(tmp_path, suffix, name):
+    starts = {".gz": b"\x1f\x8b", ".bz2": b"BZh9", ".xz": b"\xfd7zXZ\0", ".zst": b"(\xb5/\xfd"}
+    (tmp_path / f"{name}{suffix}").write_bytes(starts[suffix] + bytes(100))
+    with pytest.raises(DataError, match="is compressed"):
+        scan_images(tmp_path / f"{name}{suffix}")

@@ -55,8 +55,16 @@ def web():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
+            if self.path == "/dripping-header.pth":
+                self.drip(b"HTTP/1.0 200 OK")
+                return
+            if self.path == "/elsewhere.pth":
+                self.send_response(302)
+                self.send_header("Location", "/whole.pth")
+                self.end_headers()
+                return
             self.send_response(200)
-            if "chunked" in self.path:
+            if "chunk" in self.path:
                 self.send_header("Transfer-Encoding", "chunked")
             elif self.path != "/unknown-length.pth":
                 self.send_header("Content-Length", "10")
@@ -76,12 +84,18 @@ def web():
             self.wfile.flush()
             stop.wait(60)
 
-        def dripping(self):
+        def drip(self, content):
             with contextlib.suppress(OSError):
-                for digit in b"0123456789":
-                    self.wfile.write(bytes([digit]))
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
                     self.wfile.flush()
                     stop.wait(0.1)
+
+        def dripping(self):
+            self.drip(b"0123456789")
+
+        def dripping_chunks(self):
+            self.drip(b"00000000000000000000")
 
         def chunked(self):
             self.wfile.write(b"5\r\n01234\r\n5\r\n56789\r\n0\r\n\r\n")
@@ -120,6 +134,8 @@ def test_truncated_and_stalled_downloads_are_not_kept(cache, web, monkeypatch):
         ("unknown-length", "does not state the file's length"),
         ("chunked-cut", "IncompleteRead"),
         ("dripping", "received only . bytes"),
+        ("dripping-header", "received only 0 bytes"),
+        ("dripping-chunks", "received only 0 bytes"),
     ],
 )
 def test_downloads_whose_end_is_unknown_are_not_kept(cache, web, monkeypatch, name, problem):
@@ -134,7 +150,7 @@ def test_a_chunked_download_is_complete_and_a_large_one_is_refused(cache, web, m
     address, _ = web
     assert local_file(f"{address}/chunked.pth").read_text() == "0123456789"
     monkeypatch.setattr(downloads, "LARGEST", 9)
-    with pytest.raises(CheckpointError, match="received more than"):
+    with pytest.raises(CheckpointError, match="it is larger than"):
         local_file(f"{address}/whole.pth")
 
 
@@ -154,6 +170,17 @@ def test_an_unencrypted_download_is_warned_of(cache, web, capsys, monkeypatch):
     monkeypatch.setattr(downloads, "_LOCAL_HOSTS", ())
     local_file(f"{address}/chunked.pth")
     assert "is not encrypted" in capsys.readouterr().err
+
+
+def test_a_redirection_to_an_unencrypted_address_is_warned_of(cache, web, capsys, monkeypatch):
+    address, _ = web
+    warned = downloads._warn_if_unencrypted
+    monkeypatch.setattr(downloads, "_LOCAL_HOSTS", ())
+    monkeypatch.setattr(  # stands for an https address
+        downloads, "_warn_if_unencrypted", lambda url: None if "elsewhere" in url else warned(url)
+    )
+    local_file(f"{address}/elsewhere.pth")
+    assert f"{address}/whole.pth is not encrypted" in capsys.readouterr().err
 
 
 def test_one_of_several_processes_downloads_a_file(cache, web):

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from fastdino.data import image_files
 from fastdino.data.image_files import (
@@ -144,3 +145,31 @@ def test_broken_metadata_does_not_rotate(exif):
         exif = metadata.tobytes()
     image.info["exif"] = exif
     assert orientation(image) == 1
+
+
+def test_a_whole_file_has_a_largest_size(tmp_path):
+    path = str(tmp_path / "x")
+    with open(path, "wb") as file:
+        file.truncate(101)  # sparse: a crafted file claims its size without using the disk
+    with pytest.raises(OSError, match="larger than 0 MB"):
+        read_file(path, largest=100)
+    assert len(read_file(path, largest=101)) == 101
+    assert len(read_file(path, 100, 1, largest=100)) == 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000"])
+def test_headers_of_too_many_pixels_are_unusable(tmp_path, monkeypatch, form):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x", form)
+    assert isinstance(read_header(str(tmp_path / "x")), Header)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    header = read_header(str(tmp_path / "x"))
+    assert "has too many pixels" in header.reason
+    assert not header.transient
+
+
+def test_text_of_a_png_cannot_fill_the_memory(tmp_path):
+    text = PngInfo()
+    for i in range(10):
+        text.add_text(f"key{i}", "x" * 10_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
+    assert "cannot be decoded" in read_header(str(tmp_path / "x.png")).reason

@@ -3,6 +3,7 @@ from __future__ import annotations
 import codecs
 import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -141,3 +142,16 @@ def test_invalid_ground_truth_is_an_error(read, value, part):
 def test_missing_ground_truth_is_an_error(folder):
     with pytest.raises(DataError, match=r"there is no ground truth .*gnd_rparis6k.pkl"):
         read_dataset(folder, "rparis6k", crop_queries=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02Nr\xff\xff\xff\x07.", b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0f", b"(" * 10**5],
+    ids=["memo", "bytes", "marks"],
+)
+def test_a_pickle_does_not_take_the_memory_that_it_claims(read, content):
+    """9 bytes make pickle's implementation in C allocate and clear 2 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"gnd_roxford5k.pkl (is no readable|holds a)"):
+        read(content)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000

@@ -182,3 +182,31 @@ def test_metadata_is_detected_by_its_usual_names(tmp_path):
     assert yfcc.find_metadata(str(tmp_path)) is None
     (tmp_path / "yfcc100m_subset_data.tsv.bz2").touch()
     assert yfcc.find_metadata(str(tmp_path)) == str(tmp_path / "yfcc100m_subset_data.tsv.bz2")
+
+
+@pytest.mark.parametrize("line", [b"24821\n", b"\n"])
+def test_a_compressed_table_without_end_is_an_error(tmp_path, monkeypatch, line):
+    """A few kB of bzip2 hold any number of lines."""
+    monkeypatch.setattr(yfcc, "_MOST_ROWS", 1000)
+    path = tmp_path / "yfcc100m_dataset.bz2"
+    path.write_bytes(bz2.compress(line * 2000))
+    with pytest.raises(DataError, match="has more than 1000 rows"):
+        read_metadata(str(path))
+    path.write_bytes(bz2.compress(bytes(1 << 22)))
+    with pytest.raises(DataError, match="bytes in line 1"):
+        read_metadata(str(path))
+
+
+def test_a_database_with_endless_rows_or_values_is_an_error(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.db")
+    write_sqlite(path)
+    monkeypatch.setattr(yfcc, "_MOST_ROWS", 3)
+    with pytest.raises(DataError, match="has more than 3 rows"):
+        read_metadata(path)
+    monkeypatch.setattr(yfcc, "_MOST_ROWS", 100)
+    with closing(sqlite3.connect(path)) as base:
+        base.execute("update yfcc100m_dataset set downloadurl = zeroblob(20000000)")
+        base.commit()
+    if hasattr(sqlite3.Connection, "setlimit"):
+        with pytest.raises(DataError, match="cannot be read: string or blob too big"):
+            read_metadata(path)

@@ -13,7 +13,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL.ContainerIO import ContainerIO
 
 from fastdino.data.rgb_conversion import has_pages, is_deep, to_rgb
 from fastdino.errors import DataError
+from fastdino.waiting import DaemonExecutor
 
 P = ParamSpec("P")
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -124,9 +124,16 @@ def open_file(path: str) -> IO[bytes]:
 
 
 @retrying
-def read_file(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """Read a file, or `length` bytes from an offset; raise OSError if it keeps failing."""
+def read_file(
+    path: str, offset: int = 0, length: int = -1, *, largest: int = LARGEST_IMAGE
+) -> bytes:
+    """Read a file, or `length` bytes from an offset.
+
+    Raises: OSError: reading keeps failing, or a whole file has more than `largest` bytes.
+    """
     with open_file(path) as file:
+        if length < 0 and os.fstat(file.fileno()).st_size > largest:
+            raise OSError(errno.EFBIG, f"larger than {largest / 1e6:,.0f} MB", path)
         file.seek(offset)
         return file.read(length)
 
@@ -176,7 +183,7 @@ def _read_header(path: str, part: Part | None) -> Header:
 
 def read_headers(paths: Sequence[Path], workers: int) -> list[Header | Unusable]:
     """Read the headers of image files in threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool, quiet_pillow():
+    with DaemonExecutor(workers) as pool, quiet_pillow():
         return list(pool.map(read_header, map(str, paths)))
 
 

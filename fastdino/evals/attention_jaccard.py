@@ -29,6 +29,7 @@ from fastdino.data.image_files import (
     Conversion,
     count_deep,
     quiet_pillow,
+    read_file,
     read_headers,
 )
 from fastdino.data.image_names import image_files
@@ -100,9 +101,9 @@ def find_masked(root: Path, split: str) -> MaskedImages:
 def _find_voc(root: Path, split: str) -> MaskedImages:
     listing = root / f"ImageSets/Segmentation/{split}.txt"
     try:
-        names = listing.read_text().split()
-    except OSError as error:
-        raise DataError(f"{listing} cannot be read: {error.strerror}") from error
+        names = read_file(str(listing)).decode().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing} cannot be read: {error}") from error
     if not names:
         raise DataError(f"{listing} lists no image")
     # Both folders have the same foreground; only the objects are numbered differently.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdino import numpy_pickles
-from fastdino.data.image_files import AS_STORED, Box, Conversion
+from fastdino.data.image_files import AS_STORED, Box, Conversion, read_file
 from fastdino.errors import DataError
 from fastdino.evals.features import ImageFiles
 from fastdino.evals.ranking_metrics import Indices, Relevance
@@ -88,8 +89,11 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.numeric._frombuffer"] = numpy_pickles.frombuffer
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickler limited to NumPy arrays and scalars, numbers, text and containers of them."""
+class _SafeUnpickler(pickle._Unpickler):
+    """Unpickler limited to NumPy arrays and scalars, numbers, text and containers of them.
+
+    Of pickle's two implementations, that in Python: the other allocates what a file claims.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _ALLOWED:
@@ -99,9 +103,9 @@ class _SafeUnpickler(pickle.Unpickler):
 
 def _read_ground_truth(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            # Python 2 pickles that contain arrays must be read as latin1.
-            value = _SafeUnpickler(file, encoding="latin1").load()
+        content = io.BytesIO(read_file(str(path)))
+        # Python 2 pickles that contain arrays must be read as latin1.
+        value = _SafeUnpickler(content, encoding="latin1").load()
     except FileNotFoundError:
         raise DataError(f"there is no ground truth {path}") from None
     except _CodeInPickleError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdino import __version__
+from fastdino.data.image_files import read_file
 from fastdino.errors import ConfigError
 
 # Training settings to show; the others, such as paths, depend on the machine.
@@ -95,8 +96,8 @@ def read_figures(paths: Sequence[str]) -> list[tuple[str, str]]:
 
 def _figures_of(path: Path) -> list[tuple[str, str]]:
     try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        report = json.loads(read_file(str(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--figures {path} cannot be read as JSON: {error}") from error
     try:
         names = {"linear probe, top-1": "acc1", "linear probe, top-5": "acc5"}

@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 from fastdino.errors import CheckpointError
 from fastdino.files import file_lock
+from fastdino.terminal import printable
+from fastdino.waiting import DaemonExecutor
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,7 @@ def _download(url: str) -> Path:
         path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
         if path.exists():
             return path
-        if address.scheme == "http" and address.hostname not in _LOCAL_HOSTS:
-            advice = "is not encrypted: anyone in between can change it; use https"
-            print(f"warning: {url} {advice}", file=sys.stderr)
+        _warn_if_unencrypted(url)
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / f"{path.name}.lock", wait=True):  # one process downloads
             if not path.exists():
@@ -90,6 +91,13 @@ def _download(url: str) -> Path:
     return path
 
 
+def _warn_if_unencrypted(url: str) -> None:
+    address = urlsplit(url)
+    if address.scheme == "http" and address.hostname not in _LOCAL_HOSTS:
+        advice = "is not encrypted: anyone in between can change it; use https"
+        print(f"warning: {printable(url)} {advice}", file=sys.stderr)
+
+
 def _fetch(url: str, path: Path) -> None:
     """Download a URL to `path`, completely or not at all.
 
@@ -97,35 +105,66 @@ def _fetch(url: str, path: Path) -> None:
 
     Raises: OSError, ValueError, HTTPException: the download failed, is too slow, or too large.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "fastdino"})
     # In a folder of its own: without file locks, several processes may download at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        with open(part, "wb") as file, urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            length = response.headers.get("Content-Length")
-            size = None if length is None else int(length)
-            # Only these two show where the file ends.
-            if size is None and response.headers.get("Transfer-Encoding") != "chunked":
-                raise OSError("the server does not state the file's length")
-            hide = not sys.stderr.isatty()
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=hide) as bar:
-                for received in _copy(response, file):
-                    bar.update(received)
-            if size not in (None, file.tell()):
-                raise OSError(f"received {file.tell()} of {size} bytes")
+        transfer = _Transfer(url, part)
+        # In a thread, because a server can send its header, too, a byte a minute.
+        with DaemonExecutor(1) as pool:
+            transfer.watch(pool.submit(transfer.run))
         os.replace(part, path)
 
 
+class _Transfer:
+    """A download to a file.
+
+    Attributes: received: bytes so far. size: bytes of the file, None until or unless it is known.
+    """
+
+    def __init__(self, url: str, path: Path) -> None:
+        self.url, self.path = url, path
+        self.received = 0
+        self.size: int | None = None
+
+    def run(self) -> None:
+        """Download the file; raise OSError if it ends early or is too large."""
+        request = urllib.request.Request(self.url, headers={"User-Agent": "fastdino"})
+        with (
+            open(self.path, "wb") as file,
+            urllib.request.urlopen(request, timeout=TIMEOUT) as response,
+        ):
+            if response.url != self.url:
+                _warn_if_unencrypted(response.url)
+            length = response.headers.get("Content-Length")
+            size = self.size = None if length is None else int(length)
+            # Only these two show where the file ends.
+            if size is None and response.headers.get("Transfer-Encoding") != "chunked":
+                raise OSError("the server does not state the file's length")
+            for received in _copy(response, file):
+                self.received += received
+                if max(self.received, size or 0) > LARGEST:
+                    raise OSError(f"it is larger than {LARGEST >> 30} GiB")
+        if size not in (None, self.received):
+            raise OSError(f"received {self.received} of {size} bytes")
+
+    def watch(self, running: Future[None]) -> None:
+        """Show the progress until the end of `run`; raise OSError if it is too slow."""
+        started, shown = time.monotonic(), 0
+        hide = not sys.stderr.isatty()
+        with tqdm(unit="B", unit_scale=True, desc=self.path.name, disable=hide) as bar:
+            while not wait([running], timeout=0.1).done:
+                bar.total = self.size
+                bar.update(self.received - shown)
+                shown = self.received
+                seconds = time.monotonic() - started
+                if seconds > PATIENCE and shown < SLOWEST * seconds:
+                    raise OSError(f"received only {shown} bytes in {seconds:.0f} s")
+        running.result()
+
+
 def _copy(source: IO[bytes], target: IO[bytes]) -> Iterator[int]:
-    """Copy a file, yielding the bytes of each part; raise OSError if it is endless or too slow."""
-    started, total = time.monotonic(), 0
-    # read1 returns what has arrived, so that a server that sends a byte a minute is noticed.
+    """Copy a file, yielding the number of bytes of each part."""
+    # read1 returns what has arrived, so that the progress of a slow server is seen.
     while part := source.read1(1 << 20):  # type: ignore[attr-defined]
         target.write(part)
-        total += len(part)
         yield len(part)
-        seconds = time.monotonic() - started
-        if seconds > PATIENCE and total < SLOWEST * seconds:
-            raise OSError(f"received only {total} bytes in {seconds:.0f} s")
-        if total > LARGEST:
-            raise OSError(f"received more than {LARGEST >> 30} GiB")

@@ -215,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_hf_config(path: Path) -> None:
     """Raise CheckpointError if config.json exists and is not of one of the paper's ViTs."""
-    if not path.exists():
+    if not path.is_file():
         return
     try:
         config = json.loads(path.read_text())
@@ -224,7 +224,7 @@ def _check_hf_config(path: Path) -> None:
             "depth": config["num_hidden_layers"],
             "num_heads": config["num_attention_heads"],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the config of a ViT ({error!r})") from error
     kind = config.get("model_type", "vit")
     if kind not in HF_TYPES or shape not in VIT_ARCHS.values():

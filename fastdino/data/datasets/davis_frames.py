@@ -14,6 +14,7 @@ from pathlib import Path
 from fastdino.data.datasets.data_path import DataPath
 from fastdino.data.datasets.file_list import FileList
 from fastdino.data.datasets.splits import choose_split, requested_split
+from fastdino.data.image_files import read_file
 from fastdino.data.image_names import image_files, is_leftover
 from fastdino.errors import DataError
 
@@ -70,7 +71,7 @@ def sequence_names(path: Path) -> list[str]:
     """
     names: dict[str, None] = {}
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = read_file(str(path)).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list {path} cannot be read: {error}") from error
     for line in lines:

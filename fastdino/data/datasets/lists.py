@@ -11,6 +11,9 @@ from fastdino.data.image_files import read_file
 from fastdino.data.image_names import EXTENSIONS
 from fastdino.errors import DataError
 
+LARGEST_LIST = 1 << 32  # bytes of a list that is read
+_BEGINNING = 1 << 16
+
 
 def is_file(data_path: DataPath) -> bool:
     """Return whether the path exists; it is a list if it is neither a folder nor an archive."""
@@ -24,7 +27,9 @@ def find_list(data_path: DataPath) -> FileList:
     """
     path = data_path.path
     try:
-        text = read_file(path)
+        # First its beginning: a file of another kind can be of any size.
+        text = read_file(path, length=_BEGINNING)
+        text = text if b"\0" in text else read_file(path, largest=LARGEST_LIST)
     except OSError as error:
         raise DataError(f"--data_path: the list {path} cannot be read: {error}") from error
     if b"\0" in text:

@@ -26,6 +26,24 @@ _COMPRESSED = {
 # Endings of compressed archives, also without .tar.
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 
+LEVELS = 4  # tars within tars that are indexed
+_LARGEST_HEADER = 1 << 20  # bytes of a long name or of extended attributes, read at once
+_LONG_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+# What tarfile raises for damaged or crafted headers; each long header is read by a recursive call.
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header cannot claim any size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _LONG_HEADERS and self.size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
 
 def is_tar(path: str) -> bool:
     """Return whether a file is a tar, by its name or first header.
@@ -59,6 +77,7 @@ class _TarIndexer:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._collector = file, MemberCollector()
+        self._level = 0  # of tars within tars
 
     def index(self, path: str) -> Manifest:
         length = self._file.seek(0, os.SEEK_END)
@@ -67,7 +86,7 @@ class _TarIndexer:
             return unread_manifest([path], [], note="is empty (0 bytes)")
         try:
             is_whole = self._walk(self._file, 0, length, "")
-        except tarfile.ReadError as error:
+        except _DAMAGED as error:
             raise DataError(
                 f"--data_path: {path} is not a tar ({error}): copy it again, or move it away"
             ) from error
@@ -81,7 +100,7 @@ class _TarIndexer:
 
     def _walk(self, file: IO[bytes], start: int, length: int, folder: str) -> bool:
         """Add the members of the tar at offset `start`; return False if it is truncated."""
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
             try:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
@@ -89,7 +108,7 @@ class _TarIndexer:
                 file.seek(tar.offset)
                 # A tar ends with two blocks of zeros, but tarfile accepts any garbage as its end.
                 return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-            except tarfile.ReadError:
+            except _DAMAGED:
                 return False
 
     def _add(
@@ -118,10 +137,17 @@ class _TarIndexer:
 
     def _add_tar(self, name: str, part: Part) -> None:
         inner = ContainerIO(self._file, part.offset, part.length)
+        self._level += 1
         try:
-            is_whole = self._walk(inner, part.offset, part.length, f"{name}/")
-            reason = "" if is_whole else "is truncated or damaged"
-        except tarfile.ReadError as error:
+            if self._level > LEVELS:
+                reason = f"is a tar within {LEVELS} tars, which is not supported"
+            elif self._walk(inner, part.offset, part.length, f"{name}/"):
+                reason = ""
+            else:
+                reason = "is truncated or damaged"
+        except _DAMAGED as error:
             reason = f"is not a tar: {error}"
+        finally:
+            self._level -= 1
         if reason:
             self._collector.add_image(name, part, reason)

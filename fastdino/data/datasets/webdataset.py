@@ -8,7 +8,9 @@ from collections.abc import Callable
 from fastdino.data.image_files import Part
 from fastdino.data.manifest import Manifest, unread_manifest
 
-_LARGEST_LABEL = 1 << 20  # bytes
+_LARGEST_LABEL = 1 << 20  # bytes of a member that may hold a label
+_LONGEST_LABEL = 1000  # characters; longer text is no class name
+_LARGEST_NUMBER = 1 << 62
 _LABEL_KEYS = ("label", "cls", "class")
 
 
@@ -27,7 +29,8 @@ class MemberCollector:
         if reason:
             self.reasons[len(self.members)] = reason
         self.members.append(name)
-        self._parts.append(part)
+        # Headers can claim more than fits into the manifest, for members that have a reason.
+        self._parts.append(Part(*(min(value, _LARGEST_NUMBER) for value in part)))
 
     def add_other(self, name: str, size: int, read: Callable[[], bytes]) -> None:
         """Add a member of `size` bytes that is not an image; a .cls or .json holds a label."""
@@ -71,11 +74,11 @@ def _parse_label(content: bytes, is_json: bool) -> str:
     if is_json:
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return ""
         if isinstance(value, dict):
             value = next((value[key] for key in _LABEL_KEYS if key in value), None)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             return ""
         text = str(value)
-    return text.replace("\0", "")
+    return "" if len(text) > _LONGEST_LABEL else text.replace("\0", "")

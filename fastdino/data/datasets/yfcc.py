@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastdino.data.datasets.file_list import FileList
+from fastdino.data.image_files import read_file
 from fastdino.data.manifest import Manifest
 from fastdino.errors import DataError
 
@@ -33,7 +34,9 @@ SUFFIXES = ("", ".tsv", ".txt", ".bz2", ".tsv.bz2", ".sql", ".sqlite", ".db")
 _TABLE = "yfcc100m_dataset"
 _VIDEO = "1"  # in the column `marker`
 _SQLITE = b"SQLite format 3\0"
-_LONGEST_LINE = 1 << 20  # bytes; a compressed line can claim any length
+# Limits of a compressed table or database, which can claim any size: bytes of a line or value, and
+# rows. YFCC100M has 100 million.
+_LONGEST_LINE, _MOST_ROWS = 1 << 20, 1 << 28
 # The columns that are read, with their usual names; a missing one reads as "".
 _COLUMNS = {
     "number": ("photoid", "photo_id", "id"),
@@ -122,8 +125,7 @@ def read_metadata(path: str) -> Photos:
     Raises: DataError: the file cannot be read, has another format, or lists no photo.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
+        start = read_file(path, length=16)
         return _collect(_sqlite_rows(path) if start == _SQLITE else _text_rows(path), path)
     except (OSError, EOFError, sqlite3.Error) as error:
         raise DataError(f"--data_path: the metadata {path} cannot be read: {error}") from error
@@ -144,7 +146,9 @@ def _collect(rows: Iterator[Sequence[str]], path: str) -> Photos:
     hashes, of = array("Q"), array("i")  # lists of 300 million would be many times as large
     number = videos = 0
     bar = tqdm(rows, desc="reading metadata", unit="photos", disable=None, delay=1, leave=False)
-    for photo, key, url, marker in bar:
+    for row, (photo, key, url, marker) in enumerate(bar):
+        if row == _MOST_ROWS:
+            raise ValueError(f"has more than {_MOST_ROWS} rows")
         if marker == _VIDEO:
             videos += 1
             continue
@@ -181,6 +185,8 @@ def _text_rows(path: str) -> Iterator[list[str]]:
             if len(line) == _LONGEST_LINE:
                 raise ValueError(f"has more than {_LONGEST_LINE} bytes in line {number}")
             values = [value.strip() for value in line.decode("utf-8", "replace").split("\t")]
+            if number > _MOST_ROWS:  # empty lines too
+                raise ValueError(f"has more than {_MOST_ROWS} rows")
             if values == [""]:
                 continue
             if not columns:
@@ -217,6 +223,8 @@ def _sqlite_rows(path: str) -> Iterator[list[str]]:
     """Yield the columns of an SQLite file's only table, or of the one named as in YFCC100M."""
     address = Path(path).resolve().as_uri() + "?mode=ro"
     with closing(sqlite3.connect(address, uri=True)) as base:
+        if hasattr(base, "setlimit"):  # from Python 3.11 on
+            base.setlimit(0, _LONGEST_LINE)  # SQLITE_LIMIT_LENGTH
         query = "select name from sqlite_master where type = 'table'"
         tables = [name for (name,) in base.execute(query)]
         table = _TABLE if _TABLE in tables or len(tables) != 1 else tables[0]

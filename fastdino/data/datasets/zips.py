@@ -17,7 +17,11 @@ from fastdino.errors import DataError
 
 _ENCRYPTED = 1  # bit of a member's flags
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
+_SUPPORTED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}
+
+# What zipfile raises for damaged or crafted directories.
+_DAMAGED = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error)
 
 
 def is_zip(path: str) -> bool:
@@ -39,15 +43,18 @@ def index_zip(path: str) -> Manifest:
     collector = MemberCollector()
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            images: list[tuple[str, Part, str]] = []
             for member in archive.infolist():
                 name = member.filename
-                if member.is_dir() or is_leftover(name):
+                if not name or member.is_dir() or is_leftover(name):
                     continue
                 if is_image_name(name):
-                    collector.add_image(name, *_locate(file, member, length))
-                else:
+                    images.append((name, *_locate(file, member, length)))
+                elif member.compress_type in _SUPPORTED:
                     collector.add_other(name, member.file_size, partial(_read, archive, member))
-    except zipfile.BadZipFile as error:
+            for image in _without_overlaps(images):
+                collector.add_image(*image)
+    except _DAMAGED as error:
         raise DataError(
             f"--data_path: {path} is not a complete zip ({error}); its directory is at its end. "
             "Copy it again, or move it away"
@@ -60,7 +67,7 @@ def _locate(file: IO[bytes], member: zipfile.ZipInfo, length: int) -> tuple[Part
     nowhere = Part(max(0, member.header_offset), 0)
     if member.flag_bits & _ENCRYPTED:
         return nowhere, "is encrypted"
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if member.compress_type not in _SUPPORTED:
         name = _METHODS.get(member.compress_type, f"method {member.compress_type}")
         return nowhere, f"is compressed with {name}; supported are Stored and Deflate"
     header = b""
@@ -82,5 +89,20 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """Return the content of a small member; b"" if it is damaged, encrypted or not supported."""
     try:
         return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):
+    except (*_DAMAGED, zlib.error, RuntimeError, EOFError):
         return b""
+
+
+def _without_overlaps(images: list[tuple[str, Part, str]]) -> list[tuple[str, Part, str]]:
+    """Give members a reason if their bytes are those of another one.
+
+    Otherwise a small file could hold any number of large images, which all must be inflated.
+    """
+    checked, end = list(images), 0
+    for i in sorted(range(len(images)), key=lambda i: images[i][1].offset):
+        name, part, reason = images[i]
+        if not reason and part.offset < end:
+            checked[i] = name, part, "overlaps another member: the zip is damaged"
+        elif not reason:
+            end = part.offset + part.length
+    return checked
