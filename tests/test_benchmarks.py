@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from benchmarks import (
     bench_clip,
     bench_dino_loss,
     bench_ema,
+    bench_linear_loss,
     bench_sinkhorn,
     comparison,
     kernel_tables,
@@ -230,6 +232,12 @@ def functions(baselines):
             functions(bench_sinkhorn.BASELINES),
             lambda teacher: teacher.float().softmax(dim=1),
             "the matrix of targets is off",
+        ),
+        (
+            partial(bench_linear_loss.check, size=bench_linear_loss.Size(8, 300, 16), device=CPU),
+            functions(bench_linear_loss.BASELINES),
+            lambda inputs: bench_linear_loss.dinov2(replace(inputs, center=0 * inputs.center)),
+            "the gradient of x is off|the loss is off",
         ),
         (
             update_check(bench_ema, False),

@@ -49,7 +49,10 @@ def watch(module, name):
 
     setattr(module, name, watched)
 
-launch_nothing = {"Crop", "CropParams", "chosen_impl", "gram_loss", "koleo_loss", "teacher_entropy"}
+launch_nothing = {
+    "Crop", "CropParams", "chosen_impl", "gram_loss", "koleo_loss", "last_layer_weight",
+    "teacher_entropy",
+}
 for name in set(fastdino_kernels.__all__) - launch_nothing:
     watch(fastdino_kernels, name)
 for name in ("cross_entropy", "dino_clstoken_loss", "dino_cross_entropy"):

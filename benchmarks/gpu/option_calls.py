@@ -23,6 +23,9 @@ from fastdino_kernels import (
     clip_grad_norms_,
     dino_loss,
     ema_update_,
+    linear_dino_loss,
+    linear_patch_loss,
+    linear_sinkhorn_center,
     multi_crop,
     multi_crop_groups,
     sinkhorn_center,
@@ -48,6 +51,7 @@ def option_calls() -> Calls:
     yield from _loss_calls()
     yield from _module_calls()
     yield from _sinkhorn_calls()
+    yield from _linear_calls()
     yield from _ema_calls()
     yield from _clip_calls()
     yield from _adamw_ema_calls()
@@ -240,6 +244,60 @@ def _sinkhorn_calls() -> Calls:
     for name, change in _views():
         strided = view(random((4, 2, 1026), BF16), change)
         yield f"sinkhorn {name}", _sinkhorn(view(strided, lambda x: x[0]))
+
+
+def _linear_loss(
+    function: Callable[..., Any], student: Sequence[int], teacher: Sequence[int], **options: Any
+) -> Callable[..., Any]:
+    """Call a loss of the last layers' inputs [*student, 16] and [*teacher, 24]."""
+    dtype, K = options.pop("dtype", BF16), options.pop("K", 1000)
+    options = {"student_temp": 0.1, "teacher_temp": 0.04} | options
+    makes = [random(shape, dtype) for shape in ((*student, 16), (*teacher, 24), (K, 16), (K, 24))]
+
+    def call(device: torch.device) -> list[Tensor]:
+        inputs = [make(device) for make in makes]
+        leaves = [inputs[0].requires_grad_(), inputs[2].requires_grad_()]
+        made = {name: _made(value, device) for name, value in options.items()}
+        results = function(*inputs, random((K,))(device), **made, impl="triton")
+        return [*results, *torch.autograd.grad(results[0], leaves)]
+
+    return call
+
+
+def _linear_sinkhorn(dtype: torch.dtype, **options: Any) -> Callable[..., Any]:
+    def call(device: torch.device) -> Tensor:
+        layer = random((7, 16), dtype)(device), random((1000, 16), dtype)(device)
+        made = {name: _made(value, device) for name, value in options.items()}
+        return linear_sinkhorn_center(*layer, group=None, impl="triton", **made)
+
+    return call
+
+
+def _linear_calls() -> Calls:
+    dino, patch = partial(_linear_loss, linear_dino_loss), partial(_linear_loss, linear_patch_loss)
+    for dtype, K in itertools.product(FLOATS, (7, 1024)):
+        case = {"dtype": dtype, "K": K, "chunk_rows": 2}
+        yield f"linear_dino_loss K {K} {NAMES[dtype]}", dino((4, 3), (2, 3), **case)
+        yield f"linear_patch_loss K {K} {NAMES[dtype]}", patch((3,), (3,), **case)
+    temps = {"student_temp": scalar(0.1), "teacher_temp": scalar(0.04, FP64)}
+    weights = view(random((3,)), torch.abs)
+    yield "linear_dino_loss temperatures", dino((4, 3), (2, 3), **temps)
+    yield (
+        "linear_dino_loss all pairs, weights",
+        dino((1, 3), (2, 3), ignore_diagonal=False, weights=weights),
+    )
+    yield (
+        "linear_patch_loss weights, denominator",
+        patch((3,), (3,), weights=weights, denominator=scalar(5), **temps),
+    )
+    for dtype, keep_logits in itertools.product(FLOATS, (False, True)):
+        yield (
+            f"linear_sinkhorn_center {NAMES[dtype]} kept {keep_logits}",
+            _linear_sinkhorn(
+                dtype, temp=0.07, n_iterations=2, keep_logits=keep_logits, chunk_rows=3
+            ),
+        )
+    yield "linear_sinkhorn_center temp tensor", _linear_sinkhorn(BF16, temp=scalar(0.07))
 
 
 # --- lists of tensors -----------------------------------------------------------------------------

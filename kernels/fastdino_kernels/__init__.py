@@ -3,6 +3,10 @@
 dino_loss.py            dino_loss, teacher_entropy; dino_module.py: DINOLoss
 patch_loss.py           patch_loss, for masked patch tokens, rows paired one to one
 soft_cross_entropy.py   soft_cross_entropy, for targets that are already probabilities
+linear_dino_loss.py     linear_dino_loss, linear_patch_loss: the last layer and its loss, chunk by
+                        chunk; linear_pairwise.py, row_chunks.py: their operator
+linear_sinkhorn.py      linear_sinkhorn_center: Sinkhorn-Knopp targets for them
+last_layer.py           last_layer_weight
 pairwise*.py            the operators of these losses, in Triton and in PyTorch
 sinkhorn*.py            sinkhorn_center, sinkhorn_knopp: Sinkhorn-Knopp targets
 koleo.py, gram.py       koleo_loss, gram_loss: losses of features and patch tokens, in PyTorch
@@ -27,6 +31,9 @@ from .dispatch import chosen_impl
 from .ema import ema_update_
 from .gram import gram_loss
 from .koleo import koleo_loss
+from .last_layer import last_layer_weight
+from .linear_dino_loss import linear_dino_loss, linear_patch_loss
+from .linear_sinkhorn import linear_sinkhorn_center
 from .multi_crop import multi_crop, multi_crop_groups
 from .patch_loss import patch_loss
 from .sinkhorn import sinkhorn_center, sinkhorn_knopp
@@ -45,6 +52,10 @@ __all__ = [
     "ema_update_",
     "gram_loss",
     "koleo_loss",
+    "last_layer_weight",
+    "linear_dino_loss",
+    "linear_patch_loss",
+    "linear_sinkhorn_center",
     "multi_crop",
     "multi_crop_groups",
     "patch_loss",

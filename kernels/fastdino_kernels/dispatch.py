@@ -169,6 +169,21 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the enclosing autocast region, None outside of one."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Disable autocast: operations compute in the dtypes that they are given."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current device, on which Triton launches."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

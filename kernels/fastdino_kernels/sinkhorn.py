@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _columns(
     if len(teacher) == 0:
         largest, sums = _empty_columns(teacher)
         return largest.fill_(-torch.inf), sums.zero_()
-    result: tuple[Tensor, Tensor] = _implementation(impl).columns(teacher, _either(temp, temp_t))
+    result: tuple[Tensor, Tensor] = implementation(impl).columns(teacher, either(temp, temp_t))
     return result
 
 
@@ -69,7 +70,7 @@ def _masses(
 ) -> Tensor:
     if len(teacher) == 0:
         return torch.zeros_like(center)
-    result: Tensor = _implementation(impl).masses(teacher, center, _either(temp, temp_t))
+    result: Tensor = implementation(impl).masses(teacher, center, either(temp, temp_t))
     return result
 
 
@@ -78,7 +79,7 @@ def _probabilities(
 ) -> Tensor:
     probs = _empty_probabilities(teacher)
     if len(teacher) > 0:
-        _implementation(impl).write_probabilities(probs, teacher, center, _either(temp, temp_t))
+        implementation(impl).write_probabilities(probs, teacher, center, either(temp, temp_t))
     return probs
 
 
@@ -95,12 +96,13 @@ def _empty_probabilities(teacher: Tensor, *_: object) -> Tensor:
     return torch.empty(teacher.shape, dtype=compute_dtype(teacher), device=teacher.device)
 
 
-def _implementation(impl: str) -> ModuleType:
-    # Imported on first use, because Triton may be missing.
+def implementation(impl: str) -> ModuleType:
+    """Import an implementation on first use, because Triton may be missing."""
     return importlib.import_module(f".sinkhorn_{impl}", __package__)
 
 
-def _either(temp: float, temp_t: Tensor | None) -> float | Tensor:
+def either(temp: float, temp_t: Tensor | None) -> float | Tensor:
+    """Return an operator's temperature."""
     return temp if temp_t is None else temp_t
 
 
@@ -152,7 +154,7 @@ def sinkhorn_center(
 
     """
     teacher, options = _check(teacher, temp, n_iterations, group, impl)
-    return _center(teacher, options, n_iterations, group)
+    return balanced_center(_LogitPasses(teacher, options), options, n_iterations, group)
 
 
 @torch.no_grad()
@@ -176,43 +178,90 @@ def sinkhorn_knopp(
 
     """
     teacher, options = _check(teacher, temp, n_iterations, group, impl)
-    center = _center(teacher, options, n_iterations, group)
+    center = balanced_center(_LogitPasses(teacher, options), options, n_iterations, group)
     probabilities: Tensor = ops.sinkhorn_probabilities(teacher, center, *options)
     return probabilities
 
 
-_Options = tuple[float, Tensor | None, str]
+Options = tuple[float, Optional[Tensor], str]  # _OPTIONS
+
+
+class Passes(Protocol):
+    """Reads of the teacher's logits on this rank: the operators of this module."""
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Return the results of sinkhorn_columns."""
+
+    def masses(self, center: Tensor) -> Tensor:
+        """Return the result of sinkhorn_masses."""
+
+
+class _LogitPasses(NamedTuple):
+    teacher: Tensor
+    options: Options
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = ops.sinkhorn_columns(self.teacher, *self.options)
+        return result
+
+    def masses(self, center: Tensor) -> Tensor:
+        result: Tensor = ops.sinkhorn_masses(self.teacher, center, *self.options)
+        return result
 
 
 def _check(
     teacher: Tensor, temp: float | Tensor, n_iterations: int, group: Group | None, impl: str
-) -> tuple[Tensor, _Options]:
+) -> tuple[Tensor, Options]:
     check_float_tensor("teacher", teacher)
     if teacher.dim() != 2 or teacher.shape[1] < 1:
         raise ValueError(f"teacher must be [N, K] with K >= 1, got shape {tuple(teacher.shape)}")
+    dtype, prototypes = compute_dtype(teacher), teacher.shape[1]
+    chosen = choose_impl(impl, (teacher,))
+    options = check_options(teacher, prototypes, dtype, (temp, n_iterations, group, chosen))
+    return teacher.detach(), options
+
+
+def check_options(
+    like: Tensor,
+    prototypes: int,
+    dtype: torch.dtype,
+    options: tuple[float | Tensor, int, Group | None, str],
+) -> Options:
+    """Return the operators' options from temp, n_iterations, group and an implementation.
+
+    Args:
+        like: a tensor on the logits' device.
+        prototypes: K.
+        dtype: of the center.
+        options: as in sinkhorn_center, with the chosen implementation.
+
+    Raises: ValueError, TypeError: as sinkhorn_center.
+
+    """
+    temp, n_iterations, group, chosen = options
     if check_integer("n_iterations", n_iterations) < 1:
         raise ValueError(f"n_iterations must be >= 1, got {n_iterations}")
-    chosen = choose_impl(impl, (teacher,))
-    temp = check_temperature("temp", temp, compute_dtype(teacher), teacher.device)
-    check_equal_on_ranks("[K, n_iterations]", (teacher.shape[1], n_iterations), teacher, group)
-    if isinstance(temp, Tensor):
-        return teacher.detach(), (0.0, temp, chosen)
-    return teacher.detach(), (temp, None, chosen)
+    temp = check_temperature("temp", temp, dtype, like.device)
+    check_equal_on_ranks("[K, n_iterations]", (prototypes, n_iterations), like, group)
+    return (0.0, temp, chosen) if isinstance(temp, Tensor) else (temp, None, chosen)
 
 
-def _center(teacher: Tensor, options: _Options, n_iterations: int, group: Group | None) -> Tensor:
-    temp = _either(*options[:2])
-    largest, sums = ops.sinkhorn_columns(teacher, *options)
+def balanced_center(
+    passes: Passes, options: Options, n_iterations: int, group: Group | None
+) -> Tensor:
+    """Compute the center of sinkhorn_center from reads of the logits."""
+    temp = either(*options[:2])
+    largest, sums = passes.columns()
     if world_size(group) > 1:
         own = largest.clone()
         all_reduce_max_(largest, group)
-        sums = sums * _exp_below(own, largest, temp)
+        sums = sums * exp_below(own, largest, temp)
         all_reduce_sum_(sums, group)
     highest = largest.max()
-    rows = (_exp_below(largest, highest, temp) * sums).mean()
+    rows = (exp_below(largest, highest, temp) * sums).mean()
     center = _below(largest, highest) + temp * (sums / rows).log()
     for _ in range(n_iterations - 1):
-        masses = ops.sinkhorn_masses(teacher, center, *options)
+        masses = passes.masses(center)
         all_reduce_sum_(masses, group)
         # 0 only where a center beyond 1e6 is rounded by more than the temperature.
         masses.clamp_min_(torch.finfo(masses.dtype).tiny)
@@ -220,7 +269,8 @@ def _center(teacher: Tensor, options: _Options, n_iterations: int, group: Group 
     return torch.where(rows == 0, 0.0, center)  # without rows on any rank
 
 
-def _exp_below(x: Tensor, largest: Tensor, temp: float | Tensor) -> Tensor:
+def exp_below(x: Tensor, largest: Tensor, temp: float | Tensor) -> Tensor:
+    """Return exp((x - largest)/temp); 0 for -inf, also where the largest is -inf."""
     return (_below(x, largest) / temp).exp()
 
 
