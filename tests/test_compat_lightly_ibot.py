@@ -19,9 +19,9 @@ K = 7
 
 
 def draw_mask(B=4, H=3, W=5, seed=0) -> Tensor:
-    """Mask some tokens of each image but the second, and all of the first."""
+    """Mask all tokens of the first image, none of the second, and one of the third."""
     mask = torch.rand(B, H, W, generator=torch.Generator().manual_seed(seed)) < 0.4
-    mask[:1], mask[1:2] = True, False
+    mask[:1], mask[1:3], mask[2:3, 0, 1] = True, False, True
     return mask
 
 
@@ -142,8 +142,9 @@ def test_wrong_number_of_masked_tokens_gives_nan_where_it_is_not_checked(monkeyp
     student, teacher = masked_logits(mask, torch.float32)
     # As on a GPU, where the check would wait for the device.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for wrong in (draw_mask(seed=1), torch.ones_like(mask), torch.zeros_like(mask)):
-        assert wrong.sum() != mask.sum()
+    fewer, more = mask.clone(), mask.clone()
+    fewer[0, 0, 0], more[1, 0, 0] = False, True
+    for wrong in (fewer, more, torch.zeros_like(mask)):
         assert IBOTPatchLoss(K)(teacher, student, wrong).isnan()
     assert not IBOTPatchLoss(K)(teacher, student, mask).isnan()
 
