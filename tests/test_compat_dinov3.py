@@ -6,6 +6,8 @@ prototypes.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fastdino_kernels import dino_loss, reference, sinkhorn_center
@@ -76,6 +78,15 @@ def test_centers_and_targets_are_those_of_dinov2(name):
     assert same.center.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["DINOLoss", "iBOTPatchLoss"])
+def test_center_of_a_module_from_the_meta_device(name):
+    with torch.device("meta"):
+        loss = getattr(dinov3, name)(K)
+    loss.to_empty(device="cpu").center.fill_(torch.nan)
+    loss.init_weights()
+    assert torch.equal(loss.center, getattr(dinov3, name)(K).center)
+
+
 def test_patch_loss_divides_by_all_images():
     masks = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
     student, probs = (x[0] for x in draw_probs(1, 1, 4, dtype=torch.float32))
@@ -141,6 +152,7 @@ def koleo_on_ranks() -> None:
         loss_fn = dinov3.KoLeoLossDistributed(2, size)
         for _ in range(2):
             loss, grad = run(loss_fn, own)
+            loss_fn = copy.deepcopy(loss_fn)
             assert_close(loss, reference.koleo_loss(own, group, 3 * (rank - first), 2))
             # The gradients of one rank's rows come from the losses of its group's ranks.
             _, total = run(lambda x, n=span: n * reference.koleo_loss(x, x, 0, 2), group)

@@ -10,6 +10,8 @@ prototypes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +131,10 @@ class KoLeoLossDistributed(nn.Module):
         return koleo_loss(
             student_output, group=self._group(len(student_output)), topk=self.topk, eps=eps
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the process groups, which cannot be copied; the copy creates its own."""
+        return {**self.__dict__, "_groups": {}}
 
     def _group(self, rows: int) -> Group | None:
         """Return the group of this rank's neighbours; None for this rank alone."""
