@@ -12,11 +12,11 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from fastdino import __version__
 from fastdino.errors import UserError
-from fastdino.terminal import finish_output, print_line
+from fastdino.terminal import finish_output, print_line, printable
 
 EXIT_MISTAKE = 2
 DESCRIPTION = "DINO self-supervised pretraining: the paper's results, faster."
@@ -51,6 +51,13 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are printable: a shell can expand a pattern to any file name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -64,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="fastdino", description=DESCRIPTION, epilog=EPILOG)
+    parser = _Parser(prog="fastdino", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"fastdino {__version__}")
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True

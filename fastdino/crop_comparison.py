@@ -35,6 +35,7 @@ from fastdino.data.image_files import Conversion, explained_reading, quiet_pillo
 from fastdino.data.shapes_drawing import still, to_image
 from fastdino.errors import ConfigError
 from fastdino.runtime import choose_device
+from fastdino.terminal import print_out, printable
 
 # The settings of `fastdino train` that determine the crops.
 SETTINGS = (
@@ -193,7 +194,8 @@ def _draw_picture(figure: Any, comparison: Comparison, colors: Sequence[Any], wo
     for n, place in enumerate(_number_places(comparison.drawn)):
         label = {"facecolor": colors[n], "edgecolor": "white", "linewidth": 0.5, "pad": 1.2}
         axis.text(*place, str(n), fontsize=7, color="white", ha="center", va="center", bbox=label)
-    text_axis.text(0, 1, words, fontsize=8, va="top", transform=text_axis.transAxes)
+    options = {"fontsize": 8, "va": "top", "parse_math": False}  # file names may contain $
+    text_axis.text(0, 1, words, transform=text_axis.transAxes, **options)
     axis.set_axis_off()
     text_axis.set_axis_off()
 
@@ -297,7 +299,7 @@ def main(args: argparse.Namespace) -> int:
         f"seed {config.seed}, epoch {args.epoch}"
     )
     text = summary(comparison, device)
-    lines = [title, "", *text.split("\n"), ""]
+    lines = [printable(title), "", *text.split("\n"), ""]
     lines.append(f"The lowest rows show the differences times {args.amplify}; black is 0.")
     words = "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
     figure = comparison_figure(comparison, words=words, amplify=args.amplify)
@@ -307,5 +309,5 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--output {path} cannot be written: {reason}") from error
-    print(f"{path}: {title}\n{text}")
+    print_out(f"{path}: {title}", *text.split("\n"))
     return 0

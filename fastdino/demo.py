@@ -23,6 +23,7 @@ from fastdino.evals.attention_maps import attention_maps
 from fastdino.evals.transforms import to_input
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import load_backbone
+from fastdino.terminal import print_out
 
 SHAPES = "--train_per_class 200 --val_per_class 40 --size 96 --clips 0"
 MODEL = "--arch vit_nano --patch_size 8"
@@ -56,11 +57,11 @@ def main(args: argparse.Namespace) -> int:
     accuracy["trained network"] = knn(root, images, "--pretrained_weights", checkpoint)
     draw_attention_sheet(images / "val", checkpoint, root / "attention.png")
     draw_loss(root / "log.txt", root / "loss.png")
-    print(f"\n20-NN accuracy on {images / 'val'} (chance {100 / len(CLASSES):.1f} %):")
+    print_out("", f"20-NN accuracy on {images / 'val'} (chance {100 / len(CLASSES):.1f} %):")
     for name, percent in accuracy.items():
-        print(f"  {name:18} {percent:5.1f} %")
-    print(f"pictures: {root / 'attention.png'}, {root / 'loss.png'}")
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+        print_out(f"  {name:18} {percent:5.1f} %")
+    print_out(f"pictures: {root / 'attention.png'}, {root / 'loss.png'}")
+    print_out(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
     return 0
 
 
@@ -68,7 +69,7 @@ def run(command: str, *words: str | Path) -> None:
     """Print a fastdino command and run it in this process; exit if it fails."""
     quoted = (shlex.quote(str(word)) if isinstance(word, Path) else word for word in words)
     line = f"{command} {' '.join(quoted)}"
-    print(f"\n$ fastdino {line}", flush=True)
+    print_out("", f"$ fastdino {line}")
     status = cli.main(shlex.split(line))
     if status:
         raise SystemExit(status)

@@ -6,13 +6,13 @@ import errno
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from fastdino.errors import CheckpointError
+from fastdino.terminal import print_err
 from fastdino.waiting import killable
 
 PART = ".part"  # of the temporary files of atomic_write
@@ -148,7 +148,7 @@ def open_locked(path: Path, *, wait: bool) -> tuple[int, bool]:
             if not wait:
                 raise BlockingIOError(f"another process holds {path}") from error
             with killable():
-                print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
+                print_err(f"waiting for the process that holds {path}")
                 fcntl.lockf(descriptor, fcntl.LOCK_EX)
         except OSError:  # no locks here
             held = False

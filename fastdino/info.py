@@ -17,6 +17,7 @@ from fastdino.environment import processor, version
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
 from fastdino.runtime import resolve_runtime
+from fastdino.terminal import print_out
 
 PACKAGES = (
     "torch", "triton", "torchvision", "timm", "xformers", "nvidia-dali-cuda130",
@@ -72,5 +73,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the report."""
     for name, fact in report().items():
-        print(f"{name:20} {fact}")
+        print_out(f"{name:20} {fact}")
     return 0

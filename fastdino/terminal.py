@@ -45,6 +45,18 @@ def print_line(text: str, stream: TextIO | None, write: Callable[..., None] = pr
         pass
 
 
+def print_out(*lines: str) -> None:
+    """Print lines to stdout, as print_line does."""
+    for line in lines:
+        print_line(line, sys.stdout)
+
+
+def print_err(*lines: str) -> None:
+    """Print lines to stderr, as print_line does."""
+    for line in lines:
+        print_line(line, sys.stderr)
+
+
 def finish_output() -> None:
     """Flush stdout and stderr; what cannot be written any more is dropped.
 

@@ -154,6 +154,17 @@ def test_command_writes_the_figure_and_prints_the_differences(photo, tmp_path, c
         assert image.format == "PNG"
 
 
+def test_any_file_name_can_be_drawn_and_printed(photo, tmp_path, capsys):
+    """Between two $ Matplotlib expects mathematics, and a line break would forge a line."""
+    name = "$\\frac{$ <b>|`c`\n\x1b[2J\u202e.png"
+    photo.save(tmp_path / name)
+    words = ["--image", tmp_path / name, "--output", tmp_path / "crops.png", "--executors", "fused"]
+    status, out, err = run(capsys, *words, *SMALL)
+    assert (status, err) == (0, "")
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert "3 crops of $\\frac{$ <b>|`c`\\n\\x1b[2J\\u202e.png" in out.splitlines()[0]
+
+
 def test_flags_of_train_determine_the_crops(monkeypatch):
     seen = []
 

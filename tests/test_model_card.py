@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
 
 from fastdino.errors import ConfigError
 from fastdino.export.model_card import model_card, read_figures
+from fastdino.terminal import printable
 
 SETTINGS = {
     "epochs": 7, "lr": 0.0005, "out_dim": 64, "dist_url": "tcp://a.machine:1",
@@ -77,3 +79,31 @@ def test_files_without_accuracies_are_errors(tmp_path, content):
         read_figures([str(path)])
     with pytest.raises(ConfigError, match="cannot be read"):
         read_figures([str(tmp_path / "none.json")])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["<script>alert(1)</script>", "a | b |", "x\n\n# heading", "[a](http://b)", "`c`", "\x1b[2J",
+     "\u202e", "<!--", "**d**"],
+)  # fmt: skip
+def test_settings_of_a_checkpoint_are_literal_text(value):
+    """They come from a file that others may have made."""
+    text = card(settings=SETTINGS | {"optimizer": value, "epochs": value})
+    rows = [line for line in text.splitlines() if line.startswith("| optimizer | ")]
+    assert len(rows) == 1
+    cells = re.split(r"(?<!\\)\|", rows[0])
+    assert len(cells) == 4
+    assert not re.search(r"<|(?<!\\)[*`\[\]]", cells[2])
+    assert rows[0].isprintable()
+    assert "\n# heading" not in text
+
+
+@pytest.mark.parametrize("name", ["a`b", "``c", "<script>", "d\ne", "f|g"])
+def test_names_of_images_are_code(name):
+    text = card(settings=SETTINGS | {"data_path": f"/x/y/{name}"})
+    line = next(line for line in text.splitlines() if line.startswith("Images: "))
+    shown = printable(f"y/{name}")
+    fence = re.search(r"Images: (`+)", line)[1]
+    inside = line[len("Images: ") + len(fence) : -len(fence) - 1]
+    assert inside.strip() == shown
+    assert fence not in re.findall("`+", shown)

@@ -1,13 +1,16 @@
 """fastdino.terminal: names in messages cannot control the terminal, output that is gone."""
 
+import ast
 import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fastdino.terminal import is_terminal, print_line, printable
+from fastdino import cli, terminal
+from fastdino.terminal import is_terminal, print_err, print_line, print_out, printable
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,49 @@ def test_program_ends_with_its_status_if_its_output_is_gone(target):
     )
     os.close(stdout)
     assert (done.returncode, done.stderr) == (3, b"")
+
+
+def calls_of_print(path):
+    """Return the lines on which a module writes text by itself."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "warnings.warn", "tqdm.write", "sys.stdout.write")
+    ]
+
+
+def test_all_output_passes_through_this_module():
+    """A print of its own could forget to escape a file name."""
+    package = Path(terminal.__file__).parent
+    modules = [path for path in package.rglob("*.py") if "bench" not in path.parts]
+    modules.remove(Path(terminal.__file__))
+    assert len(modules) > 50
+    found = {str(path): lines for path in modules if (lines := calls_of_print(path))}
+    assert found == {}
+
+
+HOSTILE = [
+    "\x1b[2J\x1b]0;title\x07", "a\nwarning: forged", "b\rc", "\u202egpj.exe", "\x9b2J", "\u2028d",
+    "<script>alert(1)</script>", "a|b`c`*d*", "\udcff", "$\\frac{$",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("write", [print_out, print_err])
+def test_each_text_is_one_line(capsys, name, write):
+    write(f"skipped {name}: is not an image", "next")
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert text.count("\n") == 2
+    assert text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_errors_of_flags_are_printable(capsys, name):
+    """A shell expands a pattern to file names."""
+    with pytest.raises(SystemExit):
+        cli.main(["info", f"--{name}"])
+    error = capsys.readouterr().err
+    assert "unrecognized arguments" in error
+    assert error.splitlines()[-1].isprintable()

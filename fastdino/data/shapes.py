@@ -40,6 +40,7 @@ from PIL import Image
 from fastdino.data import shapes_drawing as drawing
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
+from fastdino.terminal import print_out
 
 CLASSES = tuple(drawing.FORMS)
 SPLITS = ("train", "val")
@@ -363,10 +364,10 @@ def main(args: argparse.Namespace) -> int:
 
         written = write_shapes(root, **dataclasses.asdict(settings), progress=progress)
     if not written:
-        print(f"{root}: already complete with these settings, nothing written")
+        print_out(f"{root}: already complete with these settings, nothing written")
         return 0
     n_train, n_val = len(CLASSES) * settings.train_per_class, len(CLASSES) * settings.val_per_class
-    print(
+    print_out(
         f"{root}: {len(CLASSES)} classes, {n_train} training and {n_val} validation images of "
         f"{settings.size} px, {settings.clips} clips of {settings.frames} frames, "
         f"in {time.monotonic() - start:.1f} s"

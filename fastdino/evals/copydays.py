@@ -31,6 +31,7 @@ from fastdino.evals.options import DEFAULT
 from fastdino.evals.ranking_metrics import Indices, copydays_map, micro_ap, restrict
 from fastdino.evals.transforms import square
 from fastdino.models.vit import VisionTransformer
+from fastdino.terminal import print_out
 
 ORIGINAL, STRONG, ALL = "original", "strong", "all"
 QUALITIES = (3, 5, 8, 10, 15, 20, 30, 50, 75)
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
             positives,
         )
     for name, values in scores.items():
-        print(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
+        print_out(f"{name}: mAP: {values['mAP']:.2f}, micro-AP: {values['micro_AP']:.2f}")
     flags = ("data_path", "imsize", "distractors_path", "whitening_path")
     counts = {ORIGINAL: readable, **{name: len(rows) for name, rows in extra.items()}}
     options.write_scores(args, network, flags, {"images": counts, "blocks": scores})

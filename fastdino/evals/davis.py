@@ -57,7 +57,7 @@ from fastdino.evals.options import (
 )
 from fastdino.files import explain_write_errors
 from fastdino.models.vit import VisionTransformer
-from fastdino.terminal import printable
+from fastdino.terminal import print_line, print_out, printable
 
 # The paper's script divides red by 0.228 instead of ImageNet's 0.229; its figures depend on it.
 PAPER_STD = (0.228, 0.224, 0.225)
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
         evaluate(model, remaining, args, results)
         distributed.from_main(lambda: results.finish(sequences))
         if distributed.rank() == 0:
-            print(describe_total(results.total))
+            print_out(*describe_total(results.total).split("\n"))
             if results.left_out:
                 print_on_main(describe_left_out(results.left_out), stderr=True)
     return 0
@@ -123,7 +123,7 @@ def remaining_sequences(results: Results, sequences: list[Sequence]) -> list[Seq
     """Return the sequences that are not done, and print the names of the others."""
     done = [sequence for sequence in sequences if results.has(sequence)]
     for sequence in done:
-        print(printable(f"{sequence.name}: already done"))
+        print_out(f"{sequence.name}: already done")
     return [sequence for sequence in sequences if sequence not in done]
 
 
@@ -158,7 +158,7 @@ def evaluate(
                             continue
                         results.add(sequence, outcome)
                         line = describe(sequence, results.sequences[sequence.name])
-                        tqdm.write(printable(line), file=sys.stdout)
+                        print_line(line, sys.stdout, write=tqdm.write)
             bar.update(sum(len(one.frames) for one in group[1:]))
 
 

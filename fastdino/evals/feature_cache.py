@@ -33,6 +33,7 @@ from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import weights_digest
 from fastdino.files import explain_write_errors, file_lock, write_json
+from fastdino.terminal import print_err
 
 
 def load_features(path: Path) -> TensorDataset:
@@ -183,7 +184,7 @@ def _is_complete(path: Path, shape: tuple[int, int]) -> bool:
     except (OSError, ValueError, EOFError) as error:
         problem = str(error).partition("\n")[0] or type(error).__name__
     if problem:
-        print(f"warning: {path} is damaged ({problem}) and is written again", file=sys.stderr)
+        print_err(f"warning: {path} is damaged ({problem}) and is written again")
     return not problem
 
 

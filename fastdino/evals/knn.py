@@ -21,6 +21,7 @@ from fastdino.evals.features import Extractor
 from fastdino.evals.options import DEFAULT
 from fastdino.evals.transforms import center_crop
 from fastdino.files import atomic_write, explain_write_errors
+from fastdino.terminal import print_out
 
 # Elements held on the device at a time: a slice of the training features, and the similarities
 # of a chunk of validation images to that slice.
@@ -154,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
         if distributed.rank() > 0:
             return 0
     for k, (top1, top5) in accuracy.items():
-        print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
+        print_out(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
     flags = ("data_path", "load_features", "raw_pixels", "resize", "crop", "temperature")
     scores = {
         "images": {"train": len(tensors["trainfeat"]), "val": len(tensors["testfeat"])},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
 from fastdino.runtime import choose_device
-from fastdino.terminal import printable
+from fastdino.terminal import print_err, print_out
 
 SPLITS_HELP = "folder with train/ and val/, or torchvision:NAME, hf:NAME, hf:FOLDER"
 DEFAULT = "(default: %(default)s)"
@@ -141,7 +140,7 @@ def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
 def print_on_main(text: str, *, stderr: bool = False) -> None:
     """Print a line on rank 0."""
     if distributed.rank() == 0:
-        print(printable(text), file=sys.stderr if stderr else sys.stdout, flush=True)
+        (print_err if stderr else print_out)(text)
 
 
 def load_vit(
@@ -247,7 +246,7 @@ def scan_splits(
     }
     for split, source in sources.items():
         if source.warning:
-            print(f"warning: {split}: {source.warning}", file=sys.stderr)
+            print_err(f"warning: {split}: {source.warning}")
     first, last = sources[splits[0]].classes, sources[splits[-1]].classes
     if first != last:
         raise DataError(

@@ -20,6 +20,7 @@ from fastdino.evals.options import DEFAULT
 from fastdino.evals.ranking_metrics import Indices, Relevance, restrict, revisited_scores
 from fastdino.evals.retrieval_dataset import DATASETS, LABELS, RetrievalDataset, read_dataset
 from fastdino.evals.transforms import fit_within
+from fastdino.terminal import print_out
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
         shown = ", ".join(
             f"{name}: {'-' if value is None else f'{value:.2f}'}" for name, value in values.items()
         )
-        print(f"{args.dataset} {difficulty}: {shown}")
+        print_out(f"{args.dataset} {difficulty}: {shown}")
     flags = ("data_path", "dataset", "imsize", "multiscale", "crop_queries")
     counts = {"queries": len(queries), "database": len(database)}
     left_out = {name: len(getattr(dataset, name)) - number for name, number in counts.items()}

@@ -63,7 +63,7 @@ from fastdino.evals.video_io import (
 from fastdino.files import write_json
 from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
-from fastdino.terminal import printable
+from fastdino.terminal import print_err, print_out
 
 PANELS = ("frame", "mean", "overlay", "mask", "heads")  # values of --show
 DEFAULT_PANELS = ("frame", "mean", "mask")
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> int:
         record |= attention.record(count)
     write_json(record, path.with_suffix(".json"))
     _warn(frames, count)
-    print(f"{path}: {count} frames, {fps:g} a second")
+    print_out(f"{path}: {count} frames, {fps:g} a second")
     return 0
 
 
@@ -235,7 +235,7 @@ def _warn(frames: Frames, count: int) -> None:
     elif frames.count not in (None, count):
         warning = f"the header announces {frames.count} frames, but {count} were decoded"
     if warning:
-        print(printable(f"{frames.path}: {warning}"), file=sys.stderr)
+        print_err(f"{frames.path}: {warning}")
 
 
 def output_file(path: str, video_format: str) -> Path:

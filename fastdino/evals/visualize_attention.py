@@ -65,7 +65,7 @@ from fastdino.evals.transforms import to_input
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
-from fastdino.terminal import printable
+from fastdino.terminal import print_err, print_out
 
 # Errors of one output folder's name, which do not concern the others.
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EILSEQ)
@@ -157,7 +157,7 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
         reasons = "; ".join(f"{path} {reason}" for path, reason in list(images.skipped.items())[:3])
         raise DataError(f"--image_path: no image can be read: {reasons}")
     for name, reason in images.skipped.items():
-        print(printable(f"skipped: {name} {reason}"), file=sys.stderr)
+        print_err(f"skipped: {name} {reason}")
     write_json(result, path)
     return len(result["images"])
 
@@ -241,7 +241,7 @@ def main(args: argparse.Namespace) -> int:
     root = Path(args.output_dir)
     if args.data_path is None:
         count = draw_images(args, device)
-        print(f"{root}: pictures of {count} image(s), and attention.json")
+        print_out(f"{root}: pictures of {count} image(s), and attention.json")
         return 0
     if args.exif_orientation:
         raise ConfigError(
@@ -252,6 +252,10 @@ def main(args: argparse.Namespace) -> int:
     write_json(result, root / "jaccard.json")
     for name in ("trained", "untrained"):
         if name in result:
-            print(f"Jaccard of the best head, {name} network: {result[name]['best_head']:.1f} %")
-    print(f"{result['images']} images of {args.data_path}; heads and images in {root}/jaccard.json")
+            print_out(
+                f"Jaccard of the best head, {name} network: {result[name]['best_head']:.1f} %"
+            )
+    print_out(
+        f"{result['images']} images of {args.data_path}; heads and images in {root}/jaccard.json"
+    )
     return 0

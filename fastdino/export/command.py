@@ -23,6 +23,7 @@ from fastdino.files import explain_write_errors, write_json
 from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
+from fastdino.terminal import print_out
 
 # Largest difference between features, relative to the largest feature: two libraries round
 # differently.
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         if checked["by"]
         else f"not checked: {checked['why']}"
     )
-    print(f"{output}: {name} for {args.to}, {verdict}\n\n{usage}")
+    print_out(f"{output}: {name} for {args.to}, {verdict}", "", *usage.split("\n"))
     if args.report:
         report = {"to": args.to, "output": str(output), **_facts(network)}
         write_json(report | {"usage": usage, "checked": checked}, Path(args.report))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from fastdino import __version__
 from fastdino.data.image_files import read_file
 from fastdino.errors import ConfigError
+from fastdino.terminal import printable
 
 # Training settings to show; the others, such as paths, depend on the machine.
 SETTINGS = (
@@ -55,7 +58,7 @@ def model_card(
     front += [f"- {tag}" for tag in ("dino", "self-supervised-learning", "vision", "fastdino")]
     parts = [
         "\n".join([*front, "---"]),
-        f"# {title}",
+        f"# {_markdown(title)}",
         "The backbone of a network pretrained without labels by DINO "
         "([Caron et al. 2021](https://arxiv.org/abs/2104.14294)): one feature vector per image. "
         "It has no classifier.",
@@ -76,14 +79,30 @@ def _training(settings: dict[str, Any], epoch: int | None) -> str:
         return "## Training\n\nThe checkpoint does not record how it was trained."
     lines = ["## Training", ""]
     if settings.get("data_path"):  # only its end; the rest depends on the machine
-        lines += [f"Images: `{'/'.join(Path(str(settings['data_path'])).parts[-2:])}`.", ""]
+        end = "/".join(Path(str(settings["data_path"])).parts[-2:])
+        lines += [f"Images: {_code(end)}.", ""]
     if epoch is not None:
-        lines += [f"{epoch} of {known.get('epochs', '?')} epochs are done.", ""]
+        lines += [f"{epoch} of {_markdown(known.get('epochs', '?'))} epochs are done.", ""]
     return "\n".join([*lines, _table(("setting", "value"), known.items())])
 
 
 def _table(head: tuple[str, str], rows: Any) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *rows))
+    cells = [(_markdown(name), _markdown(value)) for name, value in rows]
+    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *cells))
+
+
+def _markdown(value: Any) -> str:
+    """Return a value as literal text: settings of a checkpoint may hold any HTML or Markdown."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", printable(str(value)))
+    return html.escape(text, quote=False)
+
+
+def _code(text: str) -> str:
+    """Return text as code: between more backticks than it has in a row."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def read_figures(paths: Sequence[str]) -> list[tuple[str, str]]:

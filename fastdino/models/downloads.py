@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastdino.errors import CheckpointError
 from fastdino.files import file_lock
-from fastdino.terminal import printable
+from fastdino.terminal import print_err, printable
 from fastdino.waiting import DaemonExecutor
 
 
@@ -95,7 +95,7 @@ def _warn_if_unencrypted(url: str) -> None:
     address = urlsplit(url)
     if address.scheme == "http" and address.hostname not in _LOCAL_HOSTS:
         advice = "is not encrypted: anyone in between can change it; use https"
-        print(f"warning: {printable(url)} {advice}", file=sys.stderr)
+        print_err(f"warning: {url} {advice}")
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -151,7 +151,7 @@ class _Transfer:
         """Show the progress until the end of `run`; raise OSError if it is too slow."""
         started, shown = time.monotonic(), 0
         hide = not sys.stderr.isatty()
-        with tqdm(unit="B", unit_scale=True, desc=self.path.name, disable=hide) as bar:
+        with tqdm(unit="B", unit_scale=True, desc=printable(self.path.name), disable=hide) as bar:
             while not wait([running], timeout=0.1).done:
                 bar.total = self.size
                 bar.update(self.received - shown)

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from fastdino.data.datasets.splits import choose_split
 from fastdino.data.datasets.tars import index_tar
 from fastdino.errors import DataError
 from fastdino.files import atomic_write, file_lock
+from fastdino.terminal import print_err
 
 ROOT_VARIABLE = "FASTDINO_DATA"
 CONVERTED = "fastdino"  # folder below the root for converted datasets, locks and downloads
@@ -185,7 +185,7 @@ def _download(create: Any, name: str, root: Path, arguments: dict[str, Any]) -> 
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        print(f"torchvision:{name}: downloading to {root}", file=sys.stderr)
+        print_err(f"torchvision:{name}: downloading to {root}")
         create(part, download=True, **arguments)
         for entry in part.iterdir():
             os.replace(entry, root / entry.name)
