@@ -22,6 +22,7 @@ from fastdino_kernels import (
     dino_loss,
     ema_update_,
     multi_crop,
+    patch_loss,
     sinkhorn_center,
     sinkhorn_knopp,
     soft_cross_entropy,
@@ -56,6 +57,9 @@ def _loss_calls() -> Calls:
     yield "bf16 S10 K 1000", partial(_dino_loss, BF16, 10, prototypes=1000)
     yield "bf16 S10 device temperatures", partial(_dino_loss, BF16, 10, on_device=True)
     yield "bf16 rows of probs", _soft_cross_entropy
+    for dtype in (BF16, FP16, FP32):
+        yield f"{NAMES[dtype]} patches", partial(_patch_loss, dtype)
+    yield "bf16 patches, K odd", partial(_patch_loss, BF16, prototypes=65537)
 
 
 def _dino_loss(
@@ -80,6 +84,17 @@ def _soft_cross_entropy(device: torch.device = CPU) -> None:
     student = torch.zeros(1, 2, 65536, dtype=BF16, device=device, requires_grad=True)
     probs = torch.zeros(1, 2, 65536, device=device)
     soft_cross_entropy(student, probs, student_temp=0.1, impl="triton").sum().backward()
+
+
+def _patch_loss(
+    dtype: torch.dtype, device: torch.device = CPU, *, rows: int = 40, prototypes: int = 65536
+) -> None:
+    student = torch.zeros(rows, prototypes, dtype=dtype, device=device, requires_grad=True)
+    teacher = torch.zeros(rows, prototypes, dtype=dtype, device=device)
+    center, weights = torch.zeros(prototypes, device=device), torch.ones(rows, device=device)
+    temps = {"student_temp": 0.1, "teacher_temp": 0.04}
+    loss, _ = patch_loss(student, teacher, center, **temps, weights=weights, impl="triton")
+    loss.backward()
 
 
 def _sinkhorn_calls() -> Calls:

@@ -28,6 +28,7 @@ from fastdino_kernels import (
     linear_sinkhorn_center,
     multi_crop,
     multi_crop_groups,
+    patch_loss,
     sinkhorn_center,
     sinkhorn_knopp,
     soft_cross_entropy,
@@ -49,6 +50,7 @@ Make = Callable[[torch.device], Any]
 def option_calls() -> Calls:
     """Yield (name, call) for every call."""
     yield from _loss_calls()
+    yield from _row_calls()
     yield from _module_calls()
     yield from _sinkhorn_calls()
     yield from _linear_calls()
@@ -103,6 +105,20 @@ def _dino_loss(student: Make, teacher: Make, center: Make, **options: Any) -> Ca
         loss, teacher_sum = dino_loss(
             leaf * 1, teacher(device), center(device), **made, impl="triton"
         )
+        return [loss, teacher_sum, *torch.autograd.grad(loss.sum(), leaf)]
+
+    return call
+
+
+def _patch_loss(student: Make, teacher: Make, center: Make, **options: Any) -> Callable[..., Any]:
+    options = {"student_temp": 0.1, "teacher_temp": 0.04} | options
+
+    def call(device: torch.device) -> list[Tensor]:
+        leaf = student(device).requires_grad_()
+        made = {name: _made(value, device) for name, value in options.items()}
+        loss, teacher_sum = patch_loss(
+            leaf * 1, teacher(device), center(device), **made, impl="triton"
+        )
         return [loss, teacher_sum, *torch.autograd.grad(loss, leaf)]
 
     return call
@@ -146,6 +162,42 @@ def _loss_calls() -> Calls:
         unaligned = view(random((1026,)), lambda x: x[1:1025])
         yield f"dino_loss {name}", _dino_loss(*crops, unaligned)
         yield f"soft_cross_entropy {name}", _soft_cross_entropy(*crops)
+
+
+def _row_calls() -> Calls:
+    """Yield the loss of patches, and the DINO loss with rows, weights and all pairs."""
+    for K, dtype in itertools.product(PROTOTYPES, FLOATS):
+        tokens = random((3, K), dtype), random((3, K), dtype)
+        weights = view(random((3,)), torch.abs)
+        yield f"patch_loss K {K} {NAMES[dtype]}", _patch_loss(*tokens, random((K,)))
+        yield (
+            f"patch_loss K {K} {NAMES[dtype]} weighted",
+            _patch_loss(*tokens, random((K,)), weights=weights),
+        )
+    tokens, center = (random((5, 1024), BF16), random((5, 1024), BF16)), random((1, 1024))
+    for name, options in _loss_options():
+        yield f"patch_loss {name}", _patch_loss(*tokens, center, **options)
+    denominators = ((name, scalar(3, dtype)) for dtype, name in NAMES.items())
+    for name, denominator in (("int", 3), ("float", 0.5), *denominators):
+        yield f"patch_loss {name}", _patch_loss(*tokens, center, denominator=denominator)
+    for name, change in _views():
+        views = [view(random((5, 1, 1026), BF16), change) for _ in range(2)]
+        pair = [view(each, lambda x: x[:, 0]) for each in views]
+        yield f"patch_loss {name}", _patch_loss(*pair, random((1024,)))
+    for B in (1, 300, 3000):
+        pair = random((B, 48), BF16), random((B, 48), BF16)
+        weights = view(random((B,), FP16), torch.abs)
+        yield f"patch_loss N {B}", _patch_loss(*pair, random((48,)), weights=weights)
+    for S, T in ((1, 1), (4, 2), (1, 3)):
+        crops = _logits(S, 48, BF16, 3), _logits(T, 48, BF16, 3)
+        for reduction, shape in itertools.product(("mean", "none"), ((3,), (S, 3), None)):
+            options = {"ignore_diagonal": False, "reduction": reduction}
+            if shape is not None:
+                options["weights"] = view(random(shape), torch.abs)
+            name = f"dino_loss S {S} T {T} {reduction} weights {shape}"
+            yield name, _dino_loss(*crops, random((48,)), **options)
+    crops = _logits(4, 48), _logits(2, 48)
+    yield "dino_loss rows", _dino_loss(*crops, random((48,)), reduction="none")
 
 
 def _loss_options() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -519,6 +571,12 @@ def boundary_calls() -> Calls:
             options = {"inplace_backward": inplace}
             case = f"{name}{' in place' if inplace else ''}, K 1037"
             yield f"dino_loss {case}", _dino_loss(student, teacher, random((1037,)), **options)
+            tokens = random((9, 1037), dtype), random((9, 1037), dtype)
+            weights = view(random((9,)), torch.abs)
+            yield (
+                f"patch_loss {case}",
+                _patch_loss(*tokens, random((1037,)), weights=weights, **options),
+            )
             probs = view(teacher, lambda x: x.softmax(-1))
             yield (
                 f"soft_cross_entropy {case}",

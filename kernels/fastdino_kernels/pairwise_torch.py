@@ -1,8 +1,8 @@
 """The cross-entropy between teacher and student crops in vectorised PyTorch: CPU, MPS, fp64.
 
-The algebra is that of the Triton kernels (pairwise.py has the equations), with powers of 2: on a
-CPU torch.exp2 takes half the time of torch.exp. A CPU works on one block of images at a time, so
-that every temporary stays in a core's cache.
+The algebra is that of the Triton kernels (pairwise.py has the equations), with powers of 2. A CPU
+works on one block of images at a time, in buffers that stay in a core's cache: the pages of new
+temporaries would cost more than the arithmetic.
 
 Legend: S crops of the student (v), T crops of the teacher (q), b images of a block, K prototypes.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 from .dispatch import compute_dtype
 from .pairwise_arguments import Crops, PairwiseOptions
 
-# Elements of one temporary per CPU thread: 256 KB in fp32, so that a few stay in a core's L2.
-_BLOCK_ELEMENTS = 1 << 16
+# Elements of one temporary per CPU thread, 1 MB in fp32. Smaller ones would fit a core's L2 cache,
+# but then the interpreter's time per operation counts.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,7 +31,6 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     2^((logit - largest)/(temp ln 2)); for teacher probabilities the second is their sum, the mass.
     """
     student, teacher, center, weights = crops
-    student_temp, teacher_temp, ignore_diagonal, *_ = options
     S, T, B, K = crops.sizes()
     dtype, device = compute_dtype(student, teacher), student.device
     rows = torch.zeros(S, B, dtype=dtype, device=device)
@@ -38,7 +38,9 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     columns = K if center is not None else 0
     teacher_sum = torch.zeros(columns, dtype=dtype, device=device)
     center_used = teacher_sum.clone() if center is None else center.to(dtype, copy=True)
-    scale = _log2_scale(student_temp, device)
+    scale = _log2_scale(options.student_temp, device)
+    teacher_scale = _log2_scale(options.teacher_temp, device)
+    buffers = Buffers(dtype, device)
     for block in blocks_of_images(B, K, device):
         targets = []
         for q, crop in enumerate(teacher[:, block]):
@@ -46,18 +48,25 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
                 targets.append(_given(crop, dtype))
                 stats[1, S + q, block] = targets[-1].mass
                 continue
-            crop = crop.to(dtype)
-            for row in crop if device.type == "cpu" else crop.sum(dim=0, keepdim=True):
-                teacher_sum += row  # a block has few rows: PyTorch's sum over them is slow
-            z, largest = _scaled(crop.sub(center_used), dtype, _log2_scale(teacher_temp, device))
-            probs = z.exp2_()
+            logits = buffers.widened("wide", crop)
+            # On a CPU a product is faster than PyTorch's sum over a few rows.
+            ones = logits.new_ones(len(logits))
+            teacher_sum += ones @ logits if device.type == "cpu" else logits.sum(dim=0)
+            below = torch.sub(logits, center_used, out=buffers.get(f"target {q}", crop.shape))
+            largest = below.amax(dim=-1)
+            probs = below.sub_(largest[:, None]).mul_(teacher_scale).exp2_()
             total = probs.sum(dim=-1)
             stats[0, S + q, block], stats[1, S + q, block] = largest, total
             targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
-        for views, target in _crops_and_targets(student[:, block], targets, ignore_diagonal):
-            z, largest = _scaled(student[views, block], dtype, scale)
+        pairs = _crops_and_targets(student[:, block], targets, options.ignore_diagonal, buffers)
+        for views, target in pairs:
+            logits = buffers.widened("wide", student[views, block])
+            largest = logits.amax(dim=-1)
+            z = buffers.get("z", logits.shape)
+            torch.sub(logits, largest[..., None], out=z).mul_(scale)
             if target is not None:
-                cross = torch.mul(z, target.probs).sum(dim=-1)
+                product = buffers.get("wide", z.shape)
+                cross = torch.mul(z, target.probs, out=product).sum(dim=-1)
             total = z.exp2_().sum(dim=-1)
             stats[0, views, block], stats[1, views, block] = largest, total
             if target is not None:
@@ -77,40 +86,41 @@ def backward(
 ) -> None:
     """Write the result of the operator pairwise_backward to `grad`, which may be the student."""
     student, teacher, center, weights = crops
-    student_temp, teacher_temp, ignore_diagonal, *_ = options
     S, _, B, K = crops.sizes()
     dtype, device = stats.dtype, student.device
-    student_scale = _log2_scale(student_temp, device)
+    scale = _log2_scale(options.student_temp, device)
+    teacher_scale = _log2_scale(options.teacher_temp, device)
     # d rows_v / d s_v = 1/student_temp * (mass * softmax(z_v) - sum_q P_q)
-    factors = grad_result.to(dtype) * (math.log(2) / crops.divisor(options) * student_scale)
-    # If all rows have the same factor (the loss is a mean), the targets are scaled only once.
-    factor = factors if weights is None and not crops.returns_rows(options) else None
+    factors = grad_result.to(dtype) * (math.log(2) / crops.divisor(options) * scale)
     factors = factors.expand(S, B) if weights is None else factors * weights
+    buffers = Buffers(dtype, device)
     for block in blocks_of_images(B, K, device):
         targets = []
         for q, crop in enumerate(teacher[:, block]):
             if center is None:
-                target = _given(crop, dtype)
-            else:
-                largest, total = stats[:, S + q, block]
-                logits = crop.to(dtype).sub(center)
-                z, _ = _scaled(logits, dtype, _log2_scale(teacher_temp, device), largest)
-                probs = z.exp2_()
-                target = Target(probs.div_(total[:, None]), torch.ones_like(total))
-            targets.append(target if factor is None else target.times(factor))
-        for views, others in _crops_and_targets(student[:, block], targets, ignore_diagonal):
-            if others is None:
+                targets.append(_given(crop, dtype))
+                continue
+            largest, total = stats[:, S + q, block]
+            logits = buffers.widened("wide", crop)
+            below = torch.sub(logits, center, out=buffers.get(f"target {q}", crop.shape))
+            probs = below.sub_(largest[:, None]).mul_(teacher_scale).exp2_()
+            targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
+        pairs = _crops_and_targets(student[:, block], targets, options.ignore_diagonal, buffers)
+        for views, target in pairs:
+            if target is None:
                 grad[views, block] = 0
                 continue
-            g = factors[views, block, None]
+            g = factors[views, block]
             largest, total = stats[:, views, block]
-            z, _ = _scaled(student[views, block], dtype, student_scale, largest)
-            share = z.exp2_().mul_((others.mass / total)[..., None])
-            # The incoming scale is included: the only rounding to half is this write.
-            if factor is None:
-                torch.mul(share.sub_(others.probs), g, out=grad[views, block])
+            logits = buffers.widened("z", student[views, block])
+            z = torch.sub(logits, largest[..., None], out=buffers.get("z", logits.shape))
+            share = z.mul_(scale).exp2_().mul_((g * target.mass / total)[..., None])
+            # The incoming scale is included: the only rounding to half is the write.
+            if grad.dtype == dtype:
+                out = grad[views, block]
+                torch.addcmul(share, target.probs, g[..., None], value=-1, out=out)
             else:
-                torch.sub(share, others.probs, out=grad[views, block])
+                grad[views, block] = share.addcmul_(target.probs, g[..., None], value=-1)
 
 
 @dataclass(frozen=True)
@@ -120,38 +130,61 @@ class Target:
     probs: Tensor
     mass: Tensor
 
-    def times(self, factor: Tensor) -> Target:
-        """Multiply both by one factor []."""
-        return Target(self.probs * factor, self.mass * factor)
-
 
 def _given(probs: Tensor, dtype: torch.dtype) -> Target:
     probs = probs.to(dtype)
     return Target(probs, probs.sum(dim=-1))
 
 
+class Buffers:
+    """Memory for the temporaries of a block, which the next blocks use again."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.memory: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return the buffer of a name as a tensor of a shape, with any values."""
+        size = math.prod(shape)
+        memory = self.memory.get(name)
+        if memory is None or len(memory) < size:
+            memory = self.memory[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return memory[:size].view(shape)
+
+    def widened(self, name: str, logits: Tensor) -> Tensor:
+        """Return logits in the buffers' dtype: themselves, or a copy in the buffer of a name."""
+        if logits.dtype == self.dtype:
+            return logits
+        return self.get(name, logits.shape).copy_(logits)
+
+
 def _crops_and_targets(
-    student: Tensor, targets: Sequence[Target], ignore_diagonal: bool
+    student: Tensor, targets: Sequence[Target], ignore_diagonal: bool, buffers: Buffers
 ) -> Iterator[tuple[slice, Target | None]]:
     """Yield slices of the student's crops [S, b, K] that fit the caches, with their targets.
 
     With ignore_diagonal, a crop that the teacher has too has the other crops as target, or None if
-    there are no others.
+    there are no others. A target is valid until the next one.
     """
     S, T = len(student), len(targets) if ignore_diagonal else 0
     for v in range(min(S, T)):
-        yield slice(v, v + 1), _sum_of([t for q, t in enumerate(targets) if q != v])
+        yield slice(v, v + 1), _sum_of([t for q, t in enumerate(targets) if q != v], buffers)
     step = S if student.device.type != "cpu" else max(1, _cached() // student[0].numel())
-    target = _sum_of(targets)
+    if S > T:
+        target = _sum_of(targets, buffers)
     for v in range(T, S, step):
         yield slice(v, min(v + step, S)), target
 
 
-def _sum_of(targets: Sequence[Target]) -> Target | None:
-    if not targets:
-        return None
-    probs = sum((t.probs for t in targets[1:]), targets[0].probs)
-    return Target(probs, sum((t.mass for t in targets[1:]), targets[0].mass))
+def _sum_of(targets: Sequence[Target], buffers: Buffers) -> Target | None:
+    if len(targets) < 2:
+        return targets[0] if targets else None
+    first, second, *others = targets
+    total = buffers.get("sum", first.probs.shape)
+    torch.add(first.probs, second.probs, out=total)
+    for target in others:
+        total += target.probs
+    return Target(total, sum((t.mass for t in targets[1:]), first.mass))
 
 
 def _cached() -> int:
@@ -172,17 +205,3 @@ def _log2_scale(temp: float | Tensor, device: torch.device) -> float | Tensor:
     """Return 1/(temp ln 2), on a CPU as a number, which saves dispatching an operand per block."""
     scale = 1 / (temp * math.log(2))
     return scale.item() if isinstance(scale, Tensor) and device.type == "cpu" else scale
-
-
-def _scaled(
-    logits: Tensor, dtype: torch.dtype, scale: float | Tensor, largest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return (logits - largest) * scale as a new tensor of `dtype`, and each row's largest logit.
-
-    Scaling first would pass a rounding error of 1e23 to exp2 for logits of 1e30.
-    """
-    wide = logits.to(dtype)
-    if largest is None:
-        largest = wide.amax(dim=-1)
-    subtract = wide.sub if wide is logits else wide.sub_
-    return subtract(largest[..., None]).mul_(scale), largest

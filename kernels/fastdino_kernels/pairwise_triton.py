@@ -448,6 +448,8 @@ def pairwise_finish_kernel(
     tl.store(rows + v * batch + b, value)
 
     if not ROWS:
+        if DIVISOR_TENSOR:
+            divisor = tl.load(divisor)
         # A thread stores its row before it increments the counter, so the last one sees all rows
         # (reading past the L1 cache).
         before = tl.atomic_add(arrived, 1)
@@ -458,8 +460,6 @@ def pairwise_finish_kernel(
                 inside = i < S * batch
                 everything += tl.load(rows + i, mask=inside, other=0.0, cache_modifier=".cg")
                 i += BLOCK
-            if DIVISOR_TENSOR:
-                divisor = tl.load(divisor)
             tl.store(loss, tl.sum(everything, 0) / divisor)
 
 
