@@ -92,8 +92,10 @@ def _patch_loss(
     student = torch.zeros(rows, prototypes, dtype=dtype, device=device, requires_grad=True)
     teacher = torch.zeros(rows, prototypes, dtype=dtype, device=device)
     center, weights = torch.zeros(prototypes, device=device), torch.ones(rows, device=device)
-    temps = {"student_temp": 0.1, "teacher_temp": 0.04}
-    loss, _ = patch_loss(student, teacher, center, **temps, weights=weights, impl="triton")
+    loss, _ = patch_loss(
+        student, teacher, center,
+        student_temp=0.1, teacher_temp=0.04, weights=weights, impl="triton",
+    )  # fmt: skip
     loss.backward()
 
 

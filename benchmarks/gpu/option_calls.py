@@ -181,13 +181,11 @@ def _row_calls() -> Calls:
     for name, denominator in (("int", 3), ("float", 0.5), *denominators):
         yield f"patch_loss {name}", _patch_loss(*tokens, center, denominator=denominator)
     for name, change in _views():
-        views = [view(random((5, 1, 1026), BF16), change) for _ in range(2)]
-        pair = [view(each, lambda x: x[:, 0]) for each in views]
-        yield f"patch_loss {name}", _patch_loss(*pair, random((1024,)))
+        rows = view(view(random((5, 1, 1026), BF16), change), lambda x: x[:, 0])
+        yield f"patch_loss {name}", _patch_loss(rows, rows, random((1024,)))
     for B in (1, 300, 3000):
-        pair = random((B, 48), BF16), random((B, 48), BF16)
-        weights = view(random((B,), FP16), torch.abs)
-        yield f"patch_loss N {B}", _patch_loss(*pair, random((48,)), weights=weights)
+        rows, weights = random((B, 48), BF16), view(random((B,), FP16), torch.abs)
+        yield f"patch_loss N {B}", _patch_loss(rows, rows, random((48,)), weights=weights)
     for S, T in ((1, 1), (4, 2), (1, 3)):
         crops = _logits(S, 48, BF16, 3), _logits(T, 48, BF16, 3)
         for reduction, shape in itertools.product(("mean", "none"), ((3,), (S, 3), None)):
@@ -575,7 +573,7 @@ def boundary_calls() -> Calls:
             weights = view(random((9,)), torch.abs)
             yield (
                 f"patch_loss {case}",
-                _patch_loss(*tokens, random((1037,)), weights=weights, **options),
+                _patch_loss(*tokens, random((1037,)), weights=weights, inplace_backward=inplace),
             )
             probs = view(teacher, lambda x: x.softmax(-1))
             yield (

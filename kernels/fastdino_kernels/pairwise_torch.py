@@ -19,9 +19,9 @@ from torch import Tensor
 from .dispatch import compute_dtype
 from .pairwise_arguments import Crops, PairwiseOptions
 
-# Elements of one temporary per CPU thread, 1 MB in fp32. Smaller ones would fit a core's L2 cache,
+# Elements of one temporary per CPU thread, 2 MB in fp32. Smaller ones would fit a core's L2 cache,
 # but then the interpreter's time per operation counts.
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 19
 
 
 def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +57,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
             probs = below.sub_(largest[:, None]).mul_(teacher_scale).exp2_()
             total = probs.sum(dim=-1)
             stats[0, S + q, block], stats[1, S + q, block] = largest, total
-            targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
+            targets.append(Target(probs, 1 / total, torch.ones_like(total)))
         pairs = _crops_and_targets(student[:, block], targets, options.ignore_diagonal, buffers)
         for views, target in pairs:
             logits = buffers.widened("wide", student[views, block])
@@ -66,7 +66,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
             torch.sub(logits, largest[..., None], out=z).mul_(scale)
             if target is not None:
                 product = buffers.get("wide", z.shape)
-                cross = torch.mul(z, target.probs, out=product).sum(dim=-1)
+                cross = torch.mul(z, target.values, out=product).sum(dim=-1) * target.factor
             total = z.exp2_().sum(dim=-1)
             stats[0, views, block], stats[1, views, block] = largest, total
             if target is not None:
@@ -104,7 +104,7 @@ def backward(
             logits = buffers.widened("wide", crop)
             below = torch.sub(logits, center, out=buffers.get(f"target {q}", crop.shape))
             probs = below.sub_(largest[:, None]).mul_(teacher_scale).exp2_()
-            targets.append(Target(probs.div_(total[:, None]), torch.ones_like(total)))
+            targets.append(Target(probs, 1 / total, torch.ones_like(total)))
         pairs = _crops_and_targets(student[:, block], targets, options.ignore_diagonal, buffers)
         for views, target in pairs:
             if target is None:
@@ -116,24 +116,26 @@ def backward(
             z = torch.sub(logits, largest[..., None], out=buffers.get("z", logits.shape))
             share = z.mul_(scale).exp2_().mul_((g * target.mass / total)[..., None])
             # The incoming scale is included: the only rounding to half is the write.
+            subtracted = target.values, (g * target.factor)[..., None]
             if grad.dtype == dtype:
-                out = grad[views, block]
-                torch.addcmul(share, target.probs, g[..., None], value=-1, out=out)
+                torch.addcmul(share, *subtracted, value=-1, out=grad[views, block])
             else:
-                grad[views, block] = share.addcmul_(target.probs, g[..., None], value=-1)
+                grad[views, block] = share.addcmul_(*subtracted, value=-1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The student's targets: `probs` [b, K] and their sums `mass` [b]."""
+    """The student's targets factor * values, and their sums `mass` [b]."""
 
-    probs: Tensor
+    values: Tensor  # [b, K]
+    factor: Tensor  # [b]
     mass: Tensor
 
 
 def _given(probs: Tensor, dtype: torch.dtype) -> Target:
     probs = probs.to(dtype)
-    return Target(probs, probs.sum(dim=-1))
+    mass = probs.sum(dim=-1)
+    return Target(probs, torch.ones_like(mass), mass)
 
 
 class Buffers:
@@ -179,12 +181,13 @@ def _crops_and_targets(
 def _sum_of(targets: Sequence[Target], buffers: Buffers) -> Target | None:
     if len(targets) < 2:
         return targets[0] if targets else None
-    first, second, *others = targets
-    total = buffers.get("sum", first.probs.shape)
-    torch.add(first.probs, second.probs, out=total)
+    first, *others = targets
+    total, mass = buffers.get("sum", first.values.shape), first.mass
+    torch.mul(first.values, first.factor[:, None], out=total)
     for target in others:
-        total += target.probs
-    return Target(total, sum((t.mass for t in targets[1:]), first.mass))
+        total.addcmul_(target.values, target.factor[:, None])
+        mass = mass + target.mass
+    return Target(total, torch.ones_like(mass), mass)
 
 
 def _cached() -> int:
