@@ -175,7 +175,7 @@ def test_compiled_blocks_compute_the_same_loss(float64, monkeypatch, fast, backe
     sizes = {"embed_dim": 16, "depth": 3, "num_heads": 2}
     monkeypatch.setitem(backbones.VIT_ARCHS, "vit_nano", sizes)
     torch._dynamo.reset()
-    settings = {"drop_path_rate": 0.3, "packing": "on"}
+    settings = {"drop_path_rate": 0.3, "packing": "on", "koleo_weight": 0.1}
     compiled = Trainer(fast(**settings, compile="on"), steps_per_epoch=STEPS)
     eager = Trainer(fast(**settings), steps_per_epoch=STEPS)
     for i in range(3):
