@@ -27,6 +27,7 @@ from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS
 from fastdino.training.nonfinite import FiniteGuard
 from tests.commands import write_colours
+from tests.linear_layers import draw, run
 from tests.loaders import assert_same, build_loader, make_config, needs_dali, photo
 
 pytestmark = pytest.mark.skipif(
@@ -194,6 +195,16 @@ def call_clip(gradient):
         assert clip([parameter], 1.0).is_cuda
 
 
+def patch_step(x: torch.Tensor) -> None:
+    """Run a loss without logits forward and backward, all options on the device."""
+    one, center, weights = (torch.ones(shape, device="cuda") for shape in ((), (4,), (4,)))
+    loss, _ = fastdino_kernels.linear_patch_loss(
+        x, x, x, x, center, student_temp=0.1, teacher_temp=one, weights=weights, denominator=one,
+        chunk_rows=3,
+    )  # fmt: skip
+    loss.backward()
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -203,6 +214,9 @@ def call_clip(gradient):
         lambda x: fastdino_kernels.sinkhorn_knopp(x, torch.full((), 0.1, device="cuda")),
         lambda x: fastdino_kernels.sinkhorn_center(x[:0], 0.1),
         lambda x: fastdino_kernels.koleo_loss(x, topk=2),
+        lambda x: patch_step(x.requires_grad_()),
+        lambda x: patch_step(x.bfloat16().requires_grad_()),
+        lambda x: fastdino_kernels.linear_sinkhorn_center(x, x[:3], 0.1, chunk_rows=2),
         lambda x: fastdino_kernels.gram_loss(x[None], x[None], per_image=False),
         lambda x: fastdino_kernels.teacher_entropy(x[None], x[0], 0.1),
     ],
@@ -211,6 +225,16 @@ def test_functions_of_the_kernel_package_do_not_wait(gpu, call):
     x = torch.randn(4, 8).to("cuda")
     with gpu.no_wait():
         call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_without_logits_on_a_gpu_is_that_on_the_cpu(gpu, dtype):
+    inputs = draw((7,), K=50, dtype=dtype)
+    got = run(fastdino_kernels.linear_patch_loss, inputs, device="cuda", chunk_rows=2)
+    expected = run(fastdino_kernels.linear_patch_loss, inputs, chunk_rows=2)
+    limit = {"rtol": 0.02, "atol": 2e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(got, expected, **limit)
+    assert gpu.products[dtype] >= 3 * 4  # two layers and a gradient, of 4 chunks
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

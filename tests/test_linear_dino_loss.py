@@ -20,6 +20,8 @@ from fastdino_kernels import (
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdino.bench.measurement import peak_bytes
@@ -452,6 +454,18 @@ def test_distributed_data_parallel_averages_the_gradients():
 
 
 # Bad input
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_sharded_weight_must_be_gathered():
+    mesh = init_device_mesh("cpu", (1,))
+    inputs = draw_for("patch")
+    sharded = distribute_tensor(inputs.weight_student, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"weight_student .*DTensor: call full_tensor\(\)"):
+        linear_patch_loss(inputs.x_student, inputs.x_teacher, sharded, *inputs[3:], **TEMPS)
+    loss, _ = linear_patch_loss(*inputs._replace(weight_student=sharded.full_tensor()), **TEMPS)
+    assert torch.equal(loss, linear_patch_loss(*inputs, **TEMPS)[0])
+
 
 X, Y, W, C = torch.zeros(4, 3, 6), torch.zeros(2, 3, 6), torch.zeros(7, 6), torch.zeros(7)
 

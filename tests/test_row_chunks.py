@@ -9,6 +9,7 @@ from fastdino_kernels.row_chunks import (
     product,
     row_chunks,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.linear_layers import error
 
@@ -53,6 +54,15 @@ def test_logits_of_chunks_share_memory():
     assert first.data_ptr() == second.data_ptr()
     x = torch.randn(5, 2, 4)
     assert torch.equal(logits.of(x), x @ logits.weight.t())
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_products_of_half_precision_are_written_in_fp32_on_cuda(replace):
+    with FakeTensorMode():
+        x = torch.empty(9, 3, dtype=torch.bfloat16, device="cuda")
+        total, y = torch.empty(9, 2, device="cuda"), x[:3, :2]
+        add_product_(total, x, y, replace=replace)
+        assert (total.dtype, product(x, y, torch.float32).dtype) == (torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

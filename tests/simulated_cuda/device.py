@@ -42,6 +42,13 @@ _WAITING = {
 _TAKES_HOST_SCALARS = {"copy_", "fill_", "index_put_", "masked_fill", "masked_fill_", "where"}
 _TAKES_HOST_INDICES = {"index", "index_put", "index_put_"}
 _PRODUCTS = {"addmm", "convolution", "mm"}
+# Products of half precision in fp32, which only a GPU has, as operations of a CPU.
+_COMPUTED = {
+    aten.mm.dtype: lambda x, y, dtype: aten.mm(x.to(dtype), y.to(dtype)),
+    aten.addmm.dtype_out: lambda total, x, y, dtype, **options: aten.addmm.out(
+        total, x.to(dtype), y.to(dtype), **options
+    ),
+}
 _pinned: dict[int, int] = {}  # address and bytes of host memory that a simulation pinned
 _CAPTURING = "operation not permitted when stream is capturing"
 
@@ -441,8 +448,9 @@ class SimulatedCuda:
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("cpu")}
         cpu_args, cpu_kwargs = tree_map(_to_cpu, (args, kwargs))
-        result = func(*cpu_args, **cpu_kwargs)
         written = _written_results(func, args, kwargs)
+        func = _COMPUTED.get(func, func)
+        result = func(*cpu_args, **cpu_kwargs)
         if stream.tape is not None:
             self._tape(
                 stream.tape, func, cpu_args, cpu_kwargs, () if written is not None else result
