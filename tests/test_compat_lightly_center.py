@@ -109,7 +109,7 @@ def unequal_ranks() -> None:
     torch.testing.assert_close(center.value[0], expected)
     total = draw(7, seed=rank)
     before = total.clone()
-    start_rank_mean(total, 3)()
+    start_rank_mean(total, 3).wait()
     assert torch.equal(total, before)
     torch.distributed.destroy_process_group()
 
@@ -120,6 +120,6 @@ def test_center_on_ranks_with_different_numbers_of_rows():
 
 def test_center_moves_in_its_own_dtype():
     center = torch.zeros(1, 7, dtype=torch.float32)
-    mean, ranks = start_rank_mean(draw(7), 2)()
+    mean, ranks = start_rank_mean(draw(7), 2).wait()
     move_center_(center, mean, ranks, 0.0)
     torch.testing.assert_close(center[0], (draw(7) / 2).float())

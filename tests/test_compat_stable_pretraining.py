@@ -5,6 +5,8 @@ Legend: S views of the student, T views of the teacher, B images, N patches, K p
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fastdino_kernels import reference
@@ -76,6 +78,17 @@ def test_center_over_several_steps(dtype):
     assert ours.center.shape == (1, 7)
     torch.testing.assert_close(ours.center[0].double(), center, rtol=1e-5, atol=1e-6)
     assert not ours.state_dict()
+
+
+def test_module_with_a_pending_update_can_be_saved_and_copied(tmp_path):
+    ours = DINOv1Loss()
+    ours.update_center(draw(2, 2)[1])
+    torch.save(ours, tmp_path / "loss.pt")
+    saved = torch.load(tmp_path / "loss.pt", weights_only=False)
+    for copied in (saved, copy.deepcopy(ours)):
+        copied.apply_center_update()
+        torch.testing.assert_close(copied.center[0], draw(2, 2)[1].mean(dim=(0, 1)))
+    assert not ours.updated
 
 
 def test_softmax_without_the_pending_update():

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import fastdino_kernels
 import pytest
 import torch
+from fastdino_kernels.compat import lightly, solo_learn, stable_pretraining
 from fastdino_kernels.multi_crop import normalized_levels
 
 from fastdino import Trainer, checkpoint
@@ -235,6 +236,54 @@ def test_loss_without_logits_on_a_gpu_is_that_on_the_cpu(gpu, dtype):
     limit = {"rtol": 0.02, "atol": 2e-3} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(got, expected, **limit)
     assert gpu.products[dtype] >= 3 * 4  # two layers and a gradient, of 4 chunks
+
+
+def lightly_losses():
+    mask, temp = torch.ones(2, 1, 2, dtype=torch.bool).cuda(), torch.full((), 0.04).cuda()
+    dino = lightly.DINOLoss(8).cuda()
+    patch, all_patches = lightly.IBOTPatchLoss(8).cuda(), lightly.IBOTPlusPlusPatchLoss(8).cuda()
+
+    def call(x, views):
+        yield dino(views, list(views), temp)
+        yield patch(x, x, mask)
+        yield all_patches(views, views, mask, visible_loss_weight=0.5)
+        yield lightly.KoLeoLoss()(x)
+
+    return call
+
+
+def solo_learn_losses():
+    loss = solo_learn.DINOLoss(8, 0.04, 0.07, 0, 2).cuda()
+    loss.epoch = -1
+
+    def call(x, _):
+        yield loss(x, x)
+        loss.update_center(x)
+
+    return call
+
+
+def stable_pretraining_losses():
+    loss = stable_pretraining.DINOv2Loss().cuda()
+
+    def call(x, views):
+        for _ in range(2):
+            probs = loss.dino_loss.softmax_center_teacher(views, 0.04)
+            loss.dino_loss.update_center(views)
+        yield loss(views, probs, x, loss.ibot_loss.sinkhorn_knopp_teacher(x, 0.07))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "make_losses", [lightly_losses, solo_learn_losses, stable_pretraining_losses]
+)
+def test_losses_of_other_repositories_do_not_wait(gpu, make_losses):
+    x, losses = torch.randn(4, 8).to("cuda").requires_grad_(), make_losses()
+    with gpu.no_wait():
+        for loss in losses(x, x.view(2, 2, 8)):
+            loss.backward()
+    assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

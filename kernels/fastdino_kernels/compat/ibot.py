@@ -185,12 +185,12 @@ class iBOTLoss(nn.Module):  # noqa: N801
         dim, dim2 = self.center.shape[-1], self.center2.shape[-1]
         _check_logits("teacher_cls", teacher_cls, (-1, dim))
         _check_logits("teacher_patch", teacher_patch, (-1, -1, dim2))
-        finish = [
+        pending = [
             start_rank_mean(rows.sum(dim=0, dtype=compute_dtype(rows)), len(rows))
             for rows in (teacher_cls, teacher_patch.flatten(0, 1))
         ]
-        move_center_(self.center, *finish[0](), self.center_momentum)
-        move_center_(self.center2, *finish[1](), self.center_momentum2)
+        move_center_(self.center, *pending[0].wait(), self.center_momentum)
+        move_center_(self.center2, *pending[1].wait(), self.center_momentum2)
 
     def extra_repr(self) -> str:
         """Return the text that print(module) shows between the parentheses."""

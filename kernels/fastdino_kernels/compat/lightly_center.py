@@ -81,7 +81,7 @@ class Center(nn.Module):
             rows: number of rows in the sum; with 0 rows on all ranks nothing changes.
 
         """
-        mean, ranks = start_rank_mean(total, rows)()
+        mean, ranks = start_rank_mean(total, rows).wait()
         move_center_(self.center, mean, ranks, self.momentum)
 
     def extra_repr(self) -> str:

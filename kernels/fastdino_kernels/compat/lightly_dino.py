@@ -170,7 +170,7 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def _move_center(self, teacher_sum: Tensor, rows: int) -> None:
         """Update the center from the sum [K] of `rows` rows of logits on this rank."""
-        mean, ranks = start_rank_mean(teacher_sum, rows)()
+        mean, ranks = start_rank_mean(teacher_sum, rows).wait()
         move_center_(self.center, mean, ranks, self.center_momentum)
 
     def _temperature(

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..collectives import world_size
 
-FinishMean = Callable[[], tuple[Tensor, "Tensor | int"]]
+
+class RankMean(NamedTuple):
+    """A mean over the ranks whose all-reduce may still run; start_rank_mean makes it."""
+
+    mean: Tensor  # of this rank; with several ranks, their sum and the number of ranks with rows
+    ranks: int | None  # number of ranks with rows, None for several ranks
+    work: Any  # the all-reduce, None for one rank
+    shape: torch.Size
+
+    def wait(self) -> tuple[Tensor, Tensor | int]:
+        """Wait for the all-reduce, and return (mean, ranks).
+
+        Returns: the mean, 0 if no rank has rows, and the number of ranks with rows, a 0-d tensor if
+            there are several ranks.
+
+        """
+        if self.ranks is not None:
+            return self.mean, self.ranks
+        self.work.wait()
+        total, ranks = self.mean[:-1], self.mean[-1]
+        return (total / ranks.clamp_min(1)).view(self.shape), ranks
 
 
-def start_rank_mean(total: Tensor, rows: int) -> FinishMean:
+def start_rank_mean(total: Tensor, rows: int) -> RankMean:
     """Start to average the means of all ranks, each with the same weight.
 
     Ranks without rows do not count. There is one all-reduce, of K + 1 numbers, and no wait for the
@@ -22,23 +42,13 @@ def start_rank_mean(total: Tensor, rows: int) -> FinishMean:
         total: [..] the sum of this rank's rows, with K elements; not modified.
         rows: number of rows in that sum, >= 0.
 
-    Returns: a function that waits for the all-reduce and returns (mean, ranks): the mean of the
-        shape of `total`, and the number of ranks with rows, a 0-d tensor if there are several
-        ranks. The mean is 0 if no rank has rows.
-
     """
     mean = total / max(rows, 1)
     if world_size(None) == 1:
-        return lambda: (mean, min(rows, 1))
+        return RankMean(mean, min(rows, 1), None, mean.shape)
     has_rows = mean.new_full((1,), float(rows > 0))
     sums = torch.cat([mean.reshape(-1), has_rows])
-    work = torch.distributed.all_reduce(sums, async_op=True)
-
-    def finish() -> tuple[Tensor, Tensor | int]:
-        work.wait()
-        return (sums[:-1] / sums[-1].clamp_min(1)).view_as(mean), sums[-1]
-
-    return finish
+    return RankMean(sums, None, torch.distributed.all_reduce(sums, async_op=True), mean.shape)
 
 
 @torch.no_grad()
@@ -48,7 +58,7 @@ def move_center_(center: Tensor, mean: Tensor, ranks: Tensor | int, momentum: fl
     Args:
         center: the moving average; modified in place.
         mean: of the shape of the center or of K elements; any dtype.
-        ranks: number of ranks with rows; see start_rank_mean.
+        ranks: number of ranks with rows; see RankMean.wait.
         momentum: in [0, 1].
 
     """

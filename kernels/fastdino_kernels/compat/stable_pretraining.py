@@ -23,7 +23,7 @@ from ..checks import check_float_tensor, check_number, check_positive, check_ran
 from ..dispatch import compute_dtype
 from ..sinkhorn import sinkhorn_knopp as _sinkhorn_knopp
 from .dinov2 import cross_entropy, dino_cross_entropy
-from .rank_mean import FinishMean, move_center_, start_rank_mean
+from .rank_mean import RankMean, move_center_, start_rank_mean
 from .soft_targets import centered_softmax
 
 
@@ -87,7 +87,7 @@ class DINOv1Loss(nn.Module):
         self.center_momentum = check_number("center_momentum", center_momentum)
         check_range("center_momentum", self.center_momentum, most=1)
         self.center: Tensor | None = None
-        self._pending: FinishMean | None = None
+        self._pending: RankMean | None = None
 
     @property
     def updated(self) -> bool:
@@ -175,7 +175,7 @@ class DINOv1Loss(nn.Module):
         """Apply the update that update_center has started, if any."""
         if self._pending is None:
             return
-        mean, ranks = self._pending()
+        mean, ranks = self._pending.wait()
         self._pending = None
         if self.center is not None:
             move_center_(self.center, mean, ranks, self.center_momentum)
