@@ -217,6 +217,10 @@ class TrainConfig:
             low = 1 if name in _AT_LEAST_1 else 0
             if isinstance(value, (int, float)) and not low <= value < math.inf:
                 raise _error(name, value, f"a finite number of at least {low}")
+            if name in _SIZES and value > LARGEST_SIZE:
+                raise _error(name, value, f"at most {LARGEST_SIZE}")
+            if isinstance(value, str) and "\0" in value:
+                raise _error(name, value, "text without zero bytes")
             if isinstance(value, tuple) and not 0 < value[0] <= value[1] <= 1:
                 raise _error(name, value, "0 < smallest <= largest <= 1")
         if self.seed >= 2**63:
@@ -226,7 +230,7 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
             if getattr(self, name) > self.epochs:
                 raise ConfigError(
                     f"--{name} {getattr(self, name)} exceeds --epochs {self.epochs}: "
@@ -284,6 +288,12 @@ PATCHED_ARCHS = tuple(
     for kind in ("vit", "deit")
     for size in ("nano", "tiny", "small", "base", "large")
 )
+# Sizes and numbers of things; products of two of them fit into 64 bits.
+_SIZES = (
+    "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",
+    "local_crops_size", "local_crops_number", "grad_accum", "num_workers",
+)  # fmt: skip
+LARGEST_SIZE = 2**31 - 1
 # All numbers are finite and at least 0; these have other bounds.
 _AT_LEAST_1 = (
     "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",

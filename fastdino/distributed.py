@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdino.errors import UserError
+from fastdino.errors import ConfigError, UserError
 from fastdino.launch import read_launch
 from fastdino.waiting import killable
 
@@ -28,7 +28,7 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
 
     It uses nccl on GPUs and gloo on CPUs. A run of one process has none.
 
-    Raises: ConfigError: variables of a launcher that contradict each other.
+    Raises: ConfigError: variables of a launcher that contradict each other, or no connection.
     """
     launch = read_launch()
     if dist.is_initialized() or launch.world_size == 1:
@@ -37,8 +37,10 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     if launch.master and dist_url == "env://":
         dist_url = "tcp://{}:{}".format(*launch.master)
     with killable():  # it waits for the other ranks
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            backend,
             init_method=dist_url,
             rank=launch.rank,
             world_size=launch.world_size,
@@ -46,6 +48,12 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
             # Rank 0 reads the image headers of a large dataset while the others wait.
             timeout=timedelta(hours=2),
         )
+    except (OSError, RuntimeError, ValueError) as error:  # includes torch.distributed.DistError
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"rank {launch.rank} of {launch.world_size} cannot join the others by {backend} at "
+            f"{dist_url} ({reason}): check --dist_url, or MASTER_ADDR and MASTER_PORT"
+        ) from error
     yield
     # Not after an error: leaving the group would wait for ranks that may be in a collective. The
     # launcher stops them when this process exits.

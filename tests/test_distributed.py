@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 from unittest import mock
 
 import pytest
@@ -122,3 +123,24 @@ def test_errors_in_a_single_process_are_unchanged():
     with pytest.raises(ConfigError) as error:
         distributed.from_main(_refuse)
     assert not error.value.reported
+
+
+@pytest.mark.parametrize("url", ["env://", "nonsense", "gopher://host", "tcp://127.0.0.1", "taken"])
+def test_ranks_that_cannot_meet_are_a_mistake_of_the_user(monkeypatch, url):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        variables |= {"MASTER_PORT": port}
+        if url == "taken":
+            url = f"tcp://127.0.0.1:{port}"
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(
+                ConfigError, match=r"rank 0 of 2 cannot join the others by gloo at .*: c"
+            ),
+            distributed.process_group(torch.device("cpu"), url),
+        ):
+            pass

@@ -105,6 +105,12 @@ def test_folder_that_another_run_uses_or_without_a_parent_is_not_restored(tmp_pa
         path.write_text("a file")
         with pytest.raises(CheckpointError, match=r"run cannot be written \(.*Not a directory"):
             folder.restore()
+        (tmp_path / "nowhere").symlink_to("missing")
+        for other in (path, tmp_path / "nowhere"):
+            message = f"{other} cannot be written .it is not a folder.: use another"
+            with pytest.raises(CheckpointError, match=message), OutputFolder(other):
+                pass
+        (tmp_path / "nowhere").unlink()
         shutil.rmtree(path.parent)
         with pytest.raises(CheckpointError, match=r"run cannot be written \(.*No such file"):
             folder.restore()

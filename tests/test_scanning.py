@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -80,6 +81,16 @@ def test_second_scan_opens_no_file_and_gives_the_same_dataset(kind, request, rea
     moved = scanned(shutil.move(root, tmp_path / "elsewhere"), cache)
     assert read == []
     assert moved.fingerprint == first.fingerprint
+
+
+def test_only_as_many_threads_start_as_there_are_tasks(folder, monkeypatch):
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: [started.append(thread), start(thread)]
+    )
+    scanned(folder, None, workers=1000)
+    assert 0 < len(started) < 10
 
 
 def test_only_changed_files_are_read_again_with_a_note(folder, read, tmp_path, picture):

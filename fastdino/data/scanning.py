@@ -161,7 +161,7 @@ def _parallel(
     chunks = [items[i : i + size] for i in range(0, len(items), size)]
     results: list[R] = []
     bar = tqdm(total=len(items), desc=title, unit=unit, disable=None, delay=BAR_AFTER, leave=False)
-    with bar, DaemonExecutor(workers) as pool:
+    with bar, DaemonExecutor(min(workers, len(chunks))) as pool:  # starts all threads at once
         for done in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
             results += done
             bar.update(len(done))

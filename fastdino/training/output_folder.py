@@ -77,8 +77,10 @@ class OutputFolder:
             return CheckpointError(
                 f"--output_dir {self.path}: another run is writing there; use another folder"
             )
+        # Also for a link to nowhere.
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else str(error)
         return CheckpointError(
-            f"--output_dir {self.path} cannot be written ({error}): use another folder"
+            f"--output_dir {self.path} cannot be written ({reason}): use another folder"
         )
 
     def _remove_leftovers(self) -> None:
