@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,7 +54,7 @@ small_head = partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
 
 # Shares of the kills at a uniform moment, in a save, and in a write of another file.
 AIMS = {"moment": 0.5, "save": 0.4, "write": 0.1}
-POLL_SECONDS = 0.0005
+POLL_SECONDS = 0.001
 WRITE_SECONDS = 0.004  # of a small file
 # A launcher gives the other ranks this time after SIGTERM.
 GRACE_SECONDS = 10.0
@@ -157,6 +158,7 @@ class Processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        self.started = time.monotonic()
         self.pids = [self._fork(rank, port) for rank in range(kind.ranks)]
         self.statuses: dict[int, int] = {}
         self.killed = False
@@ -193,14 +195,14 @@ class Processes:
         return not self.statuses
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a process has ended, at most `seconds`; return True if one has."""
-        end = time.monotonic() + seconds
-        while self.running():
-            left = end - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(left, 0.01))
-        return True
+        """Wait until one more process has ended, at most `seconds`; return True if any has."""
+        descriptors = [os.pidfd_open(pid) for pid in self.pids if pid not in self.statuses]
+        try:
+            select.select(descriptors, [], [], max(seconds, 0))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return not self.running()
 
     def wait_for_part(self, *, of_save: bool) -> bool:
         """Wait until a save, or another write, begins; return False if a process ended before."""
@@ -226,11 +228,10 @@ class Processes:
             if pid not in self.statuses and len(self.pids) > 1:
                 os.kill(pid, signal.SIGTERM)
         while len(self.statuses) < len(self.pids):
-            self.running()
+            self.wait(max(limit - time.monotonic(), 0.01))
             if time.monotonic() > limit:
                 for pid in set(self.pids) - set(self.statuses):
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -262,13 +263,24 @@ def _instrumented(kind: Kind, counter: Counter) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
     """Seconds of an uninterrupted run: until its first step, from there on, and of a save."""
 
     start: float
     steps: float
     save: float
+
+    def of_rest(self, run: Path) -> float:
+        """Return the expected duration of the rest of a run."""
+        return self.start + (1 - iteration_of(run) / (EPOCHS * STEPS)) * self.steps
+
+    def correct(self, expected: float, seconds: float) -> None:
+        """Follow the speed of the machine, after the rest of a run took `seconds`."""
+        factor = 0.5 + 0.5 * seconds / expected
+        self.start, self.steps, self.save = (
+            value * factor for value in (self.start, self.steps, self.save)
+        )
 
 
 def run_to_end(kind: Kind, folder: Path) -> Timing:
@@ -295,8 +307,8 @@ def kill_at_random(kind: Kind, folder: Path, timing: Timing, rng: random.Random)
     Args: timing: of the uninterrupted run.
     """
     (aim,) = rng.choices([*AIMS], [*AIMS.values()])
-    left = 1 - iteration_of(folder / RUN) / (EPOCHS * STEPS)
-    moment = rng.uniform(0, timing.start + left * timing.steps)
+    expected = timing.of_rest(folder / RUN)
+    moment = rng.uniform(0, expected)
     delay = rng.uniform(0, timing.save if aim == "save" else WRITE_SECONDS)
     rank = rng.randrange(kind.ranks)
     processes = Processes(kind, folder)
@@ -305,6 +317,7 @@ def kill_at_random(kind: Kind, folder: Path, timing: Timing, rng: random.Random)
         ended = not processes.wait_for_part(of_save=aim == "save") or processes.wait(delay)
     if ended:
         processes.wait(STUCK_SECONDS)
+        timing.correct(expected, time.monotonic() - processes.started)
         processes.end()
     else:
         processes.kill(rank)
@@ -326,6 +339,12 @@ def iteration_of(run: Path) -> int:
     path = run / "checkpoint.pth"
     if not path.exists():
         return 0
+    status = path.stat()
+    return _iteration_in(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _iteration_in(path: Path, *_version: int) -> int:
     try:
         return int(checkpoint.load(path)["iteration"])
     except CheckpointError:
