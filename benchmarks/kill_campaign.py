@@ -208,6 +208,10 @@ def markdown(tallies: dict[str, Tally], command: str, facts: dict[str, str]) -> 
         f"{STEPS} steps: {different} differences from the uninterrupted runs, {lost} saved steps "
         f"lost, {failed} failed starts. By `{command}`."
     )
+    names = Counter(line.split(": ")[1] for tally in everything for line in tally.leftovers)
+    if names:
+        left = ", ".join(f"{name} in {number} runs" for name, number in sorted(names.items()))
+        about += f" Files left over: {left}."
     places = Counter[str]()
     rows = []
     for name, tally in tallies.items():

@@ -114,17 +114,18 @@ def test_foreign_and_undecodable_lines_are_kept_in_another_file(progress, tmp_pa
         b'{"epoch": "one"}\n',
         b"\n",
     ]
-    for n, line in enumerate(foreign):
-        content = b"".join([lines[0], line, *lines[1:]])
-        (tmp_path / "log.txt").write_bytes(content)
+    for line in foreign:
+        (tmp_path / "log.txt").write_bytes(b"".join([lines[0], line, *lines[1:]]))
         progress().restart(2 * STEPS, {})
         assert (tmp_path / "log.txt").read_bytes() == b"".join(lines[:2])
-        old = "log.old.txt" if n == 0 else f"log.old.{n + 1}.txt"
-        assert (tmp_path / old).read_bytes() == content
+    assert (tmp_path / "log.old.txt").read_bytes() == b"".join(foreign)
+    (tmp_path / "log.txt").write_bytes(b"[2]\n")
+    progress().restart(0, None)
+    assert (tmp_path / "log.old.txt").read_bytes() == b"".join([*foreign, b"[2]\n"])
     (tmp_path / "log.txt").write_bytes(b"".join(lines).rstrip())
     progress().restart(3 * STEPS, {})
     assert (tmp_path / "log.txt").read_bytes() == b"".join(lines)
-    assert len(list(tmp_path.iterdir())) == 1 + len(foreign)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "log.old.txt"}
 
 
 def test_lines_that_cannot_be_written_are_written_later(progress, tmp_path, capsys):
@@ -174,6 +175,7 @@ def test_resumed_epoch_has_the_means_of_an_uninterrupted_one(progress, tmp_path,
     whole = (tmp_path / "log.txt").read_text()
     run.restart(0, None)
     assert (tmp_path / "log.old.txt").read_text() == whole
+    assert not (tmp_path / "log.txt").exists()
     log_steps(run, range(at))
     state = json.loads(json.dumps(run.state_dict()))
     log_steps(run, range(at, at + 1))  # after the save, so repeated by the resumed run

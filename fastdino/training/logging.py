@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -72,7 +71,8 @@ class Progress:
     def restart(self, iteration: int, state: dict[str, Any] | None) -> None:
         """Continue from `iteration`; drop what an interrupted run logged after it.
 
-        Without a `state` at iteration 0, an existing log.txt belongs to another run and is renamed.
+        Without a `state` at iteration 0, an existing log.txt belongs to another run and is moved
+        to the end of log.old.txt.
         """
         self._unwritten = list((state or {}).get("unwritten", []))
         self._sums = defaultdict(float, (state or {}).get("sums", {}))
@@ -85,7 +85,8 @@ class Progress:
         if log.exists():
             with explain_write_errors(log):
                 if state is None and iteration == 0:
-                    log.replace(_unused(self.output_dir / "log.old.txt"))
+                    append(log.read_bytes(), self.output_dir / "log.old.txt")
+                    log.unlink()
                 else:
                     unwritten = (_epoch_of(line.encode()) for line in self._unwritten)
                     now = iteration // self.steps_per_epoch
@@ -222,21 +223,20 @@ def append(content: bytes, path: Path) -> None:
 def drop_log_lines(log: Path, epoch: int) -> None:
     """Remove the lines of `epoch` and later epochs, and incomplete lines, from a log.txt.
 
-    If it has lines that are not a log's, log.old.txt keeps the file as it was.
+    Lines that are not a log's are moved to the end of log.old.txt.
     """
-    content = log.read_bytes()
-    *lines, last = content.split(b"\n")
+    *lines, last = log.read_bytes().split(b"\n")
     if _epoch_of(last) is not None:  # else empty, or cut off when the run was killed
         lines.append(last)
-    epochs = [_epoch_of(line) for line in lines]
-    if None in epochs:
-        with atomic_write(_unused(log.with_name("log.old.txt"))) as file:
-            file.write(content)
-    kept = [
-        line + b"\n"
-        for line, of in zip(lines, epochs, strict=True)
-        if of is not None and of < epoch
-    ]
+    kept, foreign = [], []
+    for line in lines:
+        of = _epoch_of(line)
+        if of is None:
+            foreign.append(line + b"\n")
+        elif of < epoch:
+            kept.append(line + b"\n")
+    if foreign:
+        append(b"".join(foreign), log.with_name("log.old.txt"))
     with atomic_write(log) as file:
         file.write(b"".join(kept))
 
@@ -248,9 +248,3 @@ def _epoch_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return epoch if isinstance(epoch, int) else None
-
-
-def _unused(path: Path) -> Path:
-    """Return `path`, or with a number before its ending, so that no file has that name."""
-    numbered = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(2))
-    return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
