@@ -203,7 +203,7 @@ class TrainConfig:
             if value is None:
                 is_pair = typing.get_origin(kind) is tuple
                 raise _error(name, getattr(self, name), "two numbers" if is_pair else kind.__name__)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, user_path(value) if name in _PATHS else value)
 
     def _check_values(self) -> None:
         for field in dataclasses.fields(self):
@@ -299,6 +299,7 @@ _AT_LEAST_1 = (
     "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",
     "local_crops_size", "grad_accum", "print_freq",
 )  # fmt: skip
+_PATHS = ("data_path", "output_dir", "init_from")
 _POSITIVE = ("warmup_teacher_temp", "teacher_temp")
 _FRACTIONS = ("momentum_teacher", "drop_path_rate", "max_bad_share", "hw_decoder_load")
 
@@ -329,6 +330,11 @@ def parse_bool(text: str) -> bool:
     if text.lower() in ("off", "false", "0"):
         return False
     raise argparse.ArgumentTypeError(f"must be one of on, off, true, false, 1, 0, got {text!r}")
+
+
+def user_path(path: str) -> str:
+    """Expand a leading ~ to the home folder, which a shell leaves as it is after `--flag=`."""
+    return os.path.expanduser(path)
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

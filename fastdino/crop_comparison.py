@@ -30,12 +30,13 @@ from fastdino.augmentation.backends import (
     problem,
 )
 from fastdino.augmentation.params import Crop, draw_crops
-from fastdino.config import TrainConfig, add_arguments
+from fastdino.config import TrainConfig, add_arguments, user_path
 from fastdino.data.image_files import Conversion, explained_reading, quiet_pillow, read_file
 from fastdino.data.shapes_drawing import still, to_image
 from fastdino.errors import ConfigError
+from fastdino.evals.attention_figures import drawable
 from fastdino.runtime import choose_device
-from fastdino.terminal import print_out, printable
+from fastdino.terminal import print_out
 
 # The settings of `fastdino train` that determine the crops.
 SETTINGS = (
@@ -258,8 +259,13 @@ def default_picture() -> Image.Image:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino crops`."""
     add = parser.add_argument
-    add("--image", help="an image file (default: a drawn scene)")
-    add("--output", default="crops.png", help="the PNG to write (default: crops.png)")
+    add("--image", type=user_path, help="an image file (default: a drawn scene)")
+    add(
+        "--output",
+        type=user_path,
+        default="crops.png",
+        help="the PNG to write (default: crops.png)",
+    )
     add(
         "--executors",
         nargs="+",
@@ -289,7 +295,7 @@ def main(args: argparse.Namespace) -> int:
         conversion = Conversion(config.exif_orientation, config.image_range)
         with quiet_pillow(), explained_reading(f"--image {args.image}"):
             picture = conversion.decode(read_file(args.image))
-        name = Path(args.image).name
+        name = drawable(Path(args.image).name)
     device = choose_device(config.device)
     comparison = compare_crops(
         picture, config, epoch=args.epoch, backends=args.executors, device=device
@@ -299,7 +305,7 @@ def main(args: argparse.Namespace) -> int:
         f"seed {config.seed}, epoch {args.epoch}"
     )
     text = summary(comparison, device)
-    lines = [printable(title), "", *text.split("\n"), ""]
+    lines = [title, "", *text.split("\n"), ""]
     lines.append(f"The lowest rows show the differences times {args.amplify}; black is 0.")
     words = "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
     figure = comparison_figure(comparison, words=words, amplify=args.amplify)

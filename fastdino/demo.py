@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdino import cli
+from fastdino.config import user_path
 from fastdino.data import scan_images
 from fastdino.data.shapes import CLASSES
 from fastdino.evals.attention_figures import draw_attention
@@ -40,7 +41,7 @@ ATTENTION_SIZE = 96  # px; twice the training size, for finer maps
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino demo`."""
     about = "folder for images, checkpoints and results (default: %(default)s)"
-    parser.add_argument("--output_dir", default="runs/demo", help=about)
+    parser.add_argument("--output_dir", type=user_path, default="runs/demo", help=about)
 
 
 def main(args: argparse.Namespace) -> int:

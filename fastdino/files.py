@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastdino.errors import CheckpointError
+from fastdino.file_names import texts_in
 from fastdino.terminal import print_err
 from fastdino.waiting import killable
 
@@ -108,12 +109,14 @@ def os_error_of(error: BaseException | None) -> OSError | None:
 def write_json(value: Any, path: Path) -> None:
     """Write `value` as JSON, atomically; create the parent folders.
 
+    File names are text (fastdino.file_names).
+
     Raises: CheckpointError: the file cannot be written.
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
+            file.write((json.dumps(texts_in(value), indent=2) + "\n").encode())
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from PIL import Image
 
 from fastdino.evals.attention_figures import (
@@ -14,6 +14,7 @@ from fastdino.evals.attention_figures import (
     DPI,
     TINT,
     draw_attention,
+    drawable,
     heads_picture,
     map_picture,
     mask_picture,
@@ -97,3 +98,24 @@ def test_sheet_has_a_column_per_map_and_a_row_per_picture_and_its_masks(tmp_path
 def test_sheet_needs_as_many_maps_as_pictures(tmp_path):
     with pytest.raises(ValueError, match="zip"):
         draw_attention([Image.new("RGB", (8, 8))], torch.rand(2, 3, 4, 4), tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a photo, été, مرحبا", "a photo, été, مرحبا"),
+        ("中文 🦖", "\\u4e2d\\u6587 \\U0001f996"),
+        ("bad\udcff\x1b\n", "bad\\udcff\\x1b\\n"),
+    ],
+)
+def test_characters_without_a_glyph_are_escaped(tmp_path, text, expected):
+    assert drawable(text) == expected
+    maps = torch.rand(1, 2, 2, 2)
+    draw_attention([Image.new("RGB", (16, 16))], maps, tmp_path / "a.png", title=text)  # no warning
+
+
+def test_a_font_that_has_the_glyphs_is_used(monkeypatch):
+    monkeypatch.setitem(rcParams, "font.family", ["DejaVu Sans", "STIXGeneral"])
+    assert drawable("\ua727") == "\ua727"
+    monkeypatch.setitem(rcParams, "font.family", ["cmr10"])
+    assert drawable("é") == "\\xe9"

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from importlib import import_module
 
 import pytest
 
-from fastdino.config import TrainConfig, add_arguments, add_train_arguments, config_from_args
+from fastdino import cli
+from fastdino.config import (
+    TrainConfig,
+    add_arguments,
+    add_train_arguments,
+    config_from_args,
+    user_path,
+)
 from fastdino.errors import ConfigError
+from fastdino.evals import knn, video
+from tests.commands import flags_of
 
 PAPER_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -140,3 +150,37 @@ def test_unknown_settings_are_errors_with_a_suggestion():
         TrainConfig.from_dict({"learning_rate": 1.0})
     with pytest.raises(ConfigError, match="did you mean epochs"):
         TrainConfig.from_dict({"epoch": 1})
+
+
+def flags(parser):
+    """Yield the flags of a parser that take text."""
+    for action in parser._actions:
+        takes_text = action.nargs != 0 and action.choices is None and action.type in (None, str)
+        if action.option_strings and takes_text:
+            yield action.dest
+
+
+# Flags with text that is no path.
+NO_PATHS = {
+    "arch", "baselines", "checkpoint_key", "dist_url", "executors", "split", "to",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_flag_that_takes_a_path_expands_the_home_folder(name):
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[name].module).configure(parser)
+    expanded = {"data_path", "output_dir", "init_from"} if name == "train" else set()  # TrainConfig
+    assert set(flags(parser)) - expanded <= NO_PATHS
+
+
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for command, flag in ((knn, "--data_path"), (video, "--input_path")):
+        args = flags_of(command, flag, "~/a b")
+        assert getattr(args, flag[2:]) == f"{tmp_path}/a b"
+    assert user_path("a~/~b") == "a~/~b"
+    config = TrainConfig(data_path="~/x?split=train", output_dir="~", init_from="~/w.pth")
+    assert config.data_path == f"{tmp_path}/x?split=train"
+    assert (config.output_dir, config.init_from) == (str(tmp_path), f"{tmp_path}/w.pth")
+    assert TrainConfig(data_path="hf:~/x").data_path == "hf:~/x"  # expanded when it is loaded

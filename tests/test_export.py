@@ -243,6 +243,12 @@ def test_invalid_flags_are_errors(refused, tmp_path):
     assert "cannot write" in refused("safetensors", output=tmp_path / "file" / "a.safetensors")
     assert "writes a folder, but" in refused("hf", "--overwrite", output=tmp_path / "file")
     assert "there is no file" in refused("hf", pretrained=str(tmp_path / "none.pth"))
+    for to, name in (
+        ("safetensors", "a\udcff.safetensors"),
+        ("hf", "a\udcff"),
+        ("onnx", "b\udcfe.onnx"),
+    ):
+        assert "has bytes that are not UTF-8" in refused(to, output=tmp_path / name)
 
 
 def test_existing_files_stay_unless_overwritten(run, refused, tmp_path):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastdino.data.datasets import hugging_face
+from fastdino.data.datasets import archives, hugging_face
 from fastdino.data.datasets.hugging_face import index_arrow
 from fastdino.data.image_dataset import scan_images
 from fastdino.data.image_files import Part, read_part
@@ -136,7 +136,6 @@ def test_columns_are_chosen_by_option(make, save):
     path = save(make(3, "photo", two | {"mask": datasets.Image()}, **columns))
     assert classes_and_labels(f"{path}?label=fine&image=photo") == (NAMES, [2, 0, 1])
     for options, message in (
-        ("image=photo", r"choose the label column with \?label=...: one of fine, coarse"),
         ("label=fine", r"choose the image column with \?image=...: one of photo, mask"),
         ("image=fine", r"choose the image column with \?image=...: one of photo, mask"),
         ("image=photo&label=photo", "'photo' is not a label column; its columns: photo"),
@@ -144,6 +143,45 @@ def test_columns_are_chosen_by_option(make, save):
     ):
         with pytest.raises(DataError, match=message):
             scan_images(f"{path}?{options}")
+    # Training needs no labels, an evaluation does.
+    assert scan_images(f"{path}?image=photo").labels.tolist() == [0, 0, 0]
+    message = r"choose the label column with \?label=...: one of fine, coarse"
+    with pytest.raises(DataError, match=message):
+        scan_images(f"{path}?image=photo&train=train", role="train")
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_images_with_a_hidden_label_are_left_out_of_an_evaluation(make, save, names, hidden):
+    features = {"label": datasets.ClassLabel(names=names)} if names else {}
+    path = save(make(4, features=features, label=[hidden, 1, 0, hidden]))
+    dataset = scan_images(f"{path}?train=train", role="train")
+    assert dataset.classes == (names or ["0", "1"])
+    assert dataset.labels.tolist() == [1, 0]
+    assert dataset.sizes.tolist() == [[10, 21], [10, 22]]
+    assert dataset.notes == ("2 images without a label are left out",)
+    assert len(scan_images(path)) == 4
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], None])
+def test_a_split_without_labels_is_an_error_of_evaluations_only(make, save, labels):
+    path = save(make(2, **({"label": labels} if labels else {})))
+    assert scan_images(path).labels.tolist() == [0, 0]
+    with pytest.raises(DataError, match=r"val of hf:.* \(Hugging Face .*\) has no labels"):
+        scan_images(f"{path}?val=train", role="val")
+
+
+def test_invalid_labels_do_not_stop_training(make, save, monkeypatch):
+    path = save(make(2, label=[0, 7]))
+    monkeypatch.setattr(hugging_face, "_choose_columns", lambda *_: ("image", "label"))
+    monkeypatch.setattr(
+        archives, "number_labels", lambda *_: (_ for _ in ()).throw(DataError("label 7 is odd"))
+    )
+    dataset = scan_images(path)
+    assert dataset.labels.tolist() == [0, 0]
+    assert "labels are not used: label 7 is odd" in dataset.notes
+    with pytest.raises(DataError, match="label 7 is odd"):
+        scan_images(f"{path}?val=train", role="val")
 
 
 def test_column_image_is_preferred_and_the_cache_is_per_column(tmp_path, make, save, picture):

@@ -53,6 +53,22 @@ def test_flat_folder_is_one_class(tmp_path):
     assert (dataset.classes, dataset.labels.tolist()) == (["photos"], [0, 0])
 
 
+@pytest.mark.parametrize("splits", [["val"], ["train", "val"]])
+def test_an_evaluation_of_a_flat_folder_says_that_it_has_no_class_folders(
+    tmp_path, picture, splits
+):
+    for split in ("train", "val"):
+        folder = tmp_path / split / ("" if split in splits else "a")
+        folder.mkdir(parents=True)
+        for i in range(3):
+            (folder / f"{i}.jpg").write_bytes(picture())
+    for split in splits:
+        message = rf"{split} of .* \(a flat folder\) has no class folders: expected one folder per"
+        with pytest.raises(DataError, match=message):
+            scan_images(tmp_path, role=split)
+        assert len(scan_images(tmp_path / split)) == 3
+
+
 def test_empty_classes_are_kept_and_loose_images_are_skipped(folder):
     (folder / "aa").mkdir()
     loose = write(folder / "loose.png")

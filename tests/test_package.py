@@ -36,8 +36,10 @@ ROWS = (
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),
-    ("fastdino.environment", "fastdino.errors", "fastdino.launch", "fastdino.terminal",
-     "fastdino.waiting"),
+    (
+        "fastdino.environment", "fastdino.errors", "fastdino.file_names", "fastdino.launch",
+        "fastdino.terminal", "fastdino.waiting",
+    ),
     ("fastdino_kernels",),
 )  # fmt: skip
 # fastdino/__init__.py re-exports the public names lazily, so it belongs to no row.

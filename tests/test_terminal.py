@@ -37,6 +37,10 @@ def test_characters_that_a_stream_cannot_encode_are_escaped():
     assert utf8.buffer.getvalue().decode() == "Zo\u00eb\n"
 
 
+def test_names_of_an_ascii_locale_are_shown_as_utf8():
+    assert printable("Zo\udcc3\udcab \udcff") == "Zo\u00eb \\udcff"
+
+
 def closed():
     stream = io.StringIO()
     stream.close()

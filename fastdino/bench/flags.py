@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdino.bench import loader_benchmark, step_benchmark
 from fastdino.bench.baselines import loaders, steps
-from fastdino.config import add_arguments
+from fastdino.config import add_arguments, user_path
 from fastdino.errors import ConfigError
 
 # Settings of a run that both benchmarks share; the batch size has a default in each.
@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data_path",
+        type=user_path,
         help="images, as for `fastdino train` (default: noise for the step, generated JPEGs for "
         "the loaders)",
     )
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="seconds per round of a baseline (default: 3)"
     )
-    parser.add_argument("--output", help="folder for the tables as .md and .json")
+    parser.add_argument("--output", type=user_path, help="folder for the tables as .md and .json")
     parser.add_argument(
         "--batch_size_per_gpu",
         type=int,

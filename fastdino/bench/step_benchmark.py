@@ -34,7 +34,7 @@ from fastdino.bench.report import log, write_report
 from fastdino.bench.scaling import Scaling, StepTime, model_scaling
 from fastdino.bench.step_profile import profile_step
 from fastdino.bench.step_report import DiskFeed, StepReport, StepResult
-from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool
+from fastdino.config import TrainConfig, add_arguments, check_at_least, parse_bool, user_path
 from fastdino.data import scan_images
 from fastdino.environment import environment
 from fastdino.errors import ConfigError
@@ -74,7 +74,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "them are left out (default: none)",
     )
     group.add_argument(
-        "--dino_repo", type=Path, help="checkout of facebookresearch/dino, added as a baseline"
+        "--dino_repo",
+        type=lambda text: Path(user_path(text)),
+        help="checkout of facebookresearch/dino, added as a baseline",
     )
     group.add_argument(
         "--keep_memory",

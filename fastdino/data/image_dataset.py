@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fastdino.data.bad_images import first_names, raise_if_many_bad
 from fastdino.data.datasets.archives import label_images
+from fastdino.data.datasets.file_list import UNLABELLED, FileList
 from fastdino.data.datasets.registry import find_dataset
 from fastdino.data.image_files import (
     AS_STORED,
@@ -131,8 +133,10 @@ def scan_images(
         conversion: how images become RGB; `sizes` are those after its rotation.
         cache: images.npz of an earlier scan. Files with the same size and mtime are not opened
             again. It is rewritten if anything changed.
-        role: "train" or "val" for one of an evaluation's two splits, "" for training.
-    Raises: DataError: data_path is not a dataset, has no images or too many unreadable ones.
+        role: "train" or "val" for one of an evaluation's two splits, "" for training. Images
+            without labels are then left out.
+    Raises: DataError: data_path is not a dataset, has no images or too many unreadable ones, or no
+        labels for an evaluation.
     """
     files = find_dataset(os.fspath(data_path), role)
     images, cache_notes = scan(files, workers, cache)
@@ -145,32 +149,84 @@ def scan_images(
     total = len(images.members)
     why_none = first_names(skipped) or "; ".join(notes) or f"{files.kind} contains none"
     _check_readable(data_path, total, bad, max_bad_share, why_none)
-    labels, classes, kind = files.labels, files.classes, files.kind
-    if labels is None:
-        labels, classes, kind = label_images(files, images)
     kept = np.array([i for i in range(total) if i not in images.reasons])
+    labels, classes, kind = _labels(files, images, role, notes)
+    if role and files.labelled is not None:
+        _check_labels(files.labelled, f"{role} of {data_path} ({kind})")
+        kept, labels, classes = _only_labelled(files.labelled, kept, labels, classes, notes)
     readable = images.select_images(kept)
-    sizes = readable.headers[:, :2]
-    traits = readable.headers[:, 2:]
-    if conversion.exif:
-        sizes = np.where(traits & SWAPPED, sizes[:, ::-1], sizes)
+    traits = readable.headers[:, 2]
     if paged := np.count_nonzero(traits & PAGED):
         notes.append(f"{paged} images have several pages or frames: the first one is used")
-    deep = int(np.count_nonzero(traits & DEEP))
     return ImageDataset(
         base=files.base,
         manifest=readable,
-        labels=np.array(labels, dtype=np.int64)[kept],
+        labels=labels[kept],
         classes=classes,
-        sizes=sizes,
+        sizes=_sizes(readable, conversion),
         kind=kind,
         skipped=skipped | bad,
         broken=len(bad),
         conversion=conversion,
-        deep=deep,
+        deep=int(np.count_nonzero(traits & DEEP)),
         notes=tuple(notes),
         fingerprint=_fingerprint(readable),
     )
+
+
+def _labels(
+    files: FileList, images: Manifest, role: str, notes: list[str]
+) -> tuple[NDArray[np.int64], list[str], str]:
+    """Return the class number of each image, the classes, and the dataset's kind.
+
+    Training uses no labels, so invalid ones are one class.
+
+    Raises: DataError: labels are invalid, and an evaluation needs them.
+    """
+    labels, classes, kind = files.labels, files.classes, files.kind
+    if labels is None:
+        try:
+            labels, classes, kind = label_images(files, images)
+        except DataError as error:
+            if role:
+                raise
+            notes.append(f"labels are not used: {error}")
+            labels, classes = [0] * len(images.members), [UNLABELLED]
+    return np.array(labels, dtype=np.int64), classes, kind
+
+
+def _check_labels(labelled: Sequence[bool], where: str) -> None:
+    """Raise DataError if no image has a label."""
+    if not any(labelled):
+        flat = where.endswith("(a flat folder)")
+        problem = "has no class folders: expected one folder per class" if flat else "has no labels"
+        raise DataError(f"{where} {problem}")
+
+
+def _only_labelled(
+    labelled: Sequence[bool],
+    kept: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    classes: list[str],
+    notes: list[str],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Return the kept images that have a label, and labels and classes without UNLABELLED."""
+    has_label = np.array(labelled, dtype=bool)[kept]
+    if not has_label.all():
+        notes.append(f"{np.count_nonzero(~has_label)} images without a label are left out")
+    if UNLABELLED in classes:
+        index = classes.index(UNLABELLED)
+        labels = labels - (labels > index)
+        classes = [*classes[:index], *classes[index + 1 :]]
+    return kept[has_label], labels, classes
+
+
+def _sizes(images: Manifest, conversion: Conversion) -> NDArray[np.int32]:
+    """Return the height and width of each image after its rotation, [n, 2]."""
+    sizes: NDArray[np.int32] = images.headers[:, :2]
+    if conversion.exif:
+        sizes = np.where(images.headers[:, 2:] & SWAPPED, sizes[:, ::-1], sizes)
+    return sizes
 
 
 def _check_readable(

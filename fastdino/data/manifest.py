@@ -19,6 +19,9 @@ from fastdino.data.image_files import Part
 from fastdino.files import atomic_write
 
 _FORMAT = "fastdino images 3"
+# Keeps every string exactly, in every locale. "surrogateescape" would turn UTF-8 bytes into
+# characters, which an ASCII locale cannot encode when the file is opened.
+_CODEC = ("utf-8", "surrogatepass")
 
 
 class Names(Sequence[str]):
@@ -29,7 +32,7 @@ class Names(Sequence[str]):
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        encoded = [name.encode(*_CODEC) for name in names]
         self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
@@ -41,7 +44,7 @@ class Names(Sequence[str]):
             raise IndexError(f"name {index} of {len(self)}")
         index %= len(self)
         name = self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()
-        return name.decode("utf-8", "surrogateescape")
+        return name.decode(*_CODEC)
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
@@ -216,8 +219,8 @@ def _renumber(texts: dict[int, str], kept: NDArray[np.int64]) -> dict[int, str]:
 def _blob(names: Sequence[str]) -> NDArray[np.uint8]:
     """Encode names as one array, each terminated by a zero byte, which no path contains."""
     text = "".join(f"{name}\0" for name in names)
-    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+    return np.frombuffer(text.encode(*_CODEC), np.uint8)
 
 
 def _strings(blob: NDArray[Any]) -> list[str]:
-    return blob.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    return blob.tobytes().decode(*_CODEC).split("\0")[:-1]

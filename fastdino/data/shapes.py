@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastdino.config import user_path
 from fastdino.data import shapes_drawing as drawing
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
@@ -343,7 +344,10 @@ def _write_clip_lists(root: Path, clips: int) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino shapes`."""
     parser.add_argument(
-        "--output_dir", required=True, help="Folder to write to: new, empty, or this dataset's."
+        "--output_dir",
+        type=user_path,
+        required=True,
+        help="Folder to write to: new, empty, or this dataset's.",
     )
     for setting in dataclasses.fields(_Settings):
         text = f"{setting.metadata['help']} (default: {setting.default})"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from fastdino.evals.attention_maps import keep_mass
 from fastdino.evals.masks import blend
+from fastdino.file_names import as_text
 
 COLORMAP = "inferno"  # as in the paper's video_generation.py; visualize_attention.py uses viridis
 DIMMED = 0.3  # brightness of the image outside a mask
@@ -29,6 +31,21 @@ CELL = 1.5  # width of a column of the sheet, in inches
 DPI = 110
 
 Pixels = NDArray[np.uint8]
+
+
+def drawable(text: str) -> str:
+    """Escape the characters that matplotlib's fonts cannot draw, and control characters.
+
+    The fonts are those of rcParams["font.family"].
+    """
+    text = as_text(text)
+    families = (FontProperties(family=[family]) for family in FontProperties().get_family())
+    fonts = [get_font(findfont(family)) for family in families]
+    known = {code for font in fonts for code in font.get_charmap()}
+    return "".join(
+        c if c.isprintable() and ord(c) in known else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def map_picture(map_: Tensor, size: tuple[int, int], *, smooth: bool = False) -> Pixels:
@@ -104,7 +121,7 @@ def draw_attention(
     height = min(max(CELL * pictures[0].height / pictures[0].width, CELL / 4), 4 * CELL)
     figure = Figure(figsize=(CELL * len(names), height * len(rows) + 0.5), layout="compressed")
     axes = figure.subplots(len(rows), len(names), squeeze=False)
-    figure.suptitle(title, fontsize=9, parse_math=False)  # file names may contain $
+    figure.suptitle(drawable(title), fontsize=9, parse_math=False)  # file names may contain $
     for name, axis in zip(names, axes[0], strict=True):
         axis.set_title(name, fontsize=8)
     for cell, axis in zip((cell for row in rows for cell in row), axes.flat, strict=True):

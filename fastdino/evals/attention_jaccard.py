@@ -52,6 +52,7 @@ from fastdino.evals.options import (
 )
 from fastdino.evals.segmentation_metrics import jaccard
 from fastdino.evals.transforms import to_input
+from fastdino.file_names import as_path, decode_lines
 from fastdino.models.backbones import build_backbone
 from fastdino.models.vit import VisionTransformer
 
@@ -101,8 +102,8 @@ def find_masked(root: Path, split: str) -> MaskedImages:
 def _find_voc(root: Path, split: str) -> MaskedImages:
     listing = root / f"ImageSets/Segmentation/{split}.txt"
     try:
-        names = read_file(str(listing)).decode().split()
-    except (OSError, UnicodeDecodeError) as error:
+        names = [as_path(n) for line in decode_lines(read_file(str(listing))) for n in line.split()]
+    except OSError as error:
         raise DataError(f"{listing} cannot be read: {error}") from error
     if not names:
         raise DataError(f"{listing} lists no image")

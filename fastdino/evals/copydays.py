@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino import distributed
+from fastdino.config import user_path
 from fastdino.data.image_files import count_deep, read_headers
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import options
@@ -54,11 +55,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_conversion_flags(parser)
     options.add_extraction_flags(parser, batch_size=16)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/copydays/", help="folder with original/, strong/, ...")
+    add(
+        "--data_path",
+        type=user_path,
+        default="/path/to/copydays/",
+        help="folder with original/, strong/, ...",
+    )
     about = "folder of images to learn a whitening from (default: no whitening)"
-    add("--whitening_path", default="", metavar="FOLDER", help=about)
+    add("--whitening_path", type=user_path, default="", metavar="FOLDER", help=about)
     about = "folder of images without copies, added to the database (default: none)"
-    add("--distractors_path", default="", metavar="FOLDER", help=about)
+    add("--distractors_path", type=user_path, default="", metavar="FOLDER", help=about)
     about = f"resize images to a square of this side, in px {DEFAULT}"
     add("--imsize", type=int, default=320, help=about)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fastdino import distributed
 from fastdino.augmentation.pillow import MEAN
-from fastdino.config import check_at_least
+from fastdino.config import check_at_least, user_path
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.batching import batches, load_batches
 from fastdino.evals.davis_dataset import (
@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_conversion_flags(parser, exif=False)
     add = parser.add_argument_group("data").add_argument
     about = "folder with JPEGImages/480p, Annotations/480p and ImageSets"
-    add("--data_path", default="/path/to/davis/", help=about)
+    add("--data_path", type=user_path, default="/path/to/davis/", help=about)
     about = f"list of ImageSets: val, train or test-dev {DEFAULT}"
     add("--split", default="val", help=about)
     about = (
@@ -80,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--year", choices=("auto", "2016", "2017"), default="auto", help=about)
     about = "folder for masks, overlays and davis.json (default: the current folder)"
-    add("--output_dir", default=".", help=about)
+    add("--output_dir", type=user_path, default=".", help=about)
     about = (
         "frames under their masks: none, a sheet of six per sequence above the annotations, or "
         f"also every frame (all) {DEFAULT}"

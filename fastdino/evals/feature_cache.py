@@ -60,7 +60,9 @@ def cache_key(model: nn.Module, images: ImageDataset, settings: dict[str, Any]) 
             stat = os.stat(path)
         except OSError as error:
             raise DataError(f"{path} has disappeared since the scan: {error}") from error
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
+        digest.update(
+            f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

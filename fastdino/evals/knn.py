@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino import checkpoint, distributed
+from fastdino.config import user_path
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import options
 from fastdino.evals.features import Extractor
@@ -115,12 +116,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_conversion_flags(parser)
     options.add_extraction_flags(parser, batch_size=128)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/imagenet/", help=options.SPLITS_HELP)
+    add("--data_path", type=user_path, default="/path/to/imagenet/", help=options.SPLITS_HELP)
     add("--resize", type=int, default=256, help=f"resize the short side to this, in px {DEFAULT}")
     add("--crop", type=int, default=224, help=f"side of the centre crop, in px {DEFAULT}")
     add("--raw_pixels", action="store_true", help="baseline: classify pixels, not features")
-    add("--dump_features", metavar="FOLDER", help="save the features to this folder")
-    add("--load_features", metavar="FOLDER", help="load features saved by --dump_features")
+    add(
+        "--dump_features", type=user_path, metavar="FOLDER", help="save the features to this folder"
+    )
+    add(
+        "--load_features",
+        type=user_path,
+        metavar="FOLDER",
+        help="load features saved by --dump_features",
+    )
     add = parser.add_argument_group("classifier").add_argument
     about = "numbers of neighbours (default: 10 20 100 200)"
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help=about)

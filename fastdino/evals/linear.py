@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastdino import distributed
-from fastdino.config import check_at_least, parse_bool
+from fastdino.config import check_at_least, parse_bool, user_path
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import options
 from fastdino.evals.linear_data import Inputs, ProbeData
@@ -43,11 +43,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "keep features on disk (default folder: OUTPUT_DIR/features). Unlike in the paper's "
         "protocol, all epochs then see the same centre crops, or --cache_epochs augmentations"
     )
-    add("--cache", nargs="?", const="", metavar="FOLDER", help=about)
+    add("--cache", type=user_path, nargs="?", const="", metavar="FOLDER", help=about)
     about = f"with --cache: keep N augmented passes, used in turn; 0: one of centre crops {DEFAULT}"
     add("--cache_epochs", type=int, default=0, metavar="N", help=about)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/imagenet/", help=options.SPLITS_HELP)
+    add("--data_path", type=user_path, default="/path/to/imagenet/", help=options.SPLITS_HELP)
     about = f"resize the short side of validation images to this, in px {DEFAULT}"
     add("--resize", type=int, default=256, help=about)
     add("--crop", type=int, default=224, help=f"side of all crops, in px {DEFAULT}")
@@ -58,10 +58,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--val_freq", type=int, default=1, help=f"validate every N epochs {DEFAULT}", metavar="N")
     add("--num_labels", type=int, help="number of classes (default: from the images)")
     about = f"folder for {CHECKPOINT}, log.txt and linear.json; a run in it resumes {DEFAULT}"
-    add("--output_dir", default=".", help=about)
+    add("--output_dir", type=user_path, default=".", help=about)
     add("--evaluate", action="store_true", help="only validate a trained classifier")
     about = f"with --evaluate: file or URL of the classifier (default: OUTPUT_DIR/{CHECKPOINT})"
-    add("--linear_weights", help=about)
+    add("--linear_weights", type=user_path, help=about)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdino import distributed
-from fastdino.config import check_at_least, parse_bool
+from fastdino.config import check_at_least, parse_bool, user_path
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import Conversion
@@ -48,7 +48,7 @@ def add_network_flags(
     add("--arch", help=f"{arch_help} ({recorded} {default[0]})")
     add("--patch_size", type=int, help=f"patch size in pixels ({recorded} {default[1]})")
     about = "checkpoint file, URL, or released name such as dino_vits16 (default: untrained)"
-    add("--pretrained_weights", default="", help=about)
+    add("--pretrained_weights", type=user_path, default="", help=about)
     about = f"network to read from a checkpoint: teacher or student {DEFAULT}"
     add("--checkpoint_key", default="teacher", help=about)
     add("--seed", type=int, default=0, help=f"random seed {DEFAULT}")
@@ -104,7 +104,12 @@ def add_extraction_flags(parser: argparse.ArgumentParser, *, batch_size: int) ->
     add("--batch_size_per_gpu", type=int, default=batch_size, help=about)
     about = f"compare features on the GPU, if there is one {DEFAULT}"
     add("--use_cuda", type=parse_bool, default=True, metavar="BOOL", help=about)
-    add("--output", metavar="JSON", help="write the scores and settings to this file")
+    add(
+        "--output",
+        type=user_path,
+        metavar="JSON",
+        help="write the scores and settings to this file",
+    )
 
 
 def check_extraction_flags(args: argparse.Namespace, *sizes: str) -> None:
@@ -245,6 +250,8 @@ def scan_splits(
         for split in splits
     }
     for split, source in sources.items():
+        for note in source.notes:
+            print_err(f"{split}: {note}")
         if source.warning:
             print_err(f"warning: {split}: {source.warning}")
     first, last = sources[splits[0]].classes, sources[splits[-1]].classes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdino import distributed
-from fastdino.config import parse_bool
+from fastdino.config import parse_bool, user_path
 from fastdino.data.image_files import Header, Unusable, count_deep, read_headers
 from fastdino.environment import cpu_count
 from fastdino.evals import options
@@ -29,7 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_conversion_flags(parser)
     options.add_extraction_flags(parser, batch_size=16)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default="/path/to/revisited_paris_oxford/", help="folder with <dataset>/")
+    add(
+        "--data_path",
+        type=user_path,
+        default="/path/to/revisited_paris_oxford/",
+        help="folder with <dataset>/",
+    )
     add("--dataset", choices=DATASETS, default="roxford5k", help=f"dataset {DEFAULT}")
     add("--imsize", type=int, default=224, help=f"shrink images to fit this side, in px {DEFAULT}")
     about = f"average the features at scales 1, 0.71 and 0.5 {DEFAULT}"

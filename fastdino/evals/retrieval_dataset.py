@@ -19,6 +19,7 @@ from fastdino.data.image_files import AS_STORED, Box, Conversion, read_file
 from fastdino.errors import DataError
 from fastdino.evals.features import ImageFiles
 from fastdino.evals.ranking_metrics import Indices, Relevance
+from fastdino.file_names import as_path
 
 DATASETS = ("roxford5k", "rparis6k")
 LABELS = ("easy", "hard", "junk")
@@ -126,7 +127,7 @@ def _names(truth: dict[str, Any], key: str, path: Path) -> list[str]:
     valid = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if not valid or not names:
         raise DataError(f"{path}: {key} must be a list of image names")
-    return list(names)
+    return [as_path(name) for name in names]
 
 
 def _relevance(entry: Any, images: int, where: str) -> Relevance:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdino.config import user_path
 from fastdino.data.image_files import count_deep
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals.attention_figures import (
@@ -159,9 +160,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     # For frames that are image files. The rotation of a video file always applies.
     add_conversion_flags(parser)
     add = parser.add_argument
-    add("--input_path", required=True, help="video file, or folder of frames")
+    add("--input_path", type=user_path, required=True, help="video file, or folder of frames")
     about = f"output folder, or file ending in {' '.join(FORMATS)} (default: the current folder)"
-    add("--output_path", default=".", help=about)
+    add("--output_path", type=user_path, default=".", help=about)
     about = f"format of the video in an output folder {DEFAULT}"
     add("--video_format", choices=[suffix[1:] for suffix in FORMATS], default="mp4", help=about)
     about = "frames per second (default: as in the input, 30 for a folder)"

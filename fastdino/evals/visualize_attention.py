@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino.config import check_at_least, parse_bool
+from fastdino.config import check_at_least, parse_bool, user_path
 from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import count_deep, quiet_pillow, read_header, reason_of
@@ -215,16 +215,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     about = "resize images to this height and width, or shorter side (default: 480 480)"
     add("--image_size", type=int, nargs="+", default=[480, 480], metavar="PX", help=about)
     about = "output folder (default: the current folder)"
-    add("--output_dir", default=".", help=about)
+    add("--output_dir", type=user_path, default=".", help=about)
     about = f"share of a map's mass that masks keep (default: no masks; {THRESHOLD} for scores)"
     add("--threshold", type=float, help=about)
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--image_path", help="image to draw, or folder of images")
+    inputs.add_argument("--image_path", type=user_path, help="image to draw, or folder of images")
     about = (
         "dataset with masks to score against: a PASCAL VOC folder (JPEGImages/, SegmentationClass/ "
         "or SegmentationObject/, ImageSets/Segmentation/), or a folder written by `fastdino shapes`"
     )
-    inputs.add_argument("--data_path", help=about)
+    inputs.add_argument("--data_path", type=user_path, help=about)
     add = parser.add_argument_group("scores (--data_path)").add_argument
     add("--split", default="val", help=f"split to score {DEFAULT}")
     about = f"also score random weights {DEFAULT}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdino.config import check_at_least
+from fastdino.config import check_at_least, user_path
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.export.model_card import model_card, read_figures
 from fastdino.export.targets import TARGETS, Network, Target, resize_of
@@ -34,7 +34,12 @@ INSTALL = 'pip install "fastdino[export]"'
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `fastdino export`."""
     add = parser.add_argument_group("network").add_argument
-    add("--pretrained_weights", required=True, help="checkpoint file, URL or released name")
+    add(
+        "--pretrained_weights",
+        type=user_path,
+        required=True,
+        help="checkpoint file, URL or released name",
+    )
     add("--checkpoint_key", default="teacher", help="network to export (default: %(default)s)")
     add("--arch", help="architecture (default: from the checkpoint)")
     add("--patch_size", type=int, help="patch size in px (default: from the checkpoint)")
@@ -43,13 +48,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--to", required=True, metavar="TARGET", help=f"format: {', '.join(TARGETS)}")
     about = "file to write (timm: .safetensors or .pth), or folder for hf"
-    add("--output", required=True, metavar="PATH", help=about)
+    add("--output", type=user_path, required=True, metavar="PATH", help=about)
     add("--overwrite", action="store_true", help="replace existing files")
     about = "write a model card to OUTPUT with suffix .md (hf: always, to README.md)"
     add("--model_card", action="store_true", help=about)
     about = "JSON reports of `fastdino knn` and `fastdino linear`, for the model card"
-    add("--figures", nargs="+", default=[], metavar="JSON", help=about)
-    add("--report", metavar="JSON", help="write the properties of the export and its error")
+    add("--figures", type=user_path, nargs="+", default=[], metavar="JSON", help=about)
+    add(
+        "--report",
+        type=user_path,
+        metavar="JSON",
+        help="write the properties of the export and its error",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -112,6 +122,13 @@ def _check_flags(args: argparse.Namespace) -> Target:
     if target.suffixes and output.suffix not in target.suffixes:
         suffixes = " or ".join(target.suffixes)
         raise ConfigError(f"--to {args.to} writes a {suffixes} file, got --output {output}")
+    try:
+        str(output.resolve()).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"--output {output} has bytes that are not UTF-8 in this locale, which the libraries "
+            "that write and read it do not accept: use another name"
+        ) from None
     missing = [name for name in target.needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--to {args.to} needs {' and '.join(missing)}: {INSTALL}")
@@ -174,7 +191,8 @@ def export(network: Network, target: Target, output: Path, *, card: str | None) 
             target.write(network, made)
             checked = check(network, target, made)
             if card is not None:
-                (card_path(made) if target.suffixes else made / "README.md").write_text(card)
+                page = card_path(made) if target.suffixes else made / "README.md"
+                page.write_text(card, encoding="utf-8", errors="backslashreplace")
             _move_files(Path(folder), destination.parent)
     return checked
 

@@ -218,7 +218,7 @@ def _check_hf_config(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
         shape = {
             "embed_dim": config["hidden_size"],
             "depth": config["num_hidden_layers"],

@@ -111,7 +111,12 @@ def stem(name: str) -> str:
 
 
 def label_images(files: FileList, images: Manifest) -> tuple[list[int], list[str], str]:
-    """Return the class number of each image in archives, the classes, and the dataset's kind."""
+    """Return the class number of each image in archives, the classes, and the dataset's kind.
+
+    Sets `files.labelled`.
+
+    Raises: DataError: see number_labels.
+    """
     number, archive, names = len(images.files), files.archive, images.labels
     has_labels = any(names)
     if files.classes and has_labels:
@@ -125,6 +130,8 @@ def label_images(files: FileList, images: Manifest) -> tuple[list[int], list[str
     else:
         kind = f"class {archive}s: {number} {archive}(s)"
         names = class_names(images)
+    if not all(names):
+        files.labelled = [bool(name) for name in names]
     return *number_labels(names, Path(files.base).resolve().name, files.classes), kind
 
 

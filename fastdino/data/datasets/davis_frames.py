@@ -17,6 +17,7 @@ from fastdino.data.datasets.splits import choose_split, requested_split
 from fastdino.data.image_files import read_file
 from fastdino.data.image_names import image_files, is_leftover
 from fastdino.errors import DataError
+from fastdino.file_names import as_path, decode_lines
 
 RESOLUTION = "480p"
 
@@ -71,13 +72,13 @@ def sequence_names(path: Path) -> list[str]:
     """
     names: dict[str, None] = {}
     try:
-        lines = read_file(str(path)).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_lines(read_file(str(path)))
+    except OSError as error:
         raise DataError(f"the list {path} cannot be read: {error}") from error
     for line in lines:
         if words := line.split():
             parts = words[0].split("/")
-            names[parts[-2] if len(parts) > 1 else parts[0]] = None
+            names[as_path(parts[-2] if len(parts) > 1 else parts[0])] = None
     if not names:
         raise DataError(f"{path} lists no sequence")
     return list(names)

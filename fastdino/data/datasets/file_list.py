@@ -20,6 +20,7 @@ class FileList:
     base: folder that `files` are relative to.
     labels: [f] class numbers; None for archives, whose labels are known once they are indexed.
     classes: class names; for archives only if their labels are numbers of known classes.
+    labelled: [n] whether each image has a label; None if all have. Set with the labels.
     archive: "tar", "zip", "Arrow file"; "" for image files.
     index: returns the manifest of an archive, without headers and stamps.
     selection: identifies which images of the archives `index` returns, for the scan's cache.
@@ -34,6 +35,7 @@ class FileList:
     files: list[str]
     labels: list[int] | None = None
     classes: list[str] = field(default_factory=list)
+    labelled: Sequence[bool] | None = None
     archive: str = ""
     index: Callable[[str], Manifest] | None = None
     selection: str = ""

@@ -84,7 +84,9 @@ def _find_files(root: str) -> FileList:
         return FileList("class folders", root, relative, labels, folders, skipped=skipped)
     if loose:
         name = Path(root).resolve().name
-        return FileList("a flat folder", root, loose, [0] * len(loose), [name], skipped=skipped)
+        kind, labels = "a flat folder", [0] * len(loose)
+        unlabelled = [False] * len(loose)
+        return FileList(kind, root, loose, labels, [name], unlabelled, skipped=skipped)
     if archives:
         return list_archives(root, archives)
     for name in files:

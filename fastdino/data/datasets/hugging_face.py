@@ -22,6 +22,7 @@ from fastdino.data.datasets.file_list import FileList, common_base, number_label
 from fastdino.data.datasets.splits import choose_split
 from fastdino.data.manifest import Manifest, unread_manifest
 from fastdino.errors import DataError
+from fastdino.file_names import as_path
 
 _INSTALL = 'pip install -U "fastdino[data]"'
 _OLDEST_VERSION = 3  # major version of `datasets`
@@ -52,9 +53,10 @@ def find_hugging_face(data_path: DataPath) -> FileList:
     first = next((batch for batch in _rows(files[0], image, None) if len(batch[0])), None)
     if first and (first[0][:, 0] < 0).all() and any(first[1]):  # paths instead of bytes
         rows = [batch for file in files for batch in _rows(file, image, label)]
-        base, names = common_base([path for _, paths, _ in rows for path in paths])
+        base, names = common_base([as_path(path) for _, paths, _ in rows for path in paths])
         labels = [label for _, _, labels in rows for label in labels]
-        return FileList(kind, base, names, *number_labels(labels, Path(base).name, classes))
+        numbers, classes = number_labels(labels, Path(base).name, classes)
+        return FileList(kind, base, names, numbers, classes, [bool(label) for label in labels])
     base, names = common_base(files)
     return FileList(
         kind,
@@ -142,7 +144,10 @@ def _load_problem(error: Exception) -> str:
 
 
 def _choose_columns(data_path: DataPath, features: Any) -> tuple[str, str | None]:
-    """Return the columns with the images and the labels; None if there are no labels."""
+    """Return the columns with the images and the labels.
+
+    None: there are no labels, or several columns of them and training, which uses none.
+    """
     images = [name for name, feature in features.items() if _holds_images(feature)]
     labels = [name for name, feature in features.items() if hasattr(feature, "names")]
     labels = labels or [name for name in _LABELS if _holds_labels(features.get(name))][:1]
@@ -164,7 +169,7 @@ def _choose_columns(data_path: DataPath, features: Any) -> tuple[str, str | None
         label = labels[0]
     elif labels:
         label = next((name for name in _LABELS if name in labels), None)
-        if label is None:
+        if label is None and data_path.role:  # training needs none
             raise data_path.error(
                 f"choose the label column with ?label=...: one of {', '.join(labels)}"
             )
@@ -262,4 +267,4 @@ def _field(column: Any, name: str) -> Any:
 
 def _texts(column: Any) -> list[str]:
     """Return values as text; "" for null, and for -1, which the Hub uses for hidden labels."""
-    return ["" if value in (None, -1) else str(value) for value in column.to_pylist()]
+    return ["" if value in (None, -1, "-1") else str(value) for value in column.to_pylist()]

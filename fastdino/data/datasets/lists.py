@@ -10,6 +10,7 @@ from fastdino.data.datasets.file_list import FileList, number_labels
 from fastdino.data.image_files import read_file
 from fastdino.data.image_names import EXTENSIONS
 from fastdino.errors import DataError
+from fastdino.file_names import as_path, decode_lines
 
 LARGEST_LIST = 1 << 32  # bytes of a list that is read
 _BEGINNING = 1 << 16
@@ -36,11 +37,10 @@ def find_list(data_path: DataPath) -> FileList:
         raise DataError(f"--data_path: {path} is not a text file, a tar or a zip: {EXPECTED}")
     files: list[str] = []
     labels: list[str] = []
-    lines = text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
-    for number, line in enumerate(map(str.strip, lines), start=1):
+    for number, line in enumerate(map(str.strip, decode_lines(text)), start=1):
         if line and not line.startswith("#"):
             file, label = _split_line(line, f"{path}, line {number}")
-            files.append(file)
+            files.append(as_path(file))
             labels.append(label)
     if not files:
         raise DataError(f"no images in the list {path}: it contains no path; {EXPECTED}")

@@ -100,7 +100,7 @@ class _TarIndexer:
 
     def _walk(self, file: IO[bytes], start: int, length: int, folder: str) -> bool:
         """Add the members of the tar at offset `start`; return False if it is truncated."""
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8") as tar:
             try:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else all stay in memory

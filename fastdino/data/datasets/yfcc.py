@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import os
 import sqlite3
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,7 @@ def select_photos(files: FileList, metadata: str | None) -> FileList:
     """Return the photos that the metadata lists, as one class; all files without metadata."""
     if metadata is None:
         return files
-    photos = read_metadata(metadata)
+    photos = read_metadata(os.path.expanduser(metadata))
     files.summarize, files.kind, files.numbered = photos.summarize, f"YFCC100M, {files.kind}", True
     files.selection = hashlib.sha256(photos.names.tobytes()).hexdigest()[:16]
     videos = f" (and {photos.videos} videos, which are not used)" if photos.videos else ""
