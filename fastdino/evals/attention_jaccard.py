@@ -104,7 +104,7 @@ def _find_voc(root: Path, split: str) -> MaskedImages:
     try:
         names = [as_path(n) for line in decode_lines(read_file(str(listing))) for n in line.split()]
     except OSError as error:
-        raise DataError(f"{listing} cannot be read: {error}") from error
+        raise DataError(f"{listing} cannot be read: {error.strerror or error}") from error
     if not names:
         raise DataError(f"{listing} lists no image")
     # Both folders have the same foreground; only the objects are numbered differently.
