@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_float_tensor, check_number, check_positive, check_range
-from ..collectives import world_size
 from ..dispatch import compute_dtype
-from .rank_mean import move_center_
+from .rank_mean import RankMean, move_center_, start_rank_mean
 from .soft_targets import centered_softmax
 
 
@@ -30,8 +29,8 @@ class TeacherCenter(nn.Module):
         student_temp: the student's temperature, > 0.
         center_momentum: m, in [0, 1].
 
-    Buffer `center`. `updated` is False while an update is pending, `async_batch_center` [K + 1] is
-    the sum over ranks of their means and their number, and `reduce_handle` its all-reduce.
+    Buffer `center`. `updated` is False while an update is pending, `async_batch_center` is the mean
+    that it consists of (see RankMean), and `reduce_handle` its all-reduce.
 
     """
 
@@ -48,31 +47,24 @@ class TeacherCenter(nn.Module):
         self.updated = True
         self.reduce_handle: Any = None
         self.async_batch_center: Tensor | None = None
+        self._pending: RankMean | None = None
 
     @torch.no_grad()
     def start_update(self, logits: Tensor) -> None:
         """Start the all-reduce of an update by logits [n, K]. A rank with n = 0 does not count."""
-        mean = logits.sum(dim=0, dtype=compute_dtype(logits)) / max(len(logits), 1)
-        has_rows = mean.new_full((1,), float(len(logits) > 0))
-        self.async_batch_center = torch.cat((mean, has_rows))
+        total = logits.sum(dim=0, dtype=compute_dtype(logits))
+        self._pending = start_rank_mean(total, len(logits))
+        self.async_batch_center, self.reduce_handle = self._pending.mean, self._pending.work
         self.updated = False
-        if world_size(None) > 1:
-            self.reduce_handle = torch.distributed.all_reduce(
-                self.async_batch_center, async_op=True
-            )
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
         """Wait for the pending update, if there is one, and apply it to the center in place."""
         if self.updated:
             return
-        if self.reduce_handle is not None:
-            self.reduce_handle.wait()
-            self.reduce_handle = None
-        assert self.async_batch_center is not None
-        total, ranks = self.async_batch_center[:-1], self.async_batch_center[-1]
-        mean = total / ranks.clamp(min=1)
-        move_center_(self.center, mean, ranks, self.center_momentum)
+        assert self._pending is not None
+        move_center_(self.center, *self._pending.wait(), self.center_momentum)
+        self._pending = self.reduce_handle = None
         self.updated = True
 
     @torch.no_grad()
