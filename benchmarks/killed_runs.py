@@ -197,6 +197,8 @@ class Processes:
     def wait(self, seconds: float) -> bool:
         """Wait until one more process has ended, at most `seconds`; return True if any has."""
         descriptors = [os.pidfd_open(pid) for pid in self.pids if pid not in self.statuses]
+        if not descriptors:
+            return True
         try:
             select.select(descriptors, [], [], max(seconds, 0))
         finally:
