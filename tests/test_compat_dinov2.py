@@ -462,6 +462,28 @@ def distributed_steps(checkout: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
+def distributed_class_tokens() -> None:
+    """Compare with DINOv2's DINOLoss, which needs the same number of rows on all ranks."""
+    torch.distributed.init_process_group("gloo")
+    ours, theirs = dinov2.DINOLoss(K), load_dinov2().DINOLoss(K)
+    for step in range(3):
+        _, teacher = draw(1, 1, 4, dtype=torch.float32, seed=step + torch.distributed.get_rank())
+        results = []
+        for loss in (ours, theirs):
+            probs = loss.softmax_center_teacher(teacher[0], TEMP)
+            loss.update_center(teacher[0])
+            balanced = loss.sinkhorn_knopp_teacher(teacher[0], TEMP)
+            results.append((probs, balanced, loss.center))
+        assert_close(*results, rtol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_class_tokens(ranks):
+    load_dinov2()
+    run_ranks(ranks, distributed_class_tokens)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_different_numbers_of_rows(original, ranks):
     run_ranks(ranks, distributed_steps, original is not PLAIN)
