@@ -1,10 +1,9 @@
 """Drop-ins for the losses of DINOv2, `dinov2.loss`, and for the cross-entropy that they import.
 
 DINOv2's training code (train/ssl_meta_arch.py) passes probabilities from softmax_center_teacher or
-sinkhorn_knopp_teacher to the losses, and so do these classes. Code that may change more than an
-import is faster with dino_loss and patch_loss, which take the teacher's logits and a center. The
-section "DINOv2 from logits" of ../../README.md has the calls. (Oquab et al. 2023, arXiv
-2304.07193.)
+sinkhorn_knopp_teacher to the losses, and so do these classes. dino_loss and patch_loss take the
+teacher's logits and a center instead, and need no tensor of targets: the section "DINOv2 from
+logits" of ../../README.md has the calls. (Oquab et al. 2023, arXiv 2304.07193.)
 
 Legend: S crops of the student, T crops of the teacher, B images, N tokens, K prototypes.
 """

@@ -57,8 +57,8 @@ class DINOLoss(_CenterOptions, dinov2.DINOLoss):
     """Loss of the class tokens, averaged over pairs of crops.
 
     Arguments, center, softmax_center_teacher and sinkhorn_knopp_teacher are those of
-    compat.dinov2.DINOLoss. Code that may change more than an import is faster with dino_loss, which
-    takes the teacher's logits and a center.
+    compat.dinov2.DINOLoss. dino_loss takes the teacher's logits and a center instead, and needs no
+    tensor of targets.
     """
 
     def forward(  # type: ignore[override]  # DINOv2's takes lists
