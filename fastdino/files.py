@@ -24,7 +24,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block succeeds.
 
     If the block fails or the process is killed, `path` is unchanged. A symbolic link is kept, and
-    its target replaced. Devices and pipes are written directly.
+    its target replaced. Devices and pipes are written directly. Of two processes that write the
+    same file, one waits for the other.
 
     Raises: OSError: the file cannot be written.
     """
@@ -36,16 +37,35 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
         return
     part = part_of(target)
-    try:
-        with open(part, "wb") as file:
+    with _open_alone(part) as file:  # closed last, which releases the lock
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, target)
+            os.replace(part, target)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
         _sync_folder(target.parent)
-    finally:
-        with suppress(OSError):
-            part.unlink()
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """Open an empty file for writing, and lock it until it is closed."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # no locks here
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                # Else the process that was waited for has renamed or removed this file.
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    os.ftruncate(descriptor, 0)
+                    return os.fdopen(descriptor, "wb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def part_of(path: Path) -> Path:

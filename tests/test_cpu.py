@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -173,3 +174,39 @@ def test_the_crops_work_without_a_folder_for_compiled_code():
     paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "kernels"))
     environ = {**os.environ, "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+
+
+MODULE = """
+from fastdino.augmentation.cpu_kernels import _compiled
+
+@_compiled
+def increment(number):
+    return number + 1
+"""
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("kept", [0, 30])
+def test_a_damaged_cache_of_numba_is_written_again_with_a_warning(
+    tmp_path, monkeypatch, capsys, suffix, kept
+):
+    (tmp_path / f"kernel_{kept}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def call():
+        sys.modules.pop(f"kernel_{kept}", None)
+        increment = importlib.import_module(f"kernel_{kept}").increment
+        assert increment(3) == 4
+        return sum(increment.stats.cache_hits.values()), capsys.readouterr().err
+
+    assert call() == (0, "")
+    assert call() == (1, "")
+    files = [*tmp_path.rglob(f"*{suffix}")]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:kept])
+    hits, warning = call()
+    assert hits == 0
+    assert "warning: Numba's cache in" in warning
+    assert "is damaged" in warning
+    assert call() == (1, "")

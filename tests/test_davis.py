@@ -22,10 +22,11 @@ from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import davis
 from fastdino.evals.davis import prepare, working_size
 from fastdino.evals.davis_dataset import find_sequences, read_mask
+from fastdino.evals.davis_scores import Results
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches, propagate_video
 from fastdino.models.weights import load_backbone
 from tests.commands import assert_images_scale, break_pixels, error_of
-from tests.processes import run_two
+from tests.processes import locked_elsewhere, run_two
 
 SMALL = "--size 64 --arch vit_nano --patch_size 8 --bs 3 --num_workers 1 --device cpu"
 COLORS = ((210, 60, 50), (50, 190, 70), (60, 80, 220))
@@ -518,3 +519,24 @@ def test_small_size_is_reported_before_the_network_is_built(run, capsys, monkeyp
 def test_invalid_flags_are_reported(run, capsys, flags, part):
     assert run(*flags.split()) == 2
     assert part in error_of(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "[", "3", '{"settings": 3}', "[" * 100_000])
+def test_damaged_results_are_replaced_with_a_warning(tmp_path, capsys, content):
+    path = tmp_path / "davis.json"
+    path.write_text(content)
+    results = Results(path, {"a": 1}, {})
+    assert results.sequences == {}
+    if content != '{"settings": 3}':  # of other settings
+        assert f"warning: {path} cannot be used" in capsys.readouterr().err
+    assert json.loads(path.read_text())["settings"] == {"a": 1}
+    Results(path, {"a": 1}, {})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_run_in_the_folder_is_refused(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with locked_elsewhere(tmp_path / "out" / ".davis.lock"):
+        assert run() == 2
+        assert "another `fastdino davis` is writing there" in capsys.readouterr().err
+        assert os.listdir(tmp_path / "out") == [".davis.lock"]

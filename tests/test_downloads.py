@@ -241,3 +241,20 @@ def test_released_weights_load_by_name(cache, server, name):
     assert (backbone.arch, backbone.patch_size) == (arch, patch_size)
     for key, tensor in model.state_dict().items():
         assert torch.equal(backbone.module.state_dict()[key], tensor), key
+
+
+def test_a_damaged_download_is_downloaded_again_with_a_warning(cache, tmp_path, capsys):
+    model, _ = build_backbone("vit_nano", patch_size=8)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    url = (tmp_path / "x.pth").as_uri()
+    options = {"checkpoint_key": None, "arch": None, "patch_size": None}
+    load_backbone(url, **options)
+    downloads._downloaded.clear()  # as in another process
+    (cached,) = cache.rglob("*.pth")
+    cached.write_bytes(cached.read_bytes()[:1000])
+    backbone = load_backbone(url, **options)
+    assert torch.equal(backbone.module.pos_embed, model.pos_embed)
+    assert f"warning: {cached} cannot be read" in capsys.readouterr().err
+    cached.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be read"):  # it was downloaded just now
+        load_backbone(url, **options)

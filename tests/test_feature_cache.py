@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from fastdino.data import scan_images
 from fastdino.data.image_files import Conversion
-from fastdino.evals.feature_cache import FeatureCache, cache_key
+from fastdino.evals.feature_cache import FeatureCache, cache_key, labels_path
 
 IMAGES = torch.arange(30.0).view(10, 3, 1, 1)
 
@@ -113,3 +113,19 @@ def test_of_two_writers_one_waits_for_the_other(tmp_path):
     errors = [process.communicate(timeout=120)[1] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), errors
     assert sum("waiting for the process" in error for error in errors) <= 1
+
+
+@pytest.mark.parametrize("damage", ["count", "too many", "no rows", "cut rows", "no labels"])
+def test_a_damaged_unfinished_cache_is_written_from_the_start(tmp_path, capsys, damage):
+    path = tmp_path / "val.npy"
+    assert fill(path, stopped=lambda: True) is None
+    part, done = tmp_path / "val.npy.part", tmp_path / "val.npy.done"
+    assert part.exists()
+    if damage in ("count", "too many"):
+        done.write_text({"count": "[", "too many": "11"}[damage])
+    elif damage == "no labels":
+        labels_path(part).unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-8] if damage == "cut rows" else b"")
+    assert_complete(fill(path))
+    assert f"warning: {part} is damaged" in capsys.readouterr().err

@@ -5,7 +5,9 @@ import json
 import os
 import resource
 import stat
-from contextlib import nullcontext
+import subprocess
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,33 @@ def test_lock_excludes_other_processes_until_released(tmp_path, capsys):
     with locked_elsewhere(path, seconds=0.5), file_lock(path, wait=True):
         pass
     assert f"waiting for the process that holds {path}" in capsys.readouterr().err
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from fastdino.files import atomic_write
+for i in range(50):
+    with atomic_write(Path(sys.argv[1])) as file:
+        for _ in range(20):
+            file.write(sys.argv[2].encode() * 5000)
+            file.flush()
+"""
+
+
+def test_of_several_writers_of_a_file_each_writes_it_whole(tmp_path):
+    """With one temporary file between them, they truncated and removed each other's."""
+    path = tmp_path / "file"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], stderr=subprocess.PIPE)
+        for name in "abc"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        with suppress(FileNotFoundError):
+            seen.add(path.read_bytes())
+    errors = [writer.communicate()[1] for writer in writers]
+    assert errors == [b"", b"", b""]
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert seen <= {name * 100_000 for name in (b"a", b"b", b"c")}
+    assert os.listdir(tmp_path) == ["file"]

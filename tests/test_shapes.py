@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -283,3 +284,25 @@ def test_command_writes_the_dataset_and_prints_one_line(tmp_path, capsys):
     assert out.count("\n") == 1
     assert err == ""
     assert (tmp_path / "new/shapes.json").exists()
+
+
+def test_of_two_runs_in_one_folder_one_waits_and_changes_nothing(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    write, calls = shapes._write_images, []
+
+    def write_images(*words):
+        calls.append(words[0])
+        write(*words)
+
+    monkeypatch.setattr(shapes, "_write_images", write_images)
+    options = {"train_per_class": 1, "val_per_class": 1, "size": 32, "clips": 0}
+    settings = shapes._Settings(**options)
+    assert shapes.write_shapes(root, workers=1, **options)
+    # As if both had found the folder empty: this one gets the lock after the other is done.
+    shapes._write_dataset(root, settings, 1, lambda done, total: None)
+    assert calls == [root]
+    assert sorted(p.name for p in root.iterdir() if p.is_file()) == ["shapes.json"]
+    with pytest.raises(DataError, match="with other settings"):
+        shapes._write_dataset(
+            root, dataclasses.replace(settings, seed=1), 1, lambda done, total: None
+        )

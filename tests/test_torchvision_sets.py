@@ -219,9 +219,25 @@ def test_converted_dataset_is_used_without_the_originals(root, unchecked):
     assert first.fingerprint == again.fingerprint
     assert again.kind == "torchvision CIFAR10, train"
     assert again.classes == ["airplane", "bird", "cat", "dog"], "in order, also without images"
-    (root / "fastdino" / "CIFAR10-train.json").write_text("{")
-    with pytest.raises(DataError, match=r"CIFAR10-train.json is damaged .*remove .*train.tar"):
-        scan_images("torchvision:CIFAR10")
+
+
+@pytest.mark.parametrize("damage", ["cut tar", "no tar", "json", "no json", "list", "old json"])
+def test_a_damaged_conversion_is_repeated_with_a_warning(root, unchecked, capsys, damage):
+    write_cifar(root)
+    first = scan_images("torchvision:CIFAR10")
+    tar = root / "fastdino" / "CIFAR10-train.tar"
+    about = tar.with_suffix(".json")
+    if damage == "cut tar":
+        os.truncate(tar, tar.stat().st_size // 2)
+    elif damage.startswith("no"):
+        (tar if damage == "no tar" else about).unlink()
+    else:
+        about.write_text({"json": "{", "list": "[]", "old json": '{"classes": []}'}[damage])
+    assert scan_images("torchvision:CIFAR10").fingerprint == first.fingerprint
+    warned = f"warning: {tar} or its .json is damaged" in capsys.readouterr().err
+    assert warned == (damage != "no tar")
+    shutil.rmtree(root / "cifar-10-batches-py")
+    assert scan_images("torchvision:CIFAR10").fingerprint == first.fingerprint
 
 
 def test_unlabelled_images_are_a_separate_class(root, unchecked):

@@ -18,7 +18,10 @@ import numpy as np
 from fastdino_kernels.crop_params import BLUR, FACTOR, FLAGS, FLIP, GRAY, JITTER, ORDER, SOLARIZE
 from fastdino_kernels.multi_crop_torch import hue_ties
 from numba import njit
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
+
+from fastdino.terminal import print_err
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
@@ -43,7 +46,23 @@ def _compiled(function: Callable[..., Any]) -> Any:
     # Without a folder that can be written, as in a read-only container, each process compiles.
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
+        compiled._cache = _RepairedCache(function)
     return compiled
+
+
+class _RepairedCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache of a function, written again if it is damaged; Numba raises any error."""
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return super().load_overload(signature, context)
+        except Exception as error:
+            print_err(
+                f"warning: Numba's cache in {self.cache_path} is damaged ({error!r}) and is "
+                "written again"
+            )
+            self.flush()
+            return None
 
 
 @_compiled

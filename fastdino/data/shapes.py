@@ -41,6 +41,7 @@ from fastdino.config import user_path
 from fastdino.data import shapes_drawing as drawing
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
+from fastdino.files import open_locked
 from fastdino.terminal import print_out
 
 CLASSES = tuple(drawing.FORMS)
@@ -130,7 +131,23 @@ def _write_dataset(
 ) -> None:
     root.mkdir(parents=True, exist_ok=True)
     marker = root / "shapes.json.part"
-    marker.write_text(json.dumps(settings.record(), indent=2) + "\n")
+    lock, _ = open_locked(marker, wait=True)
+    try:
+        if (root / "shapes.json").exists():  # another process has written it meanwhile
+            marker.unlink(missing_ok=True)
+            _is_complete(root, settings)  # else it has other settings
+            return
+        os.truncate(lock, 0)
+        os.pwrite(lock, (json.dumps(settings.record(), indent=2) + "\n").encode(), 0)
+        _write_images(root, settings, workers, progress)
+        os.replace(marker, root / "shapes.json")
+    finally:
+        os.close(lock)
+
+
+def _write_images(
+    root: Path, settings: _Settings, workers: int | None, progress: Callable[[int, int], None]
+) -> None:
     stills = len(CLASSES) * (settings.train_per_class + settings.val_per_class)
     total = stills + settings.clips * settings.frames
     done = 0
@@ -138,7 +155,6 @@ def _write_dataset(
         done += count
         progress(done, total)
     _write_clip_lists(root / "davis", settings.clips)
-    os.replace(marker, root / "shapes.json")
 
 
 def _is_complete(root: Path, settings: _Settings) -> bool:
@@ -150,6 +166,8 @@ def _is_complete(root: Path, settings: _Settings) -> bool:
         marker = root / name
         if not marker.is_file():
             continue
+        if not marker.stat().st_size:  # another process is about to begin
+            return False
         try:
             record = json.loads(marker.read_text())
         except ValueError:

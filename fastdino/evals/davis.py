@@ -51,6 +51,7 @@ from fastdino.evals.options import (
     conversion_of,
     join_ranks,
     load_vit,
+    lock_output,
     print_on_main,
     settings_of,
     warn_of_deep,
@@ -107,11 +108,14 @@ def main(args: argparse.Namespace) -> int:
         frames = sum(len(one.frames) for one in sequences)
         warn_of_deep(args, sum(one.deep for one in sequences), frames)
         settings = davis_settings(args, model, sequences)
-        path = Path(args.output_dir) / "davis.json"
-        results = distributed.from_main(lambda: Results(path, settings, left_out))
-        remaining = distributed.from_main(lambda: remaining_sequences(results, sequences))
-        evaluate(model, remaining, args, results)
-        distributed.from_main(lambda: results.finish(sequences))
+        output = Path(args.output_dir)
+        with lock_output(output, "davis"):
+            results = distributed.from_main(
+                lambda: Results(output / "davis.json", settings, left_out)
+            )
+            remaining = distributed.from_main(lambda: remaining_sequences(results, sequences))
+            evaluate(model, remaining, args, results)
+            distributed.from_main(lambda: results.finish(sequences))
         if distributed.rank() == 0:
             print_out(*describe_total(results.total).split("\n"))
             if results.left_out:

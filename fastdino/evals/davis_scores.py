@@ -15,6 +15,7 @@ from fastdino.errors import DataError
 from fastdino.evals.davis_dataset import Sequence
 from fastdino.evals.segmentation_metrics import boundary_accuracy, region_similarity, statistics
 from fastdino.files import write_json
+from fastdino.terminal import print_err
 
 
 def score(
@@ -69,8 +70,10 @@ class Results:
             previous = json.loads(path.read_text())
             if previous["settings"] == settings:
                 self.sequences = dict(previous["sequences"])
-        except (OSError, ValueError, KeyError, TypeError):  # no file, or not of this command
+        except FileNotFoundError:
             pass
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            print_err(f"warning: {path} cannot be used ({error!r}): all sequences are processed")
         self._write()  # now, so that masks of other settings never count as done
 
     def has(self, sequence: Sequence) -> bool:

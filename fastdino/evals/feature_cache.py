@@ -193,8 +193,8 @@ def _is_complete(path: Path, shape: tuple[int, int]) -> bool:
 def _create(part: Path, number: int, dim: int) -> int:
     """Create an unfinished file, unless a stopped one exists; return how many rows are written."""
     with explain_write_errors(part):
-        if _done_path(part).exists():
-            return int(json.loads(_done_path(part).read_text()))
+        if (done := _rows_done(part, number, dim)) is not None:
+            return done
         part.parent.mkdir(parents=True, exist_ok=True)
         create = np.lib.format.open_memmap
         create(labels_path(part), mode="w+", dtype=np.int64, shape=(number,)).flush()
@@ -203,6 +203,23 @@ def _create(part: Path, number: int, dim: int) -> int:
             # Allocate the blocks: a full disk is an error here, and a bus error at a later write.
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     return 0
+
+
+def _rows_done(part: Path, number: int, dim: int) -> int | None:
+    """Return how many rows of a stopped file are written; None, with a warning if it is damaged."""
+    if not _done_path(part).exists():
+        return None
+    try:
+        done = json.loads(_done_path(part).read_text())
+        shapes = [np.load(file, mmap_mode="r").shape for file in (part, labels_path(part))]
+        if isinstance(done, int) and 0 <= done <= number and shapes == [(number, dim), (number,)]:
+            return done
+        problem = f"{done} rows of {shapes}"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error).partition("\n")[0] or type(error).__name__
+    _done_path(part).unlink()
+    print_err(f"warning: {part} is damaged ({problem}) and is written again")
+    return None
 
 
 def _finish(part: Path, path: Path) -> None:

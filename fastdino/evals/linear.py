@@ -86,12 +86,18 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
+    """Run `_train` with the output folder locked."""
+    output = Path(args.output_dir)
+    distributed.from_main(lambda: _check_folder(output))
+    with options.lock_output(output, "linear"):
+        return _train(args, output, device)
+
+
+def _train(args: argparse.Namespace, output: Path, device: torch.device) -> int:
     """Train a classifier, resuming from the output folder, and report its accuracy.
 
     Returns: the exit code: 0, or 75 after SIGTERM or SIGINT, once the step is finished and saved.
     """
-    output = Path(args.output_dir)
-    distributed.from_main(lambda: _make_folder(output))
     data = ProbeData.load(args, device, ("train", "val"))
     probe = build_probe(data)
     print_on_main(
@@ -156,13 +162,11 @@ def build_probe(data: ProbeData) -> Probe:
     )
 
 
-def _make_folder(output: Path) -> None:
+def _check_folder(output: Path) -> None:
     if (output / "checkpoint.pth").exists():
         raise ConfigError(
             f"--output_dir {output} holds a pretraining run with its own log.txt: use another"
         )
-    with explain_write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
 
 
 def _resume(output: Path, probe: Probe, data: ProbeData) -> None:

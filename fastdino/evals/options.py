@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import Conversion
 from fastdino.data.rgb_conversion import IMAGE_RANGES, deep_warning
 from fastdino.errors import ConfigError, DataError
-from fastdino.files import write_json
+from fastdino.files import explain_write_errors, file_lock, write_json
 from fastdino.models.backbones import feature_shape
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weights import Backbone, load_backbone
@@ -140,6 +140,30 @@ def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
     device = choose_device(args.device)
     with distributed.process_group(device, args.dist_url):
         yield device
+
+
+@contextmanager
+def lock_output(folder: Path, command: str) -> Iterator[None]:
+    """Create an output folder, which one run of a command at a time may write to.
+
+    Raises: ConfigError: another run of the command writes there. CheckpointError: it cannot be
+        written.
+    """
+    with ExitStack() as stack:
+        distributed.from_main(lambda: _lock_folder(folder, command, stack))
+        yield
+
+
+def _lock_folder(folder: Path, command: str, stack: ExitStack) -> None:
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(file_lock(folder / f".{command}.lock", wait=False))
+        except BlockingIOError:
+            raise ConfigError(
+                f"--output_dir {folder}: another `fastdino {command}` is writing there; use "
+                "another folder"
+            ) from None
 
 
 def print_on_main(text: str, *, stderr: bool = False) -> None:

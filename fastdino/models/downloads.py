@@ -36,6 +36,7 @@ class ReleasedWeights:
 TIMEOUT = 20  # seconds without data after which a download fails
 # A download fails if it is slower than SLOWEST bytes per second after PATIENCE seconds, or larger.
 PATIENCE, SLOWEST, LARGEST = 60, 1024, 32 << 30
+_downloaded: set[Path] = set()  # by this process
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 BASE_URL = "https://dl.fbaipublicfiles.com/dino/"
 # Named as in the authors' hubconf.py. Their XCiTs use tensor names that are not supported here.
@@ -84,11 +85,24 @@ def _download(url: str) -> Path:
         with file_lock(folder / f"{path.name}.lock", wait=True):  # one process downloads
             if not path.exists():
                 _fetch(url, path)
+                _downloaded.add(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise CheckpointError(
             f"{url} cannot be downloaded ({error}): use a local file instead"
         ) from error
     return path
+
+
+def discard_damaged(path: Path, error: Exception) -> bool:
+    """Remove a file that an earlier run downloaded; return False if it is no download.
+
+    Args: error: why it cannot be read.
+    """
+    if path.parent != Path(torch.hub.get_dir()) / "checkpoints" or path in _downloaded:
+        return False
+    print_err(f"warning: {error}; it is downloaded again")
+    path.unlink(missing_ok=True)
+    return True
 
 
 def _warn_if_unencrypted(url: str) -> None:

@@ -17,7 +17,7 @@ from fastdino import checkpoint
 from fastdino.checkpoint import check_shapes
 from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_backbone, is_known_arch, is_vit
-from fastdino.models.downloads import RELEASED, local_file
+from fastdino.models.downloads import RELEASED, discard_damaged, local_file
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 from fastdino.models.weight_layouts import Network, find_network
 from fastdino.models.weight_names import drop_other_parts, infer_vit, to_paper_names, vit_sizes
@@ -78,7 +78,7 @@ def load_backbone(
         arch, patch_size = arch or default[0], patch_size or default[1]
         module, _ = build_backbone(arch, patch_size=patch_size, img_size=img_size)
         return Backbone(module.eval(), arch, patch_size)
-    state = _read(local_file(path))
+    state = _read_weights(path)
     args = state.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
@@ -196,6 +196,17 @@ def initial_weights(
             )
         weights["pos_embed"] = module.positions((img_size, img_size)).detach().clone()
     return weights, backbone.key
+
+
+def _read_weights(weights: str) -> dict[str, Any]:
+    """Read a path, URL or name; a downloaded file that is damaged is downloaded again."""
+    path = local_file(weights)
+    try:
+        return _read(path)
+    except CheckpointError as error:
+        if path == Path(weights) or not discard_damaged(path, error):
+            raise
+    return _read(local_file(weights))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -107,19 +107,30 @@ def find_torchvision(data_path: DataPath) -> FileList:
         return _list_files(kind, dataset, root)
     tar = root / CONVERTED / f"{name}-{split}.tar"
     metadata = tar.with_suffix(".json")
-    if not tar.exists():
+    classes = _converted_classes(tar, metadata)
+    if classes is None:
         with _locked(root / CONVERTED / f"{name}.lock", tar, data_path):
-            if not tar.exists():
+            classes = _converted_classes(tar, metadata)  # another process may have converted it
+            if classes is None:
+                if tar.exists():
+                    print_err(f"warning: {tar} or its .json is damaged and is converted again")
                 _convert(_open(data_path, name, root, arguments), tar, metadata)
-    try:
-        classes = [str(one) for one in json.loads(metadata.read_text())["classes"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise data_path.error(
-            f"{metadata} is damaged ({error}): remove {tar}, and it is converted again"
-        ) from error
+                classes = _converted_classes(tar, metadata)
+    assert classes is not None
     return FileList(
         kind, str(tar.parent), [tar.name], classes=classes, archive="tar", index=index_tar
     )
+
+
+def _converted_classes(tar: Path, metadata: Path) -> list[str] | None:
+    """Return the classes of a converted dataset; None if it is missing, cut off or damaged."""
+    try:
+        about = json.loads(metadata.read_text())
+        if tar.stat().st_size != about["bytes"]:
+            return None
+        return [str(one) for one in about["classes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def default_root() -> Path:
@@ -243,6 +254,7 @@ def _convert(dataset: Any, tar: Path, metadata: Path) -> None:
                     _add(archive, f"{i:07}.cls", str(int(label)).encode())
                     largest = max(largest, int(label))
         names = {"classes": _class_names(dataset, largest + 1), "images": len(dataset)}
+        names["bytes"] = file.tell()
         with atomic_write(metadata) as json_file:
             json_file.write(json.dumps(names).encode())
 
