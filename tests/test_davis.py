@@ -109,7 +109,8 @@ def masks_of(tmp_path, name, folder="out"):
 
 def test_masks_have_the_benchmarks_layout(run, root, tmp_path):
     assert run() == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["davis.json", "one", "overlays", "two"]
+    written = [".davis.lock", "davis.json", "one", "overlays", "two"]
+    assert sorted(os.listdir(tmp_path / "out")) == written
     for name, frames, numbers in (("two", 6, {0, 1, 2}), ("one", 4, {0, 1})):
         masks = masks_of(tmp_path, name)
         assert len(masks) == frames
