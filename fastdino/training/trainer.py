@@ -180,7 +180,8 @@ class Trainer:
             crops: 2 global crops and config.local_crops_number local crops, each [B, 3, H, W] of
                 normalised pixels; B is split into config.grad_accum forward passes.
 
-        Returns: fp32 0-d tensor, in nats (float64 if the networks are float64).
+        Returns: fp32 0-d tensor, in nats (float64 if the networks are float64): the DINO loss, with
+            config.koleo_weight the weighted sum of `terms`.
 
         Raises:
             ValueError: crops that do not match the config, or a step after the last epoch.
