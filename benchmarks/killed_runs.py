@@ -105,7 +105,6 @@ def prepare() -> None:
         __import__(f"fastdino.data.{name}")
     with contextlib.suppress(ImportError):
         __import__("torch.utils.tensorboard")
-    torch.set_num_threads(1)
     config = TrainConfig(patch_size=8, local_crops_number=1)
     image = np.zeros((24, 24, 3), np.uint8)
     drawn = draw_crops(config, 0, [0], [(24, 24)])
@@ -178,6 +177,8 @@ class Processes:
                     "RANK": str(rank), "WORLD_SIZE": str(self.kind.ranks),
                     "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
+            # After a fork torch renews its threads; several threads must not do that at once.
+            torch.set_num_threads(1)
             with _instrumented(self.kind, self.counter if rank == 0 else Counter()):
                 status = cli.main([*COMMAND, *self.kind.flags.split()])
         except BaseException:
