@@ -211,7 +211,7 @@ def test_davis_2016_layout_has_one_object(run, tmp_path):
 def test_year_2016_joins_the_objects_of_2017_masks(run, root, tmp_path):
     write_list(root, "2016", ["two"])
     assert run("--year", 2016, "--overlays", "none") == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["davis.json", "two"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".davis.lock", "davis.json", "two"]
     assert list(results_of(tmp_path)["sequences"]) == ["two"]
     assert set(np.unique(masks_of(tmp_path, "two")[0])) == {0, 255}
 
