@@ -31,12 +31,20 @@ from fastdino.augmentation.backends import (
 )
 from fastdino.augmentation.params import Crop, draw_crops
 from fastdino.config import TrainConfig, add_arguments, user_path
-from fastdino.data.image_files import Conversion, explained_reading, quiet_pillow, read_file
+from fastdino.data.image_files import (
+    Conversion,
+    count_deep,
+    explained_reading,
+    quiet_pillow,
+    read_file,
+    read_header,
+)
+from fastdino.data.rgb_conversion import deep_warning
 from fastdino.data.shapes_drawing import still, to_image
 from fastdino.errors import ConfigError
 from fastdino.evals.attention_figures import drawable
 from fastdino.runtime import choose_device
-from fastdino.terminal import print_out
+from fastdino.terminal import print_err, print_out
 
 # The settings of `fastdino train` that determine the crops.
 SETTINGS = (
@@ -295,6 +303,9 @@ def main(args: argparse.Namespace) -> int:
         conversion = Conversion(config.exif_orientation, config.image_range)
         with quiet_pillow(), explained_reading(f"--image {args.image}"):
             picture = conversion.decode(read_file(args.image))
+        deep = count_deep([read_header(args.image)])
+        if warning := deep_warning(deep, 1, config.image_range):
+            print_err(f"warning: {warning}")
         name = drawable(Path(args.image).name)
     device = choose_device(config.device)
     comparison = compare_crops(

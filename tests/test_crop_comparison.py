@@ -165,6 +165,24 @@ def test_any_file_name_can_be_drawn_and_printed(photo, tmp_path, capsys):
     assert "3 crops of $\\frac{$ <b>|`c`\\n\\x1b[2J\\u202e.png" in out.splitlines()[0]
 
 
+@pytest.mark.parametrize("image_range", ["clip", "scale"])
+def test_a_deep_image_is_scaled_or_warned_of(photo, tmp_path, capsys, monkeypatch, image_range):
+    levels = np.asarray(photo.convert("L"))
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    seen = []
+
+    def stop(picture, config, **options):
+        seen.append(np.asarray(picture))
+        raise crop_comparison.ConfigError("seen")
+
+    monkeypatch.setattr(crop_comparison, "compare_crops", stop)
+    words = ["crops", "--image", str(tmp_path / "deep.png"), "--image_range", image_range]
+    assert cli.main([*words, *SMALL]) == 2
+    assert np.array_equal(seen[0][..., 0], levels) == (image_range == "scale")
+    warned = "1 of 1 images have 16-bit" in capsys.readouterr().err
+    assert warned == (image_range == "clip")
+
+
 def test_flags_of_train_determine_the_crops(monkeypatch):
     seen = []
 

@@ -330,8 +330,9 @@ def test_unsuitable_checkpoint_is_reported_and_kept(config, tmp_path):
 
 def test_resume_warns_of_other_settings(config, tmp_path, capsys):
     train(config(epochs=1))
-    train(config(epochs=2, lr=0.01))
-    assert "other settings: --epochs 2 (was 1), --lr 0.01 (was 0.05)" in capsys.readouterr().err
+    train(config(epochs=2, lr=0.01, image_range="scale"))
+    changed = "--epochs 2 (was 1), --lr 0.01 (was 0.05), --image_range scale (was clip)"
+    assert f"other settings: {changed}" in capsys.readouterr().err
 
 
 def test_resume_with_another_loss_is_shown(config, tmp_path, capsys):
