@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fastdino import TrainConfig, Trainer, cli
 from fastdino.evals.transforms import center_crop
 from fastdino.export import targets
+from fastdino.models.backbones import build_backbone
 from fastdino.models.weights import initial_weights, load_backbone
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -273,3 +274,15 @@ def test_a_folder_is_overwritten_file_by_file(run, refused, tmp_path):
     run("hf", "--overwrite")
     assert (folder / "notes.txt").read_text() == "mine"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "vit"
+
+
+def test_vits_with_registers_are_exported_where_the_format_can_hold_them(run, tmp_path):
+    network = build_backbone("vit_nano", patch_size=8, img_size=32, registers=2)[0]
+    torch.nn.init.normal_(network.register_tokens)
+    torch.save(network.state_dict(), tmp_path / "registers.pth")
+    path = str(tmp_path / "registers.pth")
+    error = run("timm", pretrained=path, status=2)
+    assert "is for ViTs without registers, and this one has 2: use --to safetensors" in error
+    for to in ("safetensors", "torchscript"):
+        _, report = run(to, pretrained=path)
+        assert report["checked"]["error"] < 1e-5
