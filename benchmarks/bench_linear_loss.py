@@ -1,8 +1,8 @@
 """The last layer and the patch loss, forward and backward: with logits, and without.
 
-Measured: time, and the peak of memory above the inputs, of which every baseline needs
-N D + K D numbers for the gradients of x and of the weight (68 MB of 67 at N = 256 in fp32); the
-note of each table states it, so that the rest is that of the logits.
+Measured: time, and the peak of memory above the inputs. In every baseline N D + K D numbers of it
+are the gradients of x and of the weight (67 MB at N = 256 in fp32), which the note of each table
+states. Measured results: benchmarks/results/README.md.
 
 Predicted before any tuning, N = 256, K = 65536, D = 256, fp32, one CPU core:
 

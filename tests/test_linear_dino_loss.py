@@ -304,7 +304,7 @@ def test_student_and_teacher_may_differ_in_dtype(target):
 
 @pytest.mark.parametrize("kind", ["dino", "patch"])
 def test_peak_memory_is_that_of_a_chunk(kind):
-    B, K, rows = 64, 8192, 6 if kind == "dino" else 2
+    B, K, rows = 62, 8192, 6 if kind == "dino" else 2  # the last chunks are shorter
     inputs = draw_for(kind, B=B, K=K, dtype=torch.float32)
     leaves = [inputs.x_student.requires_grad_(), inputs.weight_student.requires_grad_()]
 

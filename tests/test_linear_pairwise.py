@@ -50,7 +50,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.products += len(results) > 1  # not a sum of rows
         for result in results if isinstance(results, (tuple, list)) else (results,):
             if isinstance(result, torch.Tensor):
                 storage = result.untyped_storage()

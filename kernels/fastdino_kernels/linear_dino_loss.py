@@ -59,7 +59,7 @@ def linear_dino_loss(
         weight_teacher: [K, D']; receives no gradient.
         center, student_temp, teacher_temp, ignore_diagonal, weights, impl: as in dino_loss.
         chunk_rows: most images of a chunk, >= 1; None: as many as have 96 MiB of logits, on a CPU
-            32 MiB, in multiples of 64 if there are more (K = 65536, S + T = 12, bf16: 64).
+            24 MiB, in multiples of 64 if there are more (K = 65536, S + T = 12, bf16: 64).
 
     Returns: (loss, teacher_sum), as dino_loss.
 
@@ -127,7 +127,7 @@ def linear_patch_loss(
         weight_student, weight_teacher: as in linear_dino_loss.
         center, student_temp, teacher_temp, weights, denominator, impl: as in patch_loss.
         chunk_rows: most rows of a chunk, >= 1; None: as in linear_dino_loss (K = 65536: 384 in half
-            precision on a GPU, 64 in fp32 on a CPU).
+            precision on a GPU, 48 in fp32 on a CPU).
 
     Returns: (loss, teacher_sum), as patch_loss.
 

@@ -146,7 +146,7 @@ def linear_sinkhorn_center(
     | keep_logits | memory             | products               | passes over the logits      |
     |-------------|--------------------|------------------------|-----------------------------|
     | False       | a chunk: 96 MiB    | n: 2 n N K D = 380     | n writes, 2n - 1 reads, in  |
-    |             | (a CPU: 32 MiB)    | GFLOP                  | chunks: 8 N K w = 4.0 GB    |
+    |             | (a CPU: 24 MiB)    | GFLOP                  | chunks: 8 N K w = 4.0 GB    |
     | True        | N K w = 494 MB     | 1: 127 GFLOP           | 1 write, 2n - 1 reads:      |
     |             |                    |                        | 6 N K w = 3.0 GB            |
 
@@ -160,7 +160,7 @@ def linear_sinkhorn_center(
         temp, n_iterations, group, impl: as in sinkhorn_center.
         keep_logits: compute all logits [N, K] once and keep them until the center is known.
         chunk_rows: most rows of a chunk, >= 1; None: as many as have 96 MiB of logits, on a CPU
-            32 MiB, in multiples of 64 if there are more.
+            24 MiB, in multiples of 64 if there are more.
 
     Returns: [K], as sinkhorn_center, to the rounding of products.
 

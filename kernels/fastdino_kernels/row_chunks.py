@@ -15,7 +15,7 @@ from .checks import check_integer
 # Bytes of the logits of a chunk. Each chunk reads the weights and reads and writes their gradient
 # once, about 14 K D bytes in half precision, so that small chunks are slow. On a CPU fewer rows
 # amortise that, because its products take longer.
-CHUNK_BYTES, CPU_CHUNK_BYTES = 96 << 20, 32 << 20
+CHUNK_BYTES, CPU_CHUNK_BYTES = 96 << 20, 24 << 20
 # Rows of a chunk are a multiple of it, if there are as many: the tiles of matrix products.
 ROW_TILE = 64
 # Prototypes whose products are converted to fp32 at a time, where a product cannot write fp32.
@@ -31,7 +31,7 @@ def check_chunk_rows(chunk_rows: object) -> None:
 def row_chunks(
     rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None
 ) -> Iterator[slice]:
-    """Yield slices of equal length, up to one, that cover the rows.
+    """Yield slices that cover the rows; the first are the longest, by one row if not equal.
 
     Args:
         rows: N.
@@ -42,14 +42,17 @@ def row_chunks(
     """
     most = automatic_chunk_rows(row_bytes, device) if chunk_rows is None else chunk_rows
     count = -(-rows // most)
+    start = 0
     for i in range(count):
-        yield slice(i * rows // count, (i + 1) * rows // count)
+        stop = start + rows // count + (i < rows % count)
+        yield slice(start, stop)
+        start = stop
 
 
 def automatic_chunk_rows(row_bytes: int, device: torch.device) -> int:
-    """Return how many rows have logits of 96 MiB, on a CPU of 32 MiB, in multiples of 64 if >= 64.
+    """Return how many rows have logits of 96 MiB, on a CPU of 24 MiB, in multiples of 64 if >= 64.
 
-    For K = 65536, two logits per row and prototype: 384 rows in half precision on a GPU, 64 in fp32
+    For K = 65536, two logits per row and prototype: 384 rows in half precision on a GPU, 48 in fp32
     on a CPU.
     """
     rows = (CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES) // max(row_bytes, 1)
