@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from fastdino.data import image_files, image_names, scan_images
-from fastdino.data.image_files import read_rgb
+from fastdino.data.image_files import AS_STORED
 from fastdino.data.image_names import is_image_name, is_leftover, natural_order
 from fastdino.errors import DataError
 from fastdino.evals.attention_jaccard import find_masked
@@ -174,7 +174,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
         reason = "cannot be read: not a regular file"
         assert list(dataset.skipped.items()) == [(str(path), reason)]
         with pytest.raises(DataError, match=rf"x\.jpg {reason}"):
-            read_rgb(path)
+            AS_STORED.read(path)
 
 
 @pytest.mark.parametrize("pipe", ["list.txt", "a.zip", "a.tar", "folder/a.zip", "folder/a.tar"])
