@@ -158,7 +158,7 @@ MASKED = ["--data_path", "empty"]
         ([*IMAGE, "--threshold", "nan"], "--threshold must be above 0 and at most 1"),
         ([*IMAGE, "--patch_size", "0"], "--patch_size must be at least 1"),
         ([*IMAGE, "--output_dir", "text.jpg/a"], "cannot write text.jpg/a"),
-        ([*IMAGE, "--arch", "vit_tiny"], "nano.pth for --arch vit_tiny --patch_size 8: the"),
+        ([*IMAGE, "--arch", "vit_tiny"], "nano.pth, a ViT, for --arch vit_tiny --patch_size 8: "),
         (MASKED, "--data_path empty has neither JPEGImages/ (PASCAL VOC)"),
         ([*MASKED, "--num_workers", "-1"], "--num_workers must be at least 0"),
         ([*MASKED, "--batch_size_per_gpu", "0"], "--batch_size_per_gpu must be at least 1"),
