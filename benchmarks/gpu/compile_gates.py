@@ -47,13 +47,15 @@ class Budget:
 # their accesses are narrow. The counts are those of one pass over a program's tile, in code that is
 # not unrolled: for the loss's forward pass, in half precision, the center (4), T = 2 teacher crops
 # (4), the first student crop (2) and the next one (2); for its backward pass the logits of
-# T + S = 12 crops; for the others 4 vectors per thread and tensor.
+# T + S = 12 crops; for patches, T = S = 1; for the others 4 vectors per thread and tensor.
 BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("pairwise_* K odd*", Budget(registers=168, loads=0, stores=0)),
     ("pairwise_forward_kernel, * K 1000", Budget(registers=168, loads=12, stores=8)),
     ("pairwise_finish_kernel, * K 1000", Budget(registers=64, loads=0, stores=0)),
     ("pairwise_forward_kernel, *probs*", Budget(loads=6, stores=0)),
     ("pairwise_backward_kernel, *probs*", Budget(loads=2, stores=1)),
+    ("pairwise_forward_kernel, * patches", Budget(registers=96, loads=8, stores=8)),
+    ("pairwise_backward_kernel, * patches", Budget(registers=32, loads=3, stores=1)),
     ("pairwise_forward_kernel, *", Budget(registers=144, loads=12, stores=8)),
     ("pairwise_backward_kernel, *", Budget(loads=12, stores=10)),
     ("pairwise_finish_kernel, *", Budget(registers=64, stores=0)),
@@ -83,6 +85,7 @@ AMD_BUDGETS: tuple[tuple[str, Budget], ...] = (
     ("pairwise_* K odd*", Budget(registers=112, loads=0, stores=0)),
     ("pairwise_* K 1000", Budget(registers=112, loads=0, stores=0)),
     ("pairwise_forward_kernel, *probs*", Budget(registers=64, loads=2, stores=0)),
+    ("pairwise_forward_kernel, * patches", Budget(registers=64, bits=64, loads=6, stores=4)),
     ("pairwise_forward_kernel, *", Budget(registers=112, bits=64, loads=10, stores=4)),
     ("pairwise_finish_kernel, *", Budget(registers=64, stores=0)),
     ("pairwise_backward_kernel, *", Budget(registers=64, bits=64)),

@@ -28,6 +28,7 @@ from fastdino_kernels import (
     dino_loss,
     ema_update_,
     pairwise_triton,
+    patch_loss,
 )
 
 from benchmarks.gpu.kernel_calls import BF16, FP16, FP32, NAMES
@@ -84,6 +85,9 @@ def cases() -> Iterator[Case]:
         for dtype in (BF16, FP16, FP32):
             for crops in (10, 12):
                 yield loss_case(dtype, crops, prototypes)
+    for dtype in (BF16, FP32):
+        yield patch_case(dtype, 3771, 65536)
+    yield patch_case(BF16, 2496, 131072)
     for arch in ("vit_small", "vit_base"):
         yield from network_cases(arch)
 
@@ -118,6 +122,34 @@ def loss_case(dtype: torch.dtype, crops: int, prototypes: int) -> Case:
         return None
 
     return Case(f"{NAMES[dtype]} S{crops} K{prototypes}", call, work)
+
+
+def patch_case(dtype: torch.dtype, tokens: int, prototypes: int) -> Case:
+    """Return the loss of masked patch tokens with weights, forward and backward."""
+    logits, width = 2 * tokens * prototypes, dtype.itemsize
+
+    def call() -> None:
+        student = torch.empty(tokens, prototypes, dtype=dtype, requires_grad=True)
+        teacher = torch.empty(tokens, prototypes, dtype=dtype)
+        loss, _ = patch_loss(
+            student, teacher, torch.empty(prototypes),
+            student_temp=0.1, teacher_temp=0.07, weights=torch.ones(tokens), impl="triton",
+        )  # fmt: skip
+        loss.backward()
+
+    def work(launch: Launch) -> Work | None:
+        if launch.kernel == "pairwise_forward_kernel":
+            return Work(logits, logits * width, (math.ceil(tokens / launch.grid[1]), 1))
+        if launch.kernel == "pairwise_finish_kernel":
+            chunks = math.ceil(prototypes / pairwise_triton.FORWARD_BLOCK)
+            sums = min(tokens, max(1, pairwise_triton.FORWARD_PROGRAMS // chunks))
+            read = tokens * chunks * 5 + sums * prototypes
+            return Work(read, 4 * read, (math.ceil(sums / pairwise_triton.SUM_GROUPS),))
+        if launch.kernel == "pairwise_backward_kernel":
+            return Work(logits, logits * width * 3 // 2, ())
+        return None
+
+    return Case(f"{NAMES[dtype]} patches N{tokens} K{prototypes}", call, work)
 
 
 def network_cases(arch: str) -> Iterator[Case]:
