@@ -142,7 +142,7 @@ def patch_case(dtype: torch.dtype, tokens: int, prototypes: int) -> Case:
             return Work(logits, logits * width, (math.ceil(tokens / launch.grid[1]), 1))
         if launch.kernel == "pairwise_finish_kernel":
             chunks = math.ceil(prototypes / pairwise_triton.FORWARD_BLOCK)
-            sums = min(tokens, max(1, pairwise_triton.FORWARD_PROGRAMS // chunks))
+            sums = pairwise_triton.SINGLE_CROP_PROGRAMS // chunks
             read = tokens * chunks * 5 + sums * prototypes
             return Work(read, 4 * read, (math.ceil(sums / pairwise_triton.SUM_GROUPS),))
         if launch.kernel == "pairwise_backward_kernel":

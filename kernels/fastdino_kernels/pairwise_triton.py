@@ -42,6 +42,8 @@ BACKWARD_BYTES, BACKWARD_WARPS = 2048, 4
 # Each group of images writes its column sums [K], which are added later. So use only as many groups
 # as keep a GPU busy: one wave of an H100, and at most 4 MB of column sums.
 FORWARD_PROGRAMS, MAX_GROUPS = 2048, 128
+# With one crop of each, a thread has 96 registers, and an SM of an H100 runs 20 programs.
+SINGLE_CROP_PROGRAMS = 2560
 # Without column sums, as many groups as a launch allows in its second dimension.
 MAX_ROWS_OF_PROGRAMS = 1 << 15
 FINISH_BLOCK, FINISH_WARPS = 1024, 4
@@ -538,9 +540,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
     block = FORWARD_BLOCK
     chunks = _ceil_div(K, block)
     aligned = _are_aligned(student, teacher, center)
-    groups = min(B, MAX_ROWS_OF_PROGRAMS)
-    if centered:
-        groups = min(B, MAX_GROUPS, max(1, FORWARD_PROGRAMS // chunks))
+    groups = forward_groups(crops) if centered else min(B, MAX_ROWS_OF_PROGRAMS)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -608,6 +608,13 @@ def backward(
         )  # fmt: skip
     if grad is not target:
         target.copy_(grad)
+
+
+def forward_groups(crops: Crops) -> int:
+    """Return the number of groups of images whose column sums the forward pass writes."""
+    S, T, B, K = crops.sizes()
+    programs = SINGLE_CROP_PROGRAMS if S == T == 1 else FORWARD_PROGRAMS
+    return min(B, MAX_GROUPS, max(1, programs // _ceil_div(K, FORWARD_BLOCK)))
 
 
 def _signature(*tensors: Tensor | float | None) -> Hashable:
