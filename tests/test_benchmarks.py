@@ -23,6 +23,7 @@ from benchmarks import (
     bench_dino_loss,
     bench_ema,
     bench_linear_loss,
+    bench_patch_loss,
     bench_sinkhorn,
     comparison,
     kernel_tables,
@@ -232,6 +233,18 @@ def functions(baselines):
             functions(bench_sinkhorn.BASELINES),
             lambda teacher: teacher.float().softmax(dim=1),
             "the matrix of targets is off",
+        ),
+        (
+            partial(bench_patch_loss.check, size=bench_patch_loss.Size(8, 300), device=CPU),
+            functions(bench_patch_loss.BASELINES),
+            lambda s, inputs: bench_patch_loss.dinov2(s, replace(inputs, center=0 * inputs.center)),
+            "the loss is off",
+        ),
+        (
+            partial(bench_patch_loss.check, size=bench_patch_loss.Size(8, 300), device=CPU),
+            (),
+            lambda s, inputs: bench_patch_loss.dinov2(s, inputs) + (s - s.detach()).sum(),
+            "the gradient is off",
         ),
         (
             partial(bench_linear_loss.check, size=bench_linear_loss.Size(8, 300, 16), device=CPU),

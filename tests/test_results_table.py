@@ -12,6 +12,7 @@ from benchmarks import (
     bench_clip,
     bench_dino_loss,
     bench_ema,
+    bench_patch_loss,
     bench_sinkhorn,
     results_table,
 )
@@ -113,6 +114,7 @@ def test_every_prediction_names_a_comparison_and_a_baseline_that_exist():
     }
     sinkhorn = bench_sinkhorn.SIZES["cuda"][0]
     groups[f"Sinkhorn-Knopp, {sinkhorn}"] = bench_sinkhorn.BASELINES
+    groups[f"patch loss, {bench_patch_loss.SIZES['cuda'][0]}"] = bench_patch_loss.BASELINES
     for size in bench_ema.SIZES["cuda"]:
         groups[f"EMA, {size}"] = bench_ema.BASELINES[False]
         groups[f"Clip, AdamW, EMA, {size}"] = bench_adamw_ema.BASELINES

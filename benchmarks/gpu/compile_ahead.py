@@ -23,7 +23,14 @@ from multiprocessing import get_context
 import torch
 from triton import knobs
 
-from benchmarks import bench_adamw_ema, bench_clip, bench_dino_loss, bench_ema, bench_sinkhorn
+from benchmarks import (
+    bench_adamw_ema,
+    bench_clip,
+    bench_dino_loss,
+    bench_ema,
+    bench_patch_loss,
+    bench_sinkhorn,
+)
 from benchmarks.comparison import Comparison
 from benchmarks.gpu.kernel_calls import kernel_calls
 from benchmarks.gpu.option_calls import boundary_calls
@@ -54,6 +61,10 @@ def suite_calls() -> Calls:
     comparisons += [
         partial(bench_sinkhorn.sinkhorn_comparison, replace(size, N=16 + size.N % 16), CPU)
         for size in bench_sinkhorn.SIZES["cuda"]
+    ]
+    comparisons += [
+        partial(bench_patch_loss.patch_comparison, replace(size, N=16 + size.N % 16), CPU)
+        for size in bench_patch_loss.SIZES["cuda"]
     ]
     network = bench_ema.SIZES["cuda"][0]
     for make in (

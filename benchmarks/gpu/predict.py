@@ -293,7 +293,7 @@ def write(predictions: Sequence[Prediction], before: Sequence[Prediction], folde
     text = (
         "# Predicted times of the kernels\n\n"
         f"**{LABEL}** Written without a GPU by `python -m benchmarks.gpu.predict`,\n"
-        f"with Triton {triton.__version__} for sm_90. B = 64, T = 2.\n\n"
+        f"with Triton {triton.__version__} for sm_90. B = 64, T = 2; S = T = 1 for patches.\n\n"
         "- Floor: the bytes over the rate of a copy, 4.3 TB/s on an H200 and 3.0 on an H100.\n"
         "- KB in flight: what an SM's loads would keep in flight if memory were infinitely fast.\n"
         "  The copy's rate and a latency of 700 cycles need 12 on an H200 and 9 on an H100.\n"
