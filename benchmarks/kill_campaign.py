@@ -270,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(tallies, command, facts)
     print(text)
     if options.write:
-        record = {"command": command, "environment": facts, "kinds": as_dicts(tallies)}
+        record = {"command": command, "environment": facts, "seed": options.seed}
+        record |= {"kinds": as_dicts(tallies)}  # it can be continued as a --state
         write_report(options.write, "kill_campaign", text, record)
     bad = any(t.differences or t.failures or t.lost_steps for t in tallies.values())
     return int(bad)
