@@ -144,7 +144,8 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on `path` during the block; create the file if it is missing.
 
     The lock excludes other processes, not threads, and child processes do not inherit it. On a
-    file system without locks it has no effect. SIGINT and SIGTERM end a process that waits.
+    file system without locks it has no effect. SIGINT, SIGTERM and SIGHUP end a
+    process that waits.
 
     Raises:
         BlockingIOError: another process holds the lock and `wait` is false.

@@ -72,14 +72,14 @@ class DaemonExecutor(Executor):
 
 @contextmanager
 def killable(*, always: bool = True) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the process at once during a wait with nothing to save.
+    """Let SIGINT, SIGTERM and SIGHUP end the process at once during a wait with nothing to save.
 
     Python runs its handlers between two instructions, which a call that blocks in C++ never
     reaches.
 
     Args: always: False: only where SIGTERM has its usual effect, not while it is caught to save.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     is_main = threading.current_thread() is threading.main_thread()
     caught = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     if not is_main or (caught and not always):
