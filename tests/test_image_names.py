@@ -109,7 +109,8 @@ def davis(root, litter):
 def test_frames_are_in_natural_order_wherever_they_are_read(tmp_path, litter):
     root = davis(tmp_path / "DAVIS", litter)
     expected = ["1.jpg", "2.jpg", "10.jpg"]
-    (sequence,) = find_sequences(root)
+    (sequence,), left_out = find_sequences(root)
+    assert not left_out
     assert [path.name for path in sequence.frames] == expected
     dataset = scan_images(f"{root}?split=2017/val")
     assert [os.path.basename(path) for path in dataset.paths] == expected
