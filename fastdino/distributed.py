@@ -36,18 +36,18 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
         return
     if launch.master and dist_url == "env://":
         dist_url = "tcp://{}:{}".format(*launch.master)
-    with killable():  # it waits for the other ranks
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend,
-            init_method=dist_url,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            device_id=device if device.type == "cuda" else None,
-            # Rank 0 reads the image headers of a large dataset while the others wait.
-            timeout=timedelta(hours=2),
-        )
+        with killable():  # it waits for the other ranks
+            dist.init_process_group(
+                backend,
+                init_method=dist_url,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                device_id=device if device.type == "cuda" else None,
+                # Rank 0 reads the image headers of a large dataset while the others wait.
+                timeout=timedelta(hours=2),
+            )
     except (OSError, RuntimeError, ValueError) as error:  # includes torch.distributed.DistError
         reason = str(error).partition("\n")[0]
         raise ConfigError(

@@ -84,9 +84,14 @@ with StopSignals(), file_lock(Path(sys.argv[1]), wait=True):
     pass
 """
 RENDEZVOUS = """
-import os, sys, torch
-sys.stderr.write("waiting\\n"); sys.stderr.flush()
+import sys, torch
+from torch import distributed
 from fastdino.distributed import process_group
+init = distributed.init_process_group
+def init_process_group(*args, **options):
+    print("waiting", file=sys.stderr, flush=True)
+    init(*args, **options)
+distributed.init_process_group = init_process_group
 with process_group(torch.device("cpu"), "env://"):
     pass
 """
