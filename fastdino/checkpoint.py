@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdino import numpy_pickles
-from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.errors import CheckpointError, NonFiniteError, UserError
 from fastdino.files import atomic_write, explain_write_errors
 
 # Types allowed in a checkpoint in addition to torch's defaults. The paper's code saves its flags as
@@ -131,6 +132,33 @@ def _read(path: Path) -> Any:
     ) from cause
 
 
+@contextmanager
+def explain_content(path: Path) -> Iterator[None]:
+    """Convert an error from values of another type or size to a CheckpointError with the path."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AttributeError) as e:
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be used ({reason}): it is damaged, or was not written by this command; "
+            "use an older one, or move it away to start from scratch"
+        ) from e
+
+
+def check_count(state: dict[str, Any], name: str, default: int = 0) -> int:
+    """Return a number of steps, epochs or images in a checkpoint; raise CheckpointError."""
+    value = state.get(name, default)
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{name} must be a whole number of at least 0, got {value!r:.40}")
+    return value
+
+
 def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return `state` with `prefix` removed from the names that start with it.
 
@@ -155,9 +183,9 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not expected" for name in state if name not in own]
     problems += [
-        f"{name} is a {type(state[name]).__name__}, expected a tensor"
+        f"{name} is a {_kind(state[name])}, expected a dense tensor of real numbers"
         for name in own
-        if not isinstance(state.get(name, own[name]), Tensor)
+        if name in state and _kind(state[name])
     ]
     problems += [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
@@ -169,3 +197,14 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
         raise CheckpointError(
             f"{what}: the weights do not match the network: {'; '.join(problems[:3])}{more}"
         )
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is if it cannot be copied into a weight, else ""."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.layout is not torch.strided or value.is_quantized:
+        return "sparse or quantized tensor"
+    if value.is_meta:
+        return "tensor without data"
+    return "complex tensor" if value.is_complex() else ""

@@ -97,4 +97,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a path that cannot be accessed: too long, or in another's folder
+        if error.errno is None:  # not from the operating system
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print_line(f"fastdino {requested}: error: {where}{error.strerror}", sys.stderr)
     return EXIT_MISTAKE

@@ -60,7 +60,8 @@ def _open_alone(path: Path) -> IO[bytes]:
             with suppress(FileNotFoundError):
                 # Else the process that was waited for has renamed or removed this file.
                 if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                    os.ftruncate(descriptor, 0)
+                    if os.fstat(descriptor).st_size:  # a device cannot be cut
+                        os.ftruncate(descriptor, 0)
                     return os.fdopen(descriptor, "wb")
         except BaseException:
             os.close(descriptor)

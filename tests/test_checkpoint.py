@@ -131,6 +131,21 @@ def test_numpy_scalars_load_under_old_and_new_module_names(tmp_path, module):
     assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("bias", "kind"),
+    [
+        (torch.zeros(2, device="meta"), "tensor without data"),
+        (torch.zeros(2).to_sparse(), "sparse or quantized tensor"),
+        (torch.zeros(2) + 0j, "complex"),
+        ([0.0, 0.0], "list"),
+    ],
+)
+def test_only_dense_tensors_of_real_numbers_are_weights(bias, kind):
+    state = {"weight": torch.ones(2), "bias": bias}
+    with pytest.raises(CheckpointError, match=f"bias is a {kind}.*, expected a dense tensor"):
+        checkpoint.check_shapes(torch.nn.LayerNorm(2), state, "student")
+
+
 @pytest.mark.parametrize("student", [3, ["w"], {3: torch.zeros(1)}, {"norm.weight": "text"}])
 def test_content_of_other_types_is_an_error(student):
     module = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(2)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -74,6 +75,31 @@ def test_names_in_an_error_do_not_reach_the_terminal_as_they_are(command, capsys
     command(fail)
     assert cli.main(["try"]) == 2
     assert capsys.readouterr().err == "fastdino try: error: \\x1b[2J\\n.jpg is empty\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "\x1b[2Jx"), r"\x1b[2Jx: File name too"),
+        (PermissionError(errno.EACCES, "Permission denied", b"x"), "b'x': Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+    ],
+)
+def test_errors_of_the_operating_system_print_one_line(command, capsys, error, line):
+    def fail(_args):
+        raise error
+
+    command(fail)
+    assert cli.main(["try"]) == 2
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--pretrained_weights", "--data_path", "--load_features"])
+def test_paths_that_are_too_long_are_reported_in_one_line(flags, capsys):
+    assert cli.main(["knn", "--device", "cpu", "--arch", "vit_nano", flags, "x" * 300]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_bugs_keep_their_traceback_and_ctrl_c_exits_with_130(command):

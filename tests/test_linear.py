@@ -374,6 +374,32 @@ def test_a_probe_of_other_features_or_another_schedule_does_not_resume(run, tmp_
     assert (tmp_path / "a" / "checkpoint.pth.tar").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", 5),
+        ("optimizer", {"param_groups": [{"nesterov": False, "params": [0, 1]}], "state": {}}),
+        ("scheduler", {}),
+        ("scheduler", {"T_max": "4"}),
+        ("epoch", -1),
+        ("epoch", None),
+        ("seen", "all"),
+        ("losses", 3),
+        ("protocol", 3),
+    ],
+)
+def test_content_of_other_types_ends_in_one_line(run, tmp_path, capsys, name, value):
+    path = tmp_path / "a" / "checkpoint.pth.tar"
+    path.parent.mkdir()
+    probe = Probe(192, 3, lr=1.0, epochs=4, seed=0, device=torch.device("cpu"))
+    probe.save(path, {})
+    state = checkpoint.load(path)
+    del state["protocol"]
+    torch.save(state | {name: value}, path)
+    assert run("a") == 2
+    assert "checkpoint.pth.tar" in error_of(capsys, printed=True)
+
+
 def test_output_folder_of_a_pretraining_run_is_refused(run, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "checkpoint.pth").write_bytes(b"")

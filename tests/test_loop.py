@@ -328,6 +328,27 @@ def test_unsuitable_checkpoint_is_reported_and_kept(config, tmp_path):
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("optimizer", (None, [1], {}, {"param_groups": [{}], "state": {}}, torch.zeros(3))),
+        ("generators", (5, [5], [{}], [{"cpu": torch.zeros(3)}])),
+        ("progress", (5, {"sums": {"loss": "x"}}, {"counts": 3}, {"unwritten": [5]})),
+        ("left_out", (5,)),
+        ("images", ({"number": 1},)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_content_of_other_types_ends_in_one_line(config, tmp_path, name, values):
+    train(config(epochs=1))
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = checkpoint.load(path)
+    for value in values:
+        torch.save(state | {name: value}, path)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pth"):
+            train(config(epochs=2))
+
+
 def test_resume_warns_of_other_settings(config, tmp_path, capsys):
     train(config(epochs=1))
     train(config(epochs=2, lr=0.01, image_range="scale"))

@@ -286,6 +286,58 @@ def test_checkpoint_of_another_network_or_length_is_rejected(tiny, settings, ste
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({}, "exp_avg"), ({"mode": "fast", "compile": "off"}, "exp_avg"),
+     ({"optimizer": "sgd"}, "momentum_buffer"), ({"optimizer": "lars"}, "mu")],
+    ids=str,
+)  # fmt: skip
+def test_moments_of_another_size_or_kind_are_rejected(tiny, crops_of, settings, name):
+    config = tiny(**settings)
+    trainer = Trainer(config, steps_per_epoch=2)
+    trainer.train_step(crops_of(config, 0))
+    shape = trainer.state_dict()["optimizer"]["state"][0][name].shape
+    for wrong in (torch.zeros(1), torch.zeros(shape).to_sparse(), torch.zeros(shape) + 0j, "text",
+                  torch.zeros(shape, device="meta")):  # fmt: skip
+        state = trainer.state_dict()
+        state["optimizer"]["state"][0][name] = wrong
+        with pytest.raises(CheckpointError, match=f"{name} of the optimizer's parameter 0 is"):
+            Trainer(config, steps_per_epoch=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("mode", ["parity", "fast"])
+def test_expanded_moments_and_other_settings_in_a_checkpoint_are_harmless(tiny, crops_of, mode):
+    """A fused update would write beyond the one number that an expanded tensor has."""
+    config = tiny(mode=mode, compile="off")
+    source = Trainer(config, steps_per_epoch=2)
+    source.train_step(crops_of(config, 0))
+    losses = []
+    for expanded in (False, True):
+        state = copy.deepcopy(source.state_dict())
+        for moments in state["optimizer"]["state"].values():
+            shape = moments["exp_avg"].shape
+            for name, value in (("exp_avg", 0.0), ("exp_avg_sq", 1.0)):
+                one = torch.full((1,), value).expand(shape)
+                moments[name] = one if expanded else one.contiguous()
+        if expanded:
+            state["optimizer"]["param_groups"][0] |= {"betas": "text", "eps": None}
+        trainer = Trainer(config, steps_per_epoch=2)
+        trainer.load_state_dict(state)
+        losses.append([trainer.train_step(crops_of(config, i)).item() for i in (1, 2)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epoch", None), ("epoch", -1), ("epoch", True), ("iteration", "2"), ("iteration", -1),
+     ("iteration", torch.tensor(2)), ("iteration", 2.0)],
+)  # fmt: skip
+def test_counts_of_a_checkpoint_must_be_whole_numbers(tiny, name, value):
+    trainer = Trainer(tiny(), steps_per_epoch=2)
+    with pytest.raises(CheckpointError, match=f"{name} must be a whole number"):
+        trainer.load_state_dict(trainer.state_dict() | {name: value})
+
+
 def snapshot(trainer):
     """Return a copy of the weights, the center and the moments."""
     state = trainer.state_dict()

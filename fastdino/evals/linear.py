@@ -223,7 +223,8 @@ def _log(path: Path, line: dict[str, float]) -> None:
 
 
 def _write_results(output: Path, probe: Probe, data: ProbeData) -> None:
-    lines = (output / "log.txt").read_text().splitlines()
+    log = output / "log.txt"
+    lines = log.read_text().splitlines() if log.exists() else []  # deleted after the last epoch
     last = json.loads(lines[-1]) if lines else {}
     settings = data.settings("lr", "batch_size_per_gpu", "seed")
     result = {

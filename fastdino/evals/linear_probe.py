@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastdino import checkpoint, distributed
-from fastdino.checkpoint import check_shapes
+from fastdino.checkpoint import check_count, check_shapes
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weight_layouts import describe, find_classifier
+from fastdino.training.optimizers import check_optimizer, with_own_settings
 
 UNREADABLE = -1  # label of an image whose header could be read but whose pixels could not
 PREFIX = "module.linear."  # parameter names in the paper's checkpoints
@@ -197,6 +198,10 @@ class Probe:
         Raises: CheckpointError: its classifier, features or schedule differ from this probe's.
         """
         state = self.load_classifier(path)
+        with checkpoint.explain_content(path):
+            self._restore(state, path, protocol)
+
+    def _restore(self, state: dict[str, Any], path: Path, protocol: dict[str, Any]) -> None:
         for key in ("epoch", "optimizer", "scheduler", "best_acc"):
             if key not in state:
                 raise CheckpointError(
@@ -214,11 +219,14 @@ class Probe:
             raise CheckpointError(
                 f"{path} is of another probe: {', '.join(differences)}; use another --output_dir"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.best_acc = int(state["epoch"]), float(state["best_acc"])
+        check_optimizer(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(with_own_settings(self.optimizer, state["optimizer"]))
+        # The rest of both states is this probe's: it is given by the settings.
+        self.optimizer.param_groups[0]["lr"] = float(state["optimizer"]["param_groups"][0]["lr"])
+        self.scheduler.last_epoch = self.epoch = check_count(state, "epoch")
+        self.best_acc = float(state["best_acc"])
         self.losses = [torch.tensor(loss, device=self.device) for loss in state.get("losses", [])]
-        self.seen = int(state.get("seen", 0))
+        self.seen = check_count(state, "seen")
 
     def load_classifier(self, path: Path) -> dict[str, Any]:
         """Load the weights of a checkpoint or of the paper's linear weights; return the whole file.

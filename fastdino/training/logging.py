@@ -75,7 +75,8 @@ class Progress:
         to the end of log.old.txt.
         """
         self._unwritten = list((state or {}).get("unwritten", []))
-        self._sums = defaultdict(float, (state or {}).get("sums", {}))
+        sums = {k: float(v) for k, v in (state or {}).get("sums", {}).items()}
+        self._sums = defaultdict(float, sums)
         counts = {k: int(v) for k, v in (state or {}).get("counts", {}).items()}
         self._counts = defaultdict(int, counts)
         self._clock, self._clock_iteration = time.perf_counter(), iteration

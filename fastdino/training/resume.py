@@ -113,6 +113,10 @@ class RunCheckpoint:
 
     def _restore(self) -> None:
         state = checkpoint.load(self.path)
+        with checkpoint.explain_content(self.path):
+            self._restore_from(state)
+
+    def _restore_from(self, state: dict[str, Any]) -> None:
         try:
             self.trainer.load_state_dict(state)
         except CheckpointError as error:

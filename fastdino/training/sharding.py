@@ -23,6 +23,7 @@ from fastdino.errors import ConfigError
 from fastdino.models.backbones import has_batch_norm
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
+from fastdino.training.optimizers import with_own_settings
 
 
 def check_sharding(network: nn.Module) -> None:
@@ -72,18 +73,22 @@ def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load full tensors into an optimizer whose parameters may be sharded."""
+    """Load full tensors into an optimizer whose parameters may be sharded.
+
+    Settings such as betas stay those of the optimizer.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sharded = {
         index: {
-            name: _shard_like(parameters[index], value)
+            # Fused updates ignore strides, such as those of one number that was expanded.
+            name: _shard_like(parameters[index], value.contiguous())
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": sharded})
+    optimizer.load_state_dict(with_own_settings(optimizer, {**state, "state": sharded}))
 
 
 def _shard_like(own: Tensor, tensor: Tensor) -> Tensor:

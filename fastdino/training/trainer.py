@@ -14,7 +14,7 @@ from fastdino_kernels import DINOLoss, koleo_loss
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.checkpoint import add_prefix, check_shapes, strip_prefix
+from fastdino.checkpoint import add_prefix, check_count, check_shapes, strip_prefix
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_networks, has_batch_norm
@@ -365,6 +365,9 @@ class Trainer:
                 "(--batch_size_per_gpu * --grad_accum * world size); with another world size, "
                 "--last_batch drop or pad may give the same number"
             )
+        iteration = check_count(
+            state, "iteration", check_count(state, "epoch") * self.steps_per_epoch
+        )
         modules = {"student": self.student, "teacher": self.teacher, "dino_loss": self.loss}
         tensors = {name: strip_prefix(state[name], "module.") for name in modules}
         for name, module in modules.items():
@@ -380,8 +383,10 @@ class Trainer:
             sharding.load_module(module, tensors[name])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and "fp16_scaler" in state:
-            self.scaler.load_state_dict(state["fp16_scaler"])
-        self.iteration = state.get("iteration", state["epoch"] * self.steps_per_epoch)
+            own = self.scaler.state_dict()
+            scaler = {name: type(own[name])(state["fp16_scaler"][name]) for name in own}
+            self.scaler.load_state_dict(scaler)
+        self.iteration = iteration
         generators = state.get("generators", [])
         if len(generators) == distributed.world_size():
             _set_generator_states(generators[distributed.rank()], self.device)
