@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         TRAINER,
-        'self.scaler.load_state_dict(state["fp16_scaler"])',
+        "self.scaler.load_state_dict(scaler)",
         "pass",
         (*STEP_TESTS, "tests/test_cuda_path.py"),
     ),
