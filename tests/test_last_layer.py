@@ -78,3 +78,23 @@ def test_nothing_is_kept_for_a_teacher():
 def test_invalid_layers(layer, raises, match):
     with pytest.raises(raises, match=match):
         last_layer_weight(layer)
+
+
+@pytest.mark.parametrize("dim", [None, 1])
+def test_weight_norm_of_other_dimensions(dim):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = nn.utils.weight_norm(plain(), dim=dim)
+    with pytest.raises(ValueError, match=r"weight_g \[K, 1\], got \[9, 6\] and .*dim=0"):
+        last_layer_weight(old)
+    parametrized = nn.utils.parametrizations.weight_norm(plain(), dim=dim)
+    assert torch.equal(last_layer_weight(parametrized), parametrized.weight)
+
+
+def test_layers_with_a_weight_v_that_is_no_matrix():
+    spectral = nn.utils.spectral_norm(plain())
+    with pytest.raises(ValueError, match=r"got \[6\] and None"):
+        last_layer_weight(spectral)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        convolution = nn.utils.weight_norm(nn.Conv2d(3, 4, 2, bias=False))
+    with pytest.raises(ValueError, match=r"got \[4, 3, 2, 2\] and \[4, 1, 1, 1\]"):
+        last_layer_weight(convolution)

@@ -26,7 +26,7 @@ def last_layer_weight(layer: nn.Module) -> Tensor:
             parameters are gathered.
 
     Raises:
-        ValueError: a layer with a bias.
+        ValueError: a layer with a bias, or weight-normed other than by row (dim=0).
         TypeError: a module without a weight matrix.
 
     Example:
@@ -39,13 +39,29 @@ def last_layer_weight(layer: nn.Module) -> Tensor:
         raise ValueError("layer must have no bias, got one: expected nn.Linear(.., bias=False)")
     weight, direction = getattr(layer, "weight", None), getattr(layer, "weight_v", None)
     if isinstance(direction, Tensor):
-        return torch._weight_norm(direction, layer.get_parameter("weight_g"), 0)
+        return torch._weight_norm(direction, _magnitude(layer, direction), 0)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise TypeError(
             "layer must be a linear layer with a weight [K, D], such as nn.Linear, "
             f"got {type(layer).__name__}"
         )
     return weight
+
+
+def _magnitude(layer: nn.Module, direction: Tensor) -> Tensor:
+    """Return weight_g [K, 1]. With another shape torch._weight_norm reads out of bounds."""
+    magnitude = getattr(layer, "weight_g", None)
+    if (
+        not isinstance(magnitude, Tensor)
+        or direction.dim() != 2
+        or magnitude.shape != (len(direction), 1)
+    ):
+        got = list(magnitude.shape) if isinstance(magnitude, Tensor) else magnitude
+        raise ValueError(
+            "layer must be weight-normed by row: expected weight_v [K, D] and weight_g [K, 1], "
+            f"got {list(direction.shape)} and {got}; use weight_norm(layer, dim=0)"
+        )
+    return magnitude
 
 
 def check_layer(x_name: str, x: Tensor, weight_name: str, weight: Tensor, dims: str) -> None:
