@@ -337,11 +337,26 @@ def test_gradient_may_be_written_over_the_logits(target):
     logits = 1 * leaf.requires_grad_()
     options = TEMPS | {"impl": target["impl"], "inplace_backward": True}
     loss, _ = dino_loss(logits, teacher, center, **options)
-    loss.backward(retain_graph=True)
+    other, _ = dino_loss(logits, teacher, center, **options)
+    loss.backward()
     assert torch.equal(leaf.grad.cpu(), expected[1])
     assert torch.equal(logits.detach().cpu(), expected[1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        other.backward()
+
+
+def test_gradient_is_not_written_over_logits_of_a_kept_graph(target):
+    student, teacher, center = draw(4, 2, 3, 70)
+    expected = ours(student, teacher, center, **target)[1]
+    leaf, teacher, center = (x.to(target["device"]) for x in (student, teacher, center))
+    logits = 1 * leaf.requires_grad_()
+    options = TEMPS | {"impl": target["impl"], "inplace_backward": True}
+    loss, _ = dino_loss(logits, teacher, center, **options)
+    loss.backward(retain_graph=True)
+    assert torch.equal(logits.detach().cpu(), student)
+    loss.backward()
+    assert torch.equal(leaf.grad.cpu(), 2 * expected)
+    assert torch.equal(logits.detach().cpu(), expected)
 
 
 def test_inplace_backward_rejects_shared_memory():
@@ -656,3 +671,14 @@ def test_loss_equals_entropy_if_student_equals_teacher():
     center = torch.zeros(20, dtype=torch.float64)
     loss, _ = dino_loss(logits, logits[:2], center, student_temp=0.1, teacher_temp=0.1)
     torch.testing.assert_close(loss, teacher_entropy(logits[:2], center, 0.1))
+
+
+def test_teacher_entropy_compiles_as_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(teacher_entropy, fullgraph=True, dynamic=True, backend=counter)
+    for B in (5, 2, 9):
+        _, teacher, center = draw(2, 2, B, 50)
+        torch.testing.assert_close(
+            compiled(teacher, center, 0.04), teacher_entropy(teacher, center, 0.04)
+        )
+    assert counter.frame_count == 1

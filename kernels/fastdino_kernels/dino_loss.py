@@ -66,7 +66,8 @@ def dino_loss(
         weights: w, [B] or [S, B], any floating-point dtype, >= 0; receive no gradient. Their sign
             is checked on a CPU only: a GPU's values are not read by the host.
         inplace_backward: write the gradient over the student's logits, which saves S*B*K elements
-            of memory. Do not read the logits after the backward pass, or run it twice.
+            of memory. Do not read the logits after the backward pass. With retain_graph=True the
+            gradient has memory of its own, for the sake of the next backward pass.
         impl: "triton" (two launches forward, one backward), "torch" (vectorised), or "auto".
 
     Returns: (loss, teacher_sum): a fp32 scalar in nats (rows [S, B] with "none"), and the [K] fp32

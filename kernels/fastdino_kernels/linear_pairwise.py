@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import LIBRARY, ops, register_fake
+from .operators import LIBRARY, keeps_graph, ops, register_fake
 from .pairwise_arguments import Crops, PairwiseOptions
 from .row_chunks import Logits, add_product_, product, result_dtype, row_chunks
 
@@ -148,7 +148,7 @@ class _LinearPairwise(torch.autograd.Function):
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply, in place unless another backward pass may read the gradient."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or keeps_graph():
         return gradient * factor
     return gradient.mul_(factor)
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ._ops import add_op_namespace_prefix, ops
 
-__all__ = ["LIBRARY", "add_op_namespace_prefix", "needs_dispatcher", "ops", "register_fake"]
+__all__ = [
+    "LIBRARY",
+    "add_op_namespace_prefix",
+    "keeps_graph",
+    "needs_dispatcher",
+    "ops",
+    "register_fake",
+]
 
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 
@@ -36,3 +43,9 @@ def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(map(Tensor.is_neg, tensors))
     )
+
+
+def keeps_graph() -> bool:
+    """Return True if another backward pass may follow the running one: with retain_graph=True."""
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return keeps

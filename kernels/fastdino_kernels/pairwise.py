@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
-from .operators import LIBRARY, needs_dispatcher, ops, register_fake
+from .operators import LIBRARY, keeps_graph, needs_dispatcher, ops, register_fake
 from .pairwise_arguments import Crops, PairwiseOptions
 
 # A temperature is a float, or a 0-d tensor on the device, in which case the float is unused; so is
@@ -187,8 +187,8 @@ def pairwise_cross_entropy(
 class PairwiseCrossEntropy(torch.autograd.Function):
     """(loss [] or rows [S, B], teacher_sum [K] or [0]): pairwise_forward, with its arguments.
 
-    Only the student's logits receive a gradient, and only once. With `inplace_backward` it is
-    written over them, and autograd refuses other uses of the overwritten logits.
+    Only the student's logits receive a gradient, and only once. With `inplace_backward` the last
+    backward pass writes it over them, and autograd refuses other uses of the overwritten logits.
     """
 
     @staticmethod
@@ -228,7 +228,7 @@ class PairwiseCrossEntropy(torch.autograd.Function):
         flat = [x if tensor is None else tensor for x, tensor in zip(ctx.settings, tensors)]
         arguments = (grad_result, student, teacher, center, stats, *flat)
         traced = _traced(arguments)
-        if ctx.inplace_backward:
+        if ctx.inplace_backward and (torch.compiler.is_compiling() or not keeps_graph()):
             (ops.pairwise_backward_ if traced else _backward_)(*arguments)
             grad = student
         else:

@@ -196,11 +196,15 @@ def _cached() -> int:
 
 
 def blocks_of_images(batch: int, prototypes: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices of the batch: on a CPU, pieces that fit its caches; elsewhere, the whole."""
-    step = batch
-    if device.type == "cpu":
-        step = max(torch.get_num_threads(), _cached() // prototypes)
-    for start in range(0, batch, max(step, 1)):
+    """Yield slices of the batch: on a CPU, pieces that fit its caches; elsewhere, the whole.
+
+    torch.compile gets the whole too: it cannot trace the number of threads, and fuses operations.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        yield slice(0, batch)
+        return
+    step = max(torch.get_num_threads(), _cached() // prototypes)
+    for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))
 
 

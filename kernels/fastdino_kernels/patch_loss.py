@@ -59,7 +59,8 @@ def patch_loss(
         denominator: > 0; a number, or a 0-d tensor as for student_temp, also of integers; N by
             default.
         inplace_backward: write the gradient over the student's logits, which saves N*K elements of
-            memory. Do not read the logits after the backward pass, or run it twice.
+            memory. Do not read the logits after the backward pass. With retain_graph=True the
+            gradient has memory of its own, for the sake of the next backward pass.
         impl: "triton" (two launches forward, one backward), "torch" (vectorised), or "auto".
 
     Returns: (loss, teacher_sum): a fp32 scalar in nats, and the [K] fp32 sum of the raw teacher
