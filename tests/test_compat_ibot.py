@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastdino_kernels.compat import ibot
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from tests.logits import draw
@@ -162,6 +163,18 @@ def test_schedules_attributes_and_state(original):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name))
 
 
+def test_a_kept_graph_has_the_gradient_of_each_term(original):
+    gradients = []
+    for cls in (ibot.iBOTLoss, original):
+        batch = draw_batch()
+        patch, student = batch.patch.requires_grad_(), (batch.cls.requires_grad_(), batch.patch * 1)
+        losses = build(cls)(student, batch.teacher, batch.local, batch.masks, 0)
+        for name in ("patch", "cls", "loss"):
+            losses[name].backward(retain_graph=name != "loss")
+        gradients.append((batch.cls.grad, patch.grad))
+    assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_fp32(dtype):
     ours, wide = build(ibot.iBOTLoss), build(PlainLoss, dtype=torch.float64)
@@ -179,6 +192,17 @@ def test_half_precision_is_computed_in_fp32(dtype):
             assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
         assert_close(ours.center.double(), wide.center)
         assert_close(ours.center2.double(), wide.center2)
+
+
+def test_compiles_as_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    ours, theirs = (build(cls) for cls in (ibot.iBOTLoss, PlainLoss))
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
+    for B in (9, 4, 11):
+        batch = draw_batch(B=B)
+        assert_close(batch.run(compiled, 1), batch.run(theirs, 1))
+        assert_close(ours.center2, theirs.center2)
+    assert counter.frame_count == 1
 
 
 def test_tokens_that_are_not_masked_are_not_read():

@@ -104,3 +104,8 @@ def test_invalid_features(error, x, match):
 def test_invalid_constructor_arguments(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be > 0"):
         KoLeoLoss(**arguments)
+
+
+def test_tensors_without_memory():
+    loss = KoLeoLoss()(torch.randn(6, 4, device="meta"))
+    assert (loss.shape, loss.device.type) == ((), "meta")

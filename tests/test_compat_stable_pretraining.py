@@ -243,3 +243,14 @@ def distributed_steps() -> None:
 
 def test_two_ranks():
     run_two(distributed_steps)
+
+
+def test_center_of_a_validation_in_inference_mode_can_be_updated():
+    loss, logits = DINOv1Loss(), torch.randn(3, 4, 7)
+    for batch, inference in zip(logits, (True, False, True), strict=True):
+        with torch.inference_mode(inference):
+            loss.update_center(batch[None])
+            loss.apply_center_update()
+    first, second, third = logits.mean(1)
+    expected = 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third
+    torch.testing.assert_close(loss.center[0], expected)

@@ -235,3 +235,9 @@ def test_autocast_casts_no_crops(dtype):
     crops = [torch.ones(2, 3, dtype=dtype) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
         assert stack_crops("crops", crops).dtype == dtype
+
+
+def test_crops_without_memory():
+    crops = [torch.randn(3, 4, device="meta") for _ in range(2)]
+    stacked = stack_crops("crops", crops)
+    assert (stacked.shape, stacked.device.type) == ((2, 3, 4), "meta")

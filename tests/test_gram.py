@@ -130,3 +130,10 @@ X = torch.zeros(2, 4, 5)
 def test_invalid_arguments(student, teacher, options, raises, match):
     with pytest.raises(raises, match=match):
         gram_loss(student, teacher, **options)
+
+
+def test_tensors_without_memory():
+    student, teacher = torch.randn(2, 3, 6, 4, device="meta")
+    loss = gram_loss(student.requires_grad_(), teacher)
+    loss.backward()
+    assert (loss.shape, student.grad.shape) == ((), (3, 6, 4))

@@ -236,6 +236,15 @@ def test_empty_batch_has_loss_zero(kind, target):
     assert torch.equal(dweight, torch.zeros(40, 6))
 
 
+@pytest.mark.parametrize("denominator", [torch.tensor(0), torch.tensor(0.0), 3.0, None])
+def test_no_tokens_and_a_denominator_that_counts_them(denominator, target):
+    inputs = draw_for("patch", B=0, dtype=torch.float32)
+    for loss_function in (LINEAR["patch"], LOGITS["patch"]):
+        loss, *gradients = run(loss_function, inputs, denominator=denominator, **target)
+        assert loss == 0
+        assert not any(gradient.isnan().any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("kind", ["dino", "patch"])
 def test_temperatures_and_denominator_may_be_tensors(kind, target):
     inputs = draw_for(kind, dtype=torch.float32)

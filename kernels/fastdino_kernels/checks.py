@@ -142,7 +142,7 @@ def check_row_weights(
         expected = " or ".join(f"{name} = {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"weights must be {expected}, got shape {list(weights.shape)}")
     check_same_device("weights", weights, "student", like)
-    if weights.device.type == "cpu" and weights.numel() > 0 and not needs_dispatcher([weights]):
+    if weights.device.type == "cpu" and not needs_dispatcher([weights]) and weights.numel() > 0:
         smallest = weights.min().item()
         if smallest < 0:
             raise ValueError(f"weights must be >= 0, got {smallest:g}")

@@ -178,7 +178,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Disable autocast: operations compute in the dtypes that they are given."""
+    """Disable autocast: operations compute in the dtypes that they are given.
+
+    torch.autocast itself refuses devices without autocast, such as "meta".
+    """
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_float_tensor, check_same_device
-from .dispatch import choose_impl, compute_dtype
+from .dispatch import choose_impl, compute_dtype, without_autocast
 from .operators import LIBRARY, ops, register_fake
 
 BLOCK_ELEMENTS = 1 << 22  # entries of E at a time: 16 MB in fp32
@@ -95,7 +95,7 @@ def gram_loss(
     check_same_device("student", student, "teacher", teacher)
     choose_impl(impl, (student, teacher))
     dtype = compute_dtype(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         groups = [
             _grouped(F.normalize(tokens.to(dtype), dim=-1), per_image)
             for tokens in (student, teacher.detach())

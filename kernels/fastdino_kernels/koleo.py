@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .checks import check_float_tensor, check_integer, check_positive
 from .collectives import Group, all_reduce_sum_, check_equal_on_ranks, world_size
-from .dispatch import choose_impl, compute_dtype
+from .dispatch import choose_impl, compute_dtype, without_autocast
 from .operators import LIBRARY, ops, register_fake
 
 EPS = 1e-8
@@ -54,7 +54,8 @@ def _nearest_rows(x: Tensor, others: Tensor, first: int, topk: int, own: float =
 
 
 def _empty_indices(x: Tensor, _others: Tensor, _first: int, topk: int, *_: object) -> Tensor:
-    return torch.empty(len(x), topk, dtype=torch.int64, device=x.device)
+    # Not len(x), which would fix the size under torch.compile.
+    return torch.empty(x.shape[0], topk, dtype=torch.int64, device=x.device)
 
 
 LIBRARY.impl("nearest_rows", _nearest_rows, "CompositeExplicitAutograd")
@@ -98,12 +99,12 @@ def koleo_loss(
     topk, eps = check_integer("topk", topk), check_positive("eps", eps)
     choose_impl(impl, (x,))
     ranks = 1 if group is None else world_size(group)
-    most = max(1, ranks * len(x) - 1)
-    if not 1 <= topk <= most:
+    most = ranks * len(x) - 1
+    if topk != 1 and not 1 <= topk <= most:
         raise ValueError(
-            f"topk must be in 1..{most} for {ranks * len(x)} rows on all ranks, got {topk}"
+            f"topk must be in 1..{max(1, most)} for {ranks * len(x)} rows on all ranks, got {topk}"
         )
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         rows = F.normalize(x.to(compute_dtype(x)), dim=1, eps=eps)
         others, first = rows, 0
         if ranks > 1:

@@ -149,7 +149,9 @@ def linear_patch_loss(
         (student_temp, teacher_temp),
         LinearOptions(False, impl, chunk_rows),
     )
-    return total / (max(N, 1) if divisor is None else divisor), teacher_sum
+    if N == 0:  # a count of tokens, as denominator, may be 0 too
+        divisor = 1.0
+    return total / (N if divisor is None else divisor), teacher_sum
 
 
 def _check_layers(

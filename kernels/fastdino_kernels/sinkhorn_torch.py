@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype
+from .dispatch import compute_dtype, without_autocast
 
 # Elements of a block on a CPU, 4 MB in fp32. All threads wait for each other after each operation
 # on a block, which on a busy machine costs more than smaller blocks gain in the caches.
@@ -80,5 +80,5 @@ def _scaled(logits: Tensor, center: Tensor, temp: float | Tensor, out: Tensor) -
 
 def _sum_of_rows(x: Tensor) -> Tensor:
     """Return the sum [K] over the rows [n, K], by a product: faster than PyTorch's sum on a CPU."""
-    with torch.autocast(x.device.type, enabled=False):  # which would round the product to bf16
+    with without_autocast(x.device):  # which would round the product to bf16
         return x.new_ones(len(x)) @ x

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_float_tensor, check_integer, check_number, check_positive, check_range
 from ..dino_loss import dino_loss
 from ..dino_module import temperature_schedule
-from ..dispatch import compute_dtype
+from ..dispatch import compute_dtype, without_autocast
 from ..patch_loss import patch_loss
 from .rank_mean import move_center_, start_rank_mean
 
@@ -145,7 +145,7 @@ class iBOTLoss(nn.Module):  # noqa: N801
         teacher_cls, teacher_patch = teacher_output
         if student_local_cls is not None:
             check_float_tensor("student_local_cls", student_local_cls)
-            with torch.autocast(student_cls.device.type, enabled=False):
+            with without_autocast(student_cls.device):
                 student_cls = torch.cat([student_cls, student_local_cls])
         masks = self._masks(student_mask)
         crops, tokens = masks.shape
@@ -206,7 +206,7 @@ class iBOTLoss(nn.Module):  # noqa: N801
             if not isinstance(mask, Tensor):
                 raise TypeError(f"student_mask must hold tensors, got {type(mask).__name__}")
         shapes = [tuple(mask.shape) for mask in masks]
-        if len(masks) < self.ngcrops or len({*shapes}) != 1 or len(shapes[0]) != 3:
+        if len(masks) < self.ngcrops or any(x != shapes[0] for x in shapes) or len(shapes[0]) != 3:
             raise ValueError(
                 f"student_mask must hold {self.ngcrops} masks [B, h, w] of one shape, one for each "
                 f"global crop, got {shapes}"

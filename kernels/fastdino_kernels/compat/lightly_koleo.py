@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_float_tensor, check_positive
-from ..dispatch import compute_dtype
+from ..dispatch import compute_dtype, without_autocast
 from ..koleo import neighbour_loss
 from ..operators import ops
 
@@ -52,7 +51,7 @@ class KoLeoLoss(nn.Module):
         check_float_tensor("x", x)
         if x.dim() != 2 or x.shape[1] < 1:
             raise ValueError(f"x must be [B, D] with D >= 1, got shape {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             rows = F.normalize(x.to(compute_dtype(x)), dim=1, eps=self.eps)
             fixed = rows.detach()
             nearest = ops.nearest_rows(fixed, fixed, 0, 1, _OWN_SIMILARITY)

@@ -178,6 +178,8 @@ class DINOv1Loss(nn.Module):
         mean, ranks = self._pending.wait()
         self._pending = None
         if self.center is not None:
+            # A new tensor: one that a validation in inference mode made cannot be changed.
+            self.center = self.center.clone()
             move_center_(self.center, mean, ranks, self.center_momentum)
         elif isinstance(ranks, Tensor) or ranks > 0:
             self.center = mean

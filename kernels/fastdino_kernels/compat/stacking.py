@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..checks import check_float_tensor
+from ..dispatch import without_autocast
 
 # Nodes of the autograd graph whose forward pass only selects elements of a tensor.
 _PIECE_NODES = frozenset(
@@ -65,7 +66,7 @@ def stack_crops(name: str, crops: Iterable[Tensor] | Tensor) -> Tensor:
     if len(pieces) == 1:
         return pieces[0].unsqueeze(0)
     if torch.compiler.is_compiling() or not _are_consecutive(pieces):
-        with torch.autocast(pieces[0].device.type, enabled=False):  # refuses fp16 on a CPU
+        with without_autocast(pieces[0].device):  # refuses fp16 on a CPU
             return torch.stack(pieces)
     base = pieces[0]._base
     if base is not None and _are_all_of(base, pieces):
