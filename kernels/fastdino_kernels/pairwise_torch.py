@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype
+from .dispatch import compute_dtype, without_autocast
 from .pairwise_arguments import Crops, PairwiseOptions
 
 # Elements of one temporary per CPU thread, 2 MB in fp32. Smaller ones would fit a core's L2 cache,
@@ -49,9 +49,7 @@ def forward(crops: Crops, options: PairwiseOptions) -> tuple[Tensor, Tensor, Ten
                 stats[1, S + q, block] = targets[-1].mass
                 continue
             logits = buffers.widened("wide", crop)
-            # On a CPU a product is faster than PyTorch's sum over a few rows.
-            ones = logits.new_ones(len(logits))
-            teacher_sum += ones @ logits if device.type == "cpu" else logits.sum(dim=0)
+            teacher_sum += sum_of_rows(logits)
             below = torch.sub(logits, center_used, out=buffers.get(f"target {q}", crop.shape))
             largest = below.amax(dim=-1)
             probs = below.sub_(largest[:, None]).mul_(teacher_scale).exp2_()
@@ -130,6 +128,14 @@ class Target:
     values: Tensor  # [b, K]
     factor: Tensor  # [b]
     mass: Tensor
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    """Return the sum [K] over the rows [n, K]; on a CPU by a product, which is faster there."""
+    if x.device.type != "cpu":
+        return x.sum(dim=0)
+    with without_autocast(x.device):  # which would round the product to bf16
+        return x.new_ones(len(x)) @ x
 
 
 def _given(probs: Tensor, dtype: torch.dtype) -> Target:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, without_autocast
+from .dispatch import compute_dtype
+from .pairwise_torch import sum_of_rows
 
 # Elements of a block on a CPU, 4 MB in fp32. All threads wait for each other after each operation
 # on a block, which on a busy machine costs more than smaller blocks gain in the caches.
@@ -31,7 +32,7 @@ def columns(teacher: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor]:
     buffer = _buffer(teacher)
     for block in _blocks(teacher):
         x = torch.sub(teacher[block], finite, out=buffer[: block.stop - block.start])
-        sums += _sum_of_rows(x.mul_(scale).exp2_())
+        sums += sum_of_rows(x.mul_(scale).exp2_())
     return largest, sums
 
 
@@ -42,7 +43,7 @@ def masses(teacher: Tensor, center: Tensor, temp: float | Tensor) -> Tensor:
     for block in _blocks(teacher):
         rows = block.stop - block.start
         x = _scaled(teacher[block], center, temp, buffer[:rows])
-        result += _sum_of_rows(torch.softmax(x, dim=1, out=probs[:rows]))
+        result += sum_of_rows(torch.softmax(x, dim=1, out=probs[:rows]))
     return result
 
 
@@ -76,9 +77,3 @@ def _buffer(teacher: Tensor) -> Tensor:
 def _scaled(logits: Tensor, center: Tensor, temp: float | Tensor, out: Tensor) -> Tensor:
     """Write (x - center)/temp to `out`."""
     return torch.sub(logits, center, out=out).mul_(1 / temp)
-
-
-def _sum_of_rows(x: Tensor) -> Tensor:
-    """Return the sum [K] over the rows [n, K], by a product: faster than PyTorch's sum on a CPU."""
-    with without_autocast(x.device):  # which would round the product to bf16
-        return x.new_ones(len(x)) @ x
