@@ -133,8 +133,11 @@ def _read(path: Path) -> Any:
 
 
 @contextmanager
-def explain_content(path: Path) -> Iterator[None]:
-    """Convert an error from values of another type or size to a CheckpointError with the path."""
+def explain_content(path: Path | str, todo: str = "use another file") -> Iterator[None]:
+    """Convert an error from values of another type or size to a CheckpointError with the path.
+
+    Args: todo: the end of the message.
+    """
     try:
         yield
     except CheckpointError as error:
@@ -146,8 +149,7 @@ def explain_content(path: Path) -> Iterator[None]:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AttributeError) as e:
         reason = f"{type(e).__name__}: {e}".partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be used ({reason}): it is damaged, or was not written by this command; "
-            "use an older one, or move it away to start from scratch"
+            f"{path} cannot be used ({reason}): it is damaged, or has another structure; {todo}"
         ) from e
 
 
@@ -183,9 +185,9 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not expected" for name in state if name not in own]
     problems += [
-        f"{name} is a {_kind(state[name])}, expected a dense tensor of real numbers"
+        f"{name} is a {kind}, expected a dense tensor of real numbers"
         for name in own
-        if name in state and _kind(state[name])
+        if name in state and (kind := unsuitable_kind(state[name]))
     ]
     problems += [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
@@ -199,12 +201,17 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor], what: str) -> None
         )
 
 
-def _kind(value: Any) -> str:
-    """Return what a value is if it cannot be copied into a weight, else ""."""
+def unsuitable_kind(value: Any) -> str:
+    """Return what a value is if it cannot be a weight, else "".
+
+    A tensor with more elements than its storage repeats them: a copy could fill the memory.
+    """
     if not isinstance(value, Tensor):
         return type(value).__name__
     if value.layout is not torch.strided or value.is_quantized:
         return "sparse or quantized tensor"
     if value.is_meta:
         return "tensor without data"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "tensor of repeated values"
     return "complex tensor" if value.is_complex() else ""

@@ -236,3 +236,52 @@ def test_initial_weights_are_the_students_without_a_teacher(trainer, save):
     torch.testing.assert_close(weights, trainer.student.backbone.state_dict(), rtol=0, atol=0)
     path = save(trainer.student.backbone.state_dict())
     assert initial_weights(path, arch="vit_nano", patch_size=8, img_size=32)[1] is None
+
+
+def _expanded(*shape):
+    """Return a tensor of any size that stores one number."""
+    return torch.zeros(1).expand(shape)
+
+
+HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pos_embed": _expanded(1, 10**12, 96)}, "pos_embed is a tensor of repeated values"),
+        ({"pos_embed": torch.zeros(1, 5, 96, device="meta")}, "pos_embed is a tensor without"),
+        ({"pos_embed": torch.zeros(3, 4, 5)}, "cannot be used|pos_embed is"),
+        ({"pos_embed": torch.zeros(())}, "cannot be used"),
+        ({"register_tokens": torch.zeros(3)}, "cannot be used"),
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, "cannot be used"),
+        ({"norm.bias": torch.full((96,), float("nan"))}, "norm.bias is not finite"),
+        ({"norm.bias": torch.zeros(96) + 0j}, "norm.bias is a complex tensor"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_crafted_weights_are_reported_by_name(trainer, save, changes, message):
+    backbone = trainer.student.backbone.state_dict()
+    path = save({**backbone, **changes})
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.pth.*({message})"):
+        load(path, arch=None)
+
+
+@pytest.mark.parametrize("shapes", [[(10**6, 10**6)] * 3, [(2, 2), (3, 3), (4, 4)]])
+def test_crafted_queries_keys_and_values_are_one_line(save, shapes):
+    names = ("query", "key", "value")
+    state = {
+        f"encoder.layer.0.attention.attention.{name}.weight": _expanded(*shape)
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    state |= {"embeddings.cls_token": torch.zeros(1, 1, 96), HF_PATCHES: torch.zeros(96, 3, 8, 8)}
+    with pytest.raises(CheckpointError, match="repeated values"):
+        load(save(state), arch=None)
+
+
+@pytest.mark.parametrize("patch_size", ["x", -16, 10**9, None, True, [16]])
+def test_patch_sizes_that_cannot_be_one_are_ignored(trainer, save, patch_size):
+    backbone = trainer.student.backbone.state_dict()
+    args = argparse.Namespace(patch_size=patch_size, arch=["vit"])
+    loaded = load(save({"teacher": backbone, "args": args}), arch=None)
+    assert loaded.patch_size == trainer.config.patch_size

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastdino.checkpoint import unsuitable_kind
 from fastdino.errors import CheckpointError
 
 # Parts of a name that wrappers insert anywhere: torch.compile, FSDP, recomputation, DeepSpeed.
@@ -72,7 +73,13 @@ def find_network(
     found = _find_vits(tensors) if own_names is None else _find_by_names(tensors, [*own_names])
     if not found:
         raise CheckpointError(f"{source} has no backbone: it is {describe(state)}")
-    return _select(found, key, source)
+    network = _select(found, key, source)
+    for name, tensor in network.tensors.items():
+        if kind := unsuitable_kind(tensor):
+            raise CheckpointError(
+                f"{source}: {name} is a {kind}, expected a dense tensor of real numbers"
+            )
+    return network
 
 
 def _flatten(state: dict[Any, Any]) -> dict[str, Tensor]:

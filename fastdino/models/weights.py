@@ -26,6 +26,7 @@ from fastdino.models.weight_names import drop_other_parts, infer_vit, to_paper_n
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 # The model types in config.json that a VisionTransformer can hold.
 HF_TYPES = ("vit", "dinov2", "dinov2_with_registers")
+LARGEST_PATCH = 1024  # px
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ def load_backbone(
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
     arch = arch or _stated_arch(path, args)
-    sizes = _Sizes(arch, patch_size or args.get("patch_size"), default[1])
-    is_other = arch is not None and not is_vit(arch)
-    module, arch, patch_size, network = (_load_other if is_other else _load_vit)(
-        path, state, checkpoint_key, sizes
-    )
+    sizes = _Sizes(arch, patch_size or _stated_patch_size(args), default[1])
+    load = _load_other if arch is not None and not is_vit(arch) else _load_vit
+    with checkpoint.explain_content(path):
+        module, arch, patch_size, network = load(path, state, checkpoint_key, sizes)
+    _check_finite(module, path)
     epoch = state.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None
     return Backbone(module.eval(), arch, patch_size, args, epoch, network.role)
@@ -107,6 +108,21 @@ def _stated_arch(path: str, args: dict[str, Any]) -> str | None:
         return RELEASED[path].arch
     arch = args.get("arch")
     return arch if isinstance(arch, str) and is_known_arch(arch) else None
+
+
+def _stated_patch_size(args: dict[str, Any]) -> int | None:
+    """Return the patch size that the file's settings state, if it can be one."""
+    size = args.get("patch_size")
+    return size if type(size) is int and 0 < size <= LARGEST_PATCH else None
+
+
+def _check_finite(module: nn.Module, path: str) -> None:
+    """Raise CheckpointError for NaN or infinite weights, whose features are all NaN."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} is not finite: the training diverged; use an earlier checkpoint"
+            )
 
 
 def _load_vit(

@@ -24,6 +24,7 @@ PASSING_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN,
     errno.ENOMEM, errno.ENFILE, errno.EMFILE,
 )  # fmt: skip
+_DAMAGED = "use an older one, or move it away to start from scratch"
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
 NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
 
@@ -113,7 +114,7 @@ class RunCheckpoint:
 
     def _restore(self) -> None:
         state = checkpoint.load(self.path)
-        with checkpoint.explain_content(self.path):
+        with checkpoint.explain_content(self.path, todo=_DAMAGED):
             self._restore_from(state)
 
     def _restore_from(self, state: dict[str, Any]) -> None:
