@@ -5,6 +5,7 @@ Legend: S crops of the student, T crops of the teacher, B images, N tokens, K pr
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 from types import SimpleNamespace
@@ -456,7 +457,11 @@ def distributed_steps(checkout: bool) -> None:
     for loss, logits in zip(ours, (teacher, teacher[None]), strict=True):
         loss.apply_center_update()
         loss.update_center(logits if rank else logits[..., :0, :])
+        copies = [copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]
         loss.apply_center_update()
+        for other in copies:
+            other.apply_center_update()
+            assert torch.equal(other.center, loss.center)
         mean = torch.stack([t.mean(0) for _, t in batch[1:]]).mean(0)
         assert_close(loss.center.view(K), 0.9 * center + 0.1 * mean)
     torch.distributed.destroy_process_group()

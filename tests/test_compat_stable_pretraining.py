@@ -6,6 +6,7 @@ Legend: S views of the student, T views of the teacher, B images, N patches, K p
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -229,7 +230,10 @@ def distributed_steps() -> None:
         ours.update_center(batches[rank])
         ours.apply_center_update()
     ours.update_center(batches[0][:, : 2 * (1 - rank)])  # the second rank has none
-    ours.apply_center_update()
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    for loss in (ours, *copies):
+        loss.apply_center_update()
+        assert torch.equal(loss.center, ours.center)
     means = [batch.mean(dim=(0, 1)) for batch in batches]
     expected = 0.9 * (means[0] + means[1]) / 2 + 0.1 * means[0]
     torch.testing.assert_close(ours.center[0], expected)

@@ -15,7 +15,7 @@ class RankMean(NamedTuple):
 
     mean: Tensor  # of this rank; with several ranks, their sum and the number of ranks with rows
     ranks: int | None  # number of ranks with rows, None for several ranks
-    work: Any  # the all-reduce, None for one rank
+    work: Any  # the all-reduce, None for one rank and for a copy
     shape: torch.Size
 
     def wait(self) -> tuple[Tensor, Tensor | int]:
@@ -27,9 +27,16 @@ class RankMean(NamedTuple):
         """
         if self.ranks is not None:
             return self.mean, self.ranks
-        self.work.wait()
+        if self.work is not None:
+            self.work.wait()
         total, ranks = self.mean[:-1], self.mean[-1]
         return (total / ranks.clamp_min(1)).view(self.shape), ranks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or save the result of the all-reduce: it cannot be copied itself."""
+        if self.work is not None:
+            self.work.wait()
+        return type(self), (self.mean, self.ranks, None, self.shape)
 
 
 def start_rank_mean(total: Tensor, rows: int) -> RankMean:

@@ -96,6 +96,12 @@ class TeacherCenter(nn.Module):
                 f"got {logits.device}; move the loss with .to(device)"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Finish the all-reduce, whose handle cannot be copied or saved."""
+        if self._pending is not None:
+            self._pending.wait()
+        return {**self.__dict__, "reduce_handle": None}
+
     def extra_repr(self) -> str:
         """Return the text that print(module) shows between the parentheses."""
         return (
