@@ -236,6 +236,23 @@ def test_empty_batch_has_loss_zero(kind, target):
     assert torch.equal(dweight, torch.zeros(40, 6))
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e3, 1e9])
+def test_weights_of_any_size_in_fp16(scale, target):
+    inputs, weights = draw_for("patch", dtype=torch.float16), torch.rand(5)
+    got, expected = (
+        run(LINEAR["patch"], inputs, weights=weights * x, denominator=x, **target)
+        for x in (scale, 1.0)
+    )
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_weights_of_zero_in_fp16(target):
+    inputs = draw_for("patch", dtype=torch.float16)
+    loss, _, *gradients = run(LINEAR["patch"], inputs, weights=torch.zeros(5), **target)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("denominator", [torch.tensor(0), torch.tensor(0.0), 3.0, None])
 def test_no_tokens_and_a_denominator_that_counts_them(denominator, target):
     inputs = draw_for("patch", B=0, dtype=torch.float32)

@@ -182,6 +182,7 @@ def _loss_and_gradients(
         result.zero_()
     x_student, x_teacher = x_student.to(student_dtype), x_teacher.to(teacher_dtype)
     center = center.to(total.dtype)
+    weights, largest = _scaled_weights(weights, student_dtype)
     student, teacher = Logits(weight_student, student_dtype), Logits(weight_teacher, teacher_dtype)
     scale = torch.full_like(total, _gradient_scale(student_dtype))
     implementation = importlib.import_module(f".pairwise_{impl}", __package__)
@@ -205,7 +206,23 @@ def _loss_and_gradients(
         if weight_gradient:
             rows = x_student[:, images].flatten(0, 1)
             add_product_(dweight, gradient.t(), rows, replace=images.start == 0)
+    if largest is not None:
+        for result in (total, dx, dweight):
+            result.mul_(largest)
     return total, teacher_sum, dx, dweight
+
+
+def _scaled_weights(
+    weights: Tensor | None, student_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights and what the results lack: for fp16, whose largest number is 65504.
+
+    The gradients of a chunk's fp16 logits then neither overflow nor vanish with the weights.
+    """
+    if weights is None or weights.numel() == 0 or student_dtype != torch.float16:
+        return weights, None
+    largest = weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights / largest, largest
 
 
 def _empty_results(
