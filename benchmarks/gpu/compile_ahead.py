@@ -28,6 +28,7 @@ from benchmarks import (
     bench_clip,
     bench_dino_loss,
     bench_ema,
+    bench_linear_loss,
     bench_patch_loss,
     bench_sinkhorn,
 )
@@ -65,6 +66,10 @@ def suite_calls() -> Calls:
     comparisons += [
         partial(bench_patch_loss.patch_comparison, replace(size, N=16 + size.N % 16), CPU)
         for size in bench_patch_loss.SIZES["cuda"]
+    ]
+    comparisons += [
+        partial(bench_linear_loss.linear_loss_comparison, replace(size, N=16 + size.N % 16), CPU)
+        for size in bench_linear_loss.SIZES["cuda"]
     ]
     network = bench_ema.SIZES["cuda"][0]
     for make in (
