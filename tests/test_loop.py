@@ -563,6 +563,11 @@ def test_public_train_function_survives_the_import_of_training():
     )
 
 
+def test_crops_beyond_any_memory_are_one_line(config):
+    with pytest.raises(UserError, match="lower .*--global_crops_size"):
+        train(config(global_crops_size=2_000_000_000))
+
+
 def test_out_of_memory_error_suggests_flags(config, monkeypatch):
     def full(self, crops):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -31,6 +31,9 @@ from fastdino.training.trainer import Trainer
 # Skipped images listed by path in a warning; the rest is counted.
 LISTED_AT_ONCE = 10
 
+# In PyTorch's messages: no memory of that size, and a size beyond 64 bits.
+TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed")
+
 Status = Literal["finished", "interrupted"]
 
 
@@ -282,12 +285,13 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
                 f"--num_workers (now {config.num_workers}) or --batch_size_per_gpu"
             ) from error
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):
+        if not out_of_memory and not any(words in str(error) for words in TOO_LARGE):
             raise
         raise UserError(
             f"out of memory: lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) and "
             f"raise --grad_accum ({config.grad_accum}) by the same factor, which gives the same "
-            f"training; or lower --out_dim (now {config.out_dim}). {error}"
+            f"training; or lower --out_dim (now {config.out_dim}) or --global_crops_size "
+            f"({config.global_crops_size}). {error}"
         ) from error
 
 
