@@ -122,7 +122,7 @@ def write_images(folder: Path) -> None:
 
 
 class Counter:
-    """What the processes of a run report to the parent, in shared memory.
+    """Reports of the processes of a run to the parent, in shared memory.
 
     Attributes:
         reached: iterations done since the start of the first process.

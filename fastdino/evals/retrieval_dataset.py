@@ -93,7 +93,7 @@ for _core in ("numpy.core", "numpy._core"):
 class _SafeUnpickler(pickle._Unpickler):
     """Unpickler limited to NumPy arrays and scalars, numbers, text and containers of them.
 
-    Of pickle's two implementations, that in Python: the other allocates what a file claims.
+    Use pickle's Python implementation: the C one allocates what a file claims.
     """
 
     def find_class(self, module: str, name: str) -> Any:

@@ -94,7 +94,7 @@ def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product_(total: Tensor, x: Tensor, y: Tensor, *, replace: bool = False) -> None:
     """Add x @ y [K, D] to `total`, whose dtype is that of both or fp32.
 
-    Where a product of half precision cannot write fp32, it is rounded before it is added.
+    Round a half-precision product before the addition if it cannot be written in fp32.
 
     Args:
         total: changed in place.

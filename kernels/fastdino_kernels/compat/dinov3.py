@@ -28,7 +28,7 @@ __all__ = ["DINOLoss", "GramLoss", "KoLeoLoss", "KoLeoLossDistributed", "iBOTPat
 
 
 class _CenterOptions(TeacherCenter):
-    """What the losses of DINOv3 add to the centers of DINOv2's."""
+    """Extend DINOv2's centers by the methods of DINOv3's losses."""
 
     @torch.no_grad()
     def init_weights(self) -> None:
