@@ -158,7 +158,7 @@ class iBOTLoss(nn.Module):  # noqa: N801
             ("teacher_output[1]", teacher_patch, (crops, tokens, dim2)),
         ):
             _check_logits(name, logits, shape)
-        cls, _ = dino_loss(
+        cls, cls_sum = dino_loss(
             student_cls.reshape(self.ncrops, images, dim),
             teacher_cls.reshape(self.ngcrops, images, dim),
             self.center,
@@ -168,7 +168,7 @@ class iBOTLoss(nn.Module):  # noqa: N801
         temp2 = _temperature(self.teacher_temp2_schedule, epoch)
         patch = self._patch_loss(student_patch, teacher_patch, masks, temp2)
         cls, patch = cls * self.lambda1, patch * self.lambda2
-        self.update_center(teacher_cls, teacher_patch)
+        self._move_centers(cls_sum, crops, teacher_patch)
         return {"cls": cls, "patch": patch, "loss": cls + patch}
 
     @torch.no_grad()
@@ -185,10 +185,15 @@ class iBOTLoss(nn.Module):  # noqa: N801
         dim, dim2 = self.center.shape[-1], self.center2.shape[-1]
         _check_logits("teacher_cls", teacher_cls, (-1, dim))
         _check_logits("teacher_patch", teacher_patch, (-1, -1, dim2))
-        pending = [
-            start_rank_mean(rows.sum(dim=0, dtype=compute_dtype(rows)), len(rows))
-            for rows in (teacher_cls, teacher_patch.flatten(0, 1))
-        ]
+        cls_sum = teacher_cls.sum(dim=0, dtype=compute_dtype(teacher_cls))
+        self._move_centers(cls_sum, len(teacher_cls), teacher_patch)
+
+    @torch.no_grad()
+    def _move_centers(self, cls_sum: Tensor, cls_rows: int, teacher_patch: Tensor) -> None:
+        """Update the centers from the sum [K] of class tokens and all patch tokens [n, N, K]."""
+        tokens = teacher_patch.flatten(0, 1)
+        patch_sum = tokens.sum(dim=0, dtype=compute_dtype(tokens))
+        pending = [start_rank_mean(cls_sum, cls_rows), start_rank_mean(patch_sum, len(tokens))]
         move_center_(self.center, *pending[0].wait(), self.center_momentum)
         move_center_(self.center2, *pending[1].wait(), self.center_momentum2)
 
