@@ -118,6 +118,22 @@ def tiny() -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.fixture
+def small_networks(monkeypatch) -> None:
+    """Make vit_nano and the head small."""
+    from tests.small_networks import shrink_networks
+
+    shrink_networks(monkeypatch)
+
+
+@pytest.fixture
+def config(tiny, pictures, tmp_path) -> Callable[..., TrainConfig]:
+    """A function that makes the config of a run on `pictures` that writes to tmp_path/run."""
+    folders = {"data_path": str(pictures), "output_dir": str(tmp_path / "run")}
+    settings = folders | {"drop_path_rate": 0.2, "print_freq": 2}
+    return lambda **overrides: tiny(**(settings | overrides))
+
+
 @pytest.fixture(
     params=[
         ("torch", "cpu"),

@@ -1,4 +1,4 @@
-"""Agreement of the ranks to stop; test_loop and test_linear send real signals."""
+"""Agreement of the ranks to stop; test_resume and test_linear send real signals."""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""Helpers for tests of whole runs: what they wrote, and faults during their steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdino import TrainConfig, Trainer, checkpoint
+from fastdino.training.loop import train
+from tests.small_networks import shrink_networks
+
+STEPS = 4  # per epoch of the fixture `pictures`, with 4 images per step
+
+
+def train_small(settings: dict[str, Any]) -> None:
+    """Call train() with small networks, in a process that the test started."""
+    shrink_networks(pytest.MonkeyPatch())
+    train(TrainConfig.from_dict(settings))
+
+
+def weights_of(run: Path) -> dict[str, Any]:
+    """Load checkpoint.pth."""
+    return checkpoint.load(run / "checkpoint.pth")
+
+
+def losses_of(run: Path) -> list[float]:
+    """Return the mean loss of each epoch in log.txt."""
+    return [json.loads(line)["train_loss"] for line in (run / "log.txt").read_text().splitlines()]
+
+
+def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Compare two checkpoints bit for bit: networks, center, moments and random generators."""
+    for key in ("student", "teacher", "dino_loss", "optimizer", "generators"):
+        torch.testing.assert_close(
+            _comparable(ours[key]), _comparable(theirs[key]), rtol=0, atol=0, msg=_naming(key)
+        )
+    for key in ("epoch", "iteration", "steps_per_epoch"):
+        assert ours[key] == theirs[key], key
+    assert ours.get("fp16_scaler") == theirs.get("fp16_scaler")
+
+
+def _comparable(value: Any) -> Any:
+    """Return the tensors and numbers of nested dicts and lists; the rest is not of the state."""
+    if isinstance(value, dict):
+        return {k: _comparable(v) for k, v in value.items() if isinstance(v, (dict, list, Tensor))}
+    if isinstance(value, list):
+        return [_comparable(v) for v in value]
+    return value
+
+
+def _naming(key: str) -> Callable[[str], str]:
+    return lambda message: f"{key}: {message}"
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Compare the checkpoints and the logged losses of two runs bit for bit."""
+    assert_same_state(weights_of(run), weights_of(other))
+    assert losses_of(run) == losses_of(other)
+
+
+def before_step(patch: pytest.MonkeyPatch, iteration: int, action: Callable[[], object]) -> None:
+    """Call `action` before the first step with this iteration."""
+    step, left = Trainer.train_step, [action]
+
+    def acting(self: Trainer, crops: list[Tensor]) -> Tensor:
+        if self.iteration == iteration and left:
+            left.pop()()
+        return step(self, crops)
+
+    patch.setattr(Trainer, "train_step", acting)
+
+
+def interrupt(
+    patch: pytest.MonkeyPatch, iteration: int, number: int = signal.SIGTERM, times: int = 1
+) -> None:
+    """Send a signal to this process during the step of an iteration."""
+    before_step(patch, iteration, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
+
+
+def fail(patch: pytest.MonkeyPatch, iterations: Container[int], kind: str) -> None:
+    """Make steps non-finite: NaN `crops`, or `weights` that the step makes infinite."""
+    step = Trainer.train_step
+
+    def failing(self: Trainer, crops: list[Tensor]) -> Tensor:
+        if self.iteration not in iterations:
+            return step(self, crops)
+        if kind == "crops":
+            return step(self, [crop * math.nan for crop in crops])
+        loss = step(self, crops)
+        next(self.student.parameters()).data.fill_(math.inf)
+        return loss
+
+    patch.setattr(Trainer, "train_step", failing)

@@ -1,0 +1,53 @@
+"""Non-finite steps of a run: they stop it, or are left out after a rollback."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fastdino.errors import NonFiniteError
+from fastdino.training.loop import train
+from fastdino.training.resume import MAX_ROLLBACKS
+from tests.runs import STEPS, fail, losses_of, weights_of
+
+pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "message"),
+    [
+        ("crops", STEPS + 1, "the loss is nan at iteration 5"),
+        ("weights", 2 * STEPS - 1, r"student.module.backbone.* is not finite"),
+    ],
+)
+def test_nonfinite_step_stops_with_advice(config, tmp_path, kind, at, message, monkeypatch):
+    fail(monkeypatch, [at], kind)
+    with pytest.raises(NonFiniteError, match=message) as error:
+        train(config())
+    for part in ("checkpoint.pth", "--lr", "--on_nonfinite"):
+        assert part in str(error.value)
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "saved"),
+    [("crops", 0, 0), ("crops", STEPS + 1, STEPS), ("weights", 2 * STEPS - 1, STEPS)],
+)
+def test_rollback_leaves_the_failed_batch_out(
+    config, tmp_path, capsys, kind, at, saved, monkeypatch
+):
+    fail(monkeypatch, [at], kind)
+    assert train(config(on_nonfinite="rollback")) == "finished"
+    state = weights_of(tmp_path / "run")
+    assert (state["left_out"], state["iteration"]) == ([at], 3 * STEPS)
+    assert len(losses_of(tmp_path / "run")) == 3
+    assert all(map(math.isfinite, losses_of(tmp_path / "run")))
+    warning = f"rolled back to iteration {saved}; the batch of iteration {at} will be left out"
+    assert warning in capsys.readouterr().err
+
+
+def test_rollback_stops_after_max_rollbacks(config, monkeypatch):
+    fail(monkeypatch, range(1, 3 * STEPS), "crops")
+    with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} rollbacks"):
+        train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
