@@ -13,7 +13,7 @@ CHECKPOINT = "fastdino/checkpoint.py"
 SAMPLER = "fastdino/data/sampler.py"
 SCHEDULES = "fastdino/training/schedules.py"
 STEP_TESTS = ("tests/test_trainer.py", "tests/test_nonfinite.py")
-RUN_TESTS = ("tests/test_loop.py", "tests/test_nonfinite.py")
+RUN_TESTS = ("tests/test_rollback.py", "tests/test_resume.py", "tests/test_loop.py")
 
 MUTANTS = (
     Mutant(
@@ -82,9 +82,10 @@ MUTANTS = (
         LOOP,
         "torch.manual_seed(config.seed + distributed.rank())",
         "torch.manual_seed(config.seed)",
+        ("tests/test_run_ranks.py",),
     ),
     Mutant(LOOP, "if iteration in self.checkpoint.left_out:", "if False:", RUN_TESTS),
-    Mutant(LOOP, "start_step=first % trainer.steps_per_epoch", "start_step=0"),
+    Mutant(LOOP, "start_step=first % trainer.steps_per_epoch", "start_step=0", RUN_TESTS),
     Mutant(LOOP, "keep = bool(frequency) and epoch % frequency == 0", "keep = bool(frequency)"),
     Mutant(LOOP, "self.unreported.clear()", "pass", RUN_TESTS),
     Mutant(
