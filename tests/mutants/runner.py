@@ -185,8 +185,11 @@ def _run_pytest(copy: Path, tests: Sequence[str], report: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     failure = _Failure()
+    options = ["-x", "-q", "-p", "no:cacheprovider"]
     # The libraries were imported before pytest could rewrite their assertions.
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestWarning"]
+    options += ["-W", "ignore::pytest.PytestWarning"]
+    # NumPy warns about the arithmetic of Triton's interpreter: a value has to fail, no warning.
+    options += ["-W", "ignore::RuntimeWarning"]
     status = pytest.main([*options, *tests], plugins=[failure])
     known = {pytest.ExitCode.OK: "", pytest.ExitCode.NO_TESTS_COLLECTED: "no test was collected"}
     report.write_text(failure.test or known.get(pytest.ExitCode(status), "collection fails"))
