@@ -81,6 +81,16 @@ def test_negative_epochs_count_from_the_last_one(epoch):
         ours(student, teacher, epoch=-6)
 
 
+@pytest.mark.parametrize("epoch", [0, torch.tensor(0), torch.tensor(3)])
+def test_given_epoch_overrides_the_attribute(epoch):
+    ours = solo_learn.DINOLoss(7, 0.02, 0.06, 3, 5, center_momentum=1.0)
+    student, teacher = (x.reshape(-1, 7) for x in draw(2, 2, dtype=torch.float32))
+    expected = {n: DINOLoss(7, 2, 0.02, 0.06, 3, 5)(student, teacher, n) for n in range(4)}
+    ours.epoch = 1
+    torch.testing.assert_close(ours(student, teacher, epoch), expected[int(epoch)])
+    assert abs(expected[int(epoch)] - expected[1]) > 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_update_center_takes_the_logits(dtype):
     ours = solo_learn.DINOLoss(7, 0.04, 0.04, 0, 1, center_momentum=0.75)

@@ -101,6 +101,42 @@ def test_module_matches_the_paper_over_several_steps(dtype):
     assert loss_fn.center.abs().max() > 0.01
 
 
+def test_epoch_may_be_a_tensor():
+    K, S = 11, 3
+    loss_fn = DINOLoss(K, S, 0.04, 0.07, 3, 5)
+    loss_fn.center.copy_(torch.linspace(-1, 1, K))
+    student, teacher = (x.reshape(-1, K) for x in draw(S, 2, 3, K))
+    losses = []
+    for epoch in range(5):
+        loss, _ = loss_fn.pairwise(student, teacher, epoch)
+        same, _ = loss_fn.pairwise(student, teacher, torch.tensor(epoch))
+        torch.testing.assert_close(same, loss, rtol=1e-6, atol=0)
+        losses.append(loss.item())
+    assert len({f"{loss:.4f}" for loss in losses}) == 3  # of the warm-up
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "expected"),
+    [(0, (0.07, 0.07, 0.07)), (1, (0.04, 0.07, 0.07)), (2, (0.04, 0.07, 0.07)),
+     (3, (0.04, 0.055, 0.07))],
+)  # fmt: skip
+def test_schedule_of_short_warm_ups(warm_up, expected):
+    """Of one epoch, the first temperature; of more, both ends: numpy.linspace."""
+    schedule = DINOLoss(7, 2, 0.04, 0.07, warm_up, 3).teacher_temp_schedule
+    assert schedule == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_gradient_is_written_over_the_logits_only_on_request(inplace_backward):
+    student, teacher = (x.reshape(-1, 9) for x in draw(3, 2, 4, 9))
+    loss_fn = DINOLoss(9, 3, 0.04, 0.04, 0, 1, inplace_backward=inplace_backward)
+    leaf = student.clone().requires_grad_()
+    logits = 1 * leaf
+    loss_fn(logits, teacher, 0).backward()
+    assert leaf.grad.count_nonzero() > 0
+    assert torch.equal(logits.detach(), leaf.grad if inplace_backward else student)
+
+
 def test_accumulated_halves_equal_the_whole_batch():
     S, B, K = 4, 6, 9
     student, teacher = draw(S, 2, B, K, torch.float64)
@@ -164,7 +200,7 @@ def test_sinkhorn_has_no_center_update():
         loss_fn.update_center(torch.ones(2), 4)
 
 
-@pytest.mark.parametrize("skip", [0.0, 1.0])
+@pytest.mark.parametrize("skip", [0.0, 0.5, 1.0, 2.0])
 def test_center_update_can_be_skipped_on_the_device(skip):
     loss_fn, plain = DINOLoss(3, 2, 0.04, 0.07, 0, 1), DINOLoss(3, 2, 0.04, 0.07, 0, 1)
     total = torch.tensor([1.0, 2.0, math.nan if skip else 3.0])

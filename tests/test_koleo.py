@@ -129,13 +129,16 @@ def gather() -> None:
     else:
         rows = torch.cat(every.split(4)[1:])
         expected = reference.koleo_loss(own, rows, 4 * (rank - 1), 1)
-        torch.testing.assert_close(koleo_loss(own, group=others), expected)
+        loss, grad = run(koleo_loss, own, group=others)
+        torch.testing.assert_close(loss, expected)
+        _, total = run(lambda x: (world - 1) * reference.koleo_loss(x, x, 0, 1), rows)
+        torch.testing.assert_close(grad, total.split(4)[rank - 1])
     with pytest.raises(ValueError, match=rf"\[B, D\] must be the same .* got \[{rank + 2}, 5\]"):
         koleo_loss(draw(rank + 2), group=whole)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_compare_their_rows(ranks):
     run_ranks(ranks, gather)
 

@@ -92,6 +92,23 @@ def test_a_chunk_of_only_minus_infinity_counts_nothing():
     torch.testing.assert_close(later, sinkhorn_center(logits[:1], TEMP, 2), equal_nan=True)
 
 
+@pytest.mark.parametrize("n_iterations", [1, 3])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_chunk_has_only_minus_infinity_where_another_is_finite(flip, n_iterations, target):
+    """The products of the rows of 10 overflow in one column."""
+    x, weight = torch.tensor([[10.0], [10.0], [0.0], [0.0]]), draw_layer(D=1)[1].float()
+    weight[5] = -3e38
+    x = x.flip(0) if flip else x
+    logits = x @ weight.t()
+    assert logits[:, 5].isinf().tolist() == x[:, 0].gt(0).tolist()
+    options = {"chunk_rows": 2, "impl": target["impl"]}
+    layer = (x.to(target["device"]), weight.to(target["device"]))
+    center = linear_sinkhorn_center(*layer, TEMP, n_iterations, **options).cpu()
+    got = ((logits.double() - center) / TEMP).softmax(dim=1)
+    expected = reference.sinkhorn_knopp(logits.double(), TEMP, n_iterations)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_no_rows_give_a_center_of_zeros(target):
     x, weight = (t.to(target["device"]) for t in draw_layer(N=0, dtype=torch.float32))
     for keep_logits in (False, True):

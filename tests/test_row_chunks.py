@@ -82,3 +82,12 @@ def test_products_are_summed_up_in_the_wider_dtype(dtype):
     result = product(x, y, wide)
     assert result.dtype == wide
     assert error(result, x.double() @ y.double()) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_products_of_half_precision_are_summed_up_in_fp32(dtype):
+    """A sum of ones in half precision would not grow beyond 2048 or 256."""
+    total, x, y = torch.zeros(3, 2), torch.ones(3, 1, dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    for _ in range(2500):
+        add_product_(total, x, y)
+    assert torch.equal(total, torch.full((3, 2), 2500.0))

@@ -240,6 +240,30 @@ def test_minus_infinity_is_probability_zero(target):
         assert on(target, teacher).isnan().all()
 
 
+@numpy_warns
+def test_columns_of_only_minus_infinity_have_sum_zero(target):
+    """Other ranks may have finite logits of the same prototype."""
+    teacher = draw()
+    teacher[:, 3], teacher[:5, 7] = -math.inf, -math.inf
+    largest, sums = ops.sinkhorn_columns(teacher.to(target["device"]), TEMP, None, target["impl"])
+    exact = teacher.double()
+    expected = ((exact - exact.amax(dim=0)) / TEMP).exp().sum(dim=0).nan_to_num(0)
+    assert torch.equal(largest.cpu(), teacher.amax(dim=0))
+    torch.testing.assert_close(sums.cpu().double(), expected, rtol=1e-5, atol=0)
+
+
+@numpy_warns
+@pytest.mark.parametrize("K", [24, 521])
+def test_only_the_rows_are_read(K, target):
+    """The last group of rows is not a full one, and NaN surrounds the logits."""
+    dense = draw(9, K)
+    memory = dense.new_full((16, K + 3), math.nan, device=target["device"])
+    teacher = memory[:9, :K].copy_(dense)
+    for function in (sinkhorn_center, sinkhorn_knopp):
+        got = function(teacher, TEMP, impl=target["impl"]).cpu()
+        torch.testing.assert_close(got, on(target, dense, function=function), rtol=1e-6, atol=1e-7)
+
+
 def test_no_rows_give_a_center_of_zeros(target):
     empty = draw(0, 40, torch.bfloat16)
     assert torch.equal(on(target, empty), torch.zeros(40))
@@ -346,8 +370,19 @@ def balance_on_ranks() -> None:
             same = [torch.empty_like(center) for _ in range(world)]
             torch.distributed.all_gather(same, center)
             assert all(torch.equal(other, center) for other in same)
+    check_minus_infinity(rank, world)
     check_groups(rank, world)
     torch.distributed.destroy_process_group()
+
+
+def check_minus_infinity(rank: int, world: int) -> None:
+    """Balance logits of which one rank has only -inf for a prototype."""
+    every = draw(3 * world, 50, torch.float64)
+    every[:3, 7] = -math.inf
+    for n_iterations in (1, 3):
+        probs = sinkhorn_knopp(every.split(3)[rank], TEMP, n_iterations)
+        expected = balance(every, n_iterations=n_iterations).split(3)[rank]
+        torch.testing.assert_close(probs, expected, rtol=1e-11, atol=1e-14)
 
 
 def check_groups(rank: int, world: int) -> None:
