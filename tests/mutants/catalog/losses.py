@@ -235,7 +235,7 @@ ON_RANKS = (
     Mutant(COLLECTIVES, "all_reduce(tensor, torch.distributed.ReduceOp.SUM, group)",
            "all_reduce(tensor, torch.distributed.ReduceOp.SUM)", RANKS),
     Mutant(COLLECTIVES, "[-size for size in sizes]", "[*sizes]", RANKS),
-    Mutant(COLLECTIVES, "if size < 1:", "if size < 0:", RANKS),
+    Mutant(COLLECTIVES, "if size < 1:", "if size == 0:", RANKS),
     Mutant(f"{COMPAT}/rank_mean.py", "float(rows > 0)", "1.0", RANKS),
     Mutant(f"{COMPAT}/rank_mean.py", "(total / ranks.clamp_min(1)).view(self.shape)",
            "(total / world_size(None)).view(self.shape)", RANKS),
