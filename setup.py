@@ -19,10 +19,12 @@ EVAL = [
     "torchvision>=0.25",
     "tqdm>=4.66",
 ]
+# `fastdino embed --output FILE.parquet`.
+PARQUET = ["pyarrow>=15"]
 # Datasets by name: hf:NAME, and torchvision's datasets that are distributed as .mat files.
 DATA = [
+    *PARQUET,
     "datasets>=3",
-    "pyarrow>=15",
     "scipy>=1.11",
 ]
 TRAIN = [
@@ -74,6 +76,7 @@ setup(
         "eval": EVAL,
         "train": TRAIN,
         "data": DATA,
+        "parquet": PARQUET,
         "export": EXPORT,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,

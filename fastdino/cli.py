@@ -41,6 +41,8 @@ COMMANDS = {
         ("davis", "evals.davis", "video segmentation (flags of eval_video_segmentation.py)"),
         ("retrieval", "evals.retrieval", "image retrieval (flags of eval_image_retrieval.py)"),
         ("copydays", "evals.copydays", "copy detection (flags of eval_copy_detection.py)"),
+        ("embed", "evals.embed", "write the features of a dataset to a file"),
+        ("pca", "evals.pca", "draw patch features by their principal components"),
         ("export", "export.command", "export a backbone to timm, Hugging Face, ONNX, ..."),
         ("crops", "crop_comparison", "draw the crops of a photo and compare the crop backends"),
         ("info", "info", "show versions, hardware and available backends"),

@@ -40,6 +40,8 @@ class ImageDataset:
     manifest: file, member and byte range of each image.
     labels: [n] int64, class numbers.
     classes: names of first-level folders (empty ones too), archives or labels, sorted.
+    labelled: [n] bool, which images have a label; None if all have. The others are of the class
+        UNLABELLED, or of the only class.
     sizes: [n, 2] int32, height and width in pixels as decoded.
     kind: short description for the log.
     skipped: path -> reason, for files and images that are not used.
@@ -62,6 +64,7 @@ class ImageDataset:
     deep: int = 0
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
+    labelled: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +77,19 @@ class ImageDataset:
     def path(self, index: int) -> str:
         """Return the path of an image; ARCHIVE/MEMBER for an image in an archive."""
         return _image_path(self.base, self.manifest, index)
+
+    def name(self, index: int) -> str:
+        """Return the path of an image relative to the dataset's folder."""
+        return _image_path("", self.manifest, index)
+
+    def known_labels(self) -> tuple[NDArray[np.int64], list[str]]:
+        """Return the labels [n], -1 for an image without one, and the names of their classes."""
+        if self.labelled is None:
+            return self.labels, self.classes
+        if not self.labelled.any():
+            return np.full(len(self), -1), []
+        labels, classes = _without_unlabelled(self.labels, self.classes)
+        return np.where(self.labelled, labels, -1), classes
 
     @property
     def paths(self) -> list[str]:
@@ -108,6 +124,7 @@ class ImageDataset:
             labels=self.labels[indices],
             sizes=self.sizes[indices],
             fingerprint="",
+            labelled=None if self.labelled is None else self.labelled[indices],
         )
 
 
@@ -154,6 +171,7 @@ def scan_images(
     if role and files.labelled is not None:
         _check_labels(files.labelled, f"{role} of {data_path} ({kind})")
         kept, labels, classes = _only_labelled(files.labelled, kept, labels, classes, notes)
+        files.labelled = None
     readable = images.select_images(kept)
     traits = readable.headers[:, 2]
     if paged := np.count_nonzero(traits & PAGED):
@@ -171,6 +189,7 @@ def scan_images(
         deep=int(np.count_nonzero(traits & DEEP)),
         notes=tuple(notes),
         fingerprint=_fingerprint(readable),
+        labelled=None if files.labelled is None else np.array(files.labelled, bool)[kept],
     )
 
 
@@ -192,6 +211,7 @@ def _labels(
                 raise
             notes.append(f"labels are not used: {error}")
             labels, classes = [0] * len(images.members), [UNLABELLED]
+            files.labelled = [False] * len(images.members)
     return np.array(labels, dtype=np.int64), classes, kind
 
 
@@ -214,11 +234,17 @@ def _only_labelled(
     has_label = np.array(labelled, dtype=bool)[kept]
     if not has_label.all():
         notes.append(f"{np.count_nonzero(~has_label)} images without a label are left out")
-    if UNLABELLED in classes:
-        index = classes.index(UNLABELLED)
-        labels = labels - (labels > index)
-        classes = [*classes[:index], *classes[index + 1 :]]
-    return kept[has_label], labels, classes
+    return kept[has_label], *_without_unlabelled(labels, classes)
+
+
+def _without_unlabelled(
+    labels: NDArray[np.int64], classes: list[str]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return labels and classes without the class UNLABELLED."""
+    if UNLABELLED not in classes:
+        return labels, classes
+    index = classes.index(UNLABELLED)
+    return labels - (labels > index), [*classes[:index], *classes[index + 1 :]]
 
 
 def _sizes(images: Manifest, conversion: Conversion) -> NDArray[np.int32]:

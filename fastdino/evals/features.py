@@ -85,7 +85,7 @@ class ImageFiles:
 Images = ImageDataset | ImageFiles
 
 
-class _Inputs(Dataset["tuple[int, Tensor | str]"]):
+class ImageInputs(Dataset["tuple[int, Tensor | str]"]):
     """Images with their index, as tensors [3, H, W], or the reason why one is unusable."""
 
     def __init__(self, images: Images, transform: Transform, min_side: int):
@@ -111,10 +111,10 @@ class _Inputs(Dataset["tuple[int, Tensor | str]"]):
         return index, tensor
 
 
-_Batch = tuple[list[int], "Tensor | None", dict[int, str]]
+Batch = tuple[list[int], "Tensor | None", dict[int, str]]
 
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> _Batch:
+def collate_usable(items: list[tuple[int, Tensor | str]]) -> Batch:
     """Return indices and tensors [B, 3, H, W] of the usable images, and the others' reasons."""
     usable = {index: item for index, item in items if isinstance(item, Tensor)}
     reasons = {index: item for index, item in items if isinstance(item, str)}
@@ -166,10 +166,10 @@ class Extractor:
         Raises: DataError: no image is usable.
         """
         batches = batches_by_size(sizes or [0] * len(images), self.batch_size)
-        loader: DataLoader[_Batch] = DataLoader(
-            _Inputs(images, self.transform, self.min_side),  # type: ignore[arg-type]
+        loader: DataLoader[Batch] = DataLoader(
+            ImageInputs(images, self.transform, self.min_side),  # type: ignore[arg-type]
             batch_sampler=batches[distributed.rank() :: distributed.world_size()],
-            collate_fn=_collate,
+            collate_fn=collate_usable,
             num_workers=min(self.workers, cpu_count()),
             pin_memory=self.device.type == "cuda",
         )

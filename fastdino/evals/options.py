@@ -143,26 +143,27 @@ def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
 
 
 @contextmanager
-def lock_output(folder: Path, command: str) -> Iterator[None]:
+def lock_output(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[None]:
     """Create an output folder, which one run of a command at a time may write to.
+
+    flag: the one that selects the folder, for the message.
 
     Raises: ConfigError: another run of the command writes there. CheckpointError: it cannot be
         written.
     """
     with ExitStack() as stack:
-        distributed.from_main(lambda: _lock_folder(folder, command, stack))
+        distributed.from_main(lambda: _lock_folder(folder, command, flag, stack))
         yield
 
 
-def _lock_folder(folder: Path, command: str, stack: ExitStack) -> None:
+def _lock_folder(folder: Path, command: str, flag: str, stack: ExitStack) -> None:
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(file_lock(folder / f".{command}.lock", wait=False))
         except BlockingIOError:
             raise ConfigError(
-                f"--output_dir {folder}: another `fastdino {command}` is writing there; use "
-                "another folder"
+                f"{flag} {folder}: another `fastdino {command}` is writing there; use another one"
             ) from None
 
 
@@ -182,7 +183,7 @@ def load_vit(
 
     Raises: ConfigError: the network is no vit_*. CheckpointError: see load_backbone.
     """
-    backbone = _load_backbone(args)
+    backbone = load_frozen(args)
     if not isinstance(backbone.module, VisionTransformer):
         raise ConfigError(
             f"--arch {backbone.arch} {reason}: expected one of {', '.join(VIT_ARCHS)}"
@@ -190,11 +191,18 @@ def load_vit(
     return backbone.module.to(device), backbone.arch
 
 
-@distributed.fail_together()
 def load_network(
     args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
 ) -> torch.nn.Module:
-    """Load the network of the network flags in eval mode.
+    """Return the network of `load_sized`."""
+    return load_sized(args, device, size_flag=size_flag).module
+
+
+@distributed.fail_together()
+def load_sized(
+    args: argparse.Namespace, device: torch.device, *, size_flag: str = "crop"
+) -> Backbone:
+    """Load the network of the network flags in eval mode, for square images of one size.
 
     Args:
         size_flag: name of the flag that holds the side of the input images.
@@ -202,13 +210,21 @@ def load_network(
     Raises: ConfigError: the network does not accept images of that size.
     """
     side = getattr(args, size_flag)
-    backbone = _load_backbone(args, img_size=side)
+    backbone = load_frozen(args, img_size=side)
     problem = f"--arch {backbone.arch} cannot take --{size_flag} {side} px images"
     feature_shape(backbone.module, side, problem)
-    return backbone.module.to(device)
+    backbone.module.to(device)
+    return backbone
 
 
-def _load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
+def load_frozen(args: argparse.Namespace, **options: Any) -> Backbone:
+    """Load the network of the network flags in eval mode, on the CPU.
+
+    It also resolves the flags of the conversion to RGB, which default to those of its training.
+
+    Args:
+        options: of load_backbone.
+    """
     torch.manual_seed(args.seed)
     backbone = load_backbone(
         args.pretrained_weights,

@@ -60,11 +60,12 @@ from fastdino.evals.video_io import (
     Frames,
     open_frames,
     video_writer,
+    warn_of_missing,
 )
 from fastdino.files import write_json
 from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
-from fastdino.terminal import print_err, print_out
+from fastdino.terminal import print_out
 
 PANELS = ("frame", "mean", "overlay", "mask", "heads")  # values of --show
 DEFAULT_PANELS = ("frame", "mean", "mask")
@@ -222,21 +223,9 @@ def main(args: argparse.Namespace) -> int:
     if attention is not None:
         record |= attention.record(count)
     write_json(record, path.with_suffix(".json"))
-    _warn(frames, count)
+    warn_of_missing(frames, count)
     print_out(f"{path}: {count} frames, {fps:g} a second")
     return 0
-
-
-def _warn(frames: Frames, count: int) -> None:
-    """Warn of frames that were left out, or are missing."""
-    warning = ""
-    if frames.left_out:
-        more = f"; and {len(frames.left_out) - 1} more" if len(frames.left_out) > 1 else ""
-        warning = f"frames left out: {frames.left_out[0]}{more}"
-    elif frames.count not in (None, count):
-        warning = f"the header announces {frames.count} frames, but {count} were decoded"
-    if warning:
-        print_err(f"{frames.path}: {warning}")
 
 
 def output_file(path: str, video_format: str) -> Path:

@@ -32,6 +32,7 @@ from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.frames import common_size
 from fastdino.files import atomic_write, explain_write_errors
+from fastdino.terminal import print_err
 
 # Suffix -> container, and codecs in order of preference.
 _H264 = ("libx264", "libopenh264", "mpeg4")
@@ -215,6 +216,18 @@ def _decoded_packets(container: Any, stream: Any, left_out: list[str]) -> Iterat
 
 def _reason(error: Any) -> str:
     return error.strerror or type(error).__name__
+
+
+def warn_of_missing(frames: Frames, count: int) -> None:
+    """Warn of frames that were left out, or are missing."""
+    warning = ""
+    if frames.left_out:
+        more = f"; and {len(frames.left_out) - 1} more" if len(frames.left_out) > 1 else ""
+        warning = f"frames left out: {frames.left_out[0]}{more}"
+    elif frames.count not in (None, count):
+        warning = f"the header announces {frames.count} frames, but {count} were decoded"
+    if warning:
+        print_err(f"{frames.path}: {warning}")
 
 
 @contextmanager

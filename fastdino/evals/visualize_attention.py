@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import os
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino.config import check_at_least, parse_bool, user_path
-from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.data.image_files import count_deep, quiet_pillow, read_header, reason_of
-from fastdino.data.manifest import unread_manifest
-from fastdino.errors import CheckpointError, ConfigError, DataError
+from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals.attention_figures import (
     draw_attention,
     map_picture,
@@ -48,7 +43,6 @@ from fastdino.evals.attention_maps import (
     NO_CLS_ATTENTION,
     attention_maps,
     check_flags,
-    fit_to_patches,
     head_statistics,
     keep_mass,
 )
@@ -61,6 +55,12 @@ from fastdino.evals.options import (
     settings_of,
     warn_of_deep,
 )
+from fastdino.evals.picture_files import (
+    SkippedImageError,
+    find_images,
+    raise_if_none,
+    read_picture,
+)
 from fastdino.evals.transforms import to_input
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.vit import VisionTransformer
@@ -69,27 +69,6 @@ from fastdino.terminal import print_err, print_out
 
 # Errors of one output folder's name, which do not concern the others.
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EILSEQ)
-
-
-def find_images(path: str) -> tuple[ImageDataset, list[str]]:
-    """List an image file, or the images that pretraining finds in a folder.
-
-    Returns: the images, and the output folder of each, relative to --output_dir.
-
-    Raises: DataError: the path does not exist, or has no image.
-    """
-    if os.path.isfile(path):
-        sizes, labels = np.zeros((1, 2), np.int32), np.zeros(1, np.int64)  # not used
-        deep = count_deep([read_header(path)])
-        return ImageDataset("", unread_manifest([path]), labels, [""], sizes, deep=deep), [""]
-    if not os.path.isdir(path):
-        raise DataError(f"--image_path {path}: no such file or folder")
-    # Unreadable images are skipped and reported; only a folder without any image is an error.
-    images = scan_images(path, max_bad_share=1.0)
-    names = [os.path.relpath(p, path) for p in images.paths]
-    stems = [os.path.splitext(name)[0] for name in names]
-    counts = Counter(stems)
-    return images, [s if counts[s] == 1 else n for s, n in zip(stems, names, strict=True)]
 
 
 def draw_image(
@@ -153,17 +132,11 @@ def draw_images(args: argparse.Namespace, device: torch.device) -> int:
             with contextlib.suppress(CheckpointError):
                 write_json(result, path)
         raise
-    if not result["images"]:
-        reasons = "; ".join(f"{path} {reason}" for path, reason in list(images.skipped.items())[:3])
-        raise DataError(f"--image_path: no image can be read: {reasons}")
+    raise_if_none(len(result["images"]), images.skipped)
     for name, reason in images.skipped.items():
         print_err(f"skipped: {name} {reason}")
     write_json(result, path)
     return len(result["images"])
-
-
-class SkippedImageError(Exception):
-    """An image cannot be drawn, but others may be; the message continues a sentence."""
 
 
 def _draw(
@@ -179,16 +152,7 @@ def _draw(
     Raises: SkippedImageError: it cannot be read, or its name gives no folder. CheckpointError.
     """
     path, target = images.path(index), Path(args.output_dir) / folder
-    try:
-        with quiet_pillow():
-            image = images.read_rgb(index)
-        picture = fit_to_patches(image, args.image_size, model.patch_size)
-    except MemoryError:
-        raise
-    except DataError as error:
-        raise SkippedImageError(f"cannot be drawn: {error}") from error
-    except Exception as error:  # Pillow's plugins raise all kinds on broken files.
-        raise SkippedImageError(reason_of(error)) from error
+    picture = read_picture(images, index, args.image_size, model.patch_size)
     maps = attention_maps(model, to_input(picture)[None].to(model.pos_embed.device))[0].cpu()
     title = f"{Path(path).name}: CLS attention in the last block of {arch}"
     try:
