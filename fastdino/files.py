@@ -107,6 +107,21 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path} ({reason}): {todo}{kept}") from error
 
 
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raise CheckpointError if a file, or a folder, cannot be written at `path`; create nothing.
+
+    For commands that compute for long before they write.
+    """
+    with explain_write_errors(path):
+        nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if nearest.is_dir() and nearest == path and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not nearest.is_dir() and (nearest != path or folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+        if not os.access(nearest, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+
+
 def _remedy(number: int | None) -> str:
     """Return what to do about a failed write."""
     if number == errno.EDQUOT:

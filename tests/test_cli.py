@@ -147,6 +147,7 @@ def test_every_command_has_help(name, capsys):
     [
         "knn vit_small 16", "linear vit_small 16", "attention vit_small 8", "video vit_small 8",
         "davis vit_small 16", "retrieval vit_small 16", "copydays vit_base 8",
+        "embed vit_small 16", "pca vit_small 8",
     ],
 )  # fmt: skip
 def test_default_networks_are_those_of_the_papers_scripts(command, capsys):

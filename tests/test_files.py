@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from fastdino.errors import CheckpointError
-from fastdino.files import atomic_write, explain_write_errors, file_lock, write_json
+from fastdino.files import (
+    atomic_write,
+    check_writable,
+    explain_write_errors,
+    file_lock,
+    write_json,
+)
 from tests.processes import locked_elsewhere
 
 
@@ -179,4 +185,22 @@ def test_of_several_writers_of_a_file_each_writes_it_whole(tmp_path):
     assert errors == [b"", b"", b""]
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     assert seen <= {name * 100_000 for name in (b"a", b"b", b"c")}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_unwritable_paths_are_known_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "a/b/c", Path("new")):
+        check_writable(path)
+    for path in (tmp_path, tmp_path / "a/b/c"):
+        check_writable(path, folder=True)
+    with pytest.raises(CheckpointError, match=r"cannot write .*file/a/b \(Not a dir.*: .*/file\)"):
+        check_writable(tmp_path / "file/a/b")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        check_writable(tmp_path / "file", folder=True)
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)  # root may write all
+    with pytest.raises(CheckpointError, match="Permission denied.*: check the folder's permiss"):
+        check_writable(tmp_path / "a/b")
     assert os.listdir(tmp_path) == ["file"]

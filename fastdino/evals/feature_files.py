@@ -214,7 +214,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _npz_metadata(path: Path) -> str:
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         return str(arrays["metadata"])
 
 

@@ -141,7 +141,7 @@ class FeatureParts:
         """Read one array. A damaged part is removed, and the next run computes it again."""
         path = self._path(part)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays[name]
         except FileNotFoundError as error:
             raise CheckpointError(

@@ -41,7 +41,7 @@ from fastdino.evals.principal_components import FOREGROUNDS, PatchPCA, PatchSamp
 from fastdino.evals.token_features import check_patches, patch_size_of, patch_tokens
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import FORMATS, Frames, open_frames, video_writer, warn_of_missing
-from fastdino.files import explain_write_errors, write_json
+from fastdino.files import check_writable, explain_write_errors, write_json
 from fastdino.models.weights import Backbone
 from fastdino.runtime import choose_device
 from fastdino.terminal import print_err, print_out
@@ -319,6 +319,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `fastdino pca`."""
     _check_flags(args)
+    folder = Path(args.output_dir)
+    check_writable(folder, folder=True)
+    if args.save_pca:
+        check_writable(Path(args.save_pca))
     loaded = PatchPCA.load(Path(args.load_pca)) if args.load_pca else None
     backbone = options.load_frozen(args)
     check_patches(backbone, "fastdino pca")
@@ -330,7 +334,6 @@ def main(args: argparse.Namespace) -> int:
     pca = loaded or fit_components(args, fit_inputs, network)
     if args.save_pca:
         pca.save(Path(args.save_pca))
-    folder = Path(args.output_dir)
     flags = ("image_size", "seed", "fit_on", "load_pca", "show")
     settings = options.settings_of(args, network.module, *flags)
     entries = draw(args, inputs, network, pca, folder)

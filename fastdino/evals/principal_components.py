@@ -141,7 +141,7 @@ class PatchPCA:
     def load(cls, path: Path) -> PatchPCA:
         """Read a file of `save`; raise CheckpointError if it is none, or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
                 about = json.loads(str(file["about"]))
             if about["format"] != FORMAT:
@@ -249,12 +249,17 @@ def _project(features: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
 
 
 def _side(above: Tensor, border: Tensor, foreground: str) -> int:
-    """Return 1 if patches above the threshold are foreground, -1 if those below, 0 if all."""
+    """Return 1 if patches above the threshold are foreground, -1 if those below, 0 if all.
+
+    Raises: DataError: foreground is auto, and all patches are on one side.
+    """
     if foreground != "auto":
         return {"positive": 1, "negative": -1, "none": 0}[foreground]
-    shares = [
-        float(border[part].double().mean()) if part.any() else 1.0 for part in (above, ~above)
-    ]
+    if above.all() or not above.any():
+        raise DataError(
+            f"all {len(above)} patches are on one side of the threshold: use another --threshold"
+        )
+    shares = [border[part].double().mean() for part in (above, ~above)]
     return 1 if shares[0] <= shares[1] else -1
 
 
