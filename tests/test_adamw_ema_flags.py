@@ -128,12 +128,15 @@ def test_any_nonfinite_gradient_refuses_the_step(index, target):
 
 
 @triton_only
-def test_new_memory_may_hold_anything(target, monkeypatch):
+@pytest.mark.parametrize("known", [False, True])
+def test_new_memory_may_hold_anything(known, target, monkeypatch):
+    """Whether the norms are measured or given."""
     lists = make(target["device"])
     expected = step_by_step(lists)
+    norms = torch.stack(expected.norms).float() if known else None
     refused = torch.zeros((), dtype=torch.int64, device=target["device"])
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(1))
-    lists.step(target, refused_steps=refused)
+    lists.step(target, refused_steps=refused, norms=norms)
     assert refused.item() == 0
     assert_right(lists, expected)

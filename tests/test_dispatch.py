@@ -153,6 +153,17 @@ def test_gpu_that_triton_supports_uses_triton(gpu_of, capability):
     assert choose_impl("auto", [tensor_on("cuda:0", torch.float64)]) == "torch"
 
 
+@pytest.mark.parametrize("other", [("cuda:0", torch.float64), ("cpu",), ("meta",)])
+def test_one_tensor_that_triton_does_not_take_is_enough_for_pytorch(gpu_of, other, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    gpu_of(9, 0)
+    tensors = [tensor_on("cuda:0"), tensor_on("cuda:0"), tensor_on(*other)]
+    assert choose_impl("auto", tensors[:2]) == "triton"
+    assert choose_impl("auto", tensors) == "torch"
+    with pytest.raises(ValueError, match="impl='triton': "):
+        choose_impl("triton", tensors)
+
+
 def test_amd_gpus_have_no_compute_capability(gpu_of, monkeypatch):
     gpu_of(7, 0)
     monkeypatch.setattr(torch.version, "hip", "7.0")
