@@ -128,6 +128,74 @@ def test_boxes_follow_torchvisions_random_resized_crop(size, kind):
     assert ks(area, theirs[:, 2] * theirs[:, 3]) < 1
 
 
+def box_of(uniform, size, scale):
+    """RandomResizedCrop.get_params of one image, for given uniform numbers: (area, box)."""
+    height, width = size
+    for area, ratio, row, column in np.reshape(uniform, (10, 4)).tolist():
+        target = height * width * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = math.exp(math.log(3 / 4) + ratio * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(row * (height - h + 1)), int(column * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(height * (4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize("size", [(375, 500), (31, 42), (9, 64), (200, 13), (7, 7), (1, 3)])
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4), (1.0, 1.0)])
+def test_boxes_equal_a_plain_loop_over_the_attempts(size, scale):
+    uniform = crops_module._uniform(0, 0, np.arange(200, dtype=np.uint64), 3)
+    boxes = np.stack(crops_module._boxes(uniform[..., :40], np.tile(size, (200, 1)), scale), -1)
+    expected = [[box_of(crop[:40], size, scale) for crop in sample] for sample in uniform]
+    assert boxes.tolist() == [[list(box) for box in sample] for sample in expected]
+
+
+# The largest number below 1 that the generator draws.
+TOP = 1 - 2.0**-32
+
+
+@pytest.mark.parametrize(
+    ("area", "ratio", "height", "width"),
+    [
+        (0.0, 0.0, 258, 194),  # 0.05 of the area, 3/4
+        (0.0, TOP, 194, 258),  # 0.05 of the area, 4/3
+        (TOP, 0.0, 730, 548),  # 0.4 of the area, 3/4
+        (TOP, TOP, 548, 730),  # 0.4 of the area, 4/3
+        (TOP, 0.5, 632, 632),
+    ],
+)
+@pytest.mark.parametrize(("row", "column"), [(0.0, 0.0), (0.0, TOP), (TOP, 0.0), (TOP, TOP)])
+def test_boxes_reach_both_ends_of_the_ranges_and_every_corner(
+    area, ratio, row, column, height, width
+):
+    uniform = np.tile([area, ratio, row, column], 10).reshape(1, 1, 40)
+    box = crops_module._boxes(uniform, np.array([[1000, 1000]]), (0.05, 0.4))
+    top, left = int(row > 0) * (1000 - height), int(column > 0) * (1000 - width)
+    assert [int(value) for value in np.ravel(box)] == [top, left, height, width]
+
+
+def test_drawn_boxes_come_close_to_both_ends_of_the_ranges():
+    """The largest and smallest of many draws: the scale and ratio are those of the crop's kind."""
+    scales = ((0.4, 1.0), (0.05, 0.4))
+    for params, (low, high) in zip(
+        draw(4000, (1000, 1000), local_crops_number=2), scales, strict=True
+    ):
+        area = params.height.double() * params.width / 1e6
+        ratio = params.width.double() / params.height
+        for values, ends in ((area, (low, high)), (ratio, (3 / 4, 4 / 3))):
+            assert values.min() == pytest.approx(ends[0], rel=0.01)
+            assert values.max() == pytest.approx(ends[1], rel=0.01)
+            assert ends[0] * 0.995 <= values.min()
+            assert values.max() <= ends[1] * 1.005
+        for start, length in ((params.top, params.height), (params.left, params.width)):
+            assert (start == 0).any()
+            assert (start + length == 1000).any()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (3, 2), (10_000, 10_000)])
 def test_boxes_are_inside_any_image(size):
     for params in draw(200, size):
@@ -174,6 +242,43 @@ def test_factors_and_radii_are_uniform_over_the_papers_ranges():
     for n, (low, high) in enumerate(ranges):
         assert ks_uniform(local_params.jitter_factor[:, 0, n].numpy(), low, high) < 1
     assert ks_uniform(global_params.blur_radius[:, 0].numpy(), 0.1, 2.0) < 1
+
+
+def test_radii_of_every_kind_of_crop_are_uniform_over_the_papers_range():
+    """The radius does not depend on the draw that decides about the blur."""
+    global_params, local_params = draw(8000, local_crops_number=1)
+    for radius in (*global_params.blur_radius.unbind(1), local_params.blur_radius[:, 0]):
+        drawn = radius[radius > 0].numpy()
+        assert ks_uniform(drawn, 0.1, 2.0) < 1
+        assert drawn.min() < 0.12
+        assert drawn.max() > 1.98
+
+
+def test_draws_of_a_crop_are_independent():
+    """No two of them share a uniform number: they are uncorrelated, and stay so after switches."""
+    n = 8000
+    for params in draw(n, (1000, 1000), local_crops_number=1):
+        columns = {
+            name: getattr(params, name)[:, -1].double()
+            for name in ("flip", "jitter", "gray", "solarize", "top", "left", "height", "width")
+        }
+        for start, length in (("top", "height"), ("left", "width")):
+            columns[start] /= (1000 - columns[length]).clamp(min=1)  # from 0 to 1
+        columns["blur"] = (params.blur_radius[:, -1] > 0).double()
+        columns["radius"] = params.blur_radius[:, -1].double()
+        for k in range(4):
+            columns[f"factor {k}"] = params.jitter_factor[:, -1, k].double()
+            columns[f"order {k}"] = params.jitter_order[:, -1, k].double()
+        dependent = [
+            {"blur", "radius"},
+            {"height", "width"},
+            *({f"order {j}", f"order {k}"} for j in range(4) for k in range(4)),
+        ]
+        for one, x in columns.items():
+            for other, y in columns.items():
+                if one < other and {one, other} not in dependent and x.std() * y.std() > 0:
+                    correlation = torch.corrcoef(torch.stack([x, y]))[0, 1]
+                    assert abs(correlation) < 5 / math.sqrt(n), (one, other)
 
 
 def test_orders_of_the_color_operations_are_equally_likely():

@@ -168,6 +168,43 @@ def test_unsupported_requests_are_errors(problems, name, args, broken, message):
         getattr(runtime, f"choose_{name}")(*args)
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu", "pillow"])
+@pytest.mark.parametrize("crops", ["torchvision", "dali"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_only_the_fused_crops_have_a_choice_of_decoders(problems, crops, decode, device):
+    with pytest.raises(ConfigError, match=f"--decode {decode} is for --crops fused, .*{crops}"):
+        runtime.choose_decode(decode, crops, device)
+
+
+@pytest.mark.parametrize("crops", ["auto", "fused", "dali", "torchvision"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_crops_and_decoder_are_those_of_the_runs_device(tiny, monkeypatch, crops, device):
+    """Each backend works on one device only, which is faked."""
+    monkeypatch.setattr(runtime, "dali_problem", lambda *device: None)
+    monkeypatch.setattr(runtime, "dali_decode_problem", lambda: None)
+    fused = {"cpu": "Numba is not installed", "cuda": None}
+    monkeypatch.setattr(runtime, "fused_problem", lambda device: fused[torch.device(device).type])
+    config = tiny(crops=crops)
+    if crops == "fused" and device == CPU:
+        with pytest.raises(ConfigError, match="--crops fused: Numba is not installed"):
+            runtime.resolve_crops(config, device)
+        return
+    made, decode = runtime.resolve_crops(config, device)
+    on_gpu = device == CUDA
+    expected = {"auto": "fused" if on_gpu else "torchvision"}.get(crops, crops)
+    assert made.value == expected
+    assert decode.value == {
+        "fused": "cpu", "torchvision": "pillow", "dali": "gpu" if on_gpu else "cpu"
+    }[expected]  # fmt: skip
+
+
+def test_decoder_on_a_gpu_needs_dali_but_not_its_equality_with_pillow(monkeypatch):
+    monkeypatch.setattr(runtime, "dali_problem", lambda *device: None)
+    monkeypatch.setattr(runtime, "dali_decode_problem", lambda: "other pixels than Pillow's")
+    assert runtime.choose_decode("gpu", "fused", CUDA).value == "gpu"
+    assert runtime.choose_decode("auto", "fused", CUDA).value == "pillow"
+
+
 def test_auto_attention_on_a_cpu_is_sdpa():
     choice = runtime.choose_attention("auto", AttentionInputs(CPU))
     reason = "no xformers: .*no CPU kernels; no varlen: it has no CPU kernels"
