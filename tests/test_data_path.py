@@ -32,6 +32,9 @@ def test_existing_file_name_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("hf:x", "y?split=z"):
         (tmp_path / name).mkdir()
+    (tmp_path / "hf:list.txt").write_text("a.jpg\n")
+    (tmp_path / "hf:gone").symlink_to("nowhere")
+    for name in ("hf:x", "y?split=z", "hf:list.txt", "hf:gone"):
         assert parse(name, SCHEMES) == DataPath(name, "", name)
     assert parse("hf:x?split=a", SCHEMES) == DataPath("hf:x?split=a", "", "hf:x", {"split": "a"})
 

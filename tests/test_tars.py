@@ -1,6 +1,9 @@
-"""fastdino.data.datasets.tars: images next to the end of a file that is cut off."""
+"""fastdino.data.datasets.tars: images at the end of a file, and sparse ones."""
 
 from __future__ import annotations
+
+import io
+import tarfile
 
 import pytest
 
@@ -44,3 +47,17 @@ def test_the_last_image_of_a_tar_in_a_tar_is_whole_up_to_its_last_byte(
     for part, image in zip(index.parts[1:3].tolist(), images.values(), strict=True):
         whole = data[part[0] : part[0] + part[1]]
         assert whole[: len(image) - missing] == image[: len(image) - missing]
+
+
+def test_a_sparse_member_is_no_byte_range_of_an_image(tmp_path, picture):
+    """Its zeros are left out, so that the bytes of the tar are not those of the file."""
+    data = picture(1)
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (("sparse.jpg", tarfile.GNUTYPE_SPARSE), ("whole.jpg", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index = index_tar(str(tmp_path / "a.tar"))
+    assert list(index.members) == ["sparse.jpg", "whole.jpg"]
+    assert list(index.reasons) == [0]
+    assert "sparse member of the tar" in index.reasons[0]

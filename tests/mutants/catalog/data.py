@@ -294,16 +294,24 @@ MUTANTS = (
     ),
     Mutant(DATASET, "labels=labels[kept],", "labels=labels[: len(kept)],"),
     Mutant(
-        TARS, "is_whole = offset + size <= length", "is_whole = offset + size < length", ARCHIVES
+        TARS,
+        "is_whole = offset + size <= length",
+        "is_whole = offset + size < length",
+        ("tests/test_tars.py",),
     ),
     Mutant(TARS, "Part(start + offset, size), reason", "Part(offset, size), reason", ARCHIVES),
-    Mutant(TARS, "if not member.isreg() or member.issparse():", "if not member.isreg():", ARCHIVES),
+    Mutant(
+        TARS,
+        "if not member.isreg() or member.issparse():",
+        "if not member.isreg():",
+        ("tests/test_tars.py",),
+    ),
     Mutant(TARS, "file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)", "True", ARCHIVES),
     Mutant(ZIPS, "_LOCAL_HEADER.size + sum(lengths)", "_LOCAL_HEADER.size + lengths[0]", ARCHIVES),
     Mutant(
         ZIPS,
-        "if not reason and part.offset < end:",
-        "if not reason and part.offset <= end:",
+        "elif not reason:\n            end = part.offset + part.length",
+        "elif not reason:\n            end = part.offset",
         ARCHIVES,
     ),
     Mutant(
