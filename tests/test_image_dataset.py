@@ -127,6 +127,31 @@ def test_broken_files_are_skipped_with_a_reason(folder, broken):
         scan_images(folder, max_bad_share=0.3)
 
 
+def test_labels_belong_to_their_images_if_others_are_skipped(folder, broken):
+    for name in ("b/3.jpg", "d/1.png", "d/2.png", "e/1.png"):
+        write(folder / name)
+    (folder / "a" / "0.jpg").write_bytes(b"this is no image")
+    dataset = scan_images(folder, max_bad_share=0.9)
+    names = [os.path.relpath(path, folder).split(os.sep)[0] for path in dataset.paths]
+    assert [dataset.classes[label] for label in dataset.labels] == names
+    assert sorted(set(names)) == dataset.classes == ["a", "b", "c", "d", "e"]
+
+
+def test_labels_keep_their_classes_without_the_unlabelled_images(tmp_path, make_tar, picture):
+    """The class of the unlabelled images is between the others in the order of the names."""
+    labels = {"1": b"zebra", "2": None, "3": b"ant", "4": b"zebra", "5": None}
+    members = {f"{key}.jpg": picture(int(key)) for key in labels}
+    members |= {f"{key}.cls": label for key, label in labels.items() if label}
+    make_tar(tmp_path / "train" / "a.tar", members)
+    dataset = scan_images(tmp_path / "train")
+    assert dataset.classes == ["ant", "unlabelled", "zebra"]
+    assert dataset.labels.tolist() == [2, 1, 0, 2, 1]
+    evaluated = scan_images(tmp_path, role="train")
+    assert evaluated.classes == ["ant", "zebra"]
+    assert evaluated.labels.tolist() == [1, 0, 1]
+    assert [os.path.basename(path) for path in evaluated.paths] == ["1.jpg", "3.jpg", "4.jpg"]
+
+
 @pytest.fixture
 def forbid(monkeypatch):
     """A function that makes another one raise PermissionError for one path."""

@@ -215,7 +215,13 @@ MUTANTS = (
             f"{LOADERS}::test_exif_orientation_is_applied_only_on_request",
         ),
     ),
-    Mutant(FILES, 'if not data or image.format == "TIFF":', "if not data:"),
+    Mutant(
+        FILES,
+        'if not data or image.format == "TIFF":',
+        "if not data:",
+        equivalent="Pillow 12 keeps the tags of a TIFF outside of info['exif'], so its orientation "
+        "reads as 1 either way",
+    ),
     Mutant(FILES, "for pause in (*PAUSES, None):", "for pause in (*PAUSES[1:], None):"),
     Mutant(
         FILES,
@@ -286,12 +292,7 @@ MUTANTS = (
     ),
     # Datasets
     Mutant(DATASET, 'digest.update(images.headers[:, :2].astype("<i4").tobytes())', "pass"),
-    Mutant(
-        DATASET,
-        "labels = labels - (labels > index)",
-        "pass",
-        ("tests/test_image_dataset.py", "tests/test_hugging_face.py"),
-    ),
+    Mutant(DATASET, "return labels - (labels > index), [", "return labels, ["),
     Mutant(DATASET, "labels=labels[kept],", "labels=labels[: len(kept)],"),
     Mutant(
         TARS,
