@@ -156,6 +156,9 @@ def test_schedules_attributes_and_state(original):
         other.load_state_dict(loss.state_dict())
         assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
     assert "patch_out_dim=5, ngcrops=2, nlcrops=3" in repr(ours)
+    # Both have the temperatures of 6 epochs; that of patch tokens starts to rise in the third one.
+    assert ours.teacher_temp_schedule == pytest.approx((0.04, 0.05, 0.06, 0.06, 0.06, 0.06))
+    assert ours.teacher_temp2_schedule == pytest.approx((0.05, 0.05, 0.05, 0.06, 0.07, 0.07))
     if original is not PlainLoss:
         public = {name for name in {*vars(theirs), *dir(theirs)} if not name.startswith("__")}
         assert public <= {*vars(ours), *dir(ours)}

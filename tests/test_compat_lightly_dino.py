@@ -100,13 +100,15 @@ def test_lightly_temperatures_may_be_tensors_and_change_between_calls():
     assert torch.equal(loss_fn(teacher, student, epoch=100), expected)
 
 
+@pytest.mark.parametrize("by_epoch", [False, True])
 @pytest.mark.parametrize(("S", "T"), [(2, 2), (10, 2), (2, 3)])
-def test_dino_loss_follows_the_equations_for_several_steps(S, T):
-    ours, center = lightly.DINOLoss(7, teacher_temp=0.0625).double(), torch.zeros(7).double()
-    for step in range(3):
+def test_dino_loss_follows_the_equations_for_several_steps(S, T, by_epoch):
+    ours, center = lightly.DINOLoss(7, **WARM_UP).double(), torch.zeros(7).double()
+    for step, warm in enumerate([0.03125, 0.046875, 0.0625, 0.0625]):
         student, teacher = draw(S, T, seed=step)
-        got = run(lambda s, t=teacher: ours(list(t), list(s)), student)
-        expected = run(plain_loss, student, teacher, center, 0.1, 0.0625)
+        temp, arguments = (warm, {"epoch": step}) if by_epoch else (0.0625, {})
+        got = run(lambda s, t=teacher, a=arguments: ours(list(t), list(s), **a), student)
+        expected = run(plain_loss, student, teacher, center, 0.1, temp)
         assert_same(got, expected)
         center = 0.9 * center + 0.1 * teacher.mean(dim=(0, 1))
         torch.testing.assert_close(ours.center, center.view(1, 1, 7), rtol=1e-12, atol=1e-14)
@@ -141,6 +143,15 @@ def test_lightly_update_center(original, form):
         ours.update_center(form(teacher))
         theirs.update_center(teacher)
     torch.testing.assert_close(ours.center, theirs.center, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_update_center_sums_half_precision_in_fp32(dtype):
+    ours = lightly.DINOLoss(7, center_momentum=0.75)
+    _, teacher = draw(1, 2, B=300, dtype=dtype)
+    ours.update_center(teacher)
+    expected = 0.25 * teacher.double().mean(dim=(0, 1))
+    torch.testing.assert_close(ours.center[0, 0].double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lightly_teacher_gets_no_gradient_and_graph_keeps_the_old_center():
