@@ -114,8 +114,10 @@ CONSECUTIVE = {
     "one custom view": lambda out: [*out.chunk(4)[:3], Scale.apply(out[9:])],
     "custom views of slices": lambda out: [Scale.apply(out[:6]), Scale.apply(out[6:])],
     "transposed twice": lambda out: [piece.T.T for piece in out.chunk(4)],
+    "negative": lambda out: [torch._neg_view(piece) for piece in out.chunk(4)],
 }
 COPIED = {
+    "one negative": lambda out: [out[:3], torch._neg_view(out[3:6]), out[6:9], out[9:]],
     "one detached": one_detached,
     "reversed": lambda out: out.chunk(4)[::-1],
     "repeated": lambda out: [*out.chunk(4)[:3], out.chunk(4)[0]],
