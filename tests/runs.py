@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino import TrainConfig, Trainer, checkpoint
+from fastdino import TrainConfig, Trainer, checkpoint, distributed
+from fastdino.data import build_loader, scan_images
 from fastdino.training.loop import train
 from tests.small_networks import shrink_networks
 
@@ -25,6 +26,31 @@ def train_small(settings: dict[str, Any]) -> None:
     """Call train() with small networks, in a process that the test started."""
     shrink_networks(pytest.MonkeyPatch())
     train(TrainConfig.from_dict(settings))
+
+
+def train_by_hand(
+    config: TrainConfig, left_out: Container[int]
+) -> tuple[dict[str, Any], list[float]]:
+    """Train in a plain loop without some batches; return the state and each epoch's mean loss."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    loader = build_loader(
+        config, scan_images(config.data_path), crops="torchvision", decode="pillow", rank=rank,
+        world_size=world_size,
+    )  # fmt: skip
+    trainer = Trainer(config, loader.steps_per_epoch)
+    torch.manual_seed(config.seed + rank)
+    means = []
+    for epoch in range(config.epochs):
+        losses = []
+        for crops in loader.epoch(epoch):
+            if trainer.iteration in left_out:
+                state = trainer.state_dict()
+                trainer.load_state_dict(state | {"iteration": state["iteration"] + 1})
+            else:
+                losses.append(trainer.train_step(crops).item())
+        means.append(sum(losses) / len(losses))
+    loader.close()
+    return trainer.state_dict(), means
 
 
 def weights_of(run: Path) -> dict[str, Any]:
@@ -67,23 +93,45 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert losses_of(run) == losses_of(other)
 
 
-def before_step(patch: pytest.MonkeyPatch, iteration: int, action: Callable[[], object]) -> None:
-    """Call `action` before the first step with this iteration."""
-    step, left = Trainer.train_step, [action]
+def before_step(
+    patch: pytest.MonkeyPatch, iteration: int, action: Callable[[], object], *, visit: int = 1
+) -> None:
+    """Call `action` before the step with this iteration, on its first or a later visit."""
+    step, visits = Trainer.train_step, [0]
 
     def acting(self: Trainer, crops: list[Tensor]) -> Tensor:
-        if self.iteration == iteration and left:
-            left.pop()()
+        visits[0] += self.iteration == iteration
+        if self.iteration == iteration and visits[0] == visit:
+            action()
         return step(self, crops)
 
     patch.setattr(Trainer, "train_step", acting)
 
 
 def interrupt(
-    patch: pytest.MonkeyPatch, iteration: int, number: int = signal.SIGTERM, times: int = 1
+    patch: pytest.MonkeyPatch,
+    iteration: int,
+    number: int = signal.SIGTERM,
+    *,
+    times: int = 1,
+    visit: int = 1,
 ) -> None:
     """Send a signal to this process during the step of an iteration."""
-    before_step(patch, iteration, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
+
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    before_step(patch, iteration, send, visit=visit)
+
+
+class Once(set[int]):
+    """Iterations that are found on their first visit only."""
+
+    def __contains__(self, iteration: object) -> bool:
+        found = super().__contains__(iteration)
+        self.discard(iteration)  # type: ignore[arg-type]
+        return found
 
 
 def fail(patch: pytest.MonkeyPatch, iterations: Container[int], kind: str) -> None:

@@ -9,7 +9,16 @@ import pytest
 from fastdino.errors import NonFiniteError
 from fastdino.training.loop import train
 from fastdino.training.resume import MAX_ROLLBACKS
-from tests.runs import STEPS, fail, losses_of, weights_of
+from tests.runs import (
+    STEPS,
+    Once,
+    assert_same_state,
+    fail,
+    interrupt,
+    losses_of,
+    train_by_hand,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -51,3 +60,29 @@ def test_rollback_stops_after_max_rollbacks(config, monkeypatch):
     fail(monkeypatch, range(1, 3 * STEPS), "crops")
     with pytest.raises(NonFiniteError, match=f"after {MAX_ROLLBACKS} rollbacks"):
         train(config(on_nonfinite="rollback", batch_size_per_gpu=2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mode": "fast"},
+        {"mode": "fast", "batch_size_per_gpu": 2, "grad_accum": 2, "use_bn_in_head": True},
+    ],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+def test_run_with_two_rollbacks_and_a_stop_is_a_run_without_these_batches(
+    config, tmp_path, monkeypatch, settings
+):
+    """Fast mode finds the first failure three steps later; the stop is before its second visit."""
+    run, first, second = config(on_nonfinite="rollback", **settings), STEPS + 1, 2 * STEPS + 1
+    expected, losses = train_by_hand(run, {first, second})
+    fail(monkeypatch, Once({first, second}), "crops")
+    interrupt(monkeypatch, first - 1, visit=2)
+    assert train(run) == "interrupted"
+    assert weights_of(tmp_path / "run")["left_out"] == [first]
+    assert train(run) == "finished"
+    state = weights_of(tmp_path / "run")
+    assert state["left_out"] == [first, second]
+    assert_same_state(state, expected)
+    assert losses_of(tmp_path / "run") == losses
