@@ -99,6 +99,23 @@ def test_bf16_update_writes_the_normalised_last_layer_of_the_teacher(fast, crops
     assert trainer.student.head.last_layer.cached_weight is None
 
 
+def test_resumed_trainer_has_the_bits_of_the_written_last_layer(
+    monkeypatch, small_networks, fast, crops_of
+):
+    """Another way to normalise it rounds about one value in 100,000 differently."""
+    settings = {"hidden_dim": 32, "bottleneck_dim": 256}
+    monkeypatch.setattr(DINOHead.__init__, "__kwdefaults__", settings)
+    config = fast(amp_dtype="fp16", freeze_last_layer=0, warmup_epochs=0, out_dim=4096)
+    trainer, other = (Trainer(config, steps_per_epoch=STEPS) for _ in range(2))
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    for i in range(2):
+        written, loaded = (t.teacher.head.last_layer.cached_weight for t in (trainer, other))
+        assert torch.equal(written, loaded)
+        trainer.train_step(crops_of(config, i))
+        other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    assert torch.equal(written, loaded)
+
+
 def test_written_last_layer_is_used_only_under_autocast(fast):
     trainer = Trainer(fast(amp_dtype="bf16"), steps_per_epoch=STEPS)
     head = trainer.teacher.head

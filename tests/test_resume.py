@@ -30,8 +30,6 @@ pytestmark = pytest.mark.usefixtures("small_networks")
         (STEPS + 1, {"centering": "sinkhorn", "koleo_weight": 0.1, "mode": "fast"}),
         (STEPS + 1, {"mode": "fast", "batch_size_per_gpu": 2, "grad_accum": 2}),
         (STEPS, {"mode": "fast", "amp_dtype": "bf16", "use_bn_in_head": True}),
-        (STEPS, {"amp_dtype": "fp16", "optimizer": "lars", "use_bn_in_head": True}),
-        (STEPS, {"mode": "fast", "optimizer": "sgd", "amp_dtype": "fp16"}),
     ],
 )
 def test_resumed_command_matches_uninterrupted_run(config, tmp_path, at, settings, monkeypatch):

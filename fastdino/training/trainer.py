@@ -407,6 +407,8 @@ class Trainer:
         self._after_load()
 
     def _after_load(self) -> None:
+        if isinstance(self._update, FusedUpdate):
+            self._update.refresh_cache()
         if self.runtime.cuda_graph.on:  # the recorded graph reads optimizer state that is replaced
             self._run_step = GraphedStep(self._step, self.device)
         self._guard.restart(self.iteration)

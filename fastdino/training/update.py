@@ -93,10 +93,27 @@ class FusedUpdate:
             skip_nonfinite=not scaler.is_enabled(),
         )
         self._student, self._scaler, self._guard = student, scaler, guard
+        self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+        if cached is not None:
+            self._cached = prototypes, teacher.head.last_layer.weight_v, cached
+            self.refresh_cache()
         self._schedules: list[Tensor] | None = None  # fp64 []: lr, weight decay, momentum
         if graphed:
             values = torch.zeros(3, dtype=torch.float64, device=prototypes.device)
             self._schedules = list(values.unbind())
+
+    def refresh_cache(self) -> None:
+        """Write the normalised last layer of loaded weights, with the bits that an update writes.
+
+        Another implementation rounds some values differently, and a resumed run would differ.
+        """
+        if self._cached is None:
+            return
+        prototypes, teacher, cached = self._cached
+        student = prototypes.detach()  # without a gradient
+        AdamWEMA(
+            [student], teacher=[teacher], teacher_shadow=[cached], unit_rows=student, momentum=1.0
+        ).step()
 
     def set_schedules(self, lr: float, weight_decay: float, momentum: float) -> None:
         """Set the values for the next step."""
