@@ -56,7 +56,7 @@ def test_write_to_full_device_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["student", "optimizer"])
+@pytest.mark.parametrize("where", ["student", "teacher", "optimizer", "dino_loss"])
 def test_nonfinite_state_is_not_saved(tmp_path, value, where):
     path = tmp_path / "checkpoint.pth"
     checkpoint.save(STATE, path)

@@ -18,11 +18,10 @@ from torch import nn
 
 from fastdino import TrainConfig, Trainer
 from fastdino.checkpoint import strip_prefix
-from fastdino.errors import CheckpointError, NonFiniteError
+from fastdino.errors import CheckpointError
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
-from fastdino.models.head import DINOHead
-from fastdino.models.vit import VIT_ARCHS
 from tests.processes import run_two
+from tests.small_networks import shrink_networks
 from tests.test_schedules import paper_schedule
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "dino_vit_tiny.json").read_text())
@@ -338,44 +337,6 @@ def test_counts_of_a_checkpoint_must_be_whole_numbers(tiny, name, value):
         trainer.load_state_dict(trainer.state_dict() | {name: value})
 
 
-def snapshot(trainer):
-    """Return a copy of the weights, the center and the moments."""
-    state = trainer.state_dict()
-    tensors = {key: state[key] for key in ("student", "teacher", "dino_loss")}
-    return copy.deepcopy(tensors | {"moments": state["optimizer"]["state"]})
-
-
-@pytest.mark.parametrize("failure", ["loss", "gradient"])
-@pytest.mark.parametrize("mode", ["parity", "fast"])
-def test_nonfinite_step_leaves_the_state_unchanged(tiny, crops_of, mode, failure):
-    config = tiny(mode=mode, compile="off", grad_accum=2, clip_grad=0.0, freeze_last_layer=0)
-    trainer = Trainer(config, steps_per_epoch=3)
-    trainer.train_step(crops_of(config, 0))
-    before, completed = snapshot(trainer), []
-
-    def train():
-        crops, scale = crops_of(config, 1), math.inf if failure == "gradient" else 1.0
-        hook = trainer.student.head.mlp[0].weight.register_hook(lambda gradient: gradient * scale)
-        crops[0][0, 0, 0, 0] = math.nan if failure == "loss" else 0.0
-        try:
-            trainer.train_step(crops)
-        finally:
-            hook.remove()
-        for i in (2, 3):
-            trainer.train_step(crops_of(config, i))
-        completed.append(trainer.iteration)
-        trainer.verify()
-
-    problem = {"loss": "the loss is nan", "gradient": "a gradient is not finite"}[failure]
-    with pytest.raises(NonFiniteError, match=rf"{problem} at iteration 1 \(epoch 1\)") as error:
-        train()
-    assert completed == ([4] if mode == "fast" else [])  # fast mode does not wait for the device
-    assert error.value.iteration == trainer.iteration == 1
-    torch.testing.assert_close(snapshot(trainer), before, rtol=0, atol=0)
-    assert math.isfinite(trainer.train_step(crops_of(config, 1)).item())
-    trainer.verify()
-
-
 def test_entropy_is_measured_every_print_freq_steps_and_at_epoch_starts(float64, tiny, crops_of):
     config = tiny(print_freq=2, grad_accum=2)
     trainer = Trainer(config, steps_per_epoch=3)
@@ -409,12 +370,6 @@ def train_on(trainer, batches, rows):
     losses = [trainer.train_step([crop[rows] for crop in batch]).item() for batch in batches]
     trainer.verify()
     return losses, trainer.terms, trainer.state_dict()["student"]
-
-
-def shrink_networks(patch):
-    patch.setitem(VIT_ARCHS, "vit_nano", {"embed_dim": 32, "depth": 2, "num_heads": 2})
-    widths = {"hidden_dim": 32, "bottleneck_dim": 16}
-    patch.setattr(DINOHead.__init__, "__kwdefaults__", widths)
 
 
 def train_on_half(config, batches, folder):

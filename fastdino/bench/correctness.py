@@ -190,14 +190,14 @@ def run_step(step: TrainingStep, crops: Sequence[Tensor]) -> dict[str, Tensors]:
 
 
 def _without_key_bias(name: str, parameter: Tensor) -> Tensor:
-    """Remove the keys' third from a qkv bias.
+    """Replace the keys' third of a qkv bias by 0, or by NaN where it is not finite.
 
     The softmax does not depend on it: its gradient is rounding noise, which AdamW amplifies.
     """
     if not name.endswith("qkv.bias"):
         return parameter
-    query, _, value = parameter.chunk(3)
-    return torch.cat([query, value])
+    query, key, value = parameter.chunk(3)
+    return torch.cat([query, 0 * key, value])
 
 
 @contextlib.contextmanager

@@ -105,11 +105,14 @@ class Peak:
 
 
 def peak_of(device: torch.device) -> Peak:
-    """Return the data sheet's peak of a known GPU, else that of a product measured now."""
+    """Return the data sheet's peak of a known GPU, else that of a product measured now.
+
+    A MIG instance, a part of a GPU that has the GPU's name and its own, is measured.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAKS.items():
-            if part in name:
+            if part in name and "MIG" not in name:
                 return Peak(flops, f"{part}'s dense bf16 product")
     return measured_peak(device)
 

@@ -23,8 +23,8 @@ class FiniteGuard:
         immediate: check at every watch_loss and watch_norms, which waits for the device.
 
     Attributes:
-        bad: fp32 [] on the device, nonzero after a failure. An update must then leave the state
-            unchanged, and must set it if it finds a non-finite gradient.
+        bad: fp32 [] on the device, 1 after a failure, else 0. While it is 1, an update must leave
+            the state unchanged.
         iteration: all steps before it are known to be finite.
     """
 
@@ -53,7 +53,7 @@ class FiniteGuard:
 
     def end_step(self) -> None:
         """Count the step unless the flag is set."""
-        self._good_steps.add_(1 - self.bad.clamp(max=1))
+        self._good_steps.add_(1 - self.bad)
 
     def check(self) -> None:
         """Wait for the device; raise NonFiniteError, and clear the flag, if it is set."""

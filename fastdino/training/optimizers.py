@@ -56,6 +56,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = _STATES[own.split()[0]]
     for index, values in state["state"].items():
+        for name in names:
+            if name not in values:
+                raise CheckpointError(f"the optimizer's parameter {index} has no {name}")
         _check_moments(parameters[index], {name: values[name] for name in names}, index)
 
 

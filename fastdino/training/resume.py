@@ -32,6 +32,19 @@ NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_worker
 RESULT_SETTINGS = ("precision", "crops", "decode")
 _SAME_RESULT = ({"fused", "torchvision"}, {"cpu", "pillow"})
 
+# Parts that a checkpoint may lack, such as those of the paper's code, and what follows from it.
+OPTIONAL_PARTS = {
+    "iteration": "the epoch starts at its first step",
+    "steps_per_epoch": "another number of steps per epoch is not noticed",
+    "generators": "the random streams of stochastic depth are new",
+    "fp16_scaler": "the loss scale starts at its first value",
+    "progress": "the means of the epoch lack its earlier steps",
+    "left_out": "batches left out by a rollback are used",
+    "args": "other settings are not noticed",
+    "resolved": "other results of this machine are not noticed",
+    "images": "other images are not noticed",
+}
+
 
 class RunCheckpoint:
     """checkpoint.pth of a run.
@@ -124,11 +137,21 @@ class RunCheckpoint:
             raise CheckpointError(
                 f"cannot resume {self.path}: {error}; or use another --output_dir"
             ) from error
+        self._warn_of_missing_parts(state)
         self._compare_settings(state.get("args"))
         self._compare_resolved(state.get("resolved"))
         self._compare_images(state.get("images"))
         self.left_out = list(state.get("left_out", []))
         self.progress.restart(self.trainer.iteration, state.get("progress"))
+
+    def _warn_of_missing_parts(self, state: dict[str, Any]) -> None:
+        missing = [
+            f"{part} ({effect})"
+            for part, effect in OPTIONAL_PARTS.items()
+            if part not in state and (part != "fp16_scaler" or self.trainer.scaler.is_enabled())
+        ]
+        if missing:
+            self.progress.warn(f"{self.path} lacks some parts: {', '.join(missing)}")
 
     def _compare_settings(self, saved: Any) -> None:
         """Warn of settings that differ from the checkpoint's."""

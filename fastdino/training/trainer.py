@@ -383,9 +383,7 @@ class Trainer:
             sharding.load_module(module, tensors[name])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and "fp16_scaler" in state:
-            own = self.scaler.state_dict()
-            scaler = {name: type(own[name])(state["fp16_scaler"][name]) for name in own}
-            self.scaler.load_state_dict(scaler)
+            self.scaler.load_state_dict(_scaler_state(self.scaler, state["fp16_scaler"]))
         self.iteration = iteration
         generators = state.get("generators", [])
         if len(generators) == distributed.world_size():
@@ -412,6 +410,15 @@ class Trainer:
         if self.runtime.cuda_graph.on:  # the recorded graph reads optimizer state that is replaced
             self._run_step = GraphedStep(self._step, self.device)
         self._guard.restart(self.iteration)
+
+
+def _scaler_state(scaler: torch.amp.GradScaler, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state of a GradScaler with values of the types of its own."""
+    own = scaler.state_dict()
+    for name in own:
+        if name not in saved:
+            raise CheckpointError(f"the checkpoint's fp16_scaler has no {name}")
+    return {name: type(value)(saved[name]) for name, value in own.items()}
 
 
 def _mean_outputs(parts: Sequence[StepOutputs]) -> StepOutputs:
