@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import zipfile
 
@@ -63,6 +64,15 @@ def test_nonfinite_state_is_not_saved(tmp_path, value, where):
     with pytest.raises(NonFiniteError, match=rf"{where}.state.0.w is not finite"):
         checkpoint.save({where: {"state": {0: {"w": torch.tensor([1.0, value])}}}}, path)
     assert checkpoint.load(path)["epoch"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_kind_of_number_is_checked_and_integers_are_not(dtype):
+    good = {"student": {"w": torch.ones(3, dtype=dtype), "n": torch.arange(3)}}
+    checkpoint.check_finite(good)
+    good["student"]["w"][2] = math.nan
+    with pytest.raises(NonFiniteError, match=r"student\.w is not finite"):
+        checkpoint.check_finite(good)
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
@@ -137,6 +147,7 @@ def test_numpy_scalars_load_under_old_and_new_module_names(tmp_path, module):
         (torch.zeros(2, device="meta"), "tensor without data"),
         (torch.zeros(2).to_sparse(), "sparse or quantized tensor"),
         (torch.zeros(2) + 0j, "complex"),
+        (torch.zeros(1).expand(2), "tensor of repeated values"),
         ([0.0, 0.0], "list"),
     ],
 )

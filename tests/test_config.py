@@ -10,6 +10,7 @@ import pytest
 
 from fastdino import cli
 from fastdino.config import (
+    LARGEST_SIZE,
     TrainConfig,
     add_arguments,
     add_train_arguments,
@@ -127,6 +128,42 @@ def test_invalid_values_are_errors_with_flag_value_and_allowed_values(settings, 
     with pytest.raises(ConfigError) as error:
         TrainConfig(**settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"drop_path_rate": 0.0, "momentum_teacher": 0.0, "max_bad_share": 0.0, "koleo_weight": 0.0},
+        {"momentum_teacher": 1.0, "max_bad_share": 1.0, "drop_path_rate": 0.999},
+        {"seed": 2**63 - 1, "out_dim": LARGEST_SIZE, "grad_accum": 1, "clip_grad": 0.0},
+        {"epochs": 7, "warmup_epochs": 7, "warmup_teacher_temp_epochs": 7, "freeze_last_layer": 7},
+        {"global_crops_scale": (0.5, 0.5), "local_crops_scale": (1.0, 1.0)},
+        {"patch_size": 96, "local_crops_size": 96, "global_crops_size": 96},
+        {"patch_size": 96, "local_crops_size": 1, "local_crops_number": 0},
+        {"koleo_weight": 0.1, "batch_size_per_gpu": 2},
+    ],
+)  # fmt: skip
+def test_values_at_their_bounds_are_valid(settings):
+    config = TrainConfig(**settings)
+    assert settings.items() <= {name: getattr(config, name) for name in settings}.items()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher_temp": 0.0}, {"warmup_teacher_temp": 0.0}, {"momentum_teacher": 1.001},
+        {"drop_path_rate": 1.0}, {"max_bad_share": -0.001}, {"seed": 2**63},
+        {"out_dim": LARGEST_SIZE + 1}, {"out_dim": 0}, {"epochs": 0}, {"print_freq": 0},
+        {"epochs": 7, "warmup_epochs": 8}, {"global_crops_scale": (0.0, 0.5)},
+        {"global_crops_scale": (0.5, 0.4)}, {"local_crops_scale": (0.5, 1.001)},
+        {"patch_size": 97, "local_crops_size": 96}, {"lr": float("inf")}, {"lr": float("nan")},
+        {"koleo_weight": 0.1, "batch_size_per_gpu": 1}, {"use_fp16": 1}, {"epochs": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_beyond_their_bounds_are_errors(settings):
+    with pytest.raises(ConfigError):
+        TrainConfig(**settings)
 
 
 def test_help_groups_the_flags_and_shows_defaults():

@@ -37,6 +37,8 @@ def without(environ, *names):
         (without(TORCHRUN, "LOCAL_RANK"), Launch(3, 8, 0)),
         (SRUN, Launch(5, 8, 1, ("gpu07", 20123))),
         (SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "29500"}, Launch(5, 8, 1, ("b", 29500))),
+        (SRUN | {"MASTER_PORT": "65535"}, Launch(5, 8, 1, ("gpu07", 65535))),
+        (TORCHRUN | {"RANK": "7", "MASTER_PORT": "65535"}, Launch(7, 8, 1)),
         (SRUN | TORCHRUN, Launch(3, 8, 1)),  # srun started torchrun
         # What is left over starts a run of one process.
         ({"LOCAL_RANK": "3"}, Launch()),
@@ -63,9 +65,9 @@ def test_the_environment_states_the_place_of_this_process(environ, expected):
         (TORCHRUN | {"WORLD_SIZE": ""}, "variable WORLD_SIZE must be a number, got ''"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "variable LOCAL_RANK must be a number, got '-1'"),
         (TORCHRUN | {"MASTER_PORT": "x"}, "variable MASTER_PORT must be a number, got 'x'"),
-        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT must be at most 65535, got 99999"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT must be at most 65535, got 65536"),
         (SRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT must be at most 65535, got 99999"),
-        (SRUN | {"SLURM_PROCID": "9"}, "SLURM_PROCID must be below"),
+        (SRUN | {"SLURM_PROCID": "8"}, "SLURM_PROCID must be below"),
         (without(SRUN, "SLURM_PROCID"), "variable SLURM_PROCID must be a number, got no value"),
         (without(SRUN, "SLURM_STEP_NODELIST"), "must be a list of nodes"),
         (SRUN | {"SLURM_STEP_NODELIST": "[1-2]"}, "must be a list of nodes"),

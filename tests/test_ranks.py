@@ -110,6 +110,8 @@ def test_ranks_have_random_streams_of_their_own_across_a_resume(tiny, pictures, 
     states = [state["cpu"] for state in (*first, *whole["generators"])]
     for i, state in enumerate(states):
         assert not any(torch.equal(state, other) for other in states[:i])
+    log = (tmp_path / "whole/log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [0, 1], "written by one rank"
     for state in (whole, resumed):
         del state["args"]["output_dir"]
     assert differences(resumed, whole) == []
