@@ -7,6 +7,7 @@ tests. The project itself is imported in the fork, from the copy with the mutate
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -29,6 +30,8 @@ LIBRARIES = (
     "torch", "torchvision", "timm", "triton", "numba", "matplotlib.pyplot", "hypothesis",
     "PIL.Image", "torch.utils.tensorboard", "torch.distributed.checkpoint",
 )  # fmt: skip
+# Plugins of pytest that these tests do not use; together they take longer than most tests.
+UNUSED_PLUGINS = ("anyio", "hydra_pytest", "platformdirs", "xdist", "xdist.looponfail")
 # Tests that take this many times as long as without a mutant, and this many seconds more, hang.
 TIME_FACTOR, TIME_EXTRA = 4.0, 30.0
 
@@ -140,6 +143,7 @@ def _import_libraries() -> None:
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage several times, and would visit and copy all of this
 
 
 def _run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[str, float]:
@@ -186,6 +190,7 @@ def _run_pytest(copy: Path, tests: Sequence[str], report: Path) -> None:
     os.dup2(output, 2)
     failure = _Failure()
     options = ["-x", "-q", "-p", "no:cacheprovider"]
+    options += [word for name in UNUSED_PLUGINS for word in ("-p", f"no:{name}")]
     # The libraries were imported before pytest could rewrite their assertions.
     options += ["-W", "ignore::pytest.PytestWarning"]
     # NumPy warns about the arithmetic of Triton's interpreter: a value has to fail, no warning.
