@@ -82,6 +82,15 @@ def test_factor_uses_the_papers_epsilon():
     assert param.grad.item() == pytest.approx(1e-5 * 1e-6 / (1e-5 + 1e-6), rel=1e-12)
 
 
+@both
+def test_factor_of_small_norms_has_the_papers_epsilon(clip_, target):
+    """1e-6 is added to the norm, which it halves here."""
+    param = parameter(torch.full((1,), 1e-6, device=target["device"]))
+    norms = clip_([param], 1e-6, impl=target["impl"])
+    assert norms.item() == pytest.approx(1e-6, rel=1e-6)
+    assert param.grad.item() == pytest.approx(0.5e-6, rel=1e-6)
+
+
 def test_missing_gradients_are_skipped(target):
     params = draw(torch.float32, device=target["device"])
     expected, expected_norms = truth(clip_grad_norms_, params, 0.5)

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fastdino.data import image_files
@@ -132,6 +132,39 @@ def test_exif_orientation_is_applied_on_request(tmp_path, picture, form, value):
     height, width, traits = read_header(str(path))
     assert (height, width) == (as_stored.height, as_stored.width)
     assert traits == SWAPPED * (rotated.size != as_stored.size)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_a_box_is_in_pixels_as_stored(picture, value):
+    """It is cut out before the image is rotated."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    data, box = picture(1, (20, 10), exif=exif), (3, 1, 15, 6)
+    with Image.open(io.BytesIO(data)) as image:
+        piece = image.convert("RGB").crop(box)
+    assert np.array_equal(Conversion().decode(data, box), piece)
+    piece.getexif()[0x0112] = value
+    rotated = ImageOps.exif_transpose(piece)
+    assert rotated.size == ((5, 12) if value >= 5 else (12, 5))
+    assert np.array_equal(Conversion(exif=True).decode(data, box), rotated)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_only_files_without_their_end_are_decoded_by_a_scan(tmp_path, picture, monkeypatch, form):
+    decoded, load = [], ImageFile.ImageFile.load
+
+    def counted(image):
+        decoded.append(image.format)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    path = tmp_path / "a"
+    path.write_bytes(picture(1, (20, 10), form))
+    assert read_header(str(path)) == Header(10, 20)
+    assert decoded == []
+    path.write_bytes(path.read_bytes() + b"and more")
+    assert read_header(str(path)) == Header(10, 20)
+    assert decoded == [form]
 
 
 @pytest.mark.parametrize(

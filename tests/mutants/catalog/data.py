@@ -227,14 +227,12 @@ MUTANTS = (
         FILES,
         "rgb = rgb if box is None else rgb.crop(box)",
         "pass",
-        ("tests/test_image_files.py", "tests/test_copydays.py"),
     ),
     Mutant(FILES, "if len(inflated) < part.inflated:", "if len(inflated) > part.inflated:"),
     Mutant(
         FILES,
         "file.seek(-len(marker), os.SEEK_END)",
         "file.seek(-len(marker) - 1, os.SEEK_END)",
-        ("tests/test_image_files.py", "tests/test_image_dataset.py"),
     ),
     # Names and their order
     Mutant(NAMES, '(int(part), "") if part.isdecimal()', "(0, part) if part.isdecimal()"),
