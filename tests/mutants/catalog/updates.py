@@ -165,7 +165,7 @@ MUTANTS = (
         f"{PACKAGE}/adamw_ema_arguments.py",
         "if not addresses.isdisjoint(map(Tensor.data_ptr, present([gradients]))):",
         "if False:",
-        ("tests/test_adamw_ema_arguments.py",),
+        ("tests/test_adamw_ema_caches.py",),
     ),
     # The optimizer
     Mutant(
