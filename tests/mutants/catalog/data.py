@@ -96,12 +96,6 @@ MUTANTS = (
     ),
     Mutant(
         FUSED,
-        "draw_crops(self._config, epoch, indices, sizes)",
-        "draw_crops(self._config, epoch, batch, sizes)",
-        REPLACED,
-    ),
-    Mutant(
-        FUSED,
         "(picture.shape[0], picture.shape[1]) for",
         "(picture.shape[1], picture.shape[0]) for",
         ("tests/test_loader_fused.py::test_fused_crops_equal_torchvisions_bit_for_bit",),
@@ -132,12 +126,6 @@ MUTANTS = (
         "used if used >= index else used + len(self)",
         "max(used, index)",
         ("tests/test_pillow.py::test_sample_reports_every_unreadable_file_it_replaces",),
-    ),
-    Mutant(
-        f"{DATA}/loader_dali.py",
-        "pixels = self._decode(data) if same else None",
-        "pixels = self._decode(data)",
-        ("tests/test_loader_dali.py::test_unusual_formats_give_the_same_images_with_dali",),
     ),
     Mutant(
         f"{DATA}/loader.py",

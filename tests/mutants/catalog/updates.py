@@ -163,7 +163,7 @@ MUTANTS = (
     ),
     Mutant(
         f"{PACKAGE}/adamw_ema_arguments.py",
-        "if not addresses.isdisjoint(map(Tensor.data_ptr, present([gradients]))):",
+        "if any(map(memory.meet, present([gradients]))):",
         "if False:",
         ("tests/test_adamw_ema_caches.py",),
     ),
@@ -368,6 +368,12 @@ MUTANTS = (
         MEMORY,
         "if start < end and min(index, other) < written:",
         "if start <= end and min(index, other) < written:",
+    ),
+    Mutant(
+        MEMORY,
+        "bisect.bisect_left(self._starts, start + _extent(tensor)) - 1",
+        "bisect.bisect_right(self._starts, start) - 1",
+        ("tests/test_adamw_ema_caches.py",),
     ),
     Mutant(MEMORY, "extent += (size - 1) * stride", "extent += size * stride"),
     Mutant(DISPATCH, "capability >= OLDEST_CAPABILITY", "capability > OLDEST_CAPABILITY"),
