@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from fastdino_kernels import dino_loss
-from fastdino_kernels.memory import are_flat, find_overlap, is_dense, overlaps_itself
+from fastdino_kernels.memory import Ranges, are_flat, find_overlap, is_dense, overlaps_itself
 
 from tests.properties import given, st
 
@@ -86,6 +86,22 @@ def test_find_overlap_matches_brute_force(ranges, written):
     }
     overlap = find_overlap(tensors, written)
     assert (overlap in pairs) if pairs else (overlap is None)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=6),
+    st.tuples(st.integers(0, 60), st.integers(1, 12)),
+)
+def test_ranges_meet_what_shares_memory_with_them(parts, other):
+    """parts: the gaps before tensors that share no memory, and their sizes."""
+    base, tensors, cells, end = torch.zeros(80), [], set(), 2
+    for gap, size in parts:
+        start, end = end + gap, end + gap + size
+        tensors.append(base[start:end])
+        cells |= set(range(start, end))
+    start, size = other
+    shares = bool(cells & set(range(start, start + size)))
+    assert Ranges(tensors[::-1]).meet(base[start : start + size]) == shares
 
 
 def test_long_range_does_not_hide_an_overlap():

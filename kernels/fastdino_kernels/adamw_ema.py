@@ -34,16 +34,17 @@ from .checks import check_float_tensor, check_lengths
 from .clip import check_max_norm, measure, norm_dtype
 from .dispatch import choose_impl
 from .dtensor import local_lists, norms_over_shards
+from .memory import Ranges
 from .pointer_table import Cache, make_pointers, thread_cache
 from .tensor_lists import Lists, Tables, cached_chunks, key_of, present, triton_takes
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as a part of the gradients' key
 class _State:
-    """All tensors but the gradients, checked: their tables, None for PyTorch, and addresses."""
+    """All tensors but the gradients, checked: their tables, None for PyTorch, and their memory."""
 
     tables: Tables | None
-    addresses: frozenset[int]
+    memory: Ranges
 
 
 @torch.compiler.disable  # a traced graph would break at the first address
@@ -204,11 +205,10 @@ def _plan(
 
     def make_state() -> _State:
         check_state(call, local)
-        addresses = frozenset(tensor.data_ptr() for tensor in present(state) if tensor.numel())
-        return _State(_state_tables(call, local, impl), addresses)
+        return _State(_state_tables(call, local, impl), Ranges(present(state)))
 
     def make_gradients() -> Tables | None:
-        check_gradients(local, checked.addresses)
+        check_gradients(local, checked.memory)
         return None if checked.tables is None else _gradient_tables(local, impl)
 
     if keys is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number, check_range, check_same_device, check_scalar
+from .memory import Ranges
 from .tensor_lists import Lists, Some, are_plain, check_lists, check_no_overlap, holes, present
 
 # Columns of a parameter whose teacher's copy is normalised: they divide a part of a chunk.
@@ -178,8 +179,8 @@ def check_state(call: Call, local: Lists) -> None:
     check_no_overlap(local, len(local) - 1)
 
 
-def check_gradients(local: Lists, addresses: frozenset[int]) -> None:
-    """Check the gradients, given the addresses of all other tensors, which are checked."""
+def check_gradients(local: Lists, memory: Ranges) -> None:
+    """Check the gradients, given the memory of all other tensors, which are checked."""
     parameters, exp_avgs, *_, gradients = local.values()
     check_lists({"parameters": parameters, "gradients": gradients})
     for i in holes(exp_avgs):
@@ -187,7 +188,7 @@ def check_gradients(local: Lists, addresses: frozenset[int]) -> None:
             raise ValueError(
                 f"gradients[{i}] is given: expected exp_avgs[{i}] and exp_avg_sqs[{i}]"
             )
-    if not addresses.isdisjoint(map(Tensor.data_ptr, present([gradients]))):
+    if any(map(memory.meet, present([gradients]))):
         check_no_overlap(local, len(local) - 1)
 
 

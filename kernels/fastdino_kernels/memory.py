@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -50,6 +51,29 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+class Ranges:
+    """The memory of tensors that share none with each other, to compare others with it.
+
+    As in find_overlap, a tensor with gaps counts as its first element.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        ranges = sorted((t.data_ptr(), _extent(t)) for t in tensors if t.numel() and t.data_ptr())
+        self._starts = [start for start, _ in ranges]
+        self._ends = [start + extent for start, extent in ranges]
+
+    def meet(self, tensor: Tensor) -> bool:
+        """Return True if a tensor shares memory with one of these."""
+        start = tensor.data_ptr()
+        # The last one that starts before the tensor's end also ends last of them.
+        last = bisect.bisect_left(self._starts, start + _extent(tensor)) - 1
+        return last >= 0 and self._ends[last] > start
+
+
+def _extent(tensor: Tensor) -> int:
+    return tensor.nbytes if is_dense(tensor) else tensor.element_size()
+
+
 def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | None:
     """Return the indices of two tensors that share memory, one of the first `written`, or None.
 
@@ -57,7 +81,7 @@ def find_overlap(tensors: Sequence[Tensor], written: int) -> tuple[int, int] | N
     views are accepted. Tensors on the device "meta" have no memory.
     """
     ranges = sorted(
-        (tensor.data_ptr(), index, tensor.nbytes if is_dense(tensor) else tensor.element_size())
+        (tensor.data_ptr(), index, _extent(tensor))
         for index, tensor in enumerate(tensors)
         if tensor.data_ptr() != 0
     )
