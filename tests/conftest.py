@@ -284,6 +284,14 @@ def run_nano(nano_weights, capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="session")
+def commands(tmp_path_factory, nano_weights) -> Any:
+    """The flag_effects.Commands of the session."""
+    from tests.flag_effects import Commands
+
+    return Commands(tmp_path_factory.mktemp("commands"), nano_weights)
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """18 small JPEGs of noise in 3 classes: an epoch has 4 batches of 4, and 2 images remain."""
     root = tmp_path_factory.mktemp("pictures")

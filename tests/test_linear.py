@@ -14,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino import checkpoint, cli, signals
+from fastdino import checkpoint, cli, distributed, signals
 from fastdino.data import scan_images
+from fastdino.evals import linear
 from fastdino.evals.feature_cache import FeatureCache
-from fastdino.evals.linear_data import AugmentedImages
+from fastdino.evals.linear_data import AugmentedImages, ProbeData
 from fastdino.evals.linear_probe import FrozenFeatures, Probe
 from fastdino.evals.transforms import random_crop
 from fastdino.models.backbones import build_backbone
-from tests.commands import break_pixels, error_of, write_colours
+from tests.commands import break_pixels, error_of, flags_of, write_colours
 from tests.processes import run_commands_in_two, run_two
 
 FLAGS = (
@@ -107,6 +108,30 @@ def test_a_run_learns_and_writes_the_papers_files(run, few, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "epoch 4/4: accuracy on 6 images: top-1" in captured.out
     assert captured.err == "", "no progress bar without a terminal"
+
+
+def test_best_accuracy_is_that_of_the_best_epoch(run, tmp_path, monkeypatch):
+    accuracies, validate = iter([40.0, 60.0, 50.0, 20.0]), Probe.validate
+
+    def replaced(self, *inputs):
+        return validate(self, *inputs) | {"acc1": next(accuracies)}
+
+    monkeypatch.setattr(Probe, "validate", replaced)
+    assert run("a") == 0
+    results = results_of(tmp_path / "a")
+    assert (results["acc1"], results["best_acc1"]) == (20, 60)
+
+
+def test_each_validation_image_is_seen_by_one_rank(few, monkeypatch):
+    args = flags_of(linear, "--data_path", str(few), *FLAGS.split())
+    data = ProbeData.load(args, torch.device("cpu"), ("val",))
+    samples = [(torch.tensor(i), i) for i in range(11)]
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        seen.append([i for _, numbers in data.val_batches(samples) for i in numbers.tolist()])
+    assert seen == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
 
 
 def test_each_epoch_sees_every_image_once_in_a_new_order(run, monkeypatch):
