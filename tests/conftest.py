@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 # Tests that need a missing package are skipped, because a GPU machine may only have torch, triton,
 # timm and pytest.
 NEEDED = {
-    "av": ["image_names", "pca", "video", "video_io"],
+    "av": ["flags_effect_maps", "flags_effect_tools", "image_names", "pca", "video", "video_io"],
     "matplotlib": [
         "attention_figures", "attention_jaccard", "crop_comparison", "crop_differences", "demo",
-        "pca", "video", "visualize_attention",
+        "flags_effect_maps", "flags_effect_tools", "pca", "video", "visualize_attention",
     ],
     "numba": ["cpu"],
 }  # fmt: skip

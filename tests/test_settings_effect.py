@@ -7,6 +7,7 @@ mechanism, and that the results are the same up to rounding.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -129,7 +130,10 @@ EFFECTS: dict[str, Effect | tuple[Effect, ...]] = {
     "seed": Effect(1, effects.everything_is_drawn_anew),
     "device": Effect("cuda", effects.without_a_gpu_the_run_is_refused),
 }
-MARKS = {"decode": needs_dali, "crops-1": needs_dali, "device": no_gpu}
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba is not installed"
+)
+MARKS = {"decode": needs_dali, "crops-0": needs_numba, "crops-1": needs_dali, "device": no_gpu}
 
 
 def cases() -> list[Any]:

@@ -17,7 +17,7 @@ SCORES = "fastdino/evals/davis_scores.py"
 MAPS = "fastdino/evals/attention_maps.py"
 JACCARD = "fastdino/evals/attention_jaccard.py"
 VIDEO_TESTS = (
-    "tests/test_flags_effect.py::test_flag_reaches_its_effect[video fps]",
+    "tests/test_flags_effect_maps.py::test_flag_reaches_its_effect[video fps]",
     "tests/test_video.py::test_folder_becomes_a_video_of_attention",
     "tests/test_video.py::test_video_keeps_its_frame_rate_and_is_resized",
 )
