@@ -92,6 +92,9 @@ def _content(ran: Ran, name: str) -> Answer:
     if suffix == ".npy":
         # The folder's name is a hash of the settings.
         return {f"{path.parent.name.partition('-')[0]}/{path.name}": np.load(path)}
+    if suffix == ".npz":
+        with np.load(path) as file:
+            return {f"{name}:{k}": file[k] for k in file.files if file[k].dtype.kind == "f"}
     if suffix in (".pth", ".tar"):
         return _flat(torch.load(path, weights_only=True), name)
     if name.endswith("log.txt"):

@@ -24,6 +24,7 @@ from tests.flag_effects import (
     changed,
     extraction_flags,
     flags_of,
+    in_batches_of,
     network_flags,
     takes_images_of,
     writes,
@@ -219,6 +220,48 @@ COPYDAYS = {
 }
 
 
+# embed
+
+
+def tokens_are(blocks: int, *names: str, dtype: type = np.float32) -> Check:
+    """Check the features in the file against the network's tokens."""
+
+    def check(first: Ran, second: Ran) -> None:
+        paths = sorted((Path(second.places["colours"]) / "train").rglob("*.png"))
+        images = torch.stack([center_crop(36, 32)(Image.open(path)) for path in paths])
+        with torch.no_grad():
+            layers = second.nano().get_intermediate_layers(images, blocks)
+        tokens = torch.cat(list(layers), dim=2)
+        expected = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+        with np.load(second.folder / "x.npz") as file:
+            for name in names:
+                assert file[name].dtype == dtype
+                assert np.allclose(file[name], expected[name], rtol=1e-2, atol=1e-3)
+        assert not same(first.answer, second.answer)
+
+    return check
+
+
+def other_features_are_replaced(first: Ran, second: Ran) -> None:
+    assert first.status == 2
+    assert "is of other weights, images or settings: use another path, or --overwrite" in first.err
+    assert second.status == 0, second.err
+
+
+EMBED = {
+    **network_flags("--data_path", "pictures"),
+    **PROCESSES,
+    "batch_size_per_gpu": Flag("--batch_size_per_gpu 4", in_batches_of(4)),
+    "data_path": Flag("--data_path {colours-moved}/train", changed),
+    "resize": Flag("--resize 48", changed),
+    "crop": Flag("--crop 24", takes_images_of((24, 24))),
+    "tokens": Flag("--tokens mean cls", tokens_are(1, "cls", "mean")),
+    "n_last_blocks": Flag("--n_last_blocks 3", tokens_are(3, "cls")),
+    "dtype": Flag("--dtype fp16", tokens_are(1, "cls", dtype=np.float16)),
+    "output": Flag("--output {out}/y.npz", writes("y.npz")),
+    "overwrite": Flag("--overwrite", other_features_are_replaced, "--output {old features}"),
+}
+
 SMALL = "--resize 36 --crop 32 --num_workers 0"
 SCORES = "--output {out}/scores.json"
 COMMANDS = {
@@ -233,6 +276,11 @@ COMMANDS = {
         LINEAR,
         usual="--cache",
         mark="{no cache}",
+    ),
+    "embed": Command(
+        f"embed {NANO} {SMALL} --data_path {{colours}}/train --batch_size_per_gpu 7 "
+        "--output {out}/x.npz",
+        EMBED,
     ),
     "retrieval": Command(
         f"retrieval {NANO} --data_path {{retrieval}} --dataset rparis6k --imsize 48 "

@@ -16,8 +16,8 @@ from fastdino.evals.davis import prepare
 from fastdino.evals.davis_dataset import read_frame
 from fastdino.evals.label_propagation import hard_labels, one_hot_patches
 from fastdino.evals.transforms import to_input
-from fastdino.evals.video_io import open_frames
-from tests.command_runs import Ran
+from fastdino.evals.video_io import open_frames, video_writer
+from tests.command_runs import Ran, close
 from tests.flag_effects import (
     NANO,
     PROCESSES,
@@ -211,7 +211,51 @@ DAVIS = {
 }
 
 
+# pca
+
+
+def picture_is_wider(first: Ran, second: Ran) -> None:
+    widths = []
+    for ran in (first, second):
+        with Image.open(ran.folder / "0-pca.png") as image:
+            widths.append(image.width)
+    assert widths[1] == 2 * widths[0]  # four panels instead of two
+
+
+def patches_are_drawn(first: Ran, second: Ran) -> None:
+    assert "fitted to 8 patches" in second.out
+    assert "fitted to 8 patches" not in first.out
+    changed(first, second)
+
+
+def frames_pass_in_batches(first: Ran, second: Ran) -> None:
+    assert [max(one.batch_sizes()) for one in (first, second)] == [4, 2]
+    assert close(first.answer, second.answer)
+
+
+PCA = {
+    **network_flags("--input_path", "pictures"),
+    "patch_size": Flag("--patch_size 16", changed, "--pretrained_weights '' --foreground none"),
+    "input_path": Flag("--input_path {pictures-moved}", changed),
+    "image_size": Flag("--image_size 24 24", takes_images_of((24, 24))),
+    "batch_size_per_gpu": Flag(
+        "--batch_size_per_gpu 2", frames_pass_in_batches, "--input_path {clip}"
+    ),
+    "fit_on": Flag("--fit_on {pictures-moved}", changed),
+    "fit_patches": Flag("--fit_patches 8", patches_are_drawn, "--foreground none"),
+    "foreground": Flag("--foreground none", changed),
+    "threshold": Flag("--threshold 1.5", changed),
+    "save_pca": Flag("--save_pca {out}/components.npz", writes("components.npz")),
+    "load_pca": Flag("--load_pca {components}", changed),
+    "output_dir": Flag("--output_dir {out}/deeper", writes("deeper/pca.json")),
+    "show": Flag("--show image pca overlay foreground", picture_is_wider),
+    "video_format": Flag("--video_format avi", writes("clip-pca.avi"), "--input_path {clip}"),
+}
+
 COMMANDS = {
+    "pca": Command(
+        f"pca {NANO} --input_path {{pictures}} --image_size 32 40 --output_dir {{out}}", PCA
+    ),
     "attention": Command(
         f"attention {NANO} --image_size 32 40 --num_workers 0 --output_dir {{out}}",
         ATTENTION,
@@ -232,11 +276,24 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def more(commands) -> None:
+    """Add a video, and components of other images, to the data of commands."""
+    clip, components = commands.root / "clip.mkv", commands.root / "components.npz"
+    with video_writer(clip, 10) as write:
+        for number, path in enumerate(sorted(Path(commands.places["frames"]).iterdir())):
+            with Image.open(path) as image:
+                write(np.asarray(image), number / 10)
+    commands.places.update(clip=str(clip), components=str(components))
+    words = f"--input_path {commands.places['pictures-moved']} --save_pca {components}"
+    assert commands.run(COMMANDS["pca"], words).status == 0
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_has_an_effect_in_the_table(command):
     assert sorted(COMMANDS[command].flags) == sorted(flags_of(command))
 
 
 @pytest.mark.parametrize(("command", "name"), cases(COMMANDS))
-def test_flag_reaches_its_effect(command, name, commands):
+def test_flag_reaches_its_effect(command, name, commands, more):
     commands.check(COMMANDS[command], COMMANDS[command].flags[name])
