@@ -217,14 +217,6 @@ REGULARIZERS = (
     Mutant(f"{PACKAGE}/gram.py", "return grad_loss * gradient, None", "return gradient, None"),
     Mutant(f"{PACKAGE}/gram.py", "4 / entries,", "4 / max(P * P, 1),"),
     # Chunks of lists of tensors
-    Mutant(f"{PACKAGE}/chunk_triton.py",
-           "values = tl.load(pointer + start + offsets, mask=offsets < left, other=0.0)",
-           "values = tl.load(pointer + start + offsets, mask=offsets <= left, other=0.0)",
-           of("clip", "lengths_around_a_chunk_write_nothing_outside")),
-    Mutant(f"{PACKAGE}/chunk_triton.py",
-           "tl.store(pointer + start + offsets, rounded, mask=offsets < left)",
-           "tl.store(pointer + start + offsets, rounded, mask=offsets <= left)",
-           of("ema", "lengths_around_a_chunk_write_nothing_outside")),
     Mutant(f"{PACKAGE}/chunk_triton.py", "return rounded.to(tl.float32)",
            "return values.to(tl.float32)", of("ema", "shadow_is_rounded_from_the_stored_teacher")),
 )  # fmt: skip
