@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastdino_kernels import last_layer_weight
+from fastdino_kernels.last_layer import product_dtype
 from torch import nn
 
 from fastdino.models.head import WeightNormLinear
@@ -98,3 +99,26 @@ def test_layers_with_a_weight_v_that_is_no_matrix():
         convolution = nn.utils.weight_norm(nn.Conv2d(3, 4, 2, bias=False))
     with pytest.raises(ValueError, match=r"got \[4, 3, 2, 2\] and \[4, 1, 1, 1\]"):
         last_layer_weight(convolution)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "plain", "autocast"),
+    [
+        (torch.float32, torch.float32, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16, torch.bfloat16),
+        (torch.float64, torch.float64, torch.float64, torch.float64),
+        (torch.float16, torch.float32, None, torch.bfloat16),
+        (torch.float32, torch.float64, None, None),
+        (torch.float64, torch.float32, None, None),
+    ],
+)
+def test_dtype_of_products(x, weight, plain, autocast):
+    """None is an error: two dtypes, which autocast unites unless one of them is fp64."""
+    for enabled, expected in ((False, plain), (True, autocast)):
+        arguments = ("x", torch.zeros(2, 3, dtype=x), "weight", torch.zeros(4, 3, dtype=weight))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            if expected is None:
+                with pytest.raises(ValueError, match="x and weight must have the same dtype"):
+                    product_dtype(*arguments)
+            else:
+                assert product_dtype(*arguments) == expected

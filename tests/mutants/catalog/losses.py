@@ -33,6 +33,24 @@ LENGTH = of(
     "pairwise_extremes",
     "rows_whose_length_is_no_multiple_of_16_bytes_are_not_read_as_vectors",
 )
+PATCH = of(
+    "patch_loss",
+    "weights_of_any_stride",
+    "denominator_may_be_a_tensor",
+    "equals_dino_loss_of_one_crop_and_soft_cross_entropy",
+    "non_contiguous_inputs",
+    "center_may_change_before_the_backward_pass",
+    "autocast_changes_nothing",
+    "gradcheck",
+    "small_weights_do_not_underflow_in_half_precision",
+)
+LINEAR = of(
+    "linear_dino_loss",
+    "matches_the_reference_in_float64",
+    "weights_of_any_size_in_fp16",
+    "equals_the_loss_of_the_logits",
+    "empty_batch_has_loss_zero",
+)
 RANKS = of("collectives", "reductions_and_centers")
 WAIT = of("collectives", "centers_wait_for_the_all_reduce")
 
@@ -73,19 +91,13 @@ PAIRWISE = (
     Mutant(PAIRWISE_TRITON, "cross_entropy = mass * tl.log2(L)", "cross_entropy = tl.log2(L)",
            of("soft_cross_entropy", "rows_of_probabilities_need_not_sum_to_one")),
     Mutant(PAIRWISE_TRITON, "g *= tl.load(weights + v * weights_stride_v + b * weights_stride_b)",
-           "g *= tl.load(weights + v * weights_stride_v + b)",
-           of("patch_loss", "weights_of_any_stride")),
+           "g *= tl.load(weights + v * weights_stride_v + b)", PATCH),
     Mutant(PAIRWISE_TRITON, "tl.store(loss, tl.sum(everything, 0) / divisor)",
-           "tl.store(loss, tl.sum(everything, 0))",
-           of("patch_loss",
-              "denominator_may_be_a_tensor",
-              "equals_dino_loss_of_one_crop_and_soft_cross_entropy")),
-    Mutant(PAIRWISE_TRITON, "scale = 1.0 / tl.load(scale)", "scale = tl.load(scale)",
-           of("patch_loss", "denominator_may_be_a_tensor")),
+           "tl.store(loss, tl.sum(everything, 0))", PATCH),
+    Mutant(PAIRWISE_TRITON, "scale = 1.0 / tl.load(scale)", "scale = tl.load(scale)", PATCH),
     Mutant(PAIRWISE_TRITON, "target_mass += masses[q]", "target_mass = masses[q]",
            of("soft_cross_entropy", "equals_dino_loss_with_its_probabilities") + ONE),
-    Mutant(PAIRWISE_TRITON, "if grad is not target:\n        target.copy_(grad)", "",
-           of("patch_loss", "non_contiguous_inputs")),
+    Mutant(PAIRWISE_TRITON, "if grad is not target:\n        target.copy_(grad)", "", PATCH),
     # PyTorch
     Mutant(PAIRWISE_TORCH, "teacher_sum += sum_of_rows(logits)",
            "teacher_sum = sum_of_rows(logits)", ONE),
@@ -94,13 +106,11 @@ PAIRWISE = (
     Mutant(PAIRWISE_TORCH, "for q, t in enumerate(targets) if q != v]",
            "for q, t in enumerate(targets) if q != v or T > 2]",
            of("soft_cross_entropy", "is_at_least_as_accurate_as_plain_pytorch")),
-    Mutant(PAIRWISE_TORCH, "center.to(dtype, copy=True)", "center.to(dtype)",
-           of("patch_loss", "center_may_change_before_the_backward_pass")),
+    Mutant(PAIRWISE_TORCH, "center.to(dtype, copy=True)", "center.to(dtype)", PATCH),
     Mutant(PAIRWISE_TORCH, "with without_autocast(x.device):  # which would round",
-           "with without_autocast(torch.device('meta')):  # which would round",
-           of("patch_loss", "autocast_changes_nothing")),
+           "with without_autocast(torch.device('meta')):  # which would round", PATCH),
     Mutant(PAIRWISE_TORCH, "factors.expand(S, B) if weights is None else factors * weights",
-           "factors.expand(S, B)", of("patch_loss", "gradcheck")),
+           "factors.expand(S, B)", PATCH),
     Mutant(f"{PACKAGE}/pairwise.py",
            "if ctx.inplace_backward and (torch.compiler.is_compiling() or not keeps_graph()):",
            "if ctx.inplace_backward:",
@@ -132,8 +142,7 @@ MODULES = (
     Mutant(f"{PACKAGE}/dino_loss.py", "torch.sub(crop, center).div_(temp)",
            "torch.add(crop, center).div_(temp)", of("dino_module")),
     Mutant(f"{PACKAGE}/patch_loss.py", "weights = weights.to(dtype)[None]",
-           "weights = weights.to(student.dtype)[None]",
-           of("patch_loss", "small_weights_do_not_underflow_in_half_precision")),
+           "weights = weights.to(student.dtype)[None]", PATCH),
 )  # fmt: skip
 
 SINKHORNS = (
@@ -174,19 +183,14 @@ SINKHORNS = (
 )  # fmt: skip
 
 LINEAR_LOSSES = (
-    Mutant(f"{PACKAGE}/linear_pairwise.py", "replace=images.start == 0", "replace=True",
-           of("linear_dino_loss", "matches_the_reference_in_float64")),
+    Mutant(f"{PACKAGE}/linear_pairwise.py", "replace=images.start == 0", "replace=True", LINEAR),
     Mutant(f"{PACKAGE}/linear_pairwise.py", "for result in (total, dx, dweight):",
-           "for result in (dx, dweight):", of("linear_dino_loss", "weights_of_any_size_in_fp16")),
+           "for result in (dx, dweight):", LINEAR),
     Mutant(f"{PACKAGE}/linear_pairwise.py", "factor = grad_total / ctx.scale",
-           "factor = grad_total", of("linear_dino_loss", "equals_the_loss_of_the_logits")),
+           "factor = grad_total", LINEAR),
     Mutant(f"{PACKAGE}/linear_pairwise.py", "for result in (total, teacher_sum) if x_student",
-           "for result in (total,) if x_student",
-           of("linear_dino_loss",
-              "matches_the_reference_in_float64",
-              "equals_the_loss_of_the_logits")),
-    Mutant(f"{PACKAGE}/linear_dino_loss.py", "total / max(pairs * B, 1)", "total / (pairs * B)",
-           of("linear_dino_loss", "empty_batch_has_loss_zero")),
+           "for result in (total,) if x_student", LINEAR),
+    Mutant(f"{PACKAGE}/linear_dino_loss.py", "total / max(pairs * B, 1)", "total / (pairs * B)", LINEAR),
     Mutant(f"{PACKAGE}/row_chunks.py", "part.to(total.dtype).add_(total[block])",
            "part.add_(total[block])"),
     Mutant(f"{PACKAGE}/row_chunks.py", "stop = start + rows // count + (i < rows % count)",
@@ -194,7 +198,7 @@ LINEAR_LOSSES = (
     Mutant(f"{PACKAGE}/row_chunks.py", "for start in range(0, len(total), PROTOTYPE_BLOCK):",
            "for start in range(0, len(total) - PROTOTYPE_BLOCK, PROTOTYPE_BLOCK):"),
     Mutant(f"{PACKAGE}/last_layer.py", "torch.float64 not in (x.dtype, weight.dtype)",
-           "torch.float64 != x.dtype", of("linear_dino_loss", "autocast_leaves_fp64_alone")),
+           "torch.float64 != x.dtype", of("last_layer", "dtype_of_products")),
     Mutant(f"{PACKAGE}/last_layer.py", "or magnitude.shape != (len(direction), 1)",
            "or magnitude.dim() != 2"),
 )  # fmt: skip
