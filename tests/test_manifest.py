@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,15 @@ def test_concatenated_manifests_renumber_files_and_images(manifest):
     assert both.members == manifest.members * 2
     assert_same(concatenate([manifest]), manifest)
     concatenate([]).check(0)
+
+
+def test_concatenation_counts_images_and_files_separately(manifest):
+    many = manifest.select_images(np.array([2, 0, 1, 2, 0]))  # 5 images in 3 files
+    both = concatenate([replace(many, members=list(many.members), labels=list(many.labels),
+                                files=list(many.files)), manifest])  # fmt: skip
+    assert both.reasons == dict.fromkeys((0, 3, 7), "is not an image")
+    assert both.notes == dict.fromkeys((1, 4), "contains no images")
+    assert both.file_ids.tolist() == [2, 0, 0, 2, 0, 3, 3, 5]
 
 
 def test_selected_files_keep_their_images(manifest):

@@ -32,6 +32,7 @@ def test_other_memory_or_layout_has_another_key(change):
 def test_key_has_the_order_of_tensors_and_lists():
     x, y = torch.zeros(2), torch.zeros(2)
     lists = [[[x, y]], [[y, x]], [[x], [y]], [[x, None, y]], [[x, y, None]], [[x, y], [None, None]]]
+    lists += [[[x, y], [x]], [[x], [y, x]]]
     keys = [key_of(some) for some in lists]
     assert all(key not in keys[:i] for i, key in enumerate(keys))
 
