@@ -75,6 +75,12 @@ def test_list_has_paths_labels_comments_and_blank_lines(tmp_path):
     assert files.labels == [1, 0, 2, 1, 0]
 
 
+def test_the_last_tab_of_a_line_is_before_the_label(tmp_path):
+    files = find_dataset(write_list(tmp_path / "train.txt", "a\tb.jpg\tcat\na\tc.jpg\t\n"))
+    assert files.files == ["a\tb.jpg", "a\tc.jpg"]
+    assert files.classes == ["cat", "unlabelled"]
+
+
 def test_list_without_labels_is_one_class(tmp_path):
     files = find_dataset(write_list(tmp_path / "all.txt", "a b 3.jpg\n# c.jpg\nd.jpg\n"))
     assert (files.files, files.classes, files.labels) == (["a b 3.jpg", "d.jpg"], ["all"], [0, 0])

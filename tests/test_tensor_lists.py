@@ -37,6 +37,11 @@ def test_key_has_the_order_of_tensors_and_lists():
     assert all(key not in keys[:i] for i, key in enumerate(keys))
 
 
+def test_negative_view_of_strided_memory_has_another_key():
+    strided = torch.zeros(4, 4).t()
+    assert key_of([[strided]]) != key_of([[torch._neg_view(strided)]])
+
+
 def test_new_objects_with_the_same_memory_have_the_same_key():
     tensor = torch.zeros(2, 3)
     expected = key_of([[tensor]])
