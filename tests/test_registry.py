@@ -75,10 +75,11 @@ def test_list_has_paths_labels_comments_and_blank_lines(tmp_path):
     assert files.labels == [1, 0, 2, 1, 0]
 
 
-def test_the_last_tab_of_a_line_is_before_the_label(tmp_path):
-    files = find_dataset(write_list(tmp_path / "train.txt", "a\tb.jpg\tcat\na\tc.jpg\t\n"))
-    assert files.files == ["a\tb.jpg", "a\tc.jpg"]
+def test_a_tab_ends_a_path_with_or_without_a_label(tmp_path):
+    files = find_dataset(write_list(tmp_path / "train.txt", "a\tb.jpg\tcat\n odd \t\r\nodd 7\t\n"))
+    assert files.files == ["a\tb.jpg", "odd", "odd 7"]
     assert files.classes == ["cat", "unlabelled"]
+    assert files.labels == [0, 1, 1]
 
 
 def test_list_without_labels_is_one_class(tmp_path):

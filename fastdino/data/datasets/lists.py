@@ -37,8 +37,8 @@ def find_list(data_path: DataPath) -> FileList:
         raise DataError(f"--data_path: {path} is not a text file, a tar or a zip: {EXPECTED}")
     files: list[str] = []
     labels: list[str] = []
-    for number, line in enumerate(map(str.strip, decode_lines(text)), start=1):
-        if line and not line.startswith("#"):
+    for number, line in enumerate(decode_lines(text), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
             file, label = _split_line(line, f"{path}, line {number}")
             files.append(as_path(file))
             labels.append(label)
@@ -49,6 +49,8 @@ def find_list(data_path: DataPath) -> FileList:
 
 def _split_line(line: str, where: str) -> tuple[str, str]:
     """Split a line into path and label. A path without an image's extension must end with a tab."""
+    has_end = line.rstrip(" \r\n").endswith("\t")
+    line = line.strip()
     if "\t" in line:
         file, _, label = line.rpartition("\t")
         return file.strip(), label.strip()
@@ -57,6 +59,8 @@ def _split_line(line: str, where: str) -> tuple[str, str]:
     file, _, label = line.rpartition(" ")
     if file.strip().lower().endswith(EXTENSIONS):
         return file.strip(), label
+    if has_end:
+        return line, ""
     raise DataError(
         f"--data_path: {where}: expected the path of an image (ending in {', '.join(EXTENSIONS)}), "
         f"or a path and a label, got {line[:80]!r}; after any other extension put a tab"
