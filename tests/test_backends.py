@@ -93,3 +93,15 @@ def test_backends_are_described_or_report_a_problem(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert "Numba is not installed" in backends.problem("fused")
+
+
+def test_multi_crop_uses_triton_where_it_runs(monkeypatch):
+    """On a CPU only its interpreter runs it; on a GPU it is as the kernels report."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.multi_crop_impl(torch.device("cpu")) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert backends.multi_crop_impl(torch.device("cpu")) == "torch"
+    problems = {"cuda": None, "meta": "no kernels"}
+    monkeypatch.setattr(backends, "triton_problem", lambda device: problems[device.type])
+    assert backends.multi_crop_impl(torch.device("cuda")) == "triton"
+    assert backends.multi_crop_impl(torch.device("meta")) == "torch"

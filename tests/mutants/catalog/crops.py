@@ -203,12 +203,6 @@ MUTANTS = (
     ),
     # The loops on a CPU
     Mutant(
-        CPU_KERNELS,
-        "here[start + edge + size + k] = here[start + edge + size - 1]",
-        "here[start + edge + size + k] = here[start + edge]",
-        (f"{NUMBA}::test_each_stage_matches_pillow",),
-    ),
-    Mutant(
         CPU,
         "for rows in packed:\n        check_values(rows, sizes)",
         "",

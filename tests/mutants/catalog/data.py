@@ -263,7 +263,12 @@ MUTANTS = (
         "",
         ("tests/test_yfcc.py::test_cache_is_not_reused_for_other_metadata",),
     ),
-    Mutant(SCANNING, "if not changed and cached.files == images.files:", "if not changed:"),
+    Mutant(
+        SCANNING,
+        "if not changed and cached.files == images.files:",
+        "if not changed:",
+        ("tests/test_scan_cache.py",),
+    ),
     Mutant(SCANNING, "images.stamps[images.file_ids[i]] = _UNKNOWN", "pass"),
     Mutant(
         SCANNING,
