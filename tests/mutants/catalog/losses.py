@@ -29,10 +29,7 @@ ALIGNED = of(
     "pairwise_extremes",
     "vectors_are_promised_only_if_every_row_of_every_tensor_starts_at_16_bytes",
 )
-LENGTH = of(
-    "pairwise_extremes",
-    "rows_whose_length_is_no_multiple_of_16_bytes_are_not_read_as_vectors",
-)
+LAYOUT = of("pairwise_alignment")
 PATCH = of(
     "patch_loss",
     "weights_of_any_stride",
@@ -71,12 +68,13 @@ PAIRWISE = (
     # Memory: nothing beyond the rows is read or written, and vectors are aligned
     Mutant(PAIRWISE_TRITON, "left = left // 8 * 4", "left = left // 8 * 8", FRAME),
     Mutant(PAIRWISE_TRITON, "x = tl.load(row + i, mask=i < left, other=0.0)",
-           "x = tl.load(row + i)", FRAME),
+           "x = tl.load(row + i)", FRAME,
+           equivalent="all uses of elements beyond are masked; a sanitizer sees the reads"),
     Mutant(PAIRWISE_TRITON, "tl.store(row + i, x, mask=i < left)",
            "tl.store(row + i, x, mask=i <= left)", FRAME),
     Mutant(PAIRWISE_TRITON, "if b < 0:\n        return", "if b < -1:\n        return", FRAME),
-    Mutant(PAIRWISE_TRITON, "tensor.data_ptr() % 16 == 0", "tensor.data_ptr() % 8 == 0", ALIGNED),
-    Mutant(PAIRWISE_TRITON, "and tensor.shape[-1] * tensor.element_size() % 16 == 0", "", LENGTH),
+    Mutant(PAIRWISE_TRITON, "tensor.data_ptr() % 16 == 0", "tensor.data_ptr() % 8 == 0", LAYOUT),
+    Mutant(PAIRWISE_TRITON, "and tensor.shape[-1] * tensor.element_size() % 16 == 0", "", LAYOUT),
     Mutant(PAIRWISE_TRITON,
            "and all(step * tensor.element_size() % 16 == 0 for step in tensor.stride()[:-1])", "",
            ALIGNED),
