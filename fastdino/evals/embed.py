@@ -289,11 +289,12 @@ def _announce(
 ) -> None:
     """Print what will be computed, and how much of it is there."""
     tokens = ", ".join(f"{name} {'x'.join(map(str, n))}" for name, n in parts.shapes.items())
-    gigabytes = parts.images * parts.bytes_per_image / 1e9
+    size = parts.images * parts.bytes_per_image
+    shown = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
     print_on_main(
         f"{parts.images} images by {backbone.arch} ({args.pretrained_weights or 'untrained'}) on "
         f"{device}, {distributed.world_size()} process(es): {tokens} {args.dtype} per image, "
-        f"{gigabytes:.3g} GB"
+        f"{shown} in all"
     )
     if done := len(parts) - len(remaining):
         print_on_main(f"resumed {parts.folder}: {done} of {len(parts)} parts are done")
