@@ -95,7 +95,8 @@ def test_file_has_features_names_labels_and_classes(
     assert err == ""
     assert out.splitlines() == [
         f"12 images by vit_nano ({nano_settings['pretrained_weights']}) on cpu, 1 process(es): "
-        f"cls {dim}, mean {dim}, patch 4x4x{dim} fp32 per image, {12 * 72 * dim / 1e6:.3g} MB in all",
+        f"cls {dim}, mean {dim}, patch 4x4x{dim} fp32 per image, "
+        f"{12 * 72 * dim / 1e6:.3g} MB in all",
         f"{path}: features of 12 images, 3 classes",
     ]
     assert sorted(file.name for file in path.parent.iterdir()) == ["set", path.name]
