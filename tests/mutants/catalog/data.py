@@ -251,7 +251,7 @@ MUTANTS = (
         ("tests/test_folders.py",),
     ),
     # Scans and their cache
-    Mutant(SCANNING, " & (stamps[:, 0] != _UNKNOWN)", ""),
+    Mutant(SCANNING, " & (stamps[:, 0] != _UNKNOWN)", "", ("tests/test_scan_cache.py",)),
     Mutant(
         SCANNING,
         "(cached.stamps[rows] == stamps).all(axis=1)",
