@@ -210,7 +210,7 @@ MUTANTS = (
         OPTIMIZER,
         "group[name] = _copied(own[name], group[name])",
         "pass",
-        ("tests/test_adamw_ema_optimizer.py::test_loaded_state_is_copied_into_existing_tensors",),
+        ("tests/test_adamw_ema_checkpoints.py::test_loaded_state_is_copied_into_existing_tensors",),
     ),
     # EMA
     Mutant(
