@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastdino_kernels import CropParams
 
     from fastdino.data.image_dataset import ImageDataset
+    from tests.simulated_cuda.device import SimulatedCuda
 
 # Tests that need a missing package are skipped, because a GPU machine may only have torch, triton,
 # timm and pytest.
@@ -55,18 +56,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)  # after the selections of -m and -k
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the middle case of each test and combination of dtypes; the first and last are edges."""
-    if not config.getoption("--one-per-dtype"):
-        return
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Mark the cases of gpu_quick before -m selects, and apply --one-per-dtype afterwards."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    for item in one_per_dtype([item for item in on_gpu if "torch-cuda" not in item.name]):
+        item.add_marker("gpu_quick")
+    yield
+    if config.getoption("--one-per-dtype"):
+        selected = one_per_dtype([item for item in items if "triton" in item.name])
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = selected
+
+
+def one_per_dtype(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the middle case of each test and combination of dtypes; the others are edges."""
     cases: dict[Any, list[pytest.Item]] = {}
     for item in items:
-        if "triton" in item.name:
-            cases.setdefault((item.function, dtypes_of(item)), []).append(item)
-    selected = [group[(len(group) - 1) // 2] for group in cases.values()]
-    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
-    items[:] = selected
+        cases.setdefault((item.function, dtypes_of(item)), []).append(item)
+    return [group[(len(group) - 1) // 2] for group in cases.values()]
 
 
 def dtypes_of(item: pytest.Item) -> tuple[str, ...]:
@@ -470,3 +480,16 @@ def crops_by_pil() -> Callable[..., torch.Tensor]:
         )
 
     return make
+
+
+@pytest.fixture
+def gpu() -> Iterator[SimulatedCuda]:
+    """A simulated GPU, on which the kernels are interpreted; for machines without one."""
+    from fastdino_kernels.multi_crop import normalized_levels
+
+    from tests.simulated_cuda.install import simulate_cuda
+
+    with simulate_cuda() as device:
+        yield device
+    attention.token_layout.cache_clear()  # their tensors are on the simulated device
+    normalized_levels.cache_clear()

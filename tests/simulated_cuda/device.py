@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,21 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.simulated_cuda.aliases import on_cpu, on_cuda
+from tests.simulated_cuda.objects import Stream, Tape
+from tests.simulated_cuda.schemas import (
+    TAKES_HOST_INDICES,
+    TAKES_HOST_SCALARS,
+    arguments_of,
+    device_of,
+    returns_view,
+    waits,
+    written_results,
+)
 from tests.simulated_cuda.streams import Access, CudaError, Memory, Timeline
 
 _ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
 
-# Operations whose result has a size, or is a number, that the host must read from the device.
-_WAITING = {
-    "_local_scalar_dense", "argwhere", "bincount", "equal", "is_nonzero", "linalg_eigh",
-    "linalg_svd", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2",
-}  # fmt: skip
-# Operations that take the value of a 0-d CPU tensor, in addition to those tagged "pointwise".
-_TAKES_HOST_SCALARS = {"copy_", "fill_", "index_put_", "masked_fill", "masked_fill_", "where"}
-_TAKES_HOST_INDICES = {"index", "index_put", "index_put_"}
 _PRODUCTS = {"addmm", "convolution", "mm"}
 # Products of half precision in fp32, which only a GPU has, as operations of a CPU.
 _COMPUTED = {
@@ -62,100 +64,6 @@ class Wait:
 
     def __str__(self) -> str:
         return f"{self.operation} at {self.where}"
-
-
-@dataclass(eq=False)
-class Tape:
-    """The operations of a captured CUDA graph."""
-
-    operations: list[Callable[[], None]] = field(default_factory=list)
-    accesses: list[tuple[Memory, bool]] = field(default_factory=list)
-    before: dict[int, tuple[Memory, bytes]] = field(default_factory=dict)  # by address
-    fresh: list[Tensor] = field(default_factory=list)  # memory that the graph allocated
-
-
-class Stream:
-    """Replaces torch.cuda.Stream."""
-
-    def __init__(self, gpu: SimulatedCuda, device: Any = None, name: str | None = None) -> None:
-        self.gpu = gpu
-        self.device = gpu.resolve("cuda" if device is None else device)
-        self.stream_id = len(gpu.streams)
-        self.device_index, self.device_type = self.device.index, 1
-        self.cuda_stream = 0 if name else 1000 + self.stream_id
-        self.timeline = Timeline(name or f"stream {self.stream_id}")
-        self.tape: Tape | None = None
-        gpu.streams.append(self)
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        event.wait(self)
-
-    def wait_stream(self, stream: Stream) -> None:
-        self.wait_event(stream.record_event())
-
-    def synchronize(self) -> None:
-        self.gpu.wait("Stream.synchronize", self)
-
-    def query(self) -> bool:
-        return self.gpu.host.clock[self.timeline] >= self.timeline.clock[self.timeline]
-
-
-class Event:
-    """Replaces torch.cuda.Event. It has passed only once the host has waited for it."""
-
-    gpu: SimulatedCuda  # set by the simulation
-
-    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-        self.clock: dict[Timeline, int] = {}
-
-    def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self.gpu.current_stream()
-        self.gpu = stream.gpu
-        self.clock = dict(stream.timeline.clock)
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or self.gpu.current_stream()).timeline.wait(self.clock)
-
-    def synchronize(self) -> None:
-        self.gpu.wait("Event.synchronize", clock=self.clock)
-
-    def query(self) -> bool:
-        return all(self.gpu.host.clock[t] >= number for t, number in self.clock.items())
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1.0
-
-
-class Graph:
-    """Replaces torch.cuda.CUDAGraph: a replay runs the captured operations again."""
-
-    gpu: SimulatedCuda  # set by the simulation
-
-    def __init__(self, keep_graph: bool = False) -> None:
-        self._stream: Stream | None = None
-        self._tape: Tape | None = None
-
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global", **_: Any) -> None:
-        if capture_error_mode not in ("global", "thread_local", "relaxed"):
-            raise RuntimeError(f"unknown capture_error_mode {capture_error_mode}")
-        self._stream = self.gpu.current_stream()
-        if self._stream in self.gpu.default_streams:
-            raise RuntimeError("CUDA graphs must be captured on a non-default stream")
-        self.gpu.begin_capture(self._stream)
-
-    def capture_end(self) -> None:
-        assert self._stream is not None
-        self._tape = self.gpu.end_capture(self._stream)
-
-    def replay(self) -> None:
-        if self._tape is None:
-            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-        self.gpu.replay(self._tape, self.gpu.current_stream())
 
 
 class _Mode(TorchDispatchMode):
@@ -350,7 +258,7 @@ class SimulatedCuda:
                 return func.decompose(*args, **kwargs)
         if name == "_fused_sdp_choice":
             return torch.nn.attention.SDPBackend.MATH.value  # in terms of plain operations
-        if torch.Tag.inplace_view in func.tags or _returns_view(func):
+        if torch.Tag.inplace_view in func.tags or returns_view(func):
             return func(*args, **kwargs)  # changes no memory
         if name in ("_to_copy", "copy_"):
             return self._copy(func, args, kwargs, target)
@@ -370,7 +278,7 @@ class SimulatedCuda:
 
     def _run_library(self, func: Any, args: Any, kwargs: Any, mode: TorchDispatchMode) -> Any:
         """Run the implementation of another library's operator, with its operations seen."""
-        device = _device_of(tree_leaves((args, kwargs)))
+        device = device_of(tree_leaves((args, kwargs)))
         access = self._access(func, args, kwargs, device)
         with mode, self._operator():
             result = func.redispatch(
@@ -436,11 +344,11 @@ class SimulatedCuda:
 
     def _launch(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], target: Any) -> Any:
         self._check_devices(func, args, kwargs, tensors)
-        device = target or _device_of(tensors)
+        device = target or device_of(tensors)
         if device.type != "cuda":
             raise AssertionError(f"{func} from CUDA tensors to {device}")
         stream = self.current_stream(device.index)
-        if _waits(func, args, kwargs):
+        if waits(func, args, kwargs):
             self.wait(str(func), stream)
         access = self._access(func, args, kwargs, device)
         if func._schema.name.partition("::")[2] in _PRODUCTS:
@@ -448,7 +356,7 @@ class SimulatedCuda:
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("cpu")}
         cpu_args, cpu_kwargs = tree_map(_to_cpu, (args, kwargs))
-        written = _written_results(func, args, kwargs)
+        written = written_results(func, args, kwargs)
         func = _COMPUTED.get(func, func)
         result = func(*cpu_args, **cpu_kwargs)
         if stream.tape is not None:
@@ -513,8 +421,8 @@ class SimulatedCuda:
         return func(*args, **kwargs)
 
     def _access(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Access:
-        reads = _arguments(func, args, kwargs, written=False)
-        writes = _arguments(func, args, kwargs, written=True)
+        reads = arguments_of(func, args, kwargs, written=False)
+        writes = arguments_of(func, args, kwargs, written=True)
         memories = [(x, False) for x in reads] + [(x, True) for x in writes]
         return self._note(self.current_stream(device.index), str(func), memories)
 
@@ -551,12 +459,12 @@ class SimulatedCuda:
         devices = {x.device for x in tensors if x.is_cuda}
         if len(devices) > 1:
             self.fault(f"{func} on tensors of {', '.join(map(str, sorted(devices, key=str)))}")
-        scalars = torch.Tag.pointwise in func.tags or name in _TAKES_HOST_SCALARS
+        scalars = torch.Tag.pointwise in func.tags or name in TAKES_HOST_SCALARS
         scalars |= name.startswith(("_foreach_", "_fused_"))
         for x in tensors:
             if x.is_cuda or (x.dim() == 0 and scalars):
                 continue
-            if name in _TAKES_HOST_INDICES and any(x is y for y in tree_leaves(args[1])):
+            if name in TAKES_HOST_INDICES and any(x is y for y in tree_leaves(args[1])):
                 self.wait(f"copy of the indices {_describe(x)} to the device")
                 continue
             self.fault(
@@ -620,52 +528,6 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 def _describe(x: Tensor) -> str:
     return f"{x.dtype}{list(x.shape)} on {x.device}"
-
-
-def _device_of(leaves: Sequence[Any]) -> torch.device:
-    return next(x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda)
-
-
-def _returns_view(func: Any) -> bool:
-    returns = func._schema.returns
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return view or func in (aten._unsafe_view.default, aten._reshape_alias.default)
-
-
-def _arguments(func: Any, args: Any, kwargs: Any, *, written: bool) -> list[Tensor]:
-    """Return the tensors that an operation reads, or that it writes."""
-    selected = []
-    for i, argument in enumerate(func._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if value is not None and writes == written:
-            selected += [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-    return selected
-
-
-def _written_results(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return the arguments that an in-place operation returns; None if its results are fresh."""
-    returns = func._schema.returns
-    if not returns or any(r.alias_info is None for r in returns):
-        return None
-    values = []
-    for result in returns:
-        for i, argument in enumerate(func._schema.arguments):
-            alias = argument.alias_info
-            if alias is not None and alias.after_set == result.alias_info.after_set:
-                values.append(args[i] if i < len(args) else kwargs[argument.name])
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _waits(func: Any, args: Any, kwargs: Any) -> bool:
-    name = func._schema.name.partition("::")[2]
-    if name == "repeat_interleave":
-        return kwargs.get("output_size") is None
-    if name in _TAKES_HOST_INDICES:
-        masks = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)]
-        scalar = name != "index" and args[2].numel() == 1
-        return not scalar and any(x.dtype in (torch.bool, torch.uint8) for x in masks)
-    return name in _WAITING
 
 
 def _where() -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from tests.simulated_cuda.backward import run_backward
-from tests.simulated_cuda.device import Event, Graph, SimulatedCuda, Stream
+from tests.simulated_cuda.device import SimulatedCuda
+from tests.simulated_cuda.objects import Event, Graph, Stream
 
 PROPERTIES = SimpleNamespace(
     name="Simulated GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30,
