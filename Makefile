@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 BENCH ?= runs/bench
 HUB ?= runs/hub
 
-.PHONY: install demo test mutants lint types docs format bench gates gpu-report hub clean help
+.PHONY: install demo test test-slow mutants lint types docs format bench gates gpu-report hub clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ demo: install  ## pretrain on a small generated image set; k-NN accuracies and p
 
 test: install  ## run all tests in two processes, each with one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 8
+
+test-slow: install  ## run the tests marked slow: the full form of what `make test` runs reduced
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 mutants: install  ## put small faults into the code and count those that the tests notice (slow; continues where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --write benchmarks/results/mutants.md

@@ -1,7 +1,9 @@
 """Every public function can launch its kernels with every option, on every architecture.
 
-Launches are recorded by a driver that needs no GPU, on a device that stands for one, in processes
-without the interpreter, which replaces the kernels.
+Calls with every option are launched for sm_90; the other architectures launch every kernel as
+training does, and every option in the slow tests. Launches are recorded by a driver that needs no
+GPU, on a device that stands for one, in processes without the interpreter, which replaces the
+kernels.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 KERNELS = Path(fastdino_kernels.__file__).parent
 ARCHS = ("80", "90", "100", "gfx942")
+# The calls of the tests that are not slow: with all options, and only those of training.
+CALLS = ("90", "80 as in training", "100 as in training", "gfx942 as in training")
 
-# Prints what went wrong, the kernels launched, and the public arguments that no call passes.
+# Prints what went wrong, the kernels launched, and the public arguments that no call passes, for
+# each "ARCH" or "ARCH as in training" among its arguments.
 LAUNCH_EVERYTHING = """
 import functools
 import inspect
 import itertools
 import json
+import sys
 
 import fastdino_kernels
 from fastdino_kernels.compat import dinov2
@@ -63,10 +69,10 @@ from benchmarks.gpu.kernel_calls import kernel_calls
 from benchmarks.gpu.option_calls import option_calls
 from benchmarks.gpu.recording_driver import ARCHS, record_launches
 
-def launch(arch):
+def launch(arch, options):
     problems, kernels = [], set()
     with record_launches(arch, compiles=False, device=GPU) as launches, emulated_gpu():
-        for name, call in itertools.chain(kernel_calls(), option_calls()):
+        for name, call in itertools.chain(kernel_calls(), option_calls() if options else ()):
             launches.clear()
             try:
                 call(GPU)
@@ -78,7 +84,12 @@ def launch(arch):
             kernels.update(launch.kernel for launch in launches)
     return {"problems": problems, "kernels": sorted(kernels)}
 
-print(json.dumps({str(arch): launch(arch) for arch in ARCHS} | {"unused": sorted(unused)}))
+archs = {str(arch): arch for arch in ARCHS}
+results = {}
+for argument in sys.argv[1:]:
+    arch, as_in_training, _ = argument.partition(" as in training")
+    results[argument] = launch(archs[arch], options=not as_in_training)
+print(json.dumps(results | {"unused": sorted(unused)}))
 """
 
 # Prints the error of each launch that must fail.
@@ -201,14 +212,14 @@ print(json.dumps([len(expected), len({code for codes in expected for code in cod
 """
 
 
-def run_script(folder: Path, script: str) -> Any:
+def run_script(folder: Path, script: str, *arguments: str) -> Any:
     """Return what a script prints; it runs from a file, whose source Triton can read."""
     file = folder / "script.py"
     file.write_text(script, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT)))
     done = subprocess.run(
-        [sys.executable, str(file)],
+        [sys.executable, str(file), *arguments],
         env=environment, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -217,7 +228,7 @@ def run_script(folder: Path, script: str) -> Any:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Any:
-    return run_script(tmp_path_factory.mktemp("launches"), LAUNCH_EVERYTHING)
+    return run_script(tmp_path_factory.mktemp("launches"), LAUNCH_EVERYTHING, *CALLS)
 
 
 @pytest.fixture(scope="module")
@@ -225,16 +236,26 @@ def errors(tmp_path_factory) -> Any:
     return run_script(tmp_path_factory.mktemp("errors"), LAUNCH_BROKEN)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_call_launches(launched, arch):
-    assert launched[arch]["problems"] == []
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_is_launched(launched, arch):
+def kernel_names() -> list[str]:
     sources = "".join(file.read_text("utf-8") for file in KERNELS.glob("*_triton.py"))
-    kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)
-    assert launched[arch]["kernels"] == sorted(kernels)
+    return sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_every_call_launches(launched, calls):
+    assert launched[calls]["problems"] == []
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_every_kernel_is_launched(launched, calls):
+    assert launched[calls]["kernels"] == kernel_names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in CALLS])
+def test_every_option_launches_on_the_other_architectures(tmp_path, arch):
+    result = run_script(tmp_path, LAUNCH_EVERYTHING, arch)[arch]
+    assert result == {"problems": [], "kernels": kernel_names()}
 
 
 def test_every_public_argument_is_passed_by_a_call(launched):
