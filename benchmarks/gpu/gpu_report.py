@@ -42,9 +42,6 @@ BENCH = (PYTHON, "-m", "fastdino", "bench")
 FIRST_SUITES = tuple(
     f"benchmarks/bench_{name}.py" for name in ("dino_loss", "adamw_ema", "ema", "clip", "overhead")
 )
-TRAINING_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("trainer", "fast", "loader_fused", "attention", "vit")
-)
 STEP = "--arch vit_small --batch_size_per_gpu 64 --seconds 0.6"
 STEP_BASELINES = "paper,ours-fast,ours-graph,compiled,lightly"
 TINY_STEP = (
@@ -84,8 +81,7 @@ def part(name: str, seconds: float, **commands: Sequence[str]) -> Part:
 def plan(raw: Path) -> list[Part]:
     """Plan the first report; the parts write into `raw`."""
     step = f"{STEP} --rounds 5 --time_limit 115"
-    rest = ("tests", *(f"--ignore={file}" for file in TRAINING_TESTS))
-    gpu_tests = (*PYTEST, "-m", "gpu", "--continue-on-collection-errors")
+    gpu_tests = (*PYTEST, "--continue-on-collection-errors", *workers(8), "tests", "-m")
     warm = f"{STEP} --baselines ours-fast,ours-graph,compiled --rounds 1 --steps 1"
     loaders = "--baselines kernel,fused,paper --batch_size_per_gpu 64 --rounds 2 --seconds 1"
     return [
@@ -101,11 +97,8 @@ def plan(raw: Path) -> list[Part]:
         part("kernels", 90, suites=(*PYTEST, *suites(), f"--rows={raw / 'rows.jsonl'}")),
         part("step", 120, vit_small=bench(raw / "step", step, STEP_BASELINES)),
         part("loader", 45, loaders=bench(raw / "loader", f"--loader {loaders}")),
-        part(
-            "GPU tests", 105,
-            training_tests=(*gpu_tests, *workers(4), *TRAINING_TESTS),
-            other_tests=(*gpu_tests, *workers(8), *rest),
-        ),
+        part("GPU tests", 95, one_case_per_test_and_dtype=(*gpu_tests, "gpu_quick")),
+        part("other GPU tests", 10, other_cases=(*gpu_tests, "gpu and not gpu_quick")),
     ]  # fmt: skip
 
 
