@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -59,6 +60,46 @@ def test_sequences_attend_only_to_themselves(backend, groups, first_only):
     got, want = results(kernel, **options), results(partial(plain_attend, **options), **options)
     for ours, plain in zip(got, want, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
+@pytest.mark.parametrize(
+    ("backend", "module", "name"),
+    [
+        ("xformers", "xformers.ops", "memory_efficient_attention"),
+        ("varlen", "torch.nn.attention.varlen", "varlen_attn"),
+    ],
+    ids=["xformers", "varlen"],
+)
+def test_calls_fit_the_signatures_of_the_libraries(monkeypatch, backend, module, name, first_only):
+    """Only a GPU runs the real functions, so their signatures bind what they would get."""
+    library = pytest.importorskip(module)
+    signature, calls = inspect.signature(getattr(library, name)), []
+
+    def bind(*args, **options):
+        calls.append(signature.bind(*args, **options).arguments)
+        return calls[-1]["query"]
+
+    monkeypatch.setattr(library, name, bind)
+    token_layout.cache_clear()  # layouts keep the functions
+    query, key, value = (torch.randn(n, 3, 8) for n in (6 if first_only else 17, 17, 17))
+    attend(query, key, value, token_layout(MIXED, CPU, backend), first_only=first_only)
+    token_layout.cache_clear()
+    (call,) = calls
+    for tensor in ("query", "key", "value"):
+        given = call.pop(tensor)
+        own = {"query": query, "key": key, "value": value}[tensor]
+        assert torch.equal(given, own.unsqueeze(0) if backend == "xformers" else own)
+    ends = [0, 5, 10, 12, 14, 16, 17]
+    starts = list(range(7)) if first_only else ends
+    if backend == "xformers":
+        mask = call.pop("attn_bias")
+        assert mask.q_seqinfo.seqstart_py == starts
+        assert mask.k_seqinfo.seqstart_py == ends
+    else:
+        assert [call.pop(f"cu_seq_{x}").tolist() for x in "qk"] == [starts, ends]
+        assert [call.pop(f"max_{x}") for x in "qk"] == [1 if first_only else 5, 5]
+    assert call == {}
 
 
 @pytest.mark.gpu

@@ -282,6 +282,26 @@ def test_stochastic_depth_is_off_in_eval_mode():
     assert torch.equal(vit.eval()(images), vit(images))
 
 
+@pytest.mark.parametrize(("depth", "rate"), [(12, 0.1), (24, 0.4), (2, 0.5), (1, 0.3)])
+def test_stochastic_depth_rates_grow_from_block_to_block_as_in_the_paper(depth, rate):
+    vit = make_vit(depth=depth, drop_path_rate=rate)
+    assert vit.drop_path_rates == pytest.approx(torch.linspace(0, rate, depth).tolist(), rel=1e-6)
+
+
+def test_stochastic_depth_drops_a_branch_at_its_rate_and_keeps_the_mean(float64):
+    torch.manual_seed(0)
+    rates, images = [0.1, 0.5], [20_000, 20_000]
+    scales = draw_branch_scales(rates, images, dtype=torch.float64, device=CPU)
+    assert scales.shape == (2, 2, 40_000)
+    for rate, branches in zip(rates, scales, strict=True):
+        for part in branches.unflatten(1, (2, 20_000)).flatten(0, 1):  # 5 standard errors
+            error = 5 * (rate * (1 - rate) / 20_000) ** 0.5
+            assert (part == 0).double().mean().item() == pytest.approx(rate, abs=error)
+            assert part.mean().item() == pytest.approx(1, abs=error / (1 - rate))
+    dropped = (scales == 0).double().flatten(0, 1)
+    assert (torch.corrcoef(dropped) - torch.eye(4)).abs().max() < 0.04, "independent branches"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_stochastic_depth_draws_in_the_dtype_of_the_branches(dtype):
     """As in the paper's code, other images are dropped in half precision."""
