@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdino import distributed
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
+from fastdino.models.batch_norm import is_batch_norm
 from fastdino.models.head import DINOHead, MultiCropWrapper
 from fastdino.models.vit import VIT_ARCHS, VisionTransformer
 
@@ -188,7 +189,7 @@ def _batch_norm_inputs(module: nn.Module) -> Iterator[list[int]]:
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values.append(inputs[0].numel() // inputs[0].shape[1])
 
-    layers = [layer for layer in module.modules() if _is_batch_norm(layer)]
+    layers = [layer for layer in module.modules() if is_batch_norm(layer)]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield values
@@ -206,12 +207,3 @@ def _working_size(backbone: nn.Module, size: int) -> int | None:
             feature_shape(backbone, candidate, "")
             return int(candidate)
     return None
-
-
-def has_batch_norm(network: nn.Module) -> bool:
-    """Return True if a layer normalizes over the batch."""
-    return any(map(_is_batch_norm, network.modules()))
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -19,7 +19,6 @@ from fastdino.data import build_loader, scan_images
 from fastdino.data.image_files import Conversion
 from fastdino.errors import NonFiniteError, UserError
 from fastdino.files import write_json
-from fastdino.models.backbones import has_batch_norm
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -122,10 +121,6 @@ class Run:
         if self.loader.dataset.warning:
             self.progress.warn(self.loader.dataset.warning)
         self._list_skipped(self.loader.dataset.skipped)
-        if not self._synchronises_batch_norm():
-            self.progress.warn(
-                "SyncBN needs GPUs: each rank computes its own batch norm statistics"
-            )
         with contextlib.closing(self.loader), self.progress:
             self.checkpoint.resume_or_start()
             distributed.from_main(self._write_config)
@@ -266,11 +261,6 @@ class Run:
         }
         path = self.output_dir / "config.json"
         write_json({"config": self.config.to_dict(), "resolved": resolved}, path)
-
-    def _synchronises_batch_norm(self) -> bool:
-        if distributed.world_size() == 1 or self.trainer.device.type == "cuda":
-            return True
-        return not has_batch_norm(self.trainer.student)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from fastdino.errors import ConfigError
-from fastdino.models.backbones import has_batch_norm
+from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
 from fastdino.training.optimizers import with_own_settings

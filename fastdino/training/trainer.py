@@ -17,7 +17,8 @@ from fastdino import distributed
 from fastdino.checkpoint import add_prefix, check_count, check_shapes, strip_prefix
 from fastdino.config import TrainConfig
 from fastdino.errors import CheckpointError
-from fastdino.models.backbones import build_networks, has_batch_norm
+from fastdino.models.backbones import build_networks
+from fastdino.models.batch_norm import has_batch_norm, synchronize_batch_norm
 from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
 from fastdino.runtime import Runtime, resolve_runtime
@@ -124,8 +125,8 @@ class Trainer:
     def _prepare(self, network: MultiCropWrapper) -> MultiCropWrapper:
         """Apply the runtime's choices to a network and move it to the device."""
         self.runtime.apply_to(network)
-        if distributed.world_size() > 1 and self.device.type == "cuda":  # gloo has no SyncBN
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if distributed.world_size() > 1:
+            network = synchronize_batch_norm(network, self.device)
         network = network.to(self.device)
         if self.runtime.compile.on:
             compile_network(network)
