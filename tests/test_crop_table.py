@@ -1,4 +1,4 @@
-"""fastdino_kernels.crop_table: what the table plans for parameters that it cannot read."""
+"""fastdino_kernels.crop_table: the scratch that the table plans."""
 
 from __future__ import annotations
 
@@ -48,3 +48,32 @@ def test_a_larger_box_and_a_blur_need_more_scratch(ragged_images, draw_any_crops
         for radius in (0, 1.0)
     )
     assert plain < blurred
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(16, 16, 64), (8, 14, 43), (9, 90, 88)])
+def test_scratch_of_enlarged_boxes_is_sufficient(height, width, size, draw_any_crops, monkeypatch):
+    """Without a blur, whose area would be larger, the resize writes nothing after the scratch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    marker, planned, memory = 123456789, [], []
+    real = crop_table.crop_table
+
+    def with_more_words(*args):
+        table, packed, words = real(*args)
+        planned.append(words)
+        return table, packed, words + 4096
+
+    def marked(*shape, **options):
+        memory.append(torch.full(shape, marker, **options))
+        return memory[-1]
+
+    image = torch.zeros(height, width, 3, dtype=torch.uint8, device=device)
+    whole = {"top": 0, "left": 0, "height": height, "width": width, "blur_radius": 0}
+    packed = draw_any_crops([image], 1, **whole).pack().flatten(0, 1)
+    out = torch.zeros(1, 1, 3, size, size, device=device)
+    levels = torch.zeros(3, 256, device=device)
+    monkeypatch.setattr(multi_crop_triton, "crop_table", with_more_words)
+    monkeypatch.setattr(multi_crop_triton.torch, "empty", marked)
+    multi_crop_triton.multi_crop_([out], [image], packed, levels)
+    scratch = memory[-1].cpu()
+    assert (scratch[: planned[0]] != marker).any()
+    assert (scratch[planned[0] :] == marker).all()

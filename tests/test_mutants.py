@@ -6,7 +6,7 @@ import pytest
 
 from tests.mutants.mutant import ROOT, Mutant, all_mutants
 from tests.mutants.report import markdown
-from tests.mutants.runner import Journal, Outcome, run
+from tests.mutants.runner import CRASHED, Journal, Outcome, run
 
 SCHEDULES = "fastdino/training/schedules.py"
 CASES = [
@@ -39,8 +39,9 @@ def test_a_fault_is_killed_and_a_comment_survives(tmp_path, capfd):
     assert outcomes[fault.key()].killed_by.startswith("tests/test_schedules.py::test_")
     assert outcomes[comment.key()].killed_by == ""
     page = markdown({"training": [fault, comment, other]}, outcomes)
-    assert "| training | 3 | 1 | 0 | 1 | 1 |" in page
-    assert "`iterations per epoch.` → `steps per epoch.` | a comment |" in page
+    assert "| training | 3 | 1 | 0 | 0 | 1 | 0 | 1 |" in page
+    assert "`iterations per epoch.` → `steps per epoch.` | equivalent | a comment |" in page
+    assert f"| {SCHEDULES} | 1 | `test_schedules.py::test_" in page
     run([fault, comment], journal, jobs=1)  # nothing is run again
     assert len(journal.path.read_text().splitlines()) == 2
 
@@ -59,4 +60,23 @@ def test_outcomes_of_changed_files_are_forgotten(tmp_path):
     copy.write_text((ROOT / SCHEDULES).read_text() + "# changed\n")
     assert mutant.key(tmp_path) != mutant.key()
     page = markdown({"all": [mutant]}, {"other": Outcome("other", "", 0)})
-    assert page.count("| 1 | 0 | 0 | 0 | 1 |") == 2
+    assert page.count("| 1 | 0 | 0 | 0 | 0 | 0 | 1 |") == 2
+
+
+def test_an_end_without_a_failing_test_is_a_kill_only_if_it_is_explained():
+    hangs, dies, crashes = mutants = [
+        Mutant(SCHEDULES, "max(warmup - 1, 1)", became, reported=True, crash=crash)
+        for became, crash in (("1", "a reason"), ("2", ""), ("3", "it writes out of bounds"))
+    ]
+    ends = {hangs: "time limit", dies: CRASHED, crashes: CRASHED}
+    outcomes = {m.key(): Outcome(m.key(), end, 1.0) for m, end in ends.items()}
+    states = [outcomes[m.key()].state(m) for m in mutants]
+    assert states == ["no verdict", "no verdict", "crash"]
+    page = markdown({"training": mutants}, outcomes)
+    assert "| training | 3 | 0 | 1 | 0 | 0 | 2 | 0 |" in page
+    before, reported = page.split("## Tests that kill the mutants reported")
+    for row in ("`1` | no verdict | time limit |", "`2` | no verdict | the process died |",
+                "`3` | crash | it writes out of bounds |"):  # fmt: skip
+        assert row in before
+    assert reported.count("| no verdict |") == 2
+    assert "## Killed" not in page

@@ -44,6 +44,7 @@ REFUSED_DTYPES = {
     "subarray": dtype("f8", subarray=(np.dtype("f8"), (1 << 40,))),
     "metadata": dtype("f8", extra=({"x": 1},)),
     "date": dtype("M8"),
+    "fields in the code": dtype("i4,i4"),
     "text longer than any name": dtype("U100000000"),
     "no code": Crafted(np.dtype, 8),
     "unknown byte order": dtype("f8", order="P"),

@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.mutants.mutant import ROOT, all_mutants
+from tests.mutants.mutant import ROOT, Mutant, all_mutants
 from tests.mutants.report import markdown
-from tests.mutants.runner import Journal, run
+from tests.mutants.runner import Journal, Outcome, run
 
 
 def main() -> int:
-    """Return 0 if no mutant survives, except those known to be equivalent."""
+    """Return 0 if a test kills every mutant, except those known to be equivalent."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("parts", nargs="*", help="modules of the catalog (default: all)")
     parser.add_argument("--file", default="", help="only mutants of files whose path has this text")
@@ -29,13 +29,23 @@ def main() -> int:
     journal = Journal(args.journal)
     run(selected, journal, args.jobs)
     outcomes = journal.outcomes()
-    survivors = [m for m in selected if not outcomes[m.key()].killed_by and not m.equivalent]
-    for mutant in survivors:
-        print(f"survived: {mutant.file}: {mutant.was!r} -> {mutant.became!r}")
-    print(f"{len(selected)} mutants, {len(survivors)} survivors without an explanation")
+    alive = [m for m in selected if _is_alive(m, outcomes[m.key()])]
+    for mutant in alive:
+        outcome = outcomes[mutant.key()]
+        reason = f" ({outcome.killed_by})" if outcome.killed_by else ""
+        print(
+            f"{outcome.state(mutant)}{reason}: {mutant.file}: {mutant.was!r} -> {mutant.became!r}"
+        )
+    print(f"{len(selected)} mutants, {len(alive)} not killed and without an explanation")
     if args.write:
         args.write.write_text(markdown(catalog, outcomes), encoding="utf-8")
-    return 1 if survivors else 0
+    return 1 if alive else 0
+
+
+def _is_alive(mutant: Mutant, outcome: Outcome) -> bool:
+    """Return True without a kill, and without a reason why the mutant survives."""
+    state = outcome.state(mutant)
+    return state == "no verdict" or (state == "survived" and not mutant.equivalent)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ class Mutant:
 
     tests: arguments of pytest, relative to the root; the mirroring test file if empty.
     equivalent: why no test can notice it; such a mutant is expected to survive.
+    crash: why its tests may end the process, which then counts as a failing test.
+    reported: found in a review, when no test noticed it; the table lists these mutants first.
     """
 
     file: str
@@ -26,6 +28,8 @@ class Mutant:
     became: str
     tests: tuple[str, ...] = ()
     equivalent: str = ""
+    crash: str = ""
+    reported: bool = False
 
     def selection(self) -> tuple[str, ...]:
         """Return the arguments of pytest."""

@@ -34,18 +34,32 @@ LIBRARIES = (
 UNUSED_PLUGINS = ("anyio", "hydra_pytest", "platformdirs", "xdist", "xdist.looponfail")
 # Tests that take this many times as long as without a mutant, and this many seconds more, hang.
 TIME_FACTOR, TIME_EXTRA = 4.0, 30.0
+CRASHED = "the process died"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a mutant's tests: killed by a test, or not.
+    """The result of a mutant's tests.
 
-    killed_by: the first test that fails, "" for a survivor.
+    killed_by: the first test that fails, "" for a survivor. Without a verdict of a test, what ended
+        the tests instead: "time limit", "the process died", "collection fails" or a file.
     """
 
     key: str
     killed_by: str
     seconds: float
+
+    def state(self, mutant: Mutant) -> str:
+        """Return "killed", "crash", "survived", or "no verdict" if the tests ended without one.
+
+        A slow mutant reaches the time limit without being noticed, for example if it only compiles
+        more often, and a crash without an explanation may be the machine's: neither is a kill.
+        """
+        if not self.killed_by:
+            return "survived"
+        if "::" in self.killed_by:
+            return "killed"
+        return "crash" if mutant.crash and self.killed_by == CRASHED else "no verdict"
 
 
 class Journal:
@@ -105,9 +119,10 @@ def _work(mutants: Sequence[Mutant], journal: Journal) -> None:
             limit = TIME_FACTOR * seconds[tests] + TIME_EXTRA
             with _mutated(copy, mutant):
                 killed_by, took = _run_tests(copy, tests, limit)
-            journal.add(Outcome(mutant.key(), killed_by, round(took, 1)))
-            print(f"{'killed  ' if killed_by else 'SURVIVED'} {took:5.0f} s  {mutant.file}: "
-                  f"{mutant.became!r}  {killed_by}", flush=True)  # fmt: skip
+            outcome = Outcome(mutant.key(), killed_by, round(took, 1))
+            journal.add(outcome)
+            print(f"{outcome.state(mutant):10} {took:5.0f} s  {mutant.file}: {mutant.became!r}  "
+                  f"{killed_by}", flush=True)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -158,7 +173,7 @@ def _run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[str, flo
             finally:
                 os._exit(1)  # never return into the worker's code
         ended = _wait(child, limit)
-        failure = report.read_text(encoding="utf-8") if report.exists() else "the process died"
+        failure = report.read_text(encoding="utf-8") if report.exists() else CRASHED
     return failure if ended else "time limit", time.monotonic() - started
 
 

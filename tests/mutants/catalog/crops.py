@@ -114,12 +114,13 @@ MUTANTS = (
         "(strip - 1) * stretches[:, 0] + taps[:, 0] + 3",
         "(strip - 1) * stretches[:, 0] + 3",
         SCRATCH,
+        reported=True,
     ),
     Mutant(
         TABLE,
         "stretches = (boxes / rows[:, SIZE, None].double()).clamp_(min=1.0)",
         "stretches = boxes / rows[:, SIZE, None].double()",
-        SCRATCH,
+        ("tests/test_crop_table.py::test_scratch_of_enlarged_boxes_is_sufficient",),
     ),
     Mutant(
         TABLE,
@@ -170,6 +171,7 @@ MUTANTS = (
         "tl.where(radius > 0, tl.minimum(radius, _MAX_RADIUS), 0.0)",
         "tl.where(radius > 0, radius, 0.0)",
         UNCHECKED,
+        crash="an infinite radius becomes an index outside of the scratch",
     ),
     Mutant(
         KERNEL,
@@ -238,6 +240,7 @@ MUTANTS = (
         'if wanted != "auto":\n            raise ConfigError(\n                f"--decode',
         'if wanted == "gpu":\n            raise ConfigError(\n                f"--decode',
         CHOICES,
+        reported=True,
     ),
     Mutant(
         RUNTIME,

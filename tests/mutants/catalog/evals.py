@@ -37,7 +37,7 @@ COPYDAYS_TESTS = ("tests/test_copydays.py::test_map_matches_the_papers",)
 JACCARD_TESTS = ("tests/test_attention_jaccard.py::test_scores_match_the_paper",)
 
 MUTANTS = (
-    Mutant(KNN, ".split(rows), max(ks))", ".split(rows), ks[-1])"),
+    Mutant(KNN, ".split(rows), max(ks))", ".split(rows), ks[-1])", reported=True),
     Mutant(KNN, ") / temperature).exp()", ") / 0.07).exp()"),
     Mutant(KNN, "best.values > 0", "best.values > -1"),
     Mutant(KNN, "temperature=args.temperature", "temperature=0.07"),
@@ -59,7 +59,7 @@ MUTANTS = (
         "batches[:: distributed.world_size()]",
     ),
     Mutant(FEATURES, "features[indices] = rows", "features[: len(rows)] = rows"),
-    Mutant(DESCRIPTORS, "moment += rows.T @ rows", "moment = rows.T @ rows"),
+    Mutant(DESCRIPTORS, "moment += rows.T @ rows", "moment = rows.T @ rows", reported=True),
     Mutant(DESCRIPTORS, "GEM_POWER = 4", "GEM_POWER = 3", COPYDAYS_TESTS),
     Mutant(DESCRIPTORS, "gem(tokens[:, 1:])", "gem(tokens)"),
     Mutant(DESCRIPTORS, "features.double() - self.mean", "features.double()"),
@@ -70,7 +70,12 @@ MUTANTS = (
         COPYDAYS_TESTS,
     ),
     Mutant("fastdino/evals/copydays.py", "ID_LENGTH = 4", "ID_LENGTH = 3", COPYDAYS_TESTS),
-    Mutant(PROBE, "(labels != UNREADABLE).sum().clamp(min=1)", "(labels != UNREADABLE).sum()"),
+    Mutant(
+        PROBE,
+        "(labels != UNREADABLE).sum().clamp(min=1)",
+        "(labels != UNREADABLE).sum()",
+        reported=True,
+    ),
     Mutant(PROBE, "momentum=0.9", "momentum=0.0"),
     Mutant(PROBE, "layers[-1][:, 1:].mean(1)", "layers[-1].mean(1)"),
     Mutant(
@@ -99,6 +104,7 @@ MUTANTS = (
         "maps.flatten(-2).double().sort",
         "maps.flatten(-2).sort",
         equivalent="precision: in fp32 the sum of thousands of numbers can round across the share",
+        reported=True,
     ),
     Mutant(JACCARD, "labels[pixels == void] = VOID", "pass"),
     Mutant(JACCARD, "scores.max(1).values.mean()", "scores.mean(0).max()", JACCARD_TESTS),

@@ -120,7 +120,7 @@ PAIRWISE = (
 MODULES = (
     Mutant(MODULE, "index_select(0, epoch.reshape(1))",
            "index_select(0, (epoch - 1).clamp(min=0).reshape(1))",
-           of("dino_module", "epoch_may_be_a_tensor")),
+           of("dino_module", "epoch_may_be_a_tensor"), reported=True),
     Mutant(MODULE, "if warmup_epochs > 1:", "if warmup_epochs > 0:",
            of("dino_module", "schedule_of_short_warm_ups")),
     Mutant(MODULE, "/ max(warmup_epochs - 1, 1)", "/ max(warmup_epochs, 1)",
@@ -199,7 +199,8 @@ LINEAR_LOSSES = (
     Mutant(f"{PACKAGE}/last_layer.py", "torch.float64 not in (x.dtype, weight.dtype)",
            "torch.float64 != x.dtype", of("last_layer", "dtype_of_products")),
     Mutant(f"{PACKAGE}/last_layer.py", "or magnitude.shape != (len(direction), 1)",
-           "or magnitude.dim() != 2"),
+           "or magnitude.dim() != 2",
+           crash="PyTorch's weight norm then writes out of bounds, which can end the process"),
 )  # fmt: skip
 
 REGULARIZERS = (
@@ -247,7 +248,7 @@ ON_RANKS = (
 
 DROP_INS = (
     Mutant(f"{COMPAT}/solo_learn.py", "self.epoch if epoch is None else epoch",
-           "epoch or self.epoch", of("compat_solo_learn")),
+           "epoch or self.epoch", of("compat_solo_learn"), reported=True),
     Mutant(f"{COMPAT}/solo_learn.py", "-epochs <= epoch < 0", "-epochs < epoch < 0",
            of("compat_solo_learn")),
     Mutant(f"{COMPAT}/lightly_dino.py", "elif epoch is not None:", "elif epoch:",

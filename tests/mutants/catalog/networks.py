@@ -29,7 +29,9 @@ LAYOUT_TESTS = (
 )
 
 MUTANTS = (
-    Mutant(VIT, "(self.pos_embed, std=0.02)", "(self.pos_embed, std=0.2)", INITIAL_TESTS),
+    Mutant(
+        VIT, "(self.pos_embed, std=0.02)", "(self.pos_embed, std=0.2)", INITIAL_TESTS, reported=True
+    ),
     Mutant(VIT, "(self.cls_token, std=0.02)", "(self.cls_token, std=0.2)", INITIAL_TESTS),
     Mutant(VIT, "(module.weight, std=0.02)", "(module.weight, std=0.2)", INITIAL_TESTS),
     Mutant(VIT, "nn.init.zeros_(module.bias)", "pass", INITIAL_TESTS),
@@ -67,6 +69,7 @@ MUTANTS = (
         ".to(torch.promote_types(dtype, torch.float32))",
         ".to(dtype)",
         VIT_TESTS,
+        reported=True,
     ),
     Mutant(DROP_PATH, "torch._foreach_div_(list(scales), keep)", "pass", VIT_TESTS),
     Mutant(DROP_PATH, "torch.rand(images, dtype=dtype", "torch.rand(images", VIT_TESTS),

@@ -106,7 +106,11 @@ MUTANTS = (
         SKIPPED,
     ),
     Mutant(
-        TRAINER, "return self._forward_student.no_sync()", "return contextlib.nullcontext()", RANKS
+        TRAINER,
+        "return self._forward_student.no_sync()",
+        "return contextlib.nullcontext()",
+        RANKS,
+        reported=True,
     ),
     Mutant(
         TRAINER,
@@ -200,6 +204,29 @@ MUTANTS = (
         "self.iteration += int",
     ),
     Mutant(NONFINITE, "self.iteration += int(good_steps)", "self.iteration = int(good_steps)"),
+    Mutant(
+        NONFINITE,
+        "self._good_steps.zero_()\n        self.iteration = iteration",
+        "self._good_steps.zero_()",
+        reported=True,
+    ),
+    Mutant(
+        NONFINITE,
+        "self.bad.zero_()\n        self._good_steps.zero_()\n        self.iteration = iteration",
+        "self._good_steps.zero_()\n        self.iteration = iteration",
+    ),
+    Mutant(
+        NONFINITE,
+        "self._good_steps.zero_()\n        self.iteration = iteration",
+        "self.iteration = iteration",
+    ),
+    Mutant(
+        TRAINER,
+        "GraphedStep(self._step, self.device)\n        self._guard.restart(self.iteration)",
+        "GraphedStep(self._step, self.device)",
+        BITS,
+        reported=True,
+    ),
     Mutant(NONFINITE, "norms.isfinite().all()", "norms.isfinite().any()", STATE),
     Mutant(NONFINITE, "self.bad.zero_()\n        problem", "problem"),
     Mutant(NONFINITE, "torch.maximum(self.bad, (~finite)", "torch.minimum(self.bad, (~finite)"),
@@ -236,7 +263,11 @@ MUTANTS = (
     Mutant(SCHEDULES, "max(warmup - 1, 1)", "max(warmup, 1)"),
     Mutant(SCHEDULES, "(iteration - warmup) / cosine", "iteration / cosine"),
     Mutant(
-        RESUME, 'self.left_out = list(state.get("left_out", []))', "self.left_out = []", REMEMBERED
+        RESUME,
+        'self.left_out = list(state.get("left_out", []))',
+        "self.left_out = []",
+        REMEMBERED,
+        reported=True,
     ),
     Mutant(RESUME, '"left_out": self.left_out,', '"left_out": [],', REMEMBERED),
     Mutant(RESUME, "left_out = [*self.left_out, failed]", "left_out = [failed]", TWO_INCIDENTS),
@@ -264,6 +295,7 @@ MUTANTS = (
         "torch.manual_seed(config.seed + distributed.rank())",
         "torch.manual_seed(config.seed)",
         STREAMS,
+        reported=True,
     ),
     Mutant(LOOP, "if iteration in self.checkpoint.left_out:", "if False:", TWO_INCIDENTS),
     Mutant(LOOP, "start_step=first % trainer.steps_per_epoch", "start_step=0", REMEMBERED),
@@ -302,6 +334,7 @@ MUTANTS = (
         CHECKPOINT,
         '("student", "teacher", "optimizer", "dino_loss")',
         '("student", "teacher", "optimizer")',
+        reported=True,
     ),
     Mutant(
         CHECKPOINT,
@@ -360,7 +393,14 @@ MUTANTS = (
         "default=1) > 0:\n        return _of_slurm",
         ENVIRONMENT,
     ),
-    Mutant(RUNTIME, "if local_rank >= count:", "if local_rank > count:", CHOICES),
+    Mutant(RUNTIME, "if local_rank >= count:", "if local_rank > count:", CHOICES, reported=True),
+    Mutant(
+        RUNTIME,
+        'config.amp_dtype == "auto" and config.mode == "fast" and device',
+        'config.amp_dtype == "auto" and config.mode == "FAST" and device',
+        CHOICES,
+        reported=True,
+    ),
     Mutant(
         RUNTIME,
         'config.amp_dtype == "fp16" or device.type == "cuda"',
@@ -397,6 +437,13 @@ MUTANTS = (
     Mutant(PICKLES, "structure != [None, None, None] or len(state) > 8", "len(state) > 8"),
     Mutant(PICKLES, "np.dtype(self._code).newbyteorder(self._order)", "np.dtype(self._code)"),
     Mutant(CORRECTNESS, "return math.inf if math.isnan(error) else error", "return error", GATE),
+    Mutant(
+        CORRECTNESS,
+        "key=lambda name: _order(errors[name])",
+        "key=lambda name: errors[name]",
+        GATE,
+        reported=True,
+    ),
     Mutant(CORRECTNESS, "if actual.keys() != expected.keys():", "if False:", GATE),
     Mutant(CORRECTNESS, "error <= (self.loss_tolerance", "not error > (self.loss_tolerance", GATE),
     Mutant(

@@ -173,6 +173,7 @@ MUTANTS = (
         "self.momentum if momentum is None else momentum",
         "momentum or self.momentum",
         ("tests/test_adamw_ema_caches.py",),
+        reported=True,
     ),
     Mutant(
         OPTIMIZER,
@@ -218,6 +219,7 @@ MUTANTS = (
         "(teacher | student | shadow) % 16",
         "(teacher | student) % 16",
         ("tests/test_alignment.py::test_ema_aligns_no_tensor_that_is_not",),
+        reported=True,
     ),
     Mutant(
         EMA_KERNEL,
@@ -323,7 +325,7 @@ MUTANTS = (
         CHUNKS,
         "tl.load(rows + owner * 2 + 1) - start",
         "tl.load(rows + 1) - start",
-        ("tests/test_ema.py::test_shadow_is_rounded_from_the_stored_teacher",),
+        ("tests/test_ema.py::test_lengths_around_a_chunk_write_nothing_outside",),
     ),
     Mutant(TABLE, "max(1, -(-numel // chunk))", "-(-numel // chunk)"),
     Mutant(TABLE, "(used_on == stream or capturing) and known == key", "known == key"),
