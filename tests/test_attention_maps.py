@@ -109,6 +109,13 @@ def test_masks_match_the_paper(share):
         assert mask.flatten().tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_mask_of_many_patches_is_not_rounded(dtype):
+    """Maps have the dtype of the images, which is too narrow for the sum of so many patches."""
+    mask = keep_mass(torch.full((301, 301), 0.1, dtype=dtype), 0.6)
+    assert mask.sum() == 301 * 301 - math.floor(0.4 * 301 * 301)
+
+
 def test_mask_of_a_zero_map_is_empty():
     assert not keep_mass(torch.zeros(2, 3, 3), 0.6).any()
 

@@ -41,7 +41,7 @@ def test_a_fault_is_killed_and_a_comment_survives(tmp_path, capfd):
     page = markdown({"training": [fault, comment, other]}, outcomes)
     assert "| training | 3 | 1 | 0 | 0 | 1 | 0 | 1 |" in page
     assert "`iterations per epoch.` → `steps per epoch.` | equivalent | a comment |" in page
-    assert f"| {SCHEDULES} | 1 | `test_schedules.py::test_" in page
+    assert f"| {SCHEDULES} | 1 | `test_schedules.py`: " in page
     run([fault, comment], journal, jobs=1)  # nothing is run again
     assert len(journal.path.read_text().splitlines()) == 2
 

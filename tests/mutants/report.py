@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from tests.mutants.mutant import Mutant
@@ -22,6 +22,7 @@ faults in general.
 - no verdict: the tests reached the time limit, crashed or could not be imported. Not counted as
   killed.
 - not run: not since its file, or a file with its tests, was changed.
+
 """
 STATES = ("killed", "crash", "survived", "equivalent", "no verdict", "not run")
 
@@ -60,10 +61,19 @@ def _per_file(killed: Sequence[Mutant], outcomes: Mapping[str, Outcome]) -> list
     rows = []
     in_order = sorted(killed, key=lambda m: m.file)
     for file, mutants in itertools.groupby(in_order, key=lambda m: m.file):
-        tests = Counter(_test(outcomes[m.key()]) for m in mutants)
-        cells = (f"`{test}`" + (f" ({n})" if n > 1 else "") for test, n in tests.items())
-        rows.append([file, str(tests.total()), ", ".join(cells)])
+        tests: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for mutant in mutants:
+            module, _, name = _test(outcomes[mutant.key()]).partition("::")
+            tests[module][name.removeprefix("test_")] += 1
+        cells = (f"`{module}`: {_numbered(names)}" for module, names in tests.items())
+        count = sum(names.total() for names in tests.values())
+        rows.append([file, str(count), "; ".join(cells)])
     return rows
+
+
+def _numbered(names: Counter[str]) -> str:
+    """Return the names, each with its number if that is not 1."""
+    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in names.items())
 
 
 def _state(mutant: Mutant, outcomes: Mapping[str, Outcome]) -> str:
@@ -98,7 +108,7 @@ def _summary(name: str, mutants: Sequence[Mutant], outcomes: Mapping[str, Outcom
 
 def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a section with a table, "" without rows."""
-    return f"\n## {title}\n\n{_table(header, rows)}" if rows else ""
+    return f"## {title}\n\n{_table(header, rows)}" if rows else ""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
