@@ -42,6 +42,9 @@ EXPORT = [
     "onnxscript>=0.6",  # the oldest that torch 2.11 and newer can export with
     "transformers>=4.50",
 ]
+# fastdino train --logger wandb, --logger mlflow.
+WANDB = ["wandb>=0.31"]
+MLFLOW = ["mlflow>=3.17"]
 DEV = [
     "build",
     "hypothesis>=6.100",
@@ -78,10 +81,12 @@ setup(
         "data": DATA,
         "parquet": PARQUET,
         "export": EXPORT,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,
         "dev": DEV,
-        "all": TRAIN + DATA + EXPORT + DALI_CUDA13 + DEV,
+        "all": TRAIN + DATA + EXPORT + WANDB + MLFLOW + DALI_CUDA13 + DEV,
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
     classifiers=[

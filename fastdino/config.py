@@ -35,6 +35,7 @@ _crops = partial(_flag, "Crops")
 _data = partial(_flag, "Data")
 _speed = partial(_flag, "Speed and memory (results stay the same, up to rounding)")
 _run = partial(_flag, "Run")
+_monitor = partial(_flag, "Monitoring")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,25 @@ class TrainConfig:
     device: str = _run(("auto", "cuda", "cpu"), "Compute device.")
     dist_url: str = _run("env://", "Rendezvous URL of a distributed run.")
 
+    knn_data: str = _monitor(
+        "",
+        "Labelled dataset with a train and a val split, as `fastdino knn --data_path` accepts it, "
+        "for --knn_every.",
+    )
+    knn_every: int = _monitor(
+        0, "Epochs between k-NN evaluations of the teacher on --knn_data; 0: none."
+    )
+    attention_every: int = _monitor(
+        0,
+        "Epochs between pictures of the teacher's attention maps (vit_* only), of images of "
+        "--knn_data's val split or else of the training set; 0: none.",
+    )
+    logger: str = _monitor(
+        "auto",
+        "Loggers of the metrics, separated by commas: tensorboard, csv, wandb, mlflow. auto: "
+        "tensorboard, if it is installed. none: no logger; log.txt is always written.",
+    )
+
     def __post_init__(self) -> None:
         self._check_types()
         self._check_values()
@@ -245,6 +265,7 @@ class TrainConfig:
                 f"--koleo_weight {self.koleo_weight} compares the images of a forward pass, and "
                 "--batch_size_per_gpu 1 has one: use 2 or more, or --koleo_weight 0"
             )
+        self._check_monitoring()
         if self.arch in PATCHED_ARCHS:
             sizes = ("global_crops_size", "local_crops_size")[: 2 if self.local_crops_number else 1]
             for name in sizes:
@@ -253,6 +274,32 @@ class TrainConfig:
                         f"--{name} {getattr(self, name)} is smaller than a patch, "
                         f"--patch_size {self.patch_size}"
                     )
+
+    def _check_monitoring(self) -> None:
+        if self.knn_every and not self.knn_data:
+            raise ConfigError(
+                f"--knn_every {self.knn_every} needs --knn_data: a labelled dataset with a train "
+                "and a val split"
+            )
+        if self.knn_data and not (self.knn_every or self.attention_every):
+            raise ConfigError(
+                f"--knn_data {self.knn_data} has no effect without --knn_every N or "
+                "--attention_every N"
+            )
+        if self.attention_every and self.arch not in PATCHED_ARCHS:
+            raise ConfigError(
+                f"--attention_every {self.attention_every}: --arch {self.arch} has no attention "
+                "of a CLS token to show; use a vit_*, or --attention_every 0"
+            )
+        names = self.loggers
+        unknown = [name for name in names if name not in LOGGERS]
+        if self.logger not in ("auto", "none") and (unknown or len(set(names)) < len(names)):
+            raise _error("logger", self.logger, f"auto, none, or some of {','.join(LOGGERS)}")
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names in `logger`."""
+        return [name.strip() for name in self.logger.split(",")]
 
     @property
     def ncrops(self) -> int:
@@ -288,10 +335,12 @@ PATCHED_ARCHS = tuple(
     for kind in ("vit", "deit")
     for size in ("nano", "tiny", "small", "base", "large")
 )
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
 # Sizes and numbers of things; products of two of them fit into 64 bits.
 _SIZES = (
     "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",
-    "local_crops_size", "local_crops_number", "grad_accum", "num_workers",
+    "local_crops_size", "local_crops_number", "grad_accum", "num_workers", "knn_every",
+    "attention_every",
 )  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
 # All numbers are finite and at least 0; these have other bounds.
@@ -299,7 +348,7 @@ _AT_LEAST_1 = (
     "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",
     "local_crops_size", "grad_accum", "print_freq",
 )  # fmt: skip
-_PATHS = ("data_path", "output_dir", "init_from")
+_PATHS = ("data_path", "output_dir", "init_from", "knn_data")
 _POSITIVE = ("warmup_teacher_temp", "teacher_temp")
 _FRACTIONS = ("momentum_teacher", "drop_path_rate", "max_bad_share", "hw_decoder_load")
 

@@ -90,6 +90,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def append(content: bytes, path: Path) -> None:
+    """Append to a file, or leave it unchanged; raise OSError."""
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
     """Convert an OSError in the block to a CheckpointError that says how to fix it."""

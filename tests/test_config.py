@@ -172,7 +172,7 @@ def test_help_groups_the_flags_and_shows_defaults():
     text = parser.format_help()
     titles = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert [title.split()[0].rstrip(":") for title in titles] == [
-        "options", "Model", "Loss", "Optimization", "Crops", "Data", "Speed", "Run"
+        "options", "Model", "Loss", "Optimization", "Crops", "Data", "Speed", "Run", "Monitoring"
     ]  # fmt: skip
     assert text.count("(default:") == len(dataclasses.fields(TrainConfig))
 

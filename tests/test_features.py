@@ -64,16 +64,16 @@ def test_shares_of_the_ranks_add_up_to_the_whole(folder, monkeypatch):
     whole, whole_unusable = extractor().extract(images, "", sizes=SIZES)
     monkeypatch.setattr(distributed, "total", lambda values: values)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    gathered, shares = [], []
-    monkeypatch.setattr(distributed, "gather", lambda own: gathered.append(own) or [own, (3, {})])
+    gathered, shares, others = [], [], (3, {}, False)
+    monkeypatch.setattr(distributed, "gather", lambda own: gathered.append(own) or [own, others])
     monkeypatch.setattr(distributed, "fail_together", nullcontext)
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(extractor().extract(images, "", sizes=SIZES)[0])
     torch.testing.assert_close(sum(shares), whole)
     assert [int((share[:, 0] > 0).sum()) for share in shares] == [1, 1, 1, 0]
-    assert [width for width, _ in gathered] == [3, 3, 3, 0], "the last rank has no batch"
-    assert {index for _, bad in gathered for index in bad} == set(whole_unusable) == {1}
+    assert [width for width, *_ in gathered] == [3, 3, 3, 0], "the last rank has no batch"
+    assert {index for _, bad, _ in gathered for index in bad} == set(whole_unusable) == {1}
 
 
 def test_boxes_are_cut_out(folder):

@@ -9,15 +9,10 @@ import sys
 
 import pytest
 
-from fastdino.training.logging import Progress, append
+from fastdino.files import append
+from fastdino.training.logging import Progress
 
 STEPS, EPOCHS, K = 4, 3, 64
-
-
-@pytest.fixture(autouse=True)
-def no_tensorboard(monkeypatch):
-    """Hide TensorBoard: its import takes seconds, and it is optional."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
 @pytest.fixture
@@ -46,7 +41,8 @@ def log_steps(progress, iterations):
         entropy = 3.0 + 0.1 * math.cos(i) if i % 2 == 0 else None
         progress.step(i, values_of(i), entropy=entropy)
         if (i + 1) % STEPS == 0:
-            progress.end_epoch(i // STEPS, images_per_second=100.0)
+            progress.close_epoch(i // STEPS, images_per_second=100.0)
+            progress.write_epoch()
 
 
 def lines_of(tmp_path):
@@ -81,7 +77,8 @@ def test_terms_of_the_loss_are_logged_and_kl_is_that_of_the_dino_loss(
     values = {"loss": 4.25, "lr": 0.1, "wd": 0.04, "dino": 4.0, "koleo": 2.5}
     for i in range(STEPS):
         run.step(i, values, entropy=3.0 if i == 0 else None)
-    run.end_epoch(0)
+    run.close_epoch(0)
+    run.write_epoch()
     run.__exit__(None, None, None)
     (line,) = lines_of(tmp_path)
     assert list(line) == [
@@ -234,7 +231,8 @@ def test_terminal_has_a_bar_and_no_line_per_epoch(progress, capsys, monkeypatch)
     run.warn("something odd")
     for i in range(STEPS + 1, 2 * STEPS):
         run.step(i, values_of(i))
-    run.end_epoch(1)
+    run.close_epoch(1)
+    run.write_epoch()
     run.__exit__(None, None, None)
     captured = capsys.readouterr()
     assert captured.out.strip("\r\n ") == "a line of the run"

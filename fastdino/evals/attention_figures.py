@@ -29,6 +29,7 @@ TINT = 0.45  # share of the head's color inside a mask
 OVERLAY = 0.6  # share of the map in an overlay
 CELL = 1.5  # width of a column of the sheet, in inches
 DPI = 110
+_GAP = ((1, 1), (1, 1), (0, 0))  # black pixels around each cell of a strip
 
 Pixels = NDArray[np.uint8]
 
@@ -90,6 +91,23 @@ def heads_picture(maps: Tensor, size: tuple[int, int]) -> Pixels:
         top, left = head // columns * height, head % columns * width
         picture[top : top + height, left : left + width] = map_picture(map_, (height, width))
     return picture
+
+
+def attention_strip(pictures: Sequence[Pixels], maps: Tensor, scale: int = 1) -> Pixels:
+    """Draw one row per picture: the picture, its mean map, and the map of each head.
+
+    Args:
+        pictures: B pictures of one size.
+        maps: [B, H, h, w] of attention_maps.
+        scale: enlarge the pictures by this factor.
+    """
+    rows = []
+    for picture, heads in zip(pictures, maps, strict=True):
+        pixels = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+        panels = torch.cat((heads.mean(0, keepdim=True), heads))
+        cells = [pixels, *(map_picture(panel, pixels.shape[:2]) for panel in panels)]
+        rows.append(np.concatenate([np.pad(cell, _GAP) for cell in cells], axis=1))
+    return np.concatenate(rows)
 
 
 def draw_attention(

@@ -32,6 +32,7 @@ from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import print_on_main
 from fastdino.evals.transforms import Transform
+from fastdino.terminal import is_terminal
 
 Model = Callable[[Tensor], Tensor]
 
@@ -133,6 +134,14 @@ def batches_by_size(sizes: Sequence[Hashable], batch_size: int) -> list[list[int
     ]
 
 
+class StoppedError(Exception):
+    """An extraction was stopped on all ranks, because `should_stop` returned True on one."""
+
+
+def _report_on_main(text: str) -> None:
+    print_on_main(text, stderr=True)
+
+
 @dataclass(frozen=True)
 class Extractor:
     """A frozen network with the transform of its inputs and the settings of the data loading.
@@ -141,6 +150,8 @@ class Extractor:
         model: [B, 3, H, W] on `device` -> [B, D].
         workers: data loading workers, at most.
         min_side: an image is unusable if a side is shorter after the transform, in pixels.
+        should_stop: asked before each batch; True on one rank stops the extraction on all.
+        report: called on each rank with a line about images that are left out.
     """
 
     model: Model
@@ -149,6 +160,8 @@ class Extractor:
     workers: int
     device: torch.device
     min_side: int = 1
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[str], None] = _report_on_main
 
     @torch.no_grad()
     def extract(
@@ -163,7 +176,7 @@ class Extractor:
             title: for the progress bar and messages.
             sizes: images with equal values have one size after the transform; None: all have.
 
-        Raises: DataError: no image is usable.
+        Raises: DataError: no image is usable. StoppedError: see `should_stop`.
         """
         batches = batches_by_size(sizes or [0] * len(images), self.batch_size)
         loader: DataLoader[Batch] = DataLoader(
@@ -175,16 +188,25 @@ class Extractor:
         )
         features: Tensor | None = None
         unusable: dict[int, str] = {}
-        for indices, batch, reasons in tqdm(loader, desc=title, disable=not sys.stderr.isatty()):
+        stopped = False
+        # Inside another bar it is removed at the end.
+        bar = tqdm(loader, desc=title, disable=not is_terminal(sys.stderr), leave=None)
+        for indices, batch, reasons in bar:
+            stopped = self.should_stop()
+            if stopped:
+                break
             unusable |= reasons
             if batch is None:
                 continue
             rows = self.model(batch.to(self.device)).float().cpu()
             features = torch.zeros(len(images), rows.shape[1]) if features is None else features
             features[indices] = rows
-        gathered = distributed.gather((0 if features is None else features.shape[1], unusable))
-        unusable = {index: why for _, reasons in gathered for index, why in reasons.items()}
-        width = max(width for width, _ in gathered)
+        width = 0 if features is None else features.shape[1]
+        gathered = distributed.gather((width, unusable, stopped))
+        if any(stopped for *_, stopped in gathered):
+            raise StoppedError(title)
+        unusable = {index: why for _, reasons, _ in gathered for index, why in reasons.items()}
+        width = max(width for width, *_ in gathered)
         with distributed.fail_together():
             if not width:
                 reason = unusable[min(unusable)]
@@ -213,6 +235,6 @@ class Extractor:
         if unusable or skipped:
             count = len(unusable) + skipped
             example = f": {unusable[min(unusable)]}" if unusable else ""
-            print_on_main(f"{title}: {count} images left out{example}", stderr=True)
+            self.report(f"{title}: {count} images left out{example}")
         usable = torch.from_numpy(np.setdiff1d(np.arange(len(features)), list(unusable)))
         return features[usable], usable

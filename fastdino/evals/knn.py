@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from fastdino import checkpoint, distributed
 from fastdino.config import user_path
+from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import options
-from fastdino.evals.features import Extractor
+from fastdino.evals.features import Extractor, Model
 from fastdino.evals.options import DEFAULT
 from fastdino.evals.transforms import center_crop
 from fastdino.files import atomic_write, explain_write_errors
@@ -185,7 +186,21 @@ def compute_features(
     embed = model or torch.nn.Flatten()
     transform = center_crop(args.resize, args.crop)
     loading = args.batch_size_per_gpu, args.num_workers, device
-    extractor = Extractor(lambda x: F.normalize(embed(x).float(), dim=1), transform, *loading)
+    return extract_splits(datasets, Extractor(normalized(embed), transform, *loading))
+
+
+def normalized(embed: Model) -> Model:
+    """Return the function that maps images to L2-normalised fp32 features of a network."""
+    return lambda images: F.normalize(embed(images).float(), dim=1)
+
+
+def extract_splits(datasets: dict[str, ImageDataset], extractor: Extractor) -> dict[str, Tensor]:
+    """Extract features and labels of the training and validation split of `scan_labelled`.
+
+    Returns: trainfeat [N, D], trainlabels [N], testfeat [M, D], testlabels [M], of usable images.
+
+    Raises: DataError: a split has no usable image. StoppedError: see Extractor.
+    """
     tensors = {}
     for name, (split, dataset) in zip(("train", "test"), datasets.items(), strict=True):
         features, usable = extractor.extract_usable(dataset, split, skipped=len(dataset.skipped))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -273,19 +273,37 @@ def settings_of(
 def scan_splits(
     args: argparse.Namespace, splits: tuple[str, ...] = ("train", "val")
 ) -> dict[str, ImageDataset]:
-    """Scan the training and validation split of --data_path.
+    """Scan the training and validation split of --data_path; see `scan_labelled`."""
+    return scan_labelled(
+        args.data_path, splits, workers=args.num_workers, conversion=conversion_of(args)
+    )
+
+
+def scan_labelled(
+    data_path: str,
+    splits: tuple[str, ...] = ("train", "val"),
+    *,
+    workers: int,
+    conversion: Conversion,
+    caches: Mapping[str, Path] | None = None,
+) -> dict[str, ImageDataset]:
+    """Scan the training and validation split of a labelled dataset; print notes and warnings.
 
     Unreadable images are left out; a split without any readable image is an error.
+
+    Args:
+        caches: for each split the `cache` of scan_images; None for no caches.
 
     Raises: DataError: nothing to read, or the splits have different classes.
     """
     sources = {
         split: scan_images(
-            args.data_path,
+            data_path,
             role=split,
             max_bad_share=1.0,
-            workers=args.num_workers,
-            conversion=conversion_of(args),
+            workers=workers,
+            conversion=conversion,
+            cache=caches[split] if caches else None,
         )
         for split in splits
     }
@@ -297,7 +315,7 @@ def scan_splits(
     first, last = sources[splits[0]].classes, sources[splits[-1]].classes
     if first != last:
         raise DataError(
-            f"train/ and val/ of {args.data_path} must have the same class folders; "
+            f"train/ and val/ of {data_path} must have the same class folders; "
             f"only one has {sorted(set(first) ^ set(last))[:5]}"
         )
     return sources

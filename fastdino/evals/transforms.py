@@ -25,8 +25,13 @@ def to_input(image: Image.Image) -> Tensor:
 
 def center_crop(resize: int, crop: int) -> Transform:
     """Return the k-NN and validation transform: bicubic resize of the short side, centre crop."""
+    return v2.Compose([*center_crop_picture(resize, crop).transforms, to_input])
+
+
+def center_crop_picture(resize: int, crop: int) -> v2.Compose:
+    """Return `center_crop` without the conversion to a tensor: PIL image -> PIL image."""
     bicubic = v2.InterpolationMode.BICUBIC
-    return v2.Compose([v2.Resize(resize, interpolation=bicubic), v2.CenterCrop(crop), to_input])
+    return v2.Compose([v2.Resize(resize, interpolation=bicubic), v2.CenterCrop(crop)])
 
 
 def random_crop(crop: int) -> Transform:

@@ -17,12 +17,17 @@ from fastdino import distributed
 from fastdino.config import TrainConfig, add_train_arguments, config_from_args
 from fastdino.data import build_loader, scan_images
 from fastdino.data.image_files import Conversion
+from fastdino.environment import commit
 from fastdino.errors import NonFiniteError, UserError
+from fastdino.evals.features import StoppedError
 from fastdino.files import write_json
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
+from fastdino.training.loggers import Loggers, build_loggers, resolve_names
 from fastdino.training.logging import Progress
+from fastdino.training.metric_logger import Origin
+from fastdino.training.monitor import TeacherMonitor
 from fastdino.training.output_folder import OutputFolder
 from fastdino.training.resume import RunCheckpoint
 from fastdino.training.trainer import Trainer
@@ -41,7 +46,7 @@ def train(config: TrainConfig) -> Status:
 
     Writes to config.output_dir: checkpoint.pth and checkpoint<epoch>.pth (keys student, teacher,
     optimizer, epoch, args, dino_loss and fastdino's own), log.txt (one JSON object per epoch),
-    TensorBoard events and config.json.
+    config.json and what the loggers write.
 
     Returns: "finished", or "interrupted" after SIGTERM, SIGINT or SIGHUP: the current step was
         finished and the run saved; the same call resumes it.
@@ -76,6 +81,8 @@ class Run:
     def __init__(self, config: TrainConfig, runtime: Runtime, folder: OutputFolder):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.output_dir = folder.path
+        # First, because a missing package is quickly noticed.
+        self.logger_names = distributed.from_main(lambda: resolve_names(config.loggers))
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(
             lambda: scan_images(
@@ -101,6 +108,7 @@ class Run:
         )
         with explain_failures(config):
             self.trainer = Trainer(config, self.loader.steps_per_epoch, runtime=runtime)
+        self.git_commit = distributed.from_main(commit)
         self.progress = Progress(
             output_dir=self.output_dir,
             epochs=config.epochs,
@@ -108,7 +116,9 @@ class Run:
             images_per_step=config.images_per_step * distributed.world_size(),
             prototypes=config.out_dim,
             enabled=distributed.rank() == 0,
+            loggers=self._build_loggers(),
         )
+        self.monitor = TeacherMonitor(config, self.trainer, self.progress, dataset, self.output_dir)
         self.checkpoint = RunCheckpoint(config, self.trainer, self.progress, dataset)
         self.unreported: list[StepMetrics] = []
         self.listed: set[str] = set()  # skipped images that a warning has listed
@@ -127,8 +137,22 @@ class Run:
             with StopSignals() as signals:  # before, a signal ends the run: nothing is to be saved
                 return self._run_epochs(signals)
 
+    def _build_loggers(self) -> Loggers:
+        """Build the loggers on rank 0; the other ranks have none."""
+        settings = {
+            **self.config.to_dict(),
+            "processes": distributed.world_size(),
+            "fastdino": fastdino.__version__,
+            "torch": torch.__version__,
+            "commit": self.git_commit,
+        }
+        origin = Origin(self.output_dir, settings, lambda text: self.progress.info(text))
+        with distributed.fail_together():
+            names = self.logger_names if distributed.rank() == 0 else ()
+            return build_loggers(names, origin, lambda text: self.progress.warn(text))
+
     def _run_epochs(self, signals: StopSignals) -> Status:
-        while self.trainer.epoch < self.config.epochs:
+        while self.trainer.epoch < self.config.epochs or self.progress.open_epoch is not None:
             with explain_failures(self.config):
                 status = self._run_epoch(signals)
             if status == "interrupted":
@@ -166,13 +190,16 @@ class Run:
     def _run_epoch(self, signals: StopSignals) -> Status:
         """Train to the end of the epoch, or until a rollback or a signal."""
         try:
-            return self._train_epoch(signals)
+            if self.progress.open_epoch is None and not self._train_epoch(signals):
+                return "interrupted"
+            return self._finish_epoch(signals)
         except NonFiniteError as error:
             self.checkpoint.roll_back(error)
             self.unreported.clear()
             return "finished"
 
-    def _train_epoch(self, signals: StopSignals) -> Status:
+    def _train_epoch(self, signals: StopSignals) -> bool:
+        """Train to the end of the epoch; return False after a signal, with the run saved."""
         trainer, epoch = self.trainer, self.trainer.epoch
         started, first = time.perf_counter(), trainer.iteration
         for crops in self.loader.epoch(epoch, start_step=first % trainer.steps_per_epoch):
@@ -185,7 +212,7 @@ class Run:
                 distributed.from_main(self._restore_folder)
                 self._save()
             if stop:
-                return "interrupted"
+                return False
         self._report_steps()
         seconds = time.perf_counter() - started
         images = (trainer.iteration - first) * self.progress.images_per_step
@@ -193,16 +220,32 @@ class Run:
             k: v for part in distributed.gather(self.loader.skipped) for k, v in part.items()
         }
         self._list_skipped(skipped)
-        distributed.from_main(self._restore_folder)  # first, as another run may now use it
-        self.progress.end_epoch(
+        self.progress.close_epoch(
             epoch,
             images_per_second=images / seconds,
             skipped_images=len(self.loader.dataset.skipped) + len(skipped),
         )
+        return True
+
+    def _finish_epoch(self, signals: StopSignals) -> Status:
+        """Evaluate the teacher if that is due, write the epoch's line of log.txt, and save."""
+        epoch = self.progress.open_epoch
+        assert epoch is not None
+        distributed.from_main(self._restore_folder)  # first, as another run may now use it
+        results: dict[str, float] = {}
+        if self.monitor.due(epoch):
+            self._save()  # a run that is killed during the evaluation repeats only that
+            try:
+                results = self.monitor.evaluate(epoch, lambda: signals.received is not None)
+            except StoppedError:
+                signals.should_stop()  # so that all ranks know the signal
+                return "interrupted"
+            distributed.from_main(self._restore_folder)
+        self.progress.write_epoch(results)
         frequency = self.config.saveckp_freq
         keep = bool(frequency) and epoch % frequency == 0
         self._save(also=self.output_dir / f"checkpoint{epoch:04}.pth" if keep else None)
-        if signals.should_stop() and trainer.epoch < self.config.epochs:
+        if signals.should_stop() and self.trainer.epoch < self.config.epochs:
             return "interrupted"
         return "finished"
 
@@ -258,6 +301,8 @@ class Run:
             "processes": distributed.world_size(),
             "fastdino": fastdino.__version__,
             "torch": torch.__version__,
+            "commit": self.git_commit,
+            "loggers": self.logger_names,
         }
         path = self.output_dir / "config.json"
         write_json({"config": self.config.to_dict(), "resolved": resolved}, path)

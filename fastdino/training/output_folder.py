@@ -14,7 +14,10 @@ from fastdino.files import PART, open_locked, part_of
 # To open a folder without reading it.
 _O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
 # Files that a run writes atomically.
-_WRITTEN = re.compile(r"(checkpoint(\d{4,})?\.pth|log\.txt|config\.json|images\.npz)")
+_WRITTEN = re.compile(
+    r"(checkpoint(\d{4,})?\.pth|log\.txt|config\.json|metrics\.csv|wandb\.json|mlflow\.json|"
+    r"(images|knn_train|knn_val)\.npz)"
+)
 
 
 class OutputFolder:

@@ -26,7 +26,10 @@ PASSING_ERRORS = (
 )  # fmt: skip
 _DAMAGED = "use an older one, or move it away to start from scratch"
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
-NEUTRAL_SETTINGS = ("data_path", "output_dir", "dist_url", "device", "num_workers", "init_from")
+NEUTRAL_SETTINGS = (
+    "data_path", "output_dir", "dist_url", "device", "num_workers", "init_from", "knn_data",
+    "knn_every", "attention_every", "logger",
+)  # fmt: skip
 
 # Resolved settings that change the result, and values that give the same result.
 RESULT_SETTINGS = ("precision", "crops", "decode")
@@ -97,7 +100,7 @@ class RunCheckpoint:
         config, trainer, progress = self.config, self.trainer, self.progress
         if distributed.from_main(self.path.exists):
             self._restore()
-            done = trainer.epoch >= config.epochs
+            done = trainer.epoch >= config.epochs and progress.open_epoch is None
             status = "the run is finished" if done else f"epoch {trainer.epoch + 1}"
             progress.info(f"resumed {self.path} at iteration {trainer.iteration}: {status}")
             if config.init_from:
