@@ -12,7 +12,7 @@ from fastdino import distributed
 from fastdino.data import scan_images
 from fastdino.data.image_files import Conversion, read_headers
 from fastdino.errors import DataError
-from fastdino.evals.features import Extractor, ImageFiles, batches_by_size
+from fastdino.evals.features import Extractor, ImageFiles, StoppedError, batches_by_size
 from fastdino.evals.transforms import center_crop
 
 SIZES = [0, 1, 0, 1, 0]  # of the images in `folder`: three batches of two or fewer
@@ -74,6 +74,20 @@ def test_shares_of_the_ranks_add_up_to_the_whole(folder, monkeypatch):
     assert [int((share[:, 0] > 0).sum()) for share in shares] == [1, 1, 1, 0]
     assert [width for width, *_ in gathered] == [3, 3, 3, 0], "the last rank has no batch"
     assert {index for _, bad, _ in gathered for index in bad} == set(whole_unusable) == {1}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_stop_on_one_rank_stops_all(folder, monkeypatch, own):
+    asked, computed = [], []
+    made = extractor(
+        model=lambda x: computed.append(len(x)) or x.mean((2, 3)),
+        should_stop=lambda: asked.append(own) or (own and len(asked) > 1),
+    )
+    other = (3, {}, not own)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, other])
+    with pytest.raises(StoppedError):
+        made.extract(ImageFiles.in_folder(folder), "", sizes=SIZES)
+    assert len(computed) == (1 if own else len(asked))
 
 
 def test_boxes_are_cut_out(folder):

@@ -193,7 +193,9 @@ def test_unwritable_output_is_an_error_before_the_first_step(config, tmp_path, n
     path = tmp_path / "run" / {"csv": "metrics.csv"}.get(name, name)
     path.parent.mkdir()
     path.symlink_to(tmp_path / "no/folder")
-    with pytest.raises((ConfigError, CheckpointError), match=f"cannot .*{path.name}|{path.name} cannot"):
+    with pytest.raises(
+        (ConfigError, CheckpointError), match=f"cannot .*{path.name}|{path.name} cannot"
+    ):
         train(config(logger=name))
     assert not (tmp_path / "run/log.txt").exists()
 
