@@ -32,7 +32,8 @@ ROWS = (
     ("fastdino.data", "fastdino.models"),
     ("fastdino.augmentation",),
     (
-        "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.files",
+        "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.epoch_log",
+        "fastdino.files", "fastdino.optimizer_state",
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),

@@ -14,6 +14,7 @@ import torch
 
 from fastdino import distributed
 from fastdino.config import check_at_least, parse_bool, user_path
+from fastdino.epoch_log import drop_log_lines
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import options
 from fastdino.evals.linear_data import Inputs, ProbeData
@@ -22,7 +23,6 @@ from fastdino.evals.options import DEFAULT, print_on_main
 from fastdino.files import explain_write_errors, write_json
 from fastdino.models.downloads import local_file
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
-from fastdino.training.logging import drop_log_lines
 
 CHECKPOINT = "checkpoint.pth.tar"
 

@@ -23,7 +23,7 @@ from fastdino.checkpoint import check_count, check_shapes
 from fastdino.errors import CheckpointError, ConfigError, NonFiniteError
 from fastdino.models.vit import VisionTransformer
 from fastdino.models.weight_layouts import describe, find_classifier
-from fastdino.training.optimizers import check_optimizer, with_own_settings
+from fastdino.optimizer_state import check_optimizer, with_own_settings
 
 UNREADABLE = -1  # label of an image whose header could be read but whose pixels could not
 PREFIX = "module.linear."  # parameter names in the paper's checkpoints

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from fastdino import distributed
-from fastdino.files import append, atomic_write, explain_write_errors
+from fastdino.epoch_log import drop_log_lines, epoch_of
+from fastdino.files import append, explain_write_errors
 from fastdino.terminal import is_terminal, print_line
 from fastdino.training.loggers import Loggers
 
@@ -128,7 +129,7 @@ class Progress:
                 append(log.read_bytes(), self.output_dir / "log.old.txt")
                 log.unlink()
                 return
-            unwritten = (_epoch_of(line.encode()) for line in self._unwritten)
+            unwritten = (epoch_of(line.encode()) for line in self._unwritten)
             epochs = [iteration // self.steps_per_epoch, self.open_epoch, *unwritten]
             drop_log_lines(log, min(epoch for epoch in epochs if epoch is not None))
 
@@ -248,33 +249,3 @@ class Progress:
                 f"epoch {epoch + 1}: the teacher {kind} (entropy {values['entropy']:.3f} of "
                 f"{math.log(self.prototypes):.2f} nats): the training is collapsing; {todo}"
             )
-
-
-def drop_log_lines(log: Path, epoch: int) -> None:
-    """Remove the lines of `epoch` and later epochs, and incomplete lines, from a log.txt.
-
-    Lines that are not a log's are moved to the end of log.old.txt.
-    """
-    *lines, last = log.read_bytes().split(b"\n")
-    if _epoch_of(last) is not None:  # else empty, or cut off when the run was killed
-        lines.append(last)
-    kept, foreign = [], []
-    for line in lines:
-        of = _epoch_of(line)
-        if of is None:
-            foreign.append(line + b"\n")
-        elif of < epoch:
-            kept.append(line + b"\n")
-    if foreign:
-        append(b"".join(foreign), log.with_name("log.old.txt"))
-    with atomic_write(log) as file:
-        file.write(b"".join(kept))
-
-
-def _epoch_of(line: bytes) -> int | None:
-    """Return the epoch of a line of a log; None if it is not one."""
-    try:
-        epoch = json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return epoch if isinstance(epoch, int) else None

@@ -23,7 +23,7 @@ from fastdino.errors import ConfigError
 from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
-from fastdino.training.optimizers import with_own_settings
+from fastdino.optimizer_state import with_own_settings
 
 
 def check_sharding(network: nn.Module) -> None:

@@ -21,11 +21,11 @@ from fastdino.models.backbones import build_networks
 from fastdino.models.batch_norm import has_batch_norm, synchronize_batch_norm
 from fastdino.models.compile import compile_network
 from fastdino.models.head import MultiCropWrapper
+from fastdino.optimizer_state import check_optimizer
 from fastdino.runtime import Runtime, resolve_runtime
 from fastdino.training import sharding
 from fastdino.training.cuda_graph import GraphedStep
 from fastdino.training.nonfinite import FiniteGuard
-from fastdino.training.optimizers import check_optimizer
 from fastdino.training.schedules import cosine_schedule
 from fastdino.training.update import FusedUpdate, SeparateUpdate
 
