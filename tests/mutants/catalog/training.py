@@ -259,7 +259,7 @@ MUTANTS = (
         "torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)",
         EQUATIONS,
     ),
-    Mutant(OPTIMIZERS, "if name not in values:", "if False:", REFUSED),
+    Mutant("fastdino/optimizer_state.py", "if name not in values:", "if False:", REFUSED),
     Mutant(SCHEDULES, "max(warmup - 1, 1)", "max(warmup, 1)"),
     Mutant(SCHEDULES, "(iteration - warmup) / cosine", "iteration / cosine"),
     Mutant(
@@ -317,11 +317,16 @@ MUTANTS = (
         LOGGED,
     ),
     Mutant(LOOP, "enabled=distributed.rank() == 0", "enabled=True", STREAMS),
-    Mutant(LOGGING, "elif of < epoch:", "elif of <= epoch:"),
+    Mutant(
+        "fastdino/epoch_log.py",
+        "elif of < epoch:",
+        "elif of <= epoch:",
+        ("tests/test_logging.py",),
+    ),
     Mutant(
         LOGGING,
-        "now = iteration // self.steps_per_epoch\n",
-        "now = 1 + iteration // self.steps_per_epoch\n",
+        "[iteration // self.steps_per_epoch, self.open_epoch",
+        "[1 + iteration // self.steps_per_epoch, self.open_epoch",
     ),
     Mutant(LOGGING, "self._unwritten.clear()", "pass"),
     Mutant(LOGGING, 'values.get("dino", values["loss"]) - entropy', 'values["loss"] - entropy'),
