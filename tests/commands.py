@@ -35,6 +35,15 @@ def break_pixels(*paths: Path) -> None:
         path.write_bytes(data[:60] + b"\0" * (len(data) - 80) + data[-20:])
 
 
+def rotate_names(folder: Path) -> None:
+    """Give each folder in `folder` the name of the next one, which makes all labels wrong."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        (folder / name).rename(folder / f"{name}-old")
+    for name, following in zip(names, [*names[1:], names[0]], strict=True):
+        (folder / f"{name}-old").rename(folder / following)
+
+
 def turn(*paths: Path, by_exif: bool) -> None:
     """Rewrite images by a quarter turn counterclockwise, which EXIF undoes if `by_exif`."""
     for path in paths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastdino import TrainConfig
 from fastdino.errors import ConfigError, DataError, NonFiniteError
+from fastdino.evals.transforms import center_crop_picture
 from tests.loaders import build_loader, scan_images
 from tests.tiny_runs import TinyRun
 
@@ -376,6 +378,94 @@ def entropy_is_measured_less_often(run: TinyRun, rarely: TinyRun) -> None:
 def everything_is_drawn_anew(run: TinyRun, other: TinyRun) -> None:
     images_change(run, other)
     assert not equal(run.trainer.initial, other.trainer.initial)
+
+
+# Monitoring, which does not change the training.
+
+
+def accuracies(run: TinyRun) -> list[float | None]:
+    """Return knn_top1 of each epoch, in percent; None if it was not measured."""
+    return [line.get("knn_top1") for line in run.log]
+
+
+def accuracies_are_of_knn_data(run: TinyRun, wrong: TinyRun) -> None:
+    """Compare with a dataset of the same images, but wrong labels of the validation images."""
+    assert accuracies(run) == [100, 100]
+    assert accuracies(wrong) == [0, 0]
+    assert equal(run.weights, wrong.weights)
+
+
+def accuracy_is_measured_more_often(run: TinyRun, often: TinyRun) -> None:
+    assert accuracies(run)[0] is None
+    assert accuracies(often)[0] is not None
+    assert accuracies(often)[1] == accuracies(run)[1]
+    assert equal(run.weights, often.weights)
+
+
+def maps(run: TinyRun) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the pictures of attention maps by file name, uint8 [height, width, 3]."""
+    return {path.name: np.asarray(Image.open(path)) for path in run.folder.glob("attention/*")}
+
+
+def maps_are_drawn_after_epochs(*epochs: int) -> Check:
+    def check(none: TinyRun, run: TinyRun) -> None:
+        assert not (none.folder / "attention").exists()
+        assert maps(run).keys() == {f"{epoch:04}.png" for epoch in epochs}
+        assert equal(none.weights, run.weights)
+
+    return check
+
+
+def maps_show(run: TinyRun, paths: list[Path]) -> bool:
+    """Return True if the first column has the center crops of these images, 4 times as large."""
+    (picture,) = maps(run).values()
+    rows = picture.reshape(len(paths), 130, -1, 3)[:, 1:-1, 1:129]  # without the margins
+    crop = center_crop_picture(37, 32)
+    pairs = zip(rows, paths, strict=True)
+    return all((row[::4, ::4] == crop(Image.open(path))).all() for row, path in pairs)
+
+
+def maps_show_knn_data(run: TinyRun, other: TinyRun) -> None:
+    assert maps_show(run, [Path(run.config.data_path, f"{i}.jpg") for i in range(4)])
+    names = ["blue/0.png", "green/0.png", "red/0.png", "blue/1.png"]
+    assert maps_show(other, [Path(other.config.knn_data, "val", name) for name in names])
+
+
+def curves_in_the_table(run: TinyRun) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in (run.folder / "metrics.csv").read_text().splitlines()[1:]:
+        iteration, name, value = row.split(",")
+        curves.setdefault(name, []).append((int(iteration), float(value)))
+    return curves
+
+
+def curves_on_the_board(run: TinyRun) -> dict[str, list[tuple[int, float]]]:
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    events = (
+        importlib.import_module(module).EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    )
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def losses_are_logged(*loggers: str) -> Check:
+    """Check that only these loggers have written, and which curves."""
+
+    def check(none: TinyRun, run: TinyRun) -> None:
+        for one, names in ((none, ()), (run, loggers)):
+            assert (one.folder / "metrics.csv").exists() is ("csv" in names)
+            assert (one.folder / "tensorboard").exists() is ("tensorboard" in names)
+            assert one.resolved["loggers"] == list(names)
+        for name in loggers:
+            curves = curves_in_the_table(run) if name == "csv" else curves_on_the_board(run)
+            iterations, values = zip(*curves["train/loss"], strict=True)
+            assert list(iterations) == [0, 1, 2, 3]
+            assert list(values) == losses(run)
+        assert equal(none.weights, run.weights)
+
+    return check
 
 
 def without_a_gpu_the_run_is_refused(_: TinyRun, run: TinyRun) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdino import TrainConfig
 from tests import setting_effects as effects
+from tests.commands import rotate_names, write_colours
 from tests.loaders import needs_dali
 from tests.tiny_runs import TinyRun, train_tiny, write_pictures
 
@@ -129,11 +130,39 @@ EFFECTS: dict[str, Effect | tuple[Effect, ...]] = {
     "print_freq": Effect(3, effects.entropy_is_measured_less_often),
     "seed": Effect(1, effects.everything_is_drawn_anew),
     "device": Effect("cuda", effects.without_a_gpu_the_run_is_refused),
+    "knn_data": (
+        Effect(
+            "{mislabelled}",
+            effects.accuracies_are_of_knn_data,
+            {"knn_data": "{labelled}", "knn_every": 1},
+        ),
+        Effect("{labelled}", effects.maps_show_knn_data, {"attention_every": 2}),
+    ),
+    "knn_every": Effect(
+        1, effects.accuracy_is_measured_more_often, {"knn_data": "{labelled}", "knn_every": 2}
+    ),
+    "attention_every": (
+        Effect(1, effects.maps_are_drawn_after_epochs(0, 1)),
+        Effect(2, effects.maps_are_drawn_after_epochs(1)),
+    ),
+    "logger": (
+        Effect("csv", effects.losses_are_logged("csv"), {"logger": "none"}),
+        Effect("tensorboard", effects.losses_are_logged("tensorboard"), {"logger": "none"}),
+        Effect(
+            "tensorboard,csv", effects.losses_are_logged("tensorboard", "csv"), {"logger": "none"}
+        ),
+    ),
 }
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="numba is not installed"
 )
-MARKS = {"decode": needs_dali, "crops-0": needs_numba, "crops-1": needs_dali, "device": no_gpu}
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+MARKS = {
+    "decode": needs_dali, "crops-0": needs_numba, "crops-1": needs_dali, "device": no_gpu,
+    "logger-1": needs_tensorboard, "logger-2": needs_tensorboard,
+}  # fmt: skip
 
 
 def cases() -> list[Any]:
@@ -161,6 +190,9 @@ def places(tmp_path_factory) -> dict[str, str]:
             values = np.asarray(image.convert("L")).astype(np.uint16) * 257
         Image.fromarray(values).save(path, format="PNG")
     (folders["broken"] / "0.jpg").write_text("no image")
+    folders["labelled"] = write_colours(root / "labelled")
+    folders["mislabelled"] = write_colours(root / "mislabelled")
+    rotate_names(folders["mislabelled"] / "val")
     return {name: str(folder) for name, folder in folders.items()} | {"tmp": str(root)}
 
 
