@@ -168,9 +168,12 @@ def test_auto_is_tensorboard_if_it_is_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_missing_library_is_one_line_with_the_command(tiny, pictures, capsys, monkeypatch, name):
+def test_missing_library_is_one_line_with_the_command(
+    tiny, pictures, capsys, monkeypatch, tmp_path, name
+):
     monkeypatch.setitem(sys.modules, name, None)
-    line = ["train", "--data_path", str(pictures), "--device", "cpu", "--logger", f"csv,{name}"]
+    line = ["train", "--data_path", str(pictures), "--output_dir", str(tmp_path / "run"),
+            "--device", "cpu", "--logger", f"csv,{name}"]  # fmt: skip
     assert cli.main(line) == 2
     extra = "train" if name == "tensorboard" else name
     error = error_of(capsys)
