@@ -199,7 +199,7 @@ def flags(parser):
 
 # Flags with text that is no path.
 NO_PATHS = {
-    "arch", "baselines", "checkpoint_key", "dist_url", "executors", "split", "to",
+    "arch", "baselines", "checkpoint_key", "dist_url", "executors", "logger", "split", "to",
 }  # fmt: skip
 
 
@@ -207,7 +207,8 @@ NO_PATHS = {
 def test_every_flag_that_takes_a_path_expands_the_home_folder(name):
     parser = argparse.ArgumentParser()
     import_module(cli.COMMANDS[name].module).configure(parser)
-    expanded = {"data_path", "output_dir", "init_from"} if name == "train" else set()  # TrainConfig
+    in_config = {"data_path", "output_dir", "init_from", "knn_data"}  # expanded by TrainConfig
+    expanded = in_config if name == "train" else set()
     assert set(flags(parser)) - expanded <= NO_PATHS
 
 
@@ -217,7 +218,14 @@ def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
         args = flags_of(command, flag, "~/a b")
         assert getattr(args, flag[2:]) == f"{tmp_path}/a b"
     assert user_path("a~/~b") == "a~/~b"
-    config = TrainConfig(data_path="~/x?split=train", output_dir="~", init_from="~/w.pth")
+    config = TrainConfig(
+        data_path="~/x?split=train",
+        output_dir="~",
+        init_from="~/w.pth",
+        knn_data="~/k",
+        knn_every=1,
+    )
     assert config.data_path == f"{tmp_path}/x?split=train"
     assert (config.output_dir, config.init_from) == (str(tmp_path), f"{tmp_path}/w.pth")
+    assert config.knn_data == f"{tmp_path}/k"
     assert TrainConfig(data_path="hf:~/x").data_path == "hf:~/x"  # expanded when it is loaded
