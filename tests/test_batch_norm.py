@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fastdino_kernels import reference
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from fastdino import TrainConfig, Trainer, distributed
@@ -20,6 +21,7 @@ from tests.small_networks import shrink_networks
 
 CPU = torch.device("cpu")
 ROWS = (3, 1, 2)  # of the ranks' batches of a layer
+LAYERS = ((0.1, nn.BatchNorm2d), (None, nn.BatchNorm2d), (0.1, BatchNormAct2d))
 
 
 def plain_norm(x: torch.Tensor, layer: nn.Module, running: list[torch.Tensor]) -> torch.Tensor:
@@ -89,10 +91,24 @@ def run_layer(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> dict
     return result | gradients | layer.state_dict()
 
 
-def make_layer(momentum: float | None) -> nn.Module:
-    layer = nn.BatchNorm2d(3, momentum=momentum)
+def make_layer(momentum: float | None, make: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    layer = make(3, momentum=momentum)
     layer.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
     return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_activation_of_a_layer_of_timm_is_kept(device):
+    """As most of timm's convolutional networks have it: normalization and activation in one."""
+    network = nn.Sequential(BatchNormAct2d(3, act_layer=nn.ReLU))
+    network[0].bias.data.fill_(0.1)
+    names, x = list(network.state_dict()), torch.randn(2, 3, 4, 4)
+    want = network.eval()(x)
+    converted = synchronize_batch_norm(network, torch.device(device))
+    assert list(converted.state_dict()) == names
+    assert "Sync" in type(converted[0]).__name__
+    assert want.min() == 0
+    torch.testing.assert_close(converted(x), want)
 
 
 def layer_inputs(world_size: int) -> list[torch.Tensor]:
@@ -108,10 +124,10 @@ def train_share(config: dict[str, Any], batches: list[list[torch.Tensor]], folde
     with distributed.process_group(CPU, "env://"):
         rank, world_size = distributed.rank(), distributed.world_size()
         results: dict[str, Any] = {}
-        for momentum in (0.1, None):
-            layer = synchronize_batch_norm(make_layer(momentum), CPU)[0]
+        for layer in LAYERS:
+            synchronized = synchronize_batch_norm(make_layer(*layer), CPU)[0]
             rows = [x.split(ROWS[:world_size])[rank] for x in layer_inputs(world_size)]
-            results[f"layer {momentum}"] = run_layer(layer, *rows)
+            results[str(layer)] = run_layer(synchronized, *rows)
         share = config | {"batch_size_per_gpu": 6 // world_size}
         own = [[crop[rank::world_size] for crop in batch] for batch in batches]
         trainer = Trainer(TrainConfig.from_dict(share), 2)
@@ -142,9 +158,9 @@ def test_ranks_share_the_statistics_and_train_like_one(tiny, crops_of, tmp_path,
     batches = [crops_of(config, i) for i in range(3)]
     run_ranks(world_size, train_share, config.to_dict(), batches, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
-    for momentum in (0.1, None):
-        want = run_layer(make_layer(momentum)[0], *layer_inputs(world_size))
-        got = [rank[f"layer {momentum}"] for rank in ranks]
+    for layer in LAYERS:
+        want = run_layer(make_layer(*layer)[0], *layer_inputs(world_size))
+        got = [rank[str(layer)] for rank in ranks]
         for name, value in want.items():
             parts = [result[name] for result in got]
             if name in ("y", "x", "eval"):

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,7 +25,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 def synchronize_batch_norm(network: M, device: torch.device) -> M:
     """Replace every batch norm of `network`, in place, by one over the batches of all ranks."""
     if device.type == "cuda":
-        converted: M = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        converted: M = convert_sync_batchnorm(network)  # timm's keeps the activation of its layers
         return converted
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
@@ -35,7 +36,8 @@ def synchronize_batch_norm(network: M, device: torch.device) -> M:
 
 def _like(layer: nn.Module) -> CPUSyncBatchNorm:
     """Return a CPUSyncBatchNorm with the settings, parameters and buffers of a batch norm."""
-    new = CPUSyncBatchNorm.__new__(CPUSyncBatchNorm)
+    cls = _CPUSyncBatchNormAct if isinstance(layer, BatchNormAct2d) else CPUSyncBatchNorm
+    new = cls.__new__(cls)
     new.__dict__.update(layer.__dict__)
     return new
 
@@ -88,6 +90,14 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             weight = 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
+
+
+class _CPUSyncBatchNormAct(CPUSyncBatchNorm):
+    """timm's BatchNormAct2d, batch norm with dropout and activation, over all ranks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))  # type: ignore[operator]
+        return output
 
 
 class _Total(torch.autograd.Function):
