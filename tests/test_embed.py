@@ -144,11 +144,11 @@ def test_some_images_without_labels_have_minus_one(words, folder, tmp_path, make
     for i, path in enumerate(sorted(folder.rglob("*.png"))):
         members[f"{i:02}.png"] = path.read_bytes()
         if i % 4:
-            members[f"{i:02}.cls"] = b"zebra" if i % 2 else b"ant"
+            members[f"{i:02}.cls"] = b"zebra" if i % 2 else b"unlabelled"
     shard = make_tar(tmp_path / "shard-000000.tar", members)
     assert cli.main([*words, "--data_path", str(shard)]) == 0
     found = load(tmp_path / "out/x.npz")
-    assert json.loads(found["metadata"])["classes"] == ["ant", "zebra"]
+    assert json.loads(found["metadata"])["classes"] == ["unlabelled", "zebra"]
     assert found["labels"].tolist() == [-1, 1, 0, 1] * 3
     assert found["names"][1] == "shard-000000.tar/01.png"
 

@@ -197,7 +197,7 @@ def test_column_image_is_preferred_and_the_cache_is_per_column(tmp_path, make, s
     ("labels", "names", "expected"),
     [
         (["dog", "ant", "dog"], None, (["ant", "dog"], [1, 0, 1])),
-        ([10, 9, None], None, (["10", "9", "unlabelled"], [0, 1, 2])),
+        ([10, 9, None], None, (["9", "10", "unlabelled"], [1, 0, 2])),
         ([-1, 1, None], NAMES, ([*NAMES, "unlabelled"], [3, 1, 3])),
         (None, None, (["data"], [0, 0, 0])),
     ],

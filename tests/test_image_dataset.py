@@ -138,18 +138,35 @@ def test_labels_belong_to_their_images_if_others_are_skipped(folder, broken):
 
 
 def test_labels_keep_their_classes_without_the_unlabelled_images(tmp_path, make_tar, picture):
-    """The class of the unlabelled images is between the others in the order of the names."""
-    labels = {"1": b"zebra", "2": None, "3": b"ant", "4": b"zebra", "5": None}
+    """A class may have the name of the class of the unlabelled images."""
+    labels = {"1": b"zebra", "2": None, "3": b"unlabelled", "4": b"zebra", "5": None}
     members = {f"{key}.jpg": picture(int(key)) for key in labels}
     members |= {f"{key}.cls": label for key, label in labels.items() if label}
     make_tar(tmp_path / "train" / "a.tar", members)
     dataset = scan_images(tmp_path / "train")
-    assert dataset.classes == ["ant", "unlabelled", "zebra"]
-    assert dataset.labels.tolist() == [2, 1, 0, 2, 1]
+    assert dataset.classes == ["unlabelled", "zebra", "unlabelled"]
+    assert dataset.labels.tolist() == [1, 2, 0, 1, 2]
+    known, classes = dataset.known_labels()
+    assert known.tolist() == [1, -1, 0, 1, -1]
+    assert classes == ["unlabelled", "zebra"]
+    labelled = dataset.subset(np.array([2, 0]))
+    assert labelled.known_labels()[1] == classes, "also without the unlabelled images"
     evaluated = scan_images(tmp_path, role="train")
-    assert evaluated.classes == ["ant", "zebra"]
+    assert evaluated.classes == ["unlabelled", "zebra"]
     assert evaluated.labels.tolist() == [1, 0, 1]
     assert [os.path.basename(path) for path in evaluated.paths] == ["1.jpg", "3.jpg", "4.jpg"]
+
+
+def test_images_of_a_list_without_labels_have_none(tmp_path, picture):
+    """A list in which some lines have a label, and one in which none has."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "some.txt").write_text("0.jpg cat\n1.jpg\n2.jpg ant\n")
+    labels, classes = scan_images(tmp_path / "some.txt").known_labels()
+    assert (labels.tolist(), classes) == ([1, -1, 0], ["ant", "cat"])
+    (tmp_path / "none.txt").write_text("0.jpg\n1.jpg\n")
+    labels, classes = scan_images(tmp_path / "none.txt").known_labels()
+    assert (labels.tolist(), classes) == ([-1, -1], [])
 
 
 @pytest.fixture

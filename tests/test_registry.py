@@ -41,15 +41,30 @@ def write_list(path, text):
 @pytest.mark.parametrize(
     ("labels", "known", "expected"),
     [
-        (["b", "a", "b"], [], ([1, 0, 1], ["a", "b"])),
-        (["10", "9"], [], ([1, 0], ["9", "10"])),
-        (["", ""], [], ([0, 0], ["x"])),
-        (["cat", ""], [], ([0, 1], ["cat", "unlabelled"])),
-        (["2", "0"], ["a", "b", "c"], ([2, 0], ["a", "b", "c"])),
-        (["", "0"], ["a"], ([1, 0], ["a", "unlabelled"])),
+        (["b", "a", "b"], [], ([1, 0, 1], ["a", "b"], None)),
+        (["10", "9"], [], ([1, 0], ["9", "10"], None)),
+        (["10", "", "9"], [], ([1, 2, 0], ["9", "10", "unlabelled"], [True, False, True])),
+        (["", ""], [], ([0, 0], ["x"], [False, False])),
+        (["cat", ""], [], ([0, 1], ["cat", "unlabelled"], [True, False])),
+        (["", "zebra"], [], ([1, 0], ["zebra", "unlabelled"], [False, True])),
+        (["unlabelled", "zebra"], [], ([0, 1], ["unlabelled", "zebra"], None)),
+        (
+            ["unlabelled", "", "zebra"],
+            [],
+            ([0, 2, 1], ["unlabelled", "zebra", "unlabelled"], [True, False, True]),
+        ),
+        (["2", "0"], ["a", "b", "c"], ([2, 0], ["a", "b", "c"], None)),
+        (["", "0"], ["a"], ([1, 0], ["a", "unlabelled"], [False, True])),
+        (
+            ["1", ""],
+            ["unlabelled", "b"],
+            ([1, 2], ["unlabelled", "b", "unlabelled"], [True, False]),
+        ),
     ],
 )
-def test_labels_are_numbered_in_sorted_or_known_order(labels, known, expected):
+def test_labels_are_numbered_in_sorted_or_known_order_and_missing_ones_last(
+    labels, known, expected
+):
     assert number_labels(labels, "x", known) == expected
 
 

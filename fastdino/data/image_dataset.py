@@ -40,8 +40,8 @@ class ImageDataset:
     manifest: file, member and byte range of each image.
     labels: [n] int64, class numbers.
     classes: names of first-level folders (empty ones too), archives or labels, sorted.
-    labelled: [n] bool, which images have a label; None if all have. The others are of the class
-        UNLABELLED, or of the only class.
+    labelled: [n] bool, which images have a label; None if all have. The others are of the last
+        class, which has no other images.
     sizes: [n, 2] int32, height and width in pixels as decoded.
     kind: short description for the log.
     skipped: path -> reason, for files and images that are not used.
@@ -86,10 +86,7 @@ class ImageDataset:
         """Return the labels [n], -1 for an image without one, and the names of their classes."""
         if self.labelled is None:
             return self.labels, self.classes
-        if not self.labelled.any():
-            return np.full(len(self), -1), []
-        labels, classes = _without_unlabelled(self.labels, self.classes)
-        return np.where(self.labelled, labels, -1), classes
+        return np.where(self.labelled, self.labels, -1), self.classes[:-1]
 
     @property
     def paths(self) -> list[str]:
@@ -170,7 +167,7 @@ def scan_images(
     labels, classes, kind = _labels(files, images, role, notes)
     if role and files.labelled is not None:
         _check_labels(files.labelled, f"{role} of {data_path} ({kind})")
-        kept, labels, classes = _only_labelled(files.labelled, kept, labels, classes, notes)
+        kept, classes = _only_labelled(files.labelled, kept, classes, notes)
         files.labelled = None
     readable = images.select_images(kept)
     traits = readable.headers[:, 2]
@@ -224,27 +221,13 @@ def _check_labels(labelled: Sequence[bool], where: str) -> None:
 
 
 def _only_labelled(
-    labelled: Sequence[bool],
-    kept: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    classes: list[str],
-    notes: list[str],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """Return the kept images that have a label, and labels and classes without UNLABELLED."""
+    labelled: Sequence[bool], kept: NDArray[np.int64], classes: list[str], notes: list[str]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the kept images that have a label, and the classes without the last one."""
     has_label = np.array(labelled, dtype=bool)[kept]
     if not has_label.all():
         notes.append(f"{np.count_nonzero(~has_label)} images without a label are left out")
-    return kept[has_label], *_without_unlabelled(labels, classes)
-
-
-def _without_unlabelled(
-    labels: NDArray[np.int64], classes: list[str]
-) -> tuple[NDArray[np.int64], list[str]]:
-    """Return labels and classes without the class UNLABELLED."""
-    if UNLABELLED not in classes:
-        return labels, classes
-    index = classes.index(UNLABELLED)
-    return labels - (labels > index), [*classes[:index], *classes[index + 1 :]]
+    return kept[has_label], classes[:-1]
 
 
 def _sizes(images: Manifest, conversion: Conversion) -> NDArray[np.int32]:

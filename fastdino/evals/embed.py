@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,9 @@ def _key(
 ) -> str:
     """Return a hash of all that the features, names and labels depend on."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {"arch": backbone.arch, "device": device.type, "classes": images.classes}
+    labels, classes = images.known_labels()
+    settings |= {"arch": backbone.arch, "device": device.type, "classes": classes}
+    settings["labels"] = sha256(labels.tobytes()).hexdigest()
     return cache_key(backbone.module, images, {"format": FORMAT, **settings})
 
 

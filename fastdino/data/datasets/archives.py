@@ -130,9 +130,9 @@ def label_images(files: FileList, images: Manifest) -> tuple[list[int], list[str
     else:
         kind = f"class {archive}s: {number} {archive}(s)"
         names = class_names(images)
-    if not all(names):
-        files.labelled = [bool(name) for name in names]
-    return *number_labels(names, Path(files.base).resolve().name, files.classes), kind
+    default = Path(files.base).resolve().name
+    labels, classes, files.labelled = number_labels(names, default, files.classes)
+    return labels, classes, kind
 
 
 def class_names(images: Manifest) -> list[str]:

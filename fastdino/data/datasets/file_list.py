@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from fastdino.data.manifest import Manifest
 from fastdino.errors import DataError
 
-UNLABELLED = "unlabelled"  # class of the unlabelled images in a labelled dataset
+# Name of the class of the unlabelled images in a labelled dataset. Another class may be called so.
+UNLABELLED = "unlabelled"
 
 
 @dataclass
@@ -20,7 +21,8 @@ class FileList:
     base: folder that `files` are relative to.
     labels: [f] class numbers; None for archives, whose labels are known once they are indexed.
     classes: class names; for archives only if their labels are numbers of known classes.
-    labelled: [n] whether each image has a label; None if all have. Set with the labels.
+    labelled: [n] whether each image has a label; None if all have, else the last class is that of
+        the images without one. Set with the labels.
     archive: "tar", "zip", "Arrow file"; "" for image files.
     index: returns the manifest of an archive, without headers and stamps.
     selection: identifies which images of the archives `index` returns, for the scan's cache.
@@ -51,8 +53,8 @@ class FileList:
 
 def number_labels(
     labels: Sequence[str], default: str, classes: Sequence[str] = ()
-) -> tuple[list[int], list[str]]:
-    """Return the class number of each label, and the class names.
+) -> tuple[list[int], list[str], list[bool] | None]:
+    """Return the class number of each label, the class names, and `labelled` as in FileList.
 
     Args:
         labels: class names, or numbers of known classes; "" for an unlabelled image. Names are
@@ -61,22 +63,22 @@ def number_labels(
         classes: known classes. They keep their order, and classes without images are kept too.
     Raises: DataError: a label is not the number of a known class.
     """
-    different = set(labels)
-    if not different - {""}:
-        return [0] * len(labels), [default]
+    given = set(labels) - {""}
+    labelled = None if all(labels) else [bool(label) for label in labels]
+    if not given:
+        return [0] * len(labels), [default], labelled
     if classes:
-        numbers = {str(number): number for number in range(len(classes))}
-        if unknown := sorted(different - {"", *numbers}):
-            raise DataError(f"label {unknown[0]} is not a number of the {len(classes)} classes")
-        names = [*classes, UNLABELLED] if "" in different else list(classes)
-        return [numbers.get(label, len(classes)) for label in labels], names
-    named = {label or UNLABELLED for label in different}
-    if all(name.isascii() and name.isdigit() for name in named):
-        names = sorted(named, key=lambda name: (int(name), name))
+        names = list(classes)
+        numbers = {str(number): number for number in range(len(names))}
+        if unknown := sorted(given - set(numbers)):
+            raise DataError(f"label {unknown[0]} is not a number of the {len(names)} classes")
     else:
-        names = sorted(named)
-    numbers = {name: number for number, name in enumerate(names)}
-    return [numbers[label or UNLABELLED] for label in labels], names
+        numeric = all(name.isascii() and name.isdigit() for name in given)
+        names = sorted(given, key=(lambda name: (int(name), name)) if numeric else None)
+        numbers = {name: number for number, name in enumerate(names)}
+    numbers[""] = len(names)  # last, and apart from a class that is called UNLABELLED
+    unlabelled = [] if labelled is None else [UNLABELLED]
+    return [numbers[label] for label in labels], names + unlabelled, labelled
 
 
 def common_base(paths: Sequence[str]) -> tuple[str, list[str]]:

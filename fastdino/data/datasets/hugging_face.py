@@ -55,8 +55,7 @@ def find_hugging_face(data_path: DataPath) -> FileList:
         rows = [batch for file in files for batch in _rows(file, image, label)]
         base, names = common_base([as_path(path) for _, paths, _ in rows for path in paths])
         labels = [label for _, _, labels in rows for label in labels]
-        numbers, classes = number_labels(labels, Path(base).name, classes)
-        return FileList(kind, base, names, numbers, classes, [bool(label) for label in labels])
+        return FileList(kind, base, names, *number_labels(labels, Path(base).name, classes))
     base, names = common_base(files)
     return FileList(
         kind,
