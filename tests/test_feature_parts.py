@@ -119,3 +119,19 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
     parts = FeatureParts(tmp_path / "file/parts", "k", SHAPES, FP32, 10, 2)
     with pytest.raises(CheckpointError, match=r"cannot write .*file/parts \(Not a directory"):
         parts.open(overwrite=False)
+
+
+def test_other_files_in_the_folder_of_the_parts_are_kept(parts):
+    ours = parts()
+    ours.folder.mkdir()
+    own = ours.folder / "notes.txt"
+    own.write_text("mine")
+    ours.open(overwrite=True)
+    write(ours, 0)
+    ours.remove()
+    assert list(ours.folder.iterdir()) == [own]
+    own.unlink()
+    ours.open(overwrite=True)
+    write(ours, 0)
+    ours.remove()
+    assert not ours.folder.exists()

@@ -224,6 +224,13 @@ def test_images_folders_and_videos_mix_and_keep_their_names_apart(run, folder, v
     }  # fmt: skip
 
 
+def test_pictures_of_the_folder_above_stay_in_the_output(run, folder, tmp_path, monkeypatch):
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    assert run("--input_path", "..", folder / "0.png")[0] == 0
+    assert (tmp_path / "out/set/0-pca.png").exists()
+
+
 @pytest.mark.parametrize("size", [[33], [33, 50], [39]])
 def test_sizes_off_the_patch_grid_are_cut_at_the_right_and_bottom(run, folder, tmp_path, size):
     assert run("--input_path", folder, "--image_size", *size)[0] == 0

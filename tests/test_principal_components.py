@@ -280,3 +280,42 @@ def test_each_patch_is_as_likely_in_a_sample():
 def test_without_images_there_is_no_sample():
     with pytest.raises(DataError, match="no image to fit"):
         PatchSample(5, 0).result()
+
+
+def _replace_member(path, name, content):
+    """Replace a member of a zip."""
+    with zipfile.ZipFile(path) as file:
+        members = {one: file.read(one) for one in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for one, data in (members | {name: content}).items():
+            file.writestr(one, data)
+
+
+def _npy(values):
+    file = BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def _huge():
+    file = BytesIO()
+    shape = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}
+    np.lib.format.write_array_header_1_0(file, shape)
+    return file.getvalue()
+
+
+CRAFTED = {
+    "shape of terabytes": ("mean.npy", _huge()),
+    "header that does not end": ("mean.npy", b"\x93NUMPY\1\0v\0" + b"(" * 9 + b" " * 108 + b"\n"),
+    "nested JSON": ("about.npy", _npy(np.array('{"format":' + "[" * 200_000))),
+    "settings": ("about.npy", _npy(np.array('{"format": "fastdino pca 1", "settings": "x"}'))),
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_crafted_files_are_one_error(tmp_path, case):
+    path = tmp_path / "crafted.npz"
+    fit(patches()[0], torch.zeros(600, dtype=torch.bool), foreground="none").save(path)
+    _replace_member(path, *CRAFTED[case])
+    with pytest.raises(CheckpointError, match="was not written by --save_pca"):
+        PatchPCA.load(path)

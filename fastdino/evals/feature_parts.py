@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -84,7 +83,7 @@ class FeatureParts:
 
         Raises: ConfigError: it has parts of another key. CheckpointError: it cannot be written.
         """
-        key_file = self.folder / "key"
+        key_file = self._key_file
         with explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             found = key_file.read_text(errors="replace") if key_file.exists() else ""
@@ -101,8 +100,11 @@ class FeatureParts:
         return [part for part in range(len(self)) if not self._is_finished(part)]
 
     def remove(self) -> None:
-        """Remove the folder; what cannot be removed is left."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the parts, and the folder unless the user has files in it."""
+        with suppress(OSError):
+            for path in [*self.folder.glob("part-*"), self._key_file, *self.folder.glob(".*.lock")]:
+                path.unlink()
+            self.folder.rmdir()
 
     def write(
         self,
@@ -153,6 +155,10 @@ class FeatureParts:
             raise CheckpointError(
                 f"{path} is damaged ({error}) and was removed: run the same command again"
             ) from error
+
+    @property
+    def _key_file(self) -> Path:
+        return self.folder / "key"
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06}.npz"

@@ -163,7 +163,7 @@ class Inputs:
         """
         inputs, conversion = cls(flag), options.conversion_of(args)
         for path in paths:
-            stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+            stem = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
             if os.path.isfile(path) and not is_image_name(os.path.basename(path)):
                 inputs.items.append(Input(path, stem, frames=open_frames(path, conversion)))
                 continue
