@@ -283,7 +283,7 @@ MUTANTS = (
     ),
     # Datasets
     Mutant(DATASET, 'digest.update(images.headers[:, :2].astype("<i4").tobytes())', "pass"),
-    Mutant(DATASET, "return labels - (labels > index), [", "return labels, ["),
+    Mutant(DATASET, "return kept[has_label], classes[:-1]", "return kept[has_label], classes"),
     Mutant(DATASET, "labels=labels[kept],", "labels=labels[: len(kept)],"),
     Mutant(
         TARS,
@@ -328,8 +328,8 @@ MUTANTS = (
     ),
     Mutant(
         f"{SETS}/file_list.py",
-        "key=lambda name: (int(name), name)",
-        "key=str",
+        "key=(lambda name: (int(name), name)) if numeric",
+        "key=str if numeric",
         ("tests/test_registry.py",),
     ),
     Mutant(
