@@ -5,6 +5,9 @@ In a run with one process no process group exists, and every function here is a 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdino.errors import ConfigError, UserError
-from fastdino.launch import read_launch
+from fastdino.launch import Launch, read_launch
 from fastdino.waiting import killable
 
 T = TypeVar("T")
+# Rank 0 reads the image headers of a large dataset while the others wait.
+TIMEOUT = timedelta(hours=2)
 SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
 
 
@@ -26,7 +31,8 @@ SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
 def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     """Join the process group of torchrun or srun and leave it at the end.
 
-    It uses nccl on GPUs and gloo on CPUs. A run of one process has none.
+    It uses nccl on GPUs and gloo on CPUs. A run of one process has none. A process may join several
+    groups one after the other; all ranks must join each of them.
 
     Raises: ConfigError: variables of a launcher that contradict each other, or no connection.
     """
@@ -41,12 +47,11 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
         with killable():  # it waits for the other ranks
             dist.init_process_group(
                 backend,
-                init_method=dist_url,
+                store=_store_of_next_group(dist_url, launch),
                 rank=launch.rank,
                 world_size=launch.world_size,
                 device_id=device if device.type == "cuda" else None,
-                # Rank 0 reads the image headers of a large dataset while the others wait.
-                timeout=timedelta(hours=2),
+                timeout=TIMEOUT,
             )
     except (OSError, RuntimeError, ValueError) as error:  # includes torch.distributed.DistError
         reason = str(error).partition("\n")[0]
@@ -58,6 +63,26 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     # Not after an error: leaving the group would wait for ranks that may be in a collective. The
     # launcher stops them when this process exits.
     dist.destroy_process_group()
+
+
+def _store_of_next_group(dist_url: str, launch: Launch) -> dist.Store:
+    """Return a store that has no keys of earlier process groups.
+
+    With their keys, the ranks would try to connect to the sockets of the earlier group and hang.
+    """
+    master = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))  # of env://
+    store, numbers = _open_store(dist_url, launch.rank, launch.world_size, master)
+    return dist.PrefixStore(f"group{next(numbers)}", store)
+
+
+@functools.cache  # rank 0 serves it until the process ends, so no rank can join one that closes
+def _open_store(
+    dist_url: str, rank: int, world_size: int, master: tuple[str | None, ...]
+) -> tuple[dist.Store, Iterator[int]]:
+    """Connect to the store of rank 0, and count the groups that use it."""
+    store, _, _ = next(dist.rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    return store, itertools.count()
 
 
 def rank() -> int:

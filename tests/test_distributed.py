@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import time
 from unittest import mock
 
 import pytest
@@ -75,6 +76,26 @@ def _call_collectives(folder):
 
 def _refuse():
     raise ConfigError("no")
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_process_joins_groups_one_after_the_other(tmp_path, late):
+    """One rank may enter the next group before the other has left the last one."""
+    run_two(_join_groups, tmp_path, late)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / str(rank)).read_text()) == [[10 * i, 10 * i + 1]
+                                                                 for i in range(3)]  # fmt: skip
+
+
+def _join_groups(folder, late):
+    rank = int(os.environ["RANK"])
+    results = []
+    for i in range(3):
+        with distributed.process_group(CPU, "env://"):
+            results.append(distributed.gather(10 * i + rank))
+            if rank == late:
+                time.sleep(0.5)
+    (folder / str(rank)).write_text(json.dumps(results))
 
 
 def test_user_error_on_all_ranks_is_printed_once(tmp_path):
