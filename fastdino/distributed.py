@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fastdino.errors import ConfigError, UserError
 from fastdino.launch import Launch, read_launch
@@ -65,22 +67,22 @@ def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _store_of_next_group(dist_url: str, launch: Launch) -> dist.Store:
+def _store_of_next_group(dist_url: str, launch: Launch) -> Store:
     """Return a store that has no keys of earlier process groups.
 
     With their keys, the ranks would try to connect to the sockets of the earlier group and hang.
     """
     master = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))  # of env://
     store, numbers = _open_store(dist_url, launch.rank, launch.world_size, master)
-    return dist.PrefixStore(f"group{next(numbers)}", store)
+    return PrefixStore(f"group{next(numbers)}", store)
 
 
 @functools.cache  # rank 0 serves it until the process ends, so no rank can join one that closes
 def _open_store(
     dist_url: str, rank: int, world_size: int, master: tuple[str | None, ...]
-) -> tuple[dist.Store, Iterator[int]]:
+) -> tuple[Store, Iterator[int]]:
     """Connect to the store of rank 0, and count the groups that use it."""
-    store, _, _ = next(dist.rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
+    store, _, _ = next(rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
     store.set_timeout(TIMEOUT)
     return store, itertools.count()
 
