@@ -111,7 +111,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         cause = os_error_of(error)
         if cause is None:  # not a file system error
             raise
-        kept = f"; the previous {path.name} is intact" if path.is_file() else ""
+        kept = f"; the previous {path.name} is intact" if os.path.isfile(path) else ""
         reason = cause.strerror or str(cause)
         if cause.filename not in (None, path, str(path)):
             reason += f": {cause.filename}"

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,11 @@ collect_ignore = [
     if importlib.util.find_spec(package) is None
     for name in names
 ]
+
+# Under nohup, or in the background of a shell, these are ignored, and a run that inherits that
+# ignores them too: tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported; its interpreter then runs kernels on the CPU.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -73,7 +75,19 @@ def test_parts_of_other_settings_are_kept_unless_overwritten(parts):
     assert parts("other").open(overwrite=True) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "dtype", "shape", "rows", "array"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut",
+        "empty",
+        "text",
+        "encrypted",
+        "dtype",
+        "shape",
+        "rows",
+        "array",
+    ],
+)
 def test_damaged_parts_are_computed_again_with_a_warning(parts, capsys, damage):
     parts().open(overwrite=False)
     path = parts().folder / "part-000000.npz"
@@ -88,7 +102,12 @@ def test_damaged_parts_are_computed_again_with_a_warning(parts, capsys, damage):
     else:
         write(parts(), 0)
         data = path.read_bytes()
-        path.write_bytes({"cut": data[:-30], "empty": b"", "text": b"no"}[damage])
+        flagged = rb"\g<1>" + b"\1"  # in the index of the zip
+        encrypted = re.sub(rb"(?s)(PK\x01\x02.{4})\0", flagged, data)
+        path.write_bytes(
+            {"cut": data[:-30], "empty": b"", "text": b"no", "encrypted": encrypted}[damage]
+        )
+        assert path.read_bytes() != data
     assert parts().open(overwrite=False) == [0, 1, 2]
     assert f"warning: {path} is damaged" in capsys.readouterr().err
 

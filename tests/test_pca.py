@@ -263,6 +263,16 @@ def test_unreadable_images_are_skipped_and_reported(run, folder, tmp_path):
     assert set(report_of(tmp_path / "out")["skipped"]) == {f"{folder}/{i}.png" for i in (1, 3)}
 
 
+def test_a_name_that_is_too_long_for_the_picture_is_skipped(run, folder, tmp_path):
+    name = "x" * 250 + ".png"
+    (folder / "0.png").rename(folder / name)
+    status, out, err = run("--input_path", folder)
+    assert status == 0
+    assert "pictures of 2 image(s)" in out
+    assert err.startswith(f"skipped: {folder}/{name} cannot be drawn: cannot write ")
+    assert err.count("\n") == 1
+
+
 def test_components_of_other_weights_are_a_warning(run, folder, tmp_path):
     saved = tmp_path / "pca.npz"
     assert run("--input_path", folder, "--save_pca", saved)[0] == 0

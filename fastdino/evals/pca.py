@@ -36,12 +36,13 @@ from fastdino.evals.picture_files import (
     find_images,
     raise_if_none,
     read_picture,
+    writing,
 )
 from fastdino.evals.principal_components import FOREGROUNDS, PatchPCA, PatchSample, fit
 from fastdino.evals.token_features import check_patches, patch_size_of, patch_tokens
 from fastdino.evals.transforms import to_input
 from fastdino.evals.video_io import FORMATS, Frames, open_frames, video_writer, warn_of_missing
-from fastdino.files import check_writable, explain_write_errors, write_json
+from fastdino.files import check_writable, write_json
 from fastdino.models.weights import Backbone
 from fastdino.runtime import choose_device
 from fastdino.terminal import print_err, print_out
@@ -228,12 +229,12 @@ def draw_image(
 ) -> dict[str, Any]:
     """Write the PNG of an image; return its entry in pca.json.
 
-    Raises: SkippedImageError: it cannot be read. CheckpointError: the file cannot be written.
+    Raises: SkippedImageError: it cannot be read, or its name gives no file. CheckpointError.
     """
     ((picture, _, features),) = next(item.batches(network))
     path = folder / f"{item.name}-pca.png"
     drawing = Image.fromarray(draw_panels(picture, features, pca, panels))
-    with explain_write_errors(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         drawing.save(path)
     return {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,8 +16,12 @@ from fastdino.data import scan_images
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.data.image_files import count_deep, quiet_pillow, read_header, reason_of
 from fastdino.data.manifest import unread_manifest
-from fastdino.errors import DataError
+from fastdino.errors import CheckpointError, DataError
 from fastdino.evals.attention_maps import fit_to_patches
+from fastdino.files import explain_write_errors
+
+# Errors of one output's name, which do not concern the others.
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EILSEQ)
 
 
 class SkippedImageError(Exception):
@@ -60,6 +67,21 @@ def read_picture(
         raise SkippedImageError(f"cannot be drawn: {error}") from error
     except Exception as error:  # Pillow's plugins raise all kinds on broken files.
         raise SkippedImageError(reason_of(error)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain errors of writing the pictures of an image to `path`.
+
+    Raises: SkippedImageError: the name of this output is impossible. CheckpointError: others.
+    """
+    try:
+        with explain_write_errors(path):
+            yield
+    except CheckpointError as error:
+        if getattr(error.__cause__, "errno", None) in _NAME_ERRORS:
+            raise SkippedImageError(f"cannot be drawn: {error}") from error
+        raise
 
 
 def raise_if_none(drawn: int, skipped: dict[str, str], flag: str = "--image_path") -> None:

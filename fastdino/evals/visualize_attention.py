@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,15 +59,13 @@ from fastdino.evals.picture_files import (
     find_images,
     raise_if_none,
     read_picture,
+    writing,
 )
 from fastdino.evals.transforms import to_input
-from fastdino.files import explain_write_errors, write_json
+from fastdino.files import write_json
 from fastdino.models.vit import VisionTransformer
 from fastdino.runtime import choose_device
 from fastdino.terminal import print_err, print_out
-
-# Errors of one output folder's name, which do not concern the others.
-_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EILSEQ)
 
 
 def draw_image(
@@ -155,13 +152,8 @@ def _draw(
     picture = read_picture(images, index, args.image_size, model.patch_size)
     maps = attention_maps(model, to_input(picture)[None].to(model.pos_embed.device))[0].cpu()
     title = f"{Path(path).name}: CLS attention in the last block of {arch}"
-    try:
-        with explain_write_errors(target):
-            files = draw_image(picture, maps, target, threshold=args.threshold, title=title)
-    except CheckpointError as error:
-        if getattr(error.__cause__, "errno", None) in _NAME_ERRORS:
-            raise SkippedImageError(f"cannot be drawn: {error}") from error
-        raise
+    with writing(target):
+        files = draw_image(picture, maps, target, threshold=args.threshold, title=title)
     return {
         "image": path,
         "size": [picture.height, picture.width],
