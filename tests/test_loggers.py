@@ -213,6 +213,16 @@ def test_unwritable_output_is_an_error_before_the_first_step(config, tmp_path, n
     assert not (tmp_path / "run/log.txt").exists()
 
 
+def test_a_logger_that_auto_chose_and_cannot_start_is_a_warning(config, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    path = tmp_path / "run/tensorboard"
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "no/folder")
+    assert train(config(epochs=1)) == "finished"
+    assert capsys.readouterr().err.count(f"TensorBoard events cannot be written to {path}") == 1
+    assert (tmp_path / "run/log.txt").exists()
+
+
 @pytest.fixture
 def config(tiny, tmp_path):
     """Build the config of a run of 3 epochs of 3 steps with k-NN and attention maps."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,7 +86,8 @@ def test_failed_saves_are_repeated_or_end_in_one_line(
         sync(descriptor)
 
     slept = []
-    monkeypatch.setattr(resume.time, "sleep", slept.append)
+    # Not time.sleep itself, which threads of other libraries call too.
+    monkeypatch.setattr(resume, "time", SimpleNamespace(sleep=slept.append))
     before_step(monkeypatch, STEPS + 1, lambda: monkeypatch.setattr(os, "fsync", failing))
     if failures == 1 and number != errno.EROFS:
         assert train(config(epochs=2)) == "finished"

@@ -85,14 +85,13 @@ with StopSignals(), file_lock(Path(sys.argv[1]), wait=True):
 """
 RENDEZVOUS = """
 import sys, torch
-from torch import distributed
-from fastdino.distributed import process_group
-init = distributed.init_process_group
-def init_process_group(*args, **options):
+from fastdino import distributed
+rendezvous = distributed.rendezvous
+def wait_for_ranks(*args, **options):
     print("waiting", file=sys.stderr, flush=True)
-    init(*args, **options)
-distributed.init_process_group = init_process_group
-with process_group(torch.device("cpu"), "env://"):
+    return rendezvous(*args, **options)
+distributed.rendezvous = wait_for_ranks
+with distributed.process_group(torch.device("cpu"), "env://"):
     pass
 """
 

@@ -49,8 +49,14 @@ def _problem(name: str) -> str | None:
     )
 
 
-def build_loggers(names: Sequence[str], origin: Origin, warn: Callable[[str], None]) -> Loggers:
-    """Build the loggers of `resolve_names`.
+def build_loggers(
+    names: Sequence[str],
+    origin: Origin,
+    warn: Callable[[str], None],
+    *,
+    required: bool = True,
+) -> Loggers:
+    """Build the loggers of `resolve_names`; for `required` see Loggers.
 
     Raises: ConfigError: a logger's package cannot be imported.
     """
@@ -63,7 +69,7 @@ def build_loggers(names: Sequence[str], origin: Origin, warn: Callable[[str], No
                 f"--logger {name}: its package cannot be imported ({error}); repair the "
                 "installation, or use another --logger"
             ) from error
-    return Loggers(loggers, warn)
+    return Loggers(loggers, warn, required=required)
 
 
 def _build(name: str, origin: Origin) -> MetricLogger:
@@ -85,15 +91,20 @@ class Loggers:
     Args:
         loggers: by their names.
         warn: called with the first failure of each, which is tried again after each flush.
+        required: a logger that cannot be started is an error; otherwise, its first failure. For
+            loggers that the user did not name.
     """
 
     def __init__(
         self,
         loggers: Mapping[str, MetricLogger] | None = None,
         warn: Callable[[str], None] = print_err,
+        *,
+        required: bool = True,
     ) -> None:
         self._loggers = dict(loggers or {})
         self._warn = warn
+        self._required = required
         self._started = False
         self._failed: set[str] = set()  # since the last flush
         self._warned: set[str] = set()
@@ -101,9 +112,10 @@ class Loggers:
     def restart(self, iteration: int, *, new: bool) -> None:
         """Start or continue all; see MetricLogger.
 
-        Raises: UserError: a logger cannot be started at the beginning of the run.
+        Raises: UserError: a required logger cannot be started at the beginning of the run.
         """
-        if self._started:
+        if self._started or not self._required:
+            self._started = True
             self._each(lambda logger: logger.restart(iteration, new=new))
             return
         for name, logger in self._loggers.items():

@@ -149,7 +149,12 @@ class Run:
         origin = Origin(self.output_dir, settings, lambda text: self.progress.info(text))
         with distributed.fail_together():
             names = self.logger_names if distributed.rank() == 0 else ()
-            return build_loggers(names, origin, lambda text: self.progress.warn(text))
+            return build_loggers(
+                names,
+                origin,
+                lambda text: self.progress.warn(text),
+                required=self.config.logger != "auto",
+            )
 
     def _run_epochs(self, signals: StopSignals) -> Status:
         while self.trainer.epoch < self.config.epochs or self.progress.open_epoch is not None:
