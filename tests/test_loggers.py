@@ -60,7 +60,7 @@ def test_resumed_table_has_no_row_twice(table, tmp_path):
     add_steps(logger, range(5))
     whole = rows()
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("5,train/lo")  # killed
+        file.write("\n1,of another table\n5,train/lo")  # killed
     logger.restart(3, new=False)
     assert rows() == whole[: 1 + 2 * 3]
     add_steps(logger, range(3, 5))
