@@ -128,7 +128,7 @@ def test_gradients_in_the_memory_of_a_written_tensor_are_an_error(role, shift, t
     with pytest.raises(ValueError, match=rf"{role}\[1\] and gradients\[1\] share memory"):
         lists.step(target)
     assert_unchanged(lists, before)
-    for beside in (room[8:48], room[88:128]):
-        lists.gradients = [own[0], beside.copy_(own[1])]
+    for other in (room[8:48], room[88:128]):
+        lists.gradients = [own[0], other.copy_(own[1])]
         lists.step(target)
     assert lists.steps.tolist() == [3.0, 4.0]

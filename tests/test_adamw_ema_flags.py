@@ -130,7 +130,7 @@ def test_any_nonfinite_gradient_refuses_the_step(index, target):
 @triton_only
 @pytest.mark.parametrize("known", [False, True])
 def test_new_memory_may_hold_anything(known, target, monkeypatch):
-    """Whether the norms are measured or given."""
+    """The same for measured and for given norms."""
     lists = make(target["device"])
     expected = step_by_step(lists)
     norms = torch.stack(expected.norms).float() if known else None

@@ -84,7 +84,7 @@ backends = pytest.mark.parametrize(
 @backends
 @pytest.mark.parametrize("changes", [{}, {"flip": True, "blur_radius": 1.3}], ids=["plain", "blur"])
 def test_crop_is_the_pixels_of_its_box_and_no_others(image, make, changes, draw_any_crops):
-    """The oracle cuts the box out of the array first, so that it cannot read beside it."""
+    """The oracle cuts the box out of the array first, so that it cannot read outside of it."""
     interpreted = make is by_triton and not torch.cuda.is_available()
     size, every = 7, list(boxes(SIZES[:1] if interpreted else SIZES))
     tensor = torch.from_numpy(image.copy())

@@ -121,7 +121,7 @@ def test_epoch_may_be_a_tensor():
      (3, (0.04, 0.055, 0.07))],
 )  # fmt: skip
 def test_schedule_of_short_warm_ups(warm_up, expected):
-    """Of one epoch, the first temperature; of more, both ends: numpy.linspace."""
+    """As numpy.linspace: one epoch has the first temperature, more have both ends."""
     schedule = DINOLoss(7, 2, 0.04, 0.07, warm_up, 3).teacher_temp_schedule
     assert schedule == pytest.approx(expected, rel=1e-15)
 

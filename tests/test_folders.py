@@ -16,7 +16,7 @@ CLASSES = ("n2", "n10", "N3", "n-1")
 
 
 class Entries(list):
-    """What os.scandir returns, in an order of its own."""
+    """A result of os.scandir, in an order of its own."""
 
     def __init__(self, entries):
         super().__init__(entries)

@@ -1,4 +1,4 @@
-"""What an operation of PyTorch reads, writes and waits for, by its schema and its name."""
+"""The tensors that an operation of PyTorch reads and writes, and its waits, by schema and name."""
 
 from __future__ import annotations
 
