@@ -1,7 +1,7 @@
 """The command `fastdino`: its subcommands and exit statuses.
 
 0: done. 1: a bug in fastdino, with its traceback. 2: a mistake in flags, data or checkpoint, with
-one line on stderr. 75 (EX_TEMPFAIL): SIGTERM, SIGINT or SIGHUP stopped and saved the run; run it
+one line on stderr. 75 (EX_TEMPFAIL): a signal (fastdino.signals) stopped and saved the run; run it
 again. 130, 141: Ctrl-C, or the reader of the output is gone.
 """
 

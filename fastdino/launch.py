@@ -9,15 +9,19 @@ from typing import NamedTuple
 
 from fastdino.errors import ConfigError
 
-# Ports for the rendezvous of a Slurm job, chosen by its number so that jobs of one node differ.
+# Ports for the rendezvous of a Slurm step, chosen by the numbers of job and step, so that those of
+# one node differ.
 _PORTS = range(20000, 60000)
-_FIRST_HOST = re.compile(r"([^,\[\s]+)(?:\[(\d+)[^\]]*\]([^,\[\s]*))?")
+_NEXT_STEP = 7919
+_RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
+_HOSTS = rf"(?:[^\[\],\s]|{_RANGES})+"  # of one name: a1, a[01-03], r[1-2]n[01-16]
+_NODE_LIST = re.compile(rf"({_HOSTS})(?:,{_HOSTS})*")
 
 
 class Launch(NamedTuple):
     """The place of this process among those of the run.
 
-    local_rank: its number on its machine, which selects the GPU.
+    local_rank: its number on its machine, which selects the GPU among those that it sees.
     master: address and port of rank 0, if the launcher states them in another way than torchrun.
     """
 
@@ -36,6 +40,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Raises: ConfigError: variables that contradict each other, or from which one is missing.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
+        _check_tasks(environ)
         return _of_torchrun(environ)
     # Tasks of the current step; SLURM_NTASKS is that of the allocation, in every shell in it.
     if _number(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
@@ -63,6 +68,20 @@ def _of_torchrun(environ: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, _number(environ, "LOCAL_RANK", default=0))
 
 
+def _check_tasks(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if WORLD_SIZE was set by hand to another number than that of the tasks.
+
+    torchrun, of which srun starts one per node, sets TORCHELASTIC_RUN_ID too.
+    """
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", default=1)
+    world_size = _number(environ, "WORLD_SIZE", default=1)
+    if tasks not in (1, world_size) and "TORCHELASTIC_RUN_ID" not in environ:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size} contradicts the {tasks} tasks of this Slurm step "
+            "(SLURM_STEP_NUM_TASKS): unset RANK and WORLD_SIZE, which srun does not need"
+        )
+
+
 def _of_slurm(environ: Mapping[str, str]) -> Launch:
     rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
     if not rank < world_size:
@@ -72,21 +91,28 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch:
         )
     address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
     job = _number(environ, "SLURM_JOB_ID", default=0)
+    job += _NEXT_STEP * _number(environ, "SLURM_STEP_ID", default=0)
     port = _port(environ, default=_PORTS[job % len(_PORTS)])
-    local_rank = _number(environ, "SLURM_LOCALID", default=0)
-    return Launch(rank, world_size, local_rank, (address, port))
+    return Launch(rank, world_size, _local_rank_of_slurm(environ), (address, port))
+
+
+def _local_rank_of_slurm(environ: Mapping[str, str]) -> int:
+    """Return the task's number on its node; 0 if Slurm lets it see only a GPU of its own."""
+    own_gpu = "SLURM_GPUS_PER_TASK" in environ and environ.get("CUDA_VISIBLE_DEVICES")
+    if own_gpu and "," not in own_gpu:
+        return 0
+    return _number(environ, "SLURM_LOCALID", default=0)
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a Slurm node list: a1 of "a1,b2", a01 of "a[01-03,07]"."""
-    match = _FIRST_HOST.match(nodes)
+    """Return the first host of a Slurm node list: a1 of "a1,b2", r1n01 of "r[1-2]n[01-03,07]"."""
+    match = _NODE_LIST.fullmatch(nodes)
     if match is None:
         raise ConfigError(
             f"SLURM_STEP_NODELIST must be a list of nodes as node[1-4], got {nodes!r}: set "
             "MASTER_ADDR to the host of rank 0"
         )
-    name, number, rest = match.groups()
-    return f"{name}{number or ''}{rest or ''}"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[1])
 
 
 def _port(environ: Mapping[str, str], default: int | None = None) -> int:

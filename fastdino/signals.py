@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: finish the step, save, and exit with status 75."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1: finish the step, save, and exit with status 75."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from fastdino import distributed
 
-# SIGHUP: the terminal or the connection to it was closed.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# SIGHUP: the terminal or the connection to it was closed. SIGUSR1: Slurm's warning before the time
+# limit or a preemption, with --signal=USR1@SECONDS.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # EX_TEMPFAIL of sysexits.h: stopped by a signal and saved; running the same command resumes.
 EXIT_INTERRUPTED = 75
 # A second signal within this time is the first one, forwarded by a launcher.
@@ -22,12 +23,13 @@ AGREE_SECONDS = 1.0
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and SIGHUP while the block runs, except those that are ignored.
+    """Catches the STOP_SIGNALS while the block runs, except those that are ignored.
 
     nohup makes a process ignore SIGHUP, and a shell's background jobs may ignore SIGINT.
 
     A later signal has its usual effect. One that follows within seconds is ignored, because a
-    launcher forwards the signal that its whole process group already received.
+    launcher forwards the signal that its whole process group already received. SIGUSR1 only warns:
+    it never ends the process, and the first signal after it is not a later one.
 
     Attributes: received: name of the signal, on every rank once `should_stop` has returned True.
     """
@@ -75,9 +77,9 @@ class StopSignals:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
+        if self.received in (None, signal.SIGUSR1.name):
             self.received, self._received_at = signal.Signals(number).name, now
-        elif now - self._received_at > SAME_SIGNAL_SECONDS:
+        elif number != signal.SIGUSR1 and now - self._received_at > SAME_SIGNAL_SECONDS:
             self._restore()
             os.kill(os.getpid(), number)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -365,3 +366,13 @@ def test_missing_file_of_a_list_is_skipped(folder):
     assert dataset.files == dataset.paths == [str(folder / "b" / "2.jpg")]
     assert list(dataset.skipped) == [str(folder / "b" / "none.jpg")]
     assert "No such file" in dataset.skipped[str(folder / "b" / "none.jpg")]
+
+
+@pytest.mark.parametrize(("lost", "present"), [(["b"], True), (["a", "b", "c"], False)])
+def test_a_machine_needs_some_files_of_the_dataset(folder, lost, present):
+    """A single missing image is skipped when it is read."""
+    dataset = scan_images(folder)
+    for name in lost:
+        shutil.rmtree(folder / name)
+    with nullcontext() if present else pytest.raises(DataError, match="has no .*/a/"):
+        dataset.check_present()

@@ -24,6 +24,9 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[07-08,11]", "SLURM_NTASKS": "8",
 }  # fmt: skip
 
+ON_TWO_NODES = {"SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "none"}
+OWN_GPU = {"SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "0"}
+
 
 def without(environ, *names):
     return {name: value for name, value in environ.items() if name not in names}
@@ -39,7 +42,13 @@ def without(environ, *names):
         (SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "29500"}, Launch(5, 8, 1, ("b", 29500))),
         (SRUN | {"MASTER_PORT": "65535"}, Launch(5, 8, 1, ("gpu07", 65535))),
         (TORCHRUN | {"RANK": "7", "MASTER_PORT": "65535"}, Launch(7, 8, 1)),
-        (SRUN | TORCHRUN, Launch(3, 8, 1)),  # srun started torchrun
+        (SRUN | TORCHRUN, Launch(3, 8, 1)),  # set by hand, as many as tasks
+        (SRUN | TORCHRUN | ON_TWO_NODES, Launch(3, 8, 1)),  # srun started torchrun
+        (SRUN | {"SLURM_STEP_ID": "2"}, Launch(5, 8, 1, ("gpu07", 20123 + 2 * 7919))),
+        # srun --gpus-per-task=1: the task sees its GPU only, unless --gpu-bind=none.
+        (SRUN | OWN_GPU, Launch(5, 8, 0, ("gpu07", 20123))),
+        (SRUN | OWN_GPU | {"CUDA_VISIBLE_DEVICES": "0,1"}, Launch(5, 8, 1, ("gpu07", 20123))),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "3"}, Launch(5, 8, 1, ("gpu07", 20123))),
         # What is left over starts a run of one process.
         ({"LOCAL_RANK": "3"}, Launch()),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch()),
@@ -70,7 +79,13 @@ def test_the_environment_states_the_place_of_this_process(environ, expected):
         (SRUN | {"SLURM_PROCID": "8"}, "SLURM_PROCID must be below"),
         (without(SRUN, "SLURM_PROCID"), "variable SLURM_PROCID must be a number, got no value"),
         (without(SRUN, "SLURM_STEP_NODELIST"), "must be a list of nodes"),
-        (SRUN | {"SLURM_STEP_NODELIST": "[1-2]"}, "must be a list of nodes"),
+        *(
+            (SRUN | {"SLURM_STEP_NODELIST": nodes}, "must be a list of nodes as node")
+            for nodes in ("", "a[1-2", "a1,,b", "a[1-]", "a[x]", "a[]", "a 1", "a1,", "(null)[1")
+        ),
+        (SRUN | TORCHRUN | {"WORLD_SIZE": "16"}, "WORLD_SIZE=16 contradicts the 8 tasks"),
+        (SRUN | TORCHRUN | {"WORLD_SIZE": "1"}, "WORLD_SIZE=1 contradicts the 8 tasks"),
+        (SRUN | {"RANK": "5"}, "WORLD_SIZE=1 contradicts the 8 tasks"),
     ],
 )
 def test_contradictory_variables_are_one_line(environ, message):
@@ -86,6 +101,10 @@ def test_contradictory_variables_are_one_line(environ, message):
         ("node1,node2", "node1"),
         ("a-b[003-007]", "a-b003"),
         ("a[3,5-7]-ib,b1", "a3-ib"),
+        ("rack[2-3]node[01-16,20],b", "rack2node01"),
+        ("b,a[1-2]", "b"),
+        ("[1-2]", "1"),
+        ("127.0.0.[1-2]", "127.0.0.1"),
         ("node.example.org", "node.example.org"),
     ],
 )

@@ -13,7 +13,9 @@ import torch
 
 from fastdino import Trainer, checkpoint
 from fastdino.config import TrainConfig
+from fastdino.data import scan_images
 from fastdino.errors import CheckpointError, ConfigError, DataError, UserError
+from fastdino.training import loop
 from fastdino.training.loop import train
 from tests.runs import STEPS, assert_same_run, interrupt, weights_of
 
@@ -84,6 +86,21 @@ def test_invalid_environment_is_rejected(config, monkeypatch, variable, value, m
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
         train(config())
+
+
+def test_a_node_without_the_data_is_one_line(config, monkeypatch, tmp_path):
+    """Rank 0 scans the images; here its node loses them, as if another one lacked them."""
+    images = Path(config().data_path)
+
+    def scan_elsewhere(*args, **options):
+        dataset = scan_images(*args, **options)
+        images.rename(tmp_path / "elsewhere")
+        return dataset
+
+    monkeypatch.setattr(loop, "scan_images", scan_elsewhere)
+    with pytest.raises(DataError, match=r"has no .*, which rank 0 found: every node") as error:
+        train(config())
+    assert str(images) in str(error.value)
 
 
 def test_public_train_function_survives_the_import_of_training():

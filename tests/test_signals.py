@@ -11,6 +11,8 @@ import pytest
 from fastdino import distributed, signals
 from fastdino.signals import StopSignals
 
+STOP = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
 
 def test_ranks_exchange_signals_about_once_per_second_and_after_the_same_step(monkeypatch):
     """Each exchange makes the host wait for its GPU, so it is not done after every step."""
@@ -29,7 +31,7 @@ def test_ranks_exchange_signals_about_once_per_second_and_after_the_same_step(mo
     assert caught.received == "SIGTERM"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP)
 def test_signals_are_caught_unless_they_were_ignored(number):
     before = signal.getsignal(number)
     with StopSignals() as caught:
@@ -45,3 +47,33 @@ def test_signals_are_caught_unless_they_were_ignored(number):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("sent", "usual"),
+    [
+        ([(signal.SIGTERM, 0), (signal.SIGTERM, 1)], False),  # forwarded by a launcher
+        ([(signal.SIGTERM, 0), (signal.SIGTERM, 60)], True),
+        # Slurm's warning, then the time limit: the run still has Slurm's KillWait to save.
+        ([(signal.SIGUSR1, 0), (signal.SIGTERM, 60)], False),
+        ([(signal.SIGUSR1, 0), (signal.SIGTERM, 60), (signal.SIGTERM, 120)], True),
+        ([(signal.SIGUSR1, 0), (signal.SIGUSR1, 60)], False),
+        ([(signal.SIGTERM, 0), (signal.SIGUSR1, 60)], False),
+    ],
+)
+def test_a_later_signal_has_its_usual_effect_unless_one_of_them_is_a_warning(
+    monkeypatch, sent, usual
+):
+    clock, effects = SimpleNamespace(monotonic=lambda: now), []
+    monkeypatch.setattr(signals, "time", clock)
+    before = {number: signal.signal(number, lambda *args: effects.append(args)) for number in STOP}
+    try:
+        now = 0
+        with StopSignals() as caught:
+            for number, now in sent:  # noqa: B007
+                os.kill(os.getpid(), number)
+            assert caught.should_stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert bool(effects) == usual

@@ -65,7 +65,8 @@ def test_a_worker_ignores_the_signals_that_stop_a_run(monkeypatch):
     monkeypatch.setattr(workers.gc, "freeze", lambda: frozen.append(True))
     workers.init_worker(0)
     assert set(ignored) >= {
-        (number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        (number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     }
     assert frozen == [True]
 

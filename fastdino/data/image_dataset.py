@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +99,16 @@ class ImageDataset:
         """The paths of the files that hold the images: image files or archives."""
         used = np.unique(self.manifest.file_ids).tolist()
         return [os.path.join(self.base, self.manifest.files[file]) for file in used]
+
+    def check_present(self) -> None:
+        """Raise DataError if this machine has no file of the dataset, which another one scanned."""
+        used = self.manifest.file_ids[[0, len(self) // 2, -1]].tolist()
+        files = [os.path.join(self.base, self.manifest.files[file]) for file in used]
+        if not any(map(os.path.exists, files)):
+            raise DataError(
+                f"{socket.gethostname()} has no {files[0]}, which rank 0 found: every node needs "
+                "the dataset at the same path"
+            )
 
     def read_bytes(self, index: int) -> bytes:
         """Read an encoded image, with retries after transient errors.

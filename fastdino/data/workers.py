@@ -1,4 +1,4 @@
-"""DataLoader workers that ignore SIGTERM, SIGINT and SIGHUP.
+"""DataLoader workers that ignore SIGTERM, SIGINT, SIGHUP and SIGUSR1.
 
 A launcher signals the whole process group. The main process then finishes its step with the batches
 of these workers, and saves.

@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Status:
     optimizer, epoch, args, dino_loss and fastdino's own), log.txt (one JSON object per epoch),
     config.json and what the loggers write.
 
-    Returns: "finished", or "interrupted" after SIGTERM, SIGINT or SIGHUP: the current step was
+    Returns: "finished", or "interrupted" after one of signals.STOP_SIGNALS: the current step was
         finished and the run saved; the same call resumes it.
     Raises: UserError: invalid data, settings or checkpoint, a loss that is not finite, or too
         little memory; the message says what to do.
@@ -93,6 +93,8 @@ class Run:
                 cache=self.output_dir / "images.npz",
             )
         )
+        with distributed.fail_together():  # on each node
+            dataset.check_present()
         # For stochastic depth; weights are seeded by the Trainer, crops by the loader.
         torch.manual_seed(config.seed + distributed.rank())
         assert runtime.crops
