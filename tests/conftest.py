@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import io
@@ -75,6 +76,12 @@ def pytest_collection_modifyitems(
         selected = one_per_dtype([item for item in items if "triton" in item.name])
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
         items[:] = selected
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection, which some tests do often."""
+    gc.collect()
+    gc.freeze()
 
 
 def one_per_dtype(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -65,10 +65,11 @@ class TorchvisionLoader(CropLoader):
     def _batches(self, epoch: int, batches: list[list[int]]) -> Iterator[list[Tensor]]:
         assert self._loader is not None
         self._keys[:] = [[(epoch, index) for index in batch] for batch in batches]
-        if self._at_exit is None:
+        starts_workers = self._at_exit is None and self._loader.num_workers > 0
+        if starts_workers:
             gc.collect()  # The workers may be forked now: see init_worker.
         iterator = iter(self._loader)
-        if self._at_exit is None and self._loader.num_workers > 0:
+        if starts_workers:
             # Runs before multiprocessing's own hook, which would wait for the workers forever.
             self._at_exit = partial(end_workers, weakref.ref(iterator), os.getpid())
             atexit.register(self._at_exit)
