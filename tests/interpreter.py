@@ -1,4 +1,4 @@
-"""Changes of Triton's interpreter for the tests: it rounds as GPUs do, and is twice as fast."""
+"""Changes of Triton's interpreter for the tests: it rounds as GPUs do, and is faster."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def patch_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = importlib.import_module("triton.runtime.interpreter")
     _round_to_bf16(interpreter, monkeypatch)
     _patch_language_once_per_launch(interpreter, monkeypatch)
+    _compute_no_unused_checks(interpreter, monkeypatch)
+    _cache_types(interpreter, monkeypatch)
 
 
 def _round_to_bf16(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +62,50 @@ def _patch_language_once_per_launch(interpreter: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+
+def _compute_no_unused_checks(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the check of integers for overflow, which only the option `debug` would report."""
+    semantic = type(interpreter.interpreter_semantic)
+    check = semantic.binary_op_sanitize_overflow_impl
+
+    def check_if_reported(self: Any, *operands: Any) -> None:
+        if self.builder.options.debug:
+            check(self, *operands)
+
+    monkeypatch.setattr(semantic, "binary_op_sanitize_overflow_impl", check_if_reported)
+
+
+def _cache_types(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the types of blocks, their shapes and NumPy's dtypes once for equal arguments."""
+    core = importlib.import_module("triton.language.core")
+    new_block, new_tensor = core.block_type.__init__, core.tensor.__init__
+    find_dtype = interpreter._get_np_dtype
+    blocks: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, tuple[Any, Any]] = {}
+    dtypes: dict[str, Any] = {}
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()
+        if key not in shapes:
+            new_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    def dtype_of(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in dtypes:
+            dtypes[name] = find_dtype(type)
+        return dtypes[name]
+
+    monkeypatch.setattr(core.block_type, "__init__", block)
+    monkeypatch.setattr(core.tensor, "__init__", tensor)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", dtype_of)
