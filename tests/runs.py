@@ -60,7 +60,29 @@ def weights_of(run: Path) -> dict[str, Any]:
 
 def losses_of(run: Path) -> list[float]:
     """Return the mean loss of each epoch in log.txt."""
-    return [json.loads(line)["train_loss"] for line in (run / "log.txt").read_text().splitlines()]
+    return [line["train_loss"] for line in log_of(run)]
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of log.txt without the speed."""
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def differences(actual: Any, expected: Any, name: str = "") -> list[str]:
+    """Return the names of values that are not equal to the bit, in nested dicts and lists."""
+    if isinstance(expected, Tensor):
+        same = actual.dtype == expected.dtype and torch.equal(actual, expected)
+        return [] if same else [name]
+    if isinstance(expected, dict):
+        if list(actual) != list(expected):
+            return [f"{name}: {list(actual)}"]
+        pairs = ((f"{name}.{key}", actual[key], value) for key, value in expected.items())
+        return [path for key, ours, value in pairs for path in differences(ours, value, key)]
+    if isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        return differences(dict(enumerate(actual)), dict(enumerate(expected)), name)
+    return [] if actual == expected else [name]
 
 
 def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -106,6 +128,18 @@ def before_step(
         return step(self, crops)
 
     patch.setattr(Trainer, "train_step", acting)
+
+
+def record_steps(patch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the iteration of each step."""
+    step, iterations = Trainer.train_step, []
+
+    def recorded(self: Trainer, crops: list[Tensor]) -> Tensor:
+        iterations.append(self.iteration)
+        return step(self, crops)
+
+    patch.setattr(Trainer, "train_step", recorded)
+    return iterations
 
 
 def interrupt(

@@ -43,16 +43,16 @@ CLIPPED = (f"{_UPDATE}each_gradient_is_clipped_by_its_own_norm[0.0]",)
 ACCUMULATED = (f"{_UPDATE}accumulated_gradients_are_those_of_the_whole_batch[parity-sgd-2]",)
 _EXACT = "tests/test_exact_resume.py::test_"
 _BITS = f"{_EXACT}resumed_trainer_has_the_bits_of_an_uninterrupted_one"
-BITS, SCALER = (f"{_BITS}[2-default]",), (f"{_BITS}[2-fp16]",)
+BITS, SCALER = (f"{_BITS}[default]",), (f"{_BITS}[fp16]",)
 REFUSED = (
     f"{_EXACT}a_checkpoint_without_a_part_is_refused_by_name_and_loads_nothing",
     f"{_EXACT}a_checkpoint_without_a_tensor_is_refused_by_name",
     f"{_EXACT}a_checkpoint_without_moments_of_a_parameter_is_refused_by_name",
     f"{_EXACT}a_scaler_without_a_field_is_refused",
 )
-_ROLLBACKS = "tests/test_repeated_rollbacks.py::test_"
+_ROLLBACKS = "tests/test_rollback.py::test_"
 TWO_INCIDENTS = (f"{_ROLLBACKS}two_incidents_leave_two_batches_out[fast]",)
-REMEMBERED = (f"{_ROLLBACKS}a_rollback_is_remembered_across_a_resume[parity]",)
+REMEMBERED = (f"{_ROLLBACKS}a_rollback_is_remembered_across_a_resume",)
 LIMITED = (f"{_ROLLBACKS}the_number_of_rollbacks_is_limited_per_checkpoint[parity]",)
 BROKEN_SAVE = (f"{_ROLLBACKS}weights_that_a_save_finds_broken_leave_the_last_batch_out[parity]",)
 PARTS = ("tests/test_missing_parts.py::test_missing_parts_are_explained",)
