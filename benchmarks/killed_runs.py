@@ -130,16 +130,20 @@ class Counter:
         save_seconds: duration of the longest save.
     """
 
-    _FORM = "qdd"
+    _STEPS, _SAVE = struct.Struct("qd"), struct.Struct("d")  # written by two threads
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, struct.calcsize(self._FORM))
+        self._memory = mmap.mmap(-1, self._STEPS.size + self._SAVE.size)
 
-    def write(self, reached: int, first_step: float, save_seconds: float) -> None:
-        self._memory[:] = struct.pack(self._FORM, reached, first_step, save_seconds)
+    def write_steps(self, reached: int, first_step: float) -> None:
+        self._STEPS.pack_into(self._memory, 0, reached, first_step)
+
+    def write_save(self, seconds: float) -> None:
+        self._SAVE.pack_into(self._memory, self._STEPS.size, seconds)
 
     def read(self) -> tuple[int, float, float]:
-        reached, first_step, save_seconds = struct.unpack(self._FORM, self._memory[:])
+        (save_seconds,) = self._SAVE.unpack_from(self._memory, self._STEPS.size)
+        reached, first_step = self._STEPS.unpack_from(self._memory, 0)
         return reached, first_step, save_seconds
 
 
@@ -240,28 +244,27 @@ class Processes:
 @contextlib.contextmanager
 def _instrumented(kind: Kind, counter: Counter) -> Iterator[None]:
     """Report the steps and saves to the counter; make the crops of an iteration NaN."""
-    step, save = Trainer.train_step, checkpoint.save
+    step, save = Trainer.train_step, checkpoint.write
 
     def counted_step(self: Trainer, crops: Sequence[Tensor]) -> Tensor:
-        reached, first_step, seconds = counter.read()
+        reached, first_step, _ = counter.read()
         first_step = first_step or time.monotonic()
         if self.iteration == kind.nonfinite_at:
             crops = [crop * float("nan") for crop in crops]
         loss = step(self, crops)
-        counter.write(max(reached, self.iteration), first_step, seconds)
+        counter.write_steps(max(reached, self.iteration), first_step)
         return loss
 
     def timed_save(*args: Any, **options: Any) -> None:
         started = time.monotonic()
         save(*args, **options)
-        reached, first_step, seconds = counter.read()
-        counter.write(reached, first_step, max(seconds, time.monotonic() - started))
+        counter.write_save(max(counter.read()[2], time.monotonic() - started))
 
     with (
         mock.patch.object(backbones, "DINOHead", small_head),
         mock.patch.dict(VIT_ARCHS["vit_nano"], depth=BLOCKS),
         mock.patch.object(Trainer, "train_step", counted_step),
-        mock.patch.object(checkpoint, "save", timed_save),
+        mock.patch.object(checkpoint, "write", timed_save),
     ):
         yield
 

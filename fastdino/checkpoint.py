@@ -40,6 +40,9 @@ SAFE_TYPES: list[Any] = [
 ]
 
 
+COPIED_AT_ONCE = 1 << 24  # bytes
+
+
 def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
     """Save `state` to `path`, and a copy to `also`; each write is atomic.
 
@@ -48,25 +51,31 @@ def save(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     check_finite(state)
+    write(state, path, also=also)
+
+
+def write(state: dict[str, Any], path: Path, *, also: Path | None = None) -> None:
+    """Save a state that is known to be finite, as `save` does; raise CheckpointError."""
     # `path` last: a run killed between the two writes resumes from the old one and repeats both.
     first = also or path
     with explain_write_errors(first), atomic_write(first) as file:
         torch.save(state, file)
     if also is not None:
         with explain_write_errors(path), open(also, "rb") as source, atomic_write(path) as file:
-            shutil.copyfileobj(source, file)
+            shutil.copyfileobj(source, file, COPIED_AT_ONCE)
 
 
 def check_finite(state: dict[str, Any]) -> None:
     """Raise NonFiniteError with the tensor's name if a weight, moment or center is not finite.
 
-    It waits once for each device.
+    It reads each tensor once, and waits once for each device.
     """
     finite: dict[torch.device, dict[str, Tensor]] = {}
     for key in ("student", "teacher", "optimizer", "dino_loss"):
         for name, tensor in _tensors(state.get(key), key):
-            if tensor.is_floating_point():
-                finite.setdefault(tensor.device, {})[name] = torch.isfinite(tensor).all()
+            if tensor.is_floating_point() and tensor.numel():
+                extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any value is
+                finite.setdefault(tensor.device, {})[name] = torch.isfinite(extremes).all()
     for flags in finite.values():
         for name, good in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True):
             if not good:

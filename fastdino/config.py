@@ -189,6 +189,10 @@ class TrainConfig:
     output_dir: str = _run(".", "Folder of checkpoints and logs; a run in it is resumed.")
     saveckp_freq: int = _run(20, "Epochs between separately kept checkpoints; 0: keep none.")
     saveckp_every_steps: int = _run(0, "Steps between saves of checkpoint.pth; 0: every epoch.")
+    saveckp_in_background: bool = _run(
+        True,
+        "Write checkpoints in a thread while the training goes on; needs host memory for one copy.",
+    )
     print_freq: int = _run(10, "Steps between entropy measurements and progress updates.")
     seed: int = _run(0, "Seed of the weights, the image order and the crops.")
     device: str = _run(("auto", "cuda", "cpu"), "Compute device.")

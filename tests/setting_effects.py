@@ -369,6 +369,12 @@ def saves_are_more_frequent(run: TinyRun, often: TinyRun) -> None:
     assert equal(run.weights, often.weights)
 
 
+def training_waits_for_saves(run: TinyRun, waiting: TinyRun) -> None:
+    assert (run.saves, run.stopped_for) == ([2, 4], [])
+    assert (waiting.saves, waiting.stopped_for) == ([2, 4], [2, 4])
+    assert equal(run.weights, waiting.weights)
+
+
 def entropy_is_measured_less_often(run: TinyRun, rarely: TinyRun) -> None:
     assert [step.measured for step in run.steps] == [True] * 4
     assert [step.measured for step in rarely.steps] == [True, False, True, True]  # 0, 2, 3

@@ -61,7 +61,8 @@ def test_killed_runs_match_unless_saves_are_not_atomic(tmp_path, broken):
     else:
         assert not tally["differences"] + tally["failures"] + tally["leftovers"]
         assert tally["lost_steps"] == 0
-        assert tally["repeated_steps"] <= 1  # it saves after every step
+        # It saves after every step, and the next step runs while a save is written.
+        assert tally["repeated_steps"] <= 2
         report = " ".join((tmp_path / "kill_campaign.md").read_text().split())
         assert "0 differences from the uninterrupted runs, 0 saved steps lost" in report
 

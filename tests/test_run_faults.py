@@ -89,15 +89,16 @@ def test_failed_saves_are_repeated_or_end_in_one_line(
     # Not time.sleep itself, which threads of other libraries call too.
     monkeypatch.setattr(resume, "time", SimpleNamespace(sleep=slept.append))
     before_step(monkeypatch, STEPS + 1, lambda: monkeypatch.setattr(os, "fsync", failing))
+    run = config(epochs=2, saveckp_in_background=False)
     if failures == 1 and number != errno.EROFS:
-        assert train(config(epochs=2)) == "finished"
+        assert train(run) == "finished"
         message = capsys.readouterr().err
         assert weights_of(tmp_path / "run")["iteration"] == 2 * STEPS
         assert slept == [1.0]
         assert "the next try is in 1 s" in message
     else:
         with pytest.raises(CheckpointError) as error:
-            train(config(epochs=2))
+            train(run)
         message = str(error.value)
         assert weights_of(tmp_path / "run")["iteration"] == STEPS
         assert slept == ([] if number == errno.EROFS else list(resume.SECONDS_UNTIL_RETRY))
@@ -128,7 +129,7 @@ def test_run_ends_in_one_line_if_its_folder_becomes_a_file_or_another_run_uses_i
 
         before_step(monkeypatch, STEPS + 1, start_another)
         with pytest.raises(CheckpointError, match="another run is writing there"):
-            train(config())
+            train(config(saveckp_in_background=False))
         assert os.listdir(run) == [".lock"]
 
 

@@ -127,6 +127,7 @@ EFFECTS: dict[str, Effect | tuple[Effect, ...]] = {
     "output_dir": Effect("{tmp}/elsewhere", effects.files_are_elsewhere),
     "saveckp_freq": Effect(2, effects.checkpoints_are_kept),
     "saveckp_every_steps": Effect(1, effects.saves_are_more_frequent),
+    "saveckp_in_background": Effect(False, effects.training_waits_for_saves),
     "print_freq": Effect(3, effects.entropy_is_measured_less_often),
     "seed": Effect(1, effects.everything_is_drawn_anew),
     "device": Effect("cuda", effects.without_a_gpu_the_run_is_refused),

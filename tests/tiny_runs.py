@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -100,12 +101,14 @@ class TinyRun:
 
     Attributes:
         saves: iterations at which checkpoint.pth was written.
+        stopped_for: those that the training waited for.
         error: what ended it, if an exception did.
     """
 
     config: TrainConfig
     trainer: RecordedTrainer | None
     saves: list[int]
+    stopped_for: list[int]
     printed: str
     error: Exception | None
 
@@ -179,14 +182,17 @@ def train_tiny(
             return super().train_step(before_step(self, crops))
 
     saves: list[int] = []
-    save = checkpoint.save
+    stopped_for: list[int] = []
+    save = checkpoint.write
 
     def save_and_count(state: dict[str, Any], path: Path, **options: Any) -> None:
         saves.append(state["iteration"])
+        if threading.current_thread() is threading.main_thread():
+            stopped_for.append(state["iteration"])
         save(state, path, **options)
 
     patch.setattr(loop, "Trainer", ThisTrainer)
-    patch.setattr(checkpoint, "save", save_and_count)
+    patch.setattr(checkpoint, "write", save_and_count)
     error: Exception | None = None
     printed = StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
@@ -195,4 +201,4 @@ def train_tiny(
         except Exception as raised:
             error = raised
     trainer = made[0] if made else None
-    return TinyRun(config, trainer, saves, printed.getvalue(), error)
+    return TinyRun(config, trainer, saves, stopped_for, printed.getvalue(), error)

@@ -133,7 +133,7 @@ class Run:
         if self.loader.dataset.warning:
             self.progress.warn(self.loader.dataset.warning)
         self._list_skipped(self.loader.dataset.skipped)
-        with contextlib.closing(self.loader), self.progress:
+        with contextlib.closing(self.loader), self.progress, contextlib.closing(self.checkpoint):
             self.checkpoint.resume_or_start()
             distributed.from_main(self._write_config)
             with StopSignals() as signals:  # before, a signal ends the run: nothing is to be saved
@@ -163,11 +163,13 @@ class Run:
             with explain_failures(self.config):
                 status = self._run_epoch(signals)
             if status == "interrupted":
+                self._finish_save()
                 self.progress.info(
                     f"stopped by {signals.received} and saved at iteration "
                     f"{self.trainer.iteration}; run the same command to resume"
                 )
                 return "interrupted"
+        self._finish_save()
         return "finished"
 
     def headline(self) -> str:
@@ -241,7 +243,8 @@ class Run:
         distributed.from_main(self._restore_folder)  # first, as another run may now use it
         results: dict[str, float] = {}
         if self.monitor.due(epoch):
-            self._save()  # a run that is killed during the evaluation repeats only that
+            self._save()
+            self._finish_save()  # a run that is killed during the evaluation repeats only that
             try:
                 results = self.monitor.evaluate(epoch, lambda: signals.received is not None)
             except StoppedError:
@@ -283,6 +286,11 @@ class Run:
     def _save(self, also: Path | None = None) -> None:
         self._report_steps()
         self.checkpoint.save(also)
+
+    def _finish_save(self) -> None:
+        """Wait until the last save is written."""
+        distributed.from_main(self._restore_folder)
+        self.checkpoint.wait()
 
     def _restore_folder(self) -> None:
         if self.folder.restore():

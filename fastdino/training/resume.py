@@ -13,6 +13,7 @@ from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.files import os_error_of
 from fastdino.models.weights import initial_weights
+from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ _DAMAGED = "use an older one, or move it away to start from scratch"
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
 NEUTRAL_SETTINGS = (
     "data_path", "output_dir", "dist_url", "device", "num_workers", "init_from", "knn_data",
-    "knn_every", "attention_every", "logger",
+    "knn_every", "attention_every", "logger", "saveckp_in_background",
 )  # fmt: skip
 
 # Resolved settings that change the result, and values that give the same result.
@@ -67,9 +68,16 @@ class RunCheckpoint:
         # Identifies the dataset in a checkpoint.
         self._images = {"number": len(dataset), "fingerprint": dataset.fingerprint}
         self._rollbacks = 0  # since the last save
+        self._writer = CheckpointWriter(progress.warn)  # of rank 0
 
     def save(self, also: Path | None = None) -> None:
-        """Save the run, and a copy to `also`; all ranks must call it."""
+        """Save the run, and a copy to `also`; all ranks must call it.
+
+        With --saveckp_in_background the files may be written after it returns: see `wait`.
+
+        Raises: NonFiniteError: see checkpoint.save. CheckpointError: this save, or the last one,
+            cannot be written.
+        """
         state = {
             **self.trainer.state_dict(),
             "args": self.config.to_dict(),
@@ -79,21 +87,44 @@ class RunCheckpoint:
             "images": self._images,
         }
         self.progress.flush(self.trainer.iteration)
-        distributed.from_main(lambda: self._write(state, also))
+        distributed.from_main(lambda: self._start_write(state, also))
         self._rollbacks = 0
+
+    def wait(self) -> None:
+        """Wait until the last save is written; all ranks must call it.
+
+        Raises: CheckpointError: it cannot be written.
+        """
+        distributed.from_main(self._writer.wait)
+
+    def close(self) -> None:
+        """Wait until the last save is written or has failed, on this rank."""
+        self._writer.finish()
+
+    def _start_write(self, state: dict[str, Any], also: Path | None) -> None:
+        self._writer.wait()
+        checkpoint.check_finite(state)
+        if self.config.saveckp_in_background:
+            self._writer.start(
+                state,
+                lambda copied: self._write(copied, also),
+                again=lambda copied: checkpoint.write(copied, self.path, also=also),
+            )
+        else:
+            self._write(state, also)
 
     def _write(self, state: dict[str, Any], also: Path | None) -> None:
         """Write the checkpoint; try again after errors that may pass."""
         for seconds in SECONDS_UNTIL_RETRY:
             try:
-                return checkpoint.save(state, self.path, also=also)
+                return checkpoint.write(state, self.path, also=also)
             except CheckpointError as error:
                 cause = os_error_of(error)
                 if cause is None or cause.errno not in PASSING_ERRORS:
                     raise
                 self.progress.warn(f"{error}; the next try is in {seconds:g} s")
                 time.sleep(seconds)
-        return checkpoint.save(state, self.path, also=also)
+        return checkpoint.write(state, self.path, also=also)
 
     def resume_or_start(self) -> None:
         """Resume from the checkpoint if there is one, else start a new run."""
@@ -207,8 +238,11 @@ class RunCheckpoint:
     def roll_back(self, error: NonFiniteError) -> None:
         """Return to the checkpoint and exclude the failed iteration from the training.
 
-        Raises: NonFiniteError: --on_nonfinite stop, or too many rollbacks.
+        Raises:
+            NonFiniteError: --on_nonfinite stop, or too many rollbacks.
+            CheckpointError: the checkpoint cannot be written or read.
         """
+        self.wait()
         problem = None
         if self.config.on_nonfinite == "stop":
             problem, hint = f"{error}", ", or --on_nonfinite rollback"

@@ -351,7 +351,7 @@ MUTANTS = (
         '("student", "teacher", "optimizer", "dino_loss")',
         '("student", "optimizer", "dino_loss")',
     ),
-    Mutant(CHECKPOINT, "torch.isfinite(tensor).all()", "torch.isfinite(tensor).any()"),
+    Mutant(CHECKPOINT, "torch.isfinite(extremes).all()", "torch.isfinite(extremes).any()"),
     Mutant(CHECKPOINT, "if tensor.is_floating_point():", "if tensor.dtype is torch.float32:"),
     Mutant(CHECKPOINT, "first = also or path", "first = path"),
     Mutant(

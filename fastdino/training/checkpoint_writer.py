@@ -1,0 +1,77 @@
+"""Writing a checkpoint in a thread while the training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+from fastdino.errors import CheckpointError
+from fastdino.training.host_copy import HostCopy
+from fastdino.waiting import DaemonExecutor
+
+Write = Callable[[dict[str, Any]], None]
+
+
+class CheckpointWriter:
+    """Writes one state at a time in a thread, from a copy in host memory.
+
+    Args: warn: prints a warning.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._host = HostCopy()
+        self._thread: DaemonExecutor | None = None
+        self._running: Future[None] | None = None
+        self._failed: tuple[Write, dict[str, Any]] | None = None
+        self._is_large = False  # the copy did not fit into the memory
+
+    def start(self, state: dict[str, Any], write: Write, again: Write) -> None:
+        """Copy `state` and start write(copy) in the thread; the last write must be waited for.
+
+        Without memory for the copy, write(state) is called directly, from then on.
+
+        Args: again: how `wait` repeats a failed write.
+        """
+        assert self._running is None
+        if not self._is_large:
+            try:
+                copied = self._host.copy(state)
+            except (MemoryError, RuntimeError) as error:
+                self._is_large = True
+                self._warn(
+                    f"no host memory for a copy of the checkpoint ({error}): the training waits "
+                    "for each save, as with --saveckp_in_background false"
+                )
+        if self._is_large:
+            write(state)
+            return
+        self._thread = self._thread or DaemonExecutor(1)
+        self._running = self._thread.submit(self._run, copied, write, again)
+
+    def _run(self, copied: dict[str, Any], write: Write, again: Write) -> None:
+        self._host.wait()
+        try:
+            write(copied)
+        except CheckpointError as error:
+            self._failed = again, copied
+            self._warn(f"{error}; the run continues, and the next save writes it again")
+
+    def wait(self) -> None:
+        """Wait for the write, and repeat it here if it failed.
+
+        Raises: CheckpointError: it failed again.
+        """
+        if self._running is not None:
+            self._running.result()
+        failed = self._failed
+        self._running = self._failed = None
+        if failed is not None:
+            again, copied = failed
+            again(copied)
+
+    def finish(self) -> None:
+        """Wait for the write, without an error if it fails."""
+        if self._running is not None:
+            wait([self._running])

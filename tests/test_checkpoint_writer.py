@@ -1,0 +1,216 @@
+"""Checkpoints that are written while the training goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdino import Trainer, checkpoint
+from fastdino.errors import CheckpointError
+from fastdino.training import host_copy, resume
+from fastdino.training.checkpoint_writer import CheckpointWriter
+from fastdino.training.loop import train
+from tests.runs import STEPS, assert_same_run, fail, interrupt, losses_of, weights_of
+
+pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Writes wait until it is set; it is set at first."""
+    opened, write = threading.Event(), checkpoint.write
+
+    def gated(*args, **options):
+        assert opened.wait(60)
+        write(*args, **options)
+
+    opened.set()
+    monkeypatch.setattr(checkpoint, "write", gated)
+    return opened
+
+
+@pytest.fixture
+def writer():
+    """A writer, and the list of its warnings."""
+    warnings = []
+    made = CheckpointWriter(warnings.append)
+    made.warnings = warnings
+    return made
+
+
+def save(writer, state, path):
+    writer.start(state, *(lambda copied: checkpoint.write(copied, path) for _ in range(2)))
+
+
+def state_of(value, **more):
+    return {"student": {"w": torch.full((3,), float(value))}, "left_out": [value], **more}
+
+
+def test_later_changes_do_not_reach_the_file(tmp_path, gate, writer):
+    path, state = tmp_path / "checkpoint.pth", state_of(1)
+    gate.clear()
+    save(writer, state, path)
+    state["student"]["w"].fill_(2)
+    state["left_out"].append(5)
+    assert not path.exists()
+    gate.set()
+    writer.wait()
+    loaded = checkpoint.load(path)
+    assert loaded["student"]["w"].tolist() == [1.0] * 3
+    assert loaded["left_out"] == [1]
+
+
+def test_buffers_are_used_again_and_follow_the_state(tmp_path, writer):
+    path = tmp_path / "checkpoint.pth"
+    seen = []
+    for value in (1, 2):
+        save(writer, state_of(value), path)
+        writer.wait()
+        seen.append({b.data_ptr() for b in writer._host._buffers.values()})
+    assert seen[0] == seen[1]
+    moments = {"state": {0: {"mu": torch.ones(1, 4).expand(2, 4), "step": torch.tensor(3.0)}}}
+    save(writer, {"student": {"w": torch.ones(5)}, "optimizer": moments, "pair": (1, "a")}, path)
+    writer.wait()
+    loaded = checkpoint.load(path)
+    assert loaded["student"]["w"].shape == (5,)
+    assert loaded["optimizer"]["state"][0]["mu"].is_contiguous()
+    assert loaded["optimizer"]["state"][0]["step"] == 3
+    assert loaded["pair"] == (1, "a")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("passing", [True, False])
+def test_failed_write_keeps_the_old_file_and_is_repeated_once(
+    tmp_path, monkeypatch, writer, number, passing
+):
+    path, replace, failures = tmp_path / "checkpoint.pth", os.replace, [1 if passing else 9]
+    save(writer, state_of(1), path)
+    writer.wait()
+
+    def failing(*args):
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(number, os.strerror(number))
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    save(writer, state_of(2), path)
+    writer.finish()
+    assert "the previous checkpoint.pth is intact; the run continues" in writer.warnings[0]
+    assert checkpoint.load(path)["left_out"] == [1]
+    if passing:
+        writer.wait()
+        assert checkpoint.load(path)["left_out"] == [2]
+    else:
+        with pytest.raises(CheckpointError, match=os.strerror(number)):
+            writer.wait()
+        assert checkpoint.load(path)["left_out"] == [1]
+    assert len(writer.warnings) == 1
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(
+    tmp_path, monkeypatch, writer
+):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 0 kB\n")
+    monkeypatch.setattr(host_copy, "MEMORY", tmp_path / "meminfo")
+    for value in (1, 2):
+        save(writer, state_of(value), tmp_path / "checkpoint.pth")
+        assert checkpoint.load(tmp_path / "checkpoint.pth")["left_out"] == [value]
+    assert len(writer.warnings) == 1
+    assert "no host memory for a copy of the checkpoint" in writer.warnings[0]
+    monkeypatch.setattr(host_copy, "MEMORY", tmp_path / "none")
+    assert host_copy.available_memory() > 1e18
+
+
+def slowly(monkeypatch, gate):
+    """Open the gate when the training waits for a write, or after one more step."""
+    step, wait = Trainer.train_step, CheckpointWriter.wait
+    states = SimpleNamespace(steps_during_writes=0, waits=0)
+
+    def counted(self, crops):
+        states.steps_during_writes += not gate.is_set()
+        return step(self, crops)
+
+    def opening(self):
+        states.waits += not gate.is_set()
+        gate.set()
+        wait(self)
+        gate.clear()
+
+    gate.clear()
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    monkeypatch.setattr(CheckpointWriter, "wait", opening)
+    return states
+
+
+def test_a_run_trains_during_its_writes_and_waits_before_the_next_one(
+    config, tmp_path, monkeypatch, gate
+):
+    """Each write ends only when something waits for it; a stop and a rollback do."""
+    settings = {"on_nonfinite": "rollback", "saveckp_freq": 1}
+    expected = config(output_dir=str(tmp_path / "expected"), saveckp_in_background=False, **settings)
+    run = config(**settings)
+    for one in (expected, run):
+        with monkeypatch.context() as patch:
+            states = slowly(patch, gate) if one is run else None
+            fail(patch, [STEPS + 1], "crops")
+            interrupt(patch, 2 * STEPS + 1, signal.SIGTERM)
+            assert train(one) == "interrupted"
+            assert weights_of(tmp_path / ("run" if states else "expected"))["iteration"] == 10
+            assert train(one) == "finished"
+        gate.set()
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    assert weights_of(tmp_path / "run")["left_out"] == [STEPS + 1]
+    names = [f"checkpoint000{epoch}.pth" for epoch in range(3)]
+    for name in names:
+        ours, theirs = (checkpoint.load(tmp_path / of / name) for of in ("run", "expected"))
+        assert ours["iteration"] == theirs["iteration"]
+    assert states.steps_during_writes > 2 * STEPS
+
+
+def test_a_run_that_fails_finishes_its_write_first(config, tmp_path, monkeypatch, gate):
+    finish = CheckpointWriter.finish
+
+    def opening(self):
+        gate.set()
+        finish(self)
+
+    def broken(self, crops):
+        if self.iteration == STEPS:
+            raise ValueError("broken step")
+        gate.clear()
+        return step(self, crops)
+
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    monkeypatch.setattr(CheckpointWriter, "finish", opening)
+    with pytest.raises(ValueError, match="broken step"):
+        train(config())
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+
+
+def test_a_run_ends_in_one_line_if_its_last_write_fails_twice(config, tmp_path, monkeypatch, capsys):
+    replace, slept = os.replace, []
+
+    def full(part, target):
+        if target.name == "checkpoint.pth" and checkpoints[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        checkpoints[0] += target.name == "checkpoint.pth"
+        replace(part, target)
+
+    checkpoints = [0]
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(resume, "time", SimpleNamespace(sleep=slept.append))
+    with pytest.raises(CheckpointError, match="No space left on device.*previous .* is intact"):
+        train(config(epochs=2))
+    assert slept == list(resume.SECONDS_UNTIL_RETRY)
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
+    assert len(losses_of(tmp_path / "run")) == 2
+    assert "the run continues, and the next save writes it again" in capsys.readouterr().err
