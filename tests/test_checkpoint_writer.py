@@ -115,9 +115,7 @@ def test_failed_write_keeps_the_old_file_and_is_repeated_once(
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
-def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(
-    tmp_path, monkeypatch, writer
-):
+def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(tmp_path, monkeypatch, writer):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 0 kB\n")
     monkeypatch.setattr(host_copy, "MEMORY", tmp_path / "meminfo")
     for value in (1, 2):
@@ -155,7 +153,9 @@ def test_a_run_trains_during_its_writes_and_waits_before_the_next_one(
 ):
     """Each write ends only when something waits for it; a stop and a rollback do."""
     settings = {"on_nonfinite": "rollback", "saveckp_freq": 1}
-    expected = config(output_dir=str(tmp_path / "expected"), saveckp_in_background=False, **settings)
+    expected = config(
+        output_dir=str(tmp_path / "expected"), saveckp_in_background=False, **settings
+    )
     run = config(**settings)
     for one in (expected, run):
         with monkeypatch.context() as patch:
@@ -196,7 +196,9 @@ def test_a_run_that_fails_finishes_its_write_first(config, tmp_path, monkeypatch
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
 
 
-def test_a_run_ends_in_one_line_if_its_last_write_fails_twice(config, tmp_path, monkeypatch, capsys):
+def test_a_run_ends_in_one_line_if_its_last_write_fails_twice(
+    config, tmp_path, monkeypatch, capsys
+):
     replace, slept = os.replace, []
 
     def full(part, target):
