@@ -32,7 +32,12 @@ MUTANTS = (
     Mutant(MONITOR, "module.training = mode", "module.training = True", MODES),
     Mutant(MONITOR, "(epoch + 1) % every", "epoch % every", REPORTED),
     Mutant(MONITOR, "or epoch + 1 == epochs", "", REPORTED),
-    Mutant(LOOP, "            self._save()  # a run that is killed", "            # a run", KILLED),
+    Mutant(
+        LOOP,
+        "            self._save()\n            self._finish_save()  # a run that is killed",
+        "            # a run",
+        KILLED,
+    ),
     Mutant(STRIPS, "return [*first, *np.", "return [*np.", PICTURES),
     Mutant(LOGGERS, "self._failed.add(name)", "pass", FAILING),
     Mutant(LOGGERS, "self._warned.add(name)", "pass", FAILING),

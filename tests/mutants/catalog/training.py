@@ -272,7 +272,7 @@ MUTANTS = (
     Mutant(RESUME, '"left_out": self.left_out,', '"left_out": [],', REMEMBERED),
     Mutant(RESUME, "left_out = [*self.left_out, failed]", "left_out = [failed]", TWO_INCIDENTS),
     Mutant(RESUME, "self._rollbacks += 1", "self._rollbacks = 1", LIMITED),
-    Mutant(RESUME, "self._rollbacks = 0\n\n    def _write", "\n    def _write", LIMITED),
+    Mutant(RESUME, "self._rollbacks = 0\n\n    def wait", "\n    def wait", LIMITED),
     Mutant(
         RESUME, "self._restore()\n        self.left_out = left_out", "self._restore()", REMEMBERED
     ),
@@ -352,7 +352,7 @@ MUTANTS = (
         '("student", "optimizer", "dino_loss")',
     ),
     Mutant(CHECKPOINT, "torch.isfinite(extremes).all()", "torch.isfinite(extremes).any()"),
-    Mutant(CHECKPOINT, "if tensor.is_floating_point():", "if tensor.dtype is torch.float32:"),
+    Mutant(CHECKPOINT, "if tensor.is_floating_point() and", "if tensor.dtype is torch.float32 and"),
     Mutant(CHECKPOINT, "first = also or path", "first = path"),
     Mutant(
         CHECKPOINT,
