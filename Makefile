@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 BENCH ?= runs/bench
 HUB ?= runs/hub
 
-.PHONY: install demo test test-slow mutants lint types docs format bench gates gpu-report hub clean help
+.PHONY: install demo test test-slow test-slurm mutants lint types docs format bench gates gpu-report hub clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ test: install  ## run all tests in two processes, each with one thread
 
 test-slow: install  ## run the tests marked slow: the full form of what `make test` runs reduced
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+test-slurm: install  ## as root: install Slurm, start two nodes on this machine, and run the tests marked slurm
+	@if tests/slurm/install.sh; then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m slurm tests/slurm; fi
 
 mutants: install  ## put small faults into the code and count those that the tests notice (slow; continues where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --write benchmarks/results/mutants.md

@@ -45,6 +45,8 @@ EXPORT = [
 # fastdino train --logger wandb, --logger mlflow.
 WANDB = ["wandb>=0.31"]
 MLFLOW = ["mlflow>=3.17"]
+# fastdino submit.
+SUBMIT = ["submitit>=1.5"]
 DEV = [
     "build",
     "hypothesis>=6.100",
@@ -83,10 +85,11 @@ setup(
         "export": EXPORT,
         "wandb": WANDB,
         "mlflow": MLFLOW,
+        "submit": SUBMIT,
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI_CUDA13,
         "dev": DEV,
-        "all": TRAIN + DATA + EXPORT + WANDB + MLFLOW + DALI_CUDA13 + DEV,
+        "all": TRAIN + DATA + EXPORT + WANDB + MLFLOW + SUBMIT + DALI_CUDA13 + DEV,
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
     classifiers=[

@@ -34,6 +34,7 @@ COMMANDS = {
     name: Command(f"fastdino.{module}", about)
     for name, module, about in (
         ("train", "training.loop", "pretrain a network (all flags of the paper's main_dino.py)"),
+        ("submit", "submit", "run train as a Slurm job (flags of run_with_submitit.py)"),
         ("knn", "evals.knn", "weighted k-NN accuracy (flags of eval_knn.py)"),
         ("linear", "evals.linear", "linear probe on frozen features (flags of eval_linear.py)"),
         ("attention", "evals.visualize_attention", "draw attention maps of a ViT, or score them"),

@@ -199,7 +199,8 @@ def flags(parser):
 
 # Flags with text that is no path.
 NO_PATHS = {
-    "arch", "baselines", "checkpoint_key", "dist_url", "executors", "logger", "split", "to",
+    "account", "arch", "baselines", "checkpoint_key", "comment", "constraint", "dist_url",
+    "executors", "logger", "partition", "qos", "split", "to",
 }  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def test_every_flag_that_takes_a_path_expands_the_home_folder(name):
     parser = argparse.ArgumentParser()
     import_module(cli.COMMANDS[name].module).configure(parser)
     in_config = {"data_path", "output_dir", "init_from", "knn_data"}  # expanded by TrainConfig
-    expanded = in_config if name == "train" else set()
+    expanded = in_config if name in ("train", "submit") else set()
     assert set(flags(parser)) - expanded <= NO_PATHS
 
 

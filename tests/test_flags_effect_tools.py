@@ -166,9 +166,10 @@ COMMANDS = {
         SHAPES,
     ),
 }
-# train: test_settings_effect.py. bench: its results are times; test_bench_flags.py and the tests of
-# its two benchmarks. info has no flags, and demo one, its output folder (test_demo.py).
-ELSEWHERE = {"train", "bench", "info", "demo"}
+# train: test_settings_effect.py. submit: test_submit.py. bench: its results are times;
+# test_bench_flags.py and the tests of its two benchmarks. info has no flags, and demo one, its
+# output folder (test_demo.py).
+ELSEWHERE = {"train", "submit", "bench", "info", "demo"}
 
 
 def test_every_command_has_a_table():

@@ -1,0 +1,46 @@
+"""Launchers, Slurm jobs, and the signals that stop a run."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+LAUNCH = "fastdino/launch.py"
+SUBMIT = "fastdino/submit.py"
+SIGNALS = "fastdino/signals.py"
+IMAGES = "fastdino/data/image_dataset.py"
+LOOP = "fastdino/training/loop.py"
+
+_ENVIRONMENT = "tests/test_launch_environment.py::test_"
+PLACE = (f"{_ENVIRONMENT}the_environment_states_the_place_of_this_process",)
+CONTRADICTION = (f"{_ENVIRONMENT}contradictory_variables_are_one_line",)
+HOSTS = (f"{_ENVIRONMENT}the_first_host_of_a_node_list",)
+PRESENT = ("tests/test_image_dataset.py::test_a_machine_needs_some_files_of_the_dataset",)
+ELSEWHERE = ("tests/test_loop.py::test_a_node_without_the_data_is_one_line",)
+
+MUTANTS = (
+    Mutant(LAUNCH, "job += _NEXT_STEP *", "job += 0 *", PLACE),
+    Mutant(LAUNCH, 'own_gpu and "," not in own_gpu', "own_gpu", PLACE),
+    Mutant(LAUNCH, '"SLURM_GPUS_PER_TASK" in environ and environ', "environ", PLACE),
+    Mutant(LAUNCH, "tasks not in (1, world_size) and", "tasks != 1 and", PLACE),
+    Mutant(LAUNCH, ' and "TORCHELASTIC_RUN_ID" not in environ', "", PLACE),
+    Mutant(LAUNCH, "        _check_tasks(environ)\n", "", CONTRADICTION),
+    Mutant(LAUNCH, "_NODE_LIST.fullmatch(nodes)", "_NODE_LIST.match(nodes)", CONTRADICTION),
+    Mutant(LAUNCH, 'r"\\1", match[1]', 'r"\\1", nodes', HOSTS),
+    Mutant(SIGNALS, "self.received in (None, signal.SIGUSR1.name)", "self.received is None"),
+    Mutant(SIGNALS, "elif number != signal.SIGUSR1 and now", "elif now"),
+    Mutant(SIGNALS, "now - self._received_at > SAME", "now > SAME"),
+    Mutant(SIGNALS, ", signal.SIGHUP, signal.SIGUSR1)", ", signal.SIGHUP)"),
+    Mutant(IMAGES, "if not any(map(os.path.exists", "if not all(map(os.path.exists", PRESENT),
+    Mutant(LOOP, "            dataset.check_present()\n", "            pass\n", ELSEWHERE),
+    Mutant(SUBMIT, "word.replace(JOB, task.job_id)", "word"),
+    Mutant(SUBMIT, "task.global_rank > 0", "task.global_rank < 0"),
+    Mutant(SUBMIT, "if self.requeue and _is_running(task.job_id):", "if self.requeue:"),
+    Mutant(SUBMIT, "if self.requeue and _is_running", "if _is_running"),
+    Mutant(SUBMIT, "DelayedSubmission(self) if self.requeue else None", "DelayedSubmission(self)"),
+    Mutant(SUBMIT, "        if status:\n            sys.exit(status)\n", ""),
+    Mutant(SUBMIT, "args.signal_delay_s >= 60 * args.timeout", "args.signal_delay_s > 60 * 1e9"),
+    Mutant(SUBMIT, 'None if config.device == "cpu" else args.ngpus', "args.ngpus"),
+    Mutant(SUBMIT, "requeue=args.requeue)", "requeue=True)"),
+    Mutant(SUBMIT, "numbered[-1].parent", "numbered[0].parent"),
+    Mutant(SUBMIT, "filter(None, lines)", "lines[-1:]"),
+)
