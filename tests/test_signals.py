@@ -52,13 +52,13 @@ def test_signals_are_caught_unless_they_were_ignored(number):
 @pytest.mark.parametrize(
     ("sent", "usual"),
     [
-        ([(signal.SIGTERM, 0), (signal.SIGTERM, 1)], False),  # forwarded by a launcher
-        ([(signal.SIGTERM, 0), (signal.SIGTERM, 60)], True),
+        ([(signal.SIGTERM, 100), (signal.SIGTERM, 101)], False),  # forwarded by a launcher
+        ([(signal.SIGTERM, 100), (signal.SIGTERM, 160)], True),
         # Slurm's warning, then the time limit: the run still has Slurm's KillWait to save.
-        ([(signal.SIGUSR1, 0), (signal.SIGTERM, 60)], False),
-        ([(signal.SIGUSR1, 0), (signal.SIGTERM, 60), (signal.SIGTERM, 120)], True),
-        ([(signal.SIGUSR1, 0), (signal.SIGUSR1, 60)], False),
-        ([(signal.SIGTERM, 0), (signal.SIGUSR1, 60)], False),
+        ([(signal.SIGUSR1, 100), (signal.SIGTERM, 160)], False),
+        ([(signal.SIGUSR1, 100), (signal.SIGTERM, 160), (signal.SIGTERM, 220)], True),
+        ([(signal.SIGUSR1, 100), (signal.SIGUSR1, 160)], False),
+        ([(signal.SIGTERM, 100), (signal.SIGUSR1, 160)], False),
     ],
 )
 def test_a_later_signal_has_its_usual_effect_unless_one_of_them_is_a_warning(

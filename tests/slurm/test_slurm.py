@@ -68,6 +68,10 @@ def field_of(job, field):
     return output_of("squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={field}")
 
 
+def set_limit(job, minutes):
+    subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], check=True)
+
+
 def freeze_in_epoch(epoch, job, run):
     """Stop the processes of both ranks after that many epochs.
 
@@ -94,8 +98,10 @@ def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
     freeze_in_epoch(3, job, run)
     # One to two minutes from now. Slurm sends the warning of 90 s up to 30 s early: at once.
     *_, minutes, _ = ["0", *field_of(job, "%M").split(":")]
-    limit = f"TimeLimit={int(minutes) + 2}"
-    subprocess.run(["scontrol", "update", f"JobId={job}", limit], check=True)
+    set_limit(job, int(minutes) + 2)
+    wait_for(lambda: "Requeued job" in logs_of(tmp_path), "requeued job", 300)
+    wait_for(lambda: field_of(job, "%T") == "PENDING", "pending job", 300)
+    set_limit(job, 10)
     wait_for(lambda: logs_of(tmp_path).count("resumed") == 2, "resumed run after the limit", 300)
     wait_for(lambda: field_of(job, "%T") == "COMPLETED", "end of the job", 300)
     logs = logs_of(tmp_path)

@@ -29,7 +29,12 @@ MUTANTS = (
     Mutant(SIGNALS, "self.received in (None, signal.SIGUSR1.name)", "self.received is None"),
     Mutant(SIGNALS, "elif number != signal.SIGUSR1 and now", "elif now"),
     Mutant(SIGNALS, "now - self._received_at > SAME", "now > SAME"),
-    Mutant(SIGNALS, ", signal.SIGHUP, signal.SIGUSR1)", ", signal.SIGHUP)"),
+    Mutant(
+        SIGNALS,
+        ", signal.SIGHUP, signal.SIGUSR1)",
+        ", signal.SIGHUP)",
+        crash="a SIGUSR1 that is not caught ends the process",
+    ),
     Mutant(IMAGES, "if not any(map(os.path.exists", "if not all(map(os.path.exists", PRESENT),
     Mutant(LOOP, "            dataset.check_present()\n", "            pass\n", ELSEWHERE),
     Mutant(SUBMIT, "word.replace(JOB, task.job_id)", "word"),
