@@ -1,14 +1,15 @@
 """The command `fastdino`: its subcommands and exit statuses.
 
 0: done. 1: a bug in fastdino, with its traceback. 2: a mistake in flags, data or checkpoint, with
-one line on stderr. 75 (EX_TEMPFAIL): a signal (fastdino.signals) stopped and saved the run; run it
-again. 130, 141: Ctrl-C, or the reader of the output is gone.
+one line on stderr. 75 (EX_TEMPFAIL): a signal (fastdino.signals) stopped and saved the run, or
+another rank was lost; run it again. 130, 141: Ctrl-C, or the reader of the output is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -63,6 +64,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
+    # PyTorch warns with a stack trace of C++ when a rank is lost, which the error explains.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # for names that it cannot encode
@@ -93,6 +96,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except UserError as error:
         if not error.reported:
             print_line(f"fastdino {requested}: error: {error}", sys.stderr)
+        return error.exit_status
     except ModuleNotFoundError as error:
         install = 'pip install "fastdino[train]"'
         print_line(f"fastdino {requested}: error: {error}: {install}", sys.stderr)

@@ -197,6 +197,9 @@ class TrainConfig:
     seed: int = _run(0, "Seed of the weights, the image order and the crops.")
     device: str = _run(("auto", "cuda", "cpu"), "Compute device.")
     dist_url: str = _run("env://", "Rendezvous URL of a distributed run.")
+    dist_timeout_minutes: float = _run(
+        10.0, "Minutes after which a rank that does not answer ends a distributed run."
+    )
 
     knn_data: str = _monitor(
         "",
@@ -353,7 +356,7 @@ _AT_LEAST_1 = (
     "local_crops_size", "grad_accum", "print_freq",
 )  # fmt: skip
 _PATHS = ("data_path", "output_dir", "init_from", "knn_data")
-_POSITIVE = ("warmup_teacher_temp", "teacher_temp")
+_POSITIVE = ("warmup_teacher_temp", "teacher_temp", "dist_timeout_minutes")
 _FRACTIONS = ("momentum_teacher", "drop_path_rate", "max_bad_share", "hw_decoder_load")
 
 

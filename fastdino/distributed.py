@@ -5,86 +5,116 @@ In a run with one process no process group exists, and every function here is a 
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from fastdino.errors import ConfigError, UserError
 from fastdino.launch import Launch, read_launch
-from fastdino.waiting import killable
+from fastdino.liveness import Liveness
+from fastdino.rendezvous import meet
+from fastdino.waiting import DaemonExecutor, killable
 
 T = TypeVar("T")
-# Rank 0 reads the image headers of a large dataset while the others wait.
-TIMEOUT = timedelta(hours=2)
+TIMEOUT_MINUTES = 10.0
+# For waits that end with a sign of life instead of a time: rank 0 reads a large dataset, say.
+UNLIMITED = timedelta(days=30)
 SLICE_ELEMENTS = 1 << 26  # elements that `total` copies to the GPU at a time
 
 
+class _Exchange(NamedTuple):
+    """How the ranks exchange objects: a group of gloo, a thread for its calls, signs of life."""
+
+    group: Any
+    thread: DaemonExecutor
+    liveness: Liveness
+
+
+_exchange: _Exchange | None = None  # of the present process group
+
+
 @contextmanager
-def process_group(device: torch.device, dist_url: str) -> Iterator[None]:
+def process_group(
+    device: torch.device, dist_url: str, timeout_minutes: float = TIMEOUT_MINUTES
+) -> Iterator[None]:
     """Join the process group of torchrun or srun and leave it at the end.
 
     It uses nccl on GPUs and gloo on CPUs. A run of one process has none. A process may join several
     groups one after the other; all ranks must join each of them.
 
-    Raises: ConfigError: variables of a launcher that contradict each other, or no connection.
+    Args: timeout_minutes: limit of the rendezvous, of each collective on tensors, and of the time
+        without a sign of life after which a rank is lost. Exchanges of objects have no other limit.
+
+    Raises:
+        ConfigError: variables of a launcher that contradict each other, or no connection.
+        RankLostError: another rank was killed or stopped, or cannot be reached.
+        UserError: an error of another rank, which prints it.
     """
+    global _exchange
+    seconds = 60 * timeout_minutes
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            f"--dist_timeout_minutes must be a finite number above 0, got {timeout_minutes:g}"
+        )
     launch = read_launch()
     if dist.is_initialized() or launch.world_size == 1:
         yield
         return
+    _exchange = _join(device, dist_url, launch, min(seconds, UNLIMITED.total_seconds()))
+    liveness = _exchange.liveness
+    try:
+        yield
+        gather(None)  # leave together: rank 0 serves the store
+    except BaseException as error:
+        explained = liveness.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        liveness.leave()
+        _exchange.thread.shutdown(wait=False)
+        _exchange = None
+    # Not after an error: leaving the group would wait for ranks that may be in a collective. The
+    # other ranks learn of the error from the closed connections.
+    dist.destroy_process_group()
+
+
+def _join(device: torch.device, dist_url: str, launch: Launch, seconds: float) -> _Exchange:
+    """Meet the other ranks and create the process group."""
     if launch.master and dist_url == "env://":
         dist_url = "tcp://{}:{}".format(*launch.master)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=seconds)
     try:
         with killable():  # it waits for the other ranks
+            store, prints = meet(dist_url, launch, seconds)
+            liveness = Liveness(store, launch.rank, launch.world_size, seconds, prints=prints)
             dist.init_process_group(
                 backend,
-                store=_store_of_next_group(dist_url, launch),
+                store=store,
                 rank=launch.rank,
                 world_size=launch.world_size,
                 device_id=device if device.type == "cuda" else None,
-                timeout=TIMEOUT,
+                timeout=limit,
             )
+            group = dist.new_group(backend="gloo", timeout=UNLIMITED)
+    except ConfigError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # includes torch.distributed.DistError
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"rank {launch.rank} of {launch.world_size} cannot join the others by {backend} at "
             f"{dist_url} ({reason}): check --dist_url, or MASTER_ADDR and MASTER_PORT"
         ) from error
-    yield
-    # Not after an error: leaving the group would wait for ranks that may be in a collective. The
-    # launcher stops them when this process exits.
-    dist.destroy_process_group()
-
-
-def _store_of_next_group(dist_url: str, launch: Launch) -> Store:
-    """Return a store that has no keys of earlier process groups.
-
-    With their keys, the ranks would try to connect to the sockets of the earlier group and hang.
-    """
-    master = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))  # of env://
-    store, numbers = _open_store(dist_url, launch.rank, launch.world_size, master)
-    return PrefixStore(f"group{next(numbers)}", store)
-
-
-@functools.cache  # rank 0 serves it until the process ends, so no rank can join one that closes
-def _open_store(
-    dist_url: str, rank: int, world_size: int, master: tuple[str | None, ...]
-) -> tuple[Store, Iterator[int]]:
-    """Connect to the store of rank 0, and count the groups that use it."""
-    store, _, _ = next(rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
-    store.set_timeout(TIMEOUT)
-    return store, itertools.count()
+    liveness.start()
+    return _Exchange(group, DaemonExecutor(1), liveness)
 
 
 def rank() -> int:
@@ -127,9 +157,19 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with killable(always=False):
-        dist.all_gather_object(values, value)
+    _wait_for_others(lambda group: dist.all_gather_object(values, value, group=group))
     return values
+
+
+def _wait_for_others(collective: Callable[[Any], object]) -> None:
+    """Run a collective on objects; wait for the other ranks as long as they give signs of life."""
+    with killable(always=False):
+        if _exchange is None:  # the process group is not from `process_group`
+            collective(None)
+            return
+        future = _exchange.thread.submit(collective, _exchange.group)
+        _exchange.liveness.wait(lambda seconds: bool(wait([future], seconds).done))
+        future.result()
 
 
 @contextmanager
@@ -144,7 +184,8 @@ def fail_together() -> Iterator[None]:
         return
     own: Exception | None = None
     try:
-        yield
+        with without_collectives():
+            yield
     except Exception as raised:
         own = raised
     portable = own if own is None or isinstance(own, UserError) else UserError(repr(own))
@@ -153,9 +194,16 @@ def fail_together() -> Iterator[None]:
         return
     failed_rank, error = first
     if failed_rank == rank() and own is not None:
+        if isinstance(own, UserError):
+            own.agreed = True
         raise own
-    error.reported = True
+    error.reported = error.agreed = True
     raise error
+
+
+def without_collectives() -> AbstractContextManager[None]:
+    """Mark a block without collectives: a fault of another rank does not end this one in it."""
+    return _exchange.liveness.without_collectives() if _exchange else nullcontext()
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -165,6 +213,5 @@ def from_main(make: Callable[[], T]) -> T:
         if rank() == 0:
             result = [make()]
     if world_size() > 1:
-        with killable(always=False):
-            dist.broadcast_object_list(result, src=0)
+        _wait_for_others(lambda group: dist.broadcast_object_list(result, src=0, group=group))
     return result[0]

@@ -4,10 +4,13 @@
 class UserError(ValueError):
     """A mistake that the user can fix; the message has the expected and actual value and a fix.
 
-    `reported`: another rank prints this error.
+    `reported`: another rank prints this error. `agreed`: all ranks raise it. `exit_status`: of the
+    command.
     """
 
     reported = False
+    agreed = False
+    exit_status = 2
 
 
 class ConfigError(UserError):
@@ -29,3 +32,12 @@ class NonFiniteError(UserError):
     """
 
     iteration: int | None = None
+
+
+class RankLostError(UserError):
+    """Another rank was killed or stopped, or cannot be reached.
+
+    The same command continues the run: EX_TEMPFAIL of sysexits.h, as after a signal.
+    """
+
+    exit_status = 75

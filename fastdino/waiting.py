@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -68,6 +68,15 @@ class DaemonExecutor(Executor):
     def _work(self) -> None:
         while (run := self._tasks.get()) is not None:
             run()
+
+
+def run_within(seconds: float, function: Callable[..., T], *args: Any) -> T:
+    """Run function(*args) in a thread; raise TimeoutError, and leave it behind, after a time."""
+    with DaemonExecutor(1) as thread:
+        future = thread.submit(function, *args)
+        if not wait([future], seconds).done:
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        return future.result()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ TWO_RANKS = {
     "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
     "MASTER_PORT": "1",
 }  # fmt: skip
+RANK_1 = {"RANK": "1"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def ranks_meet_at_the_url(_: Ran, second: Ran) -> None:
     assert "cannot join the others by gloo at nowhere://url" in second.err
 
 
+def waits_as_long_for_rank_0(_: Ran, second: Ran) -> None:
+    assert second.status == 2
+    assert "rank 1 of 2 cannot join" in second.err
+    assert "no answer for 0.3 s" in second.err
+
+
 def writes(*names: str) -> Check:
     def check(first: Ran, second: Ran) -> None:
         assert set(names) <= set(second.files) - set(first.files)
@@ -120,6 +127,9 @@ NANO = "--pretrained_weights {nano} --arch vit_nano --patch_size 8 --device cpu"
 PROCESSES = {
     "num_workers": Flag("--num_workers 1", loaded_by_a_worker),
     "dist_url": Flag("--dist_url nowhere://url", ranks_meet_at_the_url, environment=TWO_RANKS),
+    "dist_timeout_minutes": Flag(
+        "--dist_timeout_minutes 0.005", waits_as_long_for_rank_0, environment=TWO_RANKS | RANK_1
+    ),
     "local_rank": Flag("--local_rank 1", unchanged),  # accepted from old launchers and not used
 }
 

@@ -32,19 +32,46 @@ def run_two(function: Callable[..., None], *args: Any) -> None:
 
 def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
     """Run the picklable function(*args) in several ranks; raise the error of a rank."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _prepare()
     torch.multiprocessing.start_processes(
         _run_rank,
         (ranks, port, dict(os.environ), function, args),
         nprocs=ranks,
         start_method="forkserver",
     )
+
+
+def start_ranks(ranks: int, function: Callable[..., None], *args: Any) -> list[Any]:
+    """Start the picklable function(*args) in several ranks; return the processes."""
+    port, context = _prepare(), multiprocessing.get_context("forkserver")
+    environment = dict(os.environ)
+    processes = [
+        context.Process(target=_run_rank, args=(i, ranks, port, environment, function, args))
+        for i in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end_ranks(processes: list[Any], seconds: float) -> list[int]:
+    """Return the exit statuses of processes; those that do not end in time are killed."""
+    for process in processes:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _prepare() -> int:
+    """Start the fork server; return a free port."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -33,7 +33,7 @@ ROWS = (
     ("fastdino.augmentation",),
     (
         "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.epoch_log",
-        "fastdino.files", "fastdino.optimizer_state",
+        "fastdino.files", "fastdino.liveness", "fastdino.optimizer_state", "fastdino.rendezvous",
         "fastdino.numpy_pickles",
         "fastdino.signals",
     ),

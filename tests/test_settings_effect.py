@@ -53,6 +53,7 @@ PLAIN_SGD = ONE_STEP | {
 # For several ranks or a GPU: test_settings_effect_devices.py.
 ELSEWHERE = {
     "hw_decoder_load", "use_fp16", "compile", "attention", "cuda_graph", "fsdp", "dist_url",
+    "dist_timeout_minutes",
 }  # fmt: skip
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a GPU")
 

@@ -17,6 +17,7 @@ from fastdino.models import attention
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS
 from fastdino.training.cuda_graph import GraphedStep
+from tests.flag_effects import RANK_1, TWO_RANKS
 from tests.loaders import build_loader, make_config, needs_dali
 from tests.processes import run_two
 from tests.test_settings_effect import ELSEWHERE
@@ -157,6 +158,17 @@ def test_fsdp_shards_the_parameters_and_ranks_meet_at_dist_url(tmp_path):
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@effect_of("dist_timeout_minutes")
+def test_dist_timeout_minutes_limits_the_wait_for_rank_0(tmp_path, monkeypatch):
+    for name, value in (TWO_RANKS | RANK_1).items():
+        monkeypatch.setenv(name, value)
+    write_pictures(tmp_path / "images")
+    run = train_tiny(
+        monkeypatch, tmp_path / "images", tmp_path / "run", {"dist_timeout_minutes": 0.005}
+    )
+    assert "no answer for 0.3 s" in str(run.error)
 
 
 def test_every_setting_has_a_test():

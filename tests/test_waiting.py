@@ -86,11 +86,11 @@ with StopSignals(), file_lock(Path(sys.argv[1]), wait=True):
 RENDEZVOUS = """
 import sys, torch
 from fastdino import distributed
-rendezvous = distributed.rendezvous
-def wait_for_ranks(*args, **options):
+meet = distributed.meet
+def wait_for_ranks(*args):
     print("waiting", file=sys.stderr, flush=True)
-    return rendezvous(*args, **options)
-distributed.rendezvous = wait_for_ranks
+    return meet(*args)
+distributed.meet = wait_for_ranks
 with distributed.process_group(torch.device("cpu"), "env://"):
     pass
 """

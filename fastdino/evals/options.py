@@ -93,6 +93,9 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add = group.add_argument
     add("--num_workers", type=int, default=10, help=f"maximum data loading workers {DEFAULT}")
     add("--dist_url", default="env://", help=f"rendezvous URL of a distributed run {DEFAULT}")
+    about = f"minutes after which a rank that does not answer ends a distributed run {DEFAULT}"
+    default = distributed.TIMEOUT_MINUTES
+    add("--dist_timeout_minutes", type=float, metavar="X", default=default, help=about)
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return group
 
@@ -138,7 +141,7 @@ def write_scores(
 def join_ranks(args: argparse.Namespace) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if any; yield the device of this rank."""
     device = choose_device(args.device)
-    with distributed.process_group(device, args.dist_url):
+    with distributed.process_group(device, args.dist_url, args.dist_timeout_minutes):
         yield device
 
 

@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> Status:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with distributed.process_group(device, config.dist_url), contextlib.ExitStack() as stack:
+    group = distributed.process_group(device, config.dist_url, config.dist_timeout_minutes)
+    with group, contextlib.ExitStack() as stack:
         folder = OutputFolder(Path(config.output_dir))
         distributed.from_main(lambda: _enter(folder, stack))
         return Run(config, resolve_runtime(config), folder).run()

@@ -28,8 +28,8 @@ PASSING_ERRORS = (
 _DAMAGED = "use an older one, or move it away to start from scratch"
 # Settings that may differ from the checkpoint's without a warning: they do not affect the result.
 NEUTRAL_SETTINGS = (
-    "data_path", "output_dir", "dist_url", "device", "num_workers", "init_from", "knn_data",
-    "knn_every", "attention_every", "logger", "saveckp_in_background",
+    "data_path", "output_dir", "dist_url", "dist_timeout_minutes", "device", "num_workers",
+    "init_from", "knn_data", "knn_every", "attention_every", "logger", "saveckp_in_background",
 )  # fmt: skip
 
 # Resolved settings that change the result, and values that give the same result.
@@ -99,7 +99,8 @@ class RunCheckpoint:
 
     def close(self) -> None:
         """Wait until the last save is written or has failed, on this rank."""
-        self._writer.finish()
+        with distributed.without_collectives():
+            self._writer.finish()
 
     def _start_write(self, state: dict[str, Any], also: Path | None) -> None:
         self._writer.wait()

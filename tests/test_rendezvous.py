@@ -1,0 +1,108 @@
+"""Ranks that meet: a missing or contradicting one is named, and a wrong address is reported."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from fastdino import rendezvous
+from fastdino.errors import ConfigError
+from fastdino.launch import Launch
+from fastdino.rendezvous import meet
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "LAST_SECONDS", 0.3)
+    rendezvous._open.cache_clear()
+
+
+@pytest.fixture
+def url() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+def join(url: str, *launches: Launch, seconds: float = 30.0) -> list[tuple[str, bool] | None]:
+    """Join with several ranks at once; return the error of each, and whether it is reported."""
+    errors: dict[int, tuple[str, bool]] = {}
+
+    def run(number: int) -> None:
+        try:
+            meet(url, launches[number], seconds)
+        except ConfigError as error:
+            errors[number] = (str(error), error.reported)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(launches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [errors.get(i) for i in range(len(launches))]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "file"])
+def test_ranks_meet_and_one_per_host_prints(url, tmp_path, kind):
+    url = url if kind == "tcp" else f"file://{tmp_path}/store"
+    prints = {}
+
+    def run(rank: int) -> None:
+        store, prints[rank] = meet(url, Launch(rank, 3), 30.0)
+        assert store.multi_get(["rank0"])[0].decode() == f"3 {socket.gethostname()}"
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert prints == {0: True, 1: True, 2: False}  # rank 0 is the one that may be lost
+
+
+def test_missing_ranks_are_named_once(url):
+    errors = join(url, Launch(0, 4), Launch(2, 4), seconds=0.6)
+    texts = {text for text, _ in filter(None, errors)}
+    assert texts == {
+        "ranks 1, 3 of 4 did not come within --dist_timeout_minutes 0.01: start every rank, with "
+        "the same MASTER_ADDR and MASTER_PORT or --dist_url"
+    }
+    assert sorted(reported for _, reported in filter(None, errors)) == [False, True]
+
+
+def test_contradicting_world_sizes_are_reported_at_once(url):
+    errors = join(url, Launch(0, 2), Launch(1, 3))
+    host = socket.gethostname()
+    both = (
+        f"rank 0 was started with 2 processes in total, and rank 1 on {host} with 3: start all "
+        "with the same WORLD_SIZE",
+        f"rank 1 was started with 3 processes in total, and rank 0 on {host} with 2: start all "
+        "with the same WORLD_SIZE",
+    )
+    assert [error[0] for error in errors if error] == [*both]
+    assert sorted(error[1] for error in errors if error) == [False, True]
+
+
+def test_two_processes_of_one_rank_are_an_error(url):
+    errors = join(url, Launch(0, 3), Launch(1, 3), Launch(1, 3), seconds=1.0)
+    assert any(
+        text.startswith("two processes have rank 1 of 3") for text, _ in filter(None, errors)
+    )
+
+
+def test_leftover_of_a_file_rendezvous_is_explained(tmp_path: Path):
+    url = f"file://{tmp_path}/store"
+    for text in ("rank 1 of 2 did not come", "two processes have rank 0 of 2.*earlier run"):
+        rendezvous._open.cache_clear()
+        with pytest.raises(ConfigError, match=text):
+            meet(url, Launch(0, 2), 0.2)
+
+
+def test_a_wrong_address_is_an_error_after_the_timeout(url):
+    with pytest.raises(OSError, match=r"no answer for 0.3 s: Connection refused"):
+        meet(url, Launch(1, 2), 0.3)
+    with pytest.raises(OSError, match=r"no answer for 0.3 s: .*(known|resolution)"):
+        meet("tcp://no.host.invalid:1", Launch(1, 2), 0.3)
