@@ -1,21 +1,17 @@
-"""Two ranks: messages per step, learning rate, and their random streams across a resume."""
+"""Steps on two ranks: messages, learning rate and means."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdino import TrainConfig, Trainer, checkpoint, distributed
-from fastdino.training.loop import train
+from fastdino import TrainConfig, Trainer, distributed
 from tests.processes import run_two
 from tests.small_networks import shrink_networks
-from tests.test_exact_resume import differences
 
 ACCUMULATED = (1, 2)
 
@@ -80,38 +76,3 @@ def test_learning_rate_grows_with_the_global_batch(steps):
 
 def test_means_are_of_all_ranks(steps):
     assert [results["mean"] for results in steps] == [["1.5", "nan"]] * 2
-
-
-def train_in_two(settings):
-    shrink_networks(pytest.MonkeyPatch())
-    rank = int(os.environ["RANK"])
-    whole = TrainConfig.from_dict(settings | {"output_dir": settings["output_dir"] + "/whole"})
-    assert train(whole) == "finished"
-    folder = settings["output_dir"]
-    if rank == 0:
-        os.mkdir(f"{folder}/resumed")
-        shutil.copy(f"{folder}/whole/checkpoint0000.pth", f"{folder}/resumed/checkpoint.pth")
-    # The other rank opens it after the ranks have met in the run's process group.
-    resumed = TrainConfig.from_dict(settings | {"output_dir": folder + "/resumed"})
-    torch.manual_seed(99)
-    assert train(resumed) == "finished"
-
-
-def test_ranks_have_random_streams_of_their_own_across_a_resume(tiny, pictures, tmp_path):
-    """Stochastic depth draws from them."""
-    config = tiny(
-        data_path=str(pictures), output_dir=str(tmp_path), drop_path_rate=0.5, epochs=2, seed=3,
-        batch_size_per_gpu=2, saveckp_freq=1, freeze_last_layer=0,
-    )  # fmt: skip
-    run_two(train_in_two, config.to_dict())
-    first = checkpoint.load(tmp_path / "whole/checkpoint0000.pth")["generators"]
-    whole, resumed = (checkpoint.load(tmp_path / name / "checkpoint.pth")
-                      for name in ("whole", "resumed"))  # fmt: skip
-    states = [state["cpu"] for state in (*first, *whole["generators"])]
-    for i, state in enumerate(states):
-        assert not any(torch.equal(state, other) for other in states[:i])
-    log = (tmp_path / "whole/log.txt").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in log] == [0, 1], "written by one rank"
-    for state in (whole, resumed):
-        del state["args"]["output_dir"]
-    assert differences(resumed, whole) == []

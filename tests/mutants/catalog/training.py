@@ -66,7 +66,7 @@ RANKS = tuple(
         "means_are_of_all_ranks",
     )
 )
-STREAMS = ("tests/test_ranks.py::test_ranks_have_random_streams_of_their_own_across_a_resume",)
+STREAMS = ("tests/test_run_ranks.py::test_two_ranks_in_fast_mode_resume_and_roll_back_together",)
 ENVIRONMENT = (
     "tests/test_launch_environment.py::test_the_environment_states_the_place_of_this_process",
     "tests/test_launch_environment.py::test_contradictory_variables_are_one_line",
