@@ -105,7 +105,7 @@ def interpreter(monkeypatch) -> None:
     patch_interpreter(monkeypatch)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., TrainConfig]:
     """A function that makes the config of a network and crops of a few tokens per image."""
 

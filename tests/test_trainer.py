@@ -63,29 +63,51 @@ def golden_crops(iteration: int) -> list[torch.Tensor]:
     return crops
 
 
+# Numbers of steps. FEW: until a loss after an update; the first learning rate is 0. UNFROZEN: until
+# a loss after an update of the last layer, which is frozen in the first of three epochs of 4 steps.
+FEW, UNFROZEN, ALL = 3, 6, len(GOLDEN["steps"])
+slow = pytest.mark.slow
+small = pytest.mark.usefixtures("small_networks")
+
+
 @pytest.mark.parametrize(
-    ("packing", "last_block"),
+    ("packing", "last_block", "steps"),
     [
-        ("on", "cls"),
-        pytest.param("on", "all", marks=pytest.mark.slow),
-        pytest.param("off", "cls", marks=pytest.mark.slow),
-        pytest.param("off", "all", marks=pytest.mark.slow),
+        ("on", "cls", UNFROZEN),
+        *(
+            pytest.param(packing, last_block, ALL, marks=slow)
+            for packing in ("on", "off")
+            for last_block in ("cls", "all")
+        ),
     ],
 )
-def test_float64_matches_recorded_trajectory(float64, packing, last_block):
+def test_float64_matches_recorded_trajectory(float64, packing, last_block, steps):
     trainer = golden_trainer(packing=packing, last_block=last_block)
-    for i, expected in enumerate(GOLDEN["steps"]):
+    for i, expected in enumerate(GOLDEN["steps"][:steps]):
         loss = trainer.train_step(golden_crops(i)).item()
         group = trainer.optimizer.param_groups[0]
         got = {
             "loss": loss,
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
-            "momentum": trainer.momentum_schedule(i),
-            "teacher_temp": float(trainer.loss.teacher_temp_schedule[i // 4]),
             "center_norm": trainer.loss.center.norm().item(),
         }
         assert got == pytest.approx({name: expected[name] for name in got}, rel=1e-8), f"step {i}"
+    schedules = {
+        "lr": trainer.lr_schedule,
+        "weight_decay": trainer.weight_decay_schedule,
+        "momentum": trainer.momentum_schedule,
+        "teacher_temp": lambda i: float(trainer.loss.teacher_temp_schedule[i // 4]),
+    }
+    for name, schedule in schedules.items():
+        expected = [step[name] for step in GOLDEN["steps"]]
+        assert [schedule(i) for i in range(ALL)] == pytest.approx(expected, rel=1e-8), name
+    if steps == ALL:
+        assert_golden_networks(trainer)
+
+
+def assert_golden_networks(trainer: Trainer) -> None:
+    """Compare the weights after the last step, and features of the teacher."""
     for name, network in (("student", trainer.student), ("teacher", trainer.teacher)):
         got = {n: [p.sum().item(), p.norm().item()] for n, p in network.named_parameters()}
         assert got.keys() == GOLDEN["final"][name].keys()
@@ -112,13 +134,14 @@ def test_mixed_precision_on_a_gpu_stays_close_to_recorded_trajectory(attention, 
     assert_golden_losses(golden_trainer(attention=attention, packing=packing, **settings), 2e-2)
 
 
-def test_float32_matches_recorded_trajectory_within_rounding():
-    assert_golden_losses(golden_trainer(), 1e-4)
+@pytest.mark.parametrize("steps", [FEW, pytest.param(ALL, marks=slow)])
+def test_float32_matches_recorded_trajectory_within_rounding(steps):
+    assert_golden_losses(golden_trainer(), 1e-4, steps)
 
 
-def assert_golden_losses(trainer: Trainer, rel: float) -> None:
-    losses = [trainer.train_step(golden_crops(i)).item() for i in range(len(GOLDEN["steps"]))]
-    assert losses == pytest.approx([step["loss"] for step in GOLDEN["steps"]], rel=rel)
+def assert_golden_losses(trainer: Trainer, rel: float, steps: int = ALL) -> None:
+    losses = [trainer.train_step(golden_crops(i)).item() for i in range(steps)]
+    assert losses == pytest.approx([step["loss"] for step in GOLDEN["steps"][:steps]], rel=rel)
 
 
 class PlainDINO:
@@ -197,6 +220,7 @@ class PlainDINO:
         return self.sgd(name, p, g, lr, 0.0)
 
 
+@small
 @pytest.mark.parametrize(
     "settings",
     [
@@ -205,7 +229,8 @@ class PlainDINO:
         {"optimizer": "lars", "lr": 5.0, "norm_last_layer": False},
         {"norm_last_layer": False, "freeze_last_layer": 2, "clip_grad": 0.05},
         {"local_crops_number": 0, "warmup_teacher_temp": 0.02, "warmup_teacher_temp_epochs": 2},
-        {"use_bn_in_head": True, "warmup_epochs": 0, "momentum_teacher": 0.9},
+        # Gradients that are 0 but for rounding, as batch norm makes them, are large to AdamW.
+        {"use_bn_in_head": True, "warmup_epochs": 0, "momentum_teacher": 0.9, "optimizer": "sgd"},
         {"batch_size_per_gpu": 2, "grad_accum": 2},
         {"packing": "on", "drop_path_rate": 0.5},
         {"arch": "xcit_nano_12_p16", "global_crops_size": 48, "local_crops_size": 32},
@@ -222,7 +247,7 @@ def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
     plain_config = dataclasses.replace(config, packing="off", last_block="all")
     other = Trainer(plain_config, steps_per_epoch=2)
     plain = PlainDINO(config, 2, other.student, other.teacher)
-    for i in range(6):
+    for i in range(3 if "arch" in settings else 6):
         crops = crops_of(config, i)
         torch.manual_seed(i)  # for stochastic depth
         loss = trainer.train_step(crops).item()
@@ -235,6 +260,7 @@ def test_every_setting_matches_the_equations(float64, tiny, settings, crops_of):
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@small
 @pytest.mark.parametrize("written_by", ["this version", "the paper's code", "version 0"])
 def test_checkpoints_are_resumed(tiny, crops_of, written_by):
     config = tiny()
@@ -285,6 +311,7 @@ def test_checkpoint_of_another_network_or_length_is_rejected(tiny, settings, ste
         other.load_state_dict(state)
 
 
+@small
 @pytest.mark.parametrize(
     ("settings", "name"),
     [({}, "exp_avg"), ({"mode": "fast", "compile": "off"}, "exp_avg"),
@@ -304,6 +331,7 @@ def test_moments_of_another_size_or_kind_are_rejected(tiny, crops_of, settings, 
             Trainer(config, steps_per_epoch=2).load_state_dict(state)
 
 
+@small
 @pytest.mark.parametrize("mode", ["parity", "fast"])
 def test_expanded_moments_and_other_settings_in_a_checkpoint_are_harmless(tiny, crops_of, mode):
     """A fused update would write beyond the one number that an expanded tensor has."""
@@ -326,6 +354,7 @@ def test_expanded_moments_and_other_settings_in_a_checkpoint_are_harmless(tiny, 
     assert losses[0] == losses[1]
 
 
+@small
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epoch", None), ("epoch", -1), ("epoch", True), ("iteration", "2"), ("iteration", -1),
@@ -337,6 +366,7 @@ def test_counts_of_a_checkpoint_must_be_whole_numbers(tiny, name, value):
         trainer.load_state_dict(trainer.state_dict() | {name: value})
 
 
+@small
 def test_entropy_is_measured_every_print_freq_steps_and_at_epoch_starts(float64, tiny, crops_of):
     config = tiny(print_freq=2, grad_accum=2)
     trainer = Trainer(config, steps_per_epoch=3)
@@ -384,8 +414,8 @@ def train_on_half(config, batches, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_like_one(float64, tiny, crops_of, tmp_path, monkeypatch):
-    shrink_networks(monkeypatch)
+@small
+def test_two_ranks_train_like_one(float64, tiny, crops_of, tmp_path):
     config = tiny(batch_size_per_gpu=8, epochs=2, compile="off")
     batches = [crops_of(config, i) for i in range(2)]
     run_two(train_on_half, config.to_dict(), batches, tmp_path)
@@ -399,6 +429,7 @@ def test_two_ranks_train_like_one(float64, tiny, crops_of, tmp_path, monkeypatch
         torch.testing.assert_close(ranks[0], expected, rtol=1e-8, atol=1e-10)
 
 
+@small
 @pytest.mark.parametrize("settings", [{}, {"centering": "sinkhorn", "koleo_weight": 0.1}])
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
 def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, settings, crops_of):
@@ -416,6 +447,7 @@ def test_mixed_precision_is_close_to_fp32(tiny, amp_dtype, settings, crops_of):
     assert ("fp16_scaler" in mixed.state_dict()) == (amp_dtype == "fp16")
 
 
+@small
 def test_koleo_of_one_image_is_rejected(tiny, crops_of):
     trainer = Trainer(tiny(batch_size_per_gpu=2, grad_accum=2, koleo_weight=0.1), 1)
     crops = crops_of(trainer.config, 0)
@@ -427,6 +459,7 @@ def test_koleo_of_one_image_is_rejected(tiny, crops_of):
     torch.testing.assert_close(loss, total)
 
 
+@small
 @pytest.mark.parametrize(
     ("crops", "message"),
     [
