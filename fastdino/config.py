@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fastdino.batch_split import BatchSplit, split_global_batch
 from fastdino.errors import ConfigError
 
 
@@ -91,6 +92,12 @@ class TrainConfig:
         "Forward passes per step. A step has batch_size_per_gpu * grad_accum images per process, "
         "and the loss, center, EMA and schedules of one batch of that size.",
     )
+    global_batch_size: int = _optim(
+        0,
+        "Images per step over all processes, for runs whose number of processes may change. The "
+        "batches and forward passes of each process follow from it, with at most "
+        "batch_size_per_gpu images per pass. 0: batch_size_per_gpu * grad_accum * processes.",
+    )
     lr: float = _optim(0.0005, "Peak learning rate, multiplied by global batch / 256.")
     warmup_epochs: int = _optim(10, "Warmup epochs of the learning rate.")
     min_lr: float = _optim(1e-6, "Learning rate at the end of its cosine schedule.")
@@ -143,7 +150,8 @@ class TrainConfig:
     last_batch: str = _data(
         ("paper", "drop", "pad"),
         "Incomplete last batch of an epoch: paper (repeat images until all ranks have the same "
-        "number, then drop the batch), drop (no repeats), pad (fill with the first images).",
+        "number, then drop the batch; with --global_batch_size as in one process), drop (no "
+        "repeats), pad (fill with the first images).",
     )
     max_bad_share: float = _data(0.05, "Fraction of unreadable images that stops the run.")
 
@@ -192,6 +200,9 @@ class TrainConfig:
     saveckp_in_background: bool = _run(
         True,
         "Write checkpoints in a thread while the training goes on; needs host memory for one copy.",
+    )
+    saveckp_every_minutes: float = _run(
+        0.0, "Also save checkpoint.pth when the last save was this many minutes ago; 0: no."
     )
     print_freq: int = _run(10, "Steps between entropy measurements and progress updates.")
     seed: int = _run(0, "Seed of the weights, the image order and the crops.")
@@ -272,6 +283,11 @@ class TrainConfig:
                 f"--koleo_weight {self.koleo_weight} compares the images of a forward pass, and "
                 "--batch_size_per_gpu 1 has one: use 2 or more, or --koleo_weight 0"
             )
+        if self.global_batch_size and self.grad_accum > 1:
+            raise ConfigError(
+                f"--grad_accum {self.grad_accum} contradicts --global_batch_size "
+                f"{self.global_batch_size}, from which it follows: remove one"
+            )
         self._check_monitoring()
         if self.arch in PATCHED_ARCHS:
             sizes = ("global_crops_size", "local_crops_size")[: 2 if self.local_crops_number else 1]
@@ -313,10 +329,22 @@ class TrainConfig:
         """The number of crops per image: two global and the local ones."""
         return 2 + self.local_crops_number
 
-    @property
-    def images_per_step(self) -> int:
-        """Images per optimizer step and process."""
-        return self.batch_size_per_gpu * self.grad_accum
+    def split_batch(self, world_size: int) -> BatchSplit:
+        """Return how each of `world_size` processes computes its images of a step.
+
+        Raises: ConfigError: --global_batch_size cannot be divided.
+        """
+        if not self.global_batch_size:
+            return BatchSplit(self.batch_size_per_gpu, self.grad_accum)
+        split = split_global_batch(self.global_batch_size, self.batch_size_per_gpu, world_size)
+        if self.koleo_weight and split.images == 1:
+            raise ConfigError(
+                f"--koleo_weight {self.koleo_weight} compares the images of a forward pass, and "
+                f"--global_batch_size {self.global_batch_size} gives passes of one image with "
+                f"{world_size} process(es) and --batch_size_per_gpu {self.batch_size_per_gpu}: "
+                "use another batch, or --koleo_weight 0"
+            )
+        return split
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON and for the `args` of a checkpoint."""
@@ -346,8 +374,8 @@ LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
 # Sizes and numbers of things; products of two of them fit into 64 bits.
 _SIZES = (
     "patch_size", "out_dim", "batch_size_per_gpu", "epochs", "global_crops_size",
-    "local_crops_size", "local_crops_number", "grad_accum", "num_workers", "knn_every",
-    "attention_every",
+    "local_crops_size", "local_crops_number", "grad_accum", "global_batch_size", "num_workers",
+    "knn_every", "attention_every",
 )  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
 # All numbers are finite and at least 0; these have other bounds.

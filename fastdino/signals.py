@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -31,11 +32,17 @@ class StopSignals:
     launcher forwards the signal that its whole process group already received. SIGUSR1 only warns:
     it never ends the process, and the first signal after it is not a later one.
 
-    Attributes: received: name of the signal, on every rank once `should_stop` has returned True.
+    Args: wants_save: asked on rank 0, for `save_due`.
+
+    Attributes:
+        received: name of the signal, on every rank once `should_stop` has returned True.
+        save_due: rank 0 wanted to save in the exchange of the last step, if there was one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wants_save: Callable[[], bool] = lambda: False) -> None:
         self.received: str | None = None
+        self.save_due = False
+        self._wants_save = wants_save
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
         self._steps, self._next = 0, 1  # steps since the last exchange, and until the next one
@@ -58,20 +65,23 @@ class StopSignals:
         """
         if distributed.world_size() == 1:
             return self.should_stop()
+        self.save_due = False
         self._steps += 1
         return self._steps >= self._next and self.should_stop()
 
     def should_stop(self) -> bool:
         """Return True on all ranks if one of them received a signal."""
         if distributed.world_size() == 1:
+            self.save_due = self._wants_save()
             return self.received is not None
         seconds = (time.monotonic() - self._exchanged_at) / max(self._steps, 1)
-        answers = distributed.gather((self.received, seconds))
+        answers = distributed.gather((self.received, seconds, self._wants_save()))
         # All ranks must call gather again after the same step, so the slowest sets the interval.
-        slowest = max(seconds for _, seconds in answers)
+        slowest = max(seconds for _, seconds, _ in answers)
         self._next = max(1, round(AGREE_SECONDS / max(slowest, 1e-3)))
         self._steps, self._exchanged_at = 0, time.monotonic()
-        names = [name for name, _ in answers if name]
+        names = [name for name, _, _ in answers if name]
+        self.save_due = answers[0][2]
         self.received = self.received or (names[0] if names else None)
         return bool(names)
 

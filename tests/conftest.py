@@ -414,8 +414,9 @@ def crops_of() -> Callable[..., list[torch.Tensor]]:
     def make(config: TrainConfig, iteration: int) -> list[torch.Tensor]:
         generator = np.random.default_rng([config.seed, iteration])
         globals_, locals_ = [config.global_crops_size] * 2, [config.local_crops_size]
+        images = config.split_batch(1).images_per_step
         return [
-            torch.from_numpy(generator.standard_normal((config.images_per_step, 3, size, size))).to(
+            torch.from_numpy(generator.standard_normal((images, 3, size, size))).to(
                 torch.get_default_dtype()
             )
             for size in globals_ + locals_ * config.local_crops_number

@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdino import TrainConfig
 from fastdino.augmentation import pillow
 from fastdino.augmentation.params import draw_crops
 from fastdino.data import loader_fused, loader_torchvision
@@ -32,22 +32,16 @@ all_loaders = pytest.mark.parametrize(
 
 def make_config(**changes):
     values = {
-        "seed": 0,
         "batch_size_per_gpu": 4,
-        "grad_accum": 1,
         "num_workers": 0,
-        "global_crops_scale": (0.4, 1.0),
-        "local_crops_scale": (0.05, 0.4),
         "local_crops_number": 2,
+        "patch_size": 8,
         "global_crops_size": 48,
         "local_crops_size": 24,
         "crops": "torchvision",
         "max_bad_share": 0.3,
-        "last_batch": "paper",
-        "decode": "auto",
-        "hw_decoder_load": 0.65,
     }
-    return types.SimpleNamespace(**(values | changes))
+    return TrainConfig(**(values | changes))
 
 
 def build_loader(config, dataset, device="cpu", **options):

@@ -166,7 +166,7 @@ def epoch_means(values: list[float], epochs: int) -> Any:
 def rates(run: TinyRun) -> Any:
     """Return the learning rates that the log should have."""
     config, steps = run.config, len(run.steps)
-    peak = config.lr * config.batch_size_per_gpu * config.grad_accum / 256
+    peak = config.lr * config.split_batch(1).images_per_step / 256
     warmup = config.warmup_epochs * steps // config.epochs
     return epoch_means(cosine(peak, config.min_lr, steps, warmup), config.epochs)
 

@@ -122,6 +122,12 @@ def test_booleans_have_the_papers_spellings(capsys):
             {"koleo_weight": 0.1, "batch_size_per_gpu": 1, "grad_accum": 64},
             "--batch_size_per_gpu 1 has one: use 2 or more, or --koleo_weight 0",
         ),
+        (
+            {"grad_accum": 2, "global_batch_size": 128},
+            "--grad_accum 2 contradicts --global_batch_size 128, from which it follows: remove one",
+        ),
+        ({"global_batch_size": 2**31}, "--global_batch_size must be at most 2147483647"),
+        ({"saveckp_every_minutes": -1.0}, "--saveckp_every_minutes must be a finite number of"),
     ],
 )
 def test_invalid_values_are_errors_with_flag_value_and_allowed_values(settings, message):

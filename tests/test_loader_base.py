@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from fastdino.data.loader_base import CropLoader
@@ -37,6 +38,8 @@ def batches_of(dataset, rank=0, world_size=1, epoch=0, start=0, **changes):
         ({"last_batch": "pad"}, 0, 1, (4, 0, 0, 1, "pad")),
         ({"last_batch": "pad", "batch_size_per_gpu": 5}, 2, 3, (5, 0, 2, 3, "pad")),
         ({"last_batch": "drop", "batch_size_per_gpu": 3}, 0, 4, (3, 0, 0, 4, "drop")),
+        ({"batch_size_per_gpu": 2, "global_batch_size": 12}, 1, 2, (6, 0, 1, 2)),
+        ({"last_batch": "pad", "global_batch_size": 8}, 1, 4, (2, 0, 1, 4, "pad")),
     ],
 )
 def test_batches_are_those_of_the_settings(photos, changes, rank, world, plan):
@@ -66,3 +69,17 @@ def test_ranks_see_different_samples_of_one_order(photos):
         dealt = [[index for of_step in zip(*steps, strict=True) for index in of_step]
                  for steps in zip(*ranks, strict=True)]  # fmt: skip
         assert dealt == whole
+
+
+def test_a_global_batch_has_the_same_steps_on_any_number_of_ranks(photos):
+    """Also where the paper's loader repeats images for some numbers of ranks only."""
+    epochs, fewer = [], photos.subset(np.arange(17))
+    for world in (1, 2, 3, 6):
+        ranks = [
+            batches_of(fewer, rank, world, global_batch_size=6, batch_size_per_gpu=4)
+            for rank in range(world)
+        ]
+        epochs.append([[index for of_step in zip(*steps, strict=True) for index in of_step]
+                       for steps in zip(*ranks, strict=True)])  # fmt: skip
+    assert len(epochs[0]) == 2
+    assert all(epoch == epochs[0] for epoch in epochs)

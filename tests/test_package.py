@@ -38,8 +38,8 @@ ROWS = (
         "fastdino.signals",
     ),
     (
-        "fastdino.environment", "fastdino.errors", "fastdino.file_names", "fastdino.launch",
-        "fastdino.terminal", "fastdino.waiting",
+        "fastdino.batch_split", "fastdino.environment", "fastdino.errors", "fastdino.file_names",
+        "fastdino.launch", "fastdino.terminal", "fastdino.waiting",
     ),
     ("fastdino_kernels",),
 )  # fmt: skip

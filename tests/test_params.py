@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,7 +318,8 @@ def test_arguments_out_of_range_are_refused(changes, message):
     largest = {"seed": 2**64 - 1, "epoch": 2**32 - 1, "ids": [2**32 - 1], "sizes": [[3, 4]]}
 
     def draw_these(seed, epoch, ids, sizes):
-        draw_crops(make_config(seed=seed), epoch, ids, sizes)
+        config = SimpleNamespace(**vars(make_config()) | {"seed": seed})  # TrainConfig has bounds
+        draw_crops(config, epoch, ids, sizes)
 
     draw_these(**largest)
     with pytest.raises(ValueError, match=message):

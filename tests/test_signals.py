@@ -22,13 +22,36 @@ def test_ranks_exchange_signals_about_once_per_second_and_after_the_same_step(mo
 
     def gather(mine):
         sent.append(mine)
-        return [mine, ("SIGTERM" if len(sent) == 3 else None, 0.1)]  # the other rank is slower
+        # The other rank is slower.
+        return [mine, ("SIGTERM" if len(sent) == 3 else None, 0.1, False)]
 
     monkeypatch.setattr(distributed, "gather", gather)
     caught = StopSignals()
     assert [caught.should_stop_after_step() for _ in range(21)] == [False] * 20 + [True]
-    assert sent == [(None, 0.0)] * 3  # after steps 1, 11 and 21
+    assert sent == [(None, 0.0, False)] * 3  # after steps 1, 11 and 21
     assert caught.received == "SIGTERM"
+
+
+def test_rank_0_decides_about_timed_saves_in_the_same_exchange(monkeypatch):
+    rank, due = [0], [False, True]
+
+    def gather(mine):
+        return [(None, 0.5, due[0]), (None, 0.5, due[1])] if rank[0] else [mine, mine]
+
+    caught = StopSignals(lambda: True)
+    assert not caught.save_due
+    assert not caught.should_stop_after_step()
+    assert caught.save_due, "one process asks after each step"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(distributed, "gather", gather)
+    rank[0] = 1
+    saves = []
+    for step in range(5):
+        due[0] = step >= 2
+        caught.should_stop_after_step()
+        saves.append(caught.save_due)
+    assert saves == [False, False, True, False, True]  # exchanges after steps 1, 3 and 5
 
 
 @pytest.mark.parametrize("number", STOP)

@@ -152,7 +152,7 @@ class PlainDINO:
         self.student, self.teacher = student, teacher
         self.center = torch.zeros(1, config.out_dim)
         self.moments = {}
-        lr = config.lr * config.images_per_step / 256
+        lr = config.lr * config.split_batch(1).images_per_step / 256
         length = config.epochs, steps
         self.lr = paper_schedule(lr, config.min_lr, *length, config.warmup_epochs)
         self.decay = paper_schedule(config.weight_decay, config.weight_decay_end, *length)

@@ -28,7 +28,8 @@ class CropLoader(ABC):
     """Batches of crops, fully determined by (config, dataset, rank, world_size, epoch, step).
 
     Unreadable images are replaced by the next readable one. Only one epoch runs at a time: starting
-    another ends the current one. B = batch_size_per_gpu * grad_accum; N = local_crops_number.
+    another ends the current one. B = images per step and process; N = local_crops_number; W =
+    world_size.
 
     Attributes:
         dataset: the images.
@@ -55,9 +56,12 @@ class CropLoader(ABC):
         self.dataset = dataset
         self._device = torch.device(device)
         self._config = config
-        self._batch_size = config.batch_size_per_gpu * config.grad_accum
+        self._batch_size = config.split_batch(world_size).images_per_step
+        last_batch = config.last_batch
+        if config.global_batch_size and last_batch == "paper":
+            last_batch = "drop"  # as the paper's in one process: the steps must not depend on W
         self._plan = EpochPlan(
-            len(dataset), self._batch_size, config.seed, rank, world_size, config.last_batch
+            len(dataset), self._batch_size, config.seed, rank, world_size, last_batch
         )
         self.steps_per_epoch = self._plan.steps
         self._bad = BadImages(len(dataset), config.max_bad_share, dataset.broken)

@@ -50,8 +50,8 @@ def steps_per_epoch(n: int, batch: int, world: int, last_batch: str = "paper") -
         ranks = f" on each of {world} ranks" if world > 1 else ""
         raise DataError(
             f"{n} images give {samples} per epoch{ranks}, fewer than one batch of {batch}: "
-            f"lower --batch_size_per_gpu (or --grad_accum) until a batch is at most {samples}, or "
-            "repeat images with --last_batch pad"
+            "lower --batch_size_per_gpu (or --grad_accum or --global_batch_size) until a batch is "
+            f"at most {samples}, or repeat images with --last_batch pad"
         )
     return samples // batch
 

@@ -172,7 +172,8 @@ def _check_crop_sizes(network: MultiCropWrapper, config: TrainConfig) -> None:
         # The two networks process crops of one size together.
         same_size = config.global_crops_size == config.local_crops_size
         together = sum(crops.values()) if same_size else number
-        images = together * config.batch_size_per_gpu * distributed.world_size()  # of SyncBN
+        world_size = distributed.world_size()
+        images = together * config.split_batch(world_size).images * world_size  # of SyncBN
         if min(values, default=2) * images == 1:
             raise ConfigError(
                 f"a batch norm of --arch {config.arch} would see one value per channel: "

@@ -82,7 +82,8 @@ class Run:
     def __init__(self, config: TrainConfig, runtime: Runtime, folder: OutputFolder):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.output_dir = folder.path
-        # First, because a missing package is quickly noticed.
+        # First, because these mistakes are quickly noticed.
+        distributed.from_main(lambda: config.split_batch(distributed.world_size()))
         self.logger_names = distributed.from_main(lambda: resolve_names(config.loggers))
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(
@@ -116,7 +117,7 @@ class Run:
             output_dir=self.output_dir,
             epochs=config.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
-            images_per_step=config.images_per_step * distributed.world_size(),
+            images_per_step=self.trainer.batch.images_per_step * distributed.world_size(),
             prototypes=config.out_dim,
             enabled=distributed.rank() == 0,
             loggers=self._build_loggers(),
@@ -137,7 +138,8 @@ class Run:
         with contextlib.closing(self.loader), self.progress, contextlib.closing(self.checkpoint):
             self.checkpoint.resume_or_start()
             distributed.from_main(self._write_config)
-            with StopSignals() as signals:  # before, a signal ends the run: nothing is to be saved
+            # Before, a signal ends the run: nothing is to be saved.
+            with StopSignals(self.checkpoint.is_due) as signals:
                 return self._run_epochs(signals)
 
     def _build_loggers(self) -> Loggers:
@@ -183,13 +185,19 @@ class Run:
             f"fastdino {fastdino.__version__}: {self.config.arch} on {device}",
             f"--mode {self.config.mode}",
             *self._changed_loss(),
-            f"{distributed.world_size()} process(es)",
+            f"{distributed.world_size()} process(es){self._divided_batch()}",
             f"{len(dataset)} images ({len(dataset.skipped)} skipped), {dataset.kind}",
             f"{self.trainer.steps_per_epoch} steps per epoch",
             *self.runtime.summary(),
             f"loader: {self.loader.description}",
         ]
         return " | ".join(parts)
+
+    def _divided_batch(self) -> str:
+        """Return how --global_batch_size is divided."""
+        images, passes = self.trainer.batch
+        batch = self.config.global_batch_size
+        return f" x {passes} pass(es) of {images} images: global batch {batch}" if batch else ""
 
     def _changed_loss(self) -> list[str]:
         """Return the flags that change the paper's loss."""
@@ -218,7 +226,7 @@ class Run:
                 break
             every = self.config.saveckp_every_steps
             stop = signals.should_stop_after_step()
-            if stop or (every and trainer.iteration % every == 0):
+            if stop or signals.save_due or (every and trainer.iteration % every == 0):
                 distributed.from_main(self._restore_folder)
                 self._save()
             if stop:
@@ -338,11 +346,13 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not out_of_memory and not any(words in str(error) for words in TOO_LARGE):
             raise
+        raised = f" and raise --grad_accum ({config.grad_accum}) by the same factor"
+        if config.global_batch_size:  # --grad_accum follows
+            raised = ""
         raise UserError(
-            f"out of memory: lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) and "
-            f"raise --grad_accum ({config.grad_accum}) by the same factor, which gives the same "
-            f"training; or lower --out_dim (now {config.out_dim}) or --global_crops_size "
-            f"({config.global_crops_size}). {error}"
+            f"out of memory: lower --batch_size_per_gpu (now {config.batch_size_per_gpu}){raised}, "
+            f"which gives the same training; or lower --out_dim (now {config.out_dim}) or "
+            f"--global_crops_size ({config.global_crops_size}). {error}"
         ) from error
 
 

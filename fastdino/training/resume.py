@@ -12,10 +12,12 @@ from fastdino.config import TrainConfig
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.files import os_error_of
+from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.weights import initial_weights
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
+from fastdino.training.world_size import explain_world_size
 
 # A run with --on_nonfinite rollback stops after this many rollbacks to the same checkpoint.
 MAX_ROLLBACKS = 5
@@ -30,6 +32,7 @@ _DAMAGED = "use an older one, or move it away to start from scratch"
 NEUTRAL_SETTINGS = (
     "data_path", "output_dir", "dist_url", "dist_timeout_minutes", "device", "num_workers",
     "init_from", "knn_data", "knn_every", "attention_every", "logger", "saveckp_in_background",
+    "saveckp_every_minutes",
 )  # fmt: skip
 
 # Resolved settings that change the result, and values that give the same result.
@@ -69,6 +72,12 @@ class RunCheckpoint:
         self._images = {"number": len(dataset), "fingerprint": dataset.fingerprint}
         self._rollbacks = 0  # since the last save
         self._writer = CheckpointWriter(progress.warn)  # of rank 0
+        self._saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return True if the last save, or the start, was --saveckp_every_minutes ago."""
+        minutes = self.config.saveckp_every_minutes
+        return bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, also: Path | None = None) -> None:
         """Save the run, and a copy to `also`; all ranks must call it.
@@ -88,6 +97,7 @@ class RunCheckpoint:
         }
         self.progress.flush(self.trainer.iteration)
         distributed.from_main(lambda: self._start_write(state, also))
+        self._saved_at = time.monotonic()
         self._rollbacks = 0
 
     def wait(self) -> None:
@@ -141,6 +151,7 @@ class RunCheckpoint:
         if config.init_from:
             self._start_from_weights()
         progress.restart(0, None)
+        self._saved_at = time.monotonic()
         if config.on_nonfinite == "rollback":
             self.save()
 
@@ -166,12 +177,16 @@ class RunCheckpoint:
             self._restore_from(state)
 
     def _restore_from(self, state: dict[str, Any]) -> None:
+        world_size, batch_norm = distributed.world_size(), has_batch_norm(self.trainer.teacher)
         try:
+            note = explain_world_size(state, self.config, world_size, batch_norm=batch_norm)
             self.trainer.load_state_dict(state)
         except CheckpointError as error:
             raise CheckpointError(
                 f"cannot resume {self.path}: {error}; or use another --output_dir"
             ) from error
+        if note:
+            self.progress.info(note)
         self._warn_of_missing_parts(state)
         self._compare_settings(state.get("args"))
         self._compare_resolved(state.get("resolved"))

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from fastdino_kernels import DINOLoss, koleo_loss
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class Trainer:
         runtime: the resolved `auto` settings; default: resolved here, for this device.
 
     Attributes:
+        batch: this process's images per forward pass, and forward passes per step.
         student, teacher: the networks; state_dict() has the paper's keys (backbone.*, head.*).
         loss: DINOLoss; its `center` is [1, K].
         iteration: number of optimizer steps done; the schedules are evaluated at this index.
@@ -81,6 +83,7 @@ class Trainer:
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         self.config = config
+        self.batch = config.split_batch(distributed.world_size())
         self.steps_per_epoch = steps_per_epoch
         self.runtime = runtime or resolve_runtime(config, device, make_crops=False)
         self.device = torch.device(self.runtime.device.value)
@@ -119,7 +122,7 @@ class Trainer:
                 self.student,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                static_graph=config.grad_accum == 1,  # not compatible with no_sync
+                static_graph=self.batch.passes == 1,  # not compatible with no_sync
             )
 
     def _prepare(self, network: MultiCropWrapper) -> MultiCropWrapper:
@@ -159,7 +162,7 @@ class Trainer:
     def _init_schedules(self) -> None:
         config = self.config
         length = {"epochs": config.epochs, "steps_per_epoch": self.steps_per_epoch}
-        global_batch = config.images_per_step * distributed.world_size()
+        global_batch = self.batch.images_per_step * distributed.world_size()
         lr = config.lr * global_batch / 256
         self.lr_schedule = cosine_schedule(
             lr, config.min_lr, warmup_epochs=config.warmup_epochs, **length
@@ -179,7 +182,7 @@ class Trainer:
 
         Args:
             crops: 2 global crops and config.local_crops_number local crops, each [B, 3, H, W] of
-                normalised pixels; B is split into config.grad_accum forward passes.
+                normalised pixels; B is split into batch.passes forward passes.
 
         Returns: fp32 0-d tensor, in nats (float64 if the networks are float64): the DINO loss, with
             config.koleo_weight the weighted sum of `terms`.
@@ -241,11 +244,11 @@ class Trainer:
         for i, crop in enumerate(crops):
             if crop.ndim != 4 or crop.shape[:2] != (rows, 3):
                 raise ValueError(f"crop {i} must be [{rows}, 3, H, W], got {tuple(crop.shape)}")
-        if rows == 0 or rows % self.config.grad_accum:
+        if rows == 0 or rows % self.batch.passes:
             raise ValueError(
-                f"a batch of {rows} cannot be split into grad_accum={self.config.grad_accum} parts"
+                f"a batch of {rows} cannot be split into grad_accum={self.batch.passes} parts"
             )
-        if self.config.koleo_weight and rows == self.config.grad_accum:
+        if self.config.koleo_weight and rows == self.batch.passes:
             raise ValueError(
                 f"koleo_weight={self.config.koleo_weight} compares the images of a forward pass: "
                 f"expected 2 or more, got a batch of {rows} in grad_accum={rows} parts"
@@ -264,7 +267,7 @@ class Trainer:
     ) -> tuple[StepOutputs, Callable[..., None]]:
         """Compute the gradients; return the results and the function that updates the center."""
         self.optimizer.zero_grad()
-        parts = self.config.grad_accum
+        parts = self.batch.passes
         rows = crops[0].shape[0] // parts
         dtype = self.runtime.autocast
         outputs, teacher_sums = [], []
@@ -350,7 +353,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state_dict(), or a checkpoint of the paper's code (whole epochs).
 
-        PyTorch's random generators are restored if the world size is that of the checkpoint.
+        PyTorch's random generators are restored if the world size is that of the checkpoint, else
+        seeded anew.
 
         Raises: CheckpointError: missing keys, tensors of other shapes (each is listed), another
             optimizer, or a different number of steps per epoch; nothing is loaded then.
@@ -363,8 +367,8 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint's run had {steps} steps per epoch, this one has "
                 f"{self.steps_per_epoch}: resume with the same images and the same global batch "
-                "(--batch_size_per_gpu * --grad_accum * world size); with another world size, "
-                "--last_batch drop or pad may give the same number"
+                "(--batch_size_per_gpu * --grad_accum * world size, or --global_batch_size); with "
+                "another world size, --last_batch drop or pad may give the same number"
             )
         iteration = check_count(
             state, "iteration", check_count(state, "epoch") * self.steps_per_epoch
@@ -389,6 +393,9 @@ class Trainer:
         generators = state.get("generators", [])
         if len(generators) == distributed.world_size():
             _set_generator_states(generators[distributed.rank()], self.device)
+        elif generators:  # the numbers must not be those of the run's start
+            entropy = self.config.seed, iteration, distributed.rank()
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         self._after_load()
 
     def start_from(self, backbone: dict[str, Tensor]) -> None:

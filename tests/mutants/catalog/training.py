@@ -125,12 +125,12 @@ MUTANTS = (
     Mutant(TRAINER, "2 * rows * parts", "2 * rows", ACCUMULATED),
     Mutant(TRAINER, "self.optimizer.zero_grad()", "pass", BITS),
     Mutant(TRAINER, "frozen=self.epoch < self", "frozen=self.epoch <= self", FROZEN),
-    Mutant(TRAINER, "static_graph=config.grad_accum == 1", "static_graph=True", RANKS),
+    Mutant(TRAINER, "static_graph=self.batch.passes == 1", "static_graph=True", RANKS),
     Mutant(TRAINER, "lr = config.lr * global_batch / 256", "lr = config.lr", SCHEDULED),
     Mutant(
         TRAINER,
-        "global_batch = config.images_per_step * distributed.world_size()",
-        "global_batch = config.images_per_step",
+        "global_batch = self.batch.images_per_step * distributed.world_size()",
+        "global_batch = self.batch.images_per_step",
         RANKS,
     ),
     Mutant(
