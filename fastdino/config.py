@@ -329,6 +329,15 @@ class TrainConfig:
         """The number of crops per image: two global and the local ones."""
         return 2 + self.local_crops_number
 
+    @property
+    def depth_follows_images(self) -> bool:
+        """True if stochastic depth does not depend on which process computes an image.
+
+        A CUDA graph replays the draws of one generator, so it has no other for each step.
+        """
+        vit = self.arch in PATCHED_ARCHS
+        return bool(self.global_batch_size) and vit and not self.cuda_graph
+
     def split_batch(self, world_size: int) -> BatchSplit:
         """Return how each of `world_size` processes computes its images of a step.
 

@@ -16,7 +16,7 @@ from fastdino.models.attention import (
     attention_problem,
     token_layout,
 )
-from fastdino.models.drop_path import draw_branch_scales
+from fastdino.models.drop_path import StepDraws, draw_branch_scales
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VisionTransformer
 
@@ -300,6 +300,29 @@ def test_stochastic_depth_drops_a_branch_at_its_rate_and_keeps_the_mean(float64)
             assert part.mean().item() == pytest.approx(1, abs=error / (1 - rate))
     dropped = (scales == 0).double().flatten(0, 1)
     assert (torch.corrcoef(dropped) - torch.eye(4)).abs().max() < 0.04, "independent branches"
+
+
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_depth_drawn_per_step_does_not_depend_on_who_computes_an_image(ranks, passes):
+    """Two global and three local crops of 12 images, in calls of one size or of both."""
+
+    def draw(iteration, places, *calls):
+        draws, own = StepDraws(5), len(range(12)[places])
+        draws.start_pass(iteration, places, 12)
+        made = [draws([0.1, 0.5], [n * own for n in call], dtype=torch.float32, device=CPU)
+                for call in calls]  # fmt: skip
+        return torch.cat(made, dim=2).unflatten(2, (5, own))  # [blocks, branches, crops, images]
+
+    whole, other = (draw(iteration, slice(0, 12), (2, 3)) for iteration in (7, 8))
+    assert not torch.equal(whole, other)
+    crops = whole.flatten(0, 1).unbind(1)
+    assert all(not torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+    size = 12 // passes
+    for part in range(passes):
+        for rank in range(ranks):
+            places = slice(part * size + rank, (part + 1) * size, ranks)
+            for calls in ([(2, 3)], [(2,), (3,)]):
+                assert torch.equal(draw(7, places, *calls), whole[..., places])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -20,9 +20,9 @@ def explain(config, saved, ranks, world_size, *, batch_norm=False):
     [
         ({}, 2, 2, ""),
         ({}, 2, 1, f"resuming on 1 process(es) a run of 2: {SAME}"),
-        ({}, 1, 4, f"resuming on 4 process(es) a run of 1: {SAME}"),
+        ({"drop_path_rate": 0.1}, 1, 4, f"resuming on 4 process(es) a run of 1: {SAME}"),
         (
-            {"koleo_weight": 0.1, "drop_path_rate": 0.1},
+            {"koleo_weight": 0.1, "drop_path_rate": 0.1, "arch": "resnet18"},
             2,
             1,
             f"resuming on 1 process(es) a run of 2: {SAME}, KoLeo compares the images of other "

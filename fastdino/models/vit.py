@@ -193,6 +193,7 @@ class VisionTransformer(nn.Module):
         cls_only: forward computes the last block for CLS only. The result is the same, up to
             rounding. The other tokens need 2 D^2 of the last block's 12 D^2 + 2 N D
             multiplications per token, which saves 7.0 % of a ViT-S/16 at 224 px.
+        draw_scales: draws stochastic depth (models/drop_path.py).
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.attention = AttentionBackend("sdpa")
         self.cls_only = True
+        self.draw_scales: Callable[..., Tensor] = draw_branch_scales
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         patches = (img_size // patch_size) ** 2
@@ -281,7 +283,7 @@ class VisionTransformer(nn.Module):
         rates = [rate for rate in self.drop_path_rates if rate and self.training]
         if not rates:
             return [None] * len(self.blocks)
-        per_image = draw_branch_scales(
+        per_image = self.draw_scales(
             rates, [images for images, _ in layout.groups], dtype=output_dtype(x), device=x.device
         ).to(x.dtype)
         per_token = iter(layout.spread(per_image).unsqueeze(-1))

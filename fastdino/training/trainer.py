@@ -21,7 +21,9 @@ from fastdino.errors import CheckpointError
 from fastdino.models.backbones import build_networks
 from fastdino.models.batch_norm import has_batch_norm, synchronize_batch_norm
 from fastdino.models.compile import compile_network
+from fastdino.models.drop_path import StepDraws
 from fastdino.models.head import MultiCropWrapper
+from fastdino.models.vit import VisionTransformer
 from fastdino.optimizer_state import check_optimizer
 from fastdino.runtime import Runtime, resolve_runtime
 from fastdino.training import sharding
@@ -112,6 +114,10 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             student, teacher = build_networks(config)
+        self._draws: StepDraws | None = None
+        if config.depth_follows_images:
+            assert isinstance(student.backbone, VisionTransformer)
+            self._draws = student.backbone.draw_scales = StepDraws(config.seed)
         if config.fsdp:
             sharding.check_sharding(student)
         self.student = self._prepare(student)
@@ -276,6 +282,8 @@ class Trainer:
                 crop[part * rows : (part + 1) * rows].to(self.device, non_blocking=True)
                 for crop in crops
             ]
+            if self._draws is not None:
+                self._start_draws(self._draws, part, rows)
             last = part == parts - 1
             with contextlib.nullcontext() if last else self._no_gradient_sync():
                 with torch.autocast(self.device.type, dtype or torch.bfloat16, dtype is not None):
@@ -291,6 +299,13 @@ class Trainer:
                     )
                 self.scaler.scale(loss / parts).backward()
         return means, finish_center
+
+    def _start_draws(self, draws: StepDraws, part: int, rows: int) -> None:
+        """Select the images of a forward pass, which EpochPlan deals to the ranks one by one."""
+        ranks = distributed.world_size()
+        first, after = part * rows * ranks, (part + 1) * rows * ranks
+        places = slice(first + distributed.rank(), after, ranks)
+        draws.start_pass(self.iteration, places, rows * self.batch.passes * ranks)
 
     def _forward(
         self, crops: Sequence[Tensor], measure: bool

@@ -42,7 +42,7 @@ def explain_world_size(
         per_pass = f"over {ours.images * world_size} images (was {theirs.images * before})"
         changes += [f"batch norm is {per_pass}"] if batch_norm else []
         changes += [f"Sinkhorn-Knopp is {per_pass}"] if config.centering == "sinkhorn" else []
-    if config.drop_path_rate:
+    if config.drop_path_rate and not config.depth_follows_images:
         changes.append("stochastic depth draws other numbers")
     return (
         f"resuming on {world_size} process(es) a run of {before}: images, their order and crops, "
