@@ -17,13 +17,14 @@ from fastdino import Trainer, cli, distributed
 from fastdino.data.sampler import EpochPlan
 from tests.small_networks import shrink_networks
 
-PAUSE = "ELASTIC_SECONDS_PER_STEP"
+# Environment variables: the folder of the records, and a file with the seconds between steps.
+RECORDS, PAUSE = "ELASTIC_RECORDS", "ELASTIC_PAUSE"
 
 
 def record_steps(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Append a line per step to steps<rank>.jsonl, until the patch is undone."""
     folder.mkdir(parents=True, exist_ok=True)
-    plan, step, pause = EpochPlan.batches, Trainer.train_step, float(os.environ.get(PAUSE, 0))
+    plan, step = EpochPlan.batches, Trainer.train_step
     planned: dict[int, list[int]] = {}
 
     def remember(self: EpochPlan, epoch: int, start_step: int) -> list[list[int]]:
@@ -39,7 +40,8 @@ def record_steps(patch: pytest.MonkeyPatch, folder: Path) -> None:
                 "pid": os.getpid()}  # fmt: skip
         with open(folder / f"steps{distributed.rank()}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        time.sleep(pause)
+        if PAUSE in os.environ:
+            time.sleep(float(Path(os.environ[PAUSE]).read_text() or 0))
         return loss
 
     patch.setattr(EpochPlan, "batches", remember)
@@ -73,5 +75,5 @@ def last_attempts(lines: list[dict[str, Any]]) -> dict[int, tuple[list[int], flo
 
 if __name__ == "__main__":
     shrink_networks(pytest.MonkeyPatch())
-    record_steps(pytest.MonkeyPatch(), Path(os.environ["ELASTIC_RECORDS"]))
+    record_steps(pytest.MonkeyPatch(), Path(os.environ[RECORDS]))
     sys.exit(cli.main())
