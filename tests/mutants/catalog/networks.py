@@ -66,8 +66,8 @@ MUTANTS = (
     ),
     Mutant(
         DROP_PATH,
-        ".to(torch.promote_types(dtype, torch.float32))",
-        ".to(dtype)",
+        ".to(torch.promote_types(numbers.dtype, torch.float32))",
+        ".to(numbers.dtype)",
         VIT_TESTS,
         reported=True,
     ),
