@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import sys
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,15 +19,16 @@ from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import features
-from fastdino.models import backbones
-from fastdino.models.head import DINOHead
 from fastdino.signals import EXIT_INTERRUPTED
 from fastdino.training import monitor
 from fastdino.training.loop import train
 from fastdino.training.monitor import TeacherMonitor, crop_sizes
 from tests.commands import break_pixels, error_of, write_colours
 from tests.processes import run_two
+from tests.runs import train_small
+from tests.small_networks import shrink_networks
 
+pytestmark = pytest.mark.usefixtures("small_networks")
 STEPS = 3  # per epoch: 12 images in batches of 4
 MONITORED = {"knn_every": 2, "attention_every": 1, "logger": "csv"}
 
@@ -35,34 +36,43 @@ MONITORED = {"knn_every": 2, "attention_every": 1, "logger": "csv"}
 @pytest.fixture
 def colours(tmp_path):
     """A dataset with 12 training and 6 validation images in 3 classes, one in a wrong class."""
-    root = write_colours(tmp_path / "colours")
+    return write_mixed_colours(tmp_path / "colours")
+
+
+def write_mixed_colours(folder):
+    root = write_colours(folder)
     shutil.copy(root / "val/blue/1.png", root / "val/red/1.png")
     return root
 
 
-@pytest.fixture(autouse=True)
-def small_head(monkeypatch):
-    """Make checkpoints small."""
-    head = partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
-    monkeypatch.setattr(backbones, "DINOHead", head)
+def settings_of(root, output):
+    """Return the settings of a monitored run on a dataset of `write_mixed_colours`."""
+    return {
+        "data_path": str(root / "train"),
+        "knn_data": str(root),
+        "output_dir": str(output),
+        "drop_path_rate": 0.2,
+        "print_freq": 2,
+        **MONITORED,
+    }
 
 
 @pytest.fixture
 def config(tiny, colours, tmp_path):
     """Build the config of a run on `colours` that writes to tmp_path/run."""
+    settings = settings_of(colours, tmp_path / "run")
+    return lambda **overrides: tiny(**(settings | overrides))
 
-    def make(**overrides):
-        settings = {
-            "data_path": str(colours / "train"),
-            "knn_data": str(colours),
-            "output_dir": str(tmp_path / "run"),
-            "drop_path_rate": 0.2,
-            "print_freq": 2,
-            **MONITORED,
-        }
-        return tiny(**(settings | overrides))
 
-    return make
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    root = write_mixed_colours(folder / "colours")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_networks(patch)
+        train(tiny(**settings_of(root, folder / "run")))
+    return folder / "run"
 
 
 def command_of(config):
@@ -180,8 +190,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["step", "extraction", "after_evaluation", "signal"])
-def test_resumed_run_matches_an_uninterrupted_one(config, tmp_path, monkeypatch, moment):
-    assert train(config(output_dir=str(tmp_path / "whole"))) == "finished"
+def test_resumed_run_matches_an_uninterrupted_one(config, whole, tmp_path, monkeypatch, moment):
     line, run = command_of(config()), tmp_path / "run"
     extract, step, evaluate = (
         features.Extractor.extract,
@@ -229,15 +238,15 @@ def test_resumed_run_matches_an_uninterrupted_one(config, tmp_path, monkeypatch,
         moment == "step"
     )
     assert cli.main(line) == 0
-    assert_same_weights(run, tmp_path / "whole")
-    assert lines_of(run) == lines_of(tmp_path / "whole")
+    assert_same_weights(run, whole)
+    assert lines_of(run) == lines_of(whole)
     for name in ("train/loss", "knn/top1"):
         curve = dict(curve_of(run, name))
-        assert curve == dict(curve_of(tmp_path / "whole", name))
+        assert curve == dict(curve_of(whole, name))
         repeated = moment == "after_evaluation" and name == "knn/top1"
         assert len(curve_of(run, name)) == len(curve) + repeated
     for path in (run / "attention").iterdir():
-        assert path.read_bytes() == (tmp_path / "whole/attention" / path.name).read_bytes()
+        assert path.read_bytes() == (whole / "attention" / path.name).read_bytes()
 
 
 def test_evaluation_interrupted_after_the_last_step_is_resumed(config, tmp_path, monkeypatch):
@@ -267,31 +276,36 @@ def test_resume_with_other_monitoring_needs_no_warning(config, capsys):
     assert "other settings" not in capsys.readouterr().err
 
 
-def _train(settings):
-    train(TrainConfig.from_dict(settings))
+def train_each(runs):
+    for settings in runs:
+        train_small(settings)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_match_one(config, tmp_path, colours, fsdp):
+def test_two_processes_match_one(config, tmp_path, colours):
+    """DDP and FSDP."""
     (colours / "val/red/0.png").unlink()  # 5 images in batches of 2: 2 batches and 1
     settings = {"drop_path_rate": 0.0, "epochs": 2, "knn_every": 1, "lr": 0.0, "weight_decay": 0.0,
                 "weight_decay_end": 0.0, "min_lr": 0.0}  # fmt: skip
     train(config(**settings, output_dir=str(tmp_path / "one")))
-    two = config(**settings, batch_size_per_gpu=1, grad_accum=2, fsdp=fsdp)
-    run_two(_train, two.to_dict())
-    one, two = (lines_of(tmp_path / name) for name in ("one", "run"))
-    for name in ("knn_top1", "knn_top5"):
-        assert [line[name] for line in two] == [line[name] for line in one]
-    pictures = [np.asarray(Image.open(tmp_path / name / "attention/0001.png"), int)
-                for name in ("one", "run")]  # fmt: skip
-    assert np.abs(pictures[0] - pictures[1]).max() <= 4
+    settings |= {"batch_size_per_gpu": 1, "grad_accum": 2}
+    runs = [config(**settings, fsdp=fsdp, output_dir=str(tmp_path / str(fsdp)))
+            for fsdp in (False, True)]  # fmt: skip
+    run_two(train_each, [run.to_dict() for run in runs])
+    one = tmp_path / "one"
+    for two in (Path(run.output_dir) for run in runs):
+        for ours, theirs in zip(lines_of(two), lines_of(one), strict=True):
+            for name in ("knn_top1", "knn_top5"):
+                assert ours[name] == theirs[name]
+        pictures = [np.asarray(Image.open(folder / "attention/0001.png"), int)
+                    for folder in (one, two)]  # fmt: skip
+        assert np.abs(pictures[0] - pictures[1]).max() <= 4
 
 
 def test_pictures_show_the_first_image_of_each_class(config, tmp_path, colours):
     train(config(epochs=1, global_crops_size=36))  # 4 patches of 8 px and 4 px that are cut off
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
     side = 32 * (128 // 32) + 2
-    assert pixels.shape == (4 * side, (2 + 3) * side, 3)
+    assert pixels.shape == (4 * side, (2 + 2) * side, 3)
     means = [pixels[i * side : (i + 1) * side, :side].mean((0, 1)) for i in range(4)]
     assert [int(mean.argmax()) for mean in means] == [2, 1, 0, 2]  # blue, green, red, blue
     maps = pixels[:side, side:]
@@ -307,7 +321,7 @@ def test_pictures_of_the_training_set_need_no_labels(config, tmp_path, colours):
     settings = {"data_path": str(colours), "knn_data": "", "knn_every": 0, "max_bad_share": 0.2}
     train(config(**settings, epochs=1))
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
-    assert pixels.shape == (4 * 130, 5 * 130, 3)
+    assert pixels.shape == (4 * 130, 4 * 130, 3)
 
 
 def test_images_that_become_unreadable_do_not_end_the_run(config, tmp_path, colours, capsys):
