@@ -90,13 +90,15 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name}.{key}")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load a torch checkpoint or a .safetensors file onto the CPU.
+
+    Args: mapped: read a tensor's values only when they are used, for callers that need few of them.
 
     Raises: CheckpointError: the file is missing, truncated, or contains anything but tensors and
         plain values.
     """
-    state = _read(path)
+    state = _read(path, mapped)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of weights")
     return state
@@ -110,14 +112,14 @@ def load_tensor(path: Path) -> Tensor:
     return value
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, mapped: bool = False) -> Any:
     if path.exists() and not path.is_file():  # reading a pipe could block
         raise CheckpointError(f"{path} cannot be read: it is not a regular file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(SAFE_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:

@@ -171,9 +171,10 @@ class TrainConfig:
         "torch.compile for blocks and head. auto: on in --mode fast on a GPU, if supported.",
     )
     attention: str = _speed(
-        ("auto", "xformers", "varlen", "sdpa"),
-        "Attention backend of vit_*: xformers, varlen (torch.nn.attention.varlen), or sdpa "
-        "(PyTorch, one call per crop size). auto: the first that works.",
+        ("auto", "xformers", "varlen", "sdpa", "matmul"),
+        "Attention backend of vit_*: xformers, varlen (torch.nn.attention.varlen), sdpa (PyTorch, "
+        "one call per crop size), or matmul (plain batched products, on a CPU). auto: on a GPU the "
+        "first that works, on a CPU the faster one of sdpa and matmul, measured at start.",
     )
     packing: str = _speed(
         ("auto", "on", "off"),

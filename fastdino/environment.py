@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Instructions that decide how fast products are, and in which precision.
+FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
@@ -28,6 +30,7 @@ def environment(
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": processor(),
+        "features": processor_features(),
         "cores": str(cpu_count()),
         "threads": str(torch.get_num_threads()),
         "commit": commit(),
@@ -53,12 +56,23 @@ def _gpu_facts(device: torch.device) -> dict[str, str]:
 
 def processor() -> str:
     """Return the name of the CPU."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_features() -> str:
+    """Return those of FEATURES that the CPU has; "unknown" where Linux does not list them."""
+    flags = _cpuinfo("flags").split()
+    return ", ".join(name for name in FEATURES if name in flags) or "unknown"
+
+
+def _cpuinfo(name: str) -> str:
+    """Return a value that Linux lists for the first core; "" if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor() or platform.machine()
-    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return names[0] if names else platform.machine()
+        return ""
+    values = re.findall(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return values[0] if values else ""
 
 
 def version(package: str) -> str:

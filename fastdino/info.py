@@ -13,7 +13,7 @@ import fastdino
 from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.config import TrainConfig
 from fastdino.data.decoding import dali_decode_problem
-from fastdino.environment import processor, version
+from fastdino.environment import processor, processor_features, version
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
 from fastdino.runtime import resolve_runtime
@@ -33,6 +33,7 @@ def report() -> dict[str, str]:
         "fastdino": fastdino.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads",
+        "cpu features": processor_features(),
         "gpu": _gpus(),
     }
     facts |= {name: version(name) for name in PACKAGES}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from fastdino_kernels.dispatch import explain_impl
 
-from fastdino import distributed
+from fastdino import cpu_speed, distributed
 from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.config import PATCHED_ARCHS, TrainConfig
 from fastdino.data.decoding import dali_decode_problem
@@ -19,6 +20,9 @@ from fastdino.models.compile import compile_problem
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 
+# The choices that a CPU measures in --mode fast: a resumed run keeps those of its checkpoint.
+MEASURED = ("precision", "attention")
+KEPT = "as measured when the run started"
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 REQUESTED = "requested"
 
@@ -104,14 +108,19 @@ class Runtime:
 
 
 def resolve_runtime(
-    config: TrainConfig, device: torch.device | None = None, *, make_crops: bool = True
+    config: TrainConfig,
+    device: torch.device | None = None,
+    *,
+    make_crops: bool = True,
+    recorded: Mapping[str, str] | None = None,
 ) -> Runtime:
-    """Resolve every setting of `config` that depends on the machine.
+    """Resolve every setting of `config` that depends on the machine; all ranks must call it.
 
     Args:
         config: the settings of the run.
         device: overrides config.device.
         make_crops: also resolve --crops and --decode; False for a Trainer that is given crops.
+        recorded: values of MEASURED in the checkpoint to resume, which are not measured again.
 
     Raises: ConfigError: a setting requested by name is not supported on this machine.
     """
@@ -120,7 +129,8 @@ def resolve_runtime(
         device = choose_device(config.device)
         if config.device == "auto":
             why_device = f"PyTorch sees {'a' if device.type == 'cuda' else 'no'} GPU"
-    precision = choose_precision(config, device)
+    recorded = recorded or {}
+    precision = choose_precision(config, device, recorded.get("precision"))
     compiled = choose_compile(config.compile, config.mode, device)
     crops, decode = resolve_crops(config, device) if make_crops else (None, None)
     return Runtime(
@@ -131,7 +141,7 @@ def resolve_runtime(
         cuda_graph=choose_cuda_graph(config, device, precision),
         crops=crops,
         decode=decode,
-        **_vit_choices(config, device, precision, compiled),
+        **_vit_choices(config, device, precision, compiled, recorded.get("attention")),
     )
 
 
@@ -157,8 +167,15 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def choose_precision(config: TrainConfig, device: torch.device) -> Choice:
-    """Resolve --use_fp16 and --amp_dtype; weights are fp32 in every case."""
+def choose_precision(
+    config: TrainConfig, device: torch.device, recorded: str | None = None
+) -> Choice:
+    """Resolve --use_fp16 and --amp_dtype; weights are fp32 in every case.
+
+    On a CPU, `auto` in --mode fast is bf16 where a large product is at least twice as fast in it.
+
+    Args: recorded: the value that was measured before, if it was.
+    """
     if not config.use_fp16:
         return Choice("fp32", "--use_fp16 false")
     if config.amp_dtype == "bf16":
@@ -167,7 +184,15 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Choice:
         return Choice("bf16", "autocast, fp32 weights; --mode fast")
     if config.amp_dtype == "fp16" or device.type == "cuda":
         return Choice("fp16", "autocast with loss scaling, fp32 weights")
-    return Choice("fp32", "mixed precision is for GPUs")
+    if config.mode != "fast":
+        return Choice("fp32", f"--mode {config.mode} on a CPU")
+    if recorded in ("fp32", "bf16"):
+        return Choice(recorded, KEPT)
+    speedup = distributed.from_main(lambda: cpu_speed.bf16_speedup())
+    reason = f"bf16: {speedup:.2g}x fp32 in a measured product"
+    if speedup >= cpu_speed.BF16_GAIN:
+        return Choice("bf16", f"autocast, fp32 weights; {reason}")
+    return Choice("fp32", f"{reason}, less than {cpu_speed.BF16_GAIN:g}x")
 
 
 def _attention_dtype(precision: Choice) -> torch.dtype:
@@ -192,7 +217,11 @@ def choose_compile(wanted: str, mode: str, device: torch.device) -> Choice:
 
 
 def _vit_choices(
-    config: TrainConfig, device: torch.device, precision: Choice, compiled: Choice
+    config: TrainConfig,
+    device: torch.device,
+    precision: Choice,
+    compiled: Choice,
+    recorded: str | None,
 ) -> dict[str, Choice]:
     """Resolve --attention, --packing, --last_block and --recompute, which are for vit_* only."""
     if config.arch not in PATCHED_ARCHS:
@@ -209,27 +238,35 @@ def _vit_choices(
             "last_block": Choice("all", "only vit_* architectures have it"),
             "recompute": Choice("off", "only vit_* architectures have it"),
         }
-    sizes = [config.global_crops_size, config.local_crops_size]
+    sizes = [(2, config.global_crops_size), (config.local_crops_number, config.local_crops_size)]
     shape = VIT_ARCHS[config.arch.replace("deit_", "vit_", 1)]
     inputs = AttentionInputs(
         device,
         _attention_dtype(precision),
         head_dim=shape["embed_dim"] // shape["num_heads"],
-        tokens=tuple(
-            1 + (size // config.patch_size) ** 2
-            for size in sizes[: 2 if config.local_crops_number else 1]
+        sequences=tuple(
+            (crops, 1 + (size // config.patch_size) ** 2) for crops, size in sizes if crops
         ),
         compiled=compiled.on,
+        heads=shape["num_heads"],
+        images=config.batch_size_per_gpu,
     )
     on_gpu = device.type == "cuda"
     reason = f"--mode {config.mode} on a {'GPU' if on_gpu else 'CPU'}"
     recompute = Choice("on" if config.mode == "fast" and on_gpu else "off", reason)
     cls = Choice("cls", "the head reads no other token")
+    recompute = _requested_or(recompute, config.recompute)
+    if config.attention == "auto" and not on_gpu:
+        fixed = f"--mode {config.mode} on a CPU" if config.mode != "fast" else ""
+        fixed = "--recompute on: it saves less" if recompute.on else fixed
+        attention = Choice("sdpa", fixed) if fixed else measure_attention(inputs, recorded)
+    else:
+        attention = choose_attention(config.attention, inputs)
     return {
-        "attention": choose_attention(config.attention, inputs),
+        "attention": attention,
         "packing": _requested_or(Choice("on", "one pass for all crop sizes"), config.packing),
         "last_block": _requested_or(cls, config.last_block),
-        "recompute": _requested_or(recompute, config.recompute),
+        "recompute": recompute,
     }
 
 
@@ -238,7 +275,7 @@ def _requested_or(default: Choice, wanted: str) -> Choice:
 
 
 def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
-    """Resolve --attention {auto, xformers, varlen, sdpa}: `auto` is the first that works.
+    """Resolve --attention {auto, xformers, varlen, sdpa, matmul}: `auto` is the first that works.
 
     Raises: ConfigError: a backend requested by name does not work; the message names one that does.
     """
@@ -254,6 +291,31 @@ def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
     raise ConfigError(
         f"--attention {wanted} does not work: {problems[wanted]}; use --attention {nearest}"
     )
+
+
+def measure_attention(inputs: AttentionInputs, recorded: str | None = None) -> Choice:
+    """Resolve --attention auto on a CPU: matmul where it is measurably faster than sdpa.
+
+    Rank 0 measures for all ranks.
+
+    Args: recorded: the value that was measured before, if it was.
+    """
+    if recorded in ("sdpa", "matmul"):
+        return Choice(recorded, KEPT)
+    if inputs.compiled:
+        return Choice("sdpa", "compiled blocks")
+    if inputs.weights < cpu_speed.NEGLIGIBLE_WEIGHTS:
+        return Choice("sdpa", "too little work to measure")
+    return distributed.from_main(lambda: _faster_attention(inputs))
+
+
+def _faster_attention(inputs: AttentionInputs) -> Choice:
+    problem = attention_problem("matmul", inputs)
+    if problem is not None:
+        return Choice("sdpa", f"no matmul: {problem}")
+    speedup = cpu_speed.matmul_speedup(inputs)
+    faster = speedup >= cpu_speed.MATMUL_GAIN
+    return Choice("matmul" if faster else "sdpa", f"matmul: {speedup:.2g}x sdpa, measured")
 
 
 def choose_kernels(device: torch.device) -> Choice:

@@ -172,7 +172,10 @@ def cuda(monkeypatch, emulated) -> None:
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("fitting", "failing"),
-    [({"head_dim": 16}, {"head_dim": 12}), ({"tokens": (300, 2)}, {"tokens": (301, 2)})],
+    [
+        ({"head_dim": 16}, {"head_dim": 12}),
+        ({"sequences": ((2, 300), (1, 2))}, {"sequences": ((2, 301), (1, 2))}),
+    ],
 )
 def test_backends_are_tested_with_the_head_dim_and_lengths_of_the_run(
     monkeypatch, fitting, failing
@@ -220,7 +223,7 @@ def test_wrong_kernels_are_rejected(monkeypatch, wrong):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised by Dynamo
 def test_backends_that_break_the_compiled_graph_are_rejected(monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    eager = AttentionInputs(CUDA, head_dim=16, tokens=(5, 2))
+    eager = AttentionInputs(CUDA, head_dim=16, sequences=((2, 5), (2, 2)))
     compiled = replace(eager, compiled=True)
     assert attention_problem("varlen", compiled) is None
     emulation = varlen.varlen_attn
@@ -253,12 +256,25 @@ def test_missing_backends_are_reported(monkeypatch):
     assert attention_problem("varlen", inputs) == f"PyTorch {torch.__version__} does not have it"
 
 
+def test_matmul_is_for_cpus_and_can_be_compiled():
+    assert attention_problem("matmul", AttentionInputs(CUDA)) == "it is made for CPUs"
+    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, True)):
+        inputs = AttentionInputs(
+            CPU, dtype, head_dim=16, sequences=((2, 5), (2, 2)), compiled=compiled
+        )
+        assert attention_problem("matmul", inputs) is None
+
+
 def test_other_inputs_than_those_of_the_backend_use_sdpa():
     backend = AttentionBackend("xformers", torch.float16)
     assert backend.for_inputs(CUDA, torch.float16) == "xformers"
     assert backend.for_inputs(torch.device("cuda", 1), torch.float16) == "xformers"
     assert backend.for_inputs(CUDA, torch.float32) == "sdpa"
     assert backend.for_inputs(CPU, torch.float16) == "sdpa"
+    on_cpu = AttentionBackend("matmul", torch.float32)
+    assert on_cpu.for_inputs(CPU, torch.float32) == "matmul"
+    assert on_cpu.for_inputs(CPU, torch.bfloat16) == "sdpa"
+    assert on_cpu.for_inputs(CUDA, torch.float32) == "sdpa"
 
 
 def test_the_reasons_of_xformers_fit_on_one_line():

@@ -387,7 +387,12 @@ def bench(*words: object) -> int:
 def test_the_command_measures_and_writes(tmp_path, capsys):
     assert bench("--baselines", "ours", "--scaling", "--output", tmp_path) == 0
     record = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
-    assert [result["name"] for result in record["arms"]] == ["ours", "ours-fast"]
+    names = ["ours", "ours-fast", "ours-fp32", "ours-bf16"]
+    assert [result["name"] for result in record["arms"]] == names
+    assert [result["precision"] for result in record["arms"]] == ["fp32"] * 3 + ["bf16"]
+    assert "precision: bf16 (autocast" in record["arms"][3]["note"]
+    assert record["environment"]["large product in bf16"] == "1 times as fast as in fp32"
+    assert "features" in record["environment"]
     assert record["missing"] == {"ours-graph": "CUDA graphs need a GPU"}
     assert all(len(result["seconds"]) == 2 and result["memory"] > 0 for result in record["arms"])
     assert (record["settings"]["batch_size_per_gpu"], record["settings"]["device"]) == (2, "cpu")

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdino import Trainer
+from fastdino import Trainer, cpu_speed
 from fastdino.models import backbones
 from fastdino.models.head import DINOHead
 
@@ -53,6 +53,33 @@ def test_fast_mode_trains_like_parity(float64, tiny, fast, settings, crops_of):
     for name in ("student", "teacher"):
         got, expected = (getattr(trainer, name).state_dict() for trainer in (ours, theirs))
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_bf16_on_a_cpu_is_parity_within_rounding(monkeypatch, tiny, fast, crops_of):
+    """The gradient is as near to fp32 as that of bf16 with PyTorch's own attention."""
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 3.0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    sizes = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(backbones.VIT_ARCHS, "vit_nano", sizes)
+    unclipped = {"clip_grad": 0.0}
+    configs = tiny(**unclipped), fast(**unclipped), fast(**unclipped, attention="sdpa")
+    trainers = [Trainer(config, steps_per_epoch=STEPS) for config in configs]
+    chosen = trainers[1].runtime
+    assert (chosen.precision.value, chosen.attention.value) == ("bf16", "matmul")
+    losses, gradients = [], []
+    for trainer in trainers:
+        losses.append(trainer.train_step(crops_of(trainer.config, 0)).item())
+        parts = [p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+        assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+        assert trainer.loss.center.dtype == torch.float32
+    assert losses[1:] == [pytest.approx(losses[0], rel=0.01)] * 2
+    ours, plain = ((g - gradients[0]).norm() / gradients[0].norm() for g in gradients[1:])
+    assert 0 < ours < 1.2 * plain < 0.1
+    torch.testing.assert_close(
+        trainers[1].loss.center, trainers[0].loss.center, rtol=0.02, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("first", ["fast", "parity"])

@@ -28,7 +28,7 @@ ROWS = (
         "fastdino.bench", "fastdino.crop_comparison", "fastdino.evals", "fastdino.export",
         "fastdino.info", "fastdino.training",
     ),
-    ("fastdino.runtime",),
+    ("fastdino.cpu_speed", "fastdino.runtime"),
     ("fastdino.data", "fastdino.models"),
     ("fastdino.augmentation",),
     (

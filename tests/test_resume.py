@@ -8,11 +8,12 @@ import random
 import shutil
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from fastdino import checkpoint, cli
+from fastdino import checkpoint, cli, cpu_speed
 from fastdino.errors import CheckpointError
 from fastdino.signals import EXIT_INTERRUPTED
 from fastdino.training.loop import train
@@ -167,11 +168,38 @@ def test_resume_warns_of_other_images(config, tmp_path, pictures, capsys, monkey
     assert "1 of 18 images are new or changed" in captured.out
 
 
+def test_resumed_run_keeps_what_its_start_measured(config, tmp_path, monkeypatch):
+    """A second measurement may differ, and other products have other bits."""
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    path = tmp_path / "run/checkpoint.pth"
+
+    def choices(bf16: float, matmul: float, **settings: Any) -> list[str]:
+        monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: bf16)
+        monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: matmul)
+        assert train(config(**{"mode": "fast"} | settings)) == "finished"
+        resolved = torch.load(path, weights_only=True)["resolved"]
+        written = json.loads((tmp_path / "run/config.json").read_text())["resolved"]
+        assert all(written[name]["value"] == resolved[name] for name in ("precision", "attention"))
+        return [resolved["precision"], resolved["attention"]]
+
+    assert choices(3, 2, epochs=1) == ["bf16", "matmul"]
+    assert choices(1, 1, epochs=2) == ["bf16", "matmul"]
+    assert choices(1, 1, epochs=3, use_fp16=False, attention="sdpa") == ["fp32", "sdpa"]
+    state = torch.load(path, weights_only=True)
+    del state["resolved"]["attention"]  # an older version, which used sdpa
+    torch.save(state, path)
+    assert choices(3, 2, epochs=4) == ["fp32", "sdpa"]
+    torch.save(state | {"args": state["args"] | {"mode": "parity"}}, path)
+    assert choices(3, 2, epochs=5) == ["bf16", "matmul"]
+
+
 def test_resolved_settings_that_change_the_result_are_compared(config, tmp_path, capsys):
     train(config(epochs=1))
     path = tmp_path / "run/checkpoint.pth"
     state = torch.load(path, weights_only=True)
-    assert state["resolved"] == {"precision": "fp32", "crops": "torchvision", "decode": "pillow"}
+    assert state["resolved"] == {
+        "precision": "fp32", "crops": "torchvision", "decode": "pillow", "attention": "sdpa",
+    }  # fmt: skip
     for resolved, warning in (
         ({"precision": "fp32", "crops": "fused", "decode": "cpu"}, ""),
         ({"precision": "fp32", "crops": "dali", "decode": "cpu"}, "crops torchvision (was dali)"),

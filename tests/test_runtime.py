@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastdino import distributed, runtime
+from fastdino import TrainConfig, cpu_speed, distributed, runtime
 from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionBackend, AttentionInputs
 from fastdino.models.backbones import build_networks
 from fastdino.runtime import Choice, resolve_runtime
+from tests.processes import run_two
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INPUTS = AttentionInputs(CUDA)
@@ -102,10 +103,10 @@ def test_a_missing_gpu_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "device", "precision", "reason"),
     [
-        ({}, CPU, "fp32", "mixed precision is for GPUs"),
+        ({}, CPU, "fp32", "--mode parity on a CPU"),
         ({}, CUDA, "fp16", "loss scaling"),
         ({"mode": "fast"}, CUDA, "bf16", "--mode fast"),
-        ({"mode": "fast"}, CPU, "fp32", "for GPUs"),
+        ({"mode": "fast"}, CPU, "fp32", "bf16: 1x fp32 in a measured product, less than 2x"),
         ({"amp_dtype": "bf16"}, CPU, "bf16", "requested"),
         ({"amp_dtype": "fp16", "mode": "fast"}, CPU, "fp16", "loss scaling"),
         ({"use_fp16": False}, CUDA, "fp32", "--use_fp16 false"),
@@ -126,7 +127,12 @@ def test_precision(tiny, settings, device, precision, reason):
         ("compile", ("auto", "fast", CUDA), None, "on (--mode fast)"),
         ("compile", ("on", "parity", CPU), None, "on (requested)"),
         ("compile", ("auto", "fast", CUDA), "compile", "off (a problem)"),
-        ("attention", ("auto", INPUTS), None, "xformers (the first of xformers, varlen, sdpa)"),
+        (
+            "attention",
+            ("auto", INPUTS),
+            None,
+            "xformers (the first of xformers, varlen, sdpa",
+        ),
         ("attention", ("varlen", INPUTS), None, "varlen (requested)"),
         ("attention", ("auto", INPUTS), "xformers", "varlen (no xformers: a problem)"),
         ("crops", ("auto", CPU), None, "fused (the paper's crops, exact)"),
@@ -205,11 +211,83 @@ def test_decoder_on_a_gpu_needs_dali_but_not_its_equality_with_pillow(monkeypatc
     assert runtime.choose_decode("auto", "fused", CUDA).value == "pillow"
 
 
-def test_auto_attention_on_a_cpu_is_sdpa():
-    choice = runtime.choose_attention("auto", AttentionInputs(CPU))
-    reason = "no xformers: .*no CPU kernels; no varlen: it has no CPU kernels"
-    assert choice.value == "sdpa"
-    assert re.fullmatch(reason, choice.reason)
+@pytest.mark.parametrize(
+    ("speedup", "value"), [(3.06, "bf16"), (2.0, "bf16"), (1.96, "fp32"), (0.1, "fp32")]
+)
+def test_bf16_on_a_cpu_is_for_products_of_twice_the_speed(tiny, monkeypatch, speedup, value):
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
+    choice = runtime.choose_precision(tiny(mode="fast"), CPU)
+    assert choice.value == value
+    assert f"bf16: {speedup:.2g}x fp32 in a measured product" in choice.reason
+
+
+ATTENTION = AttentionInputs(CPU, torch.float32, images=4)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "value"), [(4.0, "matmul"), (1.15, "matmul"), (1.1, "sdpa"), (0.5, "sdpa")]
+)
+def test_attention_on_a_cpu_is_the_faster_one_and_sdpa_in_a_tie(monkeypatch, speedup, value):
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: speedup)
+    choice = runtime.measure_attention(ATTENTION)
+    assert choice == Choice(value, f"matmul: {speedup:.2g}x sdpa, measured")
+
+
+def test_attention_on_a_cpu_is_sdpa_where_nothing_is_to_be_measured(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 9.0)
+    few = replace(ATTENTION, sequences=((2, 5),))
+    assert runtime.measure_attention(few) == Choice("sdpa", "too little work to measure")
+    compiled = replace(ATTENTION, compiled=True)
+    assert runtime.measure_attention(compiled) == Choice("sdpa", "compiled blocks")
+    monkeypatch.setattr(runtime, "attention_problem", lambda name, inputs: "a problem")
+    assert runtime.measure_attention(ATTENTION) == Choice("sdpa", "no matmul: a problem")
+
+
+def test_choices_of_the_checkpoint_are_not_measured_again(tiny, monkeypatch):
+    def measure(*inputs):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", measure)
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", measure)
+    recorded = {"precision": "bf16", "attention": "matmul"}
+    config = tiny(mode="fast")
+    resolved = resolve_runtime(config, CPU, make_crops=False, recorded=recorded)
+    assert resolved.precision == Choice("bf16", "as measured when the run started")
+    assert resolved.attention == Choice("matmul", "as measured when the run started")
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "reason"),
+    [
+        ({"mode": "parity"}, "sdpa", "--mode parity on a CPU"),
+        ({"recompute": "on"}, "sdpa", "--recompute on: it saves less"),
+        ({"attention": "sdpa"}, "sdpa", "requested"),
+        ({"mode": "parity", "attention": "matmul"}, "matmul", "requested"),
+        ({}, "matmul", "matmul: 9x sdpa, measured"),
+    ],
+    ids=str,
+)
+def test_only_auto_in_fast_mode_measures_attention(tiny, monkeypatch, settings, value, reason):
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 9.0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    config = tiny(**{"mode": "fast"} | settings)
+    assert resolve_runtime(config, CPU, make_crops=False).attention == Choice(value, reason)
+
+
+def resolve_on_ranks() -> None:
+    """Measure other values on rank 1 than on rank 0."""
+    speedup = 3.0 - 2 * distributed.rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
+        patch.setattr(cpu_speed, "matmul_speedup", lambda inputs: speedup)
+        precision = runtime.choose_precision(TrainConfig(mode="fast"), CPU)
+        attention = runtime.measure_attention(ATTENTION)
+    assert (precision.value, attention.value) == ("bf16", "matmul")
+    assert attention.reason == "matmul: 3x sdpa, measured"
+
+
+def test_rank_0_measures_for_all_ranks():
+    run_two(resolve_on_ranks)
 
 
 def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypatch):
@@ -222,9 +300,10 @@ def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypat
             local_crops_size=20, compile=compiled, attention="sdpa", amp_dtype="bf16",
         )  # fmt: skip
         resolve_runtime(config, CPU, make_crops=False)
+    inputs = AttentionInputs(CPU, torch.bfloat16, head_dim=32, heads=3, images=4)
     assert tested == [
-        AttentionInputs(CPU, torch.bfloat16, head_dim=32, tokens=(17, 5), compiled=False),
-        AttentionInputs(CPU, torch.bfloat16, head_dim=32, tokens=(17,), compiled=True),
+        replace(inputs, sequences=((2, 17), (2, 5))),
+        replace(inputs, sequences=((2, 17),), compiled=True),
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fastdino import Trainer, checkpoint
-from fastdino.models import attention
+from fastdino.models import attention, matmul_attention
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS
 from fastdino.training.cuda_graph import GraphedStep
@@ -88,6 +88,22 @@ def test_attention_selects_the_backend(gpu, emulated, make_trainer, crops_of, mo
         counts.append(len(calls))
     assert counts == [0, 4]  # two blocks of two networks
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@effect_of("attention")
+def test_attention_selects_the_backend_on_a_cpu(make_trainer, crops_of, monkeypatch):
+    calls, real = [], matmul_attention._MatmulAttention.apply
+    monkeypatch.setattr(
+        matmul_attention._MatmulAttention, "apply", lambda *qkv: calls.append(1) or real(*qkv)
+    )
+    losses, counts = [], []
+    for name in ("sdpa", "matmul"):
+        trainer = make_trainer(attention=name, device="cpu")
+        calls.clear()  # those that test the backend
+        losses.append(trainer.train_step(crops_of(trainer.config, 0)).item())
+        counts.append(len(calls))
+    assert counts == [0, 6]  # two blocks; the student has two sizes of crops, the teacher one
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @effect_of("cuda_graph")

@@ -39,8 +39,8 @@ TIME = {"cuda": "time on the GPU", "cpu": "time on the CPU"}
 class StepResult:
     """Results of one training step.
 
-    note: about its check. images: per step. first_steps: seconds, compilation included. memory:
-    bytes. executed: FLOPs per image.
+    note: about its check and its settings. images: per step. first_steps: seconds, compilation
+    included. memory: bytes. executed: FLOPs per image.
     """
 
     name: str

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdino.models.matmul_attention import matmul_attention
+
 # In the order in which `auto` tries them.
-BACKENDS = ("xformers", "varlen", "sdpa")
+BACKENDS = ("xformers", "varlen", "sdpa", "matmul")
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -34,24 +36,34 @@ class AttentionBackend:
 
     def for_inputs(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the backend for queries and keys of this dtype on this device."""
-        return self.name if device.type == "cuda" and dtype == self.dtype else "sdpa"
+        made_for = "cpu" if self.name == "matmul" else "cuda"
+        return self.name if device.type == made_for and dtype == self.dtype else "sdpa"
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """The queries and keys of a run, with which a backend is tested.
+    """The queries and keys of a run, with which a backend is tested and measured.
 
     Attributes:
         head_dim: D.
-        tokens: sequence lengths.
+        sequences: (crops per image, tokens of a crop) of each crop size.
         compiled: attention runs inside torch.compile.
+        heads: H.
+        images: B, per forward pass.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float16
     head_dim: int = 64
-    tokens: tuple[int, ...] = (197, 37)
+    sequences: tuple[tuple[int, int], ...] = ((2, 197), (8, 37))
     compiled: bool = False
+    heads: int = 3
+    images: int = 1
+
+    @property
+    def weights(self) -> int:
+        """The number of attention weights of one block in a step."""
+        return self.images * self.heads * sum(crops * n * n for crops, n in self.sequences)
 
 
 def attention_problem(name: str, inputs: AttentionInputs) -> str | None:
@@ -66,7 +78,9 @@ def attention_problem(name: str, inputs: AttentionInputs) -> str | None:
         return "it is not installed"
     if name == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"PyTorch {torch.__version__} does not have it"
-    if inputs.device.type != "cuda":
+    if name == "matmul" and inputs.device.type == "cuda":
+        return "it is made for CPUs"
+    if name != "matmul" and inputs.device.type != "cuda":
         return "it has no CPU kernels"
     problem = _failure(name, inputs, attend)
     if problem is None and inputs.compiled:
@@ -88,7 +102,7 @@ def _failure(name: str, inputs: AttentionInputs, function: Callable[..., Tensor]
 
 def _compare(name: str, inputs: AttentionInputs, function: Callable[..., Tensor]) -> str | None:
     """Compare `function` (attend, or attend compiled) with sdpa in fp32."""
-    groups = tuple((2, n) for n in inputs.tokens)
+    groups = tuple((2, n) for _, n in inputs.sequences)
     device = inputs.device
     generator = torch.Generator(device)
     for first_only in (False, True):
@@ -233,18 +247,26 @@ def attend(
     return _ATTEND[layout.backend]((query, key, value), layout, first_only)
 
 
-def _sdpa(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
-    """Call sdpa once per group of equally long sequences, on views."""
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Call sdpa on [S, N, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _by_group(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    qkv: QKV,
+    layout: TokenLayout,
+    first_only: bool,
+) -> Tensor:
+    """Call `function` once per group of equally long sequences, on views."""
     query, key, value = qkv
     if first_only:
         queries = [q.unsqueeze(1) for q in query.split([s for s, _ in layout.groups])]
     else:
         queries = layout.split(query)
-    outputs = []
-    for group in zip(queries, layout.split(key), layout.split(value), strict=True):
-        q, k, v = (x.transpose(1, 2) for x in group)
-        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    groups = zip(queries, layout.split(key), layout.split(value), strict=True)
+    return torch.cat([function(*group).flatten(0, 1) for group in groups])
 
 
 def _xformers(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
@@ -263,7 +285,8 @@ def _varlen(qkv: QKV, layout: TokenLayout, first_only: bool) -> Tensor:
 
 
 _ATTEND: dict[str, Callable[[QKV, TokenLayout, bool], Tensor]] = {
-    "sdpa": _sdpa,
+    "sdpa": functools.partial(_by_group, _sdpa),
+    "matmul": functools.partial(_by_group, matmul_attention),
     "xformers": _xformers,
     "varlen": _varlen,
 }

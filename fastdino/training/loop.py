@@ -29,7 +29,7 @@ from fastdino.training.logging import Progress
 from fastdino.training.metric_logger import Origin
 from fastdino.training.monitor import TeacherMonitor
 from fastdino.training.output_folder import OutputFolder
-from fastdino.training.resume import RunCheckpoint
+from fastdino.training.resume import RunCheckpoint, recorded_choices
 from fastdino.training.trainer import Trainer
 
 # Skipped images listed by path in a warning; the rest is counted.
@@ -60,7 +60,8 @@ def train(config: TrainConfig) -> Status:
     with group, contextlib.ExitStack() as stack:
         folder = OutputFolder(Path(config.output_dir))
         distributed.from_main(lambda: _enter(folder, stack))
-        return Run(config, resolve_runtime(config), folder).run()
+        recorded = distributed.from_main(lambda: recorded_choices(config))
+        return Run(config, resolve_runtime(config, recorded=recorded), folder).run()
 
 
 def _enter(folder: OutputFolder, stack: contextlib.ExitStack) -> None:

@@ -14,6 +14,7 @@ from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.files import os_error_of
 from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.weights import initial_weights
+from fastdino.runtime import MEASURED
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
@@ -51,6 +52,27 @@ OPTIONAL_PARTS = {
     "resolved": "other results of this machine are not noticed",
     "images": "other images are not noticed",
 }
+
+
+def recorded_choices(config: TrainConfig) -> dict[str, str]:
+    """Return what the checkpoint to resume records of the choices that a start would measure.
+
+    Empty without a checkpoint, or if its run had another --mode.
+    """
+    path = Path(config.output_dir) / "checkpoint.pth"
+    if config.mode != "fast" or not path.exists():
+        return {}
+    try:
+        state = checkpoint.load(path, mapped=True)
+    except CheckpointError:  # reported when the run is resumed
+        return {}
+    settings, resolved = state.get("args"), state.get("resolved")
+    if not (isinstance(settings, dict) and isinstance(resolved, dict)):
+        return {}
+    if settings.get("mode") != config.mode:
+        return {}
+    resolved = {"attention": "sdpa"} | resolved  # before the choice of attention was recorded
+    return {name: resolved[name] for name in MEASURED if name in resolved}
 
 
 class RunCheckpoint:
@@ -219,7 +241,8 @@ class RunCheckpoint:
 
     def _resolved(self) -> dict[str, str]:
         choices = self.trainer.runtime.choices()
-        return {name: choices[name].value for name in RESULT_SETTINGS if name in choices}
+        names = (*RESULT_SETTINGS, *MEASURED)
+        return {name: choices[name].value for name in names if name in choices}
 
     def _compare_resolved(self, saved: Any) -> None:
         """Warn if the machine gives settings another value than the checkpoint's did.
@@ -228,10 +251,14 @@ class RunCheckpoint:
         """
         if not isinstance(saved, dict):  # an older checkpoint
             return
+        now = self._resolved()
         changed = [
-            f"{name} {value} (was {saved[name]})"
-            for name, value in self._resolved().items()
-            if name in saved and saved[name] != value and {saved[name], value} not in _SAME_RESULT
+            f"{name} {now[name]} (was {saved[name]})"
+            for name in RESULT_SETTINGS
+            if name in now
+            and name in saved
+            and saved[name] != now[name]
+            and {saved[name], now[name]} not in _SAME_RESULT
         ]
         if changed:
             self.progress.warn(

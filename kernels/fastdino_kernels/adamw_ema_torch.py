@@ -19,6 +19,8 @@ from .ema import torch_ema_
 from .memory import are_flat
 from .tensor_lists import Lists, present
 
+ROWS_OF_A_BLOCK = 1024  # 1 MB in fp32 for 256 features
+
 
 def torch_adamw_ema_(call: Call, local: Lists, norms: Tensor | None) -> None:
     """Update checked tensors.
@@ -137,6 +139,15 @@ def _fused(
     )  # fmt: skip
 
 
+def _copy_unit_rows(copy: Tensor | None, teacher: Tensor) -> None:
+    """Write the rows of a teacher divided by their norms, on a CPU in blocks for its caches."""
+    if copy is None:
+        return
+    step = ROWS_OF_A_BLOCK if teacher.device.type == "cpu" else len(teacher)
+    for part, rows in zip(copy.split(step), teacher.split(step)):
+        part.copy_(reference.unit_rows(rows.to(compute_dtype(rows))))
+
+
 def _average(
     local: Lists, momentum: float | Tensor, unit_rows: int | None, nothing: Tensor | None
 ) -> None:
@@ -146,10 +157,10 @@ def _average(
     before = [] if nothing is None else [x.clone() for x in written]
     pairs = [(t, p) for t, p in zip(teachers, parameters) if t is not None]
     torch_ema_([t for t, _ in pairs], [p for _, p in pairs if p is not None], momentum)
-    sources = list(teachers)
-    if unit_rows is not None and (teacher := sources[unit_rows]) is not None:
-        sources[unit_rows] = reference.unit_rows(teacher.to(compute_dtype(teacher)))
-    copied = [*zip(shadows, parameters), *zip(teacher_shadows, sources)]
+    copied = [*zip(shadows, parameters), *zip(teacher_shadows, teachers)]
+    if unit_rows is not None and (teacher := teachers[unit_rows]) is not None:
+        copied[len(shadows) + unit_rows] = (None, None)
+        _copy_unit_rows(teacher_shadows[unit_rows], teacher)
     both = [pair for pair in copied if pair[0] is not None]
     if both:
         copies, originals = (present([some]) for some in zip(*both))

@@ -23,6 +23,7 @@ from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
 
 LIGHTLY_MISSING = 'lightly is not installed: pip install "lightly>=1.6,<1.7"'
+ONLY_CPU = "it shows both precisions of a CPU; ours-fast is bf16 on a GPU"
 # Long enough for the schedules to stay constant during a benchmark.
 STEPS_PER_EPOCH = 10**6
 
@@ -31,6 +32,8 @@ class TrainerStep(TrainingStep):
     """The step of fastdino's Trainer; `changes` are settings of TrainConfig."""
 
     def __init__(self, setup: StepSetup, **changes: Any):
+        if not setup.config.use_fp16:  # the correctness check is in fp32
+            changes.pop("amp_dtype", None)
         config = dataclasses.replace(setup.config, **changes)
         self.trainer = Trainer(config, STEPS_PER_EPOCH, device=setup.device)
         state = self.trainer.state_dict()
@@ -38,8 +41,10 @@ class TrainerStep(TrainingStep):
         state |= {"student": setup.student, "teacher": setup.teacher}
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
-        self.precision = self.trainer.runtime.precision.value
-        if self.trainer.runtime.cuda_graph.on:  # steps that measure the entropy have another graph
+        runtime = self.trainer.runtime
+        self.precision = runtime.precision.value
+        self.choices = f"precision: {runtime.precision}; attention: {runtime.attention}"
+        if runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warmup_steps = config.print_freq * WARMUP_STEPS + 1
 
     def step(self, crops: Sequence[Tensor]) -> Tensor:
@@ -79,6 +84,16 @@ BASELINES = {
     ),
     "ours": StepBaseline("fastdino, --mode parity", partial(TrainerStep, mode="parity")),
     "ours-fast": StepBaseline("fastdino, --mode fast", partial(TrainerStep, mode="fast")),
+    "ours-fp32": StepBaseline(
+        "fastdino, --mode fast --use_fp16 false",
+        partial(TrainerStep, mode="fast", use_fp16=False, amp_dtype="auto"),
+        lambda device, _: ONLY_CPU if device.type == "cuda" else None,
+    ),
+    "ours-bf16": StepBaseline(
+        "fastdino, --mode fast --amp_dtype bf16",
+        partial(TrainerStep, mode="fast", amp_dtype="bf16"),
+        lambda device, _: ONLY_CPU if device.type == "cuda" else None,
+    ),
     "ours-graph": StepBaseline(
         "fastdino, --mode fast --cuda_graph true; checked on a step before the capture",
         partial(TrainerStep, mode="fast", cuda_graph=True),

@@ -49,6 +49,7 @@ class TrainingStep(abc.ABC):
         student, teacher: networks; their heads are modules named `head`.
         precision: of the forward pass: fp32, bf16 or fp16.
         warmup_steps: steps needed before timing, in addition to the usual few.
+        choices: settings that were resolved for this machine, with the reasons.
     """
 
     clip: ClassVar[str] = "parameter"
@@ -57,6 +58,7 @@ class TrainingStep(abc.ABC):
     teacher: nn.Module
     precision: str
     warmup_steps: int = 0
+    choices: str = ""
 
     @abc.abstractmethod
     def __init__(self, setup: StepSetup): ...
