@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
 TRAIN = [
     "--arch=vit_nano", "--patch_size=8", "--out_dim=64", "--global_crops_size=32",
-    "--local_crops_size=16", "--local_crops_number=2", "--batch_size_per_gpu=4", "--epochs=6",
+    "--local_crops_size=16", "--local_crops_number=2", "--batch_size_per_gpu=2", "--epochs=6",
     "--warmup_epochs=1", "--lr=0.05", "--device=cpu", "--crops=torchvision", "--num_workers=0",
     "--saveckp_freq=0", "--logger=none",
 ]  # fmt: skip
@@ -38,19 +38,11 @@ def cluster():
         yield
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(cluster, pictures, tmp_path_factory):
-    """A run of one task on each of two nodes, started by srun."""
-    run = tmp_path_factory.mktemp("srun") / "run"
-    command = [sys.executable, "-u", "-m", "fastdino", "train", *TRAIN]
-    command += [f"--data_path={pictures}", f"--output_dir={run}"]
-    done = subprocess.run(
-        ["srun", "--nodes=2", "--ntasks-per-node=1", *command],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
-    return run
+def start_uninterrupted(pictures, run):
+    """Start a run of one task on each of two nodes with srun."""
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-u", "-m", "fastdino"]
+    command += ["train", *TRAIN, f"--data_path={pictures}", f"--output_dir={run}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def submit(pictures, folder):
@@ -89,8 +81,9 @@ def logs_of(folder):
 
 
 def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
-    uninterrupted, pictures, tmp_path
+    cluster, pictures, tmp_path
 ):
+    uninterrupted = start_uninterrupted(pictures, tmp_path / "srun")
     job, run = submit(pictures, tmp_path)
     freeze_in_epoch(1, job, run)
     subprocess.run(["scontrol", "requeue", job], check=True)
@@ -106,7 +99,10 @@ def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
     wait_for(lambda: field_of(job, "%T") == "COMPLETED", "end of the job", 300)
     logs = logs_of(tmp_path)
     assert re.findall(r"stopped by (SIG\w+) and saved", logs) == ["SIGTERM", "SIGUSR1"]
-    assert_same_run(run, uninterrupted)
+    printed, _ = uninterrupted.communicate(timeout=300)
+    assert uninterrupted.returncode == 0, printed
+    assert "2 process(es)" in printed
+    assert_same_run(run, tmp_path / "srun")
 
 
 def test_a_cancelled_run_is_saved_and_not_requeued(cluster, pictures, tmp_path):
