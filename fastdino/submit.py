@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdino import cli
 from fastdino.config import (
     TrainConfig,
     add_train_arguments,
@@ -51,8 +52,7 @@ class TrainingJob:
         """Train; return the exit status, or exit with it."""
         from submitit import JobEnvironment
 
-        from fastdino import cli
-        from fastdino.signals import EXIT_INTERRUPTED
+        from fastdino.signals import EXIT_INTERRUPTED  # loads torch: not needed to submit
 
         task = JobEnvironment()
         status = cli.main(["train", *(word.replace(JOB, task.job_id) for word in self.words)])
