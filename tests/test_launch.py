@@ -1,8 +1,8 @@
 """Every public function can launch its kernels with every option, on every architecture.
 
-Calls with every option are launched for sm_90; the other architectures launch every kernel as
-training does, and every option in the slow tests. Launches are recorded by a driver that needs no
-GPU, on a device that stands for one, in processes without the interpreter, which replaces the
+Calls with every option are launched for sm_90, and for AMD every kernel as training does; the slow
+tests launch every option for the other architectures. Launches are recorded by a driver that needs
+no GPU, on a device that stands for one, in processes without the interpreter, which replaces the
 kernels.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = Path(fastdino_kernels.__file__).parent
 ARCHS = ("80", "90", "100", "gfx942")
 # The calls of the tests that are not slow: with all options, and only those of training.
-CALLS = ("90", "80 as in training", "100 as in training", "gfx942 as in training")
+CALLS = ("90", "gfx942 as in training")
 
 # Prints what went wrong, the kernels launched, and the public arguments that no call passes, for
 # each "ARCH" or "ARCH as in training" among its arguments.
@@ -90,6 +90,27 @@ for argument in sys.argv[1:]:
     arch, as_in_training, _ = argument.partition(" as in training")
     results[argument] = launch(archs[arch], options=not as_in_training)
 print(json.dumps(results | {"unused": sorted(unused)}))
+"""
+
+# Prints the kernels that crops of one and of three sizes launch, and the number of programs.
+LAUNCH_CROPS = """
+import json
+import torch
+from fastdino_kernels import multi_crop_groups
+from benchmarks.gpu.option_calls import crop_params
+from benchmarks.gpu.recording_driver import ARCHS, record_launches
+
+def launched(arch, *groups):
+    images = [torch.zeros(37, 53, 3, dtype=torch.uint8)] * 2
+    groups = [(crop_params([(37, 53)] * 2, n), size) for n, size in groups]
+    with record_launches(arch, compiles=False) as launches:
+        multi_crop_groups(images, groups, mean=(0, 0, 0), std=(1, 1, 1), impl="triton")
+        return [(launch.kernel, launch.fp_fusion) for launch in launches]
+
+print(json.dumps([
+    launched(arch, *groups)
+    for arch in ARCHS for groups in ([(2, 224)], [(2, 224), (8, 96), (1, 500)])
+]))
 """
 
 # Prints the error of each launch that must fail.
@@ -212,14 +233,38 @@ print(json.dumps([len(expected), len({code for codes in expected for code in cod
 """
 
 
-def run_script(folder: Path, script: str, *arguments: str) -> Any:
-    """Return what a script prints; it runs from a file, whose source Triton can read."""
-    file = folder / "script.py"
-    file.write_text(script, encoding="utf-8")
+# Runs scripts one after the other, so that they share the imports; prints a list of their outputs.
+RUN_ALL = """
+import contextlib
+import io
+import json
+import runpy
+import sys
+
+outputs = []
+for file, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [file, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(file)
+    outputs.append(json.loads(output.getvalue()))
+print(json.dumps(outputs))
+"""
+
+
+def run_scripts(folder: Path, *scripts: tuple[str, ...]) -> list[Any]:
+    """Return what each script prints for its arguments.
+
+    They run from files, whose source Triton can read, in a process without the interpreter.
+    """
+    lines = []
+    for i, (script, *arguments) in enumerate(scripts):
+        file = folder / f"script{i}.py"
+        file.write_text(script, encoding="utf-8")
+        lines.append([str(file), *arguments])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT)))
     done = subprocess.run(
-        [sys.executable, str(file), *arguments],
+        [sys.executable, "-c", RUN_ALL, json.dumps(lines)],
         env=environment, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -227,13 +272,22 @@ def run_script(folder: Path, script: str, *arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Any:
-    return run_script(tmp_path_factory.mktemp("launches"), LAUNCH_EVERYTHING, *CALLS)
+def outputs(tmp_path_factory) -> list[Any]:
+    """The outputs of all scripts; the first wraps the functions that the calls then import."""
+    return run_scripts(
+        tmp_path_factory.mktemp("launches"),
+        (LAUNCH_EVERYTHING, *CALLS), (LAUNCH_BROKEN,), (LAUNCH_AGAIN,), (LAUNCH_CROPS,),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory) -> Any:
-    return run_script(tmp_path_factory.mktemp("errors"), LAUNCH_BROKEN)
+def launched(outputs) -> Any:
+    return outputs[0]
+
+
+@pytest.fixture(scope="module")
+def errors(outputs) -> Any:
+    return outputs[1]
 
 
 def kernel_names() -> list[str]:
@@ -254,8 +308,8 @@ def test_every_kernel_is_launched(launched, calls):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in CALLS])
 def test_every_option_launches_on_the_other_architectures(tmp_path, arch):
-    result = run_script(tmp_path, LAUNCH_EVERYTHING, arch)[arch]
-    assert result == {"problems": [], "kernels": kernel_names()}
+    (results,) = run_scripts(tmp_path, (LAUNCH_EVERYTHING, arch))
+    assert results[arch] == {"problems": [], "kernels": kernel_names()}
 
 
 def test_every_public_argument_is_passed_by_a_call(launched):
@@ -294,8 +348,14 @@ def test_option_that_only_nvidia_has_is_an_error_elsewhere(errors):
     assert "maxnreg was specified but unrecognised" in errors["gfx942"]["register limit"]
 
 
-def test_repeated_launches_use_the_code_that_triton_selects(tmp_path):
-    calls, kernels = run_script(tmp_path, LAUNCH_AGAIN)
+def test_crops_of_all_sizes_take_three_launches_without_fused_products(outputs):
+    kernels = [f"multi_crop_{name}_kernel" for name in ("resize", "color", "blur")]
+    expected = [[name, False] for name in kernels]
+    assert outputs[3] == [expected] * 8
+
+
+def test_repeated_launches_use_the_code_that_triton_selects(outputs):
+    calls, kernels = outputs[2]
     assert calls == 84
     assert kernels > 15
 

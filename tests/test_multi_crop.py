@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import mmap
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,12 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from benchmarks.gpu.option_calls import crop_params
 from fastdino.augmentation.pillow import MEAN, STD
 from fastdino.data import draw_crops
+from tests.interpreter import patch_interpreter
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
     pytestmark = pytest.mark.gpu
@@ -493,75 +494,29 @@ def test_groups_without_params_or_on_several_devices_raise(devices, got, draw_an
         multi_crop_groups([], groups, mean=MEAN, std=STD)
 
 
-# Prints the kernels that crops of one and of three sizes launch, and the number of programs.
-LAUNCHES = """
-import json
-import torch
-from fastdino_kernels import multi_crop_groups
-from benchmarks.gpu.option_calls import crop_params
-from benchmarks.gpu.recording_driver import ARCHS, record_launches
-
-def launched(arch, *groups):
-    images = [torch.zeros(37, 53, 3, dtype=torch.uint8)] * 2
-    groups = [(crop_params([(37, 53)] * 2, n), size) for n, size in groups]
-    with record_launches(arch, compiles=False) as launches:
-        multi_crop_groups(images, groups, mean=(0, 0, 0), std=(1, 1, 1), impl="triton")
-        return [(launch.kernel, launch.fp_fusion) for launch in launches]
-
-print(json.dumps([
-    launched(arch, *groups)
-    for arch in ARCHS for groups in ([(2, 224)], [(2, 224), (8, 96), (1, 500)])
-]))
-"""
-
-
-def test_all_sizes_take_three_launches_without_fused_products(tmp_path):
-    from tests.test_launch import run_script
-
-    kernels = [f"multi_crop_{name}_kernel" for name in ("resize", "color", "blur")]
-    expected = [[name, False] for name in kernels]
-    assert run_script(tmp_path, LAUNCHES) == [expected] * 8
-
-
-# Makes crops of images that begin or end at a page which must not be touched.
-GUARDED = """
-import ctypes
-import mmap
-import os
-os.environ["TRITON_INTERPRET"] = "1"
-import numpy as np
-import torch
-from benchmarks.gpu.option_calls import crop_params
-from fastdino_kernels import multi_crop
-
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-memory = mmap.mmap(-1, 3 * PAGE)
-begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-pixels = torch.frombuffer(memory, dtype=torch.uint8)[PAGE : 2 * PAGE]
-pixels.copy_(torch.from_numpy(np.random.default_rng(0).integers(0, 256, PAGE, dtype=np.uint8)))
-for page in (0, 2):
-    assert libc.mprotect(ctypes.c_void_p(begin + page * PAGE), PAGE, 0) == 0
-equal = []
-for height, width in ((1, 1), (5, 7), (20, 33), (2, 150)):
-    count = 3 * height * width
-    for image in (pixels[:count], pixels[-count:]):
-        image = image.view(height, width, 3)
-        params = crop_params([(height, width)], 2)
-        options = {"size": 9, "mean": (0, 0, 0), "std": (1, 1, 1)}
-        made = [multi_crop([image], params, **options, impl=impl) for impl in ("triton", "torch")]
-        equal.append(torch.equal(*made))
-print(equal.count(True), len(equal), flush=True)
-os._exit(0)
-"""
+def read_guarded() -> None:
+    """Make crops of images that begin or end at a page which must not be touched."""
+    patch_interpreter(pytest.MonkeyPatch())
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 3 * page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    pixels = torch.frombuffer(memory, dtype=torch.uint8)[page : 2 * page]
+    pixels.copy_(torch.from_numpy(np.random.default_rng(0).integers(0, 256, page, dtype=np.uint8)))
+    for number in (0, 2):
+        assert libc.mprotect(ctypes.c_void_p(begin + number * page), page, 0) == 0
+    for height, width in ((1, 1), (5, 7), (20, 33), (2, 150)):
+        count = 3 * height * width
+        for image in (pixels[:count], pixels[-count:]):
+            image = image.view(height, width, 3)
+            params = crop_params([(height, width)], 2)
+            made, expected = (
+                multi_crop([image], params, size=9, mean=MEAN, std=STD, impl=impl)
+                for impl in ("triton", "torch")
+            )
+            assert torch.equal(made, expected), (height, width)
+    os._exit(0)  # the memory cannot be freed
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="guards the memory of the interpreter")
-def test_no_other_memory_than_the_image_is_read(tmp_path):
-    (tmp_path / "guarded.py").write_text(GUARDED, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "guarded.py")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.split()) == (0, ["8", "8"]), done.stderr
+def test_no_other_memory_than_the_image_is_read():
+    run_ranks(1, read_guarded)
