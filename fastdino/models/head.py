@@ -16,9 +16,6 @@ from torch.nn import functional as F
 
 from fastdino.models.vit import init_linear
 
-# Rows of a block of prototypes on a CPU: 1 MB in fp32 for D = 256.
-_ROWS = 1024
-
 
 class WeightNormLinear(nn.Module):
     """Weight-normed linear layer (Salimans & Kingma 2016).
@@ -94,32 +91,10 @@ class _ScaledProduct(torch.autograd.Function):
             dx = ((dy * scale) @ weight_v.to(dy.dtype)).to(x.dtype)
         if any(ctx.needs_input_grad[1:]):
             dw = dy.T @ x.to(dy.dtype)  # gradient of W
-            dv, dg = _weight_norm_backward(dw, weight_v, weight_g, norm)
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(
+                dw.to(weight_v.dtype), weight_v, weight_g, norm, 0
+            )
         return dx, dv, dg
-
-
-def _weight_norm_backward(
-    dw: Tensor, weight_v: Tensor, weight_g: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight_v and weight_g from that of W, which may be overwritten.
-
-    On a CPU by blocks of rows that stay in the caches: new memory of K D elements takes longer than
-    the arithmetic.
-    """
-    if dw.device.type != "cpu":
-        dv, dg = torch.ops.aten._weight_norm_interface_backward(
-            dw.to(weight_v.dtype), weight_v, weight_g, norm, 0
-        )
-        return dv, dg
-    dv = dw if dw.dtype == weight_v.dtype else torch.empty_like(weight_v)
-    dg = torch.empty_like(weight_g)
-    tensors = (dw, weight_v, weight_g, norm, dv, dg)
-    for *rows, dv_rows, dg_rows in zip(*(x.split(_ROWS) for x in tensors), strict=True):
-        rows[0] = rows[0].to(weight_v.dtype)
-        parts = torch.ops.aten._weight_norm_interface_backward(*rows, 0)
-        dv_rows.copy_(parts[0])
-        dg_rows.copy_(parts[1])
-    return dv, dg
 
 
 class DINOHead(nn.Module):

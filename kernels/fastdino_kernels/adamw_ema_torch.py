@@ -19,7 +19,7 @@ from .ema import torch_ema_
 from .memory import are_flat
 from .tensor_lists import Lists, present
 
-ROWS_OF_A_BLOCK = 1024  # 1 MB in fp32 for 256 features
+ROWS_OF_A_BLOCK = 256  # 256 kB in fp32 for 256 features
 
 
 def torch_adamw_ema_(call: Call, local: Lists, norms: Tensor | None) -> None:
