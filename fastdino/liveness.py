@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import Store
 
 from fastdino.errors import RankLostError, UserError
 from fastdino.terminal import finish_output, print_err
-from fastdino.waiting import run_within
+from fastdino.waiting import DaemonExecutor, run_within
 
 T = TypeVar("T")
 ROUND_SECONDS = 1.0
@@ -68,6 +68,7 @@ class Liveness:
         self._blocks = 0  # depth of `without_collectives`
         self._leaving, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._helper = DaemonExecutor(1)  # started now: out of memory, no thread starts any more
         self._sign()
 
     def start(self) -> None:
@@ -123,6 +124,7 @@ class Liveness:
         self._ended.set()
         if not self.fault:
             self._thread.join(self._limit)
+            self._helper.shutdown(wait=False)
 
     def _watch(self) -> None:
         other, silent, last = (self._rank + 1) % self._world_size, 0, -1
@@ -253,7 +255,7 @@ class Liveness:
     def _in_time(self, function: Callable[[], T], default: T) -> T:
         """Call a function of the store; return the default if the store is gone or is silent."""
         try:
-            return run_within(2 * SILENT_ROUNDS * self._period, function)
+            return run_within(2 * SILENT_ROUNDS * self._period, self._helper, function)
         except (RuntimeError, TimeoutError):
             return default
 

@@ -70,13 +70,13 @@ class DaemonExecutor(Executor):
             run()
 
 
-def run_within(seconds: float, function: Callable[..., T], *args: Any) -> T:
-    """Run function(*args) in a thread; raise TimeoutError, and leave it behind, after a time."""
-    with DaemonExecutor(1) as thread:
-        future = thread.submit(function, *args)
-        if not wait([future], seconds).done:
-            raise TimeoutError(f"no answer within {seconds:g} s")
-        return future.result()
+def run_within(seconds: float, thread: Executor, function: Callable[..., T], *args: Any) -> T:
+    """Run function(*args) in a thread; after a time, leave it behind and raise TimeoutError."""
+    future = thread.submit(function, *args)
+    if not wait([future], seconds).done:
+        future.cancel()
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return future.result()
 
 
 @contextmanager

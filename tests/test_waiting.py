@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from fastdino.waiting import DaemonExecutor, killable
+from fastdino.waiting import DaemonExecutor, killable, run_within
 from tests.processes import locked_elsewhere
 
 
@@ -43,6 +43,17 @@ def test_an_error_leaves_running_tasks_behind_and_cancels_the_others():
     hold.set()
     assert futures[0].result(60) == 1
     assert ran == []
+
+
+def test_a_call_is_left_behind_after_a_time():
+    hold = threading.Event()
+    with DaemonExecutor(1) as thread:
+        assert run_within(60.0, thread, int, "7") == 7
+        with pytest.raises(ValueError, match="invalid literal"):
+            run_within(60.0, thread, int, "x")
+        with pytest.raises(TimeoutError, match=r"no answer within 0.1 s"):
+            run_within(0.1, thread, hold.wait)
+        hold.set()
 
 
 def test_handlers_are_restored():
