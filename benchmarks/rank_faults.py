@@ -224,7 +224,7 @@ FAULTS = (
         "wrong MASTER_ADDR on rank 1", "rank 1 of 2 cannot join", (2, 2),
         variables=lambda rank: {"MASTER_ADDR": "192.0.2.1"} if rank else {},
     ),
-    Fault("WORLD_SIZE 2 on rank 0, 3 on rank 1", "start all with the same WORLD_SIZE", (2, 2),
+    Fault("WORLD_SIZE 2 on rank 0, 3 on rank 1", "start all ranks with the same", (2, 2),
           variables=lambda rank: {"WORLD_SIZE": str(2 + rank)}),
     Fault("no dataset on the machine of rank 1", "every node needs the dataset", (2, 2),
           start=hide("../data"), root=True),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -19,15 +22,25 @@ from fastdino.launch import Launch
 from fastdino.liveness import listed
 
 POLL_SECONDS = 0.5
-# Rank 0 serves the store for the others until they have read why they cannot start.
+# Rank 0 serves the store for so long after it has posted why the ranks cannot start.
 LAST_SECONDS = 1.0
+_SAME = "start every rank, with the same MASTER_ADDR and MASTER_PORT or --dist_url"
+
+
+class _Roll(NamedTuple):
+    """The ranks that have met: a name for this time, the hosts by rank, or a problem."""
+
+    name: str
+    hosts: list[str]
+    problem: str = ""
 
 
 def meet(dist_url: str, launch: Launch, seconds: float) -> tuple[Store, bool]:
-    """Return a store that all ranks have joined, and True on one rank per host.
+    """Return a store that all ranks have joined, and True on one rank per host, not counting 0.
 
     It has no keys of earlier process groups, with which the ranks would try to connect to the
-    sockets of the earlier group and hang.
+    sockets of the earlier group and hang. Those are also of processes that have ended: the agents
+    of torchrun keep their store when they start the processes again.
 
     Raises:
         ConfigError: ranks that are missing after `seconds`, or that contradict each other.
@@ -36,11 +49,9 @@ def meet(dist_url: str, launch: Launch, seconds: float) -> tuple[Store, bool]:
     master = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))  # of env://
     store, numbers = _open(dist_url, launch.rank, launch.world_size, seconds, master)
     group = PrefixStore(f"group{next(numbers)}", store)
-    try:
-        return group, _call_the_roll(group, launch, seconds)
-    except ConfigError:
-        time.sleep(LAST_SECONDS)
-        raise
+    roll = (_answer if launch.rank else _call_the_roll)(group, launch, seconds)
+    below = roll.hosts[1 : launch.rank]
+    return PrefixStore(roll.name, group), socket.gethostname() not in below
 
 
 @functools.cache  # rank 0 serves it until the process ends, so no rank can join one that closes
@@ -79,61 +90,74 @@ def _wait_for_server(address: tuple[str, int], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _call_the_roll(store: Store, launch: Launch, seconds: float) -> bool:
-    """Wait until every rank is there, and compare what the ranks were started with.
-
-    Returns: True if no lower rank but rank 0 is on this host.
-    Raises: ConfigError: see `meet`. One of the ranks that find a problem prints it.
-    """
-    host, ranks = socket.gethostname(), range(launch.world_size)
-    if store.add(f"number{launch.rank}", 1) > 1:
-        raise ConfigError(
-            f"two processes have rank {launch.rank} of {launch.world_size}, one of them on {host}: "
-            "expected one process per RANK; with a file:// URL, delete the file of an earlier run"
-        )
-    store.set(f"rank{launch.rank}", f"{launch.world_size} {host}")
+def _answer(store: Store, launch: Launch, seconds: float) -> _Roll:
+    """Tell rank 0 that this rank is there; wait until it says that all are."""
+    own = uuid.uuid4().hex
     end = time.monotonic() + seconds
-    while not _all_there(store, launch):
-        missing = [rank for rank in ranks if not store.check([f"rank{rank}"])]
-        if missing and time.monotonic() > end:
-            raise _once(
-                store,
-                f"{listed(missing)} of {launch.world_size} did not come within "
-                f"--dist_timeout_minutes {seconds / 60:g}: start every rank, with the same "
-                "MASTER_ADDR and MASTER_PORT or --dist_url",
+    while not _has(store, f"call{own}", POLL_SECONDS):
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"rank 0 did not answer rank {launch.rank} of {launch.world_size} within "
+                f"--dist_timeout_minutes {seconds / 60:g}: {_SAME}"
             )
-        _compare(store, launch, [rank for rank in ranks if rank not in missing])
-    hosts = _compare(store, launch, [*ranks])
-    return not any(hosts[rank] == host for rank in range(1, launch.rank))
+        # Again and again: another process may have the same rank.
+        here = (own, launch.world_size, socket.gethostname())
+        store.set(f"here{launch.rank}", json.dumps(here))
+    name = store.get(f"call{own}").decode()
+    store.add(f"{name}/came{launch.rank}", 1)
+    if not _has(store, f"{name}/end", seconds + LAST_SECONDS):
+        raise ConfigError(f"rank 0 no longer answers rank {launch.rank} of {launch.world_size}")
+    roll = _Roll(*json.loads(store.get(f"{name}/end")))
+    if roll.problem:
+        error = ConfigError(roll.problem)
+        error.reported = True
+        raise error
+    return roll
 
 
-def _all_there(store: Store, launch: Launch) -> bool:
+def _call_the_roll(store: Store, launch: Launch, seconds: float) -> _Roll:
+    """Wait on rank 0 until every rank is there, and compare what they were started with."""
+    name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
+    ids: dict[int, str] = {}
+    problem, missing = "", list(range(1, launch.world_size))
+    end = time.monotonic() + seconds
+    while missing and not problem:
+        for rank in range(1, launch.world_size):
+            if not store.check([f"here{rank}"]):
+                continue
+            own, size, hosts[rank] = json.loads(store.get(f"here{rank}"))
+            if ids.get(rank) != own:  # the first may be of a process that has ended
+                ids[rank] = own
+                store.set(f"call{own}", name)
+            if size != launch.world_size:
+                problem = (
+                    f"rank {rank} on {hosts[rank]} was started with WORLD_SIZE {size}, and rank 0 "
+                    f"with {launch.world_size}: start all ranks with the same"
+                )
+        came = {rank: store.add(f"{name}/came{rank}", 0) for rank in range(1, launch.world_size)}
+        missing = [rank for rank, number in came.items() if not number]
+        twice = [rank for rank, number in came.items() if number > 1]
+        if twice:
+            problem = f"two processes are {listed(twice)} of {launch.world_size}: start one of each"
+        elif missing and time.monotonic() > end:
+            problem = (
+                f"{listed(missing)} of {launch.world_size} did not come within "
+                f"--dist_timeout_minutes {seconds / 60:g}: {_SAME}"
+            )
+        elif missing:
+            _has(store, f"{name}/came{missing[0]}", POLL_SECONDS)
+    roll = _Roll(name, [hosts[rank] for rank in sorted(hosts)], problem)
+    store.set(f"{name}/end", json.dumps(roll))
+    if problem:
+        time.sleep(LAST_SECONDS)
+        raise ConfigError(problem)
+    return roll
+
+
+def _has(store: Store, key: str, seconds: float) -> bool:
+    """Wait for a key; return False if it is not there in time."""
     try:
-        names = [f"rank{rank}" for rank in range(launch.world_size)]
-        store.wait(names, timedelta(seconds=POLL_SECONDS))
-    except RuntimeError:  # not in this time; or the store is gone, which the next call reports
+        store.wait([key], timedelta(seconds=seconds))
+    except RuntimeError:  # or the store is gone, which the next call reports
         return False
     return True
-
-
-def _compare(store: Store, launch: Launch, ranks: list[int]) -> list[str]:
-    """Return the hosts of ranks; raise ConfigError if a rank contradicts this one."""
-    hosts = []
-    values = store.multi_get([f"rank{rank}" for rank in ranks])
-    for rank, started in zip(ranks, values, strict=True):
-        size, _, host = started.decode().partition(" ")
-        hosts.append(host)
-        if int(size) != launch.world_size:
-            raise _once(
-                store,
-                f"rank {launch.rank} was started with {launch.world_size} processes in total, and "
-                f"rank {rank} on {host} with {size}: start all with the same WORLD_SIZE",
-            )
-    return hosts
-
-
-def _once(store: Store, text: str) -> ConfigError:
-    """Return the error with the text; only the first rank with one prints it."""
-    error = ConfigError(text)
-    error.reported = store.add("printed", 1) > 1
-    return error
