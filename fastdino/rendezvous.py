@@ -21,7 +21,7 @@ from fastdino.errors import ConfigError
 from fastdino.launch import Launch
 from fastdino.liveness import listed
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 # Rank 0 serves the store for so long after it has posted why the ranks cannot start.
 LAST_SECONDS = 1.0
 _SAME = "start every rank, with the same MASTER_ADDR and MASTER_PORT or --dist_url"
@@ -93,16 +93,16 @@ def _wait_for_server(address: tuple[str, int], seconds: float) -> None:
 def _answer(store: Store, launch: Launch, seconds: float) -> _Roll:
     """Tell rank 0 that this rank is there; wait until it says that all are."""
     own = uuid.uuid4().hex
+    here = json.dumps((own, launch.world_size, socket.gethostname()))
     end = time.monotonic() + seconds
+    store.set(f"here{launch.rank}", here)
     while not _has(store, f"call{own}", POLL_SECONDS):
         if time.monotonic() > end:
             raise ConfigError(
                 f"rank 0 did not answer rank {launch.rank} of {launch.world_size} within "
                 f"--dist_timeout_minutes {seconds / 60:g}: {_SAME}"
             )
-        # Again and again: another process may have the same rank.
-        here = (own, launch.world_size, socket.gethostname())
-        store.set(f"here{launch.rank}", json.dumps(here))
+        store.set(f"here{launch.rank}", here)  # again: another process may have the same rank
     name = store.get(f"call{own}").decode()
     store.add(f"{name}/came{launch.rank}", 1)
     if not _has(store, f"{name}/end", seconds + LAST_SECONDS):
@@ -117,41 +117,50 @@ def _answer(store: Store, launch: Launch, seconds: float) -> _Roll:
 
 def _call_the_roll(store: Store, launch: Launch, seconds: float) -> _Roll:
     """Wait on rank 0 until every rank is there, and compare what they were started with."""
-    name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
-    ids: dict[int, str] = {}
-    problem, missing = "", list(range(1, launch.world_size))
-    end = time.monotonic() + seconds
-    while missing and not problem:
-        for rank in range(1, launch.world_size):
-            if not store.check([f"here{rank}"]):
-                continue
-            own, size, hosts[rank] = json.loads(store.get(f"here{rank}"))
-            if ids.get(rank) != own:  # the first may be of a process that has ended
-                ids[rank] = own
-                store.set(f"call{own}", name)
-            if size != launch.world_size:
-                problem = (
-                    f"rank {rank} on {hosts[rank]} was started with WORLD_SIZE {size}, and rank 0 "
-                    f"with {launch.world_size}: start all ranks with the same"
-                )
-        came = {rank: store.add(f"{name}/came{rank}", 0) for rank in range(1, launch.world_size)}
+    name, others = uuid.uuid4().hex, range(1, launch.world_size)
+    here: dict[int, tuple[str, int, str]] = {}  # id, world size and host
+    problem, end = "", time.monotonic() + seconds
+    while True:
+        for rank in others:
+            if store.check([f"here{rank}"]):
+                known, here[rank] = here.get(rank), json.loads(store.get(f"here{rank}"))
+                if here[rank] != known:  # the first one may be of a process that has ended
+                    store.set(f"call{here[rank][0]}", name)
+        came = {rank: store.add(f"{name}/came{rank}", 0) for rank in others}
+        problem = _contradiction(launch, came, here)
         missing = [rank for rank, number in came.items() if not number]
-        twice = [rank for rank, number in came.items() if number > 1]
-        if twice:
-            problem = f"two processes are {listed(twice)} of {launch.world_size}: start one of each"
-        elif missing and time.monotonic() > end:
+        if problem or not missing:
+            break
+        if time.monotonic() > end:
             problem = (
                 f"{listed(missing)} of {launch.world_size} did not come within "
                 f"--dist_timeout_minutes {seconds / 60:g}: {_SAME}"
             )
-        elif missing:
-            _has(store, f"{name}/came{missing[0]}", POLL_SECONDS)
-    roll = _Roll(name, [hosts[rank] for rank in sorted(hosts)], problem)
+            break
+        time.sleep(POLL_SECONDS)
+    hosts = [socket.gethostname(), *(here[rank][2] for rank in others if rank in here)]
+    roll = _Roll(name, hosts, problem)
     store.set(f"{name}/end", json.dumps(roll))
     if problem:
         time.sleep(LAST_SECONDS)
         raise ConfigError(problem)
     return roll
+
+
+def _contradiction(
+    launch: Launch, came: dict[int, int], here: dict[int, tuple[str, int, str]]
+) -> str:
+    """Return what the ranks that came contradict each other in, or ""."""
+    for rank, number in came.items():
+        if number > 1:
+            return f"two processes are rank {rank} of {launch.world_size}: start one of each"
+        if number and here[rank][1] != launch.world_size:
+            _, size, host = here[rank]
+            return (
+                f"rank {rank} on {host} was started with WORLD_SIZE {size}, and rank 0 with "
+                f"{launch.world_size}: start all ranks with the same"
+            )
+    return ""
 
 
 def _has(store: Store, key: str, seconds: float) -> bool:
