@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks import killed_runs
 from benchmarks.killed_runs import BLOCKS, COMMAND, RUN, differences, iteration_of, small_head
-from fastdino import Trainer, cli, files
+from fastdino import Trainer, cli
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.environment import environment
@@ -130,8 +130,8 @@ def shift_clocks(rank: int) -> None:
     """Set the clocks of rank 1 a day ahead."""
     if rank == 1:
         wall, monotonic = time.time, time.monotonic
-        time.time = lambda: wall() + 86400.0  # type: ignore[assignment]
-        time.monotonic = lambda: monotonic() + 86400.0  # type: ignore[assignment]
+        time.time = lambda: wall() + 86400.0
+        time.monotonic = lambda: monotonic() + 86400.0
 
 
 def hide(folder: str) -> Callable[[int], None]:
@@ -274,7 +274,7 @@ class Ranks:
             if more is not None:
                 self.pids[rank] = self._fork(rank, {"MASTER_PORT": str(port)} | more)
 
-    def _fork(self, rank: int, more: Mapping[str, str]) -> int:
+    def _fork(self, rank: int, more: dict[str, str]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -320,7 +320,7 @@ class Ranks:
             mock.patch.object(backbones, "DINOHead", small_head),
             mock.patch.dict(VIT_ARCHS["vit_nano"], depth=BLOCKS),
             mock.patch.object(Trainer, "train_step", faulty_step),
-            mock.patch.object(files.os, "replace", faulty_replace),
+            mock.patch.object(os, "replace", faulty_replace),
         ):
             yield
 
