@@ -44,5 +44,4 @@ MUTANTS = (
     Mutant(RENDEZVOUS, "roll.hosts[1 : launch.rank]", "roll.hosts[: launch.rank]"),
     Mutant(RENDEZVOUS, "if here[rank] != known:", "if known is None:"),
     Mutant(RENDEZVOUS, "problem or not missing", "problem or missing != [*others]"),
-    Mutant(RENDEZVOUS, "            if left < POLL_SECONDS:", "            if left < -9:"),
 )  # fmt: skip
