@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from fastdino import TrainConfig, cli, submit
-from fastdino.config import config_from_args
 from fastdino.submit import TrainingJob, log_folder, train_words
 from fastdino.training import loop
 from tests.commands import flags_of as parsed
@@ -210,24 +209,22 @@ def test_the_folder_of_the_logs_has_no_job_number(output_dir, logs):
 
 
 def test_every_training_setting_reaches_the_job():
-    """A config of values that are no defaults is parsed back from its words."""
-    changes = {}
+    """Values that are no defaults are parsed back; some contradict each other, unchecked here."""
+    config = TrainConfig()
     for field in fields(TrainConfig):
         value, choices = field.default, field.metadata["choices"]
+        changed = "a b=c"
         if choices:
-            changes[field.name] = choices[-1]
+            changed = choices[-1]
         elif isinstance(value, bool):
-            changes[field.name] = not value
+            changed = not value
         elif isinstance(value, (int, float)):
-            changes[field.name] = value + 1 if isinstance(value, int) else value / 2 or 0.5
+            changed = value + 1
         elif isinstance(value, tuple):
-            changes[field.name] = (0.2, 0.3)
-        else:
-            changes[field.name] = "a b=c"
-    changes |= {"arch": "resnet50", "attention_every": 0, "logger": "csv", "use_fp16": True}
-    config = TrainConfig(**changes)
-    assert len(train_words(config)) >= len(changes) - 2
-    assert config_from_args(parsed(loop, *train_words(config))) == config
+            changed = (0.2, 0.3)
+        object.__setattr__(config, field.name, changed)
+    args = parsed(loop, *train_words(config))
+    assert {name: getattr(args, name) for name in config.to_dict()} == config.to_dict()
 
 
 class Task:
