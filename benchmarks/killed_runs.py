@@ -38,7 +38,9 @@ from fastdino.files import PART
 from fastdino.models import backbones
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS
+from fastdino.training import shard_files
 
+FOLDER = "checkpoint"  # of the shards of a sharded run
 RUN = "run"  # the output folder of a run, in the folder where its command is started
 EPOCHS, STEPS = 4, 2
 COMMAND = (
@@ -88,6 +90,11 @@ KINDS = {
     ),
     "two processes": Kind(
         "--crops torchvision --num_workers 0 --batch_size_per_gpu 2 --last_batch drop", ranks=2
+    ),
+    "sharded": Kind(
+        "--crops torchvision --num_workers 0 --batch_size_per_gpu 2 --last_batch drop --fsdp true "
+        "--saveckp_every_steps 1",
+        ranks=2,
     ),
     "sinkhorn": Kind(
         "--crops torchvision --num_workers 0 --centering sinkhorn --koleo_weight 0.1 "
@@ -333,16 +340,18 @@ def kill_at_random(kind: Kind, folder: Path, timing: Timing, rng: random.Random)
 def parts_of(run: Path) -> set[tuple[str, int]]:
     """Return name and inode of the temporary files in a folder."""
     found = set()
-    with contextlib.suppress(FileNotFoundError), os.scandir(run) as entries:
-        for entry in entries:
-            if entry.name.endswith(PART):
-                found.add((entry.name, entry.inode()))
+    for folder, prefix in ((run, ""), (run / FOLDER, "checkpoint/")):
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(PART):
+                    found.add((prefix + entry.name, entry.inode()))
     return found
 
 
 def iteration_of(run: Path) -> int:
     """Return the iteration of a run's checkpoint; 0 without one, -1 if it cannot be read."""
-    path = run / "checkpoint.pth"
+    shards = shard_files.newest(run / FOLDER)
+    path = shards / shard_files.REST if shards else run / "checkpoint.pth"
     if not path.exists():
         return 0
     status = path.stat()

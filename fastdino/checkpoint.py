@@ -73,13 +73,20 @@ def check_finite(state: dict[str, Any]) -> None:
     finite: dict[torch.device, dict[str, Tensor]] = {}
     for key in ("student", "teacher", "optimizer", "dino_loss"):
         for name, tensor in _tensors(state.get(key), key):
+            tensor = local_part(tensor)
             if tensor.is_floating_point() and tensor.numel():
-                extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any value is
+                extremes = torch.stack(torch.aminmax(tensor))  # NaN if any value is
                 finite.setdefault(tensor.device, {})[name] = torch.isfinite(extremes).all()
     for flags in finite.values():
         for name, good in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True):
             if not good:
                 raise NonFiniteError(f"{name} is not finite: the checkpoint is not written")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor, and other tensors as they are."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -219,6 +226,7 @@ def unsuitable_kind(value: Any) -> str:
     """
     if not isinstance(value, Tensor):
         return type(value).__name__
+    value = local_part(value)
     if value.layout is not torch.strided or value.is_quantized:
         return "sparse or quantized tensor"
     if value.is_meta:

@@ -47,7 +47,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             with suppress(OSError):
                 part.unlink()
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def _open_alone(path: Path) -> IO[bytes]:
@@ -75,7 +75,7 @@ def part_of(path: Path) -> Path:
     return target.with_name(target.name + PART)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Write a folder's entries to disk, where the file system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -48,6 +48,11 @@ def save(writer, state, path):
     writer.start(state, *(lambda copied: checkpoint.write(copied, path) for _ in range(2)))
 
 
+def end(writer):
+    if not writer.finish():
+        writer.repeat()
+
+
 def state_of(value, **more):
     return {"student": {"w": torch.full((3,), float(value))}, "left_out": [value], **more}
 
@@ -60,7 +65,7 @@ def test_later_changes_do_not_reach_the_file(tmp_path, gate, writer):
     state["left_out"].append(5)
     assert not path.exists()
     gate.set()
-    writer.wait()
+    end(writer)
     loaded = checkpoint.load(path)
     assert loaded["student"]["w"].tolist() == [1.0] * 3
     assert loaded["left_out"] == [1]
@@ -71,12 +76,12 @@ def test_buffers_are_used_again_and_follow_the_state(tmp_path, writer):
     seen = []
     for value in (1, 2):
         save(writer, state_of(value), path)
-        writer.wait()
+        end(writer)
         seen.append({b.data_ptr() for b in writer._host._buffers.values()})
     assert seen[0] == seen[1]
     moments = {"state": {0: {"mu": torch.ones(1, 4).expand(2, 4), "step": torch.tensor(3.0)}}}
     save(writer, {"student": {"w": torch.ones(5)}, "optimizer": moments, "pair": (1, "a")}, path)
-    writer.wait()
+    end(writer)
     loaded = checkpoint.load(path)
     assert loaded["student"]["w"].shape == (5,)
     assert loaded["optimizer"]["state"][0]["mu"].is_contiguous()
@@ -91,7 +96,7 @@ def test_failed_write_keeps_the_old_file_and_is_repeated_once(
 ):
     path, replace, failures = tmp_path / "checkpoint.pth", os.replace, [1 if passing else 9]
     save(writer, state_of(1), path)
-    writer.wait()
+    end(writer)
 
     def failing(*args):
         if failures[0]:
@@ -105,11 +110,11 @@ def test_failed_write_keeps_the_old_file_and_is_repeated_once(
     assert "the previous checkpoint.pth is intact; the run continues" in writer.warnings[0]
     assert checkpoint.load(path)["left_out"] == [1]
     if passing:
-        writer.wait()
+        end(writer)
         assert checkpoint.load(path)["left_out"] == [2]
     else:
         with pytest.raises(CheckpointError, match=os.strerror(number)):
-            writer.wait()
+            end(writer)
         assert checkpoint.load(path)["left_out"] == [1]
     assert len(writer.warnings) == 1
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
@@ -129,7 +134,7 @@ def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(tmp_path, m
 
 def slowly(monkeypatch, gate):
     """Open the gate when the training waits for a write, or after one more step."""
-    step, wait = Trainer.train_step, CheckpointWriter.wait
+    step, finish = Trainer.train_step, CheckpointWriter.finish
     states = SimpleNamespace(steps_during_writes=0, waits=0)
 
     def counted(self, crops):
@@ -139,12 +144,13 @@ def slowly(monkeypatch, gate):
     def opening(self):
         states.waits += not gate.is_set()
         gate.set()
-        wait(self)
+        finished = finish(self)
         gate.clear()
+        return finished
 
     gate.clear()
     monkeypatch.setattr(Trainer, "train_step", counted)
-    monkeypatch.setattr(CheckpointWriter, "wait", opening)
+    monkeypatch.setattr(CheckpointWriter, "finish", opening)
     return states
 
 
@@ -180,7 +186,7 @@ def test_a_run_that_fails_finishes_its_write_first(config, tmp_path, monkeypatch
 
     def opening(self):
         gate.set()
-        finish(self)
+        return finish(self)
 
     def broken(self, crops):
         if self.iteration == STEPS:

@@ -52,9 +52,9 @@ def test_log_has_the_means_of_each_epoch(config, tmp_path, monkeypatch, mode):
 def test_checkpoints_are_saved_and_kept_at_the_requested_times(config, tmp_path, monkeypatch):
     saved, write = [], RunCheckpoint._write
 
-    def recorded(self, state, also):
-        saved.append((state["iteration"], also.name if also else None))
-        write(self, state, also)
+    def recorded(self, state, save):
+        saved.append((state["iteration"], save.also.name if save.also else None))
+        write(self, state, save)
 
     monkeypatch.setattr(RunCheckpoint, "_write", recorded)
     settings = {"epochs": 3, "saveckp_freq": 2, "saveckp_every_steps": 3}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
-from fastdino.errors import CheckpointError
 from fastdino.training.host_copy import HostCopy
 from fastdino.waiting import DaemonExecutor
 
@@ -24,15 +23,16 @@ class CheckpointWriter:
         self._host = HostCopy()
         self._thread: DaemonExecutor | None = None
         self._running: Future[None] | None = None
-        self._failed: tuple[Write, dict[str, Any]] | None = None
+        self._last: Callable[[], None] | None = None  # repeats the last write
+        self._error: Exception | None = None
         self._is_large = False  # the copy did not fit into the memory
 
     def start(self, state: dict[str, Any], write: Write, again: Write) -> None:
-        """Copy `state` and start write(copy) in the thread; the last write must be waited for.
+        """Copy `state` and start write(copy) in the thread; the last one must be finished.
 
         Without memory for the copy, write(state) is called directly, from then on.
 
-        Args: again: how `wait` repeats a failed write.
+        Args: again: how `repeat` writes again.
         """
         assert self._running is None
         if not self._is_large:
@@ -48,30 +48,30 @@ class CheckpointWriter:
             write(state)
             return
         self._thread = self._thread or DaemonExecutor(1)
-        self._running = self._thread.submit(self._run, copied, write, again)
+        self._last = lambda: again(copied)
+        self._running = self._thread.submit(self._run, copied, write)
 
-    def _run(self, copied: dict[str, Any], write: Write, again: Write) -> None:
-        self._host.wait()
+    def _run(self, copied: dict[str, Any], write: Write) -> None:
         try:
+            self._host.wait()
             write(copied)
-        except CheckpointError as error:
-            self._failed = again, copied
+        except Exception as error:
+            self._error = error
             self._warn(f"{error}; the run continues, and the next save writes it again")
 
-    def wait(self) -> None:
-        """Wait for the write, and repeat it here if it failed.
+    def finish(self) -> bool:
+        """Wait for the write; return False if it failed."""
+        if self._running is not None:
+            wait([self._running])
+        self._running = None
+        return self._error is None
+
+    def repeat(self) -> None:
+        """Do the last write again, in this thread.
 
         Raises: CheckpointError: it failed again.
         """
-        if self._running is not None:
-            self._running.result()
-        failed = self._failed
-        self._running = self._failed = None
-        if failed is not None:
-            again, copied = failed
-            again(copied)
-
-    def finish(self) -> None:
-        """Wait for the write, without an error if it fails."""
-        if self._running is not None:
-            wait([self._running])
+        assert self._running is None
+        last, self._last, self._error = self._last, None, None
+        if last is not None:
+            last()

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastdino.checkpoint import local_part
 
 Place = tuple[Hashable, ...]  # the keys that lead to a tensor
 MEMORY = "/proc/meminfo"
@@ -15,6 +18,8 @@ MEMORY = "/proc/meminfo"
 
 class HostCopy:
     """Copies nested dicts, lists and tuples of tensors into buffers that the next copy reuses.
+
+    Of a sharded tensor it copies this rank's shard.
 
     The buffers of tensors on a GPU are pinned, and filled in the order of the current stream: what
     is queued later may change the tensors, and the host does not wait.
@@ -54,6 +59,7 @@ class HostCopy:
         old, self._buffers = self._buffers, {}
         missing = []
         for place, tensor in tensors_of(state):
+            tensor = local_part(tensor)
             buffer = old.get(place)
             if buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype):
                 self._buffers[place] = buffer
@@ -70,7 +76,8 @@ class HostCopy:
 
     def _copy(self, value: Any, place: Place) -> Any:
         if isinstance(value, Tensor):
-            return self._buffers[place].copy_(value, non_blocking=True)
+            buffer = self._buffers[place].copy_(local_part(value), non_blocking=True)
+            return _with_shard(value, buffer) if isinstance(value, DTensor) else buffer
         if isinstance(value, dict):
             copied = copy.copy(value)  # of the same type, with its attributes
             copied.update((key, self._copy(item, (*place, key))) for key, item in value.items())
@@ -90,6 +97,13 @@ def tensors_of(value: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from tensors_of(item, (*place, i))
+
+
+def _with_shard(tensor: DTensor, shard: Tensor) -> Tensor:
+    """Return a sharded tensor like `tensor` whose shard on this rank may be on another device."""
+    names, layout = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names} | {"_local_tensor": shard}
+    return DTensor.__tensor_unflatten__(parts, layout, tensor.shape, tensor.stride())
 
 
 def available_memory() -> float:

@@ -229,7 +229,7 @@ class Run:
             stop = signals.should_stop_after_step()
             if stop or signals.save_due or (every and trainer.iteration % every == 0):
                 distributed.from_main(self._restore_folder)
-                self._save()
+                self._save(whole=False)
             if stop:
                 return False
         self._report_steps()
@@ -253,7 +253,7 @@ class Run:
         distributed.from_main(self._restore_folder)  # first, as another run may now use it
         results: dict[str, float] = {}
         if self.monitor.due(epoch):
-            self._save()
+            self._save(whole=False)
             self._finish_save()  # a run that is killed during the evaluation repeats only that
             try:
                 results = self.monitor.evaluate(epoch, lambda: signals.received is not None)
@@ -293,9 +293,9 @@ class Run:
             }
             self.progress.step(step.iteration, values, entropy=entropy)
 
-    def _save(self, also: Path | None = None) -> None:
+    def _save(self, also: Path | None = None, *, whole: bool = True) -> None:
         self._report_steps()
-        self.checkpoint.save(also)
+        self.checkpoint.save(also, whole=whole)
 
     def _finish_save(self) -> None:
         """Wait until the last save is written."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdino import checkpoint, distributed
 from fastdino.config import TrainConfig
@@ -15,6 +17,7 @@ from fastdino.files import os_error_of
 from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.weights import initial_weights
 from fastdino.runtime import MEASURED
+from fastdino.training import shard_files
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
@@ -59,7 +62,8 @@ def recorded_choices(config: TrainConfig) -> dict[str, str]:
 
     Empty without a checkpoint, or if its run had another --mode.
     """
-    path = Path(config.output_dir) / "checkpoint.pth"
+    shards = shard_files.newest(Path(config.output_dir) / "checkpoint")
+    path = shards / shard_files.REST if shards else Path(config.output_dir) / "checkpoint.pth"
     if config.mode != "fast" or not path.exists():
         return {}
     try:
@@ -75,8 +79,21 @@ def recorded_choices(config: TrainConfig) -> dict[str, str]:
     return {name: resolved[name] for name in MEASURED if name in resolved}
 
 
+class Save(NamedTuple):
+    """Files of a save.
+
+    Attributes:
+        shards: folder of the shards of a sharded run; its single file is only written with `whole`.
+        also: a copy of the single file.
+    """
+
+    shards: Path | None
+    also: Path | None
+    whole: bool
+
+
 class RunCheckpoint:
-    """checkpoint.pth of a run.
+    """checkpoint.pth of a run, and the shards of a sharded one.
 
     It has the keys of the trainer (student, teacher, optimizer, dino_loss, epoch, ...), and args,
     progress, left_out and images.
@@ -89,11 +106,14 @@ class RunCheckpoint:
     ):
         self.config, self.trainer, self.progress = config, trainer, progress
         self.path = Path(config.output_dir) / "checkpoint.pth"
+        self.folder = Path(config.output_dir) / "checkpoint"  # of shards
+        self._group = shard_files.new_group(config.dist_timeout_minutes) if config.fsdp else None
+        self._written: Path | None = None  # the last shards
         self.left_out: list[int] = []
         # Identifies the dataset in a checkpoint.
         self._images = {"number": len(dataset), "fingerprint": dataset.fingerprint}
         self._rollbacks = 0  # since the last save
-        self._writer = CheckpointWriter(progress.warn)  # of rank 0
+        self._writer = CheckpointWriter(progress.warn)  # used by the ranks that write
         self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:
@@ -101,16 +121,19 @@ class RunCheckpoint:
         minutes = self.config.saveckp_every_minutes
         return bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, also: Path | None = None) -> None:
+    def save(self, also: Path | None = None, *, whole: bool = True) -> None:
         """Save the run, and a copy to `also`; all ranks must call it.
 
         With --saveckp_in_background the files may be written after it returns: see `wait`.
 
+        Args: whole: False: of a sharded run, write the shards only.
+
         Raises: NonFiniteError: see checkpoint.save. CheckpointError: this save, or the last one,
             cannot be written.
         """
+        self.wait()
         state = {
-            **self.trainer.state_dict(),
+            **self.trainer.state_dict(gathered=False),
             "args": self.config.to_dict(),
             "resolved": self._resolved(),
             "progress": self.progress.state_dict(),
@@ -118,7 +141,16 @@ class RunCheckpoint:
             "images": self._images,
         }
         self.progress.flush(self.trainer.iteration)
-        distributed.from_main(lambda: self._start_write(state, also))
+        writes = distributed.rank() == 0 or self._group is not None
+        with distributed.fail_together():
+            if writes:
+                checkpoint.check_finite(state)
+        shards = None
+        if self._group is not None:
+            shards = distributed.from_main(lambda: shard_files.next_save(self.folder))
+        with distributed.fail_together():
+            if writes:
+                self._start_write(state, Save(shards, also, whole))
         self._saved_at = time.monotonic()
         self._rollbacks = 0
 
@@ -127,46 +159,67 @@ class RunCheckpoint:
 
         Raises: CheckpointError: it cannot be written.
         """
-        distributed.from_main(self._writer.wait)
+        if all(distributed.gather(self._finish_write())):
+            return
+        with distributed.fail_together():
+            self._writer.repeat()
 
     def close(self) -> None:
         """Wait until the last save is written or has failed, on this rank."""
-        with distributed.without_collectives():
-            self._writer.finish()
+        self._finish_write()
 
-    def _start_write(self, state: dict[str, Any], also: Path | None) -> None:
-        self._writer.wait()
-        checkpoint.check_finite(state)
+    def _finish_write(self) -> bool:
+        """Wait for the write of this rank, which is a collective in a sharded run."""
+        with nullcontext() if self._group else distributed.without_collectives():
+            return self._writer.finish()
+
+    def _start_write(self, state: dict[str, Any], save: Save) -> None:
+        def write(copied: dict[str, Any]) -> None:
+            self._write(copied, save)
+
         if self.config.saveckp_in_background:
-            self._writer.start(
-                state,
-                lambda copied: self._write(copied, also),
-                again=lambda copied: checkpoint.write(copied, self.path, also=also),
-            )
+            self._writer.start(state, write, again=lambda copied: self._write_once(copied, save))
         else:
-            self._write(state, also)
+            write(state)
 
-    def _write(self, state: dict[str, Any], also: Path | None) -> None:
+    def _write(self, state: dict[str, Any], save: Save) -> None:
         """Write the checkpoint; try again after errors that may pass."""
         for seconds in SECONDS_UNTIL_RETRY:
             try:
-                return checkpoint.write(state, self.path, also=also)
+                return self._write_once(state, save)
             except CheckpointError as error:
                 cause = os_error_of(error)
                 if cause is None or cause.errno not in PASSING_ERRORS:
                     raise
                 self.progress.warn(f"{error}; the next try is in {seconds:g} s")
                 time.sleep(seconds)
-        return checkpoint.write(state, self.path, also=also)
+        return self._write_once(state, save)
+
+    def _write_once(self, state: dict[str, Any], save: Save) -> None:
+        if self._group is None or save.shards is None:
+            checkpoint.write(state, self.path, also=save.also)
+            if self.folder.exists():  # of an earlier, sharded part of this run
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        if self._written != save.shards:  # on all ranks: they fail together
+            shard_files.write(state, save.shards, self._group)
+            self._written = save.shards
+        if save.whole and distributed.rank() == 0:
+            whole = shard_files.read(save.shards, shard_files.whole)
+            checkpoint.write(whole, self.path, also=save.also)
+
+    def _source(self) -> Path | None:
+        """Return the newest shards, else checkpoint.pth; None without any."""
+        return shard_files.newest(self.folder) or (self.path if self.path.exists() else None)
 
     def resume_or_start(self) -> None:
         """Resume from the checkpoint if there is one, else start a new run."""
         config, trainer, progress = self.config, self.trainer, self.progress
-        if distributed.from_main(self.path.exists):
+        if source := distributed.from_main(self._source):
             self._restore()
             done = trainer.epoch >= config.epochs and progress.open_epoch is None
             status = "the run is finished" if done else f"epoch {trainer.epoch + 1}"
-            progress.info(f"resumed {self.path} at iteration {trainer.iteration}: {status}")
+            progress.info(f"resumed {source} at iteration {trainer.iteration}: {status}")
             if config.init_from:
                 progress.info("--init_from is ignored: it only applies to a new run")
             return
@@ -194,18 +247,22 @@ class RunCheckpoint:
         )
 
     def _restore(self) -> None:
-        state = checkpoint.load(self.path)
-        with checkpoint.explain_content(self.path, todo=_DAMAGED):
-            self._restore_from(state)
+        source = distributed.from_main(self._source) or self.path
+        if source == self.path:
+            state = checkpoint.load(source)
+        else:
+            state = shard_files.read(source, self.trainer.empty_parts())
+        with checkpoint.explain_content(source, todo=_DAMAGED):
+            self._restore_from(state, source)
 
-    def _restore_from(self, state: dict[str, Any]) -> None:
+    def _restore_from(self, state: dict[str, Any], source: Path) -> None:
         world_size, batch_norm = distributed.world_size(), has_batch_norm(self.trainer.teacher)
         try:
             note = explain_world_size(state, self.config, world_size, batch_norm=batch_norm)
             self.trainer.load_state_dict(state)
         except CheckpointError as error:
             raise CheckpointError(
-                f"cannot resume {self.path}: {error}; or use another --output_dir"
+                f"cannot resume {source}: {error}; or use another --output_dir"
             ) from error
         if note:
             self.progress.info(note)
@@ -292,9 +349,10 @@ class RunCheckpoint:
         elif self._rollbacks == MAX_ROLLBACKS:
             problem, hint = f"{error}, after {MAX_ROLLBACKS} rollbacks to the same checkpoint", ""
         if problem:
-            last = f"the last good checkpoint is {self.path}"
+            source = self._source()
+            last = f"the last good checkpoint is {source}"
             raise NonFiniteError(
-                f"{problem}; {last if self.path.exists() else 'no checkpoint was written yet'}; "
+                f"{problem}; {last if source else 'no checkpoint was written yet'}; "
                 "try a lower --lr, a lower --clip_grad, a longer --warmup_epochs, --amp_dtype bf16 "
                 f"or --use_fp16 false{hint}"
             ) from error

@@ -1,13 +1,13 @@
 """Networks sharded over ranks with FSDP2 (torch.distributed.fsdp.fully_shard): --fsdp.
 
 Each rank keeps a shard of every parameter, gradient and moment of student and teacher, and gathers
-the weights of a block while it computes with them. Checkpoints hold full tensors, so they can be
-resumed with or without sharding, and with any number of ranks.
+the weights of a block while it computes with them. Checkpoints can be resumed with or without
+sharding, and with any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,28 @@ def full_tensors(state: Any) -> Any:
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state)
 
 
+def empty_like_own(
+    module_states: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> Callable[[tuple[Any, ...], torch.Size, torch.dtype], Tensor]:
+    """Return a function that makes the tensor for a part of a checkpoint, sharded like a run's.
+
+    Args: module_states: the tensors of a run by the keys of the checkpoint.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def make(place: tuple[Any, ...], size: torch.Size, dtype: torch.dtype) -> Tensor:
+        own: Tensor | None = None
+        if len(place) == 4 and place[:2] == ("optimizer", "state") and place[2] < len(parameters):
+            own = parameters[place[2]]
+        elif len(place) == 2:
+            own = module_states.get(place[0], {}).get(place[1])
+        if isinstance(own, DTensor) and own.shape == size:
+            return torch.empty_like(own.detach(), dtype=dtype)
+        return torch.empty(size, dtype=dtype)
+
+    return make
+
+
 def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load full tensors into a module that may be sharded."""
     own = module.state_dict()
@@ -93,6 +115,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def _shard_like(own: Tensor, tensor: Tensor) -> Tensor:
     """Return this rank's shard of `tensor` if `own` is sharded, else `tensor`."""
-    if not isinstance(own, DTensor):
+    if not isinstance(own, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)

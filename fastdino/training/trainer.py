@@ -337,19 +337,21 @@ class Trainer:
             return sharding.no_gradient_sync(self.student)
         return contextlib.nullcontext()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, gathered: bool = True) -> dict[str, Any]:
         """Return everything needed to resume, with the keys and tensor names of the paper's code.
 
         All ranks must call it: it gathers their random generators.
 
+        Args: gathered: gather sharded tensors on the CPU; False: they stay sharded.
+
         Raises: NonFiniteError: see `verify`.
         """
         self.verify()
-        optimizer = sharding.full_tensors(self.optimizer.state_dict())
+        gather = sharding.full_tensors if gathered else lambda state: state
+        optimizer = gather(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:  # with a CUDA graph, lr and decay are tensors
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
-        student = sharding.full_tensors(self.student.state_dict())
-        teacher = sharding.full_tensors(self.teacher.state_dict())
+        student, teacher = gather(self.student.state_dict()), gather(self.teacher.state_dict())
         state = {
             # The paper's code wraps the student, and with batch norm the teacher, for DDP.
             "student": add_prefix(student, "module."),
@@ -364,6 +366,12 @@ class Trainer:
         if self.scaler.is_enabled():
             state["fp16_scaler"] = self.scaler.state_dict()
         return state
+
+    def empty_parts(self) -> Callable[[tuple[Any, ...], torch.Size, torch.dtype], Tensor]:
+        """Return a function that makes the tensor to read a part of a state_dict() into."""
+        student = add_prefix(self.student.state_dict(), "module.")
+        states = {"student": student, "teacher": self.teacher.state_dict()}
+        return sharding.empty_like_own(states, self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state_dict(), or a checkpoint of the paper's code (whole epochs).

@@ -34,8 +34,8 @@ MUTANTS = (
     Mutant(MONITOR, "or epoch + 1 == epochs", "", REPORTED),
     Mutant(
         LOOP,
-        "            self._save()\n            self._finish_save()  # a run that is killed",
-        "            # a run",
+        "self._save(whole=False)\n            self._finish_save()  # a run that is killed",
+        "# a run",
         KILLED,
     ),
     Mutant(STRIPS, "return [*first, *np.", "return [*np.", PICTURES),
