@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from fastdino import TrainConfig, Trainer, checkpoint
-from fastdino.bench.measurement import copy_bandwidth
 from fastdino.bench.report import facts_table, log, quartiles, table, wrap, write_report
 from fastdino.environment import environment
 from fastdino.training.checkpoint_writer import CheckpointWriter
@@ -36,6 +35,7 @@ PARTS = (
 )  # fmt: skip
 
 
+COPY_BYTES = 1 << 28
 SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, and waiting for one
 
 
@@ -50,6 +50,12 @@ def seconds_of(call: Callable[[], object]) -> float:
     started = clock()
     call()
     return clock() - started
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes per second of a large copy, reads and writes counted."""
+    source, target = torch.ones(2, COPY_BYTES // 4)
+    return 2 * COPY_BYTES / median(seconds_of(lambda: target.copy_(source)) for _ in range(5))
 
 
 def former_check(tensors: Sequence[Tensor]) -> None:
@@ -163,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 mode=mode,
             )
             results[mode], size = measure(config, options.rounds, Path(temporary))
-    bandwidth = copy_bandwidth(torch.device("cpu"))
+    bandwidth = copy_bandwidth()
     command = " ".join(["python -m benchmarks.save_times", *arguments])
     about = (
         f"{options.arch}, K = {options.out_dim}, 2 global crops of {options.batch_size_per_gpu} "

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastdino import checkpoint
 from fastdino.errors import CheckpointError
-from fastdino.files import PART, explain_write_errors, sync_folder
+from fastdino.files import PART, explain_write_errors, os_error_of, sync_folder
 from fastdino.training.host_copy import Place, tensors_of
 
 REST = "rest.pth"
@@ -96,9 +96,9 @@ def write(state: dict[str, Any], path: Path, group: dist.ProcessGroup) -> None:
             )
         except CheckpointException as error:
             first = error.failures[min(error.failures)][0]
-            if isinstance(first, Exception):
+            if isinstance(first, (OSError, CheckpointError)):
                 raise first from None
-            raise RuntimeError(str(error)) from None
+            raise CheckpointError(f"cannot write {path} ({first!r})") from None
 
 
 class _Writer(FileSystemWriter):
@@ -107,6 +107,12 @@ class _Writer(FileSystemWriter):
     def __init__(self, path: Path, rest: dict[str, Any]) -> None:
         super().__init__(path.with_name(path.name + PART))
         self._target, self._rest = path, rest
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # of torch.save; the other ranks do not get its cause
+            raise os_error_of(error) or error from None
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
