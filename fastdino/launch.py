@@ -104,6 +104,11 @@ def _local_rank_of_slurm(environ: Mapping[str, str]) -> int:
     return _number(environ, "SLURM_LOCALID", default=0)
 
 
+def shares_store(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return True if torchrun keeps one store for all restarts, where old keys remain."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def first_host(nodes: str) -> str:
     """Return the first host of a Slurm node list: a1 of "a1,b2", r1n01 of "r[1-2]n[01-03,07]"."""
     match = _NODE_LIST.fullmatch(nodes)

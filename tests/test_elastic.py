@@ -78,6 +78,17 @@ def test_a_run_continues_on_other_numbers_of_processes(config, tmp_path, capsys)
         assert len(set(images)) == len(images) == 16, "none is lost or repeated"
 
 
+@pytest.mark.parametrize(("shared", "batch", "warned"), [
+    ("True", 4, True), ("False", 4, False), ("True", 0, False),
+])  # fmt: skip
+def test_a_store_that_outlives_its_group_is_warned_of(
+    config, small_networks, monkeypatch, capsys, shared, batch, warned
+):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    train(config(global_batch_size=batch, epochs=1))
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == warned
+
+
 class Agents:
     """Agents of torchrun with one worker each; their rendezvous is in this process."""
 

@@ -21,6 +21,7 @@ from fastdino.environment import commit
 from fastdino.errors import NonFiniteError, UserError
 from fastdino.evals.features import StoppedError
 from fastdino.files import write_json
+from fastdino.launch import shares_store
 from fastdino.runtime import Runtime, choose_device, resolve_runtime
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
 from fastdino.training.allocator import keep_freed_memory
@@ -136,6 +137,11 @@ class Run:
         if self.loader.dataset.warning:
             self.progress.warn(self.loader.dataset.warning)
         self._list_skipped(self.loader.dataset.skipped)
+        if self.config.global_batch_size and shares_store():
+            self.progress.warn(
+                "torchrun keeps one store for all restarts, and a node that returns cannot join: "
+                "for an elastic run, start each torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            )
         with contextlib.closing(self.loader), self.progress, contextlib.closing(self.checkpoint):
             self.checkpoint.resume_or_start()
             distributed.from_main(self._write_config)
