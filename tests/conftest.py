@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino import TrainConfig, cpu_speed
+from fastdino import TrainConfig
 from fastdino.models import attention
 from tests.interpreter import patch_interpreter
+from tests.processes import make_measurements_ties
 
 if TYPE_CHECKING:
     from fastdino_kernels import CropParams
@@ -107,9 +108,7 @@ def interpreter(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def ties(monkeypatch) -> None:
-    """Let every measurement of this CPU be a tie, so that runs choose the same everywhere."""
-    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 1.0)
-    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 1.0)
+    make_measurements_ties(monkeypatch)
 
 
 @pytest.fixture(scope="session")
