@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdino.errors import ConfigError, UserError
 from fastdino.launch import Launch, read_launch
-from fastdino.liveness import Liveness
+from fastdino.liveness import Liveness, is_failed_collective
 from fastdino.rendezvous import meet
 from fastdino.waiting import DaemonExecutor, killable
 
@@ -84,6 +84,15 @@ def process_group(
     # Not after an error: leaving the group would wait for ranks that may be in a collective. The
     # other ranks learn of the error from the closed connections.
     dist.destroy_process_group()
+
+
+def name_lost_rank(error: BaseException | None) -> None:
+    """Raise an error that names the lost rank if `error` is that of a failed collective.
+
+    To be called where a launcher's SIGTERM is caught, as it takes some seconds.
+    """
+    if _exchange is not None and error is not None and is_failed_collective(error):
+        raise _exchange.liveness.explain(error) from error
 
 
 def _join(device: torch.device, dist_url: str, launch: Launch, seconds: float) -> _Exchange:

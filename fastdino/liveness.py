@@ -104,6 +104,8 @@ class Liveness:
 
         The error of a failed collective is replaced by one that names the lost rank.
         """
+        if self._leaving.is_set():  # it has been explained
+            return error
         self._leaving.set()
         if isinstance(error, RankLostError) or getattr(error, "reported", False):
             return error

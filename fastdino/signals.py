@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from fastdino import distributed
@@ -55,8 +55,16 @@ class StopSignals:
                     self._previous[number] = signal.signal(number, self._catch)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._restore()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            distributed.name_lost_rank(error)
+        finally:
+            self._restore()
 
     def should_stop_after_step(self) -> bool:
         """Call `should_stop` about once per second; return False in between.

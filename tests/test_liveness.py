@@ -19,6 +19,7 @@ import torch.distributed as dist
 from fastdino import distributed, liveness
 from fastdino.errors import RankLostError, UserError
 from fastdino.liveness import Liveness, listed
+from fastdino.signals import StopSignals
 from tests.processes import end_ranks, run_two, start_ranks
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def in_ranks(folder: Path, minutes: float, seconds: float, faults: dict[int, str
     liveness.ROUND_SECONDS, liveness.GRACE_SECONDS = seconds, 1.0
     os.dup2(os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
     try:
-        with distributed.process_group(CPU, "env://", minutes):
+        with distributed.process_group(CPU, "env://", minutes), StopSignals():
             assert distributed.gather(rank) == [0, 1, 2]
             (folder / f"{rank}.pid").write_text(str(os.getpid()))
             fault = faults.get(rank, "")
@@ -165,8 +166,12 @@ def errors_of(folder: Path) -> dict[int, tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_rank_is_named_once(tmp_path, victim):
+def test_a_killed_rank_is_named_once_under_a_launcher_that_ends_the_others(tmp_path, victim):
     processes = start_ranks(3, in_ranks, tmp_path, 10.0, 0.4, {victim: "SIGKILL"})
+    processes[victim].join(60)
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
     statuses = end_ranks(processes, 60)
     assert statuses.pop(victim) == -signal.SIGKILL
     assert statuses == [75, 75]
