@@ -83,7 +83,7 @@ KINDS = {
     "fused crops": Kind(
         "--crops fused --decode pillow --num_workers 1 --saveckp_every_steps 1 --saveckp_freq 2"
     ),
-    "mode fast": Kind("--mode fast --crops fused --decode pillow --num_workers 1"),
+    "mode fast": Kind("--mode fast --use_fp16 false --crops fused --decode pillow --num_workers 1"),
     "grad accum": Kind(
         "--crops torchvision --num_workers 0 --grad_accum 2 --batch_size_per_gpu 2 "
         "--use_bn_in_head true"
