@@ -6,17 +6,20 @@ import errno
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastdino import Trainer, checkpoint
+from fastdino import TrainConfig, Trainer, checkpoint
 from fastdino.errors import CheckpointError
-from fastdino.training import host_copy, resume
+from fastdino.training import host_copy, resume, shard_files
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.loop import train
-from tests.runs import STEPS, assert_same_run, fail, interrupt, losses_of, weights_of
+from tests.processes import run_two
+from tests.runs import STEPS, assert_same_run, before_step, fail, interrupt, losses_of, weights_of
+from tests.small_networks import shrink_networks
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -222,3 +225,31 @@ def test_a_run_ends_in_one_line_if_its_last_write_fails_twice(
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
     assert len(losses_of(tmp_path / "run")) == 2
     assert "the run continues, and the next save writes it again" in capsys.readouterr().err
+
+
+def fail_on_rank_1(settings):
+    """Write no shards on rank 1 from the second epoch on; keep the error of each rank."""
+    patch, rank = pytest.MonkeyPatch(), int(os.environ["RANK"])
+    shrink_networks(patch)
+    patch.setattr(resume, "SECONDS_UNTIL_RETRY", (0.01,))
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if rank == 1:
+        before_step(patch, STEPS + 1, lambda: patch.setattr(os, "fsync", full))
+    run = TrainConfig.from_dict(settings)
+    with pytest.raises(CheckpointError) as error:
+        train(run)
+    Path(run.output_dir, f"error{rank}").write_text(str(error.value))
+
+
+def test_a_failed_write_of_one_rank_ends_a_sharded_run_on_all_with_one_message(config, tmp_path):
+    settings = config(epochs=2, batch_size_per_gpu=2, fsdp=True, saveckp_every_steps=2).to_dict()
+    run_two(fail_on_rank_1, settings)
+    errors = [(tmp_path / "run" / f"error{rank}").read_text() for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert "checkpoint/000003 (No space left on device): the disk is full" in errors[0]
+    shards = shard_files.newest(tmp_path / "run/checkpoint")
+    assert shard_files.read(shards, shard_files.whole)["iteration"] == STEPS
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
