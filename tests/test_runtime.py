@@ -13,7 +13,6 @@ from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionBackend, AttentionInputs
 from fastdino.models.backbones import build_networks
 from fastdino.runtime import Choice, resolve_runtime
-from tests.processes import run_two
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INPUTS = AttentionInputs(CUDA)
@@ -274,20 +273,13 @@ def test_only_auto_in_fast_mode_measures_attention(tiny, monkeypatch, settings, 
     assert resolve_runtime(config, CPU, make_crops=False).attention == Choice(value, reason)
 
 
-def resolve_on_ranks() -> None:
-    """Measure other values on rank 1 than on rank 0."""
-    speedup = 3.0 - 2 * distributed.rank()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
-        patch.setattr(cpu_speed, "matmul_speedup", lambda inputs: speedup)
-        precision = runtime.choose_precision(TrainConfig(mode="fast"), CPU)
-        attention = runtime.measure_attention(ATTENTION)
-    assert (precision.value, attention.value) == ("bf16", "matmul")
-    assert attention.reason == "matmul: 3x sdpa, measured"
-
-
-def test_rank_0_measures_for_all_ranks():
-    run_two(resolve_on_ranks)
+def test_rank_0_measures_for_all_ranks(monkeypatch):
+    """Another rank takes what rank 0 sends, and measures nothing itself."""
+    sent = [3.0, Choice("matmul", "matmul: 3x sdpa, measured")]
+    monkeypatch.setattr(distributed, "from_main", lambda make: sent.pop(0))
+    assert runtime.choose_precision(TrainConfig(mode="fast"), CPU).value == "bf16"
+    assert runtime.measure_attention(ATTENTION).value == "matmul"
+    assert not sent
 
 
 def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypatch):
