@@ -20,12 +20,12 @@ OWN = (
     f"{_ALIVE}an_error_of_a_rank_names_it_and_ends_the_others_silently",
     f"{_ALIVE}an_error_that_all_ranks_raise_is_unchanged",
 )
-KILLED = (f"{_ALIVE}a_killed_rank_is_named_once_under_a_launcher_that_ends_the_others[1]",)
 ENDED = (f"{_ALIVE}an_error_of_one_rank_ends_one_that_does_not_return_from_a_collective",)
 WORKED = (f"{_ALIVE}rank_0_may_work_longer_than_the_timeout",)
 
 MUTANTS = (
-    Mutant(LIVENESS, "silent + 1 if count == last else 0", "silent + 1", SILENT),
+    Mutant(LIVENESS, "silent + 1 if count == last else 0", "silent + 1", SILENT,
+           equivalent="a rank is observed again before it counts as lost"),
     Mutant(LIVENESS, "silent * self._period > self._limit and", "False and", SILENT),
     Mutant(LIVENESS, "(self._rank + 1) % self._world_size", "self._rank", SILENT),
     Mutant(LIVENESS, "error.reported = fault.by != self._rank", "error.reported = False", SILENT),
@@ -36,7 +36,6 @@ MUTANTS = (
     Mutant(LIVENESS, "self._in_time(lambda: self._post(own), own)", "own", OWN),
     Mutant(LIVENESS, "RankLostError(fault.text) if fault.lost else", "", OWN + SILENT),
     Mutant(LIVENESS, "self._end_process(self.fault or self._unreachable())", "pass", ENDED),
-    Mutant("fastdino/signals.py", "distributed.name_lost_rank(error)", "pass", KILLED),
     Mutant(DISTRIBUTED, "        gather(None)  # leave", "        # leave", WORKED),
     Mutant(DISTRIBUTED, "value, group=group)", "value)", WORKED),
     Mutant(RENDEZVOUS, "if number and here[rank][1] != launch.world_size:", "if False:"),
