@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,7 +219,9 @@ def test_a_run_ends_in_one_line_if_its_last_write_fails_twice(
 
     checkpoints = [0]
     monkeypatch.setattr(os, "replace", full)
-    monkeypatch.setattr(resume, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(
+        resume, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic)
+    )
     with pytest.raises(CheckpointError, match="No space left on device.*previous .* is intact"):
         train(config(epochs=2))
     assert slept == list(resume.SECONDS_UNTIL_RETRY)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,9 @@ def test_failed_saves_are_repeated_or_end_in_one_line(
 
     slept = []
     # Not time.sleep itself, which threads of other libraries call too.
-    monkeypatch.setattr(resume, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(
+        resume, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic)
+    )
     before_step(monkeypatch, STEPS + 1, lambda: monkeypatch.setattr(os, "fsync", failing))
     run = config(epochs=2, saveckp_in_background=False)
     if failures == 1 and number != errno.EROFS:
