@@ -91,7 +91,7 @@ setup(
         "dev": DEV,
         "all": TRAIN + DATA + EXPORT + WANDB + MLFLOW + SUBMIT + DALI_CUDA13 + DEV,
     },
-    entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
+    entry_points={"console_scripts": ["fastdino = fastdino.__main__:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

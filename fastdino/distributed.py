@@ -20,7 +20,7 @@ from fastdino.errors import ConfigError, UserError
 from fastdino.launch import Launch, read_launch
 from fastdino.liveness import Liveness, is_failed_collective
 from fastdino.rendezvous import meet
-from fastdino.waiting import DaemonExecutor, killable
+from fastdino.waiting import DaemonExecutor, abandon_threads, killable
 
 T = TypeVar("T")
 TIMEOUT_MINUTES = 10.0
@@ -73,6 +73,7 @@ def process_group(
         yield
         gather(None)  # leave together: rank 0 serves the store
     except BaseException as error:
+        abandon_threads()  # they may be in calls of gloo or of the store
         explained = liveness.explain(error)
         if explained is error:
             raise

@@ -114,8 +114,11 @@ class Liveness:
             self._take(self._in_time(lambda: self._search(reason), self._unreachable()))
             assert self.fault is not None
             return self._error(self.fault)
-        error = self._named(error)
-        own = Fault(str(error) or repr(error), self._rank)
+        if isinstance(error, BrokenPipeError) or not isinstance(error, Exception):
+            own = self._interrupted(error)
+        else:
+            error = self._named(error)
+            own = Fault(str(error) or repr(error), self._rank)
         self._take(self._in_time(lambda: self._post(own), own))
         return error
 
@@ -208,6 +211,11 @@ class Liveness:
             f"or the network is gone; {AGAIN}"
         )
         return Fault(text, self._rank, len(ranks))
+
+    def _interrupted(self, error: BaseException) -> Fault:
+        """Return the fault of an error that ends this rank without a line, such as Ctrl-C."""
+        text = f"rank {self._rank} was ended by {type(error).__name__}; {AGAIN}"
+        return Fault(text, (self._rank - 1) % self._world_size, 1)
 
     def _unreachable(self) -> Fault:
         text = (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+_abandoned = threading.Event()
 
 
 class DaemonExecutor(Executor):
@@ -68,6 +72,24 @@ class DaemonExecutor(Executor):
     def _work(self) -> None:
         while (run := self._tasks.get()) is not None:
             run()
+
+
+def abandon_threads() -> None:
+    """Let `exit_process` leave threads behind that are in calls of C++ which may not return."""
+    _abandoned.set()
+
+
+def exit_process(status: int) -> NoReturn:
+    """Exit with a status.
+
+    A daemon thread that returns from C++ while the interpreter ends makes C++ abort the process,
+    and destructors of process groups may wait. After `abandon_threads`, only the functions of
+    atexit run.
+    """
+    if _abandoned.is_set():
+        atexit._run_exitfuncs()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run_within(seconds: float, thread: Executor, function: Callable[..., T], *args: Any) -> T:

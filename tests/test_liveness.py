@@ -20,6 +20,7 @@ from fastdino import distributed, liveness
 from fastdino.errors import RankLostError, UserError
 from fastdino.liveness import Liveness, listed
 from fastdino.signals import StopSignals
+from fastdino.waiting import exit_process
 from tests.processes import end_ranks, run_two, start_ranks
 
 CPU = torch.device("cpu")
@@ -123,6 +124,18 @@ def test_an_error_of_a_rank_names_it_and_ends_the_others_silently(make_ranks, er
         assert raised.value.exit_status == 2
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError(errno.EPIPE, "pipe")])
+def test_a_rank_that_ends_without_a_line_is_named_by_one_of_the_others(make_ranks, error):
+    ranks = make_ranks(3)
+    assert ranks[1].explain(error) is error
+    errors = []
+    for rank in (0, 2):
+        with pytest.raises(RankLostError, match="^rank 1 was ended by [KB]") as raised:
+            ranks[rank].wait(never)
+        errors.append(raised.value)
+    assert [error.reported for error in errors] == [False, True]
+
+
 def test_an_error_that_all_ranks_raise_is_unchanged(make_ranks):
     ranks = make_ranks(2)
     error = UserError("no data")
@@ -157,7 +170,8 @@ def in_ranks(folder: Path, minutes: float, seconds: float, faults: dict[int, str
             distributed.gather(None)
     except UserError as error:
         (folder / f"{rank}.json").write_text(json.dumps([str(error), error.reported]))
-        os._exit(error.exit_status)
+        threading.Thread(target=threading.Event().wait).start()  # as in gloo: it never returns
+        exit_process(error.exit_status)
 
 
 def errors_of(folder: Path) -> dict[int, tuple[str, bool]]:
@@ -205,18 +219,20 @@ def test_an_error_of_one_rank_ends_one_that_does_not_return_from_a_collective(tm
     assert (tmp_path / "0.err").read_text() == ""
 
 
-def test_rank_0_may_work_longer_than_the_timeout(tmp_path):
-    run_two(work_long, tmp_path)
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_rank_may_work_longer_than_the_timeout(tmp_path, last):
+    """Also at the end: rank 0, whose process serves the store, does not leave before the others."""
+    run_two(work_long, tmp_path, last)
     assert (tmp_path / "1").read_text() == "5"
 
 
-def work_long(folder: Path) -> None:
+def work_long(folder: Path, last: int) -> None:
     def work() -> int:
-        time.sleep(4)
+        time.sleep(2.5 if last == 0 else 0)
         return 5
 
     with distributed.process_group(CPU, "env://", 0.03):
         result = distributed.from_main(work)
-        if distributed.rank() == 0:
+        if distributed.rank() == last:
             time.sleep(3)
     (folder / os.environ["RANK"]).write_text(str(result))

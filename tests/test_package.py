@@ -327,4 +327,4 @@ def test_metadata_has_license_readme_requirements_and_entry_point(wheel):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.strip() in wheel.read(info).decode()
     entry_points = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
-    assert "fastdino = fastdino.cli:main" in entry_points
+    assert "fastdino = fastdino.__main__:run" in entry_points

@@ -149,3 +149,18 @@ def test_a_signal_ends_the_wait_for_other_ranks(number):
         port = free.getsockname()[1]
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert ends(RENDEZVOUS, number=number, env=env) == -number
+
+
+def test_a_process_exits_in_spite_of_abandoned_threads():
+    program = """
+import atexit, threading
+from fastdino.waiting import abandon_threads, exit_process
+atexit.register(print, "end", flush=True)
+threading.Thread(target=threading.Event().wait).start()
+abandon_threads()
+exit_process(75)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (75, "end\n")

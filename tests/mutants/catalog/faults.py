@@ -20,8 +20,9 @@ OWN = (
     f"{_ALIVE}an_error_of_a_rank_names_it_and_ends_the_others_silently",
     f"{_ALIVE}an_error_that_all_ranks_raise_is_unchanged",
 )
+INTERRUPTED = (f"{_ALIVE}a_rank_that_ends_without_a_line_is_named_by_one_of_the_others",)
 ENDED = (f"{_ALIVE}an_error_of_one_rank_ends_one_that_does_not_return_from_a_collective",)
-WORKED = (f"{_ALIVE}rank_0_may_work_longer_than_the_timeout",)
+WORKED = (f"{_ALIVE}a_rank_may_work_longer_than_the_timeout",)
 
 MUTANTS = (
     Mutant(LIVENESS, "silent + 1 if count == last else 0", "silent + 1", SILENT,
@@ -33,9 +34,12 @@ MUTANTS = (
     Mutant(LIVENESS, 'self._store.set(f"failed{self._rank}", "")', "pass", EXPLAINED),
     Mutant(LIVENESS, "if is_failed_collective(error):", "if False:", EXPLAINED),
     Mutant(LIVENESS, "and not error.agreed:", ":", OWN),
+    Mutant(LIVENESS, "isinstance(error, BrokenPipeError) or", "", INTERRUPTED),
+    Mutant(LIVENESS, "(self._rank - 1) % self._world_size, 1", "self._rank, 1", INTERRUPTED),
     Mutant(LIVENESS, "self._in_time(lambda: self._post(own), own)", "own", OWN),
     Mutant(LIVENESS, "RankLostError(fault.text) if fault.lost else", "", OWN + SILENT),
     Mutant(LIVENESS, "self._end_process(self.fault or self._unreachable())", "pass", ENDED),
+    Mutant(DISTRIBUTED, "        abandon_threads()", "        pass", ENDED),
     Mutant(DISTRIBUTED, "        gather(None)  # leave", "        # leave", WORKED),
     Mutant(DISTRIBUTED, "value, group=group)", "value)", WORKED),
     Mutant(RENDEZVOUS, "if number and here[rank][1] != launch.world_size:", "if False:"),
