@@ -252,7 +252,8 @@ class Liveness:
         """Keep the first fault, and let rank 0 know that it is known here."""
         if fault is not None and self.fault is None:
             self.fault = fault
-            self._in_time(lambda: self._store.add("known", 1), 0)
+            if fault.by >= 0:  # else the store does not answer
+                self._in_time(lambda: self._store.add("known", 1), 0)
 
     def _wait_until_known(self) -> None:
         assert self.fault is not None

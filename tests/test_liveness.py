@@ -144,6 +144,13 @@ def test_an_error_that_all_ranks_raise_is_unchanged(make_ranks):
     assert str(error) == "no data"
 
 
+def test_a_store_that_cannot_be_reached_is_not_asked_again(make_ranks, monkeypatch):
+    rank, _ = make_ranks(2, silent=(0, 1))
+    monkeypatch.setattr(rank, "_store", None)
+    rank._take(rank._unreachable())
+    assert rank.fault == rank._unreachable()
+
+
 def test_ranks_are_listed_with_a_limit():
     assert listed([3]) == "rank 3"
     assert listed([*range(8)]) == "ranks 0, 1, 2, 3, 4, 5, 6, 7"
