@@ -20,7 +20,6 @@ from fastdino import distributed, liveness
 from fastdino.errors import RankLostError, UserError
 from fastdino.liveness import Liveness, listed
 from fastdino.signals import StopSignals
-from fastdino.waiting import exit_process
 from tests.processes import end_ranks, run_two, start_ranks
 
 CPU = torch.device("cpu")
@@ -177,8 +176,7 @@ def in_ranks(folder: Path, minutes: float, seconds: float, faults: dict[int, str
             distributed.gather(None)
     except UserError as error:
         (folder / f"{rank}.json").write_text(json.dumps([str(error), error.reported]))
-        threading.Thread(target=threading.Event().wait).start()  # as in gloo: it never returns
-        exit_process(error.exit_status)
+        os._exit(error.exit_status)
 
 
 def errors_of(folder: Path) -> dict[int, tuple[str, bool]]:

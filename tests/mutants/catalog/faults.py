@@ -39,7 +39,6 @@ MUTANTS = (
     Mutant(LIVENESS, "self._in_time(lambda: self._post(own), own)", "own", OWN),
     Mutant(LIVENESS, "RankLostError(fault.text) if fault.lost else", "", OWN + SILENT),
     Mutant(LIVENESS, "self._end_process(self.fault or self._unreachable())", "pass", ENDED),
-    Mutant(DISTRIBUTED, "        abandon_threads()", "        pass", ENDED),
     Mutant(DISTRIBUTED, "        gather(None)  # leave", "        # leave", WORKED),
     Mutant(DISTRIBUTED, "value, group=group)", "value)", WORKED),
     Mutant(RENDEZVOUS, "if number and here[rank][1] != launch.world_size:", "if False:"),
