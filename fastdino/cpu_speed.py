@@ -1,7 +1,8 @@
 """Measurements on a CPU that decide between precisions and between attention backends.
 
-Each takes a fraction of a second. Rounds are interleaved, and the shortest time of each candidate
-counts, which other processes disturb the least.
+Each takes a fraction of a second on an idle machine. Rounds are interleaved, and the shortest time
+of each candidate counts, which other processes disturb the least. After _SECONDS no round begins:
+one bf16 product takes half a second on a processor without instructions for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BF16_GAIN = 2.0
 MATMUL_GAIN = 1.15
 # Attention weights of a step, below which no backend matters, and of the measured part of a step.
 NEGLIGIBLE_WEIGHTS, MEASURED_WEIGHTS = 1 << 16, 1 << 21
-_ROUNDS, _SIDE = 5, 768
+_ROUNDS, _SECONDS, _SIDE = 5, 2.0, 768
 
 
 @functools.cache
@@ -65,8 +66,10 @@ def _noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def _shortest_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
-    shortest = [float("inf")] * len(calls)
+    shortest, begin = [float("inf")] * len(calls), time.perf_counter()
     for round_ in range(_ROUNDS + 1):  # the first one warms up
+        if round_ > 1 and time.perf_counter() - begin > _SECONDS:
+            break
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()

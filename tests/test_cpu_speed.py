@@ -18,6 +18,7 @@ def clock(monkeypatch) -> dict[str, float]:
     """A clock that calls advance: {"now": seconds}."""
     time = {"now": 0.0}
     monkeypatch.setattr(cpu_speed.time, "perf_counter", lambda: time["now"])
+    monkeypatch.setattr(cpu_speed, "_SECONDS", 1000.0)
     BF16_SPEEDUP.cache_clear()
     MATMUL_SPEEDUP.cache_clear()
     yield time
@@ -34,6 +35,20 @@ def test_bf16_speedup_is_the_ratio_of_the_shortest_products(monkeypatch, clock):
 
     monkeypatch.setattr(torch, "mm", multiply)
     assert BF16_SPEEDUP() == 3.0
+
+
+def test_a_processor_without_bf16_does_not_delay_the_start(monkeypatch, clock):
+    """After a slow round, one round is measured and no other begins."""
+    calls = []
+
+    def multiply(x, y):
+        calls.append(x.dtype)
+        clock["now"] += 0.01 if x.dtype == torch.float32 else 0.5
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(cpu_speed, "_SECONDS", 0.5)
+    assert BF16_SPEEDUP() == pytest.approx(0.02)
+    assert calls == [torch.float32, torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize(("images", "measured"), [(1, 1), (3, 3), (1000, 8)])

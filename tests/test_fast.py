@@ -55,6 +55,11 @@ def test_fast_mode_trains_like_parity(float64, tiny, fast, settings, crops_of):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
 
 
+def flat(network):
+    """Return all weights of a network as one vector."""
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
 def test_bf16_on_a_cpu_is_parity_within_rounding(monkeypatch, tiny, fast, crops_of):
     """The gradient is as near to fp32 as that of bf16 with PyTorch's own attention."""
     monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
@@ -67,6 +72,7 @@ def test_bf16_on_a_cpu_is_parity_within_rounding(monkeypatch, tiny, fast, crops_
     trainers = [Trainer(config, steps_per_epoch=STEPS) for config in configs]
     chosen = trainers[1].runtime
     assert (chosen.precision.value, chosen.attention.value) == ("bf16", "matmul")
+    start = copy.deepcopy(trainers[0])
     losses, gradients = [], []
     for trainer in trainers:
         losses.append(trainer.train_step(crops_of(trainer.config, 0)).item())
@@ -80,6 +86,13 @@ def test_bf16_on_a_cpu_is_parity_within_rounding(monkeypatch, tiny, fast, crops_
     torch.testing.assert_close(
         trainers[1].loss.center, trainers[0].loss.center, rtol=0.02, atol=1e-3
     )
+    for step in range(1, 2 * STEPS):  # the learning rate rises from 0
+        losses = [trainer.train_step(crops_of(trainer.config, step)).item() for trainer in trainers]
+        assert losses[1:] == [pytest.approx(losses[0], rel=0.02)] * 2
+    for name in ("student", "teacher"):
+        begin, parity, *ours = (flat(getattr(trainer, name)) for trainer in (start, *trainers))
+        moved = (parity - begin).norm()
+        assert all((x - parity).norm() < 0.05 * moved for x in ours)
 
 
 @pytest.mark.parametrize("first", ["fast", "parity"])
