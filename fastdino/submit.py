@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ JOB = "%j"  # in --output_dir: the number of the job, 12, or 12_3 in a job array
 MAX_TIMEOUTS = 30
 GB_PER_GPU = 40
 VOLTA32 = "volta32gb"
+SQUEUE_ATTEMPTS, SQUEUE_SECONDS = 4, 5.0
 
 
 class TrainingJob:
@@ -79,8 +81,13 @@ def _is_running(job: str) -> bool:
     SIGTERM precedes the end of a cancelled or requeued job, and also a preemption.
     """
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.split() == ["RUNNING"]
+    for attempt in range(SQUEUE_ATTEMPTS):
+        if attempt:  # a busy controller does not answer, and without an answer the run would end
+            time.sleep(SQUEUE_SECONDS)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            return answer.stdout.split() == ["RUNNING"]
+    return False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

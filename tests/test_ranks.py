@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdino import TrainConfig, Trainer, distributed
+from fastdino import TrainConfig, Trainer, cpu_speed, distributed
+from fastdino.runtime import MEASURED, resolve_runtime
 from tests.processes import run_two
 from tests.small_networks import shrink_networks
 
@@ -24,11 +25,23 @@ def messages_of(trainer, crops):
     return Counter(name.partition(":")[2] for name in names if name.startswith("gloo:"))
 
 
+def choices_of(settings, speedup):
+    """Return the measured choices of a rank on whose processor a measurement gives `speedup`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
+        patch.setattr(cpu_speed, "matmul_speedup", lambda inputs: speedup)
+        patch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+        config = TrainConfig.from_dict(settings | {"mode": "fast"})
+        resolved = resolve_runtime(config, make_crops=False).to_dict()
+    return {name: resolved[name] for name in MEASURED}
+
+
 def measure_steps(settings, crops, folder):
     shrink_networks(pytest.MonkeyPatch())
     results = {}
     with distributed.process_group(torch.device("cpu"), "env://"):
         rank = distributed.rank()
+        results["choices"] = choices_of(settings, 0.25 if rank else 4.0)
         own = [crop[4 * rank :][:4] for crop in crops]
         for fsdp in (False, True):
             for parts in ACCUMULATED:
@@ -76,3 +89,13 @@ def test_learning_rate_grows_with_the_global_batch(steps):
 
 def test_means_are_of_all_ranks(steps):
     assert [results["mean"] for results in steps] == [["1.5", "nan"]] * 2
+
+
+def test_rank_0_of_different_processors_decides(steps):
+    """Ranks in different precisions would train on gradients of different networks."""
+    for results in steps:
+        assert {name: choice["value"] for name, choice in results["choices"].items()} == {
+            "precision": "bf16",
+            "attention": "matmul",
+        }
+        assert all("4x" in choice["reason"] for choice in results["choices"].values())

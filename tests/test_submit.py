@@ -230,7 +230,7 @@ def test_every_training_setting_reaches_the_job():
 class Task:
     """submitit's environment of a task, and Slurm's answers."""
 
-    def __init__(self, monkeypatch, *, rank=0, status=75, state="RUNNING", array=False):
+    def __init__(self, monkeypatch, *, rank=0, status=75, state="RUNNING", array=False, failures=0):
         self.lines, self.signals, self.asked = [], [], []
         variables = {
             "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "14", "SLURM_PROCID": str(rank),
@@ -246,10 +246,13 @@ class Task:
 
         def run(command, **options):
             self.asked.append(command)
+            if len(self.asked) <= failures:
+                return subprocess.CompletedProcess(command, 1, stdout="")
             return subprocess.CompletedProcess(command, 0, stdout=f"{state}\n")
 
         monkeypatch.setattr(cli, "main", train)
         monkeypatch.setattr(submit.subprocess, "run", run)
+        monkeypatch.setattr(submit, "SQUEUE_SECONDS", 0.0)
         monkeypatch.setattr(submit.signal, "raise_signal", self.signals.append)
 
 
@@ -276,6 +279,8 @@ def test_each_job_of_an_array_has_its_own_folder_and_requeues_itself_only(
         ({}, False, 75, []),
         ({"state": "COMPLETING"}, True, 75, []),  # scancel, scontrol requeue
         ({"state": ""}, True, 75, []),
+        ({"failures": 2}, True, 75, [signal.SIGUSR1]),  # a busy controller
+        ({"failures": 99}, True, 75, []),
         ({"rank": 1}, True, 0, []),  # only rank 0 requeues, and must not be killed before
     ],
 )
