@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from fastdino import TrainConfig, Trainer, checkpoint
 from fastdino.bench.report import facts_table, log, quartiles, table, wrap, write_report
 from fastdino.environment import environment
+from fastdino.errors import CheckpointError
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.host_copy import tensors_of
 
@@ -79,9 +81,13 @@ def measure_background(
 ) -> dict[str, float]:
     """Return the seconds of a save in the thread, and the mean of the steps during its write."""
     written: list[float] = []
+    ended = threading.Event()
 
     def write(copied: dict[str, Any]) -> None:
-        written.append(seconds_of(lambda: checkpoint.write(copied, path)))
+        try:
+            written.append(seconds_of(lambda: checkpoint.write(copied, path)))
+        finally:
+            ended.set()
 
     def save() -> None:
         state = trainer.state_dict()
@@ -89,10 +95,11 @@ def measure_background(
         writer.start(state, write, again=write)
 
     stopped = seconds_of(save)
-    steps = []
-    while not written:
+    steps: list[float] = []
+    while not (steps and ended.is_set()):
         steps.append(seconds_of(step))
-    assert writer.finish()
+    if not writer.finish():
+        raise CheckpointError(f"{path} was not written: see the warning")
     # The write ends during the last step.
     during = sum(steps[:-1]) / (len(steps) - 1) if len(steps) > 1 else steps[0]
     return {PARTS[4]: stopped, "thread": written[0], "step during a write": during}

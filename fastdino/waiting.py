@@ -72,6 +72,7 @@ class DaemonExecutor(Executor):
     def _work(self) -> None:
         while (run := self._tasks.get()) is not None:
             run()
+            del run  # with all that the task refers to, while the thread waits for the next one
 
 
 def abandon_threads() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,16 @@ from fastdino.training import host_copy, resume, shard_files
 from fastdino.training.checkpoint_writer import CheckpointWriter
 from fastdino.training.loop import train
 from tests.processes import run_two
-from tests.runs import STEPS, assert_same_run, before_step, fail, interrupt, losses_of, weights_of
+from tests.runs import (
+    STEPS,
+    assert_same_run,
+    before_step,
+    differences,
+    fail,
+    interrupt,
+    losses_of,
+    weights_of,
+)
 from tests.small_networks import shrink_networks
 
 pytestmark = pytest.mark.usefixtures("small_networks")
@@ -122,6 +133,40 @@ def test_failed_write_keeps_the_old_file_and_is_repeated_once(
         assert checkpoint.load(path)["left_out"] == [1]
     assert len(writer.warnings) == 1
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_a_run_that_ended_leaves_no_thread_and_no_state_in_memory(config, monkeypatch):
+    threads, trainers, copies = set(threading.enumerate()), [], []
+    state_dict, start = Trainer.state_dict, CheckpointWriter.start
+
+    def kept(self, **options):
+        trainers.append(weakref.ref(self))
+        return state_dict(self, **options)
+
+    def started(self, *args, **options):
+        start(self, *args, **options)
+        copies.extend(weakref.ref(buffer) for buffer in self._host._buffers.values())
+
+    monkeypatch.setattr(Trainer, "state_dict", kept)
+    monkeypatch.setattr(CheckpointWriter, "start", started)
+    train(config(epochs=1))
+    gc.collect()
+    assert set(threading.enumerate()) == threads
+    assert trainers
+    assert copies
+    assert {reference() for reference in [*trainers, *copies]} == {None}
+
+
+def test_without_memory_for_a_later_copy_the_former_is_freed(tmp_path, monkeypatch, writer):
+    path = tmp_path / "checkpoint.pth"
+    save(writer, state_of(1), path)
+    end(writer)
+    former = [weakref.ref(buffer) for buffer in writer._host._buffers.values()]
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 0.0)
+    save(writer, {"student": {"w": torch.ones(3), "more": torch.ones(5)}}, path)
+    gc.collect()
+    assert [reference() for reference in former] == [None]
+    assert checkpoint.load(path)["student"]["more"].shape == (5,)
 
 
 def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(tmp_path, monkeypatch, writer):
@@ -256,3 +301,16 @@ def test_a_failed_write_of_one_rank_ends_a_sharded_run_on_all_with_one_message(c
     shards = shard_files.newest(tmp_path / "run/checkpoint")
     assert shard_files.read(shards, shard_files.whole)["iteration"] == STEPS
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
+    finish_killed_export(config(epochs=1, saveckp_freq=1), tmp_path / "run")
+
+
+def finish_killed_export(run, folder):
+    """The run ends here; it was killed after its last shards and before their single file."""
+    expected = weights_of(folder)
+    for file in folder.glob("checkpoint*.pth"):
+        file.unlink()
+    (folder / "checkpoint/notes").write_text("of the user")
+    assert train(run) == "finished"
+    for name in ("checkpoint.pth", "checkpoint0000.pth"):
+        assert differences(checkpoint.load(folder / name)["student"], expected["student"]) == []
+    assert os.listdir(folder / "checkpoint") == ["notes"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import save_times
+from fastdino.errors import CheckpointError
+from fastdino.training.checkpoint_writer import CheckpointWriter
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -34,3 +37,15 @@ def test_time_of_waiting_for_a_core_is_not_counted(tmp_path, monkeypatch):
     assert save_times.clock() == 10
     scheduler.write_text("123 4000000000 5\n")
     assert save_times.clock() == 6
+
+
+def test_a_failed_write_ends_the_benchmark(tmp_path, monkeypatch):
+    def full(*_args):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(save_times.checkpoint, "write", full)
+    trainer = SimpleNamespace(state_dict=dict)
+    with pytest.raises(CheckpointError, match="was not written"):
+        save_times.measure_background(
+            trainer, lambda: None, tmp_path / "x.pth", CheckpointWriter(lambda _: None)
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,29 @@ def test_one_process_reads_whole_tensors_of_two_ranks(folder):
     assert differences(state, state_of(2)) == []
 
 
+def test_saves_are_removed_by_a_process_that_can_be_killed(folder, tmp_path, monkeypatch):
+    copy, rmtree, removed = tmp_path / "checkpoint", shutil.rmtree, []
+    shutil.copytree(folder, copy)
+    (copy / "000001").mkdir()
+    (copy / "000001.part").mkdir()
+    (copy / "of the user").touch()
+
+    def killed(path, *args, **options):
+        saves = [save for save in copy.iterdir() if save.name.isdigit() and any(save.iterdir())]
+        assert all((save / ".metadata").exists() for save in saves)
+        assert Path(path).name.endswith(".part")
+        removed.append(Path(path).name)
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    shard_files.remove_saves(copy)
+    assert removed == ["000001.part", "000001.part", "000002.part"]
+    assert os.listdir(copy) == ["of the user"]
+    (copy / "of the user").unlink()
+    shard_files.remove_saves(copy)
+    assert not copy.exists()
+
+
 def test_damaged_saves_and_code_in_them_are_reported(folder, tmp_path):
     path = folder / "000002"
     metadata = (path / ".metadata").read_bytes()
@@ -117,6 +141,7 @@ def test_damaged_saves_and_code_in_them_are_reported(folder, tmp_path):
     for content, message in (
         (pickle.dumps(Bomb()), r"contains code \(posix.mkdir\), which is not run"),
         (metadata[:50], r"\.metadata cannot be read"),
+        (pickle.dumps({}), r"\.metadata holds a dict: it is damaged"),
     ):
         (path / ".metadata").write_bytes(content)
         with pytest.raises(CheckpointError, match=message):

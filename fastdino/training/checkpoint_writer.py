@@ -35,6 +35,7 @@ class CheckpointWriter:
         Args: again: how `repeat` writes again.
         """
         assert self._running is None
+        self._last = None  # it refers to the former copy
         if not self._is_large:
             try:
                 copied = self._host.copy(state)
@@ -65,6 +66,13 @@ class CheckpointWriter:
             wait([self._running])
         self._running = None
         return self._error is None
+
+    def close(self) -> None:
+        """Wait for the write, and end the thread."""
+        self.finish()
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = None
 
     def repeat(self) -> None:
         """Do the last write again, in this thread.

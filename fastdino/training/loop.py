@@ -144,6 +144,8 @@ class Run:
             )
         with contextlib.closing(self.loader), self.progress, contextlib.closing(self.checkpoint):
             self.checkpoint.resume_or_start()
+            if self.checkpoint.lacks_single_file():
+                self._save_epoch(self.trainer.epoch - 1)
             distributed.from_main(self._write_config)
             # Before, a signal ends the run: nothing is to be saved.
             with StopSignals(self.checkpoint.is_due) as signals:
@@ -268,9 +270,7 @@ class Run:
                 return "interrupted"
             distributed.from_main(self._restore_folder)
         self.progress.write_epoch(results)
-        frequency = self.config.saveckp_freq
-        keep = bool(frequency) and epoch % frequency == 0
-        self._save(also=self.output_dir / f"checkpoint{epoch:04}.pth" if keep else None)
+        self._save_epoch(epoch)
         if signals.should_stop() and self.trainer.epoch < self.config.epochs:
             return "interrupted"
         return "finished"
@@ -302,6 +302,12 @@ class Run:
     def _save(self, also: Path | None = None, *, whole: bool = True) -> None:
         self._report_steps()
         self.checkpoint.save(also, whole=whole)
+
+    def _save_epoch(self, epoch: int) -> None:
+        """Save after an epoch, with a copy every --saveckp_freq epochs."""
+        frequency = self.config.saveckp_freq
+        keep = bool(frequency) and epoch % frequency == 0
+        self._save(also=self.output_dir / f"checkpoint{epoch:04}.pth" if keep else None)
 
     def _finish_save(self) -> None:
         """Wait until the last save is written."""

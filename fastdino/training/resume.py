@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -165,8 +164,9 @@ class RunCheckpoint:
             self._writer.repeat()
 
     def close(self) -> None:
-        """Wait until the last save is written or has failed, on this rank."""
+        """Wait until the last save is written or has failed, on this rank; end the thread."""
         self._finish_write()
+        self._writer.close()
 
     def _finish_write(self) -> bool:
         """Wait for the write of this rank, which is a collective in a sharded run."""
@@ -198,8 +198,7 @@ class RunCheckpoint:
     def _write_once(self, state: dict[str, Any], save: Save) -> None:
         if self._group is None or save.shards is None:
             checkpoint.write(state, self.path, also=save.also)
-            if self.folder.exists():  # of an earlier, sharded part of this run
-                shutil.rmtree(self.folder, ignore_errors=True)
+            shard_files.remove_saves(self.folder)  # of an earlier, sharded part of this run
             return
         if self._written != save.shards:  # on all ranks: they fail together
             shard_files.write(state, save.shards, self._group)
@@ -229,6 +228,22 @@ class RunCheckpoint:
         self._saved_at = time.monotonic()
         if config.on_nonfinite == "rollback":
             self.save()
+
+    def lacks_single_file(self) -> bool:
+        """Return True if a run was killed between the shards of an epoch and their single file."""
+        in_epoch = self.trainer.iteration % self.trainer.steps_per_epoch > 0
+        if in_epoch or self.trainer.iteration == 0 or self.progress.open_epoch is not None:
+            return False
+        return distributed.from_main(self._single_file_is_older)
+
+    def _single_file_is_older(self) -> bool:
+        if shard_files.newest(self.folder) is None:
+            return False
+        try:
+            saved = checkpoint.load(self.path, mapped=True).get("iteration")
+        except CheckpointError:  # such as no file
+            return True
+        return bool(saved != self.trainer.iteration)
 
     def _start_from_weights(self) -> None:
         config = self.config
@@ -266,21 +281,21 @@ class RunCheckpoint:
             ) from error
         if note:
             self.progress.info(note)
-        self._warn_of_missing_parts(state)
+        self._warn_of_missing_parts(state, source)
         self._compare_settings(state.get("args"))
         self._compare_resolved(state.get("resolved"))
         self._compare_images(state.get("images"))
         self.left_out = list(state.get("left_out", []))
         self.progress.restart(self.trainer.iteration, state.get("progress"))
 
-    def _warn_of_missing_parts(self, state: dict[str, Any]) -> None:
+    def _warn_of_missing_parts(self, state: dict[str, Any], source: Path) -> None:
         missing = [
             f"{part} ({effect})"
             for part, effect in OPTIONAL_PARTS.items()
             if part not in state and (part != "fp16_scaler" or self.trainer.scaler.is_enabled())
         ]
         if missing:
-            self.progress.warn(f"{self.path} lacks some parts: {', '.join(missing)}")
+            self.progress.warn(f"{source} lacks some parts: {', '.join(missing)}")
 
     def _compare_settings(self, saved: Any) -> None:
         """Warn of settings that differ from the checkpoint's."""

@@ -15,6 +15,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from fastdino import checkpoint
+from fastdino.distributed import UNLIMITED
 from fastdino.errors import CheckpointError
 from fastdino.files import PART, explain_write_errors, os_error_of, sync_folder
 from fastdino.training.host_copy import Place, tensors_of
@@ -55,8 +57,7 @@ Like = Callable[[Place, torch.Size, torch.dtype], Tensor]
 
 def newest(folder: Path) -> Path | None:
     """Return the newest complete save in `folder`; None without any."""
-    saves = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
-    return max(saves, key=lambda path: int(path.name), default=None)
+    return max(_saves(folder), key=_number, default=None)
 
 
 def next_save(folder: Path) -> Path:
@@ -69,12 +70,33 @@ def next_save(folder: Path) -> Path:
         for path in folder.glob("*" + PART):
             shutil.rmtree(path)
     last = newest(folder)
-    return folder / f"{int(last.name) + 1 if last else 1:06}"
+    return folder / f"{_number(last) + 1 if last else 1:06}"
+
+
+def remove_saves(folder: Path) -> None:
+    """Remove all saves in `folder`, and the folder if nothing else is in it, as far as possible."""
+    with suppress(OSError):  # also without the folder
+        for path in folder.glob("*" + PART):
+            shutil.rmtree(path)
+        for save in sorted(_saves(folder), key=_number):
+            part = save.with_name(save.name + PART)
+            os.replace(save, part)  # it counts only with all of its files
+            shutil.rmtree(part)
+        folder.rmdir()
+
+
+def _saves(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+
+
+def _number(save: Path) -> int:
+    return int(save.name)
 
 
 def new_group(timeout_minutes: float) -> dist.ProcessGroup:
     """Return a group of all ranks for `write`; all ranks must call it."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    seconds = min(60 * timeout_minutes, UNLIMITED.total_seconds())
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
     assert isinstance(group, dist.ProcessGroup)  # this rank is in it
     return group
 
@@ -89,7 +111,7 @@ def write(state: dict[str, Any], path: Path, group: dist.ProcessGroup) -> None:
     tensors = {_name(place): tensor for place, tensor in tensors_of(state)}
     with explain_write_errors(path):
         try:
-            save(
+            save_shards(
                 tensors,
                 storage_writer=_Writer(path, _without_tensors(state)),
                 process_group=group,
@@ -117,13 +139,17 @@ class _Writer(FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
         part, target = Path(self.path), self._target
-        checkpoint.write(self._rest, part / REST)
+        try:
+            checkpoint.write(self._rest, part / REST)
+        except CheckpointError as error:  # its cause would not reach the other ranks
+            raise os_error_of(error) or error from None
         sync_folder(part)
+        shutil.rmtree(target, ignore_errors=True)  # of a try that failed after the next line
         os.replace(part, target)
         sync_folder(target.parent)
-        for older in target.parent.iterdir():
-            if older.name.isdigit() and int(older.name) < int(target.name):
-                shutil.rmtree(older, ignore_errors=True)
+        for save in _saves(target.parent):
+            if _number(save) < _number(target):
+                shutil.rmtree(save, ignore_errors=True)
 
 
 def read(path: Path, like: Like) -> dict[str, Any]:
@@ -173,7 +199,8 @@ class _Reader(FileSystemReader):
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         except Exception as error:  # a broken or crafted file raises many types
             raise CheckpointError(f"{path} cannot be read ({error}): it is damaged") from error
-        assert isinstance(metadata, Metadata)
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path} holds a {type(metadata).__name__}: it is damaged")
         return metadata
 
 

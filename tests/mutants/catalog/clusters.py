@@ -9,12 +9,24 @@ SUBMIT = "fastdino/submit.py"
 SIGNALS = "fastdino/signals.py"
 IMAGES = "fastdino/data/image_dataset.py"
 LOOP = "fastdino/training/loop.py"
+WRITER = "fastdino/training/checkpoint_writer.py"
+COPY = "fastdino/training/host_copy.py"
+SHARDS = "fastdino/training/shard_files.py"
+WORLD = "fastdino/training/world_size.py"
+SPLIT = "fastdino/batch_split.py"
+WAITING = "fastdino/waiting.py"
 
 _ENVIRONMENT = "tests/test_launch_environment.py::test_"
 PLACE = (f"{_ENVIRONMENT}the_environment_states_the_place_of_this_process",)
 CONTRADICTION = (f"{_ENVIRONMENT}contradictory_variables_are_one_line",)
 HOSTS = (f"{_ENVIRONMENT}the_first_host_of_a_node_list",)
 PRESENT = ("tests/test_image_dataset.py::test_a_machine_needs_some_files_of_the_dataset",)
+_WRITES = "tests/test_checkpoint_writer.py::test_"
+BUFFERS = (f"{_WRITES}buffers_are_used_again_and_follow_the_state",)
+LATER = (f"{_WRITES}later_changes_do_not_reach_the_file",)
+REPEATED = (f"{_WRITES}failed_write_keeps_the_old_file_and_is_repeated_once",)
+FREED = (f"{_WRITES}without_memory_for_a_later_copy_the_former_is_freed",)
+ENDED = (f"{_WRITES}a_run_that_ended_leaves_no_thread_and_no_state_in_memory",)
 ELSEWHERE = ("tests/test_loop.py::test_a_node_without_the_data_is_one_line",)
 
 MUTANTS = (
@@ -48,4 +60,34 @@ MUTANTS = (
     Mutant(SUBMIT, "requeue=args.requeue)", "requeue=True)"),
     Mutant(SUBMIT, "numbered[-1].parent", "numbered[0].parent"),
     Mutant(SUBMIT, "filter(None, lines)", "lines[-1:]"),
+    Mutant(WRITER, "            self._error = error\n", "            pass\n", REPEATED),
+    Mutant(WRITER, "        self._last = None  # it refers to the former copy\n", "", FREED),
+    Mutant(WRITER, "            self._thread.shutdown()\n", "            pass\n", ENDED),
+    Mutant(
+        COPY,
+        "                self._buffers[place] = buffer\n",
+        "                missing.append((place, tensor))\n",
+        BUFFERS,
+    ),
+    Mutant(
+        COPY,
+        "return type(value)(self._copy(item",
+        "return value or type(value)(self._copy(item",
+        LATER,
+    ),
+    Mutant(COPY, "            self._buffers.clear()\n", "            pass\n", FREED),
+    Mutant(SHARDS, "max(_saves(folder)", "min(_saves(folder)"),
+    Mutant(SHARDS, "if path.name.isdecimal() and path.is_dir()", "if path.is_dir()"),
+    Mutant(
+        SHARDS,
+        "            os.replace(save, part)  # it counts only with all of its files\n",
+        "            part = save\n",
+    ),
+    Mutant(SHARDS, "if not is_dtype and (module, name) not in SAFE_NAMES", "if not name"),
+    Mutant(WORLD, "before in (0, world_size)", "before == world_size"),
+    Mutant(WORLD, "if old_batch != new_batch:", "if old_batch > 2 * new_batch:"),
+    Mutant(WORLD, "theirs.images * before != ours", "theirs.images != ours"),
+    Mutant(SPLIT, "if images <= k * largest)", "if images < k * largest)"),
+    Mutant(SPLIT, "if k < 2 * world_size", "if k <= world_size"),
+    Mutant(WAITING, "            del run  # with", "            # with", ENDED),
 )
