@@ -13,7 +13,7 @@ def run() -> NoReturn:
     try:
         status = main()
     except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         finish_output()
         status = 1
     exit_process(status)

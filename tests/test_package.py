@@ -215,7 +215,7 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
     [
         ("benchmarks", set()),
         ("tests", set()),
-        ("fastdino.cli", {"fastdino.__main__", "fastdino.demo"}),
+        ("fastdino.cli", {"fastdino.__main__", "fastdino.demo", "fastdino.submit"}),
         ("av", {"fastdino.evals.video_io"}),
         ("numba", {"fastdino.augmentation.cpu_kernels"}),
         ("nvidia.dali", {"fastdino.augmentation.dali", "fastdino.data.dali_decoding"}),
