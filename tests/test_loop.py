@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,10 @@ def test_invalid_environment_is_rejected(config, monkeypatch, variable, value, m
         train(config())
 
 
-def test_a_node_without_the_data_is_one_line(config, monkeypatch, tmp_path):
+def test_a_node_without_the_data_is_one_line(config, pictures, monkeypatch, tmp_path):
     """Rank 0 scans the images; here its node loses them, as if another one lacked them."""
-    images = Path(config().data_path)
+    images = tmp_path / "pictures"
+    shutil.copytree(pictures, images)
 
     def scan_elsewhere(*args, **options):
         dataset = scan_images(*args, **options)
@@ -99,7 +101,7 @@ def test_a_node_without_the_data_is_one_line(config, monkeypatch, tmp_path):
 
     monkeypatch.setattr(loop, "scan_images", scan_elsewhere)
     with pytest.raises(DataError, match=r"has no .*, which rank 0 found: every node") as error:
-        train(config())
+        train(config(data_path=str(images)))
     assert str(images) in str(error.value)
 
 
