@@ -28,7 +28,7 @@ if importlib.util.find_spec("triton") is not None:
 # Loaders.
 
 SMALL = {
-    "global_crops_size": 8, "local_crops_size": 4, "local_crops_number": 1,
+    "patch_size": 4, "global_crops_size": 8, "local_crops_size": 4, "local_crops_number": 1,
     "batch_size_per_gpu": 2, "num_workers": 2,
 }  # fmt: skip
 LAST = 6  # the step from which three batches remain
