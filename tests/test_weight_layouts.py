@@ -113,6 +113,7 @@ def test_two_networks_without_roles_are_listed(vit, load):
         load(prefixed(state, "a.") | {"b": {"c": state}})
 
 
+@pytest.mark.filterwarnings("ignore:The .srun. command is available")
 def test_checkpoints_of_lightning_load(vit, tmp_path):
     lightning = pytest.importorskip("pytorch_lightning")
 
