@@ -82,7 +82,7 @@ class Fault:
 
 @dataclass
 class Result:
-    """What a fault led to.
+    """Outcome of a fault and of the run that was resumed after it.
 
     Attributes:
         seconds: until the last of the other ranks ended; -1: one of them did not.

@@ -19,7 +19,7 @@ MEMORY = "/proc/meminfo"
 class HostCopy:
     """Copies nested dicts, lists and tuples of tensors into buffers that the next copy reuses.
 
-    Of a sharded tensor it copies this rank's shard.
+    It copies only this rank's shard of a sharded tensor.
 
     The buffers of tensors on a GPU are pinned, and filled in the order of the current stream: what
     is queued later may change the tensors, and the host does not wait.
