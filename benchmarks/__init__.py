@@ -7,6 +7,9 @@ kernel_tables.py       pytest-benchmark's JSON -> Markdown tables
 results_table.py       predictions next to measurements; the measured rows of the README
 compare_modes.py       short trainings by --mode fast and --mode parity
 crop_differences.py    differences of the crop backends, for docs/crops.md
+step_collectives.py    collectives and bytes of a step, counted on several ranks
+rank_faults.py         faults of a rank; kill_campaign.py, killed_runs.py: runs that are killed
+save_times.py          time that a save stops the training
 gpu/                   compile gates, sanitizer, tuning, GPU report
 results/               measured figures
 """

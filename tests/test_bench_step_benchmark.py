@@ -26,7 +26,8 @@ from fastdino.bench.correctness import CorrectnessCheck, Verdict
 from fastdino.bench.harness import Outcome, Sample
 from fastdino.bench.measurement import saved_bytes
 from fastdino.bench.report import write_report
-from fastdino.bench.scaling import Message, Scaling, StepTime
+from fastdino.bench.scaling import Scaling, StepTime
+from fastdino.bench.step_messages import Message
 from fastdino.bench.step_profile import PARTS, UPDATE, Breakdown
 from fastdino.bench.step_report import DiskFeed, StepReport, StepResult
 from fastdino.config import TrainConfig
@@ -326,8 +327,8 @@ def test_the_tables_and_the_json_show_the_figures(report, tmp_path):
 
 
 SCALING = Scaling(
-    scaling.scale(StepTime(0.02, 0.01), [Message(10**9, 1.0)], 0, (1, 8)),
-    0.02, 0.01, "baseline ours", 1, 10**9, on_cpu=True,
+    scaling.scale(StepTime(0.02, 0.01), [Message(10**9, 1.0)], (1, 8)),
+    0.02, 0.01, "baseline ours", 1, 10**9, 1_750_000_000, 3_500_000_000, on_cpu=True,
 )  # fmt: skip
 
 
@@ -351,7 +352,12 @@ SCALING = Scaling(
         ),
         (
             {"scaling": SCALING},
-            ["measured on a CPU", "| 1 | 0.00 | 100.0% |", "| 8 | 4.44 | 81.8% |"],
+            [
+                "measured on a CPU",
+                "sends 1750 MB per step (in rings), and 3500 MB with --fsdp",
+                "| 1 | 0.00 | 100.0% |",
+                "| 8 | 4.44 | 81.8% |",
+            ],
         ),
     ],
     ids=["interrupted", "graph", "disk", "scaling"],
