@@ -141,7 +141,7 @@ def record_launches(
     Args:
         arch: one of ARCHS: 90 for sm_90.
         compiles: False stops after Triton's own language is checked and lowered to its first
-            intermediate form, which takes a tenth of the time; the recorded code is then empty.
+            intermediate form, which takes a tenth of the time; it is then the recorded code.
         device: if given, a launch with a tensor on another device raises ValueError.
 
     Raises: RuntimeError: TRITON_INTERPRET=1 has replaced the kernels by interpreted ones.
@@ -176,11 +176,11 @@ def _keep_first_stage(backend: Any = None, stages: Any = None, *_: Any) -> tuple
     if backend is None:
         return "front end", "front end"
 
-    def no_code(module: Any, metadata: dict[str, Any]) -> bytes:
+    def text(module: Any, metadata: dict[str, Any]) -> bytes:
         metadata.update(name="", shared=0)
-        return b""
+        return str(module).encode()
 
     first = stages["ttir"]
     stages.clear()
-    stages.update({"ttir": first, backend.binary_ext: no_code})
+    stages.update({"ttir": first, backend.binary_ext: text})
     return None
