@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
+import io
+import json
 import os
 import signal
 import threading
@@ -15,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdino import TrainConfig, Trainer, checkpoint
+from fastdino import TrainConfig, Trainer, checkpoint, files
 from fastdino.errors import CheckpointError
 from fastdino.training import host_copy, resume, shard_files
 from fastdino.training.checkpoint_writer import CheckpointWriter
@@ -303,6 +306,73 @@ def test_a_failed_write_of_one_rank_ends_a_sharded_run_on_all_with_one_message(c
     assert shard_files.read(shards, shard_files.whole)["iteration"] == STEPS
     assert weights_of(tmp_path / "run")["iteration"] == STEPS
     finish_killed_export(config(epochs=1, saveckp_freq=1), tmp_path / "run")
+
+
+def fill_disk_for_rest(settings, failures):
+    """Let `failures` writes of rest.pth fail from the second epoch on; keep the error of a rank."""
+    patch, left = pytest.MonkeyPatch(), [failures]
+    shrink_networks(patch)
+    patch.setattr(resume, "SECONDS_UNTIL_RETRY", (0.01, 0.01))
+    write = io.FileIO.write
+
+    class FullDisk(io.FileIO):
+        def write(self, content):
+            if left[0] > 0 and len(content) > 1:
+                left[0] -= 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, content)
+
+    def opened(descriptor, mode):
+        is_rest = os.readlink(f"/proc/self/fd/{descriptor}").endswith("rest.pth.part")
+        return FullDisk(descriptor, mode) if is_rest else os.fdopen(descriptor, mode)
+
+    fake = SimpleNamespace(**{name: getattr(os, name) for name in dir(os)})
+    fake.fdopen = opened
+    before_step(patch, STEPS + 1, lambda: patch.setattr(files, "os", fake))
+    run, printed, error = TrainConfig.from_dict(settings), io.StringIO(), ""
+    with contextlib.redirect_stderr(printed):
+        try:
+            train(run)
+        except CheckpointError as raised:
+            error = str(raised)
+    result = json.dumps([error, printed.getvalue()])
+    Path(run.output_dir, f"result{os.environ['RANK']}").write_text(result)
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_full_disk_for_the_rest_of_a_sharded_save_is_tried_again_and_keeps_the_last_save(
+    config, tmp_path, failures
+):
+    settings = config(epochs=2, batch_size_per_gpu=2, fsdp=True, saveckp_in_background=False)
+    run_two(fill_disk_for_rest, settings.to_dict(), failures)
+    run = tmp_path / "run"
+    results = [json.loads((run / f"result{rank}").read_text()) for rank in range(2)]
+    errors, printed = [error for error, _ in results], "".join(text for _, text in results)
+    warning = "000002 (No space left on device): the disk is full: free some space; the next try"
+    assert printed.count(warning) == min(failures, 2)
+    assert "existing checkpoint" not in printed  # of PyTorch
+    last = shard_files.newest(run / "checkpoint")
+    saved = shard_files.read(last, shard_files.whole)["iteration"]
+    if failures == 1:
+        assert errors == ["", ""]
+        assert (last.name, saved) == ("000002", 2 * STEPS)
+        assert os.listdir(run / "checkpoint") == ["000002"]
+    else:
+        assert errors[0] == errors[1]
+        assert "checkpoint/000002 (No space left on device): the disk is full" in errors[0]
+        assert (last.name, saved) == ("000001", STEPS)
+        assert weights_of(run)["iteration"] == STEPS
+
+
+def train_with_huge_timeout(settings):
+    shrink_networks(pytest.MonkeyPatch())
+    assert train(TrainConfig.from_dict(settings)) == "finished"
+
+
+def test_a_huge_timeout_is_no_limit_also_of_a_sharded_run(config, tmp_path):
+    huge = {"dist_timeout_minutes": 1e300, "batch_size_per_gpu": 2, "fsdp": True}
+    run_two(train_with_huge_timeout, config(epochs=1, **huge).to_dict())
+    assert weights_of(tmp_path / "run")["iteration"] == STEPS
 
 
 def finish_killed_export(run, folder):

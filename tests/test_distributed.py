@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastdino import distributed
+from fastdino import distributed, waiting
 from fastdino.errors import ConfigError, NonFiniteError, UserError
 from tests.commands import write_colours
 from tests.processes import run_commands_in_two, run_two
@@ -96,6 +96,24 @@ def _join_groups(folder, late):
             if rank == late:
                 time.sleep(0.5)
     (folder / str(rank)).write_text(json.dumps(results))
+
+
+def test_a_rank_that_fails_does_not_wait_for_its_threads(tmp_path):
+    """They may be in calls of gloo; `exit_process` then leaves them behind."""
+    run_two(_fail_on_all, tmp_path)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / str(rank)).read_text()) == [False, True]
+
+
+def _fail_on_all(folder):
+    abandoned = []
+    for fault in (None, KeyError("fault")):
+        with contextlib.suppress(KeyError), distributed.process_group(CPU, "env://"):
+            distributed.gather(None)
+            if fault:
+                raise fault
+        abandoned.append(waiting._abandoned.is_set())
+    (folder / os.environ["RANK"]).write_text(json.dumps(abandoned))
 
 
 def test_user_error_on_all_ranks_is_printed_once(tmp_path):

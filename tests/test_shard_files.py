@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,33 @@ def test_newest_complete_save_counts_and_leftovers_are_removed(folder):
 def test_one_process_reads_whole_tensors_of_two_ranks(folder):
     state = shard_files.read(folder / "000002", shard_files.whole)
     assert differences(state, state_of(2)) == []
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    copy = tmp_path / "000002"
+    shutil.copytree(folder / "000002", copy)
+    (copy / "__1_0.distcp").unlink()
+    with pytest.raises(CheckpointError) as error:
+        shard_files.read(copy, shard_files.whole)
+    assert re.match(
+        rf"{copy} cannot be used \(.*FileNotFoundError: .*__1_0\.distcp'\): it is damaged",
+        str(error.value),
+    )
+    (copy / "rest.pth").unlink()
+    with pytest.raises(CheckpointError, match=f"there is no file {copy}/rest.pth"):
+        shard_files.read(copy, shard_files.whole)
+
+
+def test_reading_leaves_the_filters_of_warnings_to_the_other_threads(folder, monkeypatch):
+    filters, seen, read_data = warnings.filters, [], shard_files.FileSystemReader.read_data
+
+    def observed(*args):
+        seen.append(warnings.filters is filters)
+        return read_data(*args)
+
+    monkeypatch.setattr(shard_files.FileSystemReader, "read_data", observed)
+    shard_files.read(folder / "000002", shard_files.whole)
+    assert seen == [True]
 
 
 def test_saves_are_removed_by_a_process_that_can_be_killed(folder, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import io
 import os
 import pickle
 import shutil
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -24,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from fastdino import checkpoint
@@ -137,12 +136,12 @@ class _Writer(FileSystemWriter):
             raise os_error_of(error) or error from None
 
     def finish(self, metadata: Metadata, results: Any) -> None:
-        super().finish(metadata, results)
         part, target = Path(self.path), self._target
         try:
             checkpoint.write(self._rest, part / REST)
         except CheckpointError as error:  # its cause would not reach the other ranks
             raise os_error_of(error) or error from None
+        super().finish(metadata, results)  # last: PyTorch warns where a next try finds its metadata
         sync_folder(part)
         shutil.rmtree(target, ignore_errors=True)  # of a try that failed after the next line
         os.replace(part, target)
@@ -168,16 +167,27 @@ def read(path: Path, like: Like) -> dict[str, Any]:
             name: like(tuple(place), saved[name].size, saved[name].properties.dtype)
             for name, place in places.items()
         }
-        with warnings.catch_warnings():  # of reading without the other ranks
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            try:
-                load(tensors, storage_reader=reader, no_dist=True)
-            except CheckpointException as error:
-                first = error.failures[min(error.failures)][0]
-                raise RuntimeError(f"{type(first).__name__}: {first}") from None
+        try:
+            _read_tensors(reader, tensors)
+        except OSError as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
         for name, place in places.items():
             _set(state, place, tensors[name])
     return state
+
+
+def _read_tensors(reader: _Reader, tensors: dict[str, Tensor]) -> None:
+    """Read without the other ranks.
+
+    torch.distributed.checkpoint.load does the same, but warns, and filters of warnings are not for
+    threads.
+    """
+    planner, metadata = DefaultLoadPlanner(), reader.read_metadata()
+    planner.set_up_planner(tensors, metadata, True)
+    reader.set_up_storage_reader(metadata, True)
+    plans = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = reader.prepare_global_plan(plans)
+    reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
 def whole(_place: Place, size: torch.Size, dtype: torch.dtype) -> Tensor:
