@@ -118,6 +118,8 @@ def _join(device: torch.device, dist_url: str, launch: Launch, seconds: float) -
     except ConfigError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # includes torch.distributed.DistError
+        if dist.is_initialized():  # only the second group failed
+            dist.destroy_process_group()
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"rank {launch.rank} of {launch.world_size} cannot join the others by {backend} at "

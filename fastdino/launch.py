@@ -97,9 +97,13 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _local_rank_of_slurm(environ: Mapping[str, str]) -> int:
-    """Return the task's number on its node; 0 if Slurm lets it see only a GPU of its own."""
-    own_gpu = "SLURM_GPUS_PER_TASK" in environ and environ.get("CUDA_VISIBLE_DEVICES")
-    if own_gpu and "," not in own_gpu:
+    """Return the task's number on its node; 0 if Slurm lets it see only a GPU of its own.
+
+    It does with --gpus-per-task, and with --gpu-bind, such as single:1, where the step has more.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    of_step = _number(environ, "SLURM_GPUS_ON_NODE", default=1)
+    if visible and "," not in visible and ("SLURM_GPUS_PER_TASK" in environ or of_step > 1):
         return 0
     return _number(environ, "SLURM_LOCALID", default=0)
 

@@ -177,11 +177,17 @@ class Liveness:
         if silent:
             seconds = SILENT_ROUNDS * self._period
             return self._post(self._lost(silent, f"for {seconds:g} s after a collective failed"))
-        if late:
+        if late and "timed out" in reason.lower():
             text = (
                 f"{listed(late)} did not come to a collective within --dist_timeout_minutes "
                 f"{self._limit / 60:g}, in spite of signs of life ({reason}): a file system or a "
                 f"data loader may not answer there; {AGAIN}"
+            )
+        elif late:
+            text = (
+                f"a collective failed on rank {self._rank}, but not on {listed(late)}, which "
+                f"give{'s' * (len(late) == 1)} signs of life ({reason}): check the network between "
+                f"them; {AGAIN}"
             )
         else:
             text = f"a collective failed, but all ranks give signs of life ({reason}); {AGAIN}"

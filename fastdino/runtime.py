@@ -195,6 +195,22 @@ def choose_precision(
     return Choice("fp32", f"{reason}, less than {cpu_speed.BF16_GAIN:g}x")
 
 
+def slow_precision(runtime: Runtime) -> str:
+    """Return a warning if a resumed run keeps a bf16 that this CPU is slow in, else "".
+
+    All ranks must call it.
+    """
+    if (runtime.precision.value, runtime.precision.reason) != ("bf16", KEPT):
+        return ""
+    speedup = distributed.from_main(lambda: cpu_speed.bf16_speedup())
+    if speedup >= 1:
+        return ""
+    return (
+        f"the run started in bf16, in which a product takes {1 / speedup:.2g} times as long as in "
+        "fp32 on this CPU: use --use_fp16 false, with slightly other results, or another machine"
+    )
+
+
 def _attention_dtype(precision: Choice) -> torch.dtype:
     """Return the dtype of queries and keys: that of autocast, or of the weights."""
     return AUTOCAST_DTYPES[precision.value] or torch.get_default_dtype()

@@ -24,14 +24,17 @@ from fastdino.config import (
     parse_bool,
 )
 from fastdino.errors import ConfigError, UserError
-from fastdino.terminal import print_out
+from fastdino.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 JOB = "%j"  # in --output_dir: the number of the job, 12, or 12_3 in a job array
+OUTPUT = "--output_dir="
 # A job that reaches its time limit more often is not requeued; the number is the paper's.
 MAX_TIMEOUTS = 30
+# A job whose run was lost so often without a new checkpoint, as by a lack of memory, ends.
+MAX_LOST = 3
 GB_PER_GPU = 40
 VOLTA32 = "volta32gb"
 SQUEUE_ATTEMPTS, SQUEUE_SECONDS = 4, 5.0
@@ -40,15 +43,18 @@ SQUEUE_ATTEMPTS, SQUEUE_SECONDS = 4, 5.0
 class TrainingJob:
     """`fastdino train` in every task of a Slurm job; submitit pickles and calls it.
 
-    A run that a signal stopped and saved is requeued by submitit and then resumes.
+    A run that a signal stopped and saved, or that lost a rank, is requeued by submitit and then
+    resumes.
 
     Args:
         words: the command line of `fastdino train`, with JOB for the number of the job.
         requeue: False: a stopped job ends.
+
+    Attributes: lost: times in a row that the run ended without a new checkpoint.
     """
 
     def __init__(self, words: list[str], *, requeue: bool = True) -> None:
-        self.words, self.requeue = words, requeue
+        self.words, self.requeue, self.lost = words, requeue, 0
 
     def __call__(self) -> int:
         """Train; return the exit status, or exit with it."""
@@ -57,11 +63,16 @@ class TrainingJob:
         from fastdino.signals import EXIT_INTERRUPTED  # loads torch: not needed to submit
 
         task = JobEnvironment()
-        status = cli.main(["train", *(word.replace(JOB, task.job_id) for word in self.words)])
+        words = [_numbered(word, task.job_id) for word in self.words]
+        before = _saves(words)
+        status = cli.main(["train", *words])
         if status == EXIT_INTERRUPTED:
             if task.global_rank > 0:  # with a failing status, srun would kill rank 0
                 return status
-            if self.requeue and _is_running(task.job_id):
+            self.lost = self.lost + 1 if _saves(words) == before else 0
+            if self.lost == MAX_LOST:
+                print_err(f"not requeued: {MAX_LOST} starts in a row ended without a checkpoint")
+            elif self.requeue and _is_running(task.job_id):
                 # submitit's handler, which training replaced and restored. It does not return.
                 signal.raise_signal(signal.SIGUSR1)
         if status:
@@ -73,6 +84,18 @@ class TrainingJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self) if self.requeue else None
+
+
+def _saves(words: list[str]) -> list[tuple[str, int]]:
+    """Return the checkpoints in --output_dir, with their times."""
+    folder = next((Path(w.partition("=")[2]) for w in words if w.startswith(OUTPUT)), Path())
+    paths = [*folder.glob("checkpoint.pth"), *folder.glob("checkpoint/[0-9]*")]
+    return [(path.name, path.stat().st_mtime_ns) for path in paths]
+
+
+def _numbered(word: str, job: str) -> str:
+    """Return the flag --output_dir with the number of the job; other flags as they are."""
+    return word.replace(JOB, job) if word.startswith(OUTPUT) else word
 
 
 def _is_running(job: str) -> bool:

@@ -185,6 +185,56 @@ def test_without_memory_for_a_copy_it_writes_directly_and_warns_once(tmp_path, m
     assert host_copy.available_memory() > 1e18
 
 
+@pytest.mark.parametrize(
+    ("text", "direct"),
+    [("can't allocate memory", True), ("CUDA error: out of memory", True), ("a bug", False)],
+)
+def test_only_a_lack_of_memory_makes_it_write_directly(tmp_path, monkeypatch, writer, text, direct):
+    path = tmp_path / "checkpoint.pth"
+
+    def broken(tensor):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(host_copy, "local_part", broken)
+    if direct:
+        save(writer, state_of(1), path)
+        assert text in writer.warnings[0]
+        assert checkpoint.load(path)["left_out"] == [1]
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            save(writer, state_of(1), path)
+        assert writer.warnings == []
+
+
+def train_without_memory_on_rank_1(settings):
+    """Have no memory for copies on rank 1; write how the ranks wrote, and the warnings."""
+    patch, rank = pytest.MonkeyPatch(), int(os.environ["RANK"])
+    shrink_networks(patch)
+    if rank == 1:
+        patch.setattr(host_copy, "available_memory", lambda: 0.0)
+    write, direct, printed = shard_files.write, [], io.StringIO()
+
+    def noted(*args):
+        direct.append(threading.current_thread() is threading.main_thread())
+        write(*args)
+
+    patch.setattr(shard_files, "write", noted)
+    run = TrainConfig.from_dict(settings)
+    with contextlib.redirect_stderr(printed):
+        assert train(run) == "finished"
+    result = json.dumps([direct, printed.getvalue()])
+    Path(run.output_dir, f"result{rank}").write_text(result)
+
+
+def test_ranks_of_a_sharded_run_write_directly_if_one_of_them_has_no_memory(config, tmp_path):
+    settings = config(epochs=2, batch_size_per_gpu=2, fsdp=True)
+    run_two(train_without_memory_on_rank_1, settings.to_dict())
+    results = [json.loads((tmp_path / f"run/result{rank}").read_text()) for rank in range(2)]
+    assert [direct for direct, _ in results] == [[True, True]] * 2
+    assert results[0][1].count("no host memory for a copy on rank 1: the training waits") == 1
+    assert results[1][1] == ""
+
+
 def slowly(monkeypatch, gate):
     """Open the gate when the training waits for a write, or after one more step."""
     step, finish = Trainer.train_step, CheckpointWriter.finish

@@ -116,6 +116,31 @@ def _fail_on_all(folder):
     (folder / os.environ["RANK"]).write_text(json.dumps(abandoned))
 
 
+def test_without_the_second_group_the_first_one_is_left(tmp_path):
+    """Else the next call of train() would take it for a group of the caller."""
+    run_two(_fail_in_second_group, tmp_path)
+    for rank in (0, 1):
+        text, initialised = json.loads((tmp_path / str(rank)).read_text())
+        assert text.startswith(f"rank {rank} of 2 cannot join the others by gloo at env:// (no")
+        assert not initialised
+
+
+def _fail_in_second_group(folder):
+    rank = os.environ["RANK"]
+
+    def fail(**options):
+        dist.barrier()  # rank 0 serves the store in which the first group is made
+        raise RuntimeError("no interface")
+
+    with (
+        mock.patch.object(dist, "new_group", fail),
+        pytest.raises(ConfigError) as error,
+        distributed.process_group(CPU, "env://"),
+    ):
+        pass
+    (folder / rank).write_text(json.dumps([str(error.value), dist.is_initialized()]))
+
+
 def test_user_error_on_all_ranks_is_printed_once(tmp_path):
     images = write_colours(tmp_path / "images")
     (tmp_path / "run").mkdir()

@@ -26,6 +26,7 @@ SRUN = {
 
 ON_TWO_NODES = {"SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "none"}
 OWN_GPU = {"SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "0"}
+BOUND = {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}
 
 
 def without(environ, *names):
@@ -49,6 +50,11 @@ def without(environ, *names):
         (SRUN | OWN_GPU, Launch(5, 8, 0, ("gpu07", 20123))),
         (SRUN | OWN_GPU | {"CUDA_VISIBLE_DEVICES": "0,1"}, Launch(5, 8, 1, ("gpu07", 20123))),
         (SRUN | {"CUDA_VISIBLE_DEVICES": "3"}, Launch(5, 8, 1, ("gpu07", 20123))),
+        # --gpu-bind=single:1: it sees one of the step's.
+        (SRUN | BOUND, Launch(5, 8, 0, ("gpu07", 20123))),
+        (SRUN | BOUND | {"SLURM_GPUS_ON_NODE": "1"}, Launch(5, 8, 1, ("gpu07", 20123))),
+        (SRUN | BOUND | {"CUDA_VISIBLE_DEVICES": "0,1"}, Launch(5, 8, 1, ("gpu07", 20123))),
+        (SRUN | {"SLURM_GPUS_ON_NODE": "4"}, Launch(5, 8, 1, ("gpu07", 20123))),
         # What is left over starts a run of one process.
         ({"LOCAL_RANK": "3"}, Launch()),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch()),

@@ -84,12 +84,25 @@ def test_a_failed_collective_is_explained_by_the_silent_ranks(make_ranks):
     assert other.reported
 
 
-def test_a_late_rank_is_named_and_a_failure_of_nobody_has_its_reason(make_ranks):
-    ranks = make_ranks(2)
-    text = str(ranks[0].explain(CLOSED))
-    assert (
-        "rank 1 did not come to a collective within --dist_timeout_minutes 1, in spite of" in text
-    )
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        (
+            "gloo: Timed out waiting 60000ms for recv operation to complete",
+            "rank 1 did not come to a collective within --dist_timeout_minutes 1, in spite of",
+        ),
+        (
+            str(CLOSED),
+            "a collective failed on rank 0, but not on rank 1, which gives signs of life "
+            "([gloo/transport/tcp/pair.cc:534] Connection closed by peer [1.2.3.4]:5): check the",
+        ),
+    ],
+)
+def test_a_late_rank_is_named_and_a_closed_connection_is_no_timeout(make_ranks, reason, text):
+    assert str(make_ranks(2)[0].explain(RuntimeError(reason))).startswith(text)
+
+
+def test_a_failure_of_nobody_has_its_reason(make_ranks):
     ranks = make_ranks(2)
     errors: list[str] = []
     threads = [

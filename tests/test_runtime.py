@@ -255,6 +255,22 @@ def test_choices_of_the_checkpoint_are_not_measured_again(tiny, monkeypatch):
     assert resolved.attention == Choice("matmul", "as measured when the run started")
 
 
+@pytest.mark.parametrize("speedup", [0.014, 1.0])
+def test_a_bf16_that_is_slow_on_the_cpu_of_a_resumed_run_is_a_warning(tiny, monkeypatch, speedup):
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
+    text = "the run started in bf16, in which a product takes 71 times as long as in fp32 on this"
+    for settings, recorded in (
+        ({}, {"precision": "bf16"}),
+        ({}, {"precision": "fp32"}),
+        ({"amp_dtype": "bf16"}, {}),
+    ):
+        config = tiny(mode="fast", **settings)
+        resolved = resolve_runtime(config, CPU, make_crops=False, recorded=recorded)
+        warning = runtime.slow_precision(resolved)
+        assert warning.startswith(text) == (speedup < 1 and recorded == {"precision": "bf16"})
+        assert bool(warning) == warning.startswith(text)
+
+
 @pytest.mark.parametrize(
     ("settings", "value", "reason"),
     [

@@ -262,8 +262,8 @@ def test_each_job_of_an_array_has_its_own_folder_and_requeues_itself_only(
 ):
     task = Task(monkeypatch, array=array)
     with pytest.raises(SystemExit):
-        TrainingJob(["--output_dir=runs/%j/x", "--seed=1"])()
-    assert task.lines == [["train", f"--output_dir=runs/{number}/x", "--seed=1"]]
+        TrainingJob(["--output_dir=runs/%j/x", "--data_path=/data/%j"])()
+    assert task.lines == [["train", f"--output_dir=runs/{number}/x", "--data_path=/data/%j"]]
     assert any(f"--jobs={number}" in word for word in task.asked[0])
     assert submitit.JobEnvironment().job_id == number  # what submitit requeues
     assert task.signals == [signal.SIGUSR1]
@@ -296,6 +296,29 @@ def test_a_saved_run_is_requeued_by_rank_0_unless_slurm_ends_the_job(
     else:
         job()
     assert task.signals == signals
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint/000002"])
+def test_a_run_that_is_lost_again_and_again_without_a_checkpoint_is_not_requeued(
+    monkeypatch, tmp_path, capsys, name
+):
+    task, job = Task(monkeypatch), TrainingJob([f"--output_dir={tmp_path}"])
+    (tmp_path / "checkpoint").mkdir()
+    saved, train = [False, False, True, False, False, False], cli.main
+
+    def run(words):
+        if saved[len(task.lines)]:
+            (tmp_path / name).write_text("new")
+        return train(words)
+
+    monkeypatch.setattr(cli, "main", run)
+    for _ in saved:
+        job = pickle.loads(pickle.dumps(job.checkpoint().function))
+        with pytest.raises(SystemExit) as stop:
+            job()
+        assert stop.value.code == 75
+    assert len(task.signals) == len(saved) - 1
+    assert "not requeued: 3 starts in a row ended without a checkpoint" in capsys.readouterr().err
 
 
 def test_submitit_requeues_the_same_job_before_the_first_step():

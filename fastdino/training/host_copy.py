@@ -41,13 +41,17 @@ class HostCopy:
             with torch.no_grad():
                 copied = self._copy(state, ())
         except (MemoryError, RuntimeError):
-            self._buffers.clear()
+            self.clear()
             raise
         self._filled = None
         if any(tensor.is_cuda for _, tensor in tensors_of(state)):
             self._filled = torch.cuda.Event()
             self._filled.record()
         return copied
+
+    def clear(self) -> None:
+        """Free the buffers that no copy refers to."""
+        self._buffers.clear()
 
     def wait(self) -> None:
         """Wait until the last copy is complete."""

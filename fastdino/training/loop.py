@@ -22,9 +22,9 @@ from fastdino.errors import NonFiniteError, UserError
 from fastdino.evals.features import StoppedError
 from fastdino.files import write_json
 from fastdino.launch import shares_store
-from fastdino.runtime import Runtime, choose_device, resolve_runtime
+from fastdino.runtime import Runtime, choose_device, resolve_runtime, slow_precision
 from fastdino.signals import EXIT_INTERRUPTED, StopSignals
-from fastdino.training.allocator import keep_freed_memory
+from fastdino.training.allocator import is_out_of_memory, keep_freed_memory
 from fastdino.training.loggers import Loggers, build_loggers, resolve_names
 from fastdino.training.logging import Progress
 from fastdino.training.metric_logger import Origin
@@ -35,9 +35,6 @@ from fastdino.training.trainer import Trainer
 
 # Skipped images listed by path in a warning; the rest is counted.
 LISTED_AT_ONCE = 10
-
-# In PyTorch's messages: no memory of that size, and a size beyond 64 bits.
-TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed")
 
 Status = Literal["finished", "interrupted"]
 
@@ -134,8 +131,9 @@ class Run:
         self.progress.info(self.headline())
         for note in self.loader.dataset.notes:
             self.progress.info(note)
-        if self.loader.dataset.warning:
-            self.progress.warn(self.loader.dataset.warning)
+        for warning in (self.loader.dataset.warning, slow_precision(self.runtime)):
+            if warning:
+                self.progress.warn(warning)
         self._list_skipped(self.loader.dataset.skipped)
         if self.config.global_batch_size and shares_store():
             self.progress.warn(
@@ -356,8 +354,7 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
                 f"a data loading worker died ({error}): if memory or /dev/shm is full, lower "
                 f"--num_workers (now {config.num_workers}) or --batch_size_per_gpu"
             ) from error
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and not any(words in str(error) for words in TOO_LARGE):
+        if not is_out_of_memory(error):
             raise
         raised = f" and raise --grad_accum ({config.grad_accum}) by the same factor"
         if config.global_batch_size:  # --grad_accum follows

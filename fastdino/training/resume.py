@@ -13,11 +13,12 @@ from fastdino.config import TrainConfig
 from fastdino.data.image_dataset import ImageDataset
 from fastdino.errors import CheckpointError, NonFiniteError
 from fastdino.files import os_error_of
+from fastdino.liveness import listed
 from fastdino.models.batch_norm import has_batch_norm
 from fastdino.models.weights import initial_weights
 from fastdino.runtime import MEASURED
 from fastdino.training import shard_files
-from fastdino.training.checkpoint_writer import CheckpointWriter
+from fastdino.training.checkpoint_writer import WAITS, CheckpointWriter
 from fastdino.training.logging import Progress
 from fastdino.training.trainer import Trainer
 from fastdino.training.world_size import explain_world_size
@@ -141,11 +142,15 @@ class RunCheckpoint:
         }
         self.progress.flush(self.trainer.iteration)
         writes = distributed.rank() == 0 or self._group is not None
+        copied = True
         with distributed.fail_together():
             if writes:
                 checkpoint.check_finite(state)
+                if self.config.saveckp_in_background:
+                    copied = self._writer.copy(state)
         shards = None
         if self._group is not None:
+            self._agree_on_copies(copied)
             shards = distributed.from_main(lambda: shard_files.next_save(self.folder))
         with distributed.fail_together():
             if writes:
@@ -172,6 +177,16 @@ class RunCheckpoint:
         """Wait for the write of this rank, which is a collective in a sharded run."""
         with nullcontext() if self._group else distributed.without_collectives():
             return self._writer.finish()
+
+    def _agree_on_copies(self, copied: bool) -> None:
+        """Let all ranks of a sharded run write directly if one of them has no memory for a copy.
+
+        Else some would train on while others wait for their writes.
+        """
+        lacking = [rank for rank, has in enumerate(distributed.gather(copied)) if not has]
+        if lacking and copied:
+            self._writer.write_directly()
+            self.progress.warn(f"no host memory for a copy on {listed(lacking)}: {WAITS}")
 
     def _start_write(self, state: dict[str, Any], save: Save) -> None:
         def write(copied: dict[str, Any]) -> None:

@@ -31,8 +31,9 @@ ELSEWHERE = ("tests/test_loop.py::test_a_node_without_the_data_is_one_line",)
 
 MUTANTS = (
     Mutant(LAUNCH, "job += _NEXT_STEP *", "job += 0 *", PLACE),
-    Mutant(LAUNCH, 'own_gpu and "," not in own_gpu', "own_gpu", PLACE),
-    Mutant(LAUNCH, '"SLURM_GPUS_PER_TASK" in environ and environ', "environ", PLACE),
+    Mutant(LAUNCH, 'visible and "," not in visible', "visible", PLACE),
+    Mutant(LAUNCH, '("SLURM_GPUS_PER_TASK" in environ or of_step > 1)', "True", PLACE),
+    Mutant(LAUNCH, " or of_step > 1", "", PLACE),
     Mutant(LAUNCH, "tasks not in (1, world_size) and", "tasks != 1 and", PLACE),
     Mutant(LAUNCH, ' and "TORCHELASTIC_RUN_ID" not in environ', "", PLACE),
     Mutant(LAUNCH, "        _check_tasks(environ)\n", "", CONTRADICTION),
@@ -49,7 +50,7 @@ MUTANTS = (
     ),
     Mutant(IMAGES, "if not any(map(os.path.exists", "if not all(map(os.path.exists", PRESENT),
     Mutant(LOOP, "            dataset.check_present()\n", "            pass\n", ELSEWHERE),
-    Mutant(SUBMIT, "word.replace(JOB, task.job_id)", "word"),
+    Mutant(SUBMIT, "word.replace(JOB, job)", "word"),
     Mutant(SUBMIT, "task.global_rank > 0", "task.global_rank < 0"),
     Mutant(SUBMIT, "if self.requeue and _is_running(task.job_id):", "if self.requeue:"),
     Mutant(SUBMIT, "if self.requeue and _is_running", "if _is_running"),
@@ -75,7 +76,7 @@ MUTANTS = (
         "return value or type(value)(self._copy(item",
         LATER,
     ),
-    Mutant(COPY, "            self._buffers.clear()\n", "            pass\n", FREED),
+    Mutant(COPY, "            self.clear()\n", "            pass\n", FREED),
     Mutant(SHARDS, "max(_saves(folder)", "min(_saves(folder)"),
     Mutant(SHARDS, "if path.name.isdecimal() and path.is_dir()", "if path.is_dir()"),
     Mutant(
