@@ -37,16 +37,16 @@ from benchmarks.killed_runs import BLOCKS, COMMAND, RUN, differences, iteration_
 from fastdino import Trainer, cli
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
 from fastdino.data.image_dataset import ImageDataset
-from fastdino.environment import environment
+from fastdino.environment import cpu_count, environment
 from fastdino.models import backbones
 from fastdino.models.vit import VIT_ARCHS
 
-TIMEOUT_MINUTES = 0.1
-FLAGS = (
-    "--crops torchvision --num_workers 0 --batch_size_per_gpu 2 --last_batch drop "
-    f"--dist_timeout_minutes {TIMEOUT_MINUTES}"
-).split()
-ITERATION = 5  # of a fault; the last save is that of iteration 4
+FLAGS = ["--crops", "torchvision", "--num_workers", "0", "--last_batch", "drop"]
+# By number of ranks. More than two take longer to start where they share the cores, and resume with
+# the same bits only if they are sharded. An epoch has 2 or 3 steps.
+MORE = "--batch_size_per_gpu 1 --fsdp true --dist_timeout_minutes 0.3"
+FLAGS_OF = {2: "--batch_size_per_gpu 2 --dist_timeout_minutes 0.1", 3: MORE, 4: MORE}
+ITERATION = 5  # of a fault; the last save is that of iteration 4, of 3 ranks 3
 STUCK_SECONDS = 180.0
 NETWORK = "10.231.7."  # of two network namespaces
 _NEW_MOUNTS, _NEW_NETWORK = 0x20000, 0x40000000  # flags of unshare and setns
@@ -64,20 +64,24 @@ class Fault:
         step: called in the rank that is hit, at the iteration.
         save: called in rank 0 before the first checkpoint after the iteration is put in its place.
         variables: environment of a rank, in addition to torchrun's; None: it is not started.
-        statuses: expected exit statuses by rank; None: any.
-        tries: the command is started again after the fault, and must finish.
+        statuses: expected exit statuses, one per rank; None: any.
         root: needs the rights of the super user.
     """
 
     name: str
     expected: str
-    statuses: tuple[int | None, int | None]
+    statuses: tuple[int | None, ...]
     rank: int = 1
     start: Callable[[int], None] = lambda rank: None
     step: Callable[[], None] = lambda: None
     save: Callable[[Sequence[int]], None] | None = None
     variables: Callable[[int], dict[str, str] | None] = lambda rank: {}
     root: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.statuses)
 
 
 @dataclass
@@ -101,6 +105,10 @@ class Result:
 
 def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def use_up_memory() -> None:
@@ -192,22 +200,28 @@ def _kill_rank_1(pids: Sequence[int]) -> None:
     time.sleep(1.0)
 
 
-SILENT = "rank 1 gave no sign of life"
+def of_three_and_four() -> list[Fault]:
+    """Return kills, stops and an error of a rank's own in runs of three and four ranks."""
+    faults = []
+    for ranks in (3, 4):
+        for name, step, own in (("SIGKILL", kill_itself, -9), ("SIGSTOP", stop_itself, None)):
+            statuses = (75, own, *[75] * (ranks - 2))
+            name = f"{ranks} ranks, --fsdp: {name} of rank 1"
+            faults.append(Fault(name, SILENT, statuses, step=step))
+        name, statuses = f"{ranks} ranks, --fsdp: a bug on rank 1", (2, 1, *[2] * (ranks - 2))
+        faults.append(Fault(name, "KeyError", statuses, step=fail))
+    return faults
+
+
+SILENT, UNREACHABLE = "rank 1 gave no sign of life", "rank 0, or its launcher, cannot"
 FAULTS = (
     Fault("SIGKILL of rank 1 in a step", SILENT, (75, -9), step=kill_itself),
-    Fault(
-        "SIGKILL of rank 0 in a step", "rank 0, or its launcher, cannot", (-9, 75), rank=0,
-        step=kill_itself,
-    ),
+    Fault("SIGKILL of rank 0 in a step", UNREACHABLE, (-9, 75), rank=0, step=kill_itself),
     Fault("SIGKILL of rank 1 while rank 0 saves", SILENT, (75, -9), save=_kill_rank_1),
-    Fault(
-        "SIGKILL of rank 0 while it saves", "rank 0, or its launcher, cannot", (-9, 75), rank=0,
-        save=lambda pids: kill_itself(),
-    ),
-    Fault(
-        "SIGSTOP of rank 1 in a step", SILENT, (75, None),
-        step=lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    ),
+    Fault("SIGKILL of rank 0 while it saves", UNREACHABLE, (-9, 75), rank=0,
+          save=lambda pids: kill_itself()),
+    Fault("SIGSTOP of rank 1 in a step", SILENT, (75, None), step=stop_itself),
+    Fault("SIGSTOP of rank 0 in a step", UNREACHABLE, (None, 75), rank=0, step=stop_itself),
     Fault("out of memory on rank 1 (RLIMIT_AS)", "rank 1: out of memory", (2, 2),
           step=use_up_memory),
     Fault("images that only rank 1 cannot read", "rank 1: ", (2, 2), step=break_images),
@@ -229,6 +243,7 @@ FAULTS = (
     Fault("no dataset on the machine of rank 1", "every node needs the dataset", (2, 2),
           start=hide("../data"), root=True),
     Fault("clocks of rank 1 a day ahead", "", (0, 0), start=shift_clocks),
+    *of_three_and_four(),
 )  # fmt: skip
 
 
@@ -261,15 +276,16 @@ class Ranks:
     Args: fault: None for a start without one.
     """
 
-    def __init__(self, folder: Path, fault: Fault | None) -> None:
+    def __init__(self, folder: Path, world_size: int, fault: Fault | None = None) -> None:
         self.folder, self.fault, self.moment = folder, fault, Moment()
+        self.world_size = world_size
         self.started = time.monotonic()
         self.pids: dict[int, int] = {}
         self.ends: dict[int, tuple[int, float]] = {}  # exit status and time
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for rank in (1, 0):
+        for rank in reversed(range(world_size)):
             more = fault.variables(rank) if fault else {}
             if more is not None:
                 self.pids[rank] = self._fork(rank, {"MASTER_PORT": str(port)} | more)
@@ -284,13 +300,16 @@ class Ranks:
             output = os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            own = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            own = {
+                "RANK": rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+            }  # fmt: skip
             os.environ |= {name: str(value) for name, value in own.items()} | more
             torch.set_num_threads(1)  # after a fork torch renews its threads
             if self.fault:
                 self.fault.start(rank)
             with self._instrumented(rank):
-                status = cli.main([*COMMAND, *FLAGS])
+                status = cli.main([*COMMAND, *FLAGS, *FLAGS_OF[self.world_size].split()])
         except BaseException:
             traceback.print_exc()
         finally:
@@ -354,10 +373,10 @@ class Ranks:
 def try_fault(fault: Fault, folder: Path, expected: Path) -> Result:
     """Run with a fault, and then without it until the end."""
     result = Result(fault.name)
-    ranks = Ranks(folder, fault)
+    ranks = Ranks(folder, fault.world_size, fault)
     others = [rank for rank in ranks.pids if rank != fault.rank] or [*ranks.pids]
     ended = ranks.wait(others, STUCK_SECONDS)
-    ranks.wait([*ranks.pids], 1.0 if fault.statuses[1] is None else STUCK_SECONDS)
+    ranks.wait([*ranks.pids], 1.0 if None in fault.statuses else STUCK_SECONDS)
     ranks.kill()
     at, iteration = ranks.moment.read()
     last = max(ranks.ends[rank][1] for rank in others)
@@ -367,9 +386,9 @@ def try_fault(fault: Fault, folder: Path, expected: Path) -> Result:
     result.lost = max(iteration - iteration_of(folder / RUN), 0)
     (folder / RUN / "filler").unlink(missing_ok=True)
     result.problem = _problem(fault, result)
-    if fault.statuses != (0, 0):
-        again = Ranks(folder, None)
-        again.wait([0, 1], STUCK_SECONDS)
+    if any(fault.statuses):
+        again = Ranks(folder, fault.world_size)
+        again.wait([*again.pids], STUCK_SECONDS)
         again.kill()
         if any(status for status, _ in again.ends.values()):
             result.resumed = f"failed: {again.lines()}"
@@ -399,21 +418,27 @@ def run_faults(names: Sequence[str]) -> list[Result]:
         folder = Path(temporary)
         killed_runs.write_images(folder / "data")
         killed_runs.prepare()
-        (folder / "uninterrupted").mkdir()
-        first = Ranks(folder / "uninterrupted", None)
-        if not first.wait([0, 1], STUCK_SECONDS) or any(s for s, _ in first.ends.values()):
-            raise RuntimeError(f"the uninterrupted run failed: {first.lines()}")
+        for ranks in sorted({fault.world_size for fault in selected}):
+            _run_uninterrupted(folder / f"uninterrupted{ranks}", ranks)
         for i, fault in enumerate(selected):
             own = folder / str(i)
             (own / RUN).mkdir(parents=True)
             with _surroundings(fault, own / RUN) as missing:
                 result = Result(fault.name, problem=missing)
                 if not missing:
-                    result = try_fault(fault, own, folder / "uninterrupted")
+                    expected = folder / f"uninterrupted{fault.world_size}"
+                    result = try_fault(fault, own, expected)
             log(f"{result}")
             results.append(result)
             shutil.rmtree(own)
     return results
+
+
+def _run_uninterrupted(folder: Path, ranks: int) -> None:
+    folder.mkdir()
+    run = Ranks(folder, ranks)
+    if not run.wait([*run.pids], STUCK_SECONDS) or any(s for s, _ in run.ends.values()):
+        raise RuntimeError(f"the uninterrupted run failed: {run.lines()}")
 
 
 @contextlib.contextmanager
@@ -437,11 +462,11 @@ def _surroundings(fault: Fault, run_folder: Path) -> Iterator[str]:
 def markdown(results: Sequence[Result], command: str, facts: Mapping[str, str]) -> str:
     """Return rank_faults.md."""
     about = (
-        f"Runs of two ranks (gloo) on one machine with --dist_timeout_minutes {TIMEOUT_MINUTES:g}: "
-        "a fault at iteration 5 or at the start, then the same command again. Seconds: from the "
-        "fault, or the start, until the last rank that it does not hit has ended. Lost: steps that "
-        "are repeated. Equal: checkpoints, log.txt and config.json of the finished run are those "
-        f"of an uninterrupted run, bit for bit. By `{command}`."
+        "Runs of two ranks (gloo) with --dist_timeout_minutes 0.1, or of 3 and 4 with 0.3 and "
+        "--fsdp, on one machine: a fault at iteration 5 or at the start, then the same command "
+        "again. Seconds: from the fault, or the start, until the last rank that it does not hit "
+        "has ended. Lost: steps that are repeated. Equal: checkpoints, log.txt and config.json of "
+        f"the finished run are those of an uninterrupted run, bit for bit. By `{command}`."
     )
     heads = ["fault", "seconds", "exit statuses", "lost steps", "resumed run", "printed"]
     rows = [
@@ -459,6 +484,9 @@ def markdown(results: Sequence[Result], command: str, facts: Mapping[str, str]) 
         "A status of -9 is that of SIGKILL. After SIGKILL or a closed connection, a rank is lost "
         "once it has given no sign of life for 6 rounds: 1 s each, or less with a short timeout."
     )
+    load, cores = os.getloadavg()[1], cpu_count()
+    if load > cores:
+        note += f" Other work shared the machine: its load was {load:.1f} on {cores} cores."
     parts = ["# Faults of a rank", wrap(about), table(heads, rows), wrap(note), facts_table(facts)]
     return "\n\n".join(parts) + "\n"
 
