@@ -9,6 +9,7 @@ compare_modes.py       short trainings by --mode fast and --mode parity
 crop_differences.py    differences of the crop backends, for docs/crops.md
 step_collectives.py    collectives and bytes of a step, counted on several ranks
 rank_faults.py         faults of a rank; kill_campaign.py, killed_runs.py: runs that are killed
+liveness_cost.py       time of the signs of life between ranks
 save_times.py          time that a save stops the training
 gpu/                   compile gates, sanitizer, tuning, GPU report
 results/               measured figures
