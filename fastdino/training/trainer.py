@@ -198,11 +198,7 @@ class Trainer:
             NonFiniteError: see `verify`, which --mode parity calls in every step.
         """
         self._check_crops(crops)
-        self._update.set_schedules(
-            self.lr_schedule(self.iteration),
-            self.weight_decay_schedule(self.iteration),
-            self.momentum_schedule(self.iteration),
-        )
+        self._set_schedules(self.iteration)
         if self._device_epoch is not None:
             self._device_epoch.fill_(self.epoch)
         loss, self.entropy, terms = self._run_step(
@@ -215,6 +211,13 @@ class Trainer:
         self.iteration += 1
         assert loss is not None
         return loss
+
+    def _set_schedules(self, iteration: int) -> None:
+        self._update.set_schedules(
+            self.lr_schedule(iteration),
+            self.weight_decay_schedule(iteration),
+            self.momentum_schedule(iteration),
+        )
 
     def verify(self) -> None:
         """Wait for the device; raise NonFiniteError if a loss or gradient was NaN or infinite.
@@ -413,6 +416,9 @@ class Trainer:
         if self.scaler.is_enabled() and "fp16_scaler" in state:
             self.scaler.load_state_dict(_scaler_state(self.scaler, state["fp16_scaler"]))
         self.iteration = iteration
+        if 0 < iteration <= self.config.epochs * self.steps_per_epoch:
+            # Of the last step: a run that was killed between two files of a save writes it again.
+            self._set_schedules(iteration - 1)
         generators = state.get("generators", [])
         if len(generators) == distributed.world_size():
             _set_generator_states(generators[distributed.rank()], self.device)
