@@ -21,6 +21,7 @@ def patch_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     _patch_language_once_per_launch(interpreter, monkeypatch)
     _compute_no_unused_checks(interpreter, monkeypatch)
     _cache_types(interpreter, monkeypatch)
+    _skip_equal_types(interpreter, monkeypatch)
 
 
 def _round_to_bf16(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +110,24 @@ def _cache_types(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core.block_type, "__init__", block)
     monkeypatch.setattr(core.tensor, "__init__", tensor)
     monkeypatch.setattr(interpreter, "_get_np_dtype", dtype_of)
+
+
+def _skip_equal_types(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Return operands as they are if their shapes, or the dtype of a cast, are equal already."""
+    semantic = type(interpreter.interpreter_semantic)
+    broadcast, cast = semantic.broadcast_impl_value, semantic.cast
+
+    def broadcast_if_needed(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        blocks = left.is_block(), right.is_block()
+        if not any(blocks) or (all(blocks) and left.shape.values == right.shape.values):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_if_needed(self: Any, value: Any, dtype: Any, rounding: Any = None) -> Any:
+        if rounding is None and value.type.scalar is dtype.scalar:
+            return value
+        return cast(self, value, dtype, rounding)
+
+    monkeypatch.setattr(semantic, "broadcast_impl_value", broadcast_if_needed)
+    monkeypatch.setattr(semantic, "cast", cast_if_needed)

@@ -329,7 +329,7 @@ def test_graphed_step_is_the_eager_step(gpu, make_trainer, crops_of, loss_of):
     results = []
     for graphed in (False, True):
         settings = {"mode": "fast", "amp_dtype": "bf16", "warmup_epochs": 0} | loss_of
-        trainer = make_trainer(cuda_graph=graphed, **settings)
+        trainer = make_trainer(cuda_graph=graphed, batch_size_per_gpu=2, **settings)
         launched = len(gpu.launches)  # the update's kernel also fills the cached last layer
         batches = [pinned(crops_of(trainer.config, i)) for i in range(7)]
         trainer.train_step(batches[0])

@@ -18,6 +18,7 @@ from fastdino.models.head import DINOHead
 
 STEPS = 3  # per epoch
 COMPILE = torch.compile
+small = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def fast(tiny):
     return make
 
 
+@small
 @pytest.mark.parametrize(
     "settings",
     [
@@ -95,6 +97,7 @@ def test_bf16_on_a_cpu_is_parity_within_rounding(monkeypatch, tiny, fast, crops_
         assert all((x - parity).norm() < 0.05 * moved for x in ours)
 
 
+@small
 @pytest.mark.parametrize("first", ["fast", "parity"])
 def test_checkpoint_resumes_in_the_other_mode(float64, fast, first, crops_of):
     second = {"fast": "parity", "parity": "fast"}[first]
@@ -115,6 +118,7 @@ def unit_rows(layer):
     return torch.nn.functional.normalize(layer.weight_v.double(), dim=1)
 
 
+@small
 def test_bf16_update_writes_the_normalised_last_layer_of_the_teacher(fast, crops_of):
     trainer = Trainer(fast(amp_dtype="bf16", freeze_last_layer=0), steps_per_epoch=STEPS)
     layer = trainer.teacher.head.last_layer
@@ -179,6 +183,7 @@ def test_last_layer_is_not_written_in_other_settings(fast, settings):
     assert trainer.teacher.head.last_layer.cached_weight is None
 
 
+@small
 def test_scaler_skips_fp16_steps_that_overflow(monkeypatch, fast, crops_of):
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
@@ -266,6 +271,7 @@ def test_ddp_does_not_split_compiled_blocks(monkeypatch, fast, crops_of):
     assert graphs[0] == graphs[1] > 0
 
 
+@small
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("recompute", ["on", "off"])
 def test_recompute_changes_the_compiler_config_of_its_blocks_only(

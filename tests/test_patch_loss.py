@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.dino_losses import interpreted, wide_blocks
 from tests.multi_tensor import capture, needs_cuda, numpy_warns
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -92,11 +93,8 @@ def test_matches_the_reference_in_float64(N, K, weighted, denominator):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("N", "K"), [(7, 1), (6, 7), (4, 1000), (2, 4096), (2, 65537)])
 def test_is_at_least_as_accurate_as_plain_pytorch(N, K, dtype, target, monkeypatch):
-    if target == {"impl": "triton", "device": "cpu"}:  # fewer programs: the interpreter is slow
-        pairwise_triton = importlib.import_module("fastdino_kernels.pairwise_triton")
-        width = 1 << max(9, K.bit_length() - 2)
-        monkeypatch.setattr(pairwise_triton, "FORWARD_BLOCK", width)
-        monkeypatch.setattr(pairwise_triton, "BACKWARD_BYTES", 4 * width)
+    if interpreted(target):
+        wide_blocks(monkeypatch, K)
     inputs = draw(N, K, dtype)
     expected, plain = truth(*inputs), truth(*inputs, dtype=dtype)
     loss, grad, total = ours(*inputs, **target)
