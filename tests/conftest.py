@@ -46,6 +46,10 @@ collect_ignore = [
     for name in names
 ]
 
+# Files whose module fixtures take longest. They run first: one process then sets each up, once, and
+# none at the end, when the others have nothing left to do.
+FIRST = ("test_launch.py", "test_file_names.py")
+
 # Under nohup, or in the background of a shell, these are ignored, and a run that inherits that
 # ignores them too: tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,6 +73,7 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Iterator[None]:
     """Mark the cases of gpu_quick before -m selects, and apply --one-per-dtype afterwards."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     for item in one_per_dtype([item for item in on_gpu if "torch-cuda" not in item.name]):
         item.add_marker("gpu_quick")
