@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from fastdino.evals import embed, feature_parts
 from fastdino.evals.feature_files import SUFFIXES
 from fastdino.evals.transforms import center_crop
 from tests.commands import assert_images_scale, break_pixels, error_of, write_colours
-from tests.processes import locked_elsewhere, run_two
+from tests.processes import end_ranks, locked_elsewhere, run_two, start_ranks
 from tests.test_feature_files import load
 
 SMALL = ["--resize", "36", "--crop", "32", "--num_workers", "0", "--batch_size_per_gpu", "2"]
@@ -234,26 +232,23 @@ def test_sigterm_keeps_the_finished_parts(words, tmp_path, small_parts, monkeypa
     assert "1 of 3 parts are done" in capsys.readouterr().out
 
 
-KILLED = """
-import os, signal, sys
-from fastdino import cli
-from fastdino.evals import embed, feature_parts
-feature_parts.PART_IMAGES = 4
-write = embed.Extraction._write
-def killed(extraction, part):
-    if part == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(extraction, part)
-embed.Extraction._write = killed
-cli.main(sys.argv[1:])
-"""
+def _killed_in_the_second_part(words):
+    feature_parts.PART_IMAGES = 4
+    write = embed.Extraction._write
+
+    def killed(extraction, part):
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(extraction, part)
+
+    embed.Extraction._write = killed
+    cli.main(words)
 
 
 def test_a_killed_run_continues_to_the_same_bits(words, tmp_path, small_parts, capsys):
     path = tmp_path / "out/x.npz"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], env=env, check=False)
-    assert done.returncode == -signal.SIGKILL
+    killed = start_ranks(1, _killed_in_the_second_part, words)
+    assert end_ranks(killed, 120) == [-signal.SIGKILL]
     assert cli.main(words) == 0
     assert "1 of 3 parts are done" in capsys.readouterr().out
     assert cli.main([*words, "--output", str(tmp_path / "y.npz")]) == 0

@@ -275,6 +275,7 @@ def service():
     wandb.teardown()
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline_folder_has_each_value_once(config, tmp_path, monkeypatch, capsys, service):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -320,6 +321,7 @@ def test_wandb_that_cannot_start_is_one_line(config, monkeypatch, service):
     assert "WANDB_MODE=offline" in str(error.value)
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_store_has_each_value_once(config, tmp_path, monkeypatch, capsys):
     tracking = pytest.importorskip("mlflow.tracking")
