@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data import scan_images, shapes_drawing
+from fastdino.data.shapes_stills import still
 
 SIZE = (375, 500)  # height and width of the drawn images, the most common of ImageNet
 GRAIN = 3.0  # levels: standard deviation of the camera noise
@@ -43,7 +44,7 @@ def scene(seed: int, vividness: float) -> NDArray[np.uint8]:
     """Draw a cluttered scene [375, 500, 3] with camera noise."""
     rng = np.random.default_rng(seed)
     forms = list(shapes_drawing.FORMS)
-    canvas, _ = shapes_drawing.still(forms[seed % len(forms)], max(SIZE), rng)
+    canvas, _ = still(forms[seed % len(forms)], max(SIZE), rng, seed=0)
     pixels = 255 * canvas[: SIZE[0]].astype(np.float64)
     gray = pixels @ np.array(shapes_drawing.LUMA)
     pixels = gray[..., None] + vividness * (pixels - gray[..., None])

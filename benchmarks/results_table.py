@@ -211,6 +211,16 @@ CPU_CLAIMS = (
         "step.md",
     ),
 )
+AMX_CLAIMS = (
+    Claim(
+        "step speed, CPU with AMX",
+        "Step, vit_tiny/16, B = 8",
+        "ours-fast",
+        lambda v: f"{v['x_paper']:.2f} times the paper's fp32 step, in bf16, ViT-Ti/16",
+        "fastdino bench",
+        "step.md",
+    ),
+)
 GPU_CLAIMS = (
     Claim(
         "loss speed",
@@ -258,10 +268,15 @@ UNMEASURED = "| speed on a GPU | needs a GPU to be measured | `make gpu-report` 
 
 
 def readme_rows(results: Path = RESULTS) -> list[str]:
-    """Return the measured rows: those of the CPU, then those of every GPU."""
-    rows = list(_claim_rows(CPU_CLAIMS, results / "cpu", ""))
+    """Return the measured rows: those of the CPUs, then those of every GPU."""
+    rows = list(_claim_rows(CPU_CLAIMS, results, "cpu", ""))
+    rows += _claim_rows(AMX_CLAIMS, results, "cpu/intel_xeon_amx", "")
     gpus = sorted(file.parent for file in results.glob("*/report.json"))
-    gpu_rows = [row for gpu in gpus for row in _claim_rows(GPU_CLAIMS, gpu, f", {_device(gpu)}")]
+    gpu_rows = [
+        row
+        for gpu in gpus
+        for row in _claim_rows(GPU_CLAIMS, results, gpu.name, f", {_device(gpu)}")
+    ]
     return rows + (gpu_rows or [UNMEASURED])
 
 
@@ -270,18 +285,18 @@ def _device(folder: Path) -> str:
     return str(report["environment"].get("device", folder.name))
 
 
-def _claim_rows(claims: Sequence[Claim], folder: Path, device: str) -> Iterator[str]:
-    measurements = read_folder(folder)
+def _claim_rows(claims: Sequence[Claim], results: Path, folder: str, device: str) -> Iterator[str]:
+    measurements = read_folder(results / folder)
     for claim in claims:
         values = measurements.get((claim.group, claim.baseline))
         if values is not None:
-            link = f"[table](benchmarks/results/{folder.name}/{claim.page})"
+            link = f"[table](benchmarks/results/{folder}/{claim.page})"
             yield f"| {claim.title}{device} | {claim.text(values)} | `{claim.command}` ({link}) |"
 
 
 def replace_rows(readme: str, rows: Sequence[str]) -> str:
     """Replace the rows of the first table that start with one of the claims' titles."""
-    titles = [claim.title for claim in (*CPU_CLAIMS, *GPU_CLAIMS)]
+    titles = [claim.title for claim in (*CPU_CLAIMS, *AMX_CLAIMS, *GPU_CLAIMS)]
     starts = tuple(f"| {title}" for title in [*titles, "speed on a GPU"])
     lines: list[str] = []
     first = math.inf

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from fastdino import cli
-from fastdino.data.shapes import davis_palette, write_shapes
+from fastdino.data.shapes import write_shapes
+from fastdino.data.shapes_clips import davis_palette
 from fastdino.evals import attention_jaccard
 from fastdino.evals.attention_jaccard import find_masked, read_labels
 from fastdino.evals.attention_maps import attention_maps, fit_to_patches

@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 from torch.nn import functional as F
 
 from fastdino import cli
-from fastdino.data.shapes import davis_palette
+from fastdino.data.shapes_clips import davis_palette
 from fastdino.errors import CheckpointError, ConfigError
 from fastdino.evals import davis
 from fastdino.evals.davis import prepare, working_size

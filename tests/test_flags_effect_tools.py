@@ -167,8 +167,8 @@ COMMANDS = {
     ),
 }
 # train: test_settings_effect.py. submit: test_submit.py. bench: its results are times;
-# test_bench_flags.py and the tests of its two benchmarks. info has no flags, and demo one, its
-# output folder (test_demo.py).
+# test_bench_flags.py and the tests of its two benchmarks. info has no flags, and those of demo
+# are in test_demo.py.
 ELSEWHERE = {"train", "submit", "bench", "info", "demo"}
 
 
@@ -176,7 +176,7 @@ def test_every_command_has_a_table():
     tables = (test_flags_effect.COMMANDS, test_flags_effect_maps.COMMANDS, COMMANDS)
     assert sorted(name for table in tables for name in table) == sorted({*cli.COMMANDS} - ELSEWHERE)
     assert flags_of("info") == set()
-    assert flags_of("demo") == {"output_dir"}
+    assert flags_of("demo") == {"output_dir", "seed"}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 """`fastdino shapes`: a small labelled dataset, generated from a seed, with no download.
 
-Its twelve classes differ only in shape. Color, texture, size, position, rotation and background
-vary independently of the class. The dataset also has object masks, and short clips in which objects
-occlude each other, in the layout of DAVIS 2017:
+Twelve classes of objects, in scenery that says nothing about the class, with object masks; and
+short clips in which objects occlude each other, in the layout of DAVIS 2017:
 
     train/<class>/*.jpg  val/<class>/*.jpg          an ImageFolder
     masks/{train,val}/<class>/*.png                 object masks, 0 or 255
@@ -11,7 +10,7 @@ occlude each other, in the layout of DAVIS 2017:
     shapes.json                                     the settings; written last
 
 Each image has a separate generator keyed by (seed, split, class, index), so a larger dataset
-contains the smaller one. shapes_drawing.py draws the images.
+contains the smaller one. shapes_stills.py and shapes_clips.py draw the images.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -34,22 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.config import user_path
-from fastdino.data import shapes_drawing as drawing
+from fastdino.data.shapes_clips import write_clip, write_clip_lists
+from fastdino.data.shapes_drawing import CLASSES, SPLITS, generator, to_image
+from fastdino.data.shapes_stills import draw_patchworks, still
 from fastdino.environment import cpu_count
 from fastdino.errors import ConfigError, DataError
 from fastdino.files import open_locked
 from fastdino.terminal import print_out
 
-CLASSES = tuple(drawing.FORMS)
-SPLITS = ("train", "val")
-CLIP_WIDTH, CLIP_HEIGHT = 854, 480
-
-_VERSION = 1  # of the images: increase it when the same settings give other images
-_CLIP_MARGIN = 32  # pixels by which a clip's background exceeds its frames on each side
+_VERSION = 2  # of the images: increase it when the same settings give other images
 _CHUNK = 16  # images per job of a worker
 _MAX_WORKERS = 8  # default limit: the default dataset takes seconds
 
@@ -151,10 +145,11 @@ def _write_images(
     stills = len(CLASSES) * (settings.train_per_class + settings.val_per_class)
     total = stills + settings.clips * settings.frames
     done = 0
+    draw_patchworks(settings.size, settings.seed)  # before workers are forked, which share them
     for count in _results(_jobs(root, settings), workers):
         done += count
         progress(done, total)
-    _write_clip_lists(root / "davis", settings.clips)
+    write_clip_lists(root / "davis", settings.clips)
 
 
 def _is_complete(root: Path, settings: _Settings) -> bool:
@@ -187,7 +182,7 @@ def _is_complete(root: Path, settings: _Settings) -> bool:
 def _jobs(root: Path, settings: _Settings) -> list[Callable[[], int]]:
     """Split the work into jobs that return their number of images, longest first."""
     jobs: list[Callable[[], int]] = [
-        partial(_write_clip, root / "davis", clip, settings.frames, settings.seed)
+        partial(write_clip, root / "davis", clip, settings.frames, settings.seed)
         for clip in range(settings.clips)
     ]
     counts = {"train": settings.train_per_class, "val": settings.val_per_class}
@@ -221,142 +216,17 @@ def _run(job: Callable[[], int]) -> int:
     return job()
 
 
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
-
-
 def _write_stills(root: Path, settings: _Settings, split: str, form: str, chunk: range) -> int:
     images, masks = root / split / form, root / "masks" / split / form
     for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
     for index in chunk:
-        rng = _generator(settings.seed, SPLITS.index(split), CLASSES.index(form), index)
-        canvas, objects = drawing.still(form, settings.size, rng)
+        rng = generator(settings.seed, SPLITS.index(split), CLASSES.index(form), index)
+        canvas, objects = still(form, settings.size, rng, settings.seed)
         name = f"{form}_{index:05d}"
-        drawing.to_image(canvas).save(images / f"{name}.jpg", quality=92)
+        to_image(canvas).save(images / f"{name}.jpg", quality=92)
         Image.fromarray((objects > 0).astype(np.uint8) * 255).save(masks / f"{name}.png")
     return len(chunk)
-
-
-@dataclass(frozen=True)
-class _Actor:
-    """An object of a clip and its motion; time runs from 0 to 1."""
-
-    outline: drawing.Points
-    texture: drawing.Texture
-    meeting: drawing.Points  # (x, y) at time 1/2
-    reach: drawing.Points  # offset from there at time 0
-    sway: drawing.Points  # amplitude of the sideways motion
-    scale: float
-    swell: float  # relative change of scale
-    angle: float
-    spin: float  # change of angle from time 0 to 1
-
-    def pose(self, moment: float) -> drawing.Pose:
-        away, aside = math.cos(math.pi * moment), math.sin(2 * math.pi * moment)
-        x, y = (self.meeting + away * self.reach + aside * self.sway).tolist()
-        angle = self.angle + self.spin * (moment - 0.5)
-        return drawing.Pose(x, y, self.scale * (1 + self.swell * aside), angle)
-
-
-def _draw_actors(rng: np.random.Generator, paints: drawing.Paints) -> list[_Actor]:
-    """Draw two or three objects that start at the border and meet in the middle half-way."""
-    count = int(rng.integers(2, 4))
-    forms = rng.permutation(len(CLASSES))[:count]
-    hue, heading = rng.random(), rng.uniform(-0.5, 0.5)
-    # They pass each other at just under half their size, so that they overlap but stay visible.
-    apart = 0.225 / math.sin(math.pi / count)
-    actors = []
-    for i, form in enumerate(forms):
-        first_hue = hue + i / count
-        actor_paints = dataclasses.replace(paints, hue=(first_hue, first_hue + 0.1))
-        scale = CLIP_HEIGHT * rng.uniform(0.34, 0.42)
-        direction = heading + 2 * math.pi * i / count
-        cos, sin = math.cos(direction), math.sin(direction)
-        sideways = np.array([-sin, cos])
-        sway = rng.uniform(-0.06, 0.06) * CLIP_HEIGHT
-        actors.append(
-            _Actor(
-                outline=drawing.outline(CLASSES[form], rng),
-                texture=drawing.Texture.draw(rng, actor_paints, (2.5, 5)),
-                meeting=np.array([CLIP_WIDTH, CLIP_HEIGHT]) / 2 + apart * scale * sideways,
-                reach=np.array([0.33 * CLIP_WIDTH * cos, 0.26 * CLIP_HEIGHT * sin]),
-                sway=sway * sideways,
-                scale=scale,
-                swell=rng.uniform(-0.12, 0.12),
-                angle=math.radians(rng.uniform(-30, 30)),
-                spin=math.radians(rng.uniform(-80, 80)),
-            )
-        )
-    return actors
-
-
-def draw_clip(
-    index: int, frames: int, seed: int
-) -> Iterator[tuple[Image.Image, NDArray[np.uint8]]]:
-    """Yield each frame of a clip with its labels [480, 854]: 0 background, 1..n objects."""
-    rng = _generator(seed, len(SPLITS), index)
-    scheme = drawing.Scheme.draw(rng)
-    actors = _draw_actors(rng, scheme.object)
-    drift = rng.uniform(0, 2 * math.pi, 2)
-    margin = 2 * _CLIP_MARGIN
-    scenery = drawing.to_image(
-        drawing.background(rng, CLIP_HEIGHT + margin, CLIP_WIDTH + margin, scheme.background)
-    )
-    for frame in range(frames):
-        moment = frame / (frames - 1)
-        left, top = _CLIP_MARGIN * (1 + 0.9 * np.sin(drift + math.pi * moment))
-        window = scenery.transform(
-            (CLIP_WIDTH, CLIP_HEIGHT),
-            Image.Transform.AFFINE,
-            (1, 0, left, 0, 1, top),
-            Image.Resampling.BILINEAR,
-        )
-        canvas = np.asarray(window, np.float32) / np.float32(255)
-        labels = np.zeros((CLIP_HEIGHT, CLIP_WIDTH), np.uint8)
-        for label, actor in enumerate(actors, start=1):  # later objects are in front
-            pose = actor.pose(moment)
-            cover = drawing.paint(canvas, actor.outline, pose, actor.texture, scheme.halo)
-            labels[cover >= 0.5] = label
-        yield drawing.to_image(canvas), labels
-
-
-def davis_palette() -> list[int]:
-    """Return the flat palette of DAVIS and PASCAL VOC: an id's bits go to R, G, B in rotation."""
-    return [
-        sum(((label >> (3 * k + channel)) & 1) << (7 - k) for k in range(3))
-        for label in range(256)
-        for channel in range(3)
-    ]
-
-
-def _clip_name(index: int) -> str:
-    return f"shapes_{index:02d}"
-
-
-def _write_clip(root: Path, index: int, frames: int, seed: int) -> int:
-    images = root / "JPEGImages" / "480p" / _clip_name(index)
-    annotations = root / "Annotations" / "480p" / _clip_name(index)
-    for folder in (images, annotations):
-        folder.mkdir(parents=True, exist_ok=True)
-    palette = davis_palette()
-    for frame, (picture, labels) in enumerate(draw_clip(index, frames, seed)):
-        picture.save(images / f"{frame:05d}.jpg", quality=92)
-        annotation = Image.fromarray(labels)
-        annotation.putpalette(palette)
-        annotation.save(annotations / f"{frame:05d}.png")
-    return frames
-
-
-def _write_clip_lists(root: Path, clips: int) -> None:
-    """List every third clip for training and the rest for evaluation, which needs no training."""
-    if clips == 0:
-        return
-    folder = root / "ImageSets" / "2017"
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        listed = [i for i in range(clips) if (i % 3 == 2) == (split == "train")]
-        (folder / f"{split}.txt").write_text("".join(_clip_name(i) + "\n" for i in listed))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,8 @@
-"""Scenes of the shapes dataset: textured forms in front of a cluttered background.
+"""What the images and clips of the shapes dataset are drawn with: forms, colors and textures.
 
 An object is an outline (a closed polygon), a Pose that places it on the canvas, and a Texture that
 fills it. Outlines and textures use object coordinates, so a texture moves with its object and a
-scene can be drawn at any size. Objects stand out by lightness: their luma is in one band and the
-whole background's in another (`Scheme`), independently of the hues.
+scene can be drawn at any size.
 
 Canvases are float32 RGB arrays [H, W, 3] in 0..1; points are [N, 2], x to the right and y down.
 """
@@ -117,6 +116,10 @@ FORMS: dict[str, Callable[[Rng], Points]] = {
 }  # fmt: skip
 
 
+CLASSES = tuple(FORMS)  # of the dataset, in the order of their labels
+SPLITS = ("train", "val")
+
+
 def normalized(points: Points) -> Points:
     """Center the outline's bounding box on 0 and scale its longer side to 1."""
     low, high = points.min(axis=0), points.max(axis=0)
@@ -168,26 +171,6 @@ class Paints:
     luma: tuple[float, float]
     saturation: tuple[float, float]
     hue: tuple[float, float] = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Colors of a scene: the luma ranges of objects and background never overlap."""
-
-    object: Paints
-    background: Paints
-    halo: float  # gray that the background around an object is blended to, for contrast
-
-    @staticmethod
-    def draw(rng: Rng) -> Scheme:
-        """Draw light objects on a dark background or the reverse, at least 0.24 apart in luma."""
-        middle = rng.uniform(0.42, 0.58)
-        dark = (max(0.05, middle - 0.42), middle - 0.12)
-        light = (middle + 0.12, min(0.96, middle + 0.42))
-        vivid, pale = (0.6, 1.0), (0.1, 0.6)
-        if rng.random() < 0.5:
-            return Scheme(Paints(light, vivid), Paints(dark, pale), 0.0)
-        return Scheme(Paints(dark, vivid), Paints(light, pale), 1.0)
 
 
 def colour(rng: Rng, paints: Paints) -> Array:
@@ -307,7 +290,7 @@ def paint(
     return covered
 
 
-def _blob(rng: Rng) -> Points:
+def blob(rng: Rng) -> Points:
     """Draw a smooth random closed shape."""
     t = np.linspace(0, 1, 40, endpoint=False)
     radius = np.ones(40)
@@ -316,7 +299,7 @@ def _blob(rng: Rng) -> Points:
     return _arc(0, 1 - 1 / 40, 40) * radius[:, None]
 
 
-def _fragment(rng: Rng) -> Points:
+def fragment(rng: Rng) -> Points:
     """Draw a stroke along part of a random form's outline, so that parts do not reveal a class."""
     names = tuple(FORMS)
     whole = outline(names[rng.integers(len(names))], rng)
@@ -326,62 +309,18 @@ def _fragment(rng: Rng) -> Points:
     return _ribbon(line[start : start + 24], rng.uniform(0.06, 0.14))
 
 
-def _stroke(rng: Rng) -> Points:
+def stroke(rng: Rng) -> Points:
     """Draw a long bent stroke."""
     t = np.linspace(-0.5, 0.5, 24)
     bend = rng.uniform(-0.5, 0.5) * np.cos(math.pi * t) + rng.uniform(-0.12, 0.12) * np.sin(9 * t)
     return _ribbon(np.stack([t, bend], axis=1), rng.uniform(0.02, 0.07))
 
 
-def background(rng: Rng, height: int, width: int, paints: Paints) -> Array:
-    """Draw a cluttered canvas [height, width, 3] using only the given paints."""
-    side = min(height, width)
-    crowd = max(height, width) / side  # a long canvas holds proportionally more
-    canvas = np.empty((height, width, 3), np.float32)
-    columns = np.arange(width, dtype=np.float32)[None]
-    rows = np.arange(height, dtype=np.float32)[:, None]
-    base = Texture.draw(rng, paints, (4, 10))
-    canvas[:] = base.sample(Pose(width / 2, height / 2, side), columns, rows)
-    clutter = ((_blob, 5, 0.15, 0.35), (_stroke, 4, 0.5, 1.2), (_fragment, 7, 0.2, 0.45))
-    for shape, count, smallest, largest in clutter:
-        for _ in range(round(count * crowd)):
-            scale = rng.uniform(smallest, largest)
-            x, y, angle = rng.uniform(0, (width, height, 2 * math.pi)).tolist()
-            texture = Texture.draw(rng, paints, (4 * scale, 10 * scale))
-            paint(canvas, shape(rng), Pose(x, y, scale * side, angle), texture)
-    return canvas
-
-
-MOST_OBJECTS = 9  # in a still; objects without enough space are left out
-
-
-def still(form: str, size: int, rng: Rng) -> tuple[Array, NDArray[np.uint8]]:
-    """Draw one labelled image: the canvas [size, size, 3] and object labels [size, size].
-
-    It shows several whole, separate objects of one form, rotated by up to 30 degrees. Each has its
-    own colors, texture and size (its longer side is 0.18 to 0.4 of the image).
-    """
-    scheme = Scheme.draw(rng)
-    canvas = background(rng, size, size, scheme.background)
-    objects = np.zeros((size, size), np.uint8)  # 0: background; 1, 2, ...: objects
-    boxes: list[tuple[float, float, float, float]] = []
-    for _ in range(MOST_OBJECTS):
-        texture = Texture.draw(rng, scheme.object, (2.5, 6))
-        turned = Pose(0, 0, 1, math.radians(rng.uniform(-30, 30))).place(outline(form, rng))
-        low, extent = turned.min(axis=0), np.ptp(turned, axis=0)
-        # By area, not length: the filled share of the image must not reveal the form.
-        share = rng.uniform(0.13, 0.24) / math.sqrt(area(turned)) * extent.max()
-        scale = float(np.clip(share, 0.18, 0.4) * size / extent.max())
-        for left, top in (rng.random((20, 2)) * (size - scale * extent)).tolist():
-            right, bottom = left + scale * extent[0], top + scale * extent[1]
-            if all(right < x0 or x1 < left or bottom < y0 or y1 < top for x0, y0, x1, y1 in boxes):
-                boxes.append((left, top, right, bottom))
-                pose = Pose(float(left - scale * low[0]), float(top - scale * low[1]), scale)
-                objects[paint(canvas, turned, pose, texture, scheme.halo) >= 0.5] = len(boxes)
-                break
-    return canvas, objects
-
-
 def to_image(canvas: Array) -> Image.Image:
     """Convert the canvas to an 8-bit RGB image."""
     return Image.fromarray((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8))
+
+
+def generator(seed: int, *key: int) -> Rng:
+    """Return the generator of one part of the dataset, independent of all other keys."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))

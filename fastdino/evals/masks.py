@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data.image_files import NUMBERS, explained_reading, open_file
-from fastdino.data.shapes import davis_palette
+from fastdino.data.shapes_clips import davis_palette
 from fastdino.evals.segmentation_metrics import boundary
 
 _OBJECT_SHARE = 0.5  # share of the object's color inside its outline; the outline is opaque
