@@ -40,7 +40,7 @@ TRAIN = (
     f"{MODEL} --global_crops_size 48 --global_crops_scale 0.2 0.6 --local_crops_size 24 "
     "--local_crops_scale 0.05 0.15 --local_crops_number 3 --out_dim 256 --use_bn_in_head true "
     "--momentum_teacher 0.99 --warmup_teacher_temp 0.02 --teacher_temp 0.02 "
-    "--batch_size_per_gpu 32 --epochs 9 --warmup_epochs 1 --lr 0.008 --min_lr 1e-5 "
+    "--batch_size_per_gpu 32 --epochs 6 --warmup_epochs 1 --lr 0.008 --min_lr 1e-5 "
     "--weight_decay_end 0.1 --drop_path_rate 0 --saveckp_freq 0"
 )
 SIDE = 256  # pixels of the images whose attention is measured: 32 x 32 patches

@@ -21,7 +21,11 @@ def test_mutants_change_the_present_code_and_have_tests(mutant):
     compile(mutant.source(), mutant.file, "exec")
     assert mutant.became != mutant.was
     for argument in mutant.selection():
-        assert (ROOT / argument.split("::")[0]).exists(), argument
+        file, _, name = argument.partition("::")
+        assert (ROOT / file).exists(), argument
+        if name:
+            function = name.partition("[")[0].rpartition("::")[2]
+            assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), argument
 
 
 def test_a_text_that_is_not_in_the_file_once_is_an_error():

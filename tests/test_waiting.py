@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -43,6 +45,21 @@ def test_an_error_leaves_running_tasks_behind_and_cancels_the_others():
     hold.set()
     assert futures[0].result(60) == 1
     assert ran == []
+
+
+def test_a_finished_task_keeps_nothing_in_memory():
+    class Thing:
+        pass
+
+    with DaemonExecutor(1) as pool:
+        thing = Thing()
+        reference = weakref.ref(thing)
+        pool.submit(repr, thing).result()
+        del thing
+        deadline = time.monotonic() + 10
+        while reference() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread is about to wait for the next task
+        assert reference() is None
 
 
 def test_a_call_is_left_behind_after_a_time():

@@ -9,7 +9,8 @@ is the class and little else:
 - Scenery: the background is a part, turned and mirrored, of one of a few patchworks that all
   images share. Its hues are from green to blue, and its patterns are of all kinds.
 
-Objects and scenery have the same range of luma, so no threshold on brightness finds the objects.
+The scenery is as light and as dark as the objects, so no threshold on brightness finds them. Color
+finds them for whoever knows which color to look for.
 """
 
 from __future__ import annotations

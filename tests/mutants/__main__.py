@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--file", default="", help="only mutants of files whose path has this text")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--journal", type=Path, default=ROOT / "runs" / "mutants.jsonl")
-    parser.add_argument("--write", type=Path, help="write the table of all mutants to this file")
+    parser.add_argument("--write", type=Path, help="write the parts' table to this file")
     args = parser.parse_args()
     catalog = all_mutants()
     unknown = sorted(set(args.parts) - set(catalog))
@@ -38,7 +38,9 @@ def main() -> int:
         )
     print(f"{len(selected)} mutants, {len(alive)} not killed and without an explanation")
     if args.write:
-        args.write.write_text(markdown(catalog, outcomes), encoding="utf-8")
+        args.write.write_text(
+            markdown({part: catalog[part] for part in parts}, outcomes), encoding="utf-8"
+        )
     return 1 if alive else 0
 
 

@@ -27,6 +27,7 @@ LATER = (f"{_WRITES}later_changes_do_not_reach_the_file",)
 REPEATED = (f"{_WRITES}failed_write_keeps_the_old_file_and_is_repeated_once",)
 FREED = (f"{_WRITES}without_memory_for_a_later_copy_the_former_is_freed",)
 ENDED = (f"{_WRITES}a_run_that_ended_leaves_no_thread_and_no_state_in_memory",)
+FINISHED = ("tests/test_waiting.py::test_a_finished_task_keeps_nothing_in_memory",)
 ELSEWHERE = ("tests/test_loop.py::test_a_node_without_the_data_is_one_line",)
 
 MUTANTS = (
@@ -90,5 +91,5 @@ MUTANTS = (
     Mutant(WORLD, "theirs.images * before != ours", "theirs.images != ours"),
     Mutant(SPLIT, "if images <= k * largest)", "if images < k * largest)"),
     Mutant(SPLIT, "if k < 2 * world_size", "if k <= world_size"),
-    Mutant(WAITING, "            del run  # with", "            # with", ENDED),
+    Mutant(WAITING, "            del run  # with", "            # with", FINISHED),
 )

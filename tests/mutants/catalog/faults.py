@@ -14,7 +14,8 @@ SILENT = (
 )
 EXPLAINED = (
     f"{_ALIVE}a_failed_collective_is_explained_by_the_silent_ranks",
-    f"{_ALIVE}a_late_rank_is_named_and_a_failure_of_nobody_has_its_reason",
+    f"{_ALIVE}a_late_rank_is_named_and_a_closed_connection_is_no_timeout",
+    f"{_ALIVE}a_failure_of_nobody_has_its_reason",
 )
 OWN = (
     f"{_ALIVE}an_error_of_a_rank_names_it_and_ends_the_others_silently",
