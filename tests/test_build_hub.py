@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import runpy
 import subprocess
@@ -19,29 +20,73 @@ HUB = runpy.run_path(str(ROOT / "kernels/build_hub.py"))
 BACKENDS = ("cuda", "rocm", "cpu")
 REPO = "fastdino/fastdino-kernels"
 
-# Run in a process of its own, with the installed package loaded first.
-COMPARE = """
-import sys
-import torch
-import fastdino_kernels as installed
+# Each way of loading a copy, which is at sys.argv[1].
+LOADS = {
+    "get_local_kernel": "kernels = get_local_kernel(Path(sys.argv[1]), backend=None)",
+    "get_local_kernel of a backend": "kernels = get_local_kernel(Path(sys.argv[1]), backend='cpu')",
+    "get_kernel with LOCAL_KERNELS": f"kernels = get_kernel({REPO!r}, version=0)",
+    "the inner folder, as older loaders do": (
+        "sys.path.insert(0, sys.argv[1] + '/build/torch-cpu')\n"
+        "kept = {name: sys.modules.pop(name) for name in list(sys.modules)\n"
+        "        if name.split('.')[0] == 'fastdino_kernels'}\n"
+        "kernels = __import__('fastdino_kernels')\n"
+        "assert 'dino_loss' in kernels.__all__"
+    ),
+}
 
-LOAD
-assert kernels is not installed and kernels.__file__.startswith(sys.argv[1]), kernels.__file__
-student = torch.randn(4, 3, 17, generator=torch.Generator().manual_seed(0))
-losses = []
-for module in (installed, kernels):
-    leaf = student.clone().requires_grad_()
-    loss, total = module.dino_loss(
-        leaf, student[:2], torch.zeros(17), student_temp=0.1, teacher_temp=0.04
-    )
-    loss.backward()
-    losses.append((loss.detach(), total, leaf.grad))
-assert all(map(torch.equal, *losses))
-compiled = torch.compile(kernels.soft_cross_entropy, fullgraph=True, backend="aot_eager")
-probs = student.softmax(-1)
-expected = kernels.soft_cross_entropy(student, probs, student_temp=0.1)
-assert torch.allclose(compiled(student, probs, student_temp=0.1), expected)
-print("equal")
+# Each load in a fork of a process with the installed package, so that they share the imports.
+# Prints the traceback of each that fails.
+COMPARE = """
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import fastdino_kernels as installed
+import torch
+import torch._dynamo
+from kernels import get_kernel, get_local_kernel
+
+
+def compare(kernels):
+    assert kernels is not installed and kernels.__file__.startswith(sys.argv[1]), kernels.__file__
+    student = torch.randn(4, 3, 17, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for module in (installed, kernels):
+        leaf = student.clone().requires_grad_()
+        loss, total = module.dino_loss(
+            leaf, student[:2], torch.zeros(17), student_temp=0.1, teacher_temp=0.04
+        )
+        loss.backward()
+        losses.append((loss.detach(), total, leaf.grad))
+    assert all(map(torch.equal, *losses))
+    compiled = torch.compile(kernels.soft_cross_entropy, fullgraph=True, backend="aot_eager")
+    probs = student.softmax(-1)
+    expected = kernels.soft_cross_entropy(student, probs, student_temp=0.1)
+    assert torch.allclose(compiled(student, probs, student_temp=0.1), expected)
+
+
+def outcome(load):
+    try:
+        exec(load, globals())
+        compare(kernels)
+    except BaseException:
+        return traceback.format_exc()
+    return "equal"
+
+
+outcomes = {}
+for name, load in json.loads(sys.argv[2]).items():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, outcome(load).encode()[:60000])
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        outcomes[name] = pipe.read()
+    os.wait()
+print(json.dumps(outcomes))
 """
 
 
@@ -52,46 +97,28 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(repository: Path, load: str, **environment: str) -> str:
-    code = COMPARE.replace("LOAD", load)
+@pytest.fixture(scope="module")
+def outcomes(repository: Path) -> dict[str, str]:
+    """The outcome of each of LOADS."""
     path = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    variables = {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"{REPO}={repository}"}
     result = subprocess.run(
-        [sys.executable, "-c", code, str(repository)],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment},
+        [sys.executable, "-c", COMPARE, str(repository), json.dumps(LOADS)],
+        env={**os.environ, "PYTHONPATH": path, **variables},
         cwd=repository,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("backend", [None, "cpu"])
-def test_a_local_copy_computes_the_same_next_to_the_installed_package(
-    repository: Path, backend: str | None
+@pytest.mark.parametrize("load", LOADS)
+def test_a_copy_computes_the_same_next_to_the_installed_package(
+    outcomes: dict[str, str], load: str
 ) -> None:
-    load = (
-        "from kernels import get_local_kernel\nfrom pathlib import Path\n"
-        f"kernels = get_local_kernel(Path(sys.argv[1]), backend={backend!r})"
-    )
-    assert run(repository, load).endswith("equal\n")
-
-
-def test_get_kernel_finds_the_copy_named_by_the_environment(repository: Path) -> None:
-    load = f"from kernels import get_kernel\nkernels = get_kernel({REPO!r}, version=0)"
-    assert run(repository, load, LOCAL_KERNELS=f"{REPO}={repository}").endswith("equal\n")
-
-
-def test_older_loaders_import_the_inner_folder(repository: Path) -> None:
-    load = (
-        "sys.path.insert(0, sys.argv[1] + '/build/torch-cpu')\n"
-        "kept = {name: sys.modules.pop(name) for name in list(sys.modules)\n"
-        "        if name.split('.')[0] == 'fastdino_kernels'}\n"
-        "kernels = __import__('fastdino_kernels')\n"
-        "assert 'dino_loss' in kernels.__all__"
-    )
-    assert run(repository, load).endswith("equal\n")
+    assert outcomes[load] == "equal"
 
 
 def test_the_builder_accepts_build_toml(repository: Path) -> None:
