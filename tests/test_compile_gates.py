@@ -6,6 +6,7 @@ compiled.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+compile_gates = importlib.import_module("benchmarks.gpu.compile_gates")
+
 ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_90", "gfx942")
 
 BAD_KERNELS = '''
 from functools import partial
@@ -83,10 +87,10 @@ def run_gates(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess
     )
 
 
-def rows_of(output: str) -> dict[str, str]:
-    """Map the name of each case to the last cell of its row."""
+def rows_of(output: str) -> dict[tuple[str, str], str]:
+    """Map the name and the target of each case to the last cell of its row."""
     rows = [line.strip("| ").split(" | ") for line in output.splitlines()]
-    return {cells[0]: cells[-1] for cells in rows if len(cells) == 10}
+    return {(cells[0], cells[1]): cells[-1] for cells in rows if len(cells) == 10}
 
 
 @pytest.mark.slow  # make gates does the same
@@ -96,13 +100,13 @@ def test_every_shipped_kernel_passes_the_gates():
     assert set(rows_of(done.stdout).values()) == {"ok"}
 
 
-@pytest.fixture(scope="module", params=["90", "gfx942"])
-def verdicts(request, tmp_path_factory) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[tuple[str, str], str]:
     """The last cell of each row of the table of BAD_KERNELS."""
     folder = tmp_path_factory.mktemp("gates")
     (folder / "bad_kernels.py").write_text(BAD_KERNELS, encoding="utf-8")
     done = run_gates(
-        "--arch", request.param, "--calls", "bad_kernels", "--write", str(folder), path=folder
+        "--arch", "90", "gfx942", "--calls", "bad_kernels", "--write", str(folder), path=folder
     )
     assert done.returncode == 1, done.stderr
     rows = rows_of(done.stdout)
@@ -111,10 +115,11 @@ def verdicts(request, tmp_path_factory) -> dict[str, str]:
     assert f"Triton {triton.__version__}" in table
     assert rows_of(table) == rows
     record = json.loads((folder / f"compile_gates_triton_{version}.json").read_text("utf-8"))
-    assert [result["case"] for result in record["results"]] == list(rows)
+    assert [(result["case"], result["target"]) for result in record["results"]] == list(rows)
     return rows
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
@@ -128,18 +133,20 @@ def verdicts(request, tmp_path_factory) -> dict[str, str]:
         ("polynomial, fused fp64", "fused multiply-adds"),
     ],
 )
-def test_slow_and_inexact_kernels_are_refused(verdicts, case, problem):
-    assert problem in verdicts[case]
+def test_slow_and_inexact_kernels_are_refused(verdicts, case, problem, target):
+    assert problem in verdicts[case, target]
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "case", ["rows, good", "rows, allowed to fuse", "polynomial, separate fp64"]
 )
-def test_good_kernels_pass(verdicts, case):
-    assert verdicts[case] == "ok"
+def test_good_kernels_pass(verdicts, case, target):
+    assert verdicts[case, target] == "ok"
 
 
-def test_unknown_architecture_is_an_error():
-    done = run_gates("--arch", "75")
-    assert done.returncode == 2
-    assert "expected one of 80, 90, 100, gfx942, got 75" in done.stderr
+def test_unknown_architecture_is_an_error(capsys):
+    with pytest.raises(SystemExit) as error:
+        compile_gates.main(["--arch", "75"])
+    assert error.value.code == 2
+    assert "expected one of 80, 90, 100, gfx942, got 75" in capsys.readouterr().err
