@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 from fastdino.data import scan_images
 from fastdino.data.image_files import Conversion
 from fastdino.evals.feature_cache import FeatureCache, cache_key, labels_path
+from tests.processes import run_two
 
 IMAGES = torch.arange(30.0).view(10, 3, 1, 1)
 
@@ -86,33 +88,28 @@ def test_the_conversion_of_images_is_part_of_the_key(tmp_path, picture):
     assert keys[0] == keys[3]
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-import torch
-from tests import test_feature_cache as module
+def write_slowly(folder: Path) -> None:
+    """Write the cache when both ranks are there; keep what is printed."""
+    rank = int(os.environ["RANK"])
+    (folder / f"started{rank}").touch()
+    while not (folder / f"started{1 - rank}").exists():
+        time.sleep(0.01)
 
-def slow(batch):
-    time.sleep(0.3)
-    return batch.flatten(1)
+    def slow(batch):
+        time.sleep(0.3)
+        return batch.flatten(1)
 
-cache = module.FeatureCache(slow, 3, 2, 0, torch.device("cpu"))
-images = module.TensorDataset(module.IMAGES, torch.arange(10))
-print("started", flush=True)
-module.assert_complete(cache.load_or_write(Path(sys.argv[1]), images))
-"""
+    cache = FeatureCache(slow, 3, 2, 0, torch.device("cpu"))
+    images, printed = TensorDataset(IMAGES, torch.arange(10)), io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        assert_complete(cache.load_or_write(folder / "val.npy", images))
+    (folder / f"printed{rank}").write_text(printed.getvalue())
 
 
 def test_of_two_writers_one_waits_for_the_other(tmp_path):
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "val.npy")]
-    options = {"env": {**os.environ, "PYTHONPATH": path}, "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    first, second = (subprocess.Popen(command, **options, **pipes) for _ in range(2))
-    errors = [process.communicate(timeout=120)[1] for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), errors
-    assert sum("waiting for the process" in error for error in errors) <= 1
+    run_two(write_slowly, tmp_path)
+    printed = [(tmp_path / f"printed{rank}").read_text() for rank in (0, 1)]
+    assert sorted("waiting for the process" in text for text in printed) == [False, True]
 
 
 @pytest.mark.parametrize("damage", ["count", "too many", "no rows", "cut rows", "no labels"])
