@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,8 +146,51 @@ def undrawn(monkeypatch, **kept):
         monkeypatch.setattr("fastdino.data.loader_dali.draw_crops", draw)
 
 
+# Forks for each line of its input: the code, the file of its output, and its arguments. The code
+# runs as the main module. Prints its exit status and errors when no process holds their pipe.
+SERVER = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from tests import loaders as t
+for line in sys.stdin:
+    code, output, *sys.argv[1:] = json.loads(line)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        break
+    os.close(write)
+    signal.alarm(100)
+    with open(read) as pipe:
+        errors = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.alarm(0)
+    print(json.dumps([status, errors]), flush=True)
+else:
+    os._exit(0)
+signal.alarm(90)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(os.open(output, os.O_WRONLY), 1)
+os.dup2(write, 2)
+os.close(read)
+os.close(write)
+exec(code)
+"""
+
+
+@functools.cache
+def script_server():
+    """Start the process that run_script forks: it has the imports. It ends with this process."""
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parents[1])]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
+
+
 def run_script(code, *args):
-    """Run code in a subprocess with a time limit; the code sees this module as `t`."""
-    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tests import loaders as t\n"
-    command = [sys.executable, "-c", start + code, str(Path(__file__).parents[1]), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    """Run code in a process with a time limit; the code sees this module as `t`."""
+    server = script_server()
+    with tempfile.NamedTemporaryFile("r") as output:
+        server.stdin.write(json.dumps([code, output.name, *map(str, args)]) + "\n")
+        server.stdin.flush()
+        status, errors = json.loads(server.stdout.readline())
+        return SimpleNamespace(returncode=status, stdout=output.read(), stderr=errors)
