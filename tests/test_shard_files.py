@@ -104,6 +104,14 @@ def test_newest_complete_save_counts_and_leftovers_are_removed(folder):
     assert os.listdir(folder) == ["000002"]
 
 
+def test_of_several_saves_the_one_of_the_highest_number_counts(tmp_path):
+    for name in ("999999", "1000000", "000002", "1000001.part", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2000000").touch()  # a file, not a save
+    assert shard_files.newest(tmp_path) == tmp_path / "1000000"
+    assert shard_files.next_save(tmp_path) == tmp_path / "1000001"
+
+
 def test_one_process_reads_whole_tensors_of_two_ranks(folder):
     state = shard_files.read(folder / "000002", shard_files.whole)
     assert differences(state, state_of(2)) == []
