@@ -63,6 +63,13 @@ def test_another_global_batch_is_an_error_that_names_the_flag(tiny):
     assert explain(again, saved, 1, 1) == "", "the settings changed, which is a warning"
 
 
+@pytest.mark.parametrize(("before", "now"), [(3, 2), (2, 3), (1, 2)])
+def test_a_slightly_larger_or_smaller_global_batch_is_an_error(tiny, before, now):
+    config = tiny(batch_size_per_gpu=4)
+    with pytest.raises(CheckpointError, match=f"batch of {4 * before} images on {before} process"):
+        explain(config, config, before, now)
+
+
 def test_checkpoints_of_the_papers_code_are_not_compared(tiny):
     assert explain_world_size({"args": tiny().to_dict()}, tiny(), 2, batch_norm=False) == ""
     state = {"generators": [{}], "args": object()}
