@@ -208,7 +208,7 @@ def write_images(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Count:
-    """What the ranks counted in the steps of a case after WARMUP_STEPS.
+    """Counts of the ranks in the steps of a case after WARMUP_STEPS.
 
     Attributes:
         calls: those of a step, equal in all steps and on all ranks.

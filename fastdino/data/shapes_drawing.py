@@ -1,4 +1,4 @@
-"""What the images and clips of the shapes dataset are drawn with: forms, colors and textures.
+"""Forms, colors and textures of the images and clips of the shapes dataset.
 
 An object is an outline (a closed polygon), a Pose that places it on the canvas, and a Texture that
 fills it. Outlines and textures use object coordinates, so a texture moves with its object and a

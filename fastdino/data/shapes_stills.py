@@ -1,7 +1,7 @@
 """Labelled images of the shapes dataset: objects of one class in shared scenery.
 
-What the crops of an image have in common, and other images have not, is what DINO learns. Here this
-is the class and little else:
+DINO learns what the crops of an image have in common and other images have not. Here this is the
+class and little else:
 
 - Objects: an image shows several objects of one class. The class decides their form, their hue
   (one of four: purple, magenta, red, yellow) and their pattern (one of three: plain, stripes,
