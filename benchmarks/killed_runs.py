@@ -13,7 +13,6 @@ import os
 import random
 import select
 import signal
-import socket
 import struct
 import time
 import traceback
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import Trainer, checkpoint, cli
 from fastdino.augmentation.cpu import fused_crops
 from fastdino.augmentation.params import draw_crops
@@ -165,9 +165,7 @@ class Processes:
     def __init__(self, kind: Kind, folder: Path) -> None:
         self.kind, self.folder, self.counter = kind, folder, Counter()
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.started = time.monotonic()
         self.pids = [self._fork(rank, port) for rank in range(kind.ranks)]
         self.statuses: dict[int, int] = {}
@@ -184,10 +182,7 @@ class Processes:
             os.dup2(output, 1)
             os.dup2(output, 2)
             if self.kind.ranks > 1:
-                os.environ |= {
-                    "RANK": str(rank), "WORLD_SIZE": str(self.kind.ranks),
-                    "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
+                os.environ |= rank_variables(rank, self.kind.ranks, port)
             # After a fork torch renews its threads; several threads must not do that at once.
             torch.set_num_threads(1)
             with _instrumented(self.kind, self.counter if rank == 0 else Counter()):

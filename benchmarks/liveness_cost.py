@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from unittest import mock
 import torch
 from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import TrainConfig, Trainer, distributed
 from fastdino.bench.report import facts_table, log, quartiles, wrap, write_report
 from fastdino.environment import environment
@@ -69,8 +69,7 @@ def _thread_seconds() -> float:
 
 def run_rank(rank: int, port: int, rounds: int, seconds: float, folder: Path) -> None:
     """Measure all rounds on a rank, and write them to a file."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= rank_variables(rank, RANKS, port)
     torch.set_num_threads(1)
     results = []
     for number in range(rounds):
@@ -106,13 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round, with or without")
     parser.add_argument("--write", type=Path, help="folder of liveness_cost.md and .json")
     options = parser.parse_args(arguments)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start_processes(
-            run_rank, (port, options.rounds, options.seconds, folder), nprocs=RANKS,
+            run_rank, (free_port(), options.rounds, options.seconds, folder), nprocs=RANKS,
             start_method="fork",
         )  # fmt: skip
         rounds = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]

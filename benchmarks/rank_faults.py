@@ -16,7 +16,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from benchmarks import killed_runs
 from benchmarks.killed_runs import BLOCKS, COMMAND, RUN, differences, iteration_of, small_head
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import Trainer, cli
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
 from fastdino.data.image_dataset import ImageDataset
@@ -282,15 +282,13 @@ class Ranks:
         self.started = time.monotonic()
         self.pids: dict[int, int] = {}
         self.ends: dict[int, tuple[int, float]] = {}  # exit status and time
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in reversed(range(world_size)):
             more = fault.variables(rank) if fault else {}
             if more is not None:
-                self.pids[rank] = self._fork(rank, {"MASTER_PORT": str(port)} | more)
+                self.pids[rank] = self._fork(rank, rank_variables(rank, world_size, port) | more)
 
-    def _fork(self, rank: int, more: dict[str, str]) -> int:
+    def _fork(self, rank: int, variables: dict[str, str]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -300,11 +298,7 @@ class Ranks:
             output = os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            own = {
-                "RANK": rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": rank,
-                "MASTER_ADDR": "127.0.0.1",
-            }  # fmt: skip
-            os.environ |= {name: str(value) for name, value in own.items()} | more
+            os.environ |= variables
             torch.set_num_threads(1)  # after a fork torch renews its threads
             if self.fault:
                 self.fault.start(rank)

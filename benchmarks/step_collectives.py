@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import TrainConfig, Trainer, signals
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
 from fastdino.bench.step_messages import step_messages
@@ -256,16 +257,12 @@ def _count(case: Case, ranks: int, of_ranks: list[dict[str, Any]]) -> Count:
 
 def count_in_forks(ranks: int, folder: Path) -> list[Count]:
     """Count all cases in forked processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(_run_rank, (ranks, port, folder), nprocs=ranks, start_method="fork")
+    start_processes(_run_rank, (ranks, free_port(), folder), nprocs=ranks, start_method="fork")
     return read_counts(CASES, ranks, folder)
 
 
 def _run_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= rank_variables(rank, ranks, port)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the output of the runs
     torch.set_num_threads(1)
     count_cases(CASES, folder)

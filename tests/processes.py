@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import cpu_speed
 
 # Modules with slow imports, imported once by the fork server.
@@ -78,9 +78,7 @@ def _prepare() -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 @contextmanager
@@ -118,8 +116,7 @@ def _run_rank(
     # The fork server has the environment of the test that started it.
     os.environ.clear()
     os.environ.update(environment)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= rank_variables(rank, ranks, port)
     torch.set_num_threads(1)
     make_measurements_ties(pytest.MonkeyPatch())  # as in conftest.py
     gc.freeze()  # collections would visit, and so copy, all that the fork server has imported

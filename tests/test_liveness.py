@@ -48,9 +48,16 @@ def make_ranks(tmp_path, monkeypatch) -> Iterator[Callable[..., list[Liveness]]]
         rank._ended.set()
 
 
-def never(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
+def never() -> Callable[[float], bool]:
+    """Return an event that does not come; waiting for it much longer than a fault takes fails."""
+    end = time.monotonic() + 15
+
+    def is_done(seconds: float) -> bool:
+        time.sleep(seconds)
+        assert time.monotonic() < end, "no fault was found"
+        return False
+
+    return is_done
 
 
 def test_a_silent_rank_ends_the_waits_of_the_others_and_one_of_them_prints_it(make_ranks):
@@ -58,7 +65,7 @@ def test_a_silent_rank_ends_the_waits_of_the_others_and_one_of_them_prints_it(ma
     errors = []
     for rank in (0, 1, 3):
         with pytest.raises(RankLostError, match="^rank 2 gave no sign of life for 1 s: ") as error:
-            ranks[rank].wait(never)
+            ranks[rank].wait(never())
         errors.append(error.value)
     assert [error.reported for error in errors] == [True, False, True]  # rank 1 observes rank 2
     assert {error.exit_status for error in errors} == {75}
@@ -67,7 +74,7 @@ def test_a_silent_rank_ends_the_waits_of_the_others_and_one_of_them_prints_it(ma
 def test_a_rank_that_gives_signs_of_life_is_waited_for(make_ranks):
     ranks = make_ranks(2, limit=1.2)
     end = time.monotonic() + 2.5
-    ranks[0].wait(lambda seconds: never(seconds) or time.monotonic() > end)
+    ranks[0].wait(lambda seconds: time.sleep(seconds) or time.monotonic() > end)
     assert ranks[0].fault is None
 
 
@@ -130,7 +137,7 @@ def test_an_error_of_a_rank_names_it_and_ends_the_others_silently(make_ranks, er
     assert str(ranks[1].explain(error)) == line
     for rank in (0, 2):
         with pytest.raises(UserError) as raised:
-            ranks[rank].wait(never)
+            ranks[rank].wait(never())
         assert str(raised.value) == posted
         assert raised.value.reported
         assert raised.value.exit_status == 2
@@ -143,7 +150,7 @@ def test_a_rank_that_ends_without_a_line_is_named_by_one_of_the_others(make_rank
     errors = []
     for rank in (0, 2):
         with pytest.raises(RankLostError, match="^rank 1 was ended by [KB]") as raised:
-            ranks[rank].wait(never)
+            ranks[rank].wait(never())
         errors.append(raised.value)
     assert [error.reported for error in errors] == [False, True]
 

@@ -22,7 +22,7 @@ from fastdino.evals import features
 from fastdino.signals import EXIT_INTERRUPTED
 from fastdino.training import monitor
 from fastdino.training.loop import train
-from fastdino.training.monitor import TeacherMonitor, crop_sizes
+from fastdino.training.monitor import TeacherMonitor, crop_sizes, picture_sizes
 from tests.commands import break_pixels, error_of, write_colours
 from tests.processes import run_two
 from tests.runs import train_small
@@ -137,6 +137,8 @@ def test_accuracy_is_that_of_the_knn_command(config, tmp_path):
 def test_sizes_of_the_papers_crops_are_the_papers():
     assert crop_sizes(TrainConfig()) == (256, 224)
     assert crop_sizes(TrainConfig(global_crops_size=96)) == (110, 96)
+    assert picture_sizes(TrainConfig()) == (549, 480)
+    assert picture_sizes(TrainConfig(global_crops_size=48)) == (118, 103)
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
@@ -302,9 +304,9 @@ def test_two_processes_match_one(config, tmp_path, colours):
 
 
 def test_pictures_show_the_first_image_of_each_class(config, tmp_path, colours):
-    train(config(epochs=1, global_crops_size=36))  # 4 patches of 8 px and 4 px that are cut off
+    train(config(epochs=1, global_crops_size=36))  # maps of 77 px: 9 patches, 5 px are cut off
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
-    side = 32 * (128 // 32) + 2
+    side = 72 * (192 // 72) + 2
     assert pixels.shape == (4 * side, (2 + 2) * side, 3)
     means = [pixels[i * side : (i + 1) * side, :side].mean((0, 1)) for i in range(4)]
     assert [int(mean.argmax()) for mean in means] == [2, 1, 0, 2]  # blue, green, red, blue
@@ -321,7 +323,7 @@ def test_pictures_of_the_training_set_need_no_labels(config, tmp_path, colours):
     settings = {"data_path": str(colours), "knn_data": "", "knn_every": 0, "max_bad_share": 0.2}
     train(config(**settings, epochs=1))
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
-    assert pixels.shape == (4 * 130, 4 * 130, 3)
+    assert pixels.shape == (4 * 194, 4 * 194, 3)
 
 
 def test_images_that_become_unreadable_do_not_end_the_run(config, tmp_path, colours, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.local_ranks import HOST, free_port
 from fastdino import rendezvous
 from fastdino.errors import ConfigError
 from fastdino.launch import Launch
@@ -23,9 +24,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def url() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    return f"tcp://{HOST}:{free_port()}"
 
 
 def join(url: str, *launches: Launch, seconds: float = 30.0) -> list[tuple[str, bool] | None]:

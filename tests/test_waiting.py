@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import weakref
 
 import pytest
 
+from benchmarks.local_ranks import free_port, rank_variables
 from fastdino.waiting import DaemonExecutor, killable, run_within
 from tests.processes import locked_elsewhere
 
@@ -161,10 +161,7 @@ def test_a_signal_ends_the_wait_for_a_lock(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_wait_for_other_ranks(number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = rank_variables(0, 2, free_port())
     assert ends(RENDEZVOUS, number=number, env=env) == -number
 
 

@@ -38,6 +38,15 @@ def crop_sizes(config: TrainConfig) -> tuple[int, int]:
     return round(config.global_crops_size * 256 / 224), config.global_crops_size
 
 
+def picture_sizes(config: TrainConfig) -> tuple[int, int]:
+    """Return the sizes of `crop_sizes` for pictures of attention maps.
+
+    They are larger, as the paper's: 480 px for 224 px global crops, and in proportion for others.
+    """
+    side = config.global_crops_size * 480 / 224
+    return round(side * 256 / 224), round(side)
+
+
 class TeacherMonitor:
     """Evaluates the teacher after every --knn_every and --attention_every epochs.
 
@@ -65,7 +74,7 @@ class TeacherMonitor:
             from fastdino.training.attention_strips import AttentionStrips  # matplotlib
 
             images = self._splits.get("val", dataset)
-            sizes, patch = crop_sizes(config), config.patch_size
+            sizes, patch = picture_sizes(config), config.patch_size
             with distributed.fail_together():
                 if distributed.rank() == 0:
                     self._strips = AttentionStrips(images, sizes, patch, folder / "attention")
