@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from contextlib import nullcontext
 
 import numpy as np
@@ -49,6 +52,33 @@ def test_features_come_in_the_order_of_the_files(folder, pictures, workers):
     flat = extractor(model=torch.nn.Flatten(), transform=transform, batch_size=4, workers=workers)
     expected = torch.stack([transform(Image.open(path)).flatten() for path in dataset.paths])
     torch.testing.assert_close(flat.extract_usable(dataset, "")[0], expected)
+
+
+class Signalled(torch.nn.Module):
+    """A transform that gets a signal when it runs in a worker."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, image):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), self.number)
+        return v2.functional.pil_to_tensor(image).float()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_workers_ignore_the_signals_that_stop_a_run(folder, monkeypatch, method, number):
+    """A spawned worker inherits no handlers, nor does one of Python 3.14's default, forkserver."""
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+    images = ImageFiles.in_folder(folder)
+    stopped = extractor(workers=1, transform=Signalled(number))
+    features, unusable = stopped.extract(images, "", sizes=SIZES)
+    assert features[:, 0].tolist() == [0, 50, 100, 150, 200]
+    assert unusable == {}
 
 
 def test_reading_an_image_does_not_list_all_paths(pictures, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastdino import distributed
@@ -28,6 +28,7 @@ from fastdino.data.image_files import (
     explained_reading,
 )
 from fastdino.data.image_names import EXTENSIONS, image_files
+from fastdino.data.workers import SteadyLoader
 from fastdino.environment import cpu_count
 from fastdino.errors import DataError
 from fastdino.evals.options import print_on_main
@@ -179,8 +180,8 @@ class Extractor:
         Raises: DataError: no image is usable. StoppedError: see `should_stop`.
         """
         batches = batches_by_size(sizes or [0] * len(images), self.batch_size)
-        loader: DataLoader[Batch] = DataLoader(
-            ImageInputs(images, self.transform, self.min_side),  # type: ignore[arg-type]
+        loader = SteadyLoader(
+            ImageInputs(images, self.transform, self.min_side),
             batch_sampler=batches[distributed.rank() :: distributed.world_size()],
             collate_fn=collate_usable,
             num_workers=min(self.workers, cpu_count()),
