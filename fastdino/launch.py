@@ -10,8 +10,8 @@ from typing import NamedTuple
 from fastdino.errors import ConfigError
 
 # Ports for the rendezvous of a Slurm step, chosen by the numbers of job and step, so that those of
-# one node differ.
-_PORTS = range(20000, 60000)
+# one node differ. Linux gives ports from 32768 on to connections of other programs.
+_PORTS = range(20000, 32768)
 _NEXT_STEP = 7919
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
 _HOSTS = rf"(?:[^\[\],\s]|{_RANGES})+"  # of one name: a1, a[01-03], r[1-2]n[01-16]

@@ -45,7 +45,10 @@ def without(environ, *names):
         (TORCHRUN | {"RANK": "7", "MASTER_PORT": "65535"}, Launch(7, 8, 1)),
         (SRUN | TORCHRUN, Launch(3, 8, 1)),  # set by hand, as many as tasks
         (SRUN | TORCHRUN | ON_TWO_NODES, Launch(3, 8, 1)),  # srun started torchrun
-        (SRUN | {"SLURM_STEP_ID": "2"}, Launch(5, 8, 1, ("gpu07", 20123 + 2 * 7919))),
+        (
+            SRUN | {"SLURM_STEP_ID": "2"},
+            Launch(5, 8, 1, ("gpu07", 20000 + (123 + 2 * 7919) % 12768)),
+        ),
         # srun --gpus-per-task=1: the task sees its GPU only, unless --gpu-bind=none.
         (SRUN | OWN_GPU, Launch(5, 8, 0, ("gpu07", 20123))),
         (SRUN | OWN_GPU | {"CUDA_VISIBLE_DEVICES": "0,1"}, Launch(5, 8, 1, ("gpu07", 20123))),
