@@ -356,6 +356,15 @@ class TrainConfig:
             )
         return split
 
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ConfigError unless a run of `world_size` processes is possible."""
+        self.split_batch(world_size)
+        if self.fsdp and world_size == 1:
+            raise ConfigError(
+                "--fsdp true needs several processes, and this run has one: start more of them, "
+                "with torchrun, srun or fastdino submit"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON and for the `args` of a checkpoint."""
         return {

@@ -82,7 +82,7 @@ class Run:
         self.config, self.runtime, self.folder = config, runtime, folder
         self.output_dir = folder.path
         # First, because these mistakes are quickly noticed.
-        distributed.from_main(lambda: config.split_batch(distributed.world_size()))
+        distributed.from_main(lambda: config.check_world_size(distributed.world_size()))
         self.logger_names = distributed.from_main(lambda: resolve_names(config.loggers))
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(

@@ -27,11 +27,7 @@ from fastdino.optimizer_state import with_own_settings
 
 
 def check_sharding(network: nn.Module) -> None:
-    """Raise ConfigError unless --fsdp is supported for this network and world size."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        raise ConfigError(
-            "--fsdp true needs several processes, and this run has one: start it with torchrun"
-        )
+    """Raise ConfigError unless --fsdp is supported for this network."""
     if has_batch_norm(network):
         raise ConfigError(
             "--fsdp true does not support batch norm, whose statistics are not sharded: remove "

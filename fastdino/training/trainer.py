@@ -84,6 +84,7 @@ class Trainer:
     ):
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        config.check_world_size(distributed.world_size())
         self.config = config
         self.batch = config.split_batch(distributed.world_size())
         self.steps_per_epoch = steps_per_epoch
