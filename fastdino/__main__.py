@@ -1,6 +1,7 @@
 """The command `fastdino` and `python -m fastdino`."""
 
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from fastdino.cli import main
@@ -8,10 +9,10 @@ from fastdino.terminal import finish_output
 from fastdino.waiting import exit_process
 
 
-def run() -> NoReturn:
-    """Run the command line and exit."""
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line, by default that of the process, and exit."""
     try:
-        status = main()
+        status = main(argv)
     except Exception:
         sys.excepthook(*sys.exc_info())
         finish_output()

@@ -7,15 +7,17 @@ their defaults.
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-from fastdino import cli
 from fastdino.config import (
     TrainConfig,
     add_train_arguments,
@@ -26,91 +28,57 @@ from fastdino.config import (
 from fastdino.errors import ConfigError, UserError
 from fastdino.terminal import print_err, print_out
 
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
-
-JOB = "%j"  # in --output_dir: the number of the job, 12, or 12_3 in a job array
+JOB = "%j"  # in --output_dir: the number of the job
 OUTPUT = "--output_dir="
-# A job that reaches its time limit more often is not requeued; the number is the paper's.
-MAX_TIMEOUTS = 30
-# A job whose run was lost so often without a new checkpoint, as by a lack of memory, ends.
-MAX_LOST = 3
 GB_PER_GPU = 40
 VOLTA32 = "volta32gb"
-SQUEUE_ATTEMPTS, SQUEUE_SECONDS = 4, 5.0
+# Slurm sends its warning up to EARLY_SECONDS before the requested time; a run needs START_SECONDS
+# until it can save.
+EARLY_SECONDS = START_SECONDS = 60
+# After the first task, the other ones end within --dist_timeout_minutes and these seconds. Those
+# that do not, such as a stopped process, are killed.
+END_SECONDS = 60
+# With a handler of submitit: it requeues the job itself, or ignores the signal.
+SUBMITITS_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+# Variables of sbatch, which override the options in a script, by the parameter of submitit whose
+# option they replace or contradict.
+VARIABLES = {
+    "gpus_per_node": ("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK"),
+    "cpus_per_task": ("CPUS_PER_GPU",),
+    "mem_gb": ("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"),
+    "timeout_min": ("TIMELIMIT",),
+    "slurm_partition": ("PARTITION",),
+    "slurm_qos": ("QOS",),
+    "slurm_account": ("ACCOUNT",),
+    "slurm_constraint": ("CONSTRAINT",),
+    "slurm_additional_parameters": ("SIGNAL", "REQUEUE", "NO_REQUEUE"),
+    "name": ("OUTPUT", "ERROR", "OPEN_MODE"),  # submitit names the logs
+}
+ARRAY = "SBATCH_ARRAY_INX"
 
 
 class TrainingJob:
     """`fastdino train` in every task of a Slurm job; submitit pickles and calls it.
 
-    A run that a signal stopped and saved, or that lost a rank, is requeued by submitit and then
-    resumes.
-
-    Args:
-        words: the command line of `fastdino train`, with JOB for the number of the job.
-        requeue: False: a stopped job ends.
-
-    Attributes: lost: times in a row that the run ended without a new checkpoint.
+    Args: words: the command line of `fastdino train`, with JOB for the number of the job.
     """
 
-    def __init__(self, words: list[str], *, requeue: bool = True) -> None:
-        self.words, self.requeue, self.lost = words, requeue, 0
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
 
-    def __call__(self) -> int:
-        """Train; return the exit status, or exit with it."""
-        from submitit import JobEnvironment
+    def __call__(self) -> NoReturn:
+        """Train, and exit with the status of `fastdino train`."""
+        from fastdino.__main__ import run
 
-        from fastdino.signals import EXIT_INTERRUPTED  # loads torch: not needed to submit
-
-        task = JobEnvironment()
-        words = [_numbered(word, task.job_id) for word in self.words]
-        before = _saves(words)
-        status = cli.main(["train", *words])
-        if status == EXIT_INTERRUPTED:
-            if task.global_rank > 0:  # with a failing status, srun would kill rank 0
-                return status
-            self.lost = self.lost + 1 if _saves(words) == before else 0
-            if self.lost == MAX_LOST:
-                print_err(f"not requeued: {MAX_LOST} starts in a row ended without a checkpoint")
-            elif self.requeue and _is_running(task.job_id):
-                # submitit's handler, which training replaced and restored. It does not return.
-                signal.raise_signal(signal.SIGUSR1)
-        if status:
-            sys.exit(status)
-        return status
-
-    def checkpoint(self) -> DelayedSubmission | None:
-        """Return what submitit runs in the requeued job; None: it is not requeued."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self) if self.requeue else None
-
-
-def _saves(words: list[str]) -> list[tuple[str, int]]:
-    """Return the checkpoints in --output_dir, with their times."""
-    folder = next((Path(w.partition("=")[2]) for w in words if w.startswith(OUTPUT)), Path())
-    paths = [*folder.glob("checkpoint.pth"), *folder.glob("checkpoint/[0-9]*")]
-    return [(path.name, path.stat().st_mtime_ns) for path in paths]
+        for number in SUBMITITS_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        job = os.environ["SLURM_JOB_ID"]
+        run(["train", *(_numbered(word, job) for word in self.words)])
 
 
 def _numbered(word: str, job: str) -> str:
     """Return the flag --output_dir with the number of the job; other flags as they are."""
     return word.replace(JOB, job) if word.startswith(OUTPUT) else word
-
-
-def _is_running(job: str) -> bool:
-    """Return False if Slurm ends the job, and requeues it itself if that is wanted.
-
-    SIGTERM precedes the end of a cancelled or requeued job, and also a preemption.
-    """
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    for attempt in range(SQUEUE_ATTEMPTS):
-        if attempt:  # a busy controller does not answer, and without an answer the run would end
-            time.sleep(SQUEUE_SECONDS)
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            return answer.stdout.split() == ["RUNNING"]
-    return False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +114,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=True,
         metavar="BOOL",
-        help="Requeue the job after its time limit, a preemption or the failure of a node; it "
-        "resumes from its checkpoint. false: it ends. (default: true)",
+        help="Requeue the job after its time limit, a preemption, a lost rank or the failure "
+        "of a node; it resumes from its checkpoint. false: it ends. (default: true)",
     )
     add_train_arguments(parser)
 
@@ -157,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     parameters = job_parameters(args, config)
     logs = log_folder(config.output_dir)
-    job = _submit(TrainingJob(train_words(config), requeue=args.requeue), logs, parameters)
+    job = _submit(TrainingJob(train_words(config)), logs, parameters)
     print_out(
         f"submitted job {job}: {args.nodes} node(s) with {args.ngpus} task(s) each",
         f"output: {config.output_dir.replace(JOB, job)}",
@@ -180,37 +148,48 @@ def _submit(function: TrainingJob, logs: Path, parameters: dict[str, Any]) -> st
             f"fastdino submit needs Slurm, and {missing[0]} is not in PATH: submit from a login "
             "node of the cluster, or use fastdino train"
         )
-    executor = submitit.AutoExecutor(
-        folder=logs, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS
-    )
+    if ARRAY in os.environ:
+        raise ConfigError(
+            f"fastdino submit makes no job array, and {ARRAY}={os.environ[ARRAY]} asks for one: "
+            "unset it"
+        )
+    executor = submitit.AutoExecutor(folder=logs.absolute(), cluster="slurm")
     executor.update_parameters(**parameters)
     try:
-        return str(executor.submit(function).job_id)
+        with without_variables(overriding_variables(parameters)):
+            return str(executor.submit(function).job_id)
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines()]
         raise UserError(f"sbatch refused the job: {'; '.join(filter(None, lines))}") from error
 
 
+def overriding_variables(parameters: dict[str, Any]) -> list[str]:
+    """Return the variables in the environment that would override these parameters."""
+    return [
+        f"SBATCH_{name}"
+        for parameter, names in VARIABLES.items()
+        for name in names
+        if parameters[parameter] is not None and f"SBATCH_{name}" in os.environ
+    ]
+
+
+@contextmanager
+def without_variables(names: Sequence[str]) -> Iterator[None]:
+    """Remove variables from the environment during the block, and report it."""
+    removed = {name: os.environ.pop(name) for name in names}
+    for name, value in removed.items():
+        print_err(f"fastdino submit: {name}={value} is ignored: use the flags of fastdino submit")
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
+
+
 def job_parameters(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     """Return the parameters of submitit's executor; raise ConfigError for contradictory flags."""
-    if config.output_dir == TrainConfig().output_dir:
-        raise ConfigError(
-            f"fastdino submit needs --output_dir: runs/{JOB} for a folder per job, or the folder "
-            "of a run to resume"
-        )
-    check_at_least(args, 1, "nodes", "ngpus", "timeout", "cpus_per_task")
-    check_at_least(args, 0, "signal_delay_s", "mem_gb")
-    if args.signal_delay_s >= 60 * args.timeout:
-        raise ConfigError(
-            f"--signal_delay_s {args.signal_delay_s} must be below the time limit, --timeout "
-            f"{args.timeout} minutes"
-        )
-    if args.use_volta32 and args.constraint not in (None, VOLTA32):
-        raise ConfigError(
-            f"--use_volta32 means --constraint {VOLTA32} and contradicts --constraint "
-            f"{args.constraint}: remove one"
-        )
+    _check(args, config)
     cpus = args.cpus_per_task or max(1, config.num_workers)
+    wait = math.ceil(60 * config.dist_timeout_minutes) + END_SECONDS
     return {
         "name": "dino",
         "nodes": args.nodes,
@@ -219,20 +198,61 @@ def job_parameters(args: argparse.Namespace, config: TrainConfig) -> dict[str, A
         "cpus_per_task": cpus,
         "mem_gb": GB_PER_GPU * args.ngpus if args.mem_gb is None else args.mem_gb,
         "timeout_min": args.timeout,
-        "slurm_partition": args.partition,
-        "slurm_qos": args.qos,
-        "slurm_account": args.account,
-        "slurm_constraint": VOLTA32 if args.use_volta32 else args.constraint,
+        "slurm_partition": args.partition or None,
+        "slurm_qos": args.qos or None,
+        "slurm_account": args.account or None,
+        "slurm_constraint": VOLTA32 if args.use_volta32 else args.constraint or None,
         "slurm_comment": args.comment or None,
-        # srun does not take the CPUs from sbatch. A task that fails ends the others, which wait.
-        "slurm_srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
-        # The signal of a warning: submitit's default is SIGUSR2.
-        "slurm_setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1"],
+        # srun does not take the CPUs from sbatch. The first task that fails must not end the
+        # others: their statuses show whether an error or a lost rank ended the run.
+        "slurm_srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", f"--wait={wait}"],
+        "slurm_teardown": [requeue_command(config.output_dir)] if args.requeue else None,
         "slurm_additional_parameters": {
             "signal": f"USR1@{args.signal_delay_s}",
             "requeue" if args.requeue else "no-requeue": True,
         },
     }
+
+
+def _check(args: argparse.Namespace, config: TrainConfig) -> None:
+    """Raise ConfigError for flags of the job that are impossible or contradict each other."""
+    if config.output_dir in ("", TrainConfig().output_dir):
+        raise ConfigError(
+            f"fastdino submit needs --output_dir: runs/{JOB} for a folder per job, or the folder "
+            "of a run to resume"
+        )
+    check_at_least(args, 1, "nodes", "ngpus", "timeout", "cpus_per_task")
+    check_at_least(args, 0, "signal_delay_s", "mem_gb")
+    config.check_world_size(args.nodes * args.ngpus)
+    for name in ("partition", "qos", "account", "constraint", "comment", "output_dir"):
+        text = getattr(args, name)
+        if text and text.splitlines() != [text]:
+            raise ConfigError(f"--{name} must be one line, got {text!r}")
+    least = args.signal_delay_s + EARLY_SECONDS + START_SECONDS
+    if 60 * args.timeout < least:
+        raise ConfigError(
+            f"--timeout {args.timeout} minutes is too short for --signal_delay_s "
+            f"{args.signal_delay_s}: Slurm may send its signal {EARLY_SECONDS} s earlier, and a "
+            f"run needs {START_SECONDS} s to start; use --timeout {math.ceil(least / 60)} or more"
+        )
+    if args.use_volta32 and args.constraint not in (None, "", VOLTA32):
+        raise ConfigError(
+            f"--use_volta32 means --constraint {VOLTA32} and contradicts --constraint "
+            f"{args.constraint}: remove one"
+        )
+    logs = str(log_folder(config.output_dir).absolute())
+    if special := [character for character in "%\\" if character in logs]:
+        raise ConfigError(
+            f"the folder of the logs, {logs}, contains {special[0]!r}, which Slurm replaces in the "
+            f"names of files: use another --output_dir, or {JOB} for the number of the job"
+        )
+
+
+def requeue_command(output_dir: str) -> str:
+    """Return the command that follows srun in the job's script."""
+    parts = os.path.abspath(output_dir).split(JOB)
+    folder = '"$SLURM_JOB_ID"'.join(map(shlex.quote, parts))
+    return f"{shlex.quote(sys.executable)} -m fastdino.requeue $? {folder}"
 
 
 def log_folder(output_dir: str) -> Path:

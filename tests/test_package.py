@@ -34,7 +34,7 @@ ROWS = (
     (
         "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.epoch_log",
         "fastdino.files", "fastdino.liveness", "fastdino.optimizer_state", "fastdino.rendezvous",
-        "fastdino.numpy_pickles",
+        "fastdino.numpy_pickles", "fastdino.requeue",
         "fastdino.signals",
     ),
     (
@@ -215,7 +215,7 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
     [
         ("benchmarks", set()),
         ("tests", set()),
-        ("fastdino.cli", {"fastdino.__main__", "fastdino.demo", "fastdino.submit"}),
+        ("fastdino.cli", {"fastdino.__main__", "fastdino.demo"}),
         ("av", {"fastdino.evals.video_io"}),
         ("numba", {"fastdino.augmentation.cpu_kernels"}),
         ("nvidia.dali", {"fastdino.augmentation.dali", "fastdino.data.dali_decoding"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -12,15 +13,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastdino import TrainConfig, cli, submit
+from fastdino import TrainConfig, cli, requeue, submit
 from fastdino.submit import TrainingJob, log_folder, train_words
 from fastdino.training import loop
 from tests.commands import flags_of as parsed
+from tests.fake_slurm import FakeSlurm
 from tests.flag_effects import flags_of
 
 submitit = pytest.importorskip("submitit")
 AutoExecutor = submitit.AutoExecutor  # replaced in the tests
 RUN = ["submit", "--output_dir", "runs/%j"]
+SRUN_ARGS = ["--cpus-per-task=10", "--kill-on-bad-exit=0", "--wait=660"]
+REQUEUE = f"{sys.executable} -m fastdino.requeue $? {Path.cwd()}/runs/\"$SLURM_JOB_ID\"''"
 
 
 @pytest.fixture
@@ -37,6 +41,7 @@ def slurm(monkeypatch):
 
         def submit(self, function):
             seen.function = pickle.loads(pickle.dumps(function))
+            seen.environ = dict(os.environ)
             if isinstance(seen.answer, Exception):
                 raise seen.answer
             return SimpleNamespace(job_id=seen.answer)
@@ -49,20 +54,16 @@ def slurm(monkeypatch):
 def test_the_papers_command_line_requests_what_run_with_submitit_requests(slurm, capsys):
     line = "--nodes 2 --ngpus 8 --use_volta32 --arch vit_base --data_path /data --epochs 400"
     assert cli.main(["submit", *line.split(), "--output_dir", "runs/%j"]) == 0
-    assert slurm.options == {
-        "folder": Path("runs/slurm"), "cluster": "slurm", "slurm_max_num_timeout": 30,
-    }  # fmt: skip
+    assert slurm.options == {"folder": Path.cwd() / "runs/slurm", "cluster": "slurm"}
     given = {key: value for key, value in slurm.parameters.items() if value is not None}
     assert given == {
         "name": "dino", "nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 10,
         "mem_gb": 320, "timeout_min": 2800, "slurm_constraint": "volta32gb",
-        "slurm_srun_args": ["--cpus-per-task=10", "--kill-on-bad-exit=1"],
-        "slurm_setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1"],
+        "slurm_srun_args": SRUN_ARGS, "slurm_teardown": [REQUEUE],
         "slurm_additional_parameters": {"signal": "USR1@120", "requeue": True},
     }  # fmt: skip
     config = ["--arch=vit_base", "--epochs=400", "--data_path=/data", "--output_dir=runs/%j"]
     assert sorted(slurm.function.words) == sorted(config)
-    assert slurm.function.requeue
     assert capsys.readouterr().out.splitlines() == [
         "submitted job 12: 2 node(s) with 8 task(s) each",
         "output: runs/12",
@@ -81,10 +82,7 @@ FLAGS = {
     ),
     "cpus_per_task": (
         "--cpus_per_task 7",
-        {
-            "cpus_per_task": 7,
-            "slurm_srun_args": ["--cpus-per-task=7", "--kill-on-bad-exit=1"],
-        },
+        {"cpus_per_task": 7, "slurm_srun_args": ["--cpus-per-task=7", *SRUN_ARGS[1:]]},
     ),
     "mem_gb": ("--mem_gb 0", {"mem_gb": 0}),
     "partition": ("--partition gpu", {"slurm_partition": "gpu"}),
@@ -95,7 +93,10 @@ FLAGS = {
     "use_volta32": ("--use_volta32", {"slurm_constraint": "volta32gb"}),
     "requeue": (
         "--requeue false",
-        {"slurm_additional_parameters": {"signal": "USR1@120", "no-requeue": True}},
+        {
+            "slurm_additional_parameters": {"signal": "USR1@120", "no-requeue": True},
+            "slurm_teardown": None,
+        },
     ),
 }
 
@@ -107,7 +108,6 @@ def test_a_flag_of_the_job_changes_its_parameters(slurm, name):
     words, changes = FLAGS[name]
     cli.main([*RUN, *words.split()])
     assert slurm.parameters == usual | changes
-    assert slurm.function.requeue == (name != "requeue")
     assert slurm.function.words == ["--output_dir=runs/%j"]
 
 
@@ -123,8 +123,11 @@ def test_the_flags_are_those_of_the_job_and_of_train():
         ("--device cpu", {"gpus_per_node": None}),
         (
             "--num_workers 0",
-            {"cpus_per_task": 1, "slurm_srun_args": ["--cpus-per-task=1", "--kill-on-bad-exit=1"]},
+            {"cpus_per_task": 1, "slurm_srun_args": ["--cpus-per-task=1", *SRUN_ARGS[1:]]},
         ),
+        ("--dist_timeout_minutes 0.01", {"slurm_srun_args": [*SRUN_ARGS[:2], "--wait=61"]}),
+        *((f"--{name}=", {}) for name in ("partition", "qos", "account", "constraint", "comment")),
+        ("--use_volta32 --constraint=", {"slurm_constraint": "volta32gb"}),
     ],
 )
 def test_parameters_follow_from_other_flags(slurm, words, changes):
@@ -157,7 +160,16 @@ def test_submitit_writes_the_parameters_into_sbatchs_script(slurm, tmp_path):
         ("--timeout 0", "--timeout must be at least 1, got 0"),
         ("--cpus_per_task 0", "--cpus_per_task must be at least 1, got 0"),
         ("--mem_gb -1", "--mem_gb must be at least 0, got -1"),
-        ("--timeout 2", "--signal_delay_s 120 must be below the time limit, --timeout 2 minutes"),
+        ("--timeout 2", "--timeout 2 minutes is too short for --signal_delay_s 120"),
+        ("--timeout 3", "a run needs 60 s to start; use --timeout 4 or more"),
+        ("--timeout 4 --signal_delay_s 121", "use --timeout 5 or more"),
+        ("--output_dir=", "needs --output_dir: runs/%j"),
+        ("--nodes 3 --global_batch_size 1024", "cannot be divided equally among 24 processes"),
+        (
+            "--nodes 1 --ngpus 2 --global_batch_size 2 --koleo_weight 0.1",
+            "gives passes of one image with 2 process(es)",
+        ),
+        ("--nodes 1 --ngpus 1 --fsdp true", "--fsdp true needs several processes"),
         ("--use_volta32 --constraint a100", "contradicts --constraint a100: remove one"),
         ("--epochs 0", "--epochs must be a finite number of at least 1"),
     ],
@@ -167,6 +179,84 @@ def test_mistakes_are_one_line_before_anything_is_submitted(slurm, capsys, words
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not hasattr(slurm, "parameters")
+
+
+JOB_TEXTS = ("partition", "qos", "account", "constraint", "comment", "output_dir")
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\n", "a\rb"])
+@pytest.mark.parametrize("name", JOB_TEXTS)
+def test_a_line_break_does_not_reach_sbatchs_script(slurm, capsys, name, text):
+    assert cli.main([*RUN, f"--{name}={text}"]) == 2
+    assert f"--{name} must be one line, got {text!r}" in capsys.readouterr().err
+    assert not hasattr(slurm, "parameters")
+
+
+@pytest.mark.parametrize(
+    "output_dir", ["runs/%A_%a", "runs/50%t", "runs/lr%x", "%A/%j", "100%", "a\\b", "/%%/x"]
+)
+def test_a_folder_of_logs_that_slurm_would_replace_is_refused(slurm, capsys, output_dir):
+    assert cli.main(["submit", "--output_dir", output_dir]) == 2
+    assert "which Slurm replaces in the names of files" in capsys.readouterr().err
+    assert not hasattr(slurm, "parameters")
+
+
+@pytest.mark.parametrize("output_dir", ["runs/%j", "/tmp/%j/lr%x", "runs"])
+def test_other_folders_may_contain_a_percent_sign(slurm, capsys, output_dir):
+    assert cli.main(["submit", "--output_dir", output_dir]) == 0
+
+
+@pytest.mark.parametrize(("output_dir", "status"), [("run", 2), ("%j", 2), ("/tmp/%j", 0)])
+def test_the_working_directory_is_part_of_the_folder_of_the_logs(
+    slurm, monkeypatch, tmp_path, output_dir, status
+):
+    (tmp_path / "50%j").mkdir()
+    monkeypatch.chdir(tmp_path / "50%j")
+    assert cli.main(["submit", "--output_dir", output_dir]) == status
+
+
+ALWAYS = (
+    "SIGNAL", "REQUEUE", "NO_REQUEUE", "TIMELIMIT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK",
+    "CPUS_PER_GPU", "MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE", "OUTPUT", "ERROR", "OPEN_MODE",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "ignored"),
+    [
+        (ALWAYS, "", True),
+        (("PARTITION",), "--partition gpu", True),
+        (("QOS",), "--qos low", True),
+        (("ACCOUNT",), "--account lab", True),
+        (("CONSTRAINT",), "--constraint a100", True),
+        (("CONSTRAINT",), "--use_volta32", True),
+        (("PARTITION", "QOS", "ACCOUNT", "CONSTRAINT", "RESERVATION"), "", False),
+        (("PARTITION",), "--partition=", False),
+        (("GPUS", "GPUS_PER_NODE"), "--device cpu", False),
+    ],
+)
+def test_variables_of_sbatch_do_not_override_the_flags(
+    slurm, monkeypatch, capsys, names, words, ignored
+):
+    variables = {f"SBATCH_{name}": "value" for name in names}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*RUN, *words.split()]) == 0
+    assert (set(variables) & set(slurm.environ)) == (set() if ignored else set(variables))
+    assert variables.items() <= os.environ.items()  # afterwards
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == sorted(
+        f"fastdino submit: {name}=value is ignored: use the flags of fastdino submit"
+        for name in variables
+        if ignored
+    )
+
+
+def test_a_job_array_is_refused(slurm, monkeypatch, capsys):
+    monkeypatch.setenv("SBATCH_ARRAY_INX", "1-4")
+    assert cli.main(RUN) == 2
+    assert "SBATCH_ARRAY_INX=1-4 asks for one: unset it" in capsys.readouterr().err
     assert not hasattr(slurm, "parameters")
 
 
@@ -227,101 +317,98 @@ def test_every_training_setting_reaches_the_job():
     assert {name: getattr(args, name) for name in config.to_dict()} == config.to_dict()
 
 
-class Task:
-    """submitit's environment of a task, and Slurm's answers."""
+@pytest.fixture
+def job(monkeypatch):
+    """Replace `fastdino train`; return its command lines, its status, and the signals' handlers."""
+    seen = SimpleNamespace(lines=[], status=0, handlers=[])
 
-    def __init__(self, monkeypatch, *, rank=0, status=75, state="RUNNING", array=False, failures=0):
-        self.lines, self.signals, self.asked = [], [], []
-        variables = {
-            "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "14", "SLURM_PROCID": str(rank),
-        }  # fmt: skip
-        if array:
-            variables |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+    def train(words):
+        seen.lines.append(words)
+        seen.handlers += map(signal.getsignal, submit.SUBMITITS_SIGNALS)
+        if isinstance(seen.status, Exception):
+            raise seen.status
+        return seen.status
 
-        def train(words):
-            self.lines.append(words)
-            return status
-
-        def run(command, **options):
-            self.asked.append(command)
-            if len(self.asked) <= failures:
-                return subprocess.CompletedProcess(command, 1, stdout="")
-            return subprocess.CompletedProcess(command, 0, stdout=f"{state}\n")
-
-        monkeypatch.setattr(cli, "main", train)
-        monkeypatch.setattr(submit.subprocess, "run", run)
-        monkeypatch.setattr(submit, "SQUEUE_SECONDS", 0.0)
-        monkeypatch.setattr(submit.signal, "raise_signal", self.signals.append)
+    monkeypatch.setattr("fastdino.__main__.main", train)
+    monkeypatch.setenv("SLURM_JOB_ID", "14")
+    former = {number: signal.getsignal(number) for number in submit.SUBMITITS_SIGNALS}
+    yield seen
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("array", "number"), [(False, "14"), (True, "12_3")])
-def test_each_job_of_an_array_has_its_own_folder_and_requeues_itself_only(
-    monkeypatch, array, number
-):
-    task = Task(monkeypatch, array=array)
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_a_task_ends_with_the_status_of_the_training(job, status):
+    job.status = status
+    with pytest.raises(SystemExit) as stop:
         TrainingJob(["--output_dir=runs/%j/x", "--data_path=/data/%j"])()
-    assert task.lines == [["train", f"--output_dir=runs/{number}/x", "--data_path=/data/%j"]]
-    assert any(f"--jobs={number}" in word for word in task.asked[0])
-    assert submitit.JobEnvironment().job_id == number  # what submitit requeues
-    assert task.signals == [signal.SIGUSR1]
+    assert stop.value.code == status
+    assert job.lines == [["train", "--output_dir=runs/14/x", "--data_path=/data/%j"]]
 
 
+def test_a_bug_is_a_traceback_and_status_1(job, capsys):
+    job.status = RuntimeError("a bug")
+    with pytest.raises(SystemExit) as stop:
+        TrainingJob([])()
+    assert stop.value.code == 1
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+def test_a_task_ends_in_spite_of_abandoned_threads(job, monkeypatch):
+    """They may be in calls of C++ that block the interpreter's exit."""
+    ended = []
+
+    def leave(status):
+        ended.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr("fastdino.__main__.exit_process", leave)
+    job.status = 75
+    with pytest.raises(SystemExit):
+        TrainingJob([])()
+    assert ended == [75]
+
+
+@pytest.mark.parametrize("preempt", ["USR1", "USR2"])
+def test_no_handler_of_submitit_is_left_in_a_task(job, monkeypatch, preempt):
+    """It would requeue the job, and ignore the SIGTERM of scancel before the first step."""
+    environment = submitit.core.job_environment.JobEnvironment
+    monkeypatch.setattr(environment, "USR_SIG", preempt)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    submission = submitit.core.utils.DelayedSubmission(TrainingJob([]))
+    submitit.JobEnvironment()._handle_signals(None, submission)
+    assert signal.getsignal(getattr(signal, f"SIG{preempt}")) != signal.SIG_DFL
+    with pytest.raises(SystemExit):
+        submission.result()
+    assert job.handlers == [signal.SIG_DFL] * len(submit.SUBMITITS_SIGNALS)
+
+
+# The folders of two runs: their names are special in a shell.
+@pytest.mark.parametrize("output_dir", ["runs/%j", "it's $HOME %j/a b", "-run"])
 @pytest.mark.parametrize(
-    ("options", "requeue", "status", "signals"),
+    ("flags", "status", "state", "requeued"),
     [
-        ({"status": 0}, True, 0, []),
-        ({"status": 2}, True, 2, []),
-        ({"status": 2, "rank": 1}, True, 2, []),
-        ({}, True, 75, [signal.SIGUSR1]),
-        ({}, False, 75, []),
-        ({"state": "COMPLETING"}, True, 75, []),  # scancel, scontrol requeue
-        ({"state": ""}, True, 75, []),
-        ({"failures": 2}, True, 75, [signal.SIGUSR1]),  # a busy controller
-        ({"failures": 99}, True, 75, []),
-        ({"rank": 1}, True, 0, []),  # only rank 0 requeues, and must not be killed before
+        ("", 75, "RUNNING", True),
+        ("", 137, "RUNNING", True),
+        ("", 2, "RUNNING", False),
+        ("", 0, "RUNNING", False),
+        ("", 75, "COMPLETING", False),
+        ("--requeue false", 75, "RUNNING", False),
     ],
 )
-def test_a_saved_run_is_requeued_by_rank_0_unless_slurm_ends_the_job(
-    monkeypatch, options, requeue, status, signals
+def test_the_script_requeues_the_job_after_srun(
+    slurm, monkeypatch, tmp_path, output_dir, flags, status, state, requeued
 ):
-    task = Task(monkeypatch, **options)
-    job = TrainingJob(["--output_dir=runs"], requeue=requeue)
-    if status:
-        with pytest.raises(SystemExit) as stop:
-            job()
-        assert stop.value.code == status
-    else:
-        job()
-    assert task.signals == signals
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint/000002"])
-def test_a_run_that_is_lost_again_and_again_without_a_checkpoint_is_not_requeued(
-    monkeypatch, tmp_path, capsys, name
-):
-    task, job = Task(monkeypatch), TrainingJob([f"--output_dir={tmp_path}"])
-    (tmp_path / "checkpoint").mkdir()
-    saved, train = [False, False, True, False, False, False], cli.main
-
-    def run(words):
-        if saved[len(task.lines)]:
-            (tmp_path / name).write_text("new")
-        return train(words)
-
-    monkeypatch.setattr(cli, "main", run)
-    for _ in saved:
-        job = pickle.loads(pickle.dumps(job.checkpoint().function))
-        with pytest.raises(SystemExit) as stop:
-            job()
-        assert stop.value.code == 75
-    assert len(task.signals) == len(saved) - 1
-    assert "not requeued: 3 starts in a row ended without a checkpoint" in capsys.readouterr().err
-
-
-def test_submitit_requeues_the_same_job_before_the_first_step():
-    job = TrainingJob(["--output_dir=runs"])
-    assert job.checkpoint().function is job
-    assert TrainingJob([], requeue=False).checkpoint() is None
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["submit", f"--output_dir={output_dir}", *flags.split()]) == 0
+    executor = AutoExecutor(tmp_path / "slurm", cluster="slurm")
+    executor.update_parameters(**slurm.parameters)
+    script = executor._executor._make_submission_file_text("command", "0")
+    commands = FakeSlurm(tmp_path / "bin", monkeypatch, status=status, state=state)
+    monkeypatch.setenv("SLURM_JOB_ID", "14")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    done = subprocess.run(["bash", "-c", script], check=False)
+    assert done.returncode == status
+    assert commands.calls("scontrol") == ["scontrol requeue 14"] * requeued
+    run = tmp_path / output_dir.replace("%j", "14")
+    assert (run / requeue.RECORD).exists() == requeued

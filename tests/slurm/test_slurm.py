@@ -1,4 +1,5 @@
-"""Runs on a real Slurm: started by srun and by `fastdino submit`, preempted, requeued, cancelled.
+"""Runs on a real Slurm: started by srun, by `fastdino submit` and by the batch script of the docs,
+preempted, requeued, cancelled, and with a lost rank.
 
 `make test-slurm` installs Slurm and runs these tests.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import documented_script
 from tests.runs import assert_same_run
 from tests.slurm.cluster import output_of, problem, processes_with, running_cluster, wait_for
 
@@ -38,11 +40,16 @@ def cluster():
         yield
 
 
-def start_uninterrupted(pictures, run):
-    """Start a run of one task on each of two nodes with srun."""
+@pytest.fixture(scope="module")
+def uninterrupted(cluster, pictures, tmp_path_factory):
+    """Return the output folder of a run of one task on each of two nodes, started with srun."""
+    run = tmp_path_factory.mktemp("srun")
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-u", "-m", "fastdino"]
     command += ["train", *TRAIN, f"--data_path={pictures}", f"--output_dir={run}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    return run
 
 
 def submit(pictures, folder):
@@ -54,6 +61,29 @@ def submit(pictures, folder):
     assert done.returncode == 0, done.stderr
     job = re.search(r"submitted job (\d+)", done.stdout)[1]
     return job, folder / job
+
+
+def submit_documented_script(pictures, run):
+    """Submit the batch script of docs/clusters.md with the flags of these tests; return the job."""
+    script = documented_script()
+    for was, became in (
+        ("--ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=10", "--ntasks-per-node=1"),
+        ("srun --cpus-per-task=10", "srun"),
+        ("python -u", f"{sys.executable} -u"),
+        ("--arch vit_base --data_path ...", f"{' '.join(TRAIN)} --data_path {pictures}"),
+        ("--output_dir runs/b16", f"--output_dir {run}"),
+        (
+            "python -m fastdino.requeue $? runs/b16",
+            f"{sys.executable} -m fastdino.requeue $? {run}",
+        ),
+    ):
+        assert script.count(was) == 1
+        script = script.replace(was, became)
+    command = ["sbatch", "--parsable", f"--output={run.parent}/slurm/%j_log.out"]
+    (run.parent / "slurm").mkdir()
+    return subprocess.run(
+        command, input=script, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def field_of(job, field):
@@ -71,9 +101,18 @@ def freeze_in_epoch(epoch, job, run):
     """
     log = run / "log.txt"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= epoch, f"epoch {epoch}", 300)
-    tasks = processes_with(f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0")
-    for task in tasks:
+    for task in tasks_of(job):
         os.kill(task, signal.SIGSTOP)
+
+
+def tasks_of(job, *more):
+    return processes_with(f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", *more)
+
+
+def wait_for_end(job, state):
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+    wait_for(lambda: field_of(job, "%T") in ended, "end of the job", 300)
+    assert field_of(job, "%T") == state
 
 
 def logs_of(folder):
@@ -81,35 +120,72 @@ def logs_of(folder):
 
 
 def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
-    cluster, pictures, tmp_path
+    uninterrupted, pictures, tmp_path
 ):
-    uninterrupted = start_uninterrupted(pictures, tmp_path / "srun")
     job, run = submit(pictures, tmp_path)
     freeze_in_epoch(1, job, run)
     subprocess.run(["scontrol", "requeue", job], check=True)
     wait_for(lambda: "resumed" in logs_of(tmp_path), "resumed run after scontrol requeue", 300)
+    assert "is requeued" not in logs_of(tmp_path)  # by Slurm only
     freeze_in_epoch(3, job, run)
     # One to two minutes from now. Slurm sends the warning of 90 s up to 30 s early: at once.
     *_, minutes, _ = ["0", *field_of(job, "%M").split(":")]
     set_limit(job, int(minutes) + 2)
-    wait_for(lambda: "Requeued job" in logs_of(tmp_path), "requeued job", 300)
+    wait_for(lambda: f"job {job} is requeued" in logs_of(tmp_path), "requeued job", 300)
     wait_for(lambda: field_of(job, "%T") == "PENDING", "pending job", 300)
     set_limit(job, 10)
     wait_for(lambda: logs_of(tmp_path).count("resumed") == 2, "resumed run after the limit", 300)
-    wait_for(lambda: field_of(job, "%T") == "COMPLETED", "end of the job", 300)
+    wait_for_end(job, "COMPLETED")
     logs = logs_of(tmp_path)
     assert re.findall(r"stopped by (SIG\w+) and saved", logs) == ["SIGTERM", "SIGUSR1"]
-    printed, _ = uninterrupted.communicate(timeout=300)
-    assert uninterrupted.returncode == 0, printed
-    assert "2 process(es)" in printed
-    assert_same_run(run, tmp_path / "srun")
+    assert logs.count("is requeued") == 1
+    assert_same_run(run, uninterrupted)
+
+
+def test_after_the_loss_of_rank_0_the_job_is_requeued_and_ends(uninterrupted, pictures, tmp_path):
+    job, run = submit(pictures, tmp_path)
+    freeze_in_epoch(2, job, run)
+    (rank_0,) = tasks_of(job, "SLURM_PROCID=0")
+    os.kill(rank_0, signal.SIGKILL)
+    for task in tasks_of(job):
+        os.kill(task, signal.SIGCONT)
+    wait_for_end(job, "COMPLETED")
+    logs = logs_of(tmp_path)
+    assert re.findall(r"job \d+ is requeued: srun ended with status (\d+)", logs) in (
+        ["75"],
+        ["137"],
+    )
+    assert logs.count("resumed") == 1
+    assert_same_run(run, uninterrupted)
+
+
+def test_after_an_error_of_the_training_the_job_is_not_requeued(cluster, tmp_path):
+    job, _ = submit("/nowhere", tmp_path)
+    wait_for_end(job, "FAILED")
+    logs = logs_of(tmp_path)
+    assert "there is no file or folder /nowhere" in logs
+    assert "the job is not requeued: srun ended with status 2, an error" in logs
 
 
 def test_a_cancelled_run_is_saved_and_not_requeued(cluster, pictures, tmp_path):
     job, run = submit(pictures, tmp_path)
     freeze_in_epoch(1, job, run)
     subprocess.run(["scancel", job], check=True)
-    wait_for(lambda: field_of(job, "%T") == "CANCELLED", "end of the job", 300)
+    wait_for_end(job, "CANCELLED")
     assert "stopped by SIGTERM and saved" in logs_of(tmp_path)
-    assert "Requeued" not in logs_of(tmp_path)
+    assert "is requeued" not in logs_of(tmp_path)
     assert (run / "checkpoint.pth").exists()
+
+
+def test_the_documented_script_resumes_after_a_signal(uninterrupted, pictures, tmp_path):
+    run = tmp_path / "run"
+    job = submit_documented_script(pictures, run)
+    freeze_in_epoch(2, job, run)
+    for task in tasks_of(job):
+        os.kill(task, signal.SIGCONT)
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)  # to the tasks, as the warning
+    wait_for_end(job, "COMPLETED")
+    logs = logs_of(tmp_path)
+    assert re.findall(r"stopped by (SIG\w+) and saved", logs) == ["SIGUSR1"]
+    assert "is requeued: srun ended with status 75" in logs
+    assert_same_run(run, uninterrupted)

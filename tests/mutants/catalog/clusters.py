@@ -6,6 +6,7 @@ from tests.mutants.mutant import Mutant
 
 LAUNCH = "fastdino/launch.py"
 SUBMIT = "fastdino/submit.py"
+REQUEUE = "fastdino/requeue.py"
 SIGNALS = "fastdino/signals.py"
 IMAGES = "fastdino/data/image_dataset.py"
 LOOP = "fastdino/training/loop.py"
@@ -52,14 +53,24 @@ MUTANTS = (
     Mutant(IMAGES, "if not any(map(os.path.exists", "if not all(map(os.path.exists", PRESENT),
     Mutant(LOOP, "            dataset.check_present()\n", "            pass\n", ELSEWHERE),
     Mutant(SUBMIT, "word.replace(JOB, job)", "word"),
-    Mutant(SUBMIT, "task.global_rank > 0", "task.global_rank < 0"),
-    Mutant(SUBMIT, "if self.requeue and _is_running(task.job_id):", "if self.requeue:"),
-    Mutant(SUBMIT, "if self.requeue and _is_running", "if _is_running"),
-    Mutant(SUBMIT, "DelayedSubmission(self) if self.requeue else None", "DelayedSubmission(self)"),
-    Mutant(SUBMIT, "        if status:\n            sys.exit(status)\n", ""),
-    Mutant(SUBMIT, "args.signal_delay_s >= 60 * args.timeout", "args.signal_delay_s > 60 * 1e9"),
+    Mutant(SUBMIT, "            signal.signal(number, signal.SIG_DFL)\n", "            pass\n"),
+    Mutant(SUBMIT, "if args.requeue else None", "if True else None"),
+    Mutant(SUBMIT, "map(shlex.quote, parts)", "parts"),
+    Mutant(SUBMIT, "if 60 * args.timeout < least:", "if 60 * args.timeout < 0:"),
+    Mutant(SUBMIT, "text.splitlines() != [text]", "len(text.splitlines()) > 1"),
+    Mutant(SUBMIT, "log_folder(config.output_dir).absolute()", "log_folder(config.output_dir)"),
+    Mutant(SUBMIT, "if parameters[parameter] is not None and", "if"),
+    Mutant(SUBMIT, "        os.environ.update(removed)\n", "        pass\n"),
+    Mutant(SUBMIT, "    config.check_world_size(args.nodes * args.ngpus)\n", ""),
+    Mutant(REQUEUE, "    if status > 128:\n", "    if status > 143:\n"),
+    Mutant(REQUEUE, 'if state != "RUNNING":', 'if state == "COMPLETING":'),
+    Mutant(REQUEUE, "            _check_running(job)  # scontrol", "            # scontrol"),
+    Mutant(REQUEUE, "if starts.empty >= MAX_EMPTY:", "if starts.empty > MAX_EMPTY:"),
+    Mutant(REQUEUE, "if epochs <= before.epochs else 0", "if epochs < before.epochs else 0"),
+    Mutant(REQUEUE, "if path.name.isdecimal()]", "]"),
+    Mutant(REQUEUE, "    if before.job != job:\n", "    if not job:\n"),
+    Mutant(REQUEUE, 'if "SLURM_ARRAY_JOB_ID" in environ:', "if False:"),
     Mutant(SUBMIT, 'None if config.device == "cpu" else args.ngpus', "args.ngpus"),
-    Mutant(SUBMIT, "requeue=args.requeue)", "requeue=True)"),
     Mutant(SUBMIT, "numbered[-1].parent", "numbered[0].parent"),
     Mutant(SUBMIT, "filter(None, lines)", "lines[-1:]"),
     Mutant(WRITER, "            self._error = error\n", "            pass\n", REPEATED),
