@@ -138,7 +138,8 @@ def test_sizes_of_the_papers_crops_are_the_papers():
     assert crop_sizes(TrainConfig()) == (256, 224)
     assert crop_sizes(TrainConfig(global_crops_size=96)) == (110, 96)
     assert picture_sizes(TrainConfig()) == (549, 480)
-    assert picture_sizes(TrainConfig(global_crops_size=48)) == (118, 103)
+    assert picture_sizes(TrainConfig(global_crops_size=48, patch_size=1)) == (118, 103)
+    assert picture_sizes(TrainConfig(global_crops_size=48, patch_size=8)) == (256, 224)
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
@@ -304,9 +305,9 @@ def test_two_processes_match_one(config, tmp_path, colours):
 
 
 def test_pictures_show_the_first_image_of_each_class(config, tmp_path, colours):
-    train(config(epochs=1, global_crops_size=36))  # maps of 77 px: 9 patches, 5 px are cut off
+    train(config(epochs=1, global_crops_size=108))  # 231 px: 28 patches, 7 px are cut off
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
-    side = 72 * (192 // 72) + 2
+    side = 28 * 8 + 2
     assert pixels.shape == (4 * side, (2 + 2) * side, 3)
     means = [pixels[i * side : (i + 1) * side, :side].mean((0, 1)) for i in range(4)]
     assert [int(mean.argmax()) for mean in means] == [2, 1, 0, 2]  # blue, green, red, blue
@@ -323,7 +324,7 @@ def test_pictures_of_the_training_set_need_no_labels(config, tmp_path, colours):
     settings = {"data_path": str(colours), "knn_data": "", "knn_every": 0, "max_bad_share": 0.2}
     train(config(**settings, epochs=1))
     pixels = np.asarray(Image.open(tmp_path / "run/attention/0000.png"))
-    assert pixels.shape == (4 * 194, 4 * 194, 3)
+    assert pixels.shape == (4 * 226, 4 * 226, 3)
 
 
 def test_images_that_become_unreadable_do_not_end_the_run(config, tmp_path, colours, capsys):

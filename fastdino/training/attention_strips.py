@@ -19,7 +19,7 @@ from fastdino.files import atomic_write, explain_write_errors
 from fastdino.models.vit import VisionTransformer
 
 IMAGES = 4  # per picture
-SMALLEST = 192  # smaller images are enlarged to about this side, in pixels
+SMALLEST = 128  # smaller images are enlarged to about this side, in pixels
 
 
 class AttentionStrips:

@@ -41,9 +41,10 @@ def crop_sizes(config: TrainConfig) -> tuple[int, int]:
 def picture_sizes(config: TrainConfig) -> tuple[int, int]:
     """Return the sizes of `crop_sizes` for pictures of attention maps.
 
-    They are larger, as the paper's: 480 px for 224 px global crops, and in proportion for others.
+    They are larger, as the paper's: 480 px for 224 px global crops and in proportion for others,
+    but at least 28 patches.
     """
-    side = config.global_crops_size * 480 / 224
+    side = max(config.global_crops_size * 480 / 224, 28 * config.patch_size)
     return round(side * 256 / 224), round(side)
 
 
