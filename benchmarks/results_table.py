@@ -211,16 +211,28 @@ CPU_CLAIMS = (
         "step.md",
     ),
 )
-AMX_CLAIMS = (
-    Claim(
-        "step speed, CPU with AMX",
+
+
+def _step_claim(title: str, baseline: str, what: str) -> Claim:
+    return Claim(
+        title,
         "Step, vit_tiny/16, B = 8",
-        "ours-fast",
-        lambda v: f"{v['x_paper']:.2f} times the paper's fp32 step, in bf16, ViT-Ti/16",
+        baseline,
+        lambda v: f"{v['x_paper']:.2f} times the paper's fp32 step, in {what}, ViT-Ti/16",
         "fastdino bench",
         "step.md",
+    )
+
+
+# Folders of the kinds of processors.
+ON_CPUS = {
+    "cpu": CPU_CLAIMS,
+    "cpu/amd_epyc_avx512": (
+        _step_claim("step speed, CPU with AVX-512", "ours-fast", "bf16"),
+        _step_claim("fp32 step speed, AMD CPU with AVX-512", "ours-fp32", "fp32"),
     ),
-)
+    "cpu/intel_xeon_amx": (_step_claim("step speed, CPU with AMX", "ours-fast", "bf16"),),
+}
 GPU_CLAIMS = (
     Claim(
         "loss speed",
@@ -269,8 +281,11 @@ UNMEASURED = "| speed on a GPU | needs a GPU to be measured | `make gpu-report` 
 
 def readme_rows(results: Path = RESULTS) -> list[str]:
     """Return the measured rows: those of the CPUs, then those of every GPU."""
-    rows = list(_claim_rows(CPU_CLAIMS, results, "cpu", ""))
-    rows += _claim_rows(AMX_CLAIMS, results, "cpu/intel_xeon_amx", "")
+    rows = [
+        row
+        for folder, claims in ON_CPUS.items()
+        for row in _claim_rows(claims, results, folder, "")
+    ]
     gpus = sorted(file.parent for file in results.glob("*/report.json"))
     gpu_rows = [
         row
@@ -296,7 +311,7 @@ def _claim_rows(claims: Sequence[Claim], results: Path, folder: str, device: str
 
 def replace_rows(readme: str, rows: Sequence[str]) -> str:
     """Replace the rows of the first table that start with one of the claims' titles."""
-    titles = [claim.title for claim in (*CPU_CLAIMS, *AMX_CLAIMS, *GPU_CLAIMS)]
+    titles = [claim.title for claims in (*ON_CPUS.values(), GPU_CLAIMS) for claim in claims]
     starts = tuple(f"| {title}" for title in [*titles, "speed on a GPU"])
     lines: list[str] = []
     first = math.inf
