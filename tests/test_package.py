@@ -33,9 +33,8 @@ ROWS = (
     ("fastdino.augmentation",),
     (
         "fastdino.checkpoint", "fastdino.config", "fastdino.distributed", "fastdino.epoch_log",
-        "fastdino.files", "fastdino.liveness", "fastdino.optimizer_state", "fastdino.rendezvous",
-        "fastdino.numpy_pickles", "fastdino.requeue",
-        "fastdino.signals",
+        "fastdino.files", "fastdino.host_memory", "fastdino.liveness", "fastdino.numpy_pickles",
+        "fastdino.optimizer_state", "fastdino.rendezvous", "fastdino.requeue", "fastdino.signals",
     ),
     (
         "fastdino.batch_split", "fastdino.environment", "fastdino.errors", "fastdino.file_names",

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastdino.checkpoint import local_part
+from fastdino.host_memory import available_memory
 
 Place = tuple[Hashable, ...]  # the keys that lead to a tensor
-MEMORY = "/proc/meminfo"
 
 
 class HostCopy:
@@ -108,13 +108,3 @@ def _with_shard(tensor: DTensor, shard: Tensor) -> Tensor:
     names, layout = tensor.__tensor_flatten__()
     parts = {name: getattr(tensor, name) for name in names} | {"_local_tensor": shard}
     return DTensor.__tensor_unflatten__(parts, layout, tensor.shape, tensor.stride())
-
-
-def available_memory() -> float:
-    """Return the bytes of host memory that can be used without swapping, if the system tells."""
-    try:
-        with open(MEMORY) as file:
-            lines = dict(line.split(":") for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, ValueError, KeyError):
-        return float("inf")
