@@ -20,9 +20,13 @@ from fastdino.models.compile import compile_problem
 from fastdino.models.head import MultiCropWrapper
 from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 
-# The choices that a CPU measures in --mode fast: a resumed run keeps those of its checkpoint.
-MEASURED = ("precision", "attention")
-KEPT = "as measured when the run started"
+# The choices that a CPU measures in --mode fast, and the settings that they depend on. A resumed
+# run with the same settings keeps those of its checkpoint.
+MEASURED = {
+    "precision": ("mode", "use_fp16", "amp_dtype"),
+    "attention": ("mode", "use_fp16", "amp_dtype", "attention", "compile", "recompute"),
+}
+KEPT = "as chosen when the run started"
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 REQUESTED = "requested"
 
@@ -120,7 +124,7 @@ def resolve_runtime(
         config: the settings of the run.
         device: overrides config.device.
         make_crops: also resolve --crops and --decode; False for a Trainer that is given crops.
-        recorded: values of MEASURED in the checkpoint to resume, which are not measured again.
+        recorded: values of MEASURED to keep from the checkpoint to resume, instead of measuring.
 
     Raises: ConfigError: a setting requested by name is not supported on this machine.
     """

@@ -16,7 +16,9 @@ import torch
 from fastdino import checkpoint, cli, cpu_speed
 from fastdino.errors import CheckpointError
 from fastdino.signals import EXIT_INTERRUPTED
-from fastdino.training.loop import train
+from fastdino.training import loop
+from fastdino.training.loop import Run, train
+from fastdino.training.resume import recorded_choices
 from tests.runs import STEPS, assert_same_run, interrupt, train_small, weights_of
 
 pytestmark = pytest.mark.usefixtures("small_networks")
@@ -185,12 +187,67 @@ def test_resumed_run_keeps_what_its_start_measured(config, tmp_path, monkeypatch
     assert choices(3, 2, epochs=1) == ["bf16", "matmul"]
     assert choices(1, 1, epochs=2) == ["bf16", "matmul"]
     assert choices(1, 1, epochs=3, use_fp16=False, attention="sdpa") == ["fp32", "sdpa"]
+    assert choices(1, 1, epochs=4) == ["fp32", "sdpa"]
     state = torch.load(path, weights_only=True)
-    del state["resolved"]["attention"]  # an older version, which used sdpa
+    for name in ("attention", "device"):  # an older version, which used sdpa
+        del state["resolved"][name]
     torch.save(state, path)
-    assert choices(3, 2, epochs=4) == ["fp32", "sdpa"]
-    torch.save(state | {"args": state["args"] | {"mode": "parity"}}, path)
-    assert choices(3, 2, epochs=5) == ["bf16", "matmul"]
+    assert choices(3, 2, epochs=5) == ["fp32", "sdpa"]
+
+
+AUTO = {"mode": "fast", "use_fp16": True, "amp_dtype": "auto", "attention": "auto"}
+CHOSEN = {"device": "cpu", "precision": "bf16", "attention": "matmul"}
+
+
+@pytest.mark.parametrize(
+    ("args", "resolved", "settings", "kept"),
+    [
+        ({}, {}, {}, ["attention", "precision"]),
+        ({"batch_size_per_gpu": 9}, {}, {"lr": 0.1}, ["attention", "precision"]),
+        ({}, {"device": "cuda:1"}, {}, []),
+        ({"mode": "parity"}, {}, {}, []),
+        ({}, {}, {"mode": "parity"}, []),
+        ({"use_fp16": False}, {}, {}, []),
+        ({"amp_dtype": "bf16"}, {}, {}, []),
+        ({}, {}, {"use_fp16": False}, []),
+        ({"attention": "matmul"}, {}, {}, ["precision"]),
+        ({"attention": "sdpa"}, {}, {}, ["precision"]),
+        ({"recompute": "on"}, {}, {}, ["precision"]),
+        ({"compile": "on"}, {}, {}, ["precision"]),
+        ({}, {}, {"recompute": "on"}, ["precision"]),
+    ],
+    ids=str,
+)
+def test_only_what_the_same_settings_chose_on_a_cpu_is_kept(
+    config, tmp_path, args, resolved, settings, kept
+):
+    """A requested value is none that was measured, nor is one of a GPU."""
+    (tmp_path / "run").mkdir()
+    state = {"args": AUTO | args, "resolved": CHOSEN | resolved}
+    torch.save(state, tmp_path / "run/checkpoint.pth")
+    choices = recorded_choices(config(**AUTO | settings))
+    assert choices == {name: CHOSEN[name] for name in kept}
+
+
+@pytest.mark.parametrize(
+    "requested",
+    [{"use_fp16": False}, {"attention": "sdpa"}, {"recompute": "on"}],
+    ids=str,
+)
+def test_a_requested_value_ends_with_its_flag(config, monkeypatch, requested):
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 2.0)
+    chosen = []
+
+    def run(settings, runtime, folder):
+        chosen.append((runtime.precision.value, runtime.attention.value))
+        return Run(settings, runtime, folder)
+
+    monkeypatch.setattr(loop, "Run", run)
+    train(config(mode="fast", epochs=1, **requested))
+    train(config(mode="fast", epochs=1))
+    assert chosen[0] != chosen[1] == ("bf16", "matmul")
 
 
 def test_resolved_settings_that_change_the_result_are_compared(config, tmp_path, capsys):
@@ -198,7 +255,8 @@ def test_resolved_settings_that_change_the_result_are_compared(config, tmp_path,
     path = tmp_path / "run/checkpoint.pth"
     state = torch.load(path, weights_only=True)
     assert state["resolved"] == {
-        "precision": "fp32", "crops": "torchvision", "decode": "pillow", "attention": "sdpa",
+        "device": "cpu", "precision": "fp32", "crops": "torchvision", "decode": "pillow",
+        "attention": "sdpa",
     }  # fmt: skip
     for resolved, warning in (
         ({"precision": "fp32", "crops": "fused", "decode": "cpu"}, ""),

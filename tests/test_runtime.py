@@ -251,8 +251,8 @@ def test_choices_of_the_checkpoint_are_not_measured_again(tiny, monkeypatch):
     recorded = {"precision": "bf16", "attention": "matmul"}
     config = tiny(mode="fast")
     resolved = resolve_runtime(config, CPU, make_crops=False, recorded=recorded)
-    assert resolved.precision == Choice("bf16", "as measured when the run started")
-    assert resolved.attention == Choice("matmul", "as measured when the run started")
+    assert resolved.precision == Choice("bf16", "as chosen when the run started")
+    assert resolved.attention == Choice("matmul", "as chosen when the run started")
 
 
 @pytest.mark.parametrize("speedup", [0.014, 1.0])

@@ -43,6 +43,9 @@ NEUTRAL_SETTINGS = (
 RESULT_SETTINGS = ("precision", "crops", "decode")
 _SAME_RESULT = ({"fused", "torchvision"}, {"cpu", "pillow"})
 
+# Values of checkpoints that do not record them.
+_UNRECORDED = {"device": "cpu", "attention": "sdpa"}
+
 # Parts that a checkpoint may lack, such as those of the paper's code, and what follows from it.
 OPTIONAL_PARTS = {
     "iteration": "the epoch starts at its first step",
@@ -58,9 +61,10 @@ OPTIONAL_PARTS = {
 
 
 def recorded_choices(config: TrainConfig) -> dict[str, str]:
-    """Return what the checkpoint to resume records of the choices that a start would measure.
+    """Return the values of MEASURED that a resumed run keeps from its checkpoint.
 
-    Empty without a checkpoint, or if its run had another --mode.
+    They were chosen on a CPU, with the same settings. A value that was requested, or chosen on a
+    GPU, is not kept.
     """
     shards = shard_files.newest(Path(config.output_dir) / "checkpoint")
     path = shards / shard_files.REST if shards else Path(config.output_dir) / "checkpoint.pth"
@@ -73,10 +77,15 @@ def recorded_choices(config: TrainConfig) -> dict[str, str]:
     settings, resolved = state.get("args"), state.get("resolved")
     if not (isinstance(settings, dict) and isinstance(resolved, dict)):
         return {}
-    if settings.get("mode") != config.mode:
-        return {}
-    resolved = {"attention": "sdpa"} | resolved  # before the choice of attention was recorded
-    return {name: resolved[name] for name in MEASURED if name in resolved}
+    settings = TrainConfig().to_dict() | settings
+    resolved = _UNRECORDED | resolved
+    same = {name for name, value in config.to_dict().items() if settings[name] == value}
+    on_cpu = resolved["device"] == "cpu"
+    return {
+        name: resolved[name]
+        for name, reasons in MEASURED.items()
+        if on_cpu and name in resolved and same.issuperset(reasons)
+    }
 
 
 class Save(NamedTuple):
@@ -328,7 +337,7 @@ class RunCheckpoint:
 
     def _resolved(self) -> dict[str, str]:
         choices = self.trainer.runtime.choices()
-        names = (*RESULT_SETTINGS, *MEASURED)
+        names = ("device", *RESULT_SETTINGS, *MEASURED)
         return {name: choices[name].value for name in names if name in choices}
 
     def _compare_resolved(self, saved: Any) -> None:
