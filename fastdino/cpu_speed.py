@@ -1,12 +1,14 @@
 """Measurements on a CPU that decide between precisions and between attention backends.
 
-Each takes a fraction of a second on an idle machine. Rounds are interleaved, and the shortest time
-of each candidate counts, which other processes disturb the least. After _SECONDS no round begins:
-one bf16 product takes half a second on a processor without instructions for it.
+Each takes a fraction of a second on an idle machine with fast bf16. Rounds are interleaved, and the
+shortest time of each candidate counts, which other processes disturb the least. After _SECONDS no
+round begins: one bf16 product takes half a second on a processor without instructions for it. If
+the warmup takes that long, its own times count.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -40,20 +42,36 @@ def bf16_speedup() -> float:
 def matmul_speedup(inputs: AttentionInputs) -> float:
     """Return how many times faster matmul is than sdpa: forward and backward pass of one block.
 
-    The sequences are those of a step, of so few images that they have MEASURED_WEIGHTS.
+    The sequences are a part of those of a step: see measured_part.
     """
-    images = max(1, min(inputs.images, MEASURED_WEIGHTS * inputs.images // inputs.weights))
-    groups = tuple((images * crops, n) for crops, n in inputs.sequences)
-    passes = [functools.partial(_attention_pass, inputs, groups, x) for x in ("sdpa", "matmul")]
+    part = measured_part(inputs)
+    passes = [functools.partial(_attention_pass, part, backend) for backend in ("sdpa", "matmul")]
     sdpa, matmul = _shortest_seconds(passes)
     return sdpa / matmul
 
 
-def _attention_pass(
-    inputs: AttentionInputs, groups: tuple[tuple[int, int], ...], backend: str
-) -> tuple[Tensor, ...]:
-    layout = token_layout(groups, inputs.device, backend)
-    qkv = _noise((layout.tokens, 3, inputs.heads, inputs.head_dim)).to(inputs.dtype)
+def measured_part(inputs: AttentionInputs) -> AttentionInputs:
+    """Return a part of the sequences of a step that has at most MEASURED_WEIGHTS.
+
+    It has fewer images; if that is not enough, fewer heads; then fewer crops of each size. A head
+    of one sequence of each size is the least.
+    """
+    part = dataclasses.replace(inputs, images=_share(inputs.images, inputs.weights))
+    part = dataclasses.replace(part, heads=_share(part.heads, part.weights))
+    weights = part.weights
+    crops = tuple((_share(crops, weights), n) for crops, n in part.sequences)
+    return dataclasses.replace(part, sequences=crops)
+
+
+def _share(number: int, weights: int) -> int:
+    """Reduce the number of things with so many weights to those with MEASURED_WEIGHTS."""
+    return max(1, min(number, MEASURED_WEIGHTS * number // weights))
+
+
+def _attention_pass(part: AttentionInputs, backend: str) -> tuple[Tensor, ...]:
+    groups = tuple((part.images * crops, n) for crops, n in part.sequences)
+    layout = token_layout(groups, part.device, backend)
+    qkv = _noise((layout.tokens, 3, part.heads, part.head_dim)).to(part.dtype)
     query, key, value = qkv.requires_grad_().unbind(1)
     out = attend(query, key, value, layout)
     return torch.autograd.grad(out, qkv, out.detach())
@@ -66,14 +84,17 @@ def _noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def _shortest_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
-    shortest, begin = [float("inf")] * len(calls), time.perf_counter()
+    shortest: list[float] = []
+    begin = time.perf_counter()
     for round_ in range(_ROUNDS + 1):  # the first one warms up
-        if round_ > 1 and time.perf_counter() - begin > _SECONDS:
+        if round_ and time.perf_counter() - begin > _SECONDS:
             break
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
-            if round_:
-                shortest[i] = min(shortest[i], seconds)
+        seconds = [_seconds(call) for call in calls]
+        shortest = seconds if round_ < 2 else list(map(min, shortest, seconds))
     return shortest
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -14,6 +14,7 @@ from fastdino.augmentation import dali_problem, fused_problem
 from fastdino.config import PATCHED_ARCHS, TrainConfig
 from fastdino.data.decoding import dali_decode_problem
 from fastdino.errors import ConfigError
+from fastdino.host_memory import memory_per_rank
 from fastdino.launch import read_launch
 from fastdino.models.attention import BACKENDS, AttentionBackend, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
@@ -27,6 +28,9 @@ MEASURED = {
     "attention": ("mode", "use_fp16", "amp_dtype", "attention", "compile", "recompute"),
 }
 KEPT = "as chosen when the run started"
+# matmul may keep this share of the available memory for the backward pass: networks, other
+# activations, data workers and the copy of a checkpoint need memory too.
+MATMUL_MEMORY = 0.25
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 REQUESTED = "requested"
 
@@ -269,7 +273,9 @@ def _vit_choices(
         ),
         compiled=compiled.on,
         heads=shape["num_heads"],
-        images=config.batch_size_per_gpu,
+        images=config.split_batch(distributed.world_size()).images,
+        blocks=shape["depth"],
+        cls_only=config.last_block == "cls",
     )
     on_gpu = device.type == "cuda"
     reason = f"--mode {config.mode} on a {'GPU' if on_gpu else 'CPU'}"
@@ -316,17 +322,36 @@ def choose_attention(wanted: str, inputs: AttentionInputs) -> Choice:
 def measure_attention(inputs: AttentionInputs, recorded: str | None = None) -> Choice:
     """Resolve --attention auto on a CPU: matmul where it is measurably faster than sdpa.
 
-    Rank 0 measures for all ranks.
+    The attention weights that it keeps must fit into MATMUL_MEMORY of the available memory, or
+    where it was chosen before, into all of it.
+
+    Rank 0 measures the speed for all ranks, which must all call it.
 
     Args: recorded: the value that was measured before, if it was.
     """
-    if recorded in ("sdpa", "matmul"):
-        return Choice(recorded, KEPT)
     if inputs.compiled:
         return Choice("sdpa", "compiled blocks")
+    if recorded == "sdpa":
+        return Choice("sdpa", KEPT)
+    if recorded == "matmul":
+        problem = _memory_problem(inputs, 1.0)
+        return Choice("sdpa", problem) if problem else Choice("matmul", KEPT)
     if inputs.weights < cpu_speed.NEGLIGIBLE_WEIGHTS:
         return Choice("sdpa", "too little work to measure")
+    if problem := _memory_problem(inputs, MATMUL_MEMORY):
+        return Choice("sdpa", problem)
     return distributed.from_main(lambda: _faster_attention(inputs))
+
+
+def _memory_problem(inputs: AttentionInputs, share: float) -> str:
+    """Return a reason if matmul keeps more than a share of the memory of a rank, else ""."""
+    memory = memory_per_rank()
+    if inputs.kept_bytes <= share * memory:
+        return ""
+    return (
+        f"matmul would keep {inputs.kept_bytes / 1e9:.3g} GB of attention weights, more than "
+        f"{share:.0%} of the {memory / 1e9:.3g} GB available per rank"
+    )
 
 
 def _faster_attention(inputs: AttentionInputs) -> Choice:

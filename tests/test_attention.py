@@ -265,6 +265,17 @@ def test_matmul_is_for_cpus_and_can_be_compiled():
         assert attention_problem("matmul", inputs) is None
 
 
+def test_matmul_is_tested_on_short_sequences(monkeypatch):
+    """Its products treat all lengths alike, and those of long sequences take seconds."""
+    tested = []
+    monkeypatch.setattr(
+        attention, "_compare", lambda name, inputs, function: tested.append(inputs.sequences)
+    )
+    long = AttentionInputs(CPU, sequences=((2, 3601), (8, 145)))
+    assert attention_problem("matmul", long) is None
+    assert tested == [((2, 256), (8, 145))]
+
+
 def test_other_inputs_than_those_of_the_backend_use_sdpa():
     backend = AttentionBackend("xformers", torch.float16)
     assert backend.for_inputs(CUDA, torch.float16) == "xformers"

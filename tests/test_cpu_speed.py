@@ -27,7 +27,7 @@ def clock(monkeypatch) -> dict[str, float]:
 
 
 def test_bf16_speedup_is_the_ratio_of_the_shortest_products(monkeypatch, clock):
-    noise = iter([9.0, 9, 3, 1, 0, 0, 0, 7, 1, 1, 1, 1])  # the first round does not count
+    noise = iter([-2.0, -0.5, 3, 1, 0, 0, 0, 7, 1, 1, 1, 1])  # the first round does not count
 
     def multiply(x, y):
         assert x.shape == (768, 768)
@@ -37,18 +37,24 @@ def test_bf16_speedup_is_the_ratio_of_the_shortest_products(monkeypatch, clock):
     assert BF16_SPEEDUP() == 3.0
 
 
-def test_a_processor_without_bf16_does_not_delay_the_start(monkeypatch, clock):
-    """After a slow round, one round is measured and no other begins."""
+@pytest.mark.parametrize(
+    ("limit", "rounds", "speedup"), [(0.5, 1, 0.04), (0.6, 2, 0.02), (1.1, 3, 0.02)]
+)
+def test_a_processor_without_bf16_does_not_delay_the_start(
+    monkeypatch, clock, limit, rounds, speedup
+):
+    """No round begins after the limit; the warmup counts if no other round began."""
     calls = []
 
     def multiply(x, y):
         calls.append(x.dtype)
-        clock["now"] += 0.01 if x.dtype == torch.float32 else 0.5
+        warmup = len(calls) < 3
+        clock["now"] += (0.02 if warmup else 0.01) if x.dtype == torch.float32 else 0.5
 
     monkeypatch.setattr(torch, "mm", multiply)
-    monkeypatch.setattr(cpu_speed, "_SECONDS", 0.5)
-    assert BF16_SPEEDUP() == pytest.approx(0.02)
-    assert calls == [torch.float32, torch.bfloat16] * 2
+    monkeypatch.setattr(cpu_speed, "_SECONDS", limit)
+    assert BF16_SPEEDUP() == pytest.approx(speedup)
+    assert calls == [torch.float32, torch.bfloat16] * rounds
 
 
 @pytest.mark.parametrize(("images", "measured"), [(1, 1), (3, 3), (1000, 8)])
@@ -75,3 +81,29 @@ def test_matmul_speedup_is_measured_on_the_sequences_of_the_run(
         == [(backend, groups, (tokens, 3, 8), torch.bfloat16) for backend in ("sdpa", "matmul")] * 6
     )
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "images", "heads", "part"),
+    [
+        (((2, 197), (8, 37)), 64, 6, (3, 6, (2, 8))),  # ViT-S/16, 224 px
+        (((2, 785), (8, 145)), 64, 6, (1, 1, (2, 8))),  # ViT-S/8
+        (((2, 785), (8, 145)), 1, 1, (1, 1, (2, 8))),
+        (((2, 901), (8, 37)), 2, 3, (1, 1, (2, 8))),  # ViT-Ti/16, 480 px
+        (((2, 3601), (8, 145)), 64, 6, (1, 1, (1, 1))),  # ViT-S/8, 480 px
+        (((2, 1200), (40, 145)), 1, 12, (1, 1, (1, 22))),
+        (((2, 30_000),), 4, 16, (1, 1, (1,))),
+    ],
+)
+def test_long_sequences_are_measured_in_few_heads_and_crops(sequences, images, heads, part):
+    inputs = AttentionInputs(CPU, sequences=sequences, heads=heads, images=images)
+    measured = cpu_speed.measured_part(inputs)
+    assert (measured.images, measured.heads) == part[:2]
+    assert measured.sequences == tuple(zip(part[2], (n for _, n in sequences), strict=True))
+    least = sum(n * n for _, n in sequences)
+    assert measured.weights <= max(cpu_speed.MEASURED_WEIGHTS, least)
+
+
+def test_a_step_that_is_small_is_measured_as_a_whole():
+    inputs = AttentionInputs(CPU, sequences=((2, 197), (8, 37)), heads=6, images=2)
+    assert cpu_speed.measured_part(inputs) == inputs

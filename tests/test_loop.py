@@ -126,8 +126,12 @@ def test_out_of_memory_error_suggests_flags(config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(Trainer, "train_step", full)
-    with pytest.raises(UserError, match=r"lower --batch_size_per_gpu \(now 4\).*--grad_accum"):
+    flags = r"lower --batch_size_per_gpu \(now 4\).*--grad_accum"
+    with pytest.raises(UserError, match=flags) as error:
         train(config())
+    assert "--attention" not in str(error.value)
+    with pytest.raises(UserError, match=rf"{flags}.* use --attention sdpa, which keeps no"):
+        train(config(attention="matmul"))
 
 
 def test_broken_images_are_skipped_counted_and_listed(config, tmp_path, pictures, capsys):

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdino import TrainConfig, cpu_speed, distributed, runtime
+from fastdino import TrainConfig, Trainer, cpu_speed, distributed, runtime
 from fastdino.errors import ConfigError
 from fastdino.models.attention import AttentionBackend, AttentionInputs
 from fastdino.models.backbones import build_networks
+from fastdino.models.matmul_attention import _MatmulAttention
 from fastdino.runtime import Choice, resolve_runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -237,9 +238,64 @@ def test_attention_on_a_cpu_is_sdpa_where_nothing_is_to_be_measured(monkeypatch)
     few = replace(ATTENTION, sequences=((2, 5),))
     assert runtime.measure_attention(few) == Choice("sdpa", "too little work to measure")
     compiled = replace(ATTENTION, compiled=True)
-    assert runtime.measure_attention(compiled) == Choice("sdpa", "compiled blocks")
+    for recorded in (None, "matmul", "sdpa"):
+        assert runtime.measure_attention(compiled, recorded) == Choice("sdpa", "compiled blocks")
     monkeypatch.setattr(runtime, "attention_problem", lambda name, inputs: "a problem")
     assert runtime.measure_attention(ATTENTION) == Choice("sdpa", "no matmul: a problem")
+
+
+@pytest.mark.parametrize(
+    ("factor", "recorded", "value", "reason"),
+    [
+        (4.0, None, "matmul", "matmul: 9x sdpa, measured"),
+        (3.9, None, "sdpa", "matmul would keep 0.0468 GB of attention weights, more than 25%"),
+        (0.0, None, "sdpa", "more than 25% of the 0 GB available per rank"),
+        (1.0, "matmul", "matmul", "as chosen when the run started"),
+        (0.9, "matmul", "sdpa", "more than 100% of the 0.0421 GB available per rank"),
+        (0.0, "sdpa", "sdpa", "as chosen when the run started"),
+    ],
+)
+def test_matmul_may_keep_a_quarter_of_the_memory(monkeypatch, factor, recorded, value, reason):
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 9.0)
+    memory = factor * ATTENTION.kept_bytes
+    monkeypatch.setattr(runtime, "memory_per_rank", lambda: memory)
+    choice = runtime.measure_attention(ATTENTION, recorded)
+    assert choice.value == value
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"last_block": "all"},
+        {"amp_dtype": "bf16"},
+        {"local_crops_number": 0},
+        {"global_batch_size": 6},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("small_networks")
+def test_memory_of_matmul_is_what_a_step_keeps(tiny, monkeypatch, crops_of, settings, packing):
+    config = tiny(mode="fast", attention="matmul", packing=packing, **settings)
+    inputs, kept, apply = [], [], _MatmulAttention.apply
+    monkeypatch.setattr(runtime, "attention_problem", lambda name, one: inputs.append(one))
+    trainer = Trainer(config, steps_per_epoch=1)
+
+    def noted(*qkv):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            out = apply(*qkv)
+        kept.extend(x.untyped_storage().nbytes() for x in saved[3:])  # all but query, key, value
+        return out
+
+    monkeypatch.setattr(_MatmulAttention, "apply", noted)
+    crops = [crop[: trainer.batch.images] for crop in crops_of(config, 0)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.runtime.autocast is not None):
+        trainer.student(crops)
+    assert [one.kept_bytes for one in inputs] == [sum(kept)]
+    assert kept
 
 
 def test_choices_of_the_checkpoint_are_not_measured_again(tiny, monkeypatch):
@@ -302,16 +358,21 @@ def test_attention_is_tested_with_the_heads_and_crops_of_the_run(tiny, monkeypat
     tested = []
     monkeypatch.setattr(runtime, "compile_problem", lambda device: None)
     monkeypatch.setattr(runtime, "attention_problem", lambda name, inputs: tested.append(inputs))
-    for local_crops, compiled in ((2, "off"), (0, "on")):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for local_crops, compiled, batch, last_block in (
+        (2, "off", 0, "cls"), (0, "on", 0, "cls"), (2, "off", 20, "all")
+    ):  # fmt: skip
         config = tiny(
             arch="deit_nano", patch_size=8, local_crops_number=local_crops, global_crops_size=32,
             local_crops_size=20, compile=compiled, attention="sdpa", amp_dtype="bf16",
+            global_batch_size=batch, last_block=last_block,
         )  # fmt: skip
         resolve_runtime(config, CPU, make_crops=False)
-    inputs = AttentionInputs(CPU, torch.bfloat16, head_dim=32, heads=3, images=4)
+    inputs = AttentionInputs(CPU, torch.bfloat16, head_dim=32, heads=3, images=4, blocks=6)
     assert tested == [
         replace(inputs, sequences=((2, 17), (2, 5))),
         replace(inputs, sequences=((2, 17),), compiled=True),
+        replace(inputs, sequences=((2, 17), (2, 5)), images=2, cls_only=False),
     ]
 
 

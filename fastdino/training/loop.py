@@ -58,6 +58,8 @@ def train(config: TrainConfig) -> Status:
     with group, contextlib.ExitStack() as stack:
         folder = OutputFolder(Path(config.output_dir))
         distributed.from_main(lambda: _enter(folder, stack))
+        # First, because this mistake is quickly noticed.
+        distributed.from_main(lambda: config.check_world_size(distributed.world_size()))
         recorded = distributed.from_main(lambda: recorded_choices(config))
         return Run(config, resolve_runtime(config, recorded=recorded), folder).run()
 
@@ -81,8 +83,7 @@ class Run:
     def __init__(self, config: TrainConfig, runtime: Runtime, folder: OutputFolder):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.output_dir = folder.path
-        # First, because these mistakes are quickly noticed.
-        distributed.from_main(lambda: config.check_world_size(distributed.world_size()))
+        # First, because this mistake is quickly noticed, too.
         self.logger_names = distributed.from_main(lambda: resolve_names(config.loggers))
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(
@@ -109,7 +110,7 @@ class Run:
             world_size=distributed.world_size(),
             device=runtime.device.value,
         )
-        with explain_failures(config):
+        with explain_failures(config, runtime):
             self.trainer = Trainer(config, self.loader.steps_per_epoch, runtime=runtime)
         self.git_commit = distributed.from_main(commit)
         self.progress = Progress(
@@ -170,7 +171,7 @@ class Run:
 
     def _run_epochs(self, signals: StopSignals) -> Status:
         while self.trainer.epoch < self.config.epochs or self.progress.open_epoch is not None:
-            with explain_failures(self.config):
+            with explain_failures(self.config, self.runtime):
                 status = self._run_epoch(signals)
             if status == "interrupted":
                 self._finish_save()
@@ -344,7 +345,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def explain_failures(config: TrainConfig) -> Iterator[None]:
+def explain_failures(config: TrainConfig, runtime: Runtime) -> Iterator[None]:
     """Convert out-of-memory errors and dead workers to UserErrors that suggest flags."""
     try:
         yield
@@ -359,9 +360,12 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         raised = f" and raise --grad_accum ({config.grad_accum}) by the same factor"
         if config.global_batch_size:  # --grad_accum follows
             raised = ""
+        kept = ""
+        if runtime.attention.value == "matmul":
+            kept = ", or use --attention sdpa, which keeps no attention weights"
         raise UserError(
             f"out of memory: lower --batch_size_per_gpu (now {config.batch_size_per_gpu}){raised}, "
-            f"which gives the same training; or lower --out_dim (now {config.out_dim}) or "
+            f"which gives the same training{kept}; or lower --out_dim (now {config.out_dim}) or "
             f"--global_crops_size ({config.global_crops_size}). {error}"
         ) from error
 
