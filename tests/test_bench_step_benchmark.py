@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdino import cli
+from fastdino import cli, cpu_speed, runtime
 from fastdino.bench import flops, scaling, step_benchmark
 from fastdino.bench.baselines import compiled_step, steps
 from fastdino.bench.baselines.dino_repository import DinoRepositoryStep, load_repository
@@ -223,6 +223,46 @@ def test_an_exception_fails_the_check(checker):
     assert str(checker.check(broken)) == "failed: RuntimeError: out of order"
 
 
+@pytest.mark.parametrize(
+    ("name", "faster_in", "checked"),
+    [
+        ("ours-fast", torch.bfloat16, "matmul"),
+        ("ours-fast", torch.float32, "sdpa"),
+        ("ours-bf16", torch.bfloat16, "matmul"),
+        ("ours-fp32", torch.bfloat16, "sdpa"),
+        ("ours-fp32", torch.float32, "matmul"),
+        ("ours", torch.float32, "sdpa"),
+    ],
+)
+def test_the_attention_that_is_timed_is_checked(checker, monkeypatch, name, faster_in, checked):
+    """The check is in fp32, in which another backend may be the faster one."""
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
+    monkeypatch.setattr(
+        cpu_speed, "matmul_speedup", lambda inputs: 3.0 if inputs.dtype == faster_in else 0.3
+    )
+    verdict = checker.check(steps.BASELINES[name].build)
+    assert verdict.passed, verdict
+    assert verdict.attention == checked
+
+
+def test_a_backend_that_cannot_run_in_fp32_is_not_checked(checker, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
+    monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 3.0)
+    tested = []
+
+    def problem(name, inputs):
+        tested.append((name, inputs.dtype))
+        return "fp32" if tested[-1] == ("matmul", torch.float32) else None
+
+    monkeypatch.setattr(runtime, "attention_problem", problem)
+    verdict = checker.check(steps.BASELINES["ours-fast"].build)
+    assert verdict.passed, verdict
+    assert ("matmul", torch.bfloat16) in tested
+    assert verdict.attention == "sdpa"
+
+
 # FLOPs and bytes
 
 
@@ -397,6 +437,7 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert [result["name"] for result in record["arms"]] == names
     assert [result["precision"] for result in record["arms"]] == ["fp32"] * 3 + ["bf16"]
     assert "precision: bf16 (autocast" in record["arms"][3]["note"]
+    assert all("checked in fp32 with attention sdpa" in arm["note"] for arm in record["arms"])
     assert record["environment"]["large product in bf16"] == "1 times as fast as in fp32"
     assert "features" in record["environment"]
     assert record["missing"] == {"ours-graph": "CUDA graphs need a GPU"}

@@ -41,12 +41,14 @@ class Verdict:
     worst: quantity -> (largest relative error, name of the tensor).
     error: the exception that the baseline raised, or "".
     seconds: duration of the step, the first of the baseline.
+    attention: the attention backend of the step, if it was resolved.
     """
 
     worst: dict[str, tuple[float, str]]
     error: str = ""
     seconds: float = 0.0
     loss_tolerance: float = TOLERANCE
+    attention: str = ""
 
     @property
     def passed(self) -> bool:
@@ -89,7 +91,9 @@ class CorrectnessCheck:
             return Verdict({}, failure_reason(error))
         expected, _ = self._reference(step.clip, one_size)
         worst = {name: _worst(actual[name], expected[name]) for name in expected}
-        return Verdict(worst, seconds=seconds, loss_tolerance=step.loss_tolerance)
+        return Verdict(
+            worst, seconds=seconds, loss_tolerance=step.loss_tolerance, attention=step.attention
+        )
 
     def _reference(self, clip: str, one_size: bool) -> tuple[dict[str, Tensors], float]:
         key = clip, one_size
@@ -104,7 +108,8 @@ class CorrectnessCheck:
         """Return a new training step, the results of running it, and its duration."""
         if one_size not in self._setups:
             config = check_config(self._config, one_size=one_size)
-            self._setups[one_size] = random_setup(config, self._device, self._dino_repo)
+            setup = random_setup(config, self._device, self._dino_repo)
+            self._setups[one_size] = dataclasses.replace(setup, timed=self._config)
         setup = self._setups[one_size]
         crops = synthetic_crops(setup.config, self._device)
         with exact_fp32():

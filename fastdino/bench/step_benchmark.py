@@ -212,6 +212,8 @@ class StepBenchmark:
             notes.append(f"on crops of one size: {baseline.one_size}")
         if verdict.loss_tolerance > TOLERANCE:
             notes.append(f"the loss, one long fp32 sum, to {verdict.loss_tolerance:g}")
+        if verdict.attention:
+            notes.append(f"checked in fp32 with attention {verdict.attention}")
         self.results[name] = StepResult(
             name,
             baseline.title,

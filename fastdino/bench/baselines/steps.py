@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from fastdino.bench.baselines.dino_repository import DinoRepositoryStep
 from fastdino.bench.baselines.lightly_step import LightlyStep
 from fastdino.bench.baselines.paper_step import PaperStep
 from fastdino.bench.baselines.training_step import StepSetup, TrainingStep
+from fastdino.config import TrainConfig
+from fastdino.errors import ConfigError
 from fastdino.models.compile import compile_problem
+from fastdino.runtime import Runtime, resolve_runtime
 from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
 
@@ -32,18 +36,16 @@ class TrainerStep(TrainingStep):
     """The step of fastdino's Trainer; `changes` are settings of TrainConfig."""
 
     def __init__(self, setup: StepSetup, **changes: Any):
-        if not setup.config.use_fp16:  # the correctness check is in fp32
-            changes.pop("amp_dtype", None)
-        config = dataclasses.replace(setup.config, **changes)
-        self.trainer = Trainer(config, STEPS_PER_EPOCH, device=setup.device)
+        config, runtime = _resolve(setup, changes)
+        self.trainer = Trainer(config, STEPS_PER_EPOCH, runtime=runtime)
         state = self.trainer.state_dict()
         center = setup.center.reshape(state["dino_loss"]["center"].shape)
         state |= {"student": setup.student, "teacher": setup.teacher}
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
-        runtime = self.trainer.runtime
         self.precision = runtime.precision.value
         self.choices = f"precision: {runtime.precision}; attention: {runtime.attention}"
+        self.attention = runtime.attention.value
         if runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warmup_steps = config.print_freq * WARMUP_STEPS + 1
 
@@ -53,6 +55,27 @@ class TrainerStep(TrainingStep):
     @property
     def center(self) -> Tensor:
         return self.trainer.loss.center.flatten()
+
+
+def _resolve(setup: StepSetup, changes: dict[str, Any]) -> tuple[TrainConfig, Runtime]:
+    """Return the settings and choices of a step: in a check, with the attention that is timed.
+
+    A GPU's backend may not support fp32, in which the check is: then the check has its own.
+    """
+    config = _changed(setup.config, changes)
+    if setup.timed is not None:
+        timed = resolve_runtime(_changed(setup.timed, changes), setup.device, make_crops=False)
+        same = dataclasses.replace(config, attention=timed.attention.value)
+        with contextlib.suppress(ConfigError):
+            return same, resolve_runtime(same, setup.device, make_crops=False)
+    return config, resolve_runtime(config, setup.device, make_crops=False)
+
+
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """Return changed settings; those in fp32 stay without a dtype of mixed precision."""
+    if not config.use_fp16:
+        changes = changes | {"amp_dtype": "auto"}
+    return dataclasses.replace(config, **changes)
 
 
 @dataclass(frozen=True)

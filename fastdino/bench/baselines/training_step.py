@@ -30,6 +30,7 @@ class StepSetup:
     student, teacher: weights under the paper's names (backbone.*, head.*), to be copied.
     center: [K].
     dino_repo: checkout of the authors' code, for the baseline that runs it.
+    timed: in a correctness check, the settings of the timed run.
     """
 
     config: TrainConfig
@@ -38,6 +39,7 @@ class StepSetup:
     teacher: Weights
     center: Tensor
     dino_repo: Path | None = None
+    timed: TrainConfig | None = None
 
 
 class TrainingStep(abc.ABC):
@@ -50,6 +52,7 @@ class TrainingStep(abc.ABC):
         precision: of the forward pass: fp32, bf16 or fp16.
         warmup_steps: steps needed before timing, in addition to the usual few.
         choices: settings that were resolved for this machine, with the reasons.
+        attention: the attention backend, if it was resolved.
     """
 
     clip: ClassVar[str] = "parameter"
@@ -59,6 +62,7 @@ class TrainingStep(abc.ABC):
     precision: str
     warmup_steps: int = 0
     choices: str = ""
+    attention: str = ""
 
     @abc.abstractmethod
     def __init__(self, setup: StepSetup): ...
