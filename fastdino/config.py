@@ -158,13 +158,15 @@ class TrainConfig:
     mode: str = _speed(
         ("parity", "fast"),
         "parity: the paper's operations in their order and precision. fast: the same maths with "
-        "bf16 on a GPU, compiled blocks, a fused optimizer and no host sync.",
+        "bf16 (on a CPU: if its products are fast) and a fused optimizer, and on a GPU compiled "
+        "blocks and no host sync.",
     )
-    use_fp16: bool = _speed(True, "Mixed precision on a GPU, with --amp_dtype.")
+    use_fp16: bool = _speed(True, "Mixed precision, in the dtype of --amp_dtype; false: fp32.")
     amp_dtype: str = _speed(
         ("auto", "fp16", "bf16"),
         "Mixed precision. auto: on a GPU fp16 with loss scaling, as in the paper, or bf16 in "
-        "--mode fast; fp32 on a CPU.",
+        "--mode fast; on a CPU fp32, or bf16 in --mode fast if a product measured at start is at "
+        "least twice as fast in it.",
     )
     compile: str = _speed(
         ("auto", "on", "off"),
@@ -174,7 +176,8 @@ class TrainConfig:
         ("auto", "xformers", "varlen", "sdpa", "matmul"),
         "Attention backend of vit_*: xformers, varlen (torch.nn.attention.varlen), sdpa (PyTorch, "
         "one call per crop size), or matmul (plain batched products, on a CPU). auto: on a GPU the "
-        "first that works, on a CPU the faster one of sdpa and matmul, measured at start.",
+        "first that works; on a CPU sdpa, or in --mode fast matmul if it is faster, measured at "
+        "start, and its memory is available (not with --recompute on or --compile on).",
     )
     packing: str = _speed(
         ("auto", "on", "off"),
