@@ -71,6 +71,18 @@ def test_the_environment_states_the_place_of_this_process(environ, expected):
     assert read_launch(environ) == expected
 
 
+def test_steps_have_ports_of_their_own_that_no_connection_is_given():
+    """Linux gives connections of other programs ports from 32768 on."""
+    ports = {
+        read_launch(SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).master[1]
+        for job in range(10**6, 10**6 + 3000)
+        for step in (0, 2)
+    }
+    assert min(ports) >= 20000
+    assert max(ports) < 32768
+    assert len(ports) == 6000
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
