@@ -12,6 +12,7 @@ SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, *HALVES]
 EPS = torch.finfo(torch.float32).eps
+LONG = (1 << 23) + 5  # of these, PyTorch's norm on a CPU is off by 2e-4
 
 TRITON = [("triton", "cpu"), pytest.param(("triton", "cuda"), marks=pytest.mark.gpu)]
 triton_only = pytest.mark.parametrize("target", TRITON, indirect=True, ids="-".join)
@@ -28,6 +29,11 @@ def draw(dtype=torch.float32, seed=0, device="cpu", shapes=SHAPES) -> list[Tenso
         torch.randn(shape, generator=generator).to(device, dtypes[index % len(dtypes)])
         for index, shape in enumerate(shapes)
     ]
+
+
+def long_normal(size: int = LONG, seed: int = 0) -> Tensor:
+    """Draw more normal numbers than fp32 can add one after the other."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 def strided(device) -> list[Tensor]:

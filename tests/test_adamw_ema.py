@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fastdino_kernels import adamw_ema_update_
+from fastdino_kernels import adamw_ema_update_, reference
 
 from tests import adamw_steps
 from tests.adamw_steps import (
@@ -20,7 +20,7 @@ from tests.adamw_steps import (
     make,
     step_by_step,
 )
-from tests.multi_tensor import EPS, HALVES, draw
+from tests.multi_tensor import EPS, HALVES, draw, long_normal
 from tests.properties import given, settings, st
 
 target = adamw_steps.target
@@ -45,6 +45,20 @@ def test_one_step_matches_the_equations(gradient, target):
     clipped = norms > 1
     assert clipped.any()
     assert not clipped.all()
+
+
+@pytest.mark.parametrize("clip", ["each", "all"])
+def test_gradients_of_millions_of_elements_are_clipped_accurately(clip):
+    gradients = [long_normal(), torch.ones(3)]
+    zeros = [[torch.zeros_like(g) for g in gradients] for _ in range(3)]
+    lists = Lists(zeros[0], gradients, zeros[1], zeros[2], torch.zeros(2))
+    norms = lists.step({"impl": "auto"}, clip=clip, momentum=None)
+    clip_ = {"each": reference.clip_grad_norms, "all": reference.clip_grad_norm}[clip]
+    clipped, right = clip_([g.double() for g in gradients], OPTIONS["max_norm"])
+    right = torch.stack(right) if clip == "each" else right
+    torch.testing.assert_close(norms.double(), right, rtol=1e-6, atol=0)
+    for m, g in zip(lists.exp_avgs, clipped, strict=True):
+        torch.testing.assert_close(m.double(), (1 - OPTIONS["betas"][0]) * g, rtol=1e-6, atol=0)
 
 
 def errors(actual, expected):

@@ -11,10 +11,12 @@ from tests import multi_tensor
 from tests.multi_tensor import (
     EPS,
     FLOATS,
+    LONG,
     assert_frame,
     capture,
     far_tables,
     frames_around,
+    long_normal,
     needs_cuda,
     numpy_warns,
     triton_only,
@@ -200,6 +202,17 @@ def test_global_norm_matches_torch(max_norm, odd, target):
     torch.testing.assert_close(norm, expected, equal_nan=True)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@both
+@pytest.mark.parametrize("size", [65536 * 256, LONG])
+def test_millions_of_elements_are_clipped_accurately(clip_, size):
+    params = [parameter(long_normal(size)), parameter(torch.ones(3))]
+    expected, expected_norms = truth(clip_, params, 1.0)
+    norms = clip_(params, 1.0)
+    torch.testing.assert_close(norms.double(), expected_norms, rtol=1e-6, atol=0)
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad.double(), e, rtol=1e-6, atol=0)
 
 
 @both

@@ -7,6 +7,7 @@ import torch
 
 from fastdino.models.backbones import build_networks
 from fastdino.training.optimizers import LARS, build_optimizer, parameter_groups
+from tests.multi_tensor import long_normal
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -75,6 +76,18 @@ def test_lars_follows_its_equations():
         optimizer.step()
         for p, value in zip(parameters, expected, strict=True):
             torch.testing.assert_close(p.data, value, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rows", [16384, 16383])
+def test_lars_scales_millions_of_weights_accurately(rows):
+    """The weights are as large as each other, so that the errors of both norms differ."""
+    weight = torch.nn.Parameter(torch.full((rows, 512), 1.0))
+    weight.grad = long_normal(weight.numel()).view_as(weight)
+    p, g = weight.detach().double(), weight.grad.double()
+    optimizer = LARS([weight], lr=1.0)
+    optimizer.step()
+    _, moment = plain_lars(p, g, None, 1.0, 0.0)
+    torch.testing.assert_close(optimizer.state[weight]["mu"].double(), moment, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

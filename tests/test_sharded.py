@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastdino_kernels import AdamWEMA, clip_grad_norm_, clip_grad_norms_
+from fastdino_kernels.norms import norm
 
+from tests.multi_tensor import long_normal
 from tests.processes import run_two
 
 IMPLS = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
@@ -84,6 +86,12 @@ def of_two(folder: Path) -> None:
     p.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     with pytest.raises(ValueError, match=r"parameters\[0\].grad must be sharded or repl.*Partial"):
         clip_grad_norms_([p], 1.0)
+    x = long_normal()
+    for placement in (Shard(0), Replicate()):
+        value = norm(distribute_tensor(x, mesh, [placement]))
+        assert value.item() == pytest.approx(x.double().norm().item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"tensor\[0\] must be sharded or replicated, .*Partial"):
+        norm(p.grad)
     p.grad = DTensor.from_local(torch.ones(3), mesh, [Replicate()])
     teacher = DTensor.from_local(torch.ones(3), mesh, [Shard(0)])
     with pytest.raises(

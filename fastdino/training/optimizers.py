@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from fastdino_kernels.norms import norm
 from torch import Tensor, nn
 
 
@@ -71,7 +72,7 @@ class LARS(torch.optim.Optimizer):
         assert update is not None
         if parameter.ndim != 1:
             update = update.add(parameter, alpha=group["weight_decay"])
-            parameter_norm, update_norm = parameter.norm(), update.norm()
+            parameter_norm, update_norm = norm(parameter), norm(update)
             trust = group["eta"] * parameter_norm / update_norm
             scaled = (parameter_norm > 0) & (update_norm > 0)
             update = update * torch.where(scaled, trust, torch.ones_like(trust))

@@ -13,6 +13,7 @@ koleo.py, gram.py       koleo_loss, gram_loss: losses of features and patch toke
 collectives.py          all-reduces of the losses that depend on all ranks' rows
 ema.py                  ema_update_
 clip.py                 clip_grad_norms_ (each by its own norm), clip_grad_norm_ (global norm)
+norms.py                2-norms of tensors and DTensors, accurate for any number of elements
 adamw_ema*.py           adamw_ema_update_ and AdamWEMA: clip, AdamW and EMA in one pass
 multi_crop*.py          multi_crop, multi_crop_groups; crop_params.py: their parameters;
                         crop_table.py: what their kernels read

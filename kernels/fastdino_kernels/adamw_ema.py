@@ -31,10 +31,11 @@ from .adamw_ema_arguments import (
     make_group,
 )
 from .checks import check_float_tensor, check_lengths
-from .clip import check_max_norm, measure, norm_dtype
+from .clip import check_max_norm
 from .dispatch import choose_impl
-from .dtensor import local_lists, norms_over_shards
+from .dtensor import local_lists
 from .memory import Ranges
+from .norms import measure, norm_dtype
 from .pointer_table import Cache, make_pointers, thread_cache
 from .tensor_lists import Lists, Tables, cached_chunks, key_of, present, triton_takes
 
@@ -252,12 +253,10 @@ def _gradient_tables(local: Lists, impl: str) -> Tables | None:
 def _measure(call: Call, local: Lists) -> Tensor:
     """Return the norms by PyTorch: those of whole gradients, divided by grad_scale."""
     n = len(call.steps)
-    whole, shards = call.lists["gradients"][:n], local["gradients"][:n]
+    whole = call.lists["gradients"][:n]
+    shards = whole if local is call.lists else local["gradients"][:n]
     if held := present([shards]):
-        norms = measure(shards)
-        if local is not call.lists:
-            norms = norms_over_shards(norms, "gradients", whole)
-        norms = norms.to(norm_dtype(held))
+        norms = measure(whole, shards, "gradients").to(norm_dtype(held))
     else:
         norms = torch.zeros(n, device=present(local.values())[0].device)
     norms = norms if call.each else torch.linalg.vector_norm(norms)

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from .checks import check_number
 from .dispatch import choose_impl, compute_dtype
-from .dtensor import local_lists, norms_over_shards
+from .dtensor import local_lists
+from .norms import measure, norm_dtype
 from .operators import LIBRARY, ops, register_fake
 from .reference import CLIP_EPS
-from .tensor_lists import Some, are_plain, are_traced, check_lists, holes, present, tables_for
+from .tensor_lists import (
+    Some,
+    are_plain,
+    are_traced,
+    by_dtype,
+    check_lists,
+    holes,
+    present,
+    tables_for,
+)
 
 GRADIENTS = "parameters[].grad"
 
@@ -63,8 +73,8 @@ def clip_grad_norm_(
 
     The result is that of torch.nn.utils.clip_grad_norm_ with its defaults (2-norm,
     error_if_nonfinite off), as DINOv2 and DINOv3 call it, except that half precision is computed in
-    fp32. No value is read back to the host. A NaN norm makes every gradient NaN; an infinite one
-    multiplies them by 0.
+    fp32, and that the norm of a long gradient is accurate on a CPU too. No value is read back to
+    the host. A NaN norm makes every gradient NaN; an infinite one multiplies them by 0.
 
     Args: as clip_grad_norms_.
 
@@ -116,30 +126,13 @@ def _clip_(grads: Some, local: Some, max_norm: float, impl: str, *, each: bool) 
 
 
 def _torch_clip_(grads: Some, local: Some, max_norm: float, *, each: bool) -> Tensor:
-    norms = measure(local)
-    if local is not grads:
-        norms = norms_over_shards(norms, GRADIENTS, grads)
+    norms = measure(grads, local, GRADIENTS)
     dtype = norm_dtype(present([local]))
     if not each:
         norms = torch.linalg.vector_norm(norms)
     factors = clip_factors(norms, max_norm, each=each).expand(len(grads))
     _scale_(local, factors.unbind())
     return norms.to(dtype)
-
-
-def measure(tensors: Some) -> Tensor:
-    """Return the 2-norms [n] of at least one tensor by multi-tensor operations, 0 for None.
-
-    fp64 if any tensor is fp64, else fp32; half precision is computed in fp32.
-    """
-    some = present([tensors])
-    like = torch.zeros((), dtype=compute_dtype(*some), device=some[0].device)
-    norms = [like] * len(tensors)
-    for indices, group in _by_dtype(tensors):
-        measured = torch._foreach_norm(group, 2.0, dtype=compute_dtype(*group[:1]))
-        for index, norm in zip(indices, measured):
-            norms[index] = norm.to(like)
-    return torch.stack(norms)
 
 
 def clip_factors(norms: Tensor, max_norm: float, *, each: bool) -> Tensor:
@@ -150,7 +143,7 @@ def clip_factors(norms: Tensor, max_norm: float, *, each: bool) -> Tensor:
 
 def _scale_(tensors: Some, factors: Sequence[Tensor]) -> None:
     """Multiply each tensor by its factor []."""
-    for indices, group in _by_dtype(tensors):
+    for indices, group in by_dtype(tensors):
         wide = compute_dtype(group[0])
         own = [factors[i].to(g.device, wide) for i, g in zip(indices, group)]
         # On an accelerator, half times a 0-d factor rounds the factor to half first.
@@ -158,17 +151,6 @@ def _scale_(tensors: Some, factors: Sequence[Tensor]) -> None:
         torch._foreach_mul_(products, own)
         if products is not group:
             torch._foreach_copy_(group, products)
-
-
-def _by_dtype(tensors: Some) -> list[tuple[list[int], list[Tensor]]]:
-    """Return (indices, tensors) that one multi-tensor operation can process at once."""
-    groups: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
-    for index, tensor in enumerate(tensors):
-        if tensor is not None:
-            indices, group = groups.setdefault(tensor.dtype, ([], []))
-            indices.append(index)
-            group.append(tensor)
-    return list(groups.values())
 
 
 def _clip_grad_norms_op(
@@ -192,12 +174,6 @@ LIBRARY.impl("clip_grad_norms_", _clip_grad_norms_op, "CompositeExplicitAutograd
 LIBRARY.impl("clip_grad_norm_", _clip_grad_norm_op, "CompositeExplicitAutograd")
 register_fake("clip_grad_norms_", lambda grads, _, total, __: grads[0].new_empty(total).float())
 register_fake("clip_grad_norm_", lambda grads, _: grads[0].new_empty(()).float())
-
-
-def norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype of returned norms: fp64 if every gradient is fp64, else fp32."""
-    double = all(grad.dtype == torch.float64 for grad in grads)
-    return torch.float64 if double else torch.float32
 
 
 def check_max_norm(max_norm: object) -> float:

@@ -51,6 +51,17 @@ def present(lists: Iterable[Some]) -> list[Tensor]:
     return [tensor for some in lists for tensor in some if tensor is not None]
 
 
+def by_dtype(tensors: Some) -> list[tuple[list[int], list[Tensor]]]:
+    """Return (indices, tensors) that one multi-tensor operation can process at once."""
+    groups: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor is not None:
+            indices, group = groups.setdefault(tensor.dtype, ([], []))
+            indices.append(index)
+            group.append(tensor)
+    return list(groups.values())
+
+
 def are_plain(lists: Iterable[Sequence[object]]) -> bool:
     """Return True if all are plain tensors or None: no subclass (fake, distributed, ...)."""
     return all(set(map(type, some)) - {_NONE} <= _PLAIN_TYPES for some in lists)

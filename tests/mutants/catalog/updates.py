@@ -20,6 +20,7 @@ DTENSOR = f"{PACKAGE}/dtensor.py"
 LAUNCH = f"{PACKAGE}/kernel_launch.py"
 MEMORY = f"{PACKAGE}/memory.py"
 DISPATCH = f"{PACKAGE}/dispatch.py"
+NORMS = f"{PACKAGE}/norms.py"
 
 STEP = ("tests/test_adamw_ema.py::test_one_step_matches_the_equations",)
 FLAGS = ("tests/test_adamw_ema_flags.py",)
@@ -307,6 +308,34 @@ MUTANTS = (
         "max_norm / (norms + CLIP_EPS)",
         "max_norm / norms.clamp(min=CLIP_EPS)",
         ("tests/test_clip.py::test_factor_of_small_norms_has_the_papers_epsilon",),
+    ),
+    # Norms of long tensors on a CPU
+    Mutant(
+        NORMS,
+        'tensor.numel() > ROW and tensor.device.type == "cpu"',
+        'tensor.numel() > ROW and tensor.device.type != "cpu"',
+        (
+            "tests/test_clip.py::test_millions_of_elements_are_clipped_accurately",
+            "tests/test_optimizers.py::test_lars_scales_millions_of_weights_accurately",
+        ),
+    ),
+    Mutant(
+        NORMS,
+        "while tensor.numel()",
+        "if tensor.numel()",
+        ("tests/test_norms.py::test_lengths_around_a_row",),
+    ),
+    Mutant(
+        NORMS,
+        "tensor = torch.cat([rows, last])",
+        "tensor = rows",
+        ("tests/test_norms.py::test_lengths_around_a_row",),
+    ),
+    Mutant(
+        NORMS,
+        "if tensor.is_contiguous():",
+        "if tensor.dim() > 0:",
+        ("tests/test_norms.py::test_dense_layouts_are_not_copied",),
     ),
     # Chunks, tables and keys
     Mutant(
