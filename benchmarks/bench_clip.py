@@ -44,6 +44,11 @@ def ours_global(parameters: list[Tensor], impl: str = "auto") -> Tensor:
     return fastdino_kernels.clip_grad_norm_(parameters, MAX_NORM, impl=impl)
 
 
+TOLERANCE = 1e-5  # relative
+# PyTorch's norm on a CPU, which these use, is off by 8e-4 for the 65536 x 256 gradient of the last
+# layer: it adds all squares one after the other in the fp32 lanes of one register.
+PYTORCH_NORMS: tuple[Clip, ...] = (paper_clip, torch_global)
+PYTORCH_NORMS_CPU_TOLERANCE = 2e-3
 BASELINES: dict[bool, dict[str, tuple[str, Clip]]] = {
     False: {"the paper's loop": ("paper", paper_clip), "fastdino_kernels": ("ours", ours)},
     True: {
@@ -71,13 +76,15 @@ def counted_bytes(size: Size, all_by_one: bool) -> tuple[int, str]:
 
 def check(clip: Clip, size: Size, all_by_one: bool, device: torch.device) -> None:
     """Compare every gradient with the equation in float64."""
+    inexact = device.type == "cpu" and clip in PYTORCH_NORMS
+    tolerance = PYTORCH_NORMS_CPU_TOLERANCE if inexact else TOLERANCE
     network = shared_network(size, device)
     clip(network.restore_gradients())
     total = torch.stack([g.double().norm() for g in network.gradients]).norm()
     for index, gradient in enumerate(network.gradients):
         norm = total if all_by_one else gradient.double().norm()
         expected = gradient.double() * (MAX_NORM / (norm + reference.CLIP_EPS)).clamp(max=1)
-        assert_close(f"gradient[{index}]", grad_of(network.student[index]), expected, 1e-5)
+        assert_close(f"gradient[{index}]", grad_of(network.student[index]), expected, tolerance)
 
 
 def clip_comparison(size: Size, all_by_one: bool, device: torch.device) -> Comparison:
