@@ -1,4 +1,4 @@
-"""Measurements on a CPU that decide between precisions and between attention backends.
+"""Measurements on a CPU that decide between precisions, attention backends and linear layers.
 
 Each takes a fraction of a second on an idle machine with fast bf16. Rounds are interleaved, and the
 shortest time of each candidate counts, which other processes disturb the least. After _SECONDS no
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 
 from fastdino.models.attention import AttentionInputs, attend, token_layout
+from fastdino.models.linear_layer import linear
 
 # bf16 must be so many times faster than fp32: casts and rounding cost something too.
 BF16_GAIN = 2.0
 # A closer result is a tie, which is sdpa's.
 MATMUL_GAIN = 1.15
+# A closer result is a tie, which is PyTorch's own BLAS's.
+ONEDNN_GAIN = 1.15
 # Attention weights of a step, below which no backend matters, and of the measured part of a step.
 NEGLIGIBLE_WEIGHTS, MEASURED_WEIGHTS = 1 << 16, 1 << 21
+# Multiplications of a layer, below which its products do not matter, and of the measured one.
+NEGLIGIBLE_PRODUCT, MEASURED_PRODUCT = 1 << 24, 1 << 29
 _ROUNDS, _SECONDS, _SIDE = 5, 2.0, 768
 
 
@@ -48,6 +53,26 @@ def matmul_speedup(inputs: AttentionInputs) -> float:
     passes = [functools.partial(_attention_pass, part, backend) for backend in ("sdpa", "matmul")]
     sdpa, matmul = _shortest_seconds(passes)
     return sdpa / matmul
+
+
+@functools.cache
+def onednn_speedup(rows: int, dim: int) -> float:
+    """Return how many times faster oneDNN's products are: both passes of a block's largest layer.
+
+    The layer maps [rows, dim] to [rows, 4 dim], of so few rows that they have MEASURED_PRODUCT.
+    """
+    rows = max(1, min(rows, MEASURED_PRODUCT // (4 * dim * dim)))
+    torch_blas, onednn = _shortest_seconds(
+        [functools.partial(_linear_pass, rows, dim, onednn) for onednn in (False, True)]
+    )
+    return torch_blas / onednn
+
+
+def _linear_pass(rows: int, dim: int, onednn: bool) -> tuple[Tensor, ...]:
+    parts = _noise((rows + 4 * dim, dim)).split((rows, 4 * dim))
+    x, weight = (part.detach().requires_grad_() for part in parts)
+    y = linear(x, weight, onednn=onednn)
+    return torch.autograd.grad(y, (x, weight), y.detach())
 
 
 def measured_part(inputs: AttentionInputs) -> AttentionInputs:

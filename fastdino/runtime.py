@@ -19,6 +19,7 @@ from fastdino.launch import read_launch
 from fastdino.models.attention import BACKENDS, AttentionBackend, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
 from fastdino.models.head import MultiCropWrapper
+from fastdino.models.linear_layer import OneDNNLayer, onednn_problem
 from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 
 # The choices that a CPU measures in --mode fast, and the settings that they depend on. A resumed
@@ -26,6 +27,7 @@ from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 MEASURED = {
     "precision": ("mode", "use_fp16", "amp_dtype"),
     "attention": ("mode", "use_fp16", "amp_dtype", "attention", "compile", "recompute"),
+    "onednn": ("mode", "use_fp16", "amp_dtype", "compile", "recompute"),
 }
 KEPT = "as chosen when the run started"
 # matmul may keep this share of the available memory for the backward pass: networks, other
@@ -63,6 +65,7 @@ class Runtime:
         packing: crops of all sizes in one sequence.
         last_block: tokens that the last block computes, "cls" or "all".
         recompute: norms and GELU recomputed in the backward pass instead of kept.
+        onednn: fp32 products of linear layers on a CPU by oneDNN instead of PyTorch's BLAS.
         kernels: implementation of fastdino_kernels: "triton" or "torch".
         cuda_graph: the training step replayed as a CUDA graph.
         crops, decode: crop backend and JPEG decoder; None if the caller makes the crops.
@@ -75,6 +78,7 @@ class Runtime:
     packing: Choice
     last_block: Choice
     recompute: Choice
+    onednn: Choice
     kernels: Choice
     cuda_graph: Choice
     crops: Choice | None = None
@@ -103,8 +107,11 @@ class Runtime:
         return {name: dataclasses.asdict(choice) for name, choice in self.choices().items()}
 
     def apply_to(self, network: MultiCropWrapper) -> None:
-        """Set attention, packing, last block and recomputation of a network."""
+        """Set attention, packing, last block, recomputation and linear layers of a network."""
         network.packing = self.packing.on
+        for layer in network.modules():
+            if isinstance(layer, OneDNNLayer):
+                layer.onednn = self.onednn.on
         if isinstance(network.backbone, VisionTransformer):
             network.backbone.attention = AttentionBackend(
                 self.attention.value, _attention_dtype(self.precision)
@@ -149,7 +156,7 @@ def resolve_runtime(
         cuda_graph=choose_cuda_graph(config, device, precision),
         crops=crops,
         decode=decode,
-        **_vit_choices(config, device, precision, compiled, recorded.get("attention")),
+        **_vit_choices(config, device, precision, compiled, recorded),
     )
 
 
@@ -245,9 +252,9 @@ def _vit_choices(
     device: torch.device,
     precision: Choice,
     compiled: Choice,
-    recorded: str | None,
+    recorded: Mapping[str, str],
 ) -> dict[str, Choice]:
-    """Resolve --attention, --packing, --last_block and --recompute, which are for vit_* only."""
+    """Resolve what is for vit_* only: --attention, --packing, --last_block, --recompute, oneDNN."""
     if config.arch not in PATCHED_ARCHS:
         for flag in ("attention", "packing", "recompute"):
             value = getattr(config, flag)
@@ -261,6 +268,7 @@ def _vit_choices(
             "packing": Choice("off", "the architecture takes one crop size at a time"),
             "last_block": Choice("all", "only vit_* architectures have it"),
             "recompute": Choice("off", "only vit_* architectures have it"),
+            "onednn": Choice("off", "only vit_* architectures have it"),
         }
     sizes = [(2, config.global_crops_size), (config.local_crops_number, config.local_crops_size)]
     shape = VIT_ARCHS[config.arch.replace("deit_", "vit_", 1)]
@@ -285,7 +293,9 @@ def _vit_choices(
     if config.attention == "auto" and not on_gpu:
         fixed = f"--mode {config.mode} on a CPU" if config.mode != "fast" else ""
         fixed = "--recompute on: it saves less" if recompute.on else fixed
-        attention = Choice("sdpa", fixed) if fixed else measure_attention(inputs, recorded)
+        attention = (
+            Choice("sdpa", fixed) if fixed else measure_attention(inputs, recorded.get("attention"))
+        )
     else:
         attention = choose_attention(config.attention, inputs)
     return {
@@ -293,6 +303,7 @@ def _vit_choices(
         "packing": _requested_or(Choice("on", "one pass for all crop sizes"), config.packing),
         "last_block": _requested_or(cls, config.last_block),
         "recompute": recompute,
+        "onednn": choose_onednn(config, precision, recompute, inputs, recorded.get("onednn")),
     }
 
 
@@ -361,6 +372,45 @@ def _faster_attention(inputs: AttentionInputs) -> Choice:
     speedup = cpu_speed.matmul_speedup(inputs)
     faster = speedup >= cpu_speed.MATMUL_GAIN
     return Choice("matmul" if faster else "sdpa", f"matmul: {speedup:.2g}x sdpa, measured")
+
+
+def choose_onednn(
+    config: TrainConfig,
+    precision: Choice,
+    recompute: Choice,
+    inputs: AttentionInputs,
+    recorded: str | None = None,
+) -> Choice:
+    """Let oneDNN compute fp32 linear layers where that is measurably faster; rank 0 measures.
+
+    Only in --mode fast on a CPU: the sums are rounded in another order.
+
+    Args: recorded: the value that was measured before, if it was.
+    """
+    rows = inputs.images * sum(crops * n for crops, n in inputs.sequences)
+    dim = inputs.heads * inputs.head_dim
+    if inputs.device.type != "cpu" or config.mode != "fast":
+        return Choice("off", f"--mode {config.mode} on a {inputs.device.type.upper()}")
+    if precision.value != "fp32":
+        return Choice("off", f"--use_fp16: products in {precision.value}")
+    if inputs.compiled:
+        return Choice("off", "compiled blocks")
+    if recompute.on:
+        return Choice("off", "--recompute on: it would compute products twice")
+    if recorded in ("on", "off"):
+        return Choice(recorded, KEPT)
+    if 4 * rows * dim * dim < cpu_speed.NEGLIGIBLE_PRODUCT:
+        return Choice("off", "too little work to measure")
+    return distributed.from_main(lambda: _faster_linear(rows, dim))
+
+
+def _faster_linear(rows: int, dim: int) -> Choice:
+    problem = onednn_problem()
+    if problem is not None:
+        return Choice("off", problem)
+    speedup = cpu_speed.onednn_speedup(rows, dim)
+    faster = speedup >= cpu_speed.ONEDNN_GAIN
+    return Choice("on" if faster else "off", f"{speedup:.2g}x PyTorch's BLAS, measured")
 
 
 def choose_kernels(device: torch.device) -> Choice:

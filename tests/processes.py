@@ -32,6 +32,7 @@ def make_measurements_ties(patch: pytest.MonkeyPatch) -> None:
     """Let every measurement of this CPU be a tie, so that runs choose the same everywhere."""
     patch.setattr(cpu_speed, "bf16_speedup", lambda: 1.0)
     patch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 1.0)
+    patch.setattr(cpu_speed, "onednn_speedup", lambda rows, dim: 1.0)
 
 
 def run_two(function: Callable[..., None], *args: Any) -> None:

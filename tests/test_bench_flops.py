@@ -44,10 +44,17 @@ def test_the_peak_of_other_gpus_and_of_parts_of_a_gpu_is_measured(monkeypatch, n
     assert flops.peak_of(CUDA).source == "measured"
 
 
-def test_the_measured_peak_is_the_fastest_product(monkeypatch):
-    seconds = iter([3.0, 0.5, 2.0])
+@pytest.mark.parametrize("problem", [None, "no oneDNN"])
+def test_the_measured_peak_is_the_fastest_product(monkeypatch, problem):
+    """By oneDNN too, where it works."""
+    ways = (False,) if problem else (False, True)
+    seconds = iter([3.0, 2.0, 0.5, 4.0, 3.0, 2.0])
+    used = []
+    monkeypatch.setattr(flops, "onednn_problem", lambda: problem)
+    monkeypatch.setattr(flops, "product", lambda a, b, *, onednn: used.append(onednn))
     monkeypatch.setattr(flops, "host_seconds", lambda calls, device: (calls[0](), next(seconds))[1])
     peak = flops.measured_peak(torch.device("cpu"), repetitions=3)
+    assert used == [*ways] * 3
     assert peak.flops == 2 * 1024**3 / 0.5
     assert peak.source == "a float32 product of 1024 x 1024 matrices in this run"
 

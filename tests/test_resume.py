@@ -15,6 +15,7 @@ import torch
 
 from fastdino import checkpoint, cli, cpu_speed
 from fastdino.errors import CheckpointError
+from fastdino.runtime import MEASURED
 from fastdino.signals import EXIT_INTERRUPTED
 from fastdino.training import loop
 from fastdino.training.loop import Run, train
@@ -173,45 +174,49 @@ def test_resume_warns_of_other_images(config, tmp_path, pictures, capsys, monkey
 def test_resumed_run_keeps_what_its_start_measured(config, tmp_path, monkeypatch):
     """A second measurement may differ, and other products have other bits."""
     monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_PRODUCT", 0)
     path = tmp_path / "run/checkpoint.pth"
 
-    def choices(bf16: float, matmul: float, **settings: Any) -> list[str]:
+    def choices(bf16: float, matmul: float, onednn: float = 1, **settings: Any) -> list[str]:
         monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: bf16)
         monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: matmul)
+        monkeypatch.setattr(cpu_speed, "onednn_speedup", lambda rows, dim: onednn)
         assert train(config(**{"mode": "fast"} | settings)) == "finished"
         resolved = torch.load(path, weights_only=True)["resolved"]
         written = json.loads((tmp_path / "run/config.json").read_text())["resolved"]
-        assert all(written[name]["value"] == resolved[name] for name in ("precision", "attention"))
-        return [resolved["precision"], resolved["attention"]]
+        assert all(written[name]["value"] == resolved[name] for name in MEASURED)
+        return [resolved[name] for name in MEASURED]
 
-    assert choices(3, 2, epochs=1) == ["bf16", "matmul"]
-    assert choices(1, 1, epochs=2) == ["bf16", "matmul"]
-    assert choices(1, 1, epochs=3, use_fp16=False, attention="sdpa") == ["fp32", "sdpa"]
-    assert choices(1, 1, epochs=4) == ["fp32", "sdpa"]
+    assert choices(3, 2, epochs=1) == ["bf16", "matmul", "off"]
+    assert choices(1, 1, epochs=2) == ["bf16", "matmul", "off"]
+    requested = {"use_fp16": False, "attention": "sdpa"}
+    assert choices(1, 1, epochs=3, **requested) == ["fp32", "sdpa", "off"]
+    assert choices(1, 1, 9, epochs=4) == ["fp32", "sdpa", "on"]
+    assert choices(1, 1, epochs=5) == ["fp32", "sdpa", "on"]
     state = torch.load(path, weights_only=True)
-    for name in ("attention", "device"):  # an older version, which used sdpa
+    for name in ("attention", "device", "onednn"):  # an older version, which used sdpa
         del state["resolved"][name]
     torch.save(state, path)
-    assert choices(3, 2, epochs=5) == ["fp32", "sdpa"]
+    assert choices(3, 2, 9, epochs=6) == ["fp32", "sdpa", "off"]
 
 
 AUTO = {"mode": "fast", "use_fp16": True, "amp_dtype": "auto", "attention": "auto"}
-CHOSEN = {"device": "cpu", "precision": "bf16", "attention": "matmul"}
+CHOSEN = {"device": "cpu", "precision": "fp32", "attention": "matmul", "onednn": "on"}
 
 
 @pytest.mark.parametrize(
     ("args", "resolved", "settings", "kept"),
     [
-        ({}, {}, {}, ["attention", "precision"]),
-        ({"batch_size_per_gpu": 9}, {}, {"lr": 0.1}, ["attention", "precision"]),
+        ({}, {}, {}, ["attention", "onednn", "precision"]),
+        ({"batch_size_per_gpu": 9}, {}, {"lr": 0.1}, ["attention", "onednn", "precision"]),
         ({}, {"device": "cuda:1"}, {}, []),
         ({"mode": "parity"}, {}, {}, []),
         ({}, {}, {"mode": "parity"}, []),
         ({"use_fp16": False}, {}, {}, []),
         ({"amp_dtype": "bf16"}, {}, {}, []),
         ({}, {}, {"use_fp16": False}, []),
-        ({"attention": "matmul"}, {}, {}, ["precision"]),
-        ({"attention": "sdpa"}, {}, {}, ["precision"]),
+        ({"attention": "matmul"}, {}, {}, ["onednn", "precision"]),
+        ({"attention": "sdpa"}, {}, {}, ["onednn", "precision"]),
         ({"recompute": "on"}, {}, {}, ["precision"]),
         ({"compile": "on"}, {}, {}, ["precision"]),
         ({}, {}, {"recompute": "on"}, ["precision"]),
@@ -256,7 +261,7 @@ def test_resolved_settings_that_change_the_result_are_compared(config, tmp_path,
     state = torch.load(path, weights_only=True)
     assert state["resolved"] == {
         "device": "cpu", "precision": "fp32", "crops": "torchvision", "decode": "pillow",
-        "attention": "sdpa",
+        "attention": "sdpa", "onednn": "off",
     }  # fmt: skip
     for resolved, warning in (
         ({"precision": "fp32", "crops": "fused", "decode": "cpu"}, ""),

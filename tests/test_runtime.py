@@ -40,7 +40,7 @@ def test_runtime_resolves_every_setting_and_serializes(tiny):
     assert values == {
         "device": "cpu", "precision": "fp32", "compile": "off", "attention": "sdpa",
         "packing": "on", "last_block": "cls", "recompute": "off", "kernels": "torch",
-        "cuda_graph": "off", "crops": "fused",
+        "cuda_graph": "off", "crops": "fused", "onednn": "off",
     }  # fmt: skip
     assert all(choice.reason for choice in resolved.choices().values())
     assert json.loads(json.dumps(resolved.to_dict()))["crops"] == {

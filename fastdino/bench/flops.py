@@ -9,8 +9,10 @@ Legend: N tokens (1 CLS + patches), D width, K prototypes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fastdino.bench.baselines.training_step import vit_sizes
 from fastdino.bench.measurement import host_seconds
 from fastdino.config import TrainConfig
+from fastdino.models.linear_layer import onednn_problem, product
 
 HEAD_HIDDEN, HEAD_BOTTLENECK = 2048, 256
 # FLOP/s of dense bf16 products from the data sheets, by a part of the device's name.
@@ -78,15 +81,15 @@ def executed_flops(step: Callable[[], object]) -> int:
 
     Compiled parts run eagerly for it: the operations that they fuse are no products.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPUS)
     with torch.compiler.set_stance("force_eager"), counter:
         step()
     return counter.get_total_flops()
 
 
-# PyTorch's counter only supports the attention operators of GPUs.
+# PyTorch's counter does not know these operators of CPUs.
 _aten = torch.ops.aten
-_CPU_ATTENTION: dict[Any, Any] = {
+_ON_CPUS: dict[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     ),
@@ -94,6 +97,10 @@ _CPU_ATTENTION: dict[Any, Any] = {
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
     ),
 }
+if onednn_problem() is None:
+    _ON_CPUS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: (
+        2 * math.prod(x) * weight[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,18 @@ def peak_of(device: torch.device) -> Peak:
 
 
 def measured_peak(device: torch.device, repetitions: int = 10) -> Peak:
-    """Measure the fastest of several square products: bf16 on a GPU, fp32 on a CPU."""
+    """Measure the fastest of several square products: bf16 on a GPU, fp32 on a CPU.
+
+    On a CPU by PyTorch's BLAS and by oneDNN, of which --mode fast takes the faster one.
+    """
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     x = torch.randn(size, size, device=device).to(dtype)
-    seconds = min(host_seconds([lambda: x @ x], device) for _ in range(repetitions))
+    ways = (False, True) if onednn_problem() is None else (False,)
+    seconds = min(
+        host_seconds([partial(product, x, x, onednn=way)], device)
+        for _ in range(repetitions)
+        for way in ways
+    )
     name = str(dtype).removeprefix("torch.")
     source = f"a {name} product of {size} x {size} matrices in this run"
     return Peak(2 * size**3 / seconds, source)

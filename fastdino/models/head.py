@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastdino.models.linear_layer import Linear, OneDNNLayer, linear, product
 from fastdino.models.vit import init_linear
 
 
-class WeightNormLinear(nn.Module):
+class WeightNormLinear(OneDNNLayer):
     """Weight-normed linear layer (Salimans & Kingma 2016).
 
     y = x W^T with each row of W = weight_g * weight_v / ||weight_v||.
@@ -51,9 +52,10 @@ class WeightNormLinear(nn.Module):
             norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
             return F.linear(x, self.weight_v * (self.weight_g / norm))
         if x.shape[0] <= x.shape[1]:
-            y: Tensor = _ScaledProduct.apply(x, self.weight_v, self.weight_g)
+            y: Tensor = _ScaledProduct.apply(x, self.weight_v, self.weight_g, self.onednn)
             return y
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return linear(x, weight, onednn=self.onednn)
 
     def cache_weight(self, dtype: torch.dtype | None = None) -> None:
         """Create cached_weight in `dtype`; without `dtype`, refresh it if it exists."""
@@ -76,10 +78,11 @@ class _ScaledProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor, onednn: bool) -> Tensor:
         norm = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
         ctx.save_for_backward(x, weight_v, weight_g, norm)
-        return F.linear(x, weight_v).mul_((weight_g / norm).T)
+        ctx.onednn = onednn
+        return linear(x, weight_v, onednn=onednn).mul_((weight_g / norm).T)
 
     @staticmethod
     @once_differentiable
@@ -88,13 +91,13 @@ class _ScaledProduct(torch.autograd.Function):
         dx = dv = dg = None
         if ctx.needs_input_grad[0]:
             scale = (weight_g / norm).T.to(dy.dtype)
-            dx = ((dy * scale) @ weight_v.to(dy.dtype)).to(x.dtype)
+            dx = product(dy * scale, weight_v.to(dy.dtype), onednn=ctx.onednn).to(x.dtype)
         if any(ctx.needs_input_grad[1:]):
-            dw = dy.T @ x.to(dy.dtype)  # gradient of W
+            dw = product(dy.T, x.to(dy.dtype), onednn=ctx.onednn)  # gradient of W
             dv, dg = torch.ops.aten._weight_norm_interface_backward(
                 dw.to(weight_v.dtype), weight_v, weight_g, norm, 0
             )
-        return dx, dv, dg
+        return dx, dv, dg, None
 
 
 class DINOHead(nn.Module):
@@ -120,11 +123,11 @@ class DINOHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width_in, width_out in ((in_dim, hidden_dim), (hidden_dim, hidden_dim)):
-            layers.append(nn.Linear(width_in, width_out))
+            layers.append(Linear(width_in, width_out))
             if use_bn:
                 layers.append(nn.BatchNorm1d(width_out))
             layers.append(nn.GELU())
-        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
+        layers.append(Linear(hidden_dim, bottleneck_dim))
         self.in_dim = in_dim
         self.mlp = nn.Sequential(*layers)
         self.mlp.apply(init_linear)

@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.models.attention import AttentionBackend, TokenLayout, attend, token_layout
 from fastdino.models.drop_path import draw_branch_scales
+from fastdino.models.linear_layer import Linear, OneDNNLayer, linear
 
 T = TypeVar("T")
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(OneDNNLayer):
     """Patch embedding [B, 3, height, width] -> [B, patches, D]; incomplete patches are cropped.
 
     The convolution with stride = kernel size is computed as a matrix product.
@@ -40,7 +41,8 @@ class PatchEmbed(nn.Module):
         patches = images[..., : rows * side, : columns * side]
         patches = patches.unflatten(2, (rows, side)).unflatten(4, (columns, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        return linear(patches, weight, self.proj.bias, onednn=self.onednn)
 
 
 class Attention(nn.Module):
@@ -49,8 +51,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def project(
         self, x: Tensor, layout: TokenLayout, *, first_only: bool = False
@@ -65,8 +67,9 @@ class Attention(nn.Module):
         dim = x.shape[-1]
         weight = self.qkv.weight.split((dim, 2 * dim))
         bias = self.qkv.bias.split((dim, 2 * dim))
-        query = F.linear(layout.first(x), weight[0], bias[0])
-        pair = F.linear(x, weight[1], bias[1])
+        onednn = self.qkv.onednn
+        query = linear(layout.first(x), weight[0], bias[0], onednn=onednn)
+        pair = linear(x, weight[1], bias[1], onednn=onednn)
         key, value = pair.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         return query.unflatten(-1, (self.num_heads, -1)), key, value
 
@@ -91,8 +94,12 @@ class Attention(nn.Module):
     def first_weights(self, x: Tensor) -> Tensor:
         """Return only the first token's row of `weights`: [B, N, D] -> [B, H, N]."""
         weight, bias = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-        query = F.linear(x[:, 0], weight[0], bias[0]).unflatten(-1, (self.num_heads, -1))
-        key = F.linear(x, weight[1], bias[1]).unflatten(-1, (self.num_heads, -1))
+        query, key = (
+            linear(tokens, weight[i], bias[i], onednn=self.qkv.onednn).unflatten(
+                -1, (self.num_heads, -1)
+            )
+            for i, tokens in enumerate((x[:, 0], x))
+        )
         scores = torch.einsum("bhd,bkhd->bhk", query, key) / math.sqrt(query.shape[-1])
         return scores.softmax(dim=-1)
 
@@ -102,8 +109,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def contract(self, hidden: Tensor) -> Tensor:
         """Apply GELU and fc2 to the output of fc1: [T, hidden_dim] -> [T, D]."""

@@ -44,7 +44,7 @@ RESULT_SETTINGS = ("precision", "crops", "decode")
 _SAME_RESULT = ({"fused", "torchvision"}, {"cpu", "pillow"})
 
 # Values of checkpoints that do not record them.
-_UNRECORDED = {"device": "cpu", "attention": "sdpa"}
+_UNRECORDED = {"device": "cpu", "attention": "sdpa", "onednn": "off"}
 
 # Parts that a checkpoint may lack, such as those of the paper's code, and what follows from it.
 OPTIONAL_PARTS = {

@@ -22,7 +22,7 @@ from fastdino.bench.baselines.training_step import StepSetup, TrainingStep
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.compile import compile_problem
-from fastdino.runtime import Runtime, resolve_runtime
+from fastdino.runtime import MEASURED, Runtime, resolve_runtime
 from fastdino.training.cuda_graph import WARMUP_STEPS
 from fastdino.training.trainer import Trainer
 
@@ -44,7 +44,7 @@ class TrainerStep(TrainingStep):
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.precision = runtime.precision.value
-        self.choices = f"precision: {runtime.precision}; attention: {runtime.attention}"
+        self.choices = "; ".join(f"{name}: {runtime.choices()[name]}" for name in MEASURED)
         self.attention = runtime.attention.value
         if runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warmup_steps = config.print_freq * WARMUP_STEPS + 1

@@ -7,6 +7,9 @@ from tests.mutants.mutant import Mutant
 VIT = "fastdino/models/vit.py"
 HEAD = "fastdino/models/head.py"
 DROP_PATH = "fastdino/models/drop_path.py"
+LINEAR = "fastdino/models/linear_layer.py"
+RUNTIME = "fastdino/runtime.py"
+LINEAR_TESTS = ("tests/test_linear_layer.py",)
 MODEL_TESTS = ("tests/test_models.py",)
 INITIAL_TESTS = ("tests/test_models.py::test_initial_values_of_every_parameter_are_the_papers",)
 CACHE_TESTS = (
@@ -95,4 +98,17 @@ MUTANTS = (
         "pass",
         ("tests/test_weights.py::test_initial_weights_have_the_patch_grid_of_the_run",),
     ),
-)
+    Mutant(LINEAR, "_product(dy.t(), x) if", "_product(dy.t(), 2 * x) if"),
+    Mutant(LINEAR, "dy.sum(0) if of_bias", "dy.sum(0) if of_x"),
+    Mutant(LINEAR, '        and not torch.is_autocast_enabled("cpu")\n', ""),
+    Mutant(LINEAR, "        and x.numel() > 0\n", ""),
+    Mutant(LINEAR, "x.dtype == torch.float32", "x.dtype != torch.bfloat16"),
+    Mutant(HEAD, "linear(x, weight, onednn=self.onednn)", "linear(x, weight, onednn=False)",
+           LINEAR_TESTS),
+    Mutant(HEAD, "weight_v.to(dy.dtype), onednn=ctx.onednn", "weight_v.to(dy.dtype), onednn=False",
+           LINEAR_TESTS),
+    Mutant(VIT, "self.proj.bias, onednn=self.onednn", "self.proj.bias, onednn=False", LINEAR_TESTS),
+    Mutant(RUNTIME, "speedup >= cpu_speed.ONEDNN_GAIN", "speedup > cpu_speed.ONEDNN_GAIN",
+           LINEAR_TESTS),
+    Mutant(RUNTIME, "layer.onednn = self.onednn.on", "layer.onednn = True", LINEAR_TESTS),
+)  # fmt: skip
