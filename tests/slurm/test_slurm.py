@@ -52,11 +52,11 @@ def uninterrupted(cluster, pictures, tmp_path_factory):
     return run
 
 
-def submit(pictures, folder):
+def submit(pictures, folder, *flags):
     """Submit a run of one task on each of two nodes; return the job and its output folder."""
     command = [sys.executable, "-m", "fastdino", "submit", "--nodes=2", "--ngpus=1"]
     command += ["--timeout=10", "--signal_delay_s=90", "--mem_gb=0", "--cpus_per_task=1", *TRAIN]
-    command += [f"--data_path={pictures}", f"--output_dir={folder}/%j"]
+    command += [f"--data_path={pictures}", f"--output_dir={folder}/%j", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     job = re.search(r"submitted job (\d+)", done.stdout)[1]
@@ -142,21 +142,30 @@ def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
     assert_same_run(run, uninterrupted)
 
 
-def test_after_the_loss_of_rank_0_the_job_is_requeued_and_ends(uninterrupted, pictures, tmp_path):
-    job, run = submit(pictures, tmp_path)
-    freeze_in_epoch(2, job, run)
-    (rank_0,) = tasks_of(job, "SLURM_PROCID=0")
-    os.kill(rank_0, signal.SIGKILL)
-    for task in tasks_of(job):
+def continue_tasks(job, *more):
+    for task in tasks_of(job, *more):
         os.kill(task, signal.SIGCONT)
-    wait_for_end(job, "COMPLETED")
-    logs = logs_of(tmp_path)
-    assert re.findall(r"job \d+ is requeued: srun ended with status (\d+)", logs) in (
-        ["75"],
-        ["137"],
-    )
-    assert logs.count("resumed") == 1
-    assert_same_run(run, uninterrupted)
+
+
+def test_after_the_loss_of_rank_0_the_job_is_requeued_and_ends(uninterrupted, pictures, tmp_path):
+    """Two jobs at once: rank 0 of the first is stopped and killed by srun, that of the other lost.
+
+    srun waits for the first one for --dist_timeout_minutes and 60 s.
+    """
+    stopped, stopped_run = submit(pictures, tmp_path / "stopped", "--dist_timeout_minutes=0.1")
+    freeze_in_epoch(2, stopped, stopped_run)
+    continue_tasks(stopped, "SLURM_PROCID=1")
+    killed, killed_run = submit(pictures, tmp_path / "killed")
+    freeze_in_epoch(2, killed, killed_run)
+    (rank_0,) = tasks_of(killed, "SLURM_PROCID=0")
+    os.kill(rank_0, signal.SIGKILL)
+    continue_tasks(killed)
+    for job, run in ((killed, killed_run), (stopped, stopped_run)):
+        wait_for_end(job, "COMPLETED")
+        logs = logs_of(run.parent)
+        assert f"job {job} is requeued: srun ended with status " in logs
+        assert logs.count("is requeued") == logs.count("resumed") == 1
+    assert_same_run(killed_run, uninterrupted)
 
 
 def test_after_an_error_of_the_training_the_job_is_not_requeued(cluster, tmp_path):
@@ -181,8 +190,7 @@ def test_the_documented_script_resumes_after_a_signal(uninterrupted, pictures, t
     run = tmp_path / "run"
     job = submit_documented_script(pictures, run)
     freeze_in_epoch(2, job, run)
-    for task in tasks_of(job):
-        os.kill(task, signal.SIGCONT)
+    continue_tasks(job)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)  # to the tasks, as the warning
     wait_for_end(job, "COMPLETED")
     logs = logs_of(tmp_path)
