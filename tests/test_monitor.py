@@ -19,6 +19,7 @@ from fastdino import Trainer, checkpoint, cli
 from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError, DataError
 from fastdino.evals import features
+from fastdino.models.linear_layer import Linear
 from fastdino.signals import EXIT_INTERRUPTED
 from fastdino.training import monitor
 from fastdino.training.loop import train
@@ -164,7 +165,7 @@ def test_monitoring_does_not_change_the_training(config, tmp_path, arch):
 
 def test_modes_of_the_teacher_are_restored(config, tmp_path, monkeypatch):
     modes = []
-    forward = torch.nn.Linear.forward
+    forward = Linear.forward
 
     def recorded(self, x):
         modes.append((self.training, torch.is_grad_enabled()))
@@ -178,7 +179,7 @@ def test_modes_of_the_teacher_are_restored(config, tmp_path, monkeypatch):
         before = [module.training for module in teacher.modules()]
         assert True in before
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.Linear, "forward", recorded)
+            patch.setattr(Linear, "forward", recorded)
             results = evaluate(self, *args)
         assert [module.training for module in teacher.modules()] == before
         return results
