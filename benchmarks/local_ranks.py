@@ -1,4 +1,4 @@
-"""What the ranks of a run need that are processes of this machine."""
+"""Port and environment variables of ranks that are processes of this machine."""
 
 from __future__ import annotations
 
