@@ -236,7 +236,7 @@ def test_a_stopped_rank_ends_the_others_after_the_timeout(tmp_path):
 
 def test_an_error_of_one_rank_ends_one_that_does_not_return_from_a_collective(tmp_path):
     processes = start_ranks(3, in_ranks, tmp_path, 10.0, 0.4, {2: "own", 0: "blocked"})
-    assert end_ranks(processes, 60) == [2, 2, 2]
+    assert end_ranks(processes, 30) == [2, 2, 2]
     assert errors_of(tmp_path) == {
         1: ("rank 2: out of memory", True),
         2: ("rank 2: out of memory", False),
