@@ -193,6 +193,11 @@ class TrainConfig:
         "Recompute norms and GELU of a vit_* in the backward pass, with little more than half the "
         "memory. auto: on in --mode fast on a GPU.",
     )
+    onednn: str = _speed(
+        ("auto", "on", "off"),
+        "Linear layers of a vit_* in fp32 on a CPU by oneDNN instead of PyTorch's BLAS. auto: in "
+        "--mode fast if it is faster, measured at start (not with --recompute on or --compile on).",
+    )
     cuda_graph: bool = _speed(
         False, "Replay the step as one CUDA graph (--mode fast, one process, batches of one size)."
     )

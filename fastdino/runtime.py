@@ -27,7 +27,7 @@ from fastdino.models.vit import VIT_ARCHS, Block, VisionTransformer
 MEASURED = {
     "precision": ("mode", "use_fp16", "amp_dtype"),
     "attention": ("mode", "use_fp16", "amp_dtype", "attention", "compile", "recompute"),
-    "onednn": ("mode", "use_fp16", "amp_dtype", "compile", "recompute"),
+    "onednn": ("mode", "use_fp16", "amp_dtype", "onednn", "compile", "recompute"),
 }
 KEPT = "as chosen when the run started"
 # matmul may keep this share of the available memory for the backward pass: networks, other
@@ -256,7 +256,7 @@ def _vit_choices(
 ) -> dict[str, Choice]:
     """Resolve what is for vit_* only: --attention, --packing, --last_block, --recompute, oneDNN."""
     if config.arch not in PATCHED_ARCHS:
-        for flag in ("attention", "packing", "recompute"):
+        for flag in ("attention", "packing", "recompute", "onednn"):
             value = getattr(config, flag)
             if value not in ("auto", "off"):
                 raise ConfigError(
@@ -307,6 +307,10 @@ def _vit_choices(
     }
 
 
+def _mode_and_device(config: TrainConfig, device: torch.device) -> str:
+    return f"--mode {config.mode} on a {'GPU' if device.type == 'cuda' else 'CPU'}"
+
+
 def _requested_or(default: Choice, wanted: str) -> Choice:
     return default if wanted in ("auto", default.value) else Choice(wanted, REQUESTED)
 
@@ -342,13 +346,13 @@ def measure_attention(inputs: AttentionInputs, recorded: str | None = None) -> C
     """
     if inputs.compiled:
         return Choice("sdpa", "compiled blocks")
+    if inputs.weights < cpu_speed.NEGLIGIBLE_WEIGHTS:
+        return Choice("sdpa", "too little work to measure")
     if recorded == "sdpa":
         return Choice("sdpa", KEPT)
     if recorded == "matmul":
         problem = _memory_problem(inputs, 1.0)
         return Choice("sdpa", problem) if problem else Choice("matmul", KEPT)
-    if inputs.weights < cpu_speed.NEGLIGIBLE_WEIGHTS:
-        return Choice("sdpa", "too little work to measure")
     if problem := _memory_problem(inputs, MATMUL_MEMORY):
         return Choice("sdpa", problem)
     return distributed.from_main(lambda: _faster_attention(inputs))
@@ -381,36 +385,49 @@ def choose_onednn(
     inputs: AttentionInputs,
     recorded: str | None = None,
 ) -> Choice:
-    """Let oneDNN compute fp32 linear layers where that is measurably faster; rank 0 measures.
+    """Resolve --onednn: `auto` is on in --mode fast where it is measurably faster.
 
-    Only in --mode fast on a CPU: the sums are rounded in another order.
+    Rank 0 measures for all ranks, which must all call it.
 
     Args: recorded: the value that was measured before, if it was.
+
+    Raises: ConfigError: --onednn on does not work.
     """
-    rows = inputs.images * sum(crops * n for crops, n in inputs.sequences)
-    dim = inputs.heads * inputs.head_dim
-    if inputs.device.type != "cpu" or config.mode != "fast":
-        return Choice("off", f"--mode {config.mode} on a {inputs.device.type.upper()}")
-    if precision.value != "fp32":
-        return Choice("off", f"--use_fp16: products in {precision.value}")
-    if inputs.compiled:
-        return Choice("off", "compiled blocks")
+    if config.onednn == "off":
+        return Choice("off", REQUESTED)
+    wanted = config.onednn == "on"
+    if not wanted and (config.mode != "fast" or inputs.device.type != "cpu"):
+        return Choice("off", _mode_and_device(config, inputs.device))
+    problem = _onednn_problem(precision, inputs)
+    if problem and wanted:
+        raise ConfigError(f"--onednn on does not work: {problem}; use --onednn auto")
+    if problem or wanted:
+        return Choice("off", problem) if problem else Choice("on", REQUESTED)
     if recompute.on:
         return Choice("off", "--recompute on: it would compute products twice")
-    if recorded in ("on", "off"):
-        return Choice(recorded, KEPT)
+    rows = inputs.images * sum(crops * n for crops, n in inputs.sequences)
+    dim = inputs.heads * inputs.head_dim
     if 4 * rows * dim * dim < cpu_speed.NEGLIGIBLE_PRODUCT:
         return Choice("off", "too little work to measure")
-    return distributed.from_main(lambda: _faster_linear(rows, dim))
-
-
-def _faster_linear(rows: int, dim: int) -> Choice:
-    problem = onednn_problem()
-    if problem is not None:
-        return Choice("off", problem)
-    speedup = cpu_speed.onednn_speedup(rows, dim)
+    if recorded in ("on", "off"):
+        return Choice(recorded, KEPT)
+    speedup = distributed.from_main(lambda: cpu_speed.onednn_speedup(rows, dim))
     faster = speedup >= cpu_speed.ONEDNN_GAIN
     return Choice("on" if faster else "off", f"{speedup:.2g}x PyTorch's BLAS, measured")
+
+
+def _onednn_problem(precision: Choice, inputs: AttentionInputs) -> str | None:
+    """Return the reason why oneDNN cannot compute linear layers, of any rank; None if it can."""
+    if inputs.device.type != "cpu":
+        return "it is for CPUs"
+    if precision.value != "fp32":
+        return f"products are in {precision.value}"
+    if inputs.dtype != torch.float32:
+        return f"weights are in {inputs.dtype}"
+    if inputs.compiled:
+        return "blocks are compiled"
+    problems = distributed.gather(onednn_problem())
+    return next(filter(None, problems), None)
 
 
 def choose_kernels(device: torch.device) -> Choice:

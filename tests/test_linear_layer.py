@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import Trainer, cpu_speed, distributed, runtime
 from fastdino.bench.flops import executed_flops
+from fastdino.errors import ConfigError
 from fastdino.models import linear_layer as module
 from fastdino.models.attention import AttentionInputs
 from fastdino.models.linear_layer import linear, onednn_problem, product
@@ -260,7 +262,7 @@ def test_the_faster_products_are_taken_and_pytorchs_in_a_tie(tiny, monkeypatch, 
     ("settings", "reason"),
     [
         ({"mode": "parity"}, "--mode parity on a CPU"),
-        ({"amp_dtype": "bf16"}, "--use_fp16: products in bf16"),
+        ({"amp_dtype": "bf16"}, "products are in bf16"),
         ({"recompute": "on"}, "--recompute on: it would compute products twice"),
         ({"batch_size_per_gpu": 1, "arch": "vit_nano"}, "too little work to measure"),
         ({"arch": "resnet18"}, "only vit_* architectures have it"),
@@ -270,8 +272,9 @@ def test_the_faster_products_are_taken_and_pytorchs_in_a_tie(tiny, monkeypatch, 
 def test_where_nothing_is_measured(tiny, monkeypatch, settings, reason):
     monkeypatch.setattr(cpu_speed, "onednn_speedup", lambda rows, dim: 9.0)
     config = tiny(**{"mode": "fast", "arch": "vit_tiny"} | settings)
-    resolved = resolve_runtime(config, CPU, make_crops=False)
-    assert resolved.onednn == Choice("off", reason)
+    for recorded in ({}, {"onednn": "on"}):
+        resolved = resolve_runtime(config, CPU, make_crops=False, recorded=recorded)
+        assert resolved.onednn == Choice("off", reason)
 
 
 def test_compiled_blocks_a_problem_and_a_gpu_leave_it_off(tiny, monkeypatch):
@@ -279,14 +282,37 @@ def test_compiled_blocks_a_problem_and_a_gpu_leave_it_off(tiny, monkeypatch):
     config = tiny(mode="fast")
 
     def choose(**changes) -> Choice:
-        inputs = AttentionInputs(**{"device": CPU, "images": 4} | changes)
+        inputs = AttentionInputs(**{"device": CPU, "dtype": torch.float32, "images": 4} | changes)
         return choose_onednn(config, FAST, SAME, inputs, "on" if "compiled" in changes else None)
 
     assert choose().on
-    assert choose(compiled=True) == Choice("off", "compiled blocks")
-    assert choose(device=torch.device("cuda")) == Choice("off", "--mode fast on a CUDA")
+    assert choose(compiled=True) == Choice("off", "blocks are compiled")
+    assert choose(dtype=torch.float64) == Choice("off", "weights are in torch.float64")
+    assert choose(device=torch.device("cuda")) == Choice("off", "--mode fast on a GPU")
     monkeypatch.setattr(runtime, "onednn_problem", lambda: "a problem")
     assert choose() == Choice("off", "a problem")
+
+
+@pytest.mark.parametrize("mode", ["parity", "fast"])
+def test_a_requested_value_is_not_measured(tiny, monkeypatch, mode):
+    monkeypatch.setattr(cpu_speed, "onednn_speedup", None)
+    for onednn in ("on", "off"):
+        config = tiny(mode=mode, use_fp16=False, onednn=onednn, recompute="on")
+        resolved = resolve_runtime(config, CPU, make_crops=False, recorded={"onednn": "off"})
+        assert resolved.onednn == Choice(onednn, "requested")
+
+
+def test_a_requested_value_that_does_not_work_is_an_error(tiny, monkeypatch):
+    for settings, problem in (
+        ({"amp_dtype": "bf16"}, "--onednn on does not work: products are in bf16; use --onednn au"),
+        ({"arch": "resnet18"}, "--onednn on is for vit_* architectures, not for --arch resnet18"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            resolve_runtime(tiny(onednn="on", **settings), CPU, make_crops=False)
+    gathered = [None, "a problem of rank 1"]
+    monkeypatch.setattr(distributed, "gather", lambda problem: gathered)
+    with pytest.raises(ConfigError, match="a problem of rank 1"):
+        resolve_runtime(tiny(onednn="on"), CPU, make_crops=False)
 
 
 def test_a_resumed_run_keeps_its_choice(tiny, monkeypatch):
@@ -301,10 +327,10 @@ def test_a_resumed_run_keeps_its_choice(tiny, monkeypatch):
 
 
 def test_rank_0_measures_for_all_ranks(tiny, monkeypatch):
-    sent = Choice("on", "2x PyTorch's BLAS, measured")
-    monkeypatch.setattr(distributed, "from_main", lambda make: sent)
+    monkeypatch.setattr(distributed, "from_main", lambda make: 2.0)
     monkeypatch.setattr(cpu_speed, "onednn_speedup", None)
-    assert choose_onednn(tiny(mode="fast"), FAST, SAME, INPUTS) is sent
+    choice = choose_onednn(tiny(mode="fast"), FAST, SAME, INPUTS)
+    assert choice == Choice("on", "2x PyTorch's BLAS, measured")
 
 
 @pytest.mark.parametrize(("rows", "measured"), [(0, 1), (7, 7), (1 << 40, 512)])

@@ -52,8 +52,8 @@ PLAIN_SGD = ONE_STEP | {
 }  # fmt: skip
 # For several ranks or a GPU: test_settings_effect_devices.py.
 ELSEWHERE = {
-    "hw_decoder_load", "use_fp16", "compile", "attention", "cuda_graph", "fsdp", "dist_url",
-    "dist_timeout_minutes",
+    "hw_decoder_load", "use_fp16", "compile", "attention", "onednn", "cuda_graph", "fsdp",
+    "dist_url", "dist_timeout_minutes",
 }  # fmt: skip
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a GPU")
 

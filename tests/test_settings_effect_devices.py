@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fastdino import Trainer, checkpoint
-from fastdino.models import attention, matmul_attention
+from fastdino.models import attention, linear_layer, matmul_attention
 from fastdino.models.head import DINOHead
 from fastdino.models.vit import VIT_ARCHS
 from fastdino.training.cuda_graph import GraphedStep
@@ -150,6 +150,24 @@ def test_compile_traces_blocks_and_head(make_trainer, crops_of, monkeypatch):
     # Student and teacher: a block, a last block and a head.
     assert graphs == [0, 6]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@effect_of("onednn")
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
+def test_onednn_computes_the_products(make_trainer, crops_of, monkeypatch):
+    calls, product = [], linear_layer._product
+    monkeypatch.setattr(
+        linear_layer, "_product", lambda *inputs: calls.append(inputs) or product(*inputs)
+    )
+    numbers = []
+    for mode in ("parity", "fast"):
+        for onednn in ("off", "on"):
+            trainer = make_trainer(device="cpu", mode=mode, use_fp16=False, onednn=onednn)
+            trainer.train_step(crops_of(trainer.config, 0))
+            numbers.append(len(calls))
+            calls.clear()
+    assert numbers[::2] == [0, 0]
+    assert numbers[1] == numbers[3] > 0
 
 
 def train_in_ranks(root: Path) -> None:
