@@ -48,6 +48,14 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     return Launch()
 
 
+def restart_count(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how often Slurm has requeued the job of this process; 0 outside of a job.
+
+    Raises: ConfigError: SLURM_RESTART_COUNT is not a number.
+    """
+    return _number(environ, "SLURM_RESTART_COUNT", default=0)
+
+
 def _of_torchrun(environ: Mapping[str, str]) -> Launch:
     world_size = _number(environ, "WORLD_SIZE", default=1)
     if world_size == 1 and "MASTER_ADDR" not in environ:

@@ -13,7 +13,7 @@ echo "{name} $*" >> calls
 busy=$(cat {name}.busy)
 if [ "$busy" -gt 0 ]; then
   echo $((busy - 1)) > {name}.busy
-  echo "{name}: error: {error}" >&2
+  echo "{name}: error: $(cat error)" >&2
   exit 1
 fi
 {answer}
@@ -28,6 +28,7 @@ class FakeSlurm:
         state: of the job, printed by squeue.
         status: exit status of srun.
         busy: number of times that commands fail, by name.
+        error: of these failures.
     """
 
     def __init__(
@@ -38,17 +39,19 @@ class FakeSlurm:
         state: str = "RUNNING",
         status: int = 75,
         busy: dict[str, int] | None = None,
+        error: str = ERROR,
     ) -> None:
         self.folder = folder
         folder.mkdir()
         answers = {"squeue": "cat state", "scontrol": ":", "srun": "exit $(cat status)"}
         for name, answer in answers.items():
             (folder / f"{name}.busy").write_text(f"{(busy or {}).get(name, 0)}\n")
-            script = SCRIPT.format(folder=folder, name=name, error=ERROR, answer=answer)
+            script = SCRIPT.format(folder=folder, name=name, answer=answer)
             (folder / name).write_text(script)
             (folder / name).chmod(0o755)
         self.set("state", state)
         self.set("status", status)
+        self.set("error", error)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     def set(self, name: str, value: object) -> None:

@@ -407,8 +407,9 @@ def test_the_script_requeues_the_job_after_srun(
     commands = FakeSlurm(tmp_path / "bin", monkeypatch, status=status, state=state)
     monkeypatch.setenv("SLURM_JOB_ID", "14")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    run = tmp_path / output_dir.replace("%j", "14")
+    run.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["bash", "-c", script], check=False)
     assert done.returncode == status
     assert commands.calls("scontrol") == ["scontrol requeue 14"] * requeued
-    run = tmp_path / output_dir.replace("%j", "14")
     assert (run / requeue.RECORD).exists() == requeued

@@ -73,8 +73,8 @@ def submit_documented_script(pictures, run):
         ("--arch vit_base --data_path ...", f"{' '.join(TRAIN)} --data_path {pictures}"),
         ("--output_dir runs/b16", f"--output_dir {run}"),
         (
-            "python -m fastdino.requeue $? runs/b16",
-            f"{sys.executable} -m fastdino.requeue $? {run}",
+            "python -m fastdino.requeue $status runs/b16",
+            f"{sys.executable} -m fastdino.requeue $status {run}",
         ),
     ):
         assert script.count(was) == 1
@@ -119,6 +119,20 @@ def logs_of(folder):
     return "\n".join(path.read_text() for path in sorted((folder / "slurm").glob("*_log.*")))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        ("kill -9 $$", "exit 75", 137), ("kill -9 $$", "exit 2", 137), ("kill -9 $$", "", 137),
+        ("exit 75", "exit 2", 75), ("exit 75", "exit 1", 75),
+    ],
+)  # fmt: skip
+def test_sruns_status_is_the_highest_of_its_tasks(cluster, first, second, status):
+    script = f'if [ "$SLURM_PROCID" = 0 ]; then {first}; else sleep 0.5; {second or "true"}; fi'
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "bash", "-c"]
+    done = subprocess.run([*command, script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == status
+
+
 def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
     uninterrupted, pictures, tmp_path
 ):
@@ -126,19 +140,19 @@ def test_a_run_preempted_twice_ends_with_the_bits_of_an_uninterrupted_one(
     freeze_in_epoch(1, job, run)
     subprocess.run(["scontrol", "requeue", job], check=True)
     wait_for(lambda: "resumed" in logs_of(tmp_path), "resumed run after scontrol requeue", 300)
-    assert "is requeued" not in logs_of(tmp_path)  # by Slurm only
+    assert "requeueing job" not in logs_of(tmp_path)  # by Slurm only
     freeze_in_epoch(3, job, run)
     # One to two minutes from now. Slurm sends the warning of 90 s up to 30 s early: at once.
     *_, minutes, _ = ["0", *field_of(job, "%M").split(":")]
     set_limit(job, int(minutes) + 2)
-    wait_for(lambda: f"job {job} is requeued" in logs_of(tmp_path), "requeued job", 300)
+    wait_for(lambda: f"requeueing job {job}" in logs_of(tmp_path), "requeued job", 300)
     wait_for(lambda: field_of(job, "%T") == "PENDING", "pending job", 300)
     set_limit(job, 10)
     wait_for(lambda: logs_of(tmp_path).count("resumed") == 2, "resumed run after the limit", 300)
     wait_for_end(job, "COMPLETED")
     logs = logs_of(tmp_path)
     assert re.findall(r"stopped by (SIG\w+) and saved", logs) == ["SIGTERM", "SIGUSR1"]
-    assert logs.count("is requeued") == 1
+    assert logs.count("requeueing job") == 1
     assert_same_run(run, uninterrupted)
 
 
@@ -163,8 +177,8 @@ def test_after_the_loss_of_rank_0_the_job_is_requeued_and_ends(uninterrupted, pi
     for job, run in ((killed, killed_run), (stopped, stopped_run)):
         wait_for_end(job, "COMPLETED")
         logs = logs_of(run.parent)
-        assert f"job {job} is requeued: srun ended with status " in logs
-        assert logs.count("is requeued") == logs.count("resumed") == 1
+        assert f"requeueing job {job}: srun ended with status " in logs
+        assert logs.count("requeueing job") == logs.count("resumed") == 1
     assert_same_run(killed_run, uninterrupted)
 
 
@@ -182,7 +196,7 @@ def test_a_cancelled_run_is_saved_and_not_requeued(cluster, pictures, tmp_path):
     subprocess.run(["scancel", job], check=True)
     wait_for_end(job, "CANCELLED")
     assert "stopped by SIGTERM and saved" in logs_of(tmp_path)
-    assert "is requeued" not in logs_of(tmp_path)
+    assert "requeueing job" not in logs_of(tmp_path)
     assert (run / "checkpoint.pth").exists()
 
 
@@ -195,5 +209,5 @@ def test_the_documented_script_resumes_after_a_signal(uninterrupted, pictures, t
     wait_for_end(job, "COMPLETED")
     logs = logs_of(tmp_path)
     assert re.findall(r"stopped by (SIG\w+) and saved", logs) == ["SIGUSR1"]
-    assert "is requeued: srun ended with status 75" in logs
+    assert f"requeueing job {job}: srun ended with status 75" in logs
     assert_same_run(run, uninterrupted)
