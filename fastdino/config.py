@@ -456,6 +456,14 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
 
 
+def check_at_most(args: argparse.Namespace, largest: int, *names: str) -> None:
+    """Raise ConfigError if one of these flags is above `largest`; None is allowed."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value > largest:
+            raise ConfigError(f"--{name} must be at most {largest}, got {value}")
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting, in groups, and the one that old launchers pass."""
     fields = dataclasses.fields(TrainConfig)

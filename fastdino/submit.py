@@ -7,6 +7,7 @@ their defaults.
 from __future__ import annotations
 
 import argparse
+import locale
 import math
 import os
 import shlex
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastdino.config import (
+    LARGEST_SIZE,
     TrainConfig,
     add_train_arguments,
     check_at_least,
+    check_at_most,
     config_from_args,
     parse_bool,
 )
@@ -38,12 +41,15 @@ EARLY_SECONDS = START_SECONDS = 60
 # After the first task, the other ones end within --dist_timeout_minutes and these seconds. Those
 # that do not, such as a stopped process, are killed.
 END_SECONDS = 60
-# With a handler of submitit: it requeues the job itself, or ignores the signal.
-SUBMITITS_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm stores these numbers in 16 bits, of which it reserves the highest two values, and prints a
+# longer time limit than a year as INVALID.
+LARGEST_COUNT, LARGEST_DELAY, YEAR_MINUTES = 2**16 - 3, 2**16 - 1, 365 * 24 * 60
+# submitit installs handlers that requeue the job, or ignore the signal.
+HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 # Variables of sbatch, which override the options in a script, by the parameter of submitit whose
 # option they replace or contradict.
-VARIABLES = {
-    "gpus_per_node": ("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK"),
+SBATCH_VARIABLES = {
+    "gpus_per_node": ("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK", "GRES"),
     "cpus_per_task": ("CPUS_PER_GPU",),
     "mem_gb": ("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"),
     "timeout_min": ("TIMELIMIT",),
@@ -52,7 +58,7 @@ VARIABLES = {
     "slurm_account": ("ACCOUNT",),
     "slurm_constraint": ("CONSTRAINT",),
     "slurm_additional_parameters": ("SIGNAL", "REQUEUE", "NO_REQUEUE"),
-    "name": ("OUTPUT", "ERROR", "OPEN_MODE"),  # submitit names the logs
+    "name": ("OUTPUT", "ERROR", "OPEN_MODE", "WAIT"),  # submitit names the logs, and does not wait
 }
 ARRAY = "SBATCH_ARRAY_INX"
 
@@ -60,25 +66,25 @@ ARRAY = "SBATCH_ARRAY_INX"
 class TrainingJob:
     """`fastdino train` in every task of a Slurm job; submitit pickles and calls it.
 
-    Args: words: the command line of `fastdino train`, with JOB for the number of the job.
+    Args: arguments: of `fastdino train`, with JOB for the number of the job in --output_dir.
     """
 
-    def __init__(self, words: list[str]) -> None:
-        self.words = words
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
 
     def __call__(self) -> NoReturn:
         """Train, and exit with the status of `fastdino train`."""
         from fastdino.__main__ import run
 
-        for number in SUBMITITS_SIGNALS:
+        for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         job = os.environ["SLURM_JOB_ID"]
-        run(["train", *(_numbered(word, job) for word in self.words)])
+        run(["train", *(_numbered(argument, job) for argument in self.arguments)])
 
 
-def _numbered(word: str, job: str) -> str:
-    """Return the flag --output_dir with the number of the job; other flags as they are."""
-    return word.replace(JOB, job) if word.startswith(OUTPUT) else word
+def _numbered(argument: str, job: str) -> str:
+    """Return the flag --output_dir with the number of the job; other flags unchanged."""
+    return argument.replace(JOB, job) if argument.startswith(OUTPUT) else argument
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -125,11 +131,12 @@ def main(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     parameters = job_parameters(args, config)
     logs = log_folder(config.output_dir)
-    job = _submit(TrainingJob(train_words(config)), logs, parameters)
+    job = _submit(TrainingJob(train_arguments(config)), logs, parameters)
     print_out(
         f"submitted job {job}: {args.nodes} node(s) with {args.ngpus} task(s) each",
         f"output: {config.output_dir.replace(JOB, job)}",
-        f"log: {logs / f'{job}_0_log.out'}",
+        f"log of rank 0: {logs / f'{job}_0_log.out'}",
+        f"errors and requeues: {logs / f'{job}_*_log.err'}",
     )
     return 0
 
@@ -167,7 +174,7 @@ def overriding_variables(parameters: dict[str, Any]) -> list[str]:
     """Return the variables in the environment that would override these parameters."""
     return [
         f"SBATCH_{name}"
-        for parameter, names in VARIABLES.items()
+        for parameter, names in SBATCH_VARIABLES.items()
         for name in names
         if parameters[parameter] is not None and f"SBATCH_{name}" in os.environ
     ]
@@ -216,18 +223,19 @@ def job_parameters(args: argparse.Namespace, config: TrainConfig) -> dict[str, A
 
 def _check(args: argparse.Namespace, config: TrainConfig) -> None:
     """Raise ConfigError for flags of the job that are impossible or contradict each other."""
-    if config.output_dir in ("", TrainConfig().output_dir):
+    if os.path.realpath(config.output_dir) == os.path.realpath(os.curdir):
         raise ConfigError(
-            f"fastdino submit needs --output_dir: runs/{JOB} for a folder per job, or the folder "
-            "of a run to resume"
+            "fastdino submit needs --output_dir, and not the working directory: "
+            f"runs/{JOB} for a folder per job, or the folder of a run to resume"
         )
     check_at_least(args, 1, "nodes", "ngpus", "timeout", "cpus_per_task")
     check_at_least(args, 0, "signal_delay_s", "mem_gb")
+    check_at_most(args, LARGEST_COUNT, "nodes", "ngpus", "cpus_per_task")
+    check_at_most(args, LARGEST_DELAY, "signal_delay_s")
+    check_at_most(args, LARGEST_SIZE, "mem_gb")
+    check_at_most(args, YEAR_MINUTES, "timeout", "dist_timeout_minutes")
     config.check_world_size(args.nodes * args.ngpus)
-    for name in ("partition", "qos", "account", "constraint", "comment", "output_dir"):
-        text = getattr(args, name)
-        if text and text.splitlines() != [text]:
-            raise ConfigError(f"--{name} must be one line, got {text!r}")
+    _check_texts(args, config)
     least = args.signal_delay_s + EARLY_SECONDS + START_SECONDS
     if 60 * args.timeout < least:
         raise ConfigError(
@@ -248,10 +256,32 @@ def _check(args: argparse.Namespace, config: TrainConfig) -> None:
         )
 
 
+def _check_texts(args: argparse.Namespace, config: TrainConfig) -> None:
+    """Raise ConfigError for texts that cannot be written into the script of the job."""
+    for name in ("partition", "qos", "account", "constraint", "comment", "output_dir"):
+        text = getattr(args, name)
+        if text and text.splitlines() != [text]:
+            raise ConfigError(f"--{name} must be one line, got {text!r}")
+        _check_encoding(f"--{name}", text or "")
+    _check_encoding("the path of --output_dir,", os.path.abspath(config.output_dir))
+    _check_encoding("the path of Python,", sys.executable)
+
+
+def _check_encoding(name: str, text: str) -> None:
+    encoding = locale.getpreferredencoding(False)  # in which submitit writes the script
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} {text} cannot be written into the script of the job: it is not {encoding}; "
+            "use other characters, or a UTF-8 locale"
+        ) from error
+
+
 def requeue_command(output_dir: str) -> str:
     """Return the command that follows srun in the job's script."""
     parts = os.path.abspath(output_dir).split(JOB)
-    folder = '"$SLURM_JOB_ID"'.join(map(shlex.quote, parts))
+    folder = '"$SLURM_JOB_ID"'.join(part and shlex.quote(part) for part in parts)
     return f"{shlex.quote(sys.executable)} -m fastdino.requeue $? {folder}"
 
 
@@ -262,14 +292,15 @@ def log_folder(output_dir: str) -> Path:
     return (numbered[-1].parent if numbered else path) / "slurm"
 
 
-def train_words(config: TrainConfig) -> list[str]:
+def train_arguments(config: TrainConfig) -> list[str]:
     """Return the flags of `fastdino train` whose values are not the defaults."""
-    defaults, words = TrainConfig().to_dict(), []
+    defaults, arguments = TrainConfig().to_dict(), []
     for name, value in config.to_dict().items():
         if value == defaults[name]:
             continue
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *map(str, value)]
         else:
-            words.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return words
+            text = str(value).lower() if isinstance(value, bool) else value
+            arguments.append(f"--{name}={text}")
+    return arguments

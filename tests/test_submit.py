@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastdino import TrainConfig, cli, requeue, submit
-from fastdino.submit import TrainingJob, log_folder, train_words
+from fastdino.submit import TrainingJob, log_folder, train_arguments
 from fastdino.training import loop
 from tests.commands import flags_of as parsed
 from tests.fake_slurm import FakeSlurm
@@ -24,7 +24,7 @@ submitit = pytest.importorskip("submitit")
 AutoExecutor = submitit.AutoExecutor  # replaced in the tests
 RUN = ["submit", "--output_dir", "runs/%j"]
 SRUN_ARGS = ["--cpus-per-task=10", "--kill-on-bad-exit=0", "--wait=660"]
-REQUEUE = f"{sys.executable} -m fastdino.requeue $? {Path.cwd()}/runs/\"$SLURM_JOB_ID\"''"
+REQUEUE = f'{sys.executable} -m fastdino.requeue $? {Path.cwd()}/runs/"$SLURM_JOB_ID"'
 
 
 @pytest.fixture
@@ -63,11 +63,12 @@ def test_the_papers_command_line_requests_what_run_with_submitit_requests(slurm,
         "slurm_additional_parameters": {"signal": "USR1@120", "requeue": True},
     }  # fmt: skip
     config = ["--arch=vit_base", "--epochs=400", "--data_path=/data", "--output_dir=runs/%j"]
-    assert sorted(slurm.function.words) == sorted(config)
+    assert sorted(slurm.function.arguments) == sorted(config)
     assert capsys.readouterr().out.splitlines() == [
         "submitted job 12: 2 node(s) with 8 task(s) each",
         "output: runs/12",
-        "log: runs/slurm/12_0_log.out",
+        "log of rank 0: runs/slurm/12_0_log.out",
+        "errors and requeues: runs/slurm/12_*_log.err",
     ]
 
 
@@ -108,7 +109,7 @@ def test_a_flag_of_the_job_changes_its_parameters(slurm, name):
     words, changes = FLAGS[name]
     cli.main([*RUN, *words.split()])
     assert slurm.parameters == usual | changes
-    assert slurm.function.words == ["--output_dir=runs/%j"]
+    assert slurm.function.arguments == ["--output_dir=runs/%j"]
 
 
 def test_the_flags_are_those_of_the_job_and_of_train():
@@ -154,7 +155,18 @@ def test_submitit_writes_the_parameters_into_sbatchs_script(slurm, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--output_dir .", "needs --output_dir: runs/%j for a folder per job"),
+        ("--output_dir .", "and not the working directory: runs/%j for a folder per job"),
+        ("--output_dir ./", "and not the working directory: runs/%j for a folder per job"),
+        ("--output_dir runs/..", "and not the working directory"),
+        (f"--output_dir {Path.cwd()}", "and not the working directory"),
+        ("--timeout 99999999999999", "--timeout must be at most 525600, got 99999999999999"),
+        (f"--mem_gb {10**30}", "--mem_gb must be at most 2147483647, got 10000"),
+        (f"--cpus_per_task {10**20}", "--cpus_per_task must be at most 65533, got 10000"),
+        ("--cpus_per_task 65534", "--cpus_per_task must be at most 65533, got 65534"),
+        (f"--nodes {10**20}", "--nodes must be at most 65533, got 10000"),
+        ("--ngpus 65534", "--ngpus must be at most 65533, got 65534"),
+        ("--signal_delay_s 65536", "--signal_delay_s must be at most 65535, got 65536"),
+        ("--dist_timeout_minutes 1e12", "--dist_timeout_minutes must be at most 525600, got 1000"),
         ("--nodes 0", "--nodes must be at least 1, got 0"),
         ("--ngpus 0", "--ngpus must be at least 1, got 0"),
         ("--timeout 0", "--timeout must be at least 1, got 0"),
@@ -163,7 +175,7 @@ def test_submitit_writes_the_parameters_into_sbatchs_script(slurm, tmp_path):
         ("--timeout 2", "--timeout 2 minutes is too short for --signal_delay_s 120"),
         ("--timeout 3", "a run needs 60 s to start; use --timeout 4 or more"),
         ("--timeout 4 --signal_delay_s 121", "use --timeout 5 or more"),
-        ("--output_dir=", "needs --output_dir: runs/%j"),
+        ("--output_dir=", "needs --output_dir, and not the working directory: runs/%j"),
         ("--nodes 3 --global_batch_size 1024", "cannot be divided equally among 24 processes"),
         (
             "--nodes 1 --ngpus 2 --global_batch_size 2 --koleo_weight 0.1",
@@ -193,6 +205,35 @@ def test_a_line_break_does_not_reach_sbatchs_script(slurm, capsys, name, text):
     assert not hasattr(slurm, "parameters")
 
 
+@pytest.mark.parametrize("text", ["\udcff", "\udcff/%j"])
+@pytest.mark.parametrize("name", JOB_TEXTS)
+def test_text_that_the_script_cannot_contain_is_one_line(slurm, capsys, name, text):
+    assert cli.main([*RUN, f"--{name}={text}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--{name} " in error
+    assert "cannot be written into the script of the job: it is not " in error
+    assert error.count("\n") == 1
+    assert not hasattr(slurm, "parameters")
+
+
+@pytest.mark.parametrize("name", JOB_TEXTS)
+def test_text_beyond_the_encoding_of_the_locale_is_one_line(slurm, monkeypatch, capsys, name):
+    monkeypatch.setattr(submit.locale, "getpreferredencoding", lambda set_locale: "ascii")
+    assert cli.main([*RUN, f"--{name}=é"]) == 2
+    assert "it is not ascii; use other characters, or a UTF-8" in capsys.readouterr().err
+    assert cli.main([*RUN, "--data_path=é"]) == 0  # pickled
+
+
+def test_a_working_directory_that_the_script_cannot_contain_is_one_line(
+    slurm, monkeypatch, capsys, tmp_path
+):
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert cli.main(RUN) == 2
+    assert "the path of --output_dir, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "output_dir", ["runs/%A_%a", "runs/50%t", "runs/lr%x", "%A/%j", "100%", "a\\b", "/%%/x"]
 )
@@ -219,6 +260,7 @@ def test_the_working_directory_is_part_of_the_folder_of_the_logs(
 ALWAYS = (
     "SIGNAL", "REQUEUE", "NO_REQUEUE", "TIMELIMIT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK",
     "CPUS_PER_GPU", "MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE", "OUTPUT", "ERROR", "OPEN_MODE",
+    "GRES", "WAIT",
 )  # fmt: skip
 
 
@@ -233,7 +275,7 @@ ALWAYS = (
         (("CONSTRAINT",), "--use_volta32", True),
         (("PARTITION", "QOS", "ACCOUNT", "CONSTRAINT", "RESERVATION"), "", False),
         (("PARTITION",), "--partition=", False),
-        (("GPUS", "GPUS_PER_NODE"), "--device cpu", False),
+        (("GPUS", "GPUS_PER_NODE", "GRES"), "--device cpu", False),
     ],
 )
 def test_variables_of_sbatch_do_not_override_the_flags(
@@ -313,7 +355,7 @@ def test_every_training_setting_reaches_the_job():
         elif isinstance(value, tuple):
             changed = (0.2, 0.3)
         object.__setattr__(config, field.name, changed)
-    args = parsed(loop, *train_words(config))
+    args = parsed(loop, *train_arguments(config))
     assert {name: getattr(args, name) for name in config.to_dict()} == config.to_dict()
 
 
@@ -324,14 +366,14 @@ def job(monkeypatch):
 
     def train(words):
         seen.lines.append(words)
-        seen.handlers += map(signal.getsignal, submit.SUBMITITS_SIGNALS)
+        seen.handlers += map(signal.getsignal, submit.HANDLED_SIGNALS)
         if isinstance(seen.status, Exception):
             raise seen.status
         return seen.status
 
     monkeypatch.setattr("fastdino.__main__.main", train)
     monkeypatch.setenv("SLURM_JOB_ID", "14")
-    former = {number: signal.getsignal(number) for number in submit.SUBMITITS_SIGNALS}
+    former = {number: signal.getsignal(number) for number in submit.HANDLED_SIGNALS}
     yield seen
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -380,7 +422,7 @@ def test_no_handler_of_submitit_is_left_in_a_task(job, monkeypatch, preempt):
     assert signal.getsignal(getattr(signal, f"SIG{preempt}")) != signal.SIG_DFL
     with pytest.raises(SystemExit):
         submission.result()
-    assert job.handlers == [signal.SIG_DFL] * len(submit.SUBMITITS_SIGNALS)
+    assert job.handlers == [signal.SIG_DFL] * len(submit.HANDLED_SIGNALS)
 
 
 # The folders of two runs: their names are special in a shell.
