@@ -16,6 +16,7 @@ from fastdino.data.decoding import dali_decode_problem
 from fastdino.environment import processor, processor_features, version
 from fastdino.models.attention import BACKENDS, AttentionInputs, attention_problem
 from fastdino.models.compile import compile_problem
+from fastdino.models.linear_layer import onednn_problem
 from fastdino.runtime import resolve_runtime
 from fastdino.terminal import print_out
 
@@ -41,6 +42,7 @@ def report() -> dict[str, str]:
         "attention": {name: attention_problem(name, AttentionInputs(device)) for name in BACKENDS},
         "kernels": {"triton": triton_problem(device), "torch": None},
         "compile": {"on": compile_problem(device)},
+        "onednn": {"on": "it is for CPUs" if device.type == "cuda" else onednn_problem()},
         "crops": {"fused": fused_problem(device), "torchvision": None, "dali": dali_problem()},
         "decode": {
             "cpu": dali_decode_problem(),
