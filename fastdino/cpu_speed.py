@@ -114,7 +114,8 @@ def _shortest_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     for round_ in range(_ROUNDS + 1):  # the first one warms up
         if round_ and time.perf_counter() - begin > _SECONDS:
             break
-        seconds = [_seconds(call) for call in calls]
+        with torch.inference_mode(False), torch.enable_grad():  # the caller may be without
+            seconds = [_seconds(call) for call in calls]
         shortest = seconds if round_ < 2 else list(map(min, shortest, seconds))
     return shortest
 

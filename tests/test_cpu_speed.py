@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdino import cpu_speed
+from fastdino import Trainer, cpu_speed
 from fastdino.models import attention
 from fastdino.models.attention import AttentionInputs
 
 BF16_SPEEDUP, MATMUL_SPEEDUP = cpu_speed.bf16_speedup, cpu_speed.matmul_speedup
+ONEDNN_SPEEDUP = cpu_speed.onednn_speedup
 CPU = torch.device("cpu")
 
 
@@ -81,6 +82,42 @@ def test_matmul_speedup_is_measured_on_the_sequences_of_the_run(
         == [(backend, groups, (tokens, 3, 8), torch.bfloat16) for backend in ("sdpa", "matmul")] * 6
     )
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: BF16_SPEEDUP(),
+        lambda: MATMUL_SPEEDUP(AttentionInputs(CPU, sequences=((2, 5),), heads=3, images=2)),
+        lambda: ONEDNN_SPEEDUP(64, 16),
+    ],
+    ids=["bf16", "matmul", "onednn"],
+)
+def test_the_caller_may_be_without_gradients(monkeypatch, mode, measure):
+    monkeypatch.setattr(cpu_speed, "_ROUNDS", 1)
+    for function in (BF16_SPEEDUP, MATMUL_SPEEDUP, ONEDNN_SPEEDUP, cpu_speed._noise):
+        function.cache_clear()
+    with mode():
+        assert measure() > 0
+        assert not torch.is_grad_enabled()
+    for function in (BF16_SPEEDUP, MATMUL_SPEEDUP, ONEDNN_SPEEDUP):
+        function.cache_clear()
+
+
+def test_a_trainer_may_be_made_without_gradients(tiny, small_networks, crops_of, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_PRODUCT", 0)
+    measured = {"matmul_speedup": MATMUL_SPEEDUP, "onednn_speedup": ONEDNN_SPEEDUP}
+    for name, function in measured.items():
+        function.cache_clear()
+        monkeypatch.setattr(cpu_speed, name, function)
+    config = tiny(mode="fast")
+    with torch.no_grad():
+        trainer = Trainer(config, 3)
+    assert trainer.train_step(crops_of(config, 0)).isfinite()
+    for function in measured.values():
+        function.cache_clear()
 
 
 @pytest.mark.parametrize(
