@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from fastdino import distributed, host_memory
@@ -58,6 +60,73 @@ def test_the_limit_of_any_enclosing_cgroup_counts(system, cgroup, files, limited
 def test_a_container_may_only_see_its_own_cgroup(system, cgroup, files):
     system(MACHINE, cgroup, {"": (20_000, 9000)})
     assert host_memory.available_memory() == 11_000 + files
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "stat"),
+    [
+        (V2, None),
+        (V2, ""),
+        (V2, "inactive_file 200\n"),
+        (V2, "active_file 100\ninactive_file\n"),
+        (V2, b"active_file 100\ninactive_file \xff\n"),
+        (V1.format(""), None),
+        (V1.format(""), "active_file 100\ninactive_file 200\n"),
+    ],
+    ids=str,
+)
+def test_a_limit_counts_without_known_cached_files(system, tmp_path, cgroup, stat):
+    system(MACHINE, cgroup, {"job": (1000, 400)})
+    file = next(tmp_path.rglob("memory.stat"))
+    file.unlink()
+    if stat is not None:
+        file.write_bytes(stat if isinstance(stat, bytes) else stat.encode())
+    assert host_memory.available_memory() == 600
+
+
+@pytest.mark.parametrize("use", [None, "", "?"])
+def test_a_limit_counts_without_a_known_use(system, tmp_path, use):
+    system(MACHINE, V2, {"job": (1000, 400)})
+    file = next(tmp_path.rglob("memory.current"))
+    file.unlink()
+    if use is not None:
+        file.write_text(use)
+    assert host_memory.available_memory() == 1000
+
+
+@pytest.mark.parametrize(
+    ("most", "high", "available"),
+    [
+        ("max", "max", 80 * 1024),
+        ("max", "20000", 11_300),
+        ("20000", "max", 11_300),
+        ("20000", "15000", 6_300),
+        ("15000", "20000", 6_300),
+        ("20000", "8000", 0),
+    ],
+)
+def test_the_limit_above_which_a_cgroup_is_slowed_down_counts(
+    system, tmp_path, most, high, available
+):
+    system(MACHINE, V2, {"job": (most, 9000)})
+    (tmp_path / "sys/job/memory.high").write_text(f"{high}\n")
+    assert host_memory.available_memory() == available
+
+
+@pytest.mark.parametrize("line", ["", "0", "0:", "nonsense", "7:cpu", "::::", "0::\0"])
+def test_malformed_lines_are_left_out(system, line):
+    system(f"{MACHINE}\nnonsense\n", f"{line}\n{V2}", {"job": (20_000, 9000)})
+    assert host_memory.available_memory() == 11_300
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_names_of_cgroups_may_have_any_bytes(system, tmp_path, limited):
+    folder = tmp_path / "sys" / os.fsdecode(b"caf\xe9\x85")
+    system(MACHINE, "", {"job": (20_000, 9000)})
+    if limited:
+        (tmp_path / "sys/job").rename(folder)
+    (tmp_path / "cgroup").write_bytes(b"5:pids:/\xff\n0::/caf\xe9\x85\n")
+    assert host_memory.available_memory() == (11_300 if limited else 80 * 1024)
 
 
 @pytest.mark.parametrize("meminfo", ["", "MemTotal: 90 kB\n", "MemAvailable: much\n", "?"])
