@@ -234,6 +234,50 @@ def test_only_what_the_same_settings_chose_on_a_cpu_is_kept(
     assert choices == {name: CHOSEN[name] for name in kept}
 
 
+BF16 = {"precision": "bf16", "attention": "sdpa", "decode": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("args", "resolved", "kept"),
+    [
+        ({}, {"attention": "varlen", "decode": "gpu"}, False),
+        ({}, {"attention": "varlen"}, False),
+        ({}, {"attention": "xformers"}, False),
+        ({}, {"decode": "gpu"}, False),
+        ({}, {"precision": "fp16"}, False),
+        ({"device": "cuda"}, {}, False),
+        ({}, {"attention": None}, False),  # before a CPU chose bf16
+        ({}, {"attention": None, "precision": "fp32"}, True),
+        ({}, {}, True),
+        ({}, {"attention": "matmul", "decode": "pillow"}, True),
+        ({}, {"attention": "varlen", "decode": "gpu", "device": "cpu"}, True),
+    ],
+    ids=str,
+)
+def test_values_of_an_unknown_device_are_kept_if_they_may_be_of_a_cpu(
+    config, tmp_path, args, resolved, kept
+):
+    (tmp_path / "run").mkdir()
+    values = {name: value for name, value in (BF16 | resolved).items() if value is not None}
+    torch.save(
+        {"args": AUTO | {"device": "auto"} | args, "resolved": values},
+        tmp_path / "run/checkpoint.pth",
+    )
+    choices = recorded_choices(config(**AUTO))
+    expected = {"attention": "sdpa", "onednn": "off"} | values
+    assert choices == ({name: expected[name] for name in MEASURED} if kept else {})
+
+
+def test_attention_that_an_older_version_did_not_record_is_kept_with_a_requested_bf16(
+    config, tmp_path
+):
+    (tmp_path / "run").mkdir()
+    settings = AUTO | {"amp_dtype": "bf16"}
+    state = {"args": settings | {"device": "auto"}, "resolved": {"precision": "bf16"}}
+    torch.save(state, tmp_path / "run/checkpoint.pth")
+    assert recorded_choices(config(**settings))["attention"] == "sdpa"
+
+
 @pytest.mark.parametrize(
     "requested",
     [{"use_fp16": False}, {"attention": "sdpa"}, {"recompute": "on"}],

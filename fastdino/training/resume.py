@@ -43,8 +43,10 @@ NEUTRAL_SETTINGS = (
 RESULT_SETTINGS = ("precision", "crops", "decode")
 _SAME_RESULT = ({"fused", "torchvision"}, {"cpu", "pillow"})
 
-# Values of checkpoints that do not record them.
-_UNRECORDED = {"device": "cpu", "attention": "sdpa", "onednn": "off"}
+# Values on a CPU of older versions that did not record them.
+_UNRECORDED = {"attention": "sdpa", "onednn": "off"}
+# Values of a checkpoint without its device that only a GPU has.
+_ONLY_ON_GPUS = {"precision": ("fp16",), "attention": ("xformers", "varlen"), "decode": ("gpu",)}
 
 # Parts that a checkpoint may lack, such as those of the paper's code, and what follows from it.
 OPTIONAL_PARTS = {
@@ -78,14 +80,31 @@ def recorded_choices(config: TrainConfig) -> dict[str, str]:
     if not (isinstance(settings, dict) and isinstance(resolved, dict)):
         return {}
     settings = TrainConfig().to_dict() | settings
+    if not _chosen_on_cpu(settings, resolved):
+        return {}
     resolved = _UNRECORDED | resolved
     same = {name for name, value in config.to_dict().items() if settings[name] == value}
-    on_cpu = resolved["device"] == "cpu"
     return {
         name: resolved[name]
         for name, reasons in MEASURED.items()
-        if on_cpu and name in resolved and same.issuperset(reasons)
+        if name in resolved and same.issuperset(reasons)
     }
+
+
+def _chosen_on_cpu(settings: dict[str, Any], resolved: dict[str, str]) -> bool:
+    """Return True unless the resolved values of a checkpoint are those of a GPU.
+
+    Versions that did not record the device are judged by the other values. Before they recorded
+    the attention backend, they chose bf16 on GPUs only.
+    """
+    if "device" in resolved:
+        return resolved["device"] == "cpu"
+    chose_bf16 = settings["amp_dtype"] == "auto" and resolved.get("precision") == "bf16"
+    return not (
+        settings["device"] == "cuda"
+        or (chose_bf16 and "attention" not in resolved)
+        or any(resolved.get(name) in values for name, values in _ONLY_ON_GPUS.items())
+    )
 
 
 class Save(NamedTuple):
