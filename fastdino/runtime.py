@@ -200,7 +200,7 @@ def choose_precision(
     if config.amp_dtype == "fp16" or device.type == "cuda":
         return Choice("fp16", "autocast with loss scaling, fp32 weights")
     if config.mode != "fast":
-        return Choice("fp32", f"--mode {config.mode} on a CPU")
+        return Choice("fp32", _mode_and_device(config, device))
     if recorded in ("fp32", "bf16"):
         return Choice(recorded, KEPT)
     speedup = distributed.from_main(lambda: cpu_speed.bf16_speedup())
@@ -286,12 +286,12 @@ def _vit_choices(
         cls_only=config.last_block == "cls",
     )
     on_gpu = device.type == "cuda"
-    reason = f"--mode {config.mode} on a {'GPU' if on_gpu else 'CPU'}"
+    reason = _mode_and_device(config, device)
     recompute = Choice("on" if config.mode == "fast" and on_gpu else "off", reason)
     cls = Choice("cls", "the head reads no other token")
     recompute = _requested_or(recompute, config.recompute)
     if config.attention == "auto" and not on_gpu:
-        fixed = f"--mode {config.mode} on a CPU" if config.mode != "fast" else ""
+        fixed = reason if config.mode != "fast" else ""
         fixed = "--recompute on: it saves less" if recompute.on else fixed
         attention = (
             Choice("sdpa", fixed) if fixed else measure_attention(inputs, recorded.get("attention"))

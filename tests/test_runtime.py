@@ -314,6 +314,17 @@ def test_choices_of_the_checkpoint_are_not_measured_again(tiny, monkeypatch):
     assert resolved.attention == Choice("matmul", "as chosen when the run started")
 
 
+@pytest.mark.parametrize("recorded", ["on", "off", None, "unknown"])
+def test_products_of_the_checkpoint_that_cannot_run_here_are_pytorchs(tiny, monkeypatch, recorded):
+    """Such as on another PyTorch: the first product would fail."""
+    monkeypatch.setattr(cpu_speed, "onednn_speedup", lambda rows, dim: 9.0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_PRODUCT", 0)
+    monkeypatch.setattr(runtime, "onednn_problem", lambda: "a problem")
+    values = {"precision": "fp32"} | ({"onednn": recorded} if recorded else {})
+    resolved = resolve_runtime(tiny(mode="fast"), CPU, make_crops=False, recorded=values)
+    assert resolved.onednn == Choice("off", "a problem")
+
+
 @pytest.mark.parametrize("speedup", [0.014, 1.0])
 def test_a_bf16_that_is_slow_on_the_cpu_of_a_resumed_run_is_a_warning(tiny, monkeypatch, speedup):
     monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: speedup)
