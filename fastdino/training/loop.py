@@ -58,7 +58,6 @@ def train(config: TrainConfig) -> Status:
     with group, contextlib.ExitStack() as stack:
         folder = OutputFolder(Path(config.output_dir))
         distributed.from_main(lambda: _enter(folder, stack))
-        # First, because this mistake is quickly noticed.
         distributed.from_main(lambda: config.check_world_size(distributed.world_size()))
         recorded = distributed.from_main(lambda: recorded_choices(config))
         return Run(config, resolve_runtime(config, recorded=recorded), folder).run()
@@ -83,7 +82,7 @@ class Run:
     def __init__(self, config: TrainConfig, runtime: Runtime, folder: OutputFolder):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.output_dir = folder.path
-        # First, because this mistake is quickly noticed, too.
+        # Before the scan, which may take minutes: a wrong name is reported at once.
         self.logger_names = distributed.from_main(lambda: resolve_names(config.loggers))
         # Scanned on rank 0, as all ranks must agree on the list of images.
         dataset = distributed.from_main(
