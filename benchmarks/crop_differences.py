@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.command_line import command_line
 from benchmarks.crop_pictures import encode, pictures
 from fastdino import TrainConfig
 from fastdino.augmentation.backends import (
@@ -334,9 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = {
         kind: [np.asarray(AS_STORED.decode(data)) for data in some] for kind, some in files.items()
     }
-    words = ["python", "-m", "benchmarks.crop_differences", *(arguments or sys.argv[1:])]
-    prefix = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    text = report(kinds, TrainConfig(), choose_device("auto"), prefix + shlex.join(words))
+    command = command_line("crop_differences", arguments or sys.argv[1:])
+    text = report(kinds, TrainConfig(), choose_device("auto"), command)
     print(text)
     if options.write:
         write(text, options.write)

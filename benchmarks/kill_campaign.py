@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import killed_runs
+from benchmarks.command_line import command_line
 from benchmarks.killed_runs import EPOCHS, KINDS, RUN, STEPS, Kind, Timing
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
 from fastdino.environment import environment
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("torch", "torchvision", "numpy", "numba", "pillow"),
         {"seed": str(options.seed)},
     )
-    command = " ".join(["python -m benchmarks.kill_campaign", *arguments])
+    command = command_line("kill_campaign", arguments)
     text = markdown(tallies, command, facts)
     print(text)
     if options.write:

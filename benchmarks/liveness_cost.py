@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.command_line import command_line
 from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import TrainConfig, Trainer, distributed
 from fastdino.bench.report import facts_table, log, quartiles, wrap, write_report
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         rounds = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     facts = environment(torch.device("cpu"), ("torch",), {})
-    command = " ".join(["python -m benchmarks.liveness_cost", *arguments])
+    command = command_line("liveness_cost", arguments)
     text = report(rounds, command, facts)
     print(text)
     if options.write:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import killed_runs
+from benchmarks.command_line import command_line
 from benchmarks.killed_runs import BLOCKS, COMMAND, RUN, differences, iteration_of, small_head
 from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import Trainer, cli
@@ -494,7 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = run_faults(options.faults)
     facts = environment(torch.device("cpu"), ("torch",), {})
-    command = " ".join(["python -m benchmarks.rank_faults", *arguments])
+    command = command_line("rank_faults", arguments)
     text = markdown(results, command, facts)
     print(text)
     if options.write:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.command_line import command_line
 from fastdino import TrainConfig, Trainer, checkpoint
 from fastdino.bench.report import facts_table, log, quartiles, table, wrap, write_report
 from fastdino.environment import environment
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             results[mode], size = measure(config, options.rounds, Path(temporary))
     bandwidth = copy_bandwidth()
-    command = " ".join(["python -m benchmarks.save_times", *arguments])
+    command = command_line("save_times", arguments)
     about = (
         f"{options.arch}, K = {options.out_dim}, 2 global crops of {options.batch_size_per_gpu} "
         f"images per step, {options.rounds} rounds. By `{command}`."

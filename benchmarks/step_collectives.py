@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.command_line import command_line
 from benchmarks.local_ranks import free_port, rank_variables
 from fastdino import TrainConfig, Trainer, signals
 from fastdino.bench.report import facts_table, log, table, wrap, write_report
@@ -331,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for ranks in options.ranks:
             counts += count_in_forks(ranks, folder)
     facts = environment(torch.device("cpu"), ("torch",), {})
-    command = " ".join(["python -m benchmarks.step_collectives", *arguments])
+    command = command_line("step_collectives", arguments)
     text = markdown(counts, command, facts)
     print(text)
     if options.write:
