@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
 
 from fastdino.bench import flops
 from fastdino.config import TrainConfig
+from fastdino.models import linear_layer
 from fastdino.models.vit import VIT_ARCHS
 
 CUDA = torch.device("cuda")
@@ -28,11 +31,13 @@ CUDA = torch.device("cuda")
 )
 def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(flops, "measured_peak", lambda device: None)
-    peak = flops.peak_of(CUDA)
-    assert peak.flops == tflops * 1e12
-    part = peak.source.removesuffix("'s dense bf16 product")
-    assert part in name
+    monkeypatch.setattr(flops, "measured_peak", lambda device, precision: f"measured {precision}")
+    for precision in ("bf16", "fp16"):
+        peak = flops.peak_of(CUDA, precision)
+        assert peak.flops == tflops * 1e12
+        part = peak.source.removesuffix(f"'s dense {precision} product")
+        assert part in name
+    assert flops.peak_of(CUDA, "fp32") == "measured fp32"
 
 
 @pytest.mark.parametrize(
@@ -40,8 +45,8 @@ def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, name, tflops):
 )
 def test_the_peak_of_other_gpus_and_of_parts_of_a_gpu_is_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(flops, "measured_peak", lambda device: flops.Peak(1.0, "measured"))
-    assert flops.peak_of(CUDA).source == "measured"
+    monkeypatch.setattr(flops, "measured_peak", lambda device, precision: f"measured {precision}")
+    assert flops.peak_of(CUDA, "bf16") == "measured bf16"
 
 
 @pytest.mark.parametrize("problem", [None, "no oneDNN"])
@@ -53,10 +58,40 @@ def test_the_measured_peak_is_the_fastest_product(monkeypatch, problem):
     monkeypatch.setattr(flops, "onednn_problem", lambda: problem)
     monkeypatch.setattr(flops, "product", lambda a, b, *, onednn: used.append(onednn))
     monkeypatch.setattr(flops, "host_seconds", lambda calls, device: (calls[0](), next(seconds))[1])
-    peak = flops.measured_peak(torch.device("cpu"), repetitions=3)
+    peak = flops.measured_peak(torch.device("cpu"), "fp32", repetitions=3)
     assert used == [*ways] * 3
     assert peak.flops == 2 * 1024**3 / 0.5
     assert peak.source == "a float32 product of 1024 x 1024 matrices in this run"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "size", "ways"),
+    [
+        ("cpu", "fp32", 1024, 2), ("cpu", "bf16", 1024, 1), ("cpu", "fp16", 1024, 1),
+        ("cuda", "fp32", 8192, 1), ("cuda", "bf16", 8192, 1), ("cuda", "fp16", 8192, 1),
+    ],
+)  # fmt: skip
+def test_the_product_is_in_the_precision_and_measured_once_in_each_way(
+    monkeypatch, device, precision, size, ways
+):
+    """Only fp32 on a CPU has two ways."""
+    randn, used = torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape, device="meta"))
+    monkeypatch.setattr(flops, "onednn_problem", lambda: None)
+    monkeypatch.setattr(flops, "product", lambda a, b, *, onednn: used.append((a.dtype, a.shape)))
+    monkeypatch.setattr(flops, "host_seconds", lambda calls, device: (calls[0](), 0.5)[1])
+    peak = flops.measured_peak(torch.device(device), precision, repetitions=3)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert used == [(dtype, (size, size))] * 3 * ways
+    assert peak.source == f"a {str(dtype)[6:]} product of {size} x {size} matrices in this run"
+
+
+def test_the_import_multiplies_nothing(monkeypatch):
+    """Else a cached answer about oneDNN would be that of the moment of the import."""
+    monkeypatch.setattr(linear_layer, "onednn_problem", None)
+    names = runpy.run_path(flops.__file__)
+    counted = torch.ops.mkldnn._linear_pointwise in names["_CPU_OPERATOR_FLOPS"]
+    assert counted == hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @pytest.mark.parametrize("local_crops", [0, 3])

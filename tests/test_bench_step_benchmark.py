@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.results_table import measurements_of
 from fastdino import cli, cpu_speed, runtime
 from fastdino.bench import flops, scaling, step_benchmark
 from fastdino.bench.baselines import compiled_step, steps
@@ -243,13 +244,44 @@ def test_the_attention_that_is_timed_is_checked(checker, monkeypatch, name, fast
     )
     verdict = checker.check(steps.BASELINES[name].build)
     assert verdict.passed, verdict
-    assert verdict.attention == checked
+    assert verdict.choices["attention"] == checked
+
+
+@pytest.mark.parametrize(
+    ("name", "faster_for", "negligible", "checked"),
+    [
+        ("ours-fp32", "many", 0, "on"),
+        ("ours-fp32", "few", 0, "off"),
+        ("ours-fp32", "all", 0, "on"),
+        ("ours-fp32", "all", 4000, "on"),
+        ("ours-fast", "all", 0, "off"),  # timed in bf16
+        ("ours-bf16", "all", 0, "off"),
+        ("ours", "all", 0, "off"),
+    ],
+)
+def test_the_linear_layers_that_are_timed_are_checked(
+    config, monkeypatch, name, faster_for, negligible, checked
+):
+    """The check is in fp32 and has fewer images, for which others may be the faster ones."""
+    rows = {"many": range(4000, 10**9), "few": range(4000), "all": range(10**9)}[faster_for]
+    dim = VIT_ARCHS[config.arch]["embed_dim"]
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_PRODUCT", 4 * negligible * dim**2)
+    monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
+    monkeypatch.setattr(cpu_speed, "onednn_speedup", lambda n, dim: 9.0 if n in rows else 1.0)
+    timed = dataclasses.replace(config, batch_size_per_gpu=256)
+    built = steps.BASELINES[name].build(initial_setup(timed, CPU))
+    verdict = CorrectnessCheck(timed, CPU).check(steps.BASELINES[name].build)
+    assert verdict.passed, verdict
+    assert built.choices["onednn"].value == verdict.choices["onednn"] == checked
+    assert set(verdict.choices) == set(runtime.MEASURED) - {"precision"}
 
 
 def test_a_backend_that_cannot_run_in_fp32_is_not_checked(checker, monkeypatch):
     monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_WEIGHTS", 0)
     monkeypatch.setattr(cpu_speed, "bf16_speedup", lambda: 3.0)
     monkeypatch.setattr(cpu_speed, "matmul_speedup", lambda inputs: 3.0)
+    monkeypatch.setattr(cpu_speed, "NEGLIGIBLE_PRODUCT", 0)
+    monkeypatch.setattr(cpu_speed, "onednn_speedup", lambda rows, dim: 9.0)
     tested = []
 
     def problem(name, inputs):
@@ -260,7 +292,7 @@ def test_a_backend_that_cannot_run_in_fp32_is_not_checked(checker, monkeypatch):
     verdict = checker.check(steps.BASELINES["ours-fast"].build)
     assert verdict.passed, verdict
     assert ("matmul", torch.bfloat16) in tested
-    assert verdict.attention == "sdpa"
+    assert verdict.choices == {"attention": "sdpa", "onednn": "off"}
 
 
 # FLOPs and bytes
@@ -333,7 +365,7 @@ def report(config) -> StepReport:
     model, peak = flops.ModelFlops(0.9e9, 0.1e9), flops.Peak(64e9, "a product")
     results = [result("paper", seconds=(1.0, 1.0, 1.0)), result(), wrong()]
     missing = {"compiled": "no compiler"}
-    return StepReport({"device": "cpu"}, settings, "cpu", results, missing, model, peak)
+    return StepReport({"device": "cpu"}, settings, "cpu", results, missing, model, {"fp32": peak})
 
 
 def test_the_tables_and_the_json_show_the_figures(report, tmp_path):
@@ -364,6 +396,22 @@ def test_the_tables_and_the_json_show_the_figures(report, tmp_path):
     assert ours["breakdown"]["parts"][UPDATE] == 0.05
     assert record["arms"][2]["gate"]["green"] is False
     assert (tmp_path / "new/step.md").read_text(encoding="utf-8") == text
+
+
+def test_utilization_is_of_the_peak_in_the_precision_of_the_step(report):
+    bf16 = result("ours-fast", precision="bf16")
+    peaks = {"bf16": flops.Peak(256e9, "a fast product"), **report.peaks}
+    report = dataclasses.replace(report, results=[*report.results, bf16], peaks=peaks)
+    text = " ".join(report.markdown().split())
+    assert "fp32 | 50.0% | 100.0% |" in text
+    assert "bf16 | 12.5% | 25.0% |" in text
+    assert "Peak in bf16: 0.256 TFLOP/s, a fast product. Peak in fp32: 0.064 TFLOP/s" in text
+    record = report.as_json()
+    assert [arm.get("mfu") for arm in record["arms"]] == [0.125, 0.5, None, 0.125]
+    assert record["peaks"]["bf16"] == {"flops": 256e9, "source": "a fast product"}
+    (measured,) = {values["mfu_percent"] for (_, name), values in measurements_of(record).items()
+                   if name == "ours-fast"}  # fmt: skip
+    assert measured == 12.5
 
 
 SCALING = Scaling(
@@ -437,14 +485,16 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert [result["name"] for result in record["arms"]] == names
     assert [result["precision"] for result in record["arms"]] == ["fp32"] * 3 + ["bf16"]
     assert "precision: bf16 (autocast" in record["arms"][3]["note"]
-    assert all("checked in fp32 with attention sdpa" in arm["note"] for arm in record["arms"])
+    checked = "checked in fp32 with attention sdpa, onednn off"
+    assert all(checked in arm["note"] for arm in record["arms"])
     assert record["environment"]["large product in bf16"] == "1 times as fast as in fp32"
     assert "features" in record["environment"]
     assert record["missing"] == {"ours-graph": "CUDA graphs need a GPU"}
     assert all(len(result["seconds"]) == 2 and result["memory"] > 0 for result in record["arms"])
     assert (record["settings"]["batch_size_per_gpu"], record["settings"]["device"]) == (2, "cpu")
     assert record["scaling"]["on_cpu"] is True
-    assert record["peak"]["flops"] > 1e8
+    assert set(record["peaks"]) == {"fp32", "bf16"}
+    assert all(peak["flops"] > 1e8 for peak in record["peaks"].values())
     text = capsys.readouterr().out
     assert "## Many GPUs" in text
     assert text.splitlines()[-1].startswith("images/s: ours")

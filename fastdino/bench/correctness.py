@@ -14,8 +14,8 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,14 +42,14 @@ class Verdict:
     worst: quantity -> (largest relative error, name of the tensor).
     error: the exception that the baseline raised, or "".
     seconds: duration of the step, the first of the baseline.
-    attention: the attention backend of the step, if it was resolved.
+    choices: values of the choices of the step, without the precision, which is fp32.
     """
 
     worst: dict[str, tuple[float, str]]
     error: str = ""
     seconds: float = 0.0
     loss_tolerance: float = TOLERANCE
-    attention: str = ""
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -92,9 +92,8 @@ class CorrectnessCheck:
             return Verdict({}, failure_reason(error))
         expected, _ = self._reference(step.clip, one_size)
         worst = {name: _worst(actual[name], expected[name]) for name in expected}
-        return Verdict(
-            worst, seconds=seconds, loss_tolerance=step.loss_tolerance, attention=step.attention
-        )
+        choices = {n: choice.value for n, choice in step.choices.items() if n != "precision"}
+        return Verdict(worst, seconds=seconds, loss_tolerance=step.loss_tolerance, choices=choices)
 
     def _reference(self, clip: str, one_size: bool) -> tuple[dict[str, Tensors], float]:
         key = clip, one_size

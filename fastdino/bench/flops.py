@@ -22,9 +22,10 @@ from fastdino.bench.baselines.training_step import vit_sizes
 from fastdino.bench.measurement import host_seconds
 from fastdino.config import TrainConfig
 from fastdino.models.linear_layer import onednn_problem, product
+from fastdino.runtime import AUTOCAST_DTYPES
 
 HEAD_HIDDEN, HEAD_BOTTLENECK = 2048, 256
-# FLOP/s of dense bf16 products from the data sheets, by a part of the device's name.
+# FLOP/s of dense bf16 and fp16 products from the data sheets, by a part of the device's name.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -81,7 +82,7 @@ def executed_flops(step: Callable[[], object]) -> int:
 
     Compiled parts run eagerly for it: the operations that they fuse are no products.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPUS)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_OPERATOR_FLOPS)
     with torch.compiler.set_stance("force_eager"), counter:
         step()
     return counter.get_total_flops()
@@ -89,7 +90,7 @@ def executed_flops(step: Callable[[], object]) -> int:
 
 # PyTorch's counter does not know these operators of CPUs.
 _aten = torch.ops.aten
-_ON_CPUS: dict[Any, Any] = {
+_CPU_OPERATOR_FLOPS: dict[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     ),
@@ -97,8 +98,8 @@ _ON_CPUS: dict[Any, Any] = {
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
     ),
 }
-if onednn_problem() is None:
-    _ON_CPUS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: (
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _CPU_OPERATOR_FLOPS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: (
         2 * math.prod(x) * weight[0]
     )
 
@@ -111,31 +112,35 @@ class Peak:
     source: str
 
 
-def peak_of(device: torch.device) -> Peak:
+def peak_of(device: torch.device, precision: str) -> Peak:
     """Return the data sheet's peak of a known GPU, else that of a product measured now.
 
-    A MIG instance, a part of a GPU that has the GPU's name and its own, is measured.
+    A MIG instance, a part of a GPU that has the GPU's name and its own, is measured. So is fp32 on
+    every GPU.
+
+    Args: precision: fp32, bf16 or fp16.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAKS.items():
             if part in name and "MIG" not in name:
-                return Peak(flops, f"{part}'s dense bf16 product")
-    return measured_peak(device)
+                return Peak(flops, f"{part}'s dense {precision} product")
+    return measured_peak(device, precision)
 
 
-def measured_peak(device: torch.device, repetitions: int = 10) -> Peak:
-    """Measure the fastest of several square products: bf16 on a GPU, fp32 on a CPU.
+def measured_peak(device: torch.device, precision: str, repetitions: int = 10) -> Peak:
+    """Measure the fastest of several square products.
 
-    On a CPU by PyTorch's BLAS and by oneDNN, of which --mode fast takes the faster one.
+    In fp32 on a CPU by PyTorch's BLAS and by oneDNN, of which --mode fast takes the faster one.
     """
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
     x = torch.randn(size, size, device=device).to(dtype)
-    ways = (False, True) if onednn_problem() is None else (False,)
+    both = device.type == "cpu" and precision == "fp32" and onednn_problem() is None
     seconds = min(
-        host_seconds([partial(product, x, x, onednn=way)], device)
+        host_seconds([partial(product, x, x, onednn=onednn)], device)
         for _ in range(repetitions)
-        for way in ways
+        for onednn in ((False, True) if both else (False,))
     )
     name = str(dtype).removeprefix("torch.")
     source = f"a {name} product of {size} x {size} matrices in this run"

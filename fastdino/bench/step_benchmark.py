@@ -174,6 +174,7 @@ class StepBenchmark:
         except KeyboardInterrupt:
             problem = "interrupted: the missing values were not measured"
         settings = {name: getattr(self.config, name) for name in SETTINGS}
+        timed = {result.precision for result in self.results.values() if result.seconds}
         return StepReport(
             facts,
             settings | {"rounds": self.args.rounds, "device": str(self.device)},
@@ -181,7 +182,7 @@ class StepBenchmark:
             list(self.results.values()),
             missing,
             model_flops(self.config),
-            peak_of(self.device),
+            {precision: peak_of(self.device, precision) for precision in sorted(timed)},
             problem,
             feed=self.feed() if self.args.data_path and not problem else None,
             scaling=self.scaling() if self.args.scaling and not problem else None,
@@ -212,8 +213,9 @@ class StepBenchmark:
             notes.append(f"on crops of one size: {baseline.one_size}")
         if verdict.loss_tolerance > TOLERANCE:
             notes.append(f"the loss, one long fp32 sum, to {verdict.loss_tolerance:g}")
-        if verdict.attention:
-            notes.append(f"checked in fp32 with attention {verdict.attention}")
+        if verdict.choices:
+            values = ", ".join(f"{name} {value}" for name, value in verdict.choices.items())
+            notes.append(f"checked in fp32 with {values}")
         self.results[name] = StepResult(
             name,
             baseline.title,
@@ -231,7 +233,8 @@ class StepBenchmark:
         step = self.steps[name] = build()
         result = self.results[name]
         result.precision = step.precision
-        result.note = "; ".join(filter(None, (result.note, step.choices)))
+        choices = (f"{name}: {choice}" for name, choice in step.choices.items())
+        result.note = "; ".join(filter(None, (result.note, *choices)))
         result.first_steps += self._seconds(name, 1)
         self._seconds(name, WARMUP_STEPS[self.device.type] + step.warmup_steps)
         result.memory = self._memory(name, before)

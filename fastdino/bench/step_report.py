@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ BASE = "paper"
 EXPLANATION = """\
 Medians and quartiles of interleaved rounds, synchronized at their ends only. `x paper`: images/s
 relative to `paper` in the same round, likewise. MFU: the model's FLOPs per second as a share of the
-peak; executed: the same with the FLOPs that the step executed. First steps: of the correctness
-check and after it, compilation included. Memory: {memory}. Launches: {launches}. Reads: values read
-back to the host per step."""
+peak in the step's precision; executed: the same with the FLOPs that the step executed. First steps:
+of the correctness check and after it, compilation included. Memory: {memory}. Launches: {launches}.
+Reads: values read back to the host per step."""
 MEMORY = {
     "cuda": "peak allocation during a step, with networks and optimizer",
     "cpu": "saved for the backward pass, without parameters and crops",
@@ -74,7 +74,10 @@ class DiskFeed:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The report of a run. kind: cuda or cpu. problem: why it is incomplete, or ""."""
+    """The report of a run.
+
+    kind: cuda or cpu. peaks: of the timed steps' precisions. problem: why it is incomplete, or "".
+    """
 
     environment: dict[str, str]
     settings: dict[str, Any]
@@ -82,7 +85,7 @@ class StepReport:
     results: Sequence[StepResult]
     missing: dict[str, str]
     flops: ModelFlops
-    peak: Peak
+    peaks: Mapping[str, Peak]
     problem: str = ""
     feed: DiskFeed | None = None
     scaling: Scaling | None = None
@@ -116,9 +119,10 @@ class StepReport:
             f"{s['arch']}/{s['patch_size']}, B = {s['batch_size_per_gpu']} images of 2 crops of "
             f"{s['global_crops_size']} px and {s['local_crops_number']} of "
             f"{s['local_crops_size']} px, K = {s['out_dim']}, drop path {s['drop_path_rate']:g}; "
-            f"{s['rounds']} rounds. The model takes {self.flops.total / 1e9:.4g} GFLOP per image; "
-            f"peak: {self.peak.flops / 1e12:.3g} TFLOP/s, {self.peak.source}."
+            f"{s['rounds']} rounds. The model takes {self.flops.total / 1e9:.4g} GFLOP per image."
         )
+        for precision, peak in self.peaks.items():
+            about += f" Peak in {precision}: {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}."
         explanation = EXPLANATION.format(memory=MEMORY[self.kind], launches=LAUNCHES[self.kind])
         parts = ["# Training step", "Written by `fastdino bench`.", facts_table(self.environment)]
         parts += [f"**{self.problem}**"] if self.problem else []
@@ -166,8 +170,9 @@ class StepReport:
         ]
 
     def utilization(self, result: StepResult, flops: float) -> float:
-        """Return the share of the peak that a step reaches with `flops` per image."""
-        return statistics.median(result.outcome.rates) * flops / self.peak.flops
+        """Return the share of its precision's peak that a step reaches with `flops` per image."""
+        peak = self.peaks[result.precision].flops
+        return statistics.median(result.outcome.rates) * flops / peak
 
     def _parts_table(self) -> str:
         rows = []
@@ -194,7 +199,7 @@ class StepReport:
             "environment": self.environment,
             "settings": self.settings,
             "model_flops_an_image": self.flops.total,
-            "peak": asdict(self.peak),
+            "peaks": {precision: asdict(peak) for precision, peak in self.peaks.items()},
             "arms": [self._record(result) for result in self.results],
             "missing": self.missing,
             "problem": self.problem,

@@ -44,8 +44,7 @@ class TrainerStep(TrainingStep):
         self.trainer.load_state_dict(state | {"dino_loss": {"center": center}})
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.precision = runtime.precision.value
-        self.choices = "; ".join(f"{name}: {runtime.choices()[name]}" for name in MEASURED)
-        self.attention = runtime.attention.value
+        self.choices = {name: runtime.choices()[name] for name in MEASURED}
         if runtime.cuda_graph.on:  # steps that measure the entropy have another graph
             self.warmup_steps = config.print_freq * WARMUP_STEPS + 1
 
@@ -58,17 +57,23 @@ class TrainerStep(TrainingStep):
 
 
 def _resolve(setup: StepSetup, changes: dict[str, Any]) -> tuple[TrainConfig, Runtime]:
-    """Return the settings and choices of a step: in a check, with the attention that is timed.
+    """Return the settings and choices of a step.
 
-    A GPU's backend may not support fp32, in which the check is: then the check has its own.
+    A check has the choices that are timed, except for the precision: they could differ in fp32 and
+    for fewer images. An attention backend that does not support fp32 is not checked.
     """
     config = _changed(setup.config, changes)
-    if setup.timed is not None:
-        timed = resolve_runtime(_changed(setup.timed, changes), setup.device, make_crops=False)
-        same = dataclasses.replace(config, attention=timed.attention.value)
-        with contextlib.suppress(ConfigError):
-            return same, resolve_runtime(same, setup.device, make_crops=False)
-    return config, resolve_runtime(config, setup.device, make_crops=False)
+    resolve = partial(resolve_runtime, device=setup.device, make_crops=False)
+    if setup.timed is None:
+        return config, resolve(config)
+    timed = resolve(_changed(setup.timed, changes))
+    choices = timed.choices()
+    values: dict[str, Any] = {name: choices[name].value for name in MEASURED if name != "precision"}
+    same = dataclasses.replace(config, **values)
+    with contextlib.suppress(ConfigError):
+        return same, resolve(same)
+    other = dataclasses.replace(same, attention=config.attention)
+    return other, resolve(other)
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:

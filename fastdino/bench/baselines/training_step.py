@@ -6,6 +6,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from fastdino.config import TrainConfig
 from fastdino.errors import ConfigError
 from fastdino.models.backbones import build_networks
 from fastdino.models.vit import VIT_ARCHS
+from fastdino.runtime import Choice
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
 TOLERANCE = 1e-5  # relative error allowed by correctness.py
@@ -51,8 +53,7 @@ class TrainingStep(abc.ABC):
         student, teacher: networks; their heads are modules named `head`.
         precision: of the forward pass: fp32, bf16 or fp16.
         warmup_steps: steps needed before timing, in addition to the usual few.
-        choices: settings that were resolved for this machine, with the reasons.
-        attention: the attention backend, if it was resolved.
+        choices: by name, what was measured on this machine or would be with other settings.
     """
 
     clip: ClassVar[str] = "parameter"
@@ -61,8 +62,7 @@ class TrainingStep(abc.ABC):
     teacher: nn.Module
     precision: str
     warmup_steps: int = 0
-    choices: str = ""
-    attention: str = ""
+    choices: Mapping[str, Choice] = MappingProxyType({})
 
     @abc.abstractmethod
     def __init__(self, setup: StepSetup): ...
