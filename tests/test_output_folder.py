@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from fastdino.errors import CheckpointError
+from fastdino.training import output_folder
 from fastdino.training.output_folder import OutputFolder
 from tests.processes import locked_elsewhere
 
@@ -63,6 +64,47 @@ def test_leftovers_are_kept_while_another_run_may_write_them(run, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with OutputFolder(run):
         assert set(OURS) <= set(os.listdir(run))
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(output_folder, "LOCK_POLL_SECONDS", 0.01)
+
+
+def test_a_requeued_run_waits_for_the_lock_of_its_last_start(requeued, run, capsys):
+    with locked_elsewhere(run / ".lock", 0.5), OutputFolder(run):
+        assert is_locked(run / ".lock")
+    assert capsys.readouterr().err == (
+        f"waiting up to 300 s for the lock of {run}, which the last start of this job may have "
+        "left\n"
+    )
+
+
+def test_a_requeued_run_does_not_wait_for_another_run_without_a_limit(requeued, run, monkeypatch):
+    monkeypatch.setattr(output_folder, "STALE_LOCK_SECONDS", 0.05)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with (
+        locked_elsewhere(run / ".lock"),
+        pytest.raises(CheckpointError, match="another run is writing there"),
+        OutputFolder(run),
+    ):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("count", [None, "0"])
+def test_a_run_that_is_not_requeued_does_not_wait_for_the_lock(run, monkeypatch, capsys, count):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if count:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    with (
+        locked_elsewhere(run / ".lock"),
+        pytest.raises(CheckpointError, match="another run is writing there"),
+        OutputFolder(run),
+    ):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def lose_folder(run):

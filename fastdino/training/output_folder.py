@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from fastdino.errors import CheckpointError
 from fastdino.files import PART, open_locked, part_of
+from fastdino.launch import restart_count
+from fastdino.terminal import print_err
 
 # To open a folder without reading it.
 _O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
+# A file server keeps the lock of a failed node for a while, and a requeued job waits for it.
+STALE_LOCK_SECONDS, LOCK_POLL_SECONDS = 300.0, 1.0
 # Files that a run writes atomically.
 _WRITTEN = re.compile(
     r"(checkpoint(\d{4,})?\.pth|log\.txt|config\.json|metrics\.csv|wandb\.json|mlflow\.json|"
@@ -38,7 +43,7 @@ class OutputFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._open():
+            if self._open_after_requeue():
                 self._remove_leftovers()
         except OSError as error:
             raise self._error(error) from error
@@ -47,6 +52,26 @@ class OutputFolder:
     def __exit__(self, *error: object) -> None:
         os.close(self._lock)
         os.close(self._folder)
+
+    def _open_after_requeue(self) -> bool:
+        """Open and lock the folder; a requeued Slurm job waits for the lock of its last start."""
+        try:
+            return self._open()
+        except BlockingIOError:
+            if not restart_count():
+                raise
+        print_err(
+            f"waiting up to {STALE_LOCK_SECONDS:g} s for the lock of {self.path}, which the last "
+            "start of this job may have left"
+        )
+        end = time.monotonic() + STALE_LOCK_SECONDS
+        while True:
+            time.sleep(LOCK_POLL_SECONDS)
+            try:
+                return self._open()
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
 
     def _open(self) -> bool:
         """Open and lock the folder; return False if its file system has no locks."""

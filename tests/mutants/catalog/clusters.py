@@ -16,6 +16,7 @@ SHARDS = "fastdino/training/shard_files.py"
 WORLD = "fastdino/training/world_size.py"
 SPLIT = "fastdino/batch_split.py"
 WAITING = "fastdino/waiting.py"
+FOLDER = "fastdino/training/output_folder.py"
 
 _ENVIRONMENT = "tests/test_launch_environment.py::test_"
 PLACE = (f"{_ENVIRONMENT}the_environment_states_the_place_of_this_process",)
@@ -109,5 +110,7 @@ MUTANTS = (
     Mutant(WORLD, "theirs.images * before != ours", "theirs.images != ours"),
     Mutant(SPLIT, "if images <= k * largest)", "if images < k * largest)"),
     Mutant(SPLIT, "if k < 2 * world_size", "if k <= world_size"),
+    Mutant(FOLDER, "if not restart_count():", "if restart_count() < 2:"),
+    Mutant(FOLDER, "if time.monotonic() > end:", "if time.monotonic() > 0:"),
     Mutant(WAITING, "            del run  # with", "            # with", FINISHED),
 )
