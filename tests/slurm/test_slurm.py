@@ -64,9 +64,13 @@ def submit(pictures, folder, *flags):
 
 
 def submit_documented_script(pictures, run):
-    """Submit the batch script of docs/clusters.md with the flags of these tests; return the job."""
+    """Submit the batch script of docs/clusters.md with the flags of these tests; return the job.
+
+    With `set -e`, and with variables that filter squeue's output, which sbatch exports.
+    """
     script = documented_script()
     for was, became in (
+        ("status=0\n", "set -e\nstatus=0\n"),
         ("--ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=10", "--ntasks-per-node=1"),
         ("srun --cpus-per-task=10", "srun"),
         ("python -u", f"{sys.executable} -u"),
@@ -81,8 +85,9 @@ def submit_documented_script(pictures, run):
         script = script.replace(was, became)
     command = ["sbatch", "--parsable", f"--output={run.parent}/slurm/%j_log.out"]
     (run.parent / "slurm").mkdir()
+    environ = os.environ | {"SQUEUE_STATES": "PENDING", "SQUEUE_USERS": "nobody"}
     return subprocess.run(
-        command, input=script, capture_output=True, text=True, check=True
+        command, input=script, capture_output=True, text=True, check=True, env=environ
     ).stdout.strip()
 
 
