@@ -7,6 +7,8 @@ import torch
 from fastdino_kernels import norms
 from fastdino_kernels.dispatch import compute_dtype
 from fastdino_kernels.norms import ROW, measure, norm
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.multi_tensor import FLOATS, LONG, long_normal
@@ -111,7 +113,7 @@ class Operations(TorchDispatchMode):
 def test_short_tensors_take_one_operation_together():
     tensors = [torch.randn(ROW), None, torch.randn(3, 5), torch.zeros(0, 4)]
     with Operations() as operations:
-        values = measure(tensors, tensors, "tensors")
+        values = measure(tensors, "tensors")
     assert operations.names.count("_foreach_norm") == 1
     assert not {"linalg_vector_norm", "view", "slice"} & set(operations.names)
     expected = torch.stack([torch.zeros(()) if x is None else x.norm() for x in tensors])
@@ -122,7 +124,7 @@ def test_long_and_short_tensors_of_several_dtypes():
     draws = (long_normal(size) for size in (LONG, 5, 3 * ROW + 1, 0, ROW, 2 * ROW, ROW + 1))
     tensors = [x.to(FLOATS[i % 4]) for i, x in enumerate(draws)]
     tensors.insert(2, None)
-    values = measure(tensors, tensors, "tensors")
+    values = measure(tensors, "tensors")
     expected = torch.stack([truth(torch.zeros(0) if x is None else x) for x in tensors])
     assert values.dtype == torch.float64
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
@@ -131,6 +133,57 @@ def test_long_and_short_tensors_of_several_dtypes():
 def test_compiled_norms_are_accurate():
     long = [long_normal(), long_normal(1536 * 2050).view(1536, 2050).T, torch.ones(3)]
     compiled = torch.compile(measure, backend="aot_eager", fullgraph=True)
-    values = compiled(long, long, "tensors")
+    values = compiled(long, "tensors")
     expected = torch.stack(list(map(truth, long)))
     torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_norms_of_every_layout_are_accurate(layout, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    for tensor in (layouts()[layout], layouts()[layout][:-1]):
+        expected = truth(tensor)
+        torch.testing.assert_close(compiled(tensor).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compiled_norms_are_not_specialised_to_sizes(device):
+    """The meta device stands for accelerators, where no norm is measured in rows."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(norm, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (3, ROW, ROW + 1, 2 * ROW):
+        compiled(torch.ones(rows, 5, device=device))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck(dtype):
+    tensors = [long_normal(size).to(dtype) for size in (3 * ROW + 1, 5, 0)]
+    tensors.append(long_normal(30_000).view(100, 300).to(dtype).T)
+    torch.library.opcheck(torch.ops.fastdino_kernels.norms.default, (tensors,))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [3, 3 * ROW])
+def test_fake_tensors_have_fake_norms(size, dtype):
+    with FakeTensorMode():
+        value = norm(torch.empty(size, dtype=dtype))
+    assert (value.shape, value.device.type) == ((), "cpu")
+    assert value.dtype == compute_dtype(torch.empty(0, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [3, 3 * ROW])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_norms_have_no_gradient(size, compiled):
+    measured = torch.compile(norm, backend="aot_eager") if compiled else norm
+    assert not measured(torch.ones(size, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("tensors", [[], [None], [None, None]])
+def test_at_least_one_tensor_is_needed(tensors):
+    expected = f"gradients must have at least one tensor, got {len(tensors)} times None"
+    with pytest.raises(ValueError, match=expected):
+        measure(tensors, "gradients")

@@ -182,7 +182,7 @@ def update(
     state, gradients = _plan(call, local, impl, cache, keys)
     norms = call.norms
     if call.needs_norms and (gradients is None or local is not call.lists):
-        norms = _measure(call, local)
+        norms = _measure(call)
     if state is None or gradients is None:
         from .adamw_ema_torch import torch_adamw_ema_
 
@@ -250,14 +250,13 @@ def _gradient_tables(local: Lists, impl: str) -> Tables | None:
     return Tables(chunks, make_pointers([gradients], device))
 
 
-def _measure(call: Call, local: Lists) -> Tensor:
+def _measure(call: Call) -> Tensor:
     """Return the norms by PyTorch: those of whole gradients, divided by grad_scale."""
     n = len(call.steps)
-    whole = call.lists["gradients"][:n]
-    shards = whole if local is call.lists else local["gradients"][:n]
-    if held := present([shards]):
-        norms = measure(whole, shards, "gradients").to(norm_dtype(held))
+    gradients = call.lists["gradients"][:n]
+    if held := present([gradients]):
+        norms = measure(gradients, "gradients").to(norm_dtype(held))
     else:
-        norms = torch.zeros(n, device=present(local.values())[0].device)
+        norms = torch.zeros(n, device=present(call.lists.values())[0].device)
     norms = norms if call.each else torch.linalg.vector_norm(norms)
     return norms if call.grad_scale is None else norms / call.grad_scale

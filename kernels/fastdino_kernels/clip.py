@@ -126,8 +126,8 @@ def _clip_(grads: Some, local: Some, max_norm: float, impl: str, *, each: bool) 
 
 
 def _torch_clip_(grads: Some, local: Some, max_norm: float, *, each: bool) -> Tensor:
-    norms = measure(grads, local, GRADIENTS)
-    dtype = norm_dtype(present([local]))
+    norms = measure(grads, GRADIENTS)
+    dtype = norm_dtype(present([grads]))
     if not each:
         norms = torch.linalg.vector_norm(norms)
     factors = clip_factors(norms, max_norm, each=each).expand(len(grads))

@@ -312,8 +312,8 @@ MUTANTS = (
     # Norms of long tensors on a CPU
     Mutant(
         NORMS,
-        'tensor.numel() > ROW and tensor.device.type == "cpu"',
-        'tensor.numel() > ROW and tensor.device.type != "cpu"',
+        "tensor.is_cpu and tensor.numel() > ROW",
+        "not tensor.is_cpu and tensor.numel() > ROW",
         (
             "tests/test_clip.py::test_millions_of_elements_are_clipped_accurately",
             "tests/test_optimizers.py::test_lars_scales_millions_of_weights_accurately",
@@ -321,8 +321,8 @@ MUTANTS = (
     ),
     Mutant(
         NORMS,
-        "while tensor.numel()",
-        "if tensor.numel()",
+        "while tensor.is_cpu",
+        "if tensor.is_cpu",
         ("tests/test_norms.py::test_lengths_around_a_row",),
     ),
     Mutant(
@@ -336,6 +336,22 @@ MUTANTS = (
         "if tensor.is_contiguous():",
         "if tensor.dim() > 0:",
         ("tests/test_norms.py::test_dense_layouts_are_not_copied",),
+    ),
+    Mutant(
+        NORMS,
+        "traced = torch.compiler.is_compiling()",
+        "traced = False",
+        (
+            "tests/test_clip_compile.py::test_shapes_may_change",
+            "tests/test_clip_compile.py::test_gradients_may_be_transposed",
+            "tests/test_norms.py::test_compiled_norms_of_every_layout_are_accurate",
+        ),
+    ),
+    Mutant(
+        NORMS,
+        "return stacked.detach()",
+        "return stacked",
+        ("tests/test_norms.py::test_norms_have_no_gradient",),
     ),
     # Chunks, tables and keys
     Mutant(
