@@ -1,5 +1,7 @@
 """Compiled clips on a CPU: shapes that change, layouts and long gradients, against float64."""
 
+import itertools
+
 import pytest
 import torch
 from fastdino_kernels import clip_grad_norm_, clip_grad_norms_, reference
@@ -55,16 +57,21 @@ def assert_clips(compiled, clip, params):
         torch.testing.assert_close(grad.double(), exact, rtol=rtol, atol=6e-8)
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
-@pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("clip", CLIPS)
+def shape_cases():
+    """Yield each clip, name of SHAPES and value of `dynamic`; most combinations are slow tests."""
+    for clip, shapes, dynamic in itertools.product(CLIPS, SHAPES, (None, True, False)):
+        quick = shapes == "rows" or (clip is clip_grad_norms_ and dynamic is None)
+        yield pytest.param(clip, shapes, dynamic, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("clip", "shapes", "dynamic"), list(shape_cases()))
 def test_shapes_may_change(clip, shapes, dynamic):
     compiled = compiled_clip(clip, dynamic=dynamic, fullgraph=True)
     for each in SHAPES[shapes]:
         assert_clips(compiled, clip, parameters(each))
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_gradients_may_be_transposed(clip, dynamic, fullgraph):
