@@ -43,10 +43,12 @@ from fastdino.models import backbones
 from fastdino.models.vit import VIT_ARCHS
 
 FLAGS = ["--crops", "torchvision", "--num_workers", "0", "--last_batch", "drop"]
-# By number of ranks. More than two take longer to start where they share the cores, and resume with
-# the same bits only if they are sharded. An epoch has 2 or 3 steps.
-MORE = "--batch_size_per_gpu 1 --fsdp true --dist_timeout_minutes 0.3"
-FLAGS_OF = {2: "--batch_size_per_gpu 2 --dist_timeout_minutes 0.1", 3: MORE, 4: MORE}
+# By number of ranks. More than two take longer to start where they share the cores. An epoch has 2
+# or 3 steps.
+MORE = "--batch_size_per_gpu 1 --dist_timeout_minutes 0.3"
+FLAGS_OF = {
+    2: "--batch_size_per_gpu 2 --dist_timeout_minutes 0.1", 3: MORE, 4: f"{MORE} --fsdp true"
+}  # fmt: skip
 ITERATION = 5  # of a fault; the last save is that of iteration 4, of 3 ranks 3
 STUCK_SECONDS = 180.0
 NETWORK = "10.231.7."  # of two network namespaces
@@ -204,12 +206,12 @@ def _kill_rank_1(pids: Sequence[int]) -> None:
 def of_three_and_four() -> list[Fault]:
     """Return kills, stops and an error of a rank's own in runs of three and four ranks."""
     faults = []
-    for ranks in (3, 4):
+    for ranks, flags in ((3, ""), (4, ", --fsdp")):
         for name, step, own in (("SIGKILL", kill_itself, -9), ("SIGSTOP", stop_itself, None)):
             statuses = (75, own, *[75] * (ranks - 2))
-            name = f"{ranks} ranks, --fsdp: {name} of rank 1"
+            name = f"{ranks} ranks{flags}: {name} of rank 1"
             faults.append(Fault(name, SILENT, statuses, step=step))
-        name, statuses = f"{ranks} ranks, --fsdp: a bug on rank 1", (2, 1, *[2] * (ranks - 2))
+        name, statuses = f"{ranks} ranks{flags}: a bug on rank 1", (2, 1, *[2] * (ranks - 2))
         faults.append(Fault(name, "KeyError", statuses, step=fail))
     return faults
 
@@ -457,7 +459,7 @@ def _surroundings(fault: Fault, run_folder: Path) -> Iterator[str]:
 def markdown(results: Sequence[Result], command: str, facts: Mapping[str, str]) -> str:
     """Return rank_faults.md."""
     about = (
-        "Runs of two ranks (gloo) with --dist_timeout_minutes 0.1, or of 3 and 4 with 0.3 and "
+        "Runs of two ranks (gloo) with --dist_timeout_minutes 0.1, or of 3 and 4 with 0.3, 4 with "
         "--fsdp, on one machine: a fault at iteration 5 or at the start, then the same command "
         "again. Seconds: from the fault, or the start, until the last rank that it does not hit "
         "has ended. Lost: steps that are repeated. Equal: checkpoints, log.txt and config.json of "

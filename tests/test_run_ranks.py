@@ -17,6 +17,7 @@ from tests.processes import run_ranks, run_two
 from tests.runs import (
     STEPS,
     Once,
+    assert_same_run,
     assert_same_state,
     fail,
     interrupt,
@@ -128,6 +129,27 @@ def test_two_ranks_in_fast_mode_resume_and_roll_back_together(config, tmp_path):
         assert not torch.equal(first, second)
     _, losses = train_by_hand(config(drop_path_rate=0.0, mode="fast", epochs=2), {FAILED})
     assert losses_of(names[0]) == pytest.approx(losses, rel=2e-4)
+
+
+def train_twice(whole, stopped):
+    """Train without an interruption, and with one after the first step."""
+    train_small(whole)
+    signals.AGREE_SECONDS = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 1)
+        train_small(stopped)
+    train_small(stopped)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "fast", "grad_accum": 2}], ids=str)
+def test_three_ranks_resume_with_the_same_bits(config, tmp_path, settings):
+    """The order in which three gradients are added depends on the buckets, from the start on."""
+    whole, stopped = (
+        config(batch_size_per_gpu=1, output_dir=str(tmp_path / name), **settings)
+        for name in ("whole", "stopped")
+    )
+    run_ranks(3, train_twice, whole.to_dict(), stopped.to_dict())
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def train_then_run(settings, line):

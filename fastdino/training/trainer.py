@@ -28,6 +28,7 @@ from fastdino.optimizer_state import check_optimizer
 from fastdino.runtime import Runtime, resolve_runtime
 from fastdino.training import sharding
 from fastdino.training.cuda_graph import GraphedStep
+from fastdino.training.gradient_buckets import data_parallel
 from fastdino.training.nonfinite import FiniteGuard
 from fastdino.training.schedules import cosine_schedule
 from fastdino.training.update import FusedUpdate, SeparateUpdate
@@ -125,12 +126,8 @@ class Trainer:
         self.teacher = self._prepare(teacher)
         self._forward_student: nn.Module = self.student
         if distributed.world_size() > 1 and not config.fsdp:
-            self._forward_student = nn.parallel.DistributedDataParallel(
-                self.student,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                static_graph=self.batch.passes == 1,  # not compatible with no_sync
-            )
+            static = self.batch.passes == 1  # not compatible with no_sync
+            self._forward_student = data_parallel(self.student, self.device, static=static)
 
     def _prepare(self, network: MultiCropWrapper) -> MultiCropWrapper:
         """Apply the runtime's choices to a network and move it to the device."""

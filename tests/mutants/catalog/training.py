@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant(TRAINER, "2 * rows * parts", "2 * rows", ACCUMULATED),
     Mutant(TRAINER, "self.optimizer.zero_grad()", "pass", BITS),
     Mutant(TRAINER, "frozen=self.epoch < self", "frozen=self.epoch <= self", FROZEN),
-    Mutant(TRAINER, "static_graph=self.batch.passes == 1", "static_graph=True", RANKS),
+    Mutant(TRAINER, "static = self.batch.passes == 1", "static = True", RANKS),
     Mutant(TRAINER, "lr = config.lr * global_batch / 256", "lr = config.lr", SCHEDULED),
     Mutant(
         TRAINER,
@@ -475,4 +475,10 @@ MUTANTS = (
     Mutant(FLOPS, "(2 * student + teacher) * 2", "(3 * student + teacher) * 2", FLOP),
     Mutant(FLOPS, "(12 * D * D + 2 * N * D)", "(12 * D * D + N * D)", FLOP),
     Mutant(FLOPS, "seconds = min(", "seconds = max(", FLOP),
+    Mutant(
+        "fastdino/training/gradient_buckets.py",
+        "range(2)",
+        "range(1)",
+        ("tests/test_run_ranks.py::test_three_ranks_resume_with_the_same_bits",),
+    ),
 )
