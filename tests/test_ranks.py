@@ -101,3 +101,25 @@ def test_rank_0_of_different_processors_decides(steps):
         }
         measured = [results["choices"][name] for name in ("precision", "attention")]
         assert all("4x" in choice["reason"] for choice in measured)
+
+
+def accumulate(settings, crops, folder) -> None:
+    """Take two steps of two parts on one of two ranks; save the weights."""
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu"), "env://"):
+        trainer, rank = Trainer(TrainConfig.from_dict(settings), 2), distributed.rank()
+        for _ in range(2):
+            trainer.train_step([crop[rank::2] for crop in crops])
+        torch.save(trainer.student.state_dict(), folder / f"{rank}.pt")
+
+
+def test_other_networks_than_vits_accumulate_gradients_too(tmp_path):
+    """Their gradients have PyTorch's own buckets, which are not static under accumulation."""
+    settings = TrainConfig(
+        arch="resnet18", out_dim=64, global_crops_size=32, local_crops_number=0, lr=0.5,
+        batch_size_per_gpu=2, grad_accum=2, epochs=2, warmup_epochs=0, device="cpu",
+    ).to_dict()  # fmt: skip
+    run_two(accumulate, settings, [torch.randn(8, 3, 32, 32) for _ in range(2)], tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
