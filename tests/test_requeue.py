@@ -343,7 +343,9 @@ def test_the_documented_script_requeues_and_keeps_the_status(
     fake, tmp_path, status, requeued, options
 ):
     slurm = fake(status=status)
-    (slurm.folder / "python").symlink_to(sys.executable)
+    python = slurm.folder / "python"  # a link would not have the packages of the environment
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     (tmp_path / "run").mkdir()
     script = options + documented_script().replace("runs/b16", "run")
     done = subprocess.run(
