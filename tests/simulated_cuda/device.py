@@ -235,7 +235,7 @@ class SimulatedCuda:
 
     def is_pinned(self, tensor: Tensor) -> bool:
         address = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
-        return any(start <= address < start + size for start, size in [*_pinned.items()])
+        return any(start <= address < start + size for start, size in _pinned.copy().items())
 
     # Operations.
 
@@ -306,7 +306,8 @@ class SimulatedCuda:
         words = {word for table in tables for word in table}
         addresses = words | {word >> 2 for word in words}  # fastdino_kernels.pointer_table
         with self._lock:
-            known = sorted(self._memories.items(), key=itemgetter(0))
+            memories = self._memories.copy()  # the collection of garbage may remove entries
+        known = sorted(memories.items(), key=itemgetter(0))
         starts = [start for start, _ in known]
         reached = []
         for address in addresses:
@@ -478,7 +479,7 @@ class SimulatedCuda:
         """Start a tape, and keep the content of all memory, as capture must not change it."""
         before = {
             address: (memory, ctypes.string_at(address, memory.size))
-            for address, memory in self._memories.items()
+            for address, memory in self._memories.copy().items()
         }
         stream.tape = Tape(before=before)
 
