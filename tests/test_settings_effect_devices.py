@@ -155,6 +155,7 @@ def test_compile_traces_blocks_and_head(make_trainer, crops_of, monkeypatch):
 @effect_of("onednn")
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
 def test_onednn_computes_the_products(make_trainer, crops_of, monkeypatch):
+    assert linear_layer.onednn_problem() is None  # computes products, once
     calls, product = [], linear_layer._product
     monkeypatch.setattr(
         linear_layer, "_product", lambda *inputs: calls.append(inputs) or product(*inputs)
