@@ -271,7 +271,7 @@ def service():
     """End wandb's service process, which keeps the environment of its start."""
     wandb = pytest.importorskip("wandb")
     wandb.teardown()
-    yield
+    yield wandb
     wandb.teardown()
 
 
@@ -280,6 +280,7 @@ def service():
 def test_wandb_offline_folder_has_each_value_once(config, tmp_path, monkeypatch, capsys, service):
     monkeypatch.setenv("WANDB_MODE", "offline")
     lines = run_and_resume(lambda **changes: config(logger="wandb", **changes), tmp_path)
+    service.teardown()  # it may still write
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"), key=os.path.getmtime)
     assert len(files) == 3, "one per start"
     assert len({path.name for path in files}) == 1, "of one run"
