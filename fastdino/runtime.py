@@ -401,8 +401,10 @@ def choose_onednn(
     problem = _onednn_problem(precision, inputs)
     if problem and wanted:
         raise ConfigError(f"--onednn on does not work: {problem}; use --onednn auto")
-    if problem or wanted:
-        return Choice("off", problem) if problem else Choice("on", REQUESTED)
+    if wanted:
+        return Choice("on", REQUESTED)
+    if problem:
+        return Choice("off", problem)
     if recompute.on:
         return Choice("off", "--recompute on: it would compute products twice")
     rows = inputs.images * sum(crops * n for crops, n in inputs.sequences)
